@@ -4,12 +4,15 @@ BIN := $(VENV)/bin
 
 PYTEST := $(BIN)/python -m pytest -q --durations=25
 
+# What is imported again and again, by Ray's workers too, is compiled once.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: quickstart check test test-deep coverage benchmark clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/emloc-ray run configs/quickstart.yaml
 
-# Three minutes on two cores: what a change is tried with while it is made. Without pytest's cache: .ci/run tells by it whether the next came to its end.
+# Two to three minutes on two cores: what a change is tried with while it is made. Without pytest's cache: .ci/run tells by it whether the next came to its end.
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -25,7 +28,7 @@ test-deep: $(VENV)/installed
 	$(PYTEST) -m deep
 
 # Branches of emloc_ray that tests take, in the processes that they start too, Ray's workers among them: make coverage MARKS="not deep" FLOOR=88.
-MARKS ?= quick
+MARKS ?= quick or slow
 FLOOR ?= 87
 coverage: $(VENV)/installed
 	mkdir -p build/coverage

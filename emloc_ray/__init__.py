@@ -5,8 +5,6 @@ It imports neither transformers, torch nor ray (some 0.1 s): the emulator's mode
 Auto classes are loaded, and the public names below are imported when they are first asked for.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -3,8 +3,6 @@
 Every error is made of its message, so that it survives pickling through Ray.
 """
 
-from __future__ import annotations
-
 
 class EmlocError(Exception):
     """Base of every error that emloc_ray raises on purpose; ``str(error)`` is one plain sentence."""

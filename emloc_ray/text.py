@@ -1,7 +1,5 @@
 """Sizes, times, counts, lists and numbers as people read them: on screens, on pages, in sentences."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import deque
@@ -50,10 +48,8 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """How fast units get done, by the newer half of those done so far, as a stage's first ones may be of another kind.
-
-    It leaves out the start, and what a stage that continues had done before.
-    """
+    """How fast units get done, by the newer half of those done so far, as a stage's first ones may be of another kind. It
+    leaves out the start, and what a stage that continues had done before."""
 
     def __init__(self) -> None:
         self._begun = 0
@@ -85,6 +81,11 @@ def listed(items: Sequence[str], most: int = 3) -> str:
     """``a, b, c and 4 more``."""
     rest = f" and {len(items) - most:,} more" if len(items) > most else ""
     return ", ".join(items[:most]) + rest
+
+
+def one_line(text: object, most: int = 200) -> str:
+    """A text, such as an error's, in one line of ``most`` characters at most."""
+    return " ".join(str(text).split())[:most]
 
 
 def version_changes(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:

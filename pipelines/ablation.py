@@ -51,7 +51,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the file's own keys, or of every run")
     parser.add_argument("--dry-run", action="store_true", help="check, start and write nothing")
     parser.add_argument("--collect", action="store_true", help="run nothing, show what is there")
-    parser.add_argument("--publish", action="store_true", help="write pipelines/results/NAME.json")
+    parser.add_argument(
+        "--publish", action="store_true", help="write pipelines/results/NAME.json, NAME that of run_dir"
+    )
     parser.add_argument(
         "--reuse",
         action="store_true",

@@ -3,7 +3,7 @@
     python pipelines/faults.py --out runs/faults                                  # all of it: more than an hour
     python pipelines/faults.py --out runs/faults --stages merge --kinds node --moments 1
     python pipelines/faults.py --out runs/faults --chaos 30
-    python pipelines/faults.py --out runs/faults --config configs/quickstart.yaml \\
+    python pipelines/faults.py --out runs/faults --config configs/low_rank.yaml \\
         emulator.allocation=uniform emulator.objective=activations model.hold=block_by_block
 
 Everything runs on this machine; each node has its own loopback address. One run is undisturbed. Then each cell takes that

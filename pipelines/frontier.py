@@ -1,8 +1,8 @@
 """The frontier as a picture: the share of LoRA's gap that methods close against the bits that a weight of their model takes.
 
-    python pipelines/frontier.py          # pipelines/frontier.svg, of pipelines/results/frontier.json
+    python pipelines/frontier.py          # pipelines/frontier.svg, of pipelines/results/frontier*.json
 
-Methods of one kind are joined by a line. ``results/frontier.json`` comes of ``configs/ablations/frontier.yaml``.
+A model each has a panel. Methods of one kind are joined by a line. The results come of ``configs/ablations/frontier.yaml``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from statistics import mean
 from typing import Any
 
 HERE = Path(__file__).parent
-RESULT, PICTURE = HERE / "results" / "frontier.json", HERE / "frontier.svg"
+PICTURE = HERE / "frontier.svg"
+MODELS = {"SmolLM2 135M": "frontier", "Gemma 3 270M": "frontier_gemma"}  # and the names of their results
 # What joins a kind's methods, and whether the kind is ours.
 KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
     "one budget over ranks and bits": (("budget_1.1", "budget_2.4"), True),
@@ -50,28 +51,38 @@ def points(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
     return {kind: line for kind, line in lines.items() if line}
 
 
-def draw(lines: Mapping[str, Sequence[Point]], path: Path) -> None:
-    """Writes the picture as SVG."""
+def draw(models: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) -> None:
+    """Writes the picture as SVG: of each model the lines of its kinds."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "frontier"  # the same bytes from the same figures
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for kind, line in lines.items():
-        ours = KINDS[kind][1]
-        bits, closed = zip(*line, strict=True)
-        axes.plot(bits, closed, marker="o" if ours else "s", linestyle="-" if ours else "--", label=kind)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
-    axes.set_xlabel("bits a weight of the model that is trained on")
-    axes.set_ylabel("gap closed, % (LoRA on the original = 100)")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    size = (6 * len(models), 5)
+    figure, panels = pyplot.subplots(1, len(models), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    colours = {kind: f"C{number}" for number, kind in enumerate(KINDS)}
+    for axes, (model, lines) in zip(panels[0], models.items(), strict=True):
+        for kind, line in lines.items():
+            ours = KINDS[kind][1]
+            bits, closed = zip(*line, strict=True)
+            style = {"marker": "o" if ours else "s", "linestyle": "-" if ours else "--"}
+            axes.plot(bits, closed, color=colours[kind], label=kind, **style)
+        axes.set_title(model)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+        axes.set_xlabel("bits a weight of the model that is trained on")
+        axes.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("gap closed, % (LoRA on the original = 100)")
+    panels[0, 0].legend(fontsize="small")
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
 
+def records(name: str) -> Any:
+    """The cells of a published result."""
+    return json.loads((HERE / "results" / f"{name}.json").read_text())["records"]
+
+
 if __name__ == "__main__":
-    draw(points(json.loads(RESULT.read_text())["records"]), PICTURE)
+    draw({model: points(records(name)) for model, name in MODELS.items()}, PICTURE)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny import VOCABULARY
 
@@ -35,6 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 PROMPTS = ("prefix", "prompt")
 ON_LINEARS = tuple(name for name in CASES if name not in PROMPTS)
+MAIN_ROAD = ("lora", "dora")
 
 
 def fits(case: str, family: str) -> bool:
@@ -45,6 +48,11 @@ def fits(case: str, family: str) -> bool:
 
 
 FITTING = [(case, family) for case in CASES for family in TARGETS if fits(case, family)]
+
+
+def parameters(pairs: Iterable[tuple[str, str]]) -> list[Any]:
+    """Cases and families as parameters of a test, slow but for the methods of the main road."""
+    return [pytest.param(*pair, marks=() if pair[0] in MAIN_ROAD else pytest.mark.slow) for pair in pairs]
 
 
 def settings(case: str, family: str, names: list[str]) -> dict[str, Any]:

@@ -62,17 +62,18 @@ ALLOWED_SKIPS = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks each test by what it starts, ``quick`` those of units and old runs that start nothing; the shared Ray's come last."""
+    """Marks each test by what it starts; ``quick`` those of units and old runs that start nothing and are not slow. The shared
+    Ray's come last."""
     for item in items:
         marks = {STARTS[name] for name in STARTS.keys() & set(item.fixturenames)}  # type: ignore[attr-defined]
         room = item.path.relative_to(TESTS).parts[0]
         marks |= {"ray"} if room in ("integration", "e2e") else set()
         for mark in marks:
             item.add_marker(mark)
-        busy = {mark.name for mark in item.iter_markers()} & {*STARTS.values(), "deep", "gpu"}
+        busy = {mark.name for mark in item.iter_markers()} & {*STARTS.values(), "slow", "deep", "gpu"}
         if room in ("unit", "compat") and not busy:
             item.add_marker("quick")
-        else:
+        elif not busy <= {"server", "slow"}:
             item.add_marker(
                 pytest.mark.filterwarnings("default", "ignore::DeprecationWarning", "ignore::FutureWarning")
             )

@@ -97,7 +97,7 @@ def plain_run(
         step_losses = train(finetune_job(context, "training"))
     with during("correct"):
         correct_adapter(correction_job(context), device=device)
-    if context.finishes:
+    if context.prepared.finishes:
         with during("finish"):
             step_losses += train(finishing_job(context, "finishing"))
     with during("merge"):

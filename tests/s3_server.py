@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 BUCKET = "runs"
@@ -66,20 +66,19 @@ def deaf_store(port: int, header: str) -> Iterator[int]:
 
 @contextmanager
 def _process(*arguments: str) -> Iterator[int]:
-    process = subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield int(process.stdout.readline())
-    finally:
-        process.terminate()
-        process.wait(10)
+    with subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield int(process.stdout.readline())
+        finally:
+            process.terminate()
 
 
 def _ask(port: int, method: str, path: str, headers: dict[str, str]) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.request(method, path, headers=headers)
-    answer = connection.getresponse()
-    return answer.status, answer.read()
+    with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
 
 
 def _serve() -> None:
@@ -119,11 +118,11 @@ def _proxy(port: int, share: float, pause_s: float, seed: int, without: str) -> 
                 self.answer(503, [], b"")
                 return
             time.sleep(pause_s if fault == "slow" else 0)
-            upstream = http.client.HTTPConnection("127.0.0.1", port)
             headers = {name: value for name, value in self.headers.items() if name.lower() not in hop}
-            upstream.request(self.command, self.path, body, {**headers, "Content-Length": str(len(body))})
-            answer = upstream.getresponse()
-            self.answer(answer.status, answer.getheaders(), answer.read(), cut=fault == "cut")
+            with closing(http.client.HTTPConnection("127.0.0.1", port)) as upstream:
+                upstream.request(self.command, self.path, body, {**headers, "Content-Length": str(len(body))})
+                answer = upstream.getresponse()
+                self.answer(answer.status, answer.getheaders(), answer.read(), cut=fault == "cut")
 
         def body(self) -> bytes:
             if self.headers.get("Transfer-Encoding", "").lower() != "chunked":

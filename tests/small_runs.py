@@ -17,8 +17,9 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import Stopped
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs.reporter import Reporter
-from emloc_ray.runs.run import Pipeline
+from emloc_ray.runs.run import run_stages
 from emloc_ray.runs.steps import AtOnce, Steps
+from emloc_ray.runs.versions import redone_from
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.stage import Stage
 from emloc_ray.ui import api
@@ -204,9 +205,8 @@ def redone(
     accept_versions: bool = False,
 ) -> list[str]:
     """The stages that a run of this config would do again; the reporter hears what it would say of that."""
-    dry = Pipeline(prepare(parse_config(values)), reporter or RecordingReporter(), begin)
-    forced = sorted(dry.steps.forced)
-    dry.steps = steps = DrySteps(dry.prepared, dry.reporter, AtOnce(), forced=forced, accept_versions=accept_versions)
+    prepared, reporter, forced = prepare(parse_config(values)), reporter or RecordingReporter(), redone_from(begin)
+    steps = DrySteps(prepared, reporter, AtOnce(), forced=forced, accept_versions=accept_versions)
     steps.redone = []
-    dry.run()
+    run_stages(steps)
     return steps.redone

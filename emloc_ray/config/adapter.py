@@ -1,7 +1,5 @@
 """The adapter's section of a config; its keys beside LoRA's are PEFT's own."""
 
-from __future__ import annotations
-
 import typing
 from typing import Any, Literal
 

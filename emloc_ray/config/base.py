@@ -1,7 +1,5 @@
 """The base of a config's sections: strict about names and sizes."""
 
-from __future__ import annotations
-
 import re
 import typing
 from typing import Any, ClassVar, Literal
@@ -37,6 +35,14 @@ class Section(BaseModel):
     """Base of every section: frozen; unknown names are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a key of this type has for a value; None where it has none."""
+    options = (annotation, *typing.get_args(annotation))
+    # list[str] passes for a type in Python 3.10.
+    types = [option for option in options if isinstance(option, type) and typing.get_origin(option) is None]
+    return next((option for option in types if issubclass(option, Section)), None)
 
 
 class StageConfig(Section):

@@ -49,10 +49,8 @@ def _budget(value: Any) -> Any:
 
 
 class HealingConfig(Section):
-    """Distils the original into the emulator before the task's adapter is trained: a LoRA that becomes part of the factors.
-
-    All other settings, and the workers, are those of ``finetune``.
-    """
+    """Distils the original into the emulator before the task's adapter is trained: a LoRA that becomes part of the factors. All
+    other settings, and the workers, are those of ``finetune``."""
 
     steps: int = Field(ge=1, description="optimizer steps")
     r: int = Field(8, ge=1, description="taken from each layer's rank and given back by the healing")
@@ -151,7 +149,7 @@ class EmulatorConfig(StageConfig):
         return int(self.quantization.removeprefix("int")) if self.quantization.startswith("int") else None
 
     @model_validator(mode="after")
-    def _integers_agree(self) -> EmulatorConfig:
+    def _settings_agree(self) -> EmulatorConfig:
         if self.bits is None and self.residual_rank:
             raise ValueError(
                 f"residual_rank: {self.residual_rank} is of factors beside integers: set quantization to int2, int3, int4"
@@ -165,6 +163,12 @@ class EmulatorConfig(StageConfig):
         if self.bits is not None and self.storage == "pivoted":
             raise ValueError(
                 f"storage: pivoted does not go with quantization: {self.quantization}: take factors, or nf4"
+            )
+        late = self.quantization == "nf4" and self.healing is not None
+        if self.refinement is not None and self.quantization != "none" and not late:
+            raise ValueError(
+                f"refinement fits factors in floats, which quantization: {self.quantization} has rounded by then: remove one of"
+                " them, or add healing to nf4, after which it rounds"
             )
         if self.budget is not None and self.objective == "weights":
             raise ValueError(
@@ -182,16 +186,6 @@ class EmulatorConfig(StageConfig):
         if self.objective == "predictions":
             return "emulator.objective: predictions"
         return "emulator.allocation: sensitivity" if self.allocation == "sensitivity" else None
-
-    @model_validator(mode="after")
-    def _refined_in_floats(self) -> EmulatorConfig:
-        late = self.quantization == "nf4" and self.healing is not None
-        if self.refinement is not None and self.quantization != "none" and not late:
-            raise ValueError(
-                f"refinement fits factors in floats, which quantization: {self.quantization} has rounded by then: remove one of"
-                " them, or add healing to nf4, after which it rounds"
-            )
-        return self
 
     @property
     def refines(self) -> RefinementConfig | None:

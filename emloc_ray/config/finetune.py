@@ -37,6 +37,12 @@ class FinetuneConfig(StageConfig):
     save_steps: int = Field(100, ge=1, description="steps between checkpoints, which a later try continues from")
     eval_strategy: Literal["no", "steps"] = Field("no", description="steps: the emulator is scored while it is trained")
     eval_steps: int | None = Field(None, ge=1, description="steps between scores; left out: save_steps")
+    eval_original_every: int | None = Field(
+        None, ge=1, description="scores between those of the original with the adapter; left out: it is not scored"
+    )
+    metric_for_best_model: Literal["eval_loss", "eval_original_loss"] = Field(
+        "eval_loss", description="what the best adapter and early stopping go by: the loss on emulator or original"
+    )
     num_validation_samples: int = Field(64, ge=1, description="rows kept from train for them, without data.validation")
     load_best_model_at_end: bool = Field(
         False, description="keep the adapter of the lowest validation loss, not the last"
@@ -62,12 +68,21 @@ class FinetuneConfig(StageConfig):
         """Whether the emulator is scored while it is trained."""
         return self.eval_strategy == "steps"
 
+    @property
+    def scores_every(self) -> int:
+        """Steps between scores."""
+        return self.eval_steps or self.save_steps
+
     @model_validator(mode="after")
     def _scores_are_made(self) -> FinetuneConfig:
-        names = ("eval_steps", "load_best_model_at_end", "early_stopping_patience")
+        names = ("eval_steps", "eval_original_every", "load_best_model_at_end", "early_stopping_patience")
         asked = [name for name in names if getattr(self, name)]
         if asked and not self.validates:
             raise ValueError(f"{asked[0]} needs validation losses: set eval_strategy to steps, or remove it")
+        if self.metric_for_best_model == "eval_original_loss" and self.eval_original_every is None:
+            raise ValueError(
+                "metric_for_best_model: eval_original_loss needs scores of the original: set eval_original_every, or remove it"
+            )
         if self.loraplus_lr_ratio is not None and self.deepspeed is not None:
             raise ValueError(
                 "loraplus_lr_ratio does not go with deepspeed, which makes its optimizer itself: remove one of them"

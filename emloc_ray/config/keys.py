@@ -1,7 +1,5 @@
 """Every key that a config may have, read from the sections themselves: what is printed is what is checked."""
 
-from __future__ import annotations
-
 import difflib
 import types
 import typing
@@ -12,7 +10,7 @@ from typing import Any, Literal
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
-from emloc_ray.config.base import Section
+from emloc_ray.config.base import Section, section_of
 from emloc_ray.config.passed import passed_to_trainer
 from emloc_ray.config.peers import peer_key
 from emloc_ray.config.schema import RunConfig
@@ -50,11 +48,8 @@ class KeySection:
 
 def config_keys(name: str | None = None) -> list[KeySection]:
     """Every section, in a config's order, or ``name`` alone with its subsections; of a key's ``name``, the key alone, and
-    without its section, each key that is called so.
-
-    Raises:
-        ConfigError: where there is neither a section nor a key of that name.
-    """
+    without its section, each key that is called so. Raises ConfigError where there is neither a section nor a key of that
+    name."""
     every = list(_sections("", RunConfig))
     if name is None:
         return every
@@ -85,22 +80,15 @@ def _sections(name: str, section: type[Section]) -> Iterator[KeySection]:
     yield KeySection(name, " ".join((section.__doc__ or "").replace("``", "").split()), keys)
     inner: dict[type[Section], list[str]] = {}
     for key, field in section.model_fields.items():
-        if subsection := _section_of(field.annotation):
+        if subsection := section_of(field.annotation):
             inner.setdefault(subsection, []).append(f"{name}.{key}" if name else key)
     for subsection, names in inner.items():
         yield from _sections(", ".join(names), subsection)
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
-    for kind in (annotation, *typing.get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, Section):
-            return kind
-    return None
-
-
 def _key(name: str, field: FieldInfo) -> Key:
     text = field.description or ""
-    if _section_of(field.annotation):
+    if section_of(field.annotation):
         return Key(name, "section", None if field.is_required() else "", text)
     default = None if field.is_required() else _text(field.get_default(call_default_factory=True))
     return Key(name, _values(field.annotation), default, text)

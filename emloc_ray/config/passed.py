@@ -3,8 +3,6 @@
 Not by pydantic's validators, which are skipped in a section that has another error: all errors come at once.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import json
@@ -15,78 +13,42 @@ from typing import Any
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from emloc_ray.config.adapter import LORA_METHODS, PROMPT_METHODS, AdapterConfig
-from emloc_ray.config.base import Section
+from emloc_ray.config.base import Section, section_of
 from emloc_ray.config.finetune import FinetuneConfig
 from emloc_ray.config.peers import peer_key
 from emloc_ray.config.schema import RayConfig, RunConfig
 from emloc_ray.io.runs.secret_values import HIDDEN, is_secret, is_variable, leaves
 
 NO_KEY = " is not a key: "
-_OWN_TRAINING_ARGUMENTS = {
-    "output_dir",
-    "remove_unused_columns",
-    "seed",
-    "data_seed",
-    "resume_from_checkpoint",
-    "ignore_data_skip",
-    "average_tokens_across_devices",
-    "auto_find_batch_size",
-    "label_smoothing_factor",
-    "metric_for_best_model",
-    "greater_is_better",
+_OWN = "is set by emloc_ray itself: remove it."
+_LOADING = "is not read: batches are streamed from token shards in an order of their own: remove it."
+_SCATTERING = (
+    "is not supported, as transformers' Trainer left FSDP2 out in silence where that was tried (two CPU workers):"
+    " finetune.deepspeed is what scatters a model over workers."
+)
+_PUSHING = (
+    "would push the adapter as trained on the emulator, not the corrected one: remove it, and give emloc-ray push RUN_DIR"
+    " OWNER/NAME after the run, which says what it pushes."
+)
+# TrainingArguments that finetune does not take, and why.
+_REFUSED = {
+    **dict.fromkeys(("output_dir", "remove_unused_columns", "seed", "data_seed", "resume_from_checkpoint"), _OWN),
+    **dict.fromkeys(("ignore_data_skip", "average_tokens_across_devices", "auto_find_batch_size"), _OWN),
+    **dict.fromkeys(("label_smoothing_factor", "metric_for_best_model", "greater_is_better"), _OWN),
+    # Of the Trainer's own data loader.
+    **dict.fromkeys(("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory"), _LOADING),
+    **dict.fromkeys(("dataloader_persistent_workers", "dataloader_drop_last", "train_sampling_strategy"), _LOADING),
+    **dict.fromkeys(("group_by_length", "length_column_name"), _LOADING),
+    **dict.fromkeys(("fsdp", "fsdp_config", "parallelism_config"), _SCATTERING),
 }
-# Of the Trainer's own data loader, in place of which ours streams batches in their own order.
-_LOADING = {
-    "dataloader_num_workers",
-    "dataloader_prefetch_factor",
-    "dataloader_persistent_workers",
-    "dataloader_pin_memory",
-    "dataloader_drop_last",
-    "group_by_length",
-    "length_column_name",
-    "train_sampling_strategy",
-}
-_COMPILING = {"torch_compile", "torch_compile_backend", "torch_compile_mode"}
 _TRUTHS_OF_YAML_1_1 = {"yes", "no", "on", "off"}
-_SCATTERING = {"fsdp", "fsdp_config", "parallelism_config"}
 
 
 def passed_through_errors(values: dict[str, Any]) -> list[str]:
     """The errors in the keys that sections pass on, each a sentence."""
     lines = []
     for key in _extra_keys(values, "finetune", FinetuneConfig):
-        if secrets := _secret_errors(f"finetune.{key}", values["finetune"][key]):
-            lines += secrets
-        elif key in _OWN_TRAINING_ARGUMENTS:
-            lines.append(f"finetune.{key} is set by emloc_ray itself: remove it.")
-        elif key in _LOADING:
-            lines.append(
-                f"finetune.{key} is not read: batches are streamed from token shards in an order of their own: remove it."
-            )
-        elif key.startswith(("push_to_hub", "hub_")):
-            lines.append(
-                f"finetune.{key} would push the adapter as trained on the emulator, not the corrected one: remove it, and give"
-                " emloc-ray push RUN_DIR OWNER/NAME after the run, which says what it pushes."
-            )
-        elif key == "gradient_checkpointing_kwargs" and _is_reentrant(values["finetune"][key]):
-            lines.append(
-                "finetune.gradient_checkpointing_kwargs.use_reentrant: true gives no gradients where a block's inputs need none,"
-                " as below adapters on frozen weights: remove it."
-            )
-        elif key in _COMPILING and values["finetune"][key]:
-            lines.append(
-                f"finetune.{key} would compile the model anew at every step, as its head computes where that batch's labels are:"
-                " remove it."
-            )
-        elif key in _SCATTERING:
-            lines.append(
-                f"finetune.{key} is not supported, as transformers' Trainer left FSDP2 out in silence where that was tried (two"
-                " CPU workers): finetune.deepspeed is what scatters a model over workers."
-            )
-        elif key not in (types := _training_argument_types()):
-            lines.append(f"{no_such_key(f'finetune.{key}', key, _trainable_keys())}.")
-        else:
-            lines += _type_errors(f"finetune.{key}", values["finetune"][key], types[key])
+        lines += _training_errors(key, values["finetune"][key])
     for key in _extra_keys(values, "ray", RayConfig):
         if secrets := _secret_errors(f"ray.{key}", values["ray"][key]):
             lines += secrets
@@ -97,8 +59,22 @@ def passed_through_errors(values: dict[str, Any]) -> list[str]:
     return lines + _adapter_errors(values.get("adapter"))
 
 
-def _is_reentrant(given: Any) -> bool:
-    return isinstance(given, dict) and given.get("use_reentrant") is True
+def _training_errors(key: str, value: Any) -> list[str]:
+    """The errors in a key of the finetune section that is to be a field of TrainingArguments."""
+    if secrets := _secret_errors(f"finetune.{key}", value):
+        return secrets
+    if key in _REFUSED:
+        return [f"finetune.{key} {_REFUSED[key]}"]
+    if key.startswith(("push_to_hub", "hub_")):
+        return [f"finetune.{key} {_PUSHING}"]
+    if key == "gradient_checkpointing_kwargs" and isinstance(value, dict) and value.get("use_reentrant") is True:
+        return [
+            "finetune.gradient_checkpointing_kwargs.use_reentrant: true gives no gradients where a block's inputs need none,"
+            " as below adapters on frozen weights: remove it."
+        ]
+    if key not in (types := _training_argument_types()):
+        return [f"{no_such_key(f'finetune.{key}', key, _trainable_keys())}."]
+    return _type_errors(f"finetune.{key}", value, types[key])
 
 
 def _adapter_errors(given: Any) -> list[str]:
@@ -205,12 +181,8 @@ def passed_to_trainer(key: str) -> str | None:
 
 def _elsewhere(name: str) -> str | None:
     """The only section's key of that name; None where none or several have one."""
-    sections = {key: field.annotation for key, field in RunConfig.model_fields.items()}
-    named = {
-        key: set(kind.model_fields)
-        for key, kind in sections.items()
-        if isinstance(kind, type) and issubclass(kind, Section)
-    }
+    sections = {key: section_of(field.annotation) for key, field in RunConfig.model_fields.items()}
+    named = {key: set(section.model_fields) for key, section in sections.items() if section is not None}
     named["finetune"] |= _trainable_keys()
     matches = [f"{section}.{name}" for section, keys in named.items() if name in keys]
     return matches[0] if len(matches) == 1 else None
@@ -218,9 +190,8 @@ def _elsewhere(name: str) -> str | None:
 
 def _trainable_keys() -> set[str]:
     """The keys that ``finetune`` takes."""
-    refused = {*_OWN_TRAINING_ARGUMENTS, *_LOADING, *_SCATTERING}
     passed = {key for key in _training_argument_types() if not key.startswith(("push_to_hub", "hub_"))}
-    return {*FinetuneConfig.model_fields, *(passed - refused)}
+    return {*FinetuneConfig.model_fields, *(passed - _REFUSED.keys())}
 
 
 @functools.cache

@@ -3,24 +3,23 @@
 An unknown key's error names the nearest known one. ``passed.py`` checks the keys that are passed on to other libraries.
 """
 
-from __future__ import annotations
-
 import os
 import re
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from emloc_ray.config.adapter import AdapterConfig
+from emloc_ray.config.base import Section, section_of
 from emloc_ray.config.passed import NO_KEY, no_such_key, passed_through_errors
 from emloc_ray.config.peers import config_of_peer
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.text_rows import other_encoding
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import read_yaml
+from emloc_ray.io.store.places import looked_in
 from emloc_ray.text import listed
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -30,16 +29,14 @@ _PATHS = re.compile(
     r"|evaluation\.upper_bound|finetune\.deepspeed|base|tasks|cache\.path"
 )
 Keys = tuple[Any, ...]  # the parts of a dotted key
-Checked = TypeVar("Checked", bound=BaseModel)
+Checked = TypeVar("Checked", bound=Section)
 
 
 def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML config, or takes its nested values, and applies ``key.path=value`` overrides (values are YAML too).
 
-    A file may name another as its ``base``, by a path from its own directory: its keys override that one's.
-
-    Raises:
-        ConfigError: with every error at once, one sentence a line.
+    A file may name another as its ``base``, by a path from its own directory: its keys override that one's. Raises ConfigError
+    with every error at once, one sentence a line.
     """
     name = "the config" if isinstance(config, Mapping) else str(config)
     values = dict(config) if isinstance(config, Mapping) else read_values(Path(config))
@@ -51,11 +48,8 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
 
 def read_values(path: Path, named_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A config's keys over those of its bases, unchecked: sections are merged, all else is replaced.
-
-    Raises:
-        ConfigError: where a file cannot be read or is its own base; shows the chain from ``named_by`` on.
-    """
+    """A config's keys over those of its bases, unchecked: sections are merged, all else is replaced. Raises ConfigError where a
+    file cannot be read or is its own base; shows the chain from ``named_by`` on."""
     chain = " → ".join(map(str, (*named_by, path)))
     if named_by and path.resolve() in [other.resolve() for other in named_by]:
         raise ConfigError(f"Config {path} is its own base ({chain}): take one of these out.")
@@ -84,9 +78,8 @@ def read_mapping(path: Path, name: str, needs: str) -> dict[str, Any]:
     if path.is_dir():
         raise ConfigError(f"{name} is a directory: give the path of a YAML file in it.")
     if not path.is_file():
-        looked = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise ConfigError(
-            f"{name} does not exist{looked}: give the path of a YAML file, such as configs/quickstart.yaml."
+            f"{name} does not exist{looked_in(path)}: give the path of a YAML file, such as configs/quickstart.yaml."
         )
     try:
         values = read_yaml(path.read_text("utf-8"))
@@ -193,10 +186,8 @@ def unknown_key(key: str) -> str | None:
 
 
 def settings(keys: Mapping[Any, Any], *, dotted: bool = False, above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """The single settings of a nested dict, each by the parts of its key; ``dotted``: keys may be dotted, as ``data.format``.
-
-    A value that is no section, such as a table of patterns, stays whole. An empty section sets nothing.
-    """
+    """The single settings of a nested dict, each by the parts of its key; ``dotted``: keys may be dotted, as ``data.format``. A
+    value that is no section, such as a table of patterns, stays whole. An empty section sets nothing."""
     for key, value in keys.items():
         parts = (*above, *(key.split(".") if dotted and isinstance(key, str) else [key]))
         is_section = _section(parts) is not None
@@ -207,11 +198,8 @@ def settings(keys: Mapping[Any, Any], *, dotted: bool = False, above: Keys = ())
 
 
 def put(values: dict[str, Any], keys: Keys, value: Any, what: str) -> None:
-    """Sets one setting; replaces the dicts inside ``values`` instead of changing them, as YAML's aliases may share them.
-
-    Raises:
-        ConfigError: where ``what`` reaches into a value.
-    """
+    """Sets one setting; replaces the dicts inside ``values`` instead of changing them, as YAML's aliases may share them. Raises
+    ConfigError where ``what`` reaches into a value."""
     node = values
     for depth, parent in enumerate(keys[:-1], 1):
         child = node.get(parent)
@@ -247,7 +235,7 @@ _SHOULD_BE = "Input should be "
 _UNION_MEMBER = re.compile(r"str|bool|float|list\[.*|literal\[.*|function-.*|constrained-.*")
 
 
-def _sentence(detail: Any, model: type[BaseModel]) -> str:
+def _sentence(detail: Any, model: type[Section]) -> str:
     """One pydantic error as a sentence: the key, what is wrong, what is right."""
     location = _location(detail)
     key = ".".join(location)
@@ -273,14 +261,11 @@ def _location(detail: Any) -> list[str]:
     return [str(part) for part in detail["loc"] if not _UNION_MEMBER.fullmatch(str(part))]
 
 
-def _section(keys: Sequence[Any], model: type[BaseModel] = RunConfig) -> type[BaseModel] | None:
+def _section(keys: Sequence[Any], model: type[Section] = RunConfig) -> type[Section] | None:
     """The section that a key names; None for a single value, a table or an unknown key."""
     for key in keys:
         field = model.model_fields.get(key)
-        options = (field.annotation, *typing.get_args(field.annotation)) if field else ()
-        # list[str] passes for a type in Python 3.10.
-        types = [o for o in options if isinstance(o, type) and typing.get_origin(o) is None]
-        section = next((option for option in types if issubclass(option, BaseModel)), None)
+        section = section_of(field.annotation) if field else None
         if section is None:
             return None
         model = section

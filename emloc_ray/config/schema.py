@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import typing
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import (
     ConfigDict,
@@ -19,6 +19,7 @@ from emloc_ray.config.adapter import AdapterConfig
 from emloc_ray.config.base import Budget, Patterns, Section, Size, StageConfig
 from emloc_ray.config.emulator import EmulatorConfig
 from emloc_ray.config.finetune import FinetuneConfig
+from emloc_ray.config.steps import VARIANTS, Variant
 
 
 class ModelConfig(Section):
@@ -42,24 +43,6 @@ class ModelConfig(Section):
     @classmethod
     def _bare_source(cls, values: Any) -> Any:
         return {"source": values} if isinstance(values, str) else values
-
-
-COLUMNS = (
-    "text",
-    "prompt",
-    "completion",
-    "messages",
-    "conversations",
-    "instruction",
-    "input",
-    "output",
-    "system",
-    "history",
-    "tools",
-    "images",
-    "image",
-)
-"""The columns that the formats of rows have."""
 
 
 Weight = typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -130,10 +113,13 @@ class DataConfig(Section):
     @field_validator("columns")
     @classmethod
     def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
-        if unknown := [name for name in columns if name not in COLUMNS]:
+        from emloc_ray.data.row_formats import FORMATS  # which takes its time to import
+
+        known = list(dict.fromkeys(name for form in FORMATS.values() for names in form for name in names))
+        if unknown := [name for name in columns if name not in known]:
             raise ValueError(
                 f"maps {unknown[0]!r}, which no format has: write OURS: YOURS, such as {{prompt: question, completion: answer}};"
-                f" ours are {', '.join(COLUMNS)}"
+                f" ours are {', '.join(known)}"
             )
         return columns
 
@@ -186,10 +172,13 @@ class CalibrationConfig(StageConfig):
 class CorrectionConfig(Section):
     """The correction of the adapter for the difference between emulator and original."""
 
-    method: Literal["auto", "none", "projection", "covariance"] = Field(
-        "auto", description="auto: tries methods and strengths, keeps what helps on the selection split"
+    method: Literal["auto", "none", "projection", "covariance", "adapted"] = Field(
+        "auto",
+        description="auto: measures none, covariance and two strengths of adapted, keeps what helps on the selection split",
     )
-    clamp: float | None = Field(3.0, gt=0, description="the paper's lambda; null: unclamped; auto ignores it")
+    clamp: float | None = Field(
+        3.0, gt=0, description="the paper's lambda; null: unclamped; auto and adapted ignore it"
+    )
     strength: float = Field(1.0, ge=0, le=4, description="factor of the correction; auto ignores it")
     dampening_frac: float = Field(
         1e-4, gt=0, lt=1, description="share of the mean diagonal of QᵀGQ that covariance adds to it"
@@ -199,11 +188,13 @@ class CorrectionConfig(Section):
         0.1, gt=0, description="tokens that auto may score, as a share of those that are trained on; null: all it has"
     )
     update_tolerance: float = Field(
-        1e-3,
-        ge=0,
-        lt=1,
-        description="share of its norm that a full-rank update may lose in its dominant subspace",
+        1e-3, ge=0, lt=1, description="share of its norm that a full-rank update may lose in its dominant subspace"
     )
+
+    @property
+    def reads_adapted(self) -> bool:
+        """Whether the emulator with the adapter reads rows for it."""
+        return self.method in ("auto", "adapted")
 
 
 class MergeConfig(StageConfig):
@@ -223,13 +214,10 @@ class MergeConfig(StageConfig):
         return gpus
 
 
-Variant = Literal["original", "emulator", "emulator_adapter", "uncorrected", "corrected", "finished", "merged"]
-
-
 class EvaluationConfig(StageConfig):
     """Measurements on the held-out split."""
 
-    variants: list[Variant] = Field(list(get_args(Variant)), description="models to score, a pass each")
+    variants: list[Variant] = Field(list(VARIANTS), description="models to score, a pass each")
     num_samples: int | None = Field(256, ge=1, description="held-out rows; null: all")
     batch_size: int = Field(8, ge=1, description="rows of a forward pass")
     num_generations: int = Field(4, ge=0, description="sample generations shown in the report")
@@ -242,7 +230,7 @@ class EvaluationConfig(StageConfig):
     def _has_what_is_compared(cls, variants: list[Variant]) -> list[Variant]:
         if missing := {"original", "corrected"} - set(variants):
             raise ValueError(f"{' and '.join(sorted(missing))} must be among them: gains are theirs")
-        return [variant for variant in get_args(Variant) if variant in variants]
+        return [variant for variant in VARIANTS if variant in variants]
 
 
 _OF_A_NEW_RAY = ("num_cpus", "num_gpus", "resources", "labels", "object_store_memory")
@@ -268,10 +256,6 @@ class RayConfig(Section):
     def init_options(self) -> dict[str, Any]:
         """The arguments of ``ray.init`` beside the address; without sizes where a running Ray is joined."""
         return self.model_dump(exclude={"address", *(_OF_A_NEW_RAY if self.joins else ())}, exclude_none=True)
-
-
-def _get(section: Any, key: str) -> Any:
-    return section.get(key) if isinstance(section, dict) else None
 
 
 class RunConfig(Section):
@@ -324,7 +308,8 @@ class RunConfig(Section):
     @classmethod
     def _prefixes_need_their_cache(cls, values: Any) -> Any:
         """Turns gradient checkpointing off by default, as it drops the cache that a prefix consists of."""
-        if isinstance(values, dict) and _get(values.get("adapter"), "method") == "prefix_tuning":
+        adapter = values.get("adapter") if isinstance(values, dict) else None
+        if isinstance(adapter, dict) and adapter.get("method") == "prefix_tuning":
             section = values.get("finetune") or {}
             if isinstance(section, dict) and "gradient_checkpointing" not in section:
                 return {**values, "finetune": {**section, "gradient_checkpointing": False}}

@@ -1,4 +1,6 @@
-"""The steps of a run by name, in order."""
+"""The steps of a run, and the models that its evaluation scores, by name and in order."""
+
+from typing import Literal, get_args
 
 # The names in the manifest and in the log.
 STEP_NAMES = (
@@ -27,3 +29,7 @@ RESULTS = {
     "evaluate": "the evaluation on held-out data",
 }
 VERBS = tuple(RESULTS)
+
+Variant = Literal["original", "emulator", "emulator_adapter", "uncorrected", "corrected", "finished", "merged"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+ON_EMULATOR = ("emulator", "emulator_adapter")

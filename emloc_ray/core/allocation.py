@@ -11,8 +11,6 @@ A budget is spent best along the upper concave hulls of the curves, steepest pie
 knapsack's relaxation (Dantzig 1957), which no allocation of that budget can exceed.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,13 +26,10 @@ from emloc_ray.core.whitening import Whitening
 
 
 def spectrum(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: str = "the layer") -> Tensor:
-    """The eigenvalues of ``S_d^½ W G Wᵀ S_d^½``: ``(min(out, in),)``, descending, float64.
+    """The eigenvalues of ``S_d^½ W G Wᵀ S_d^½``, with ``G`` and ``S`` damped as in :class:`Whitening`: ``(min(out, in),)``,
+    descending, float64.
 
-    With the damped ``G`` and ``S``, as in :class:`Whitening`.
-
-    Raises:
-        NumericsError: the weight holds a NaN or an Inf.
-        ValueError: the shapes do not fit.
+    Raises NumericsError where the weight holds a NaN or an Inf, ValueError where shapes do not fit.
     """
     whitening.check_reads(weight, name)
     inside, scale = scaled_weight(weighed(weight, outputs), name)
@@ -48,11 +43,8 @@ def spectrum(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: 
 def plain_gains(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: str = "the layer") -> Tensor:
     """What each rank of the plain factors saves of ``tr(S_d Δ G Δᵀ)``: ``μ_i u_iᵀ S_d u_i``, ``(min(out, in),)``, float64.
 
-    With ``μ_i`` and ``u_i`` of ``W G Wᵀ``, ``μ_i`` descending. A later rank may save more than one before it.
-
-    Raises:
-        NumericsError: the weight holds a NaN or an Inf.
-        ValueError: the shapes do not fit.
+    With ``μ_i`` and ``u_i`` of ``W G Wᵀ``, ``μ_i`` descending. A later rank may save more than one before it. Raises
+    NumericsError where the weight holds a NaN or an Inf, ValueError where shapes do not fit.
     """
     whitening.check_reads(weight, name)
     inside, scale = scaled_weight(weight.detach().to(torch.float32), name)
@@ -62,10 +54,8 @@ def plain_gains(weight: Tensor, whitening: Whitening, outputs: Whitening, *, nam
 
 
 def energy_vectors(weight: Tensor, whitening: Whitening) -> tuple[Tensor, Tensor]:
-    """The eigenvalues ``μ_i`` of ``W G' Wᵀ``, descending, ``(min(out, in),)``, float64, and ``μ_i^½ u_i`` in columns.
-
-    In float32, or in float64 where that would lose too many of them.
-    """
+    """The eigenvalues ``μ_i`` of ``W G' Wᵀ``, descending, ``(min(out, in),)``, float64, and ``μ_i^½ u_i`` in columns. In
+    float32, or in float64 where that would lose too many of them."""
     values, parts = _scaled_vectors(weight, whitening)
     if _is_lost_in_rounding(values):
         values, parts = _scaled_vectors(*_in_float64(weight, whitening))
@@ -164,13 +154,10 @@ class Allocation:
 def allocate(curves: Sequence[Curve], budget: int, fallback: Mapping[str, int | None]) -> Allocation:
     """The ranks that gain most at a cost of at most ``budget`` parameters; every linear has its least rank or more.
 
-    Greedy along the hulls, then by the best single step that still fits, until none does: what is left of the budget is less
-    than the smallest step of any linear that could take one. The gain is at least that of ``fallback``, an allocation
-    within the budget, from which it starts where pieces too large to fit would have the greedy solution below it;
-    it is at most one piece of a hull below the relaxation's bound. Ties go by the order of ``curves``.
-
-    Raises:
-        ValueError: the budget does not hold a rank for each, or not the fallback.
+    Greedy along the hulls, then by the best single step that still fits, until none does. The gain is at least that of
+    ``fallback``, an allocation within the budget, from which it starts where pieces too large to fit would have the greedy
+    solution below it, and at most one piece of a hull below the relaxation's bound. Ties go by the order of ``curves``. Raises
+    ValueError where the budget does not hold a rank for each, or not the fallback.
     """
     least = {curve.name: curve.least for curve in curves}
     if sum(curve.cost(curve.least) for curve in curves) > budget:  # ranks below their multiples
@@ -196,9 +183,7 @@ def _greedy(curves: Sequence[Curve], least: Mapping[str, int], budget: int) -> d
 
 def _hull(curve: Curve, least: int) -> Iterator[tuple[int, int | None, float]]:
     """The pieces of the upper concave hull after the ``least`` rank, by the ranks that each begins and ends in, and its slope.
-
-    (The monotone chain of Andrew 1979.)
-    """
+    (The monotone chain of Andrew 1979.)"""
     sums = [0.0, *curve.gains.cumsum(0).tolist()]
     corners: list[tuple[int, int, float]] = []  # rank, cost, gain
     above = range(least - least % curve.multiple + curve.multiple, curve.highest + 1, curve.multiple)

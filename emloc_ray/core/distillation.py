@@ -1,21 +1,12 @@
 """Distillation: how far a model's predictions are from a teacher's, of whose distribution the top is known."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 
 def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` likeliest tokens of each position, all of them where the vocabulary has no more, and their log-probabilities.
-
-    Args:
-        logits: ``(N, V)``.
-        k: at least 1.
-
-    Returns:
-        ``ids (N, k)`` int64, likeliest first, and ``log_probs (N, k)`` float32: logits less their log-sum-exp.
-    """
+    """The ``k`` likeliest tokens of each position of ``logits (N, V)``, likeliest first, all where there are no more:
+    ``ids (N, k)`` int64 and ``log_probs (N, k)`` float32, logits less their log-sum-exp."""
     logits = logits.float()
     values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
     return ids, values - logits.logsumexp(dim=-1, keepdim=True)
@@ -29,14 +20,8 @@ def divergence(logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
     which is at most the divergence over the whole vocabulary (data processing), and the same where k is all of it. With
     ``q = softmax(z)`` it is ``logsumexp(z) − Σ_k p_k z_k − p_rest logsumexp(z_rest) − H(p)``: no log-softmax is made.
 
-    Args:
-        logits: the student's ``z (N, V)``.
-        ids: the teacher's top tokens ``(N, k)``.
-        log_probs: their log-probabilities ``(N, k)``, in any float type; where rounding has them sum to more than 1, they
-            are scaled back to it.
-
-    Returns:
-        A float32 scalar, with gradients to ``logits``.
+    ``logits`` are the student's ``z (N, V)``; ``ids`` and ``log_probs``, ``(N, k)`` in any float type, are the teacher's,
+    scaled back where rounding has them sum to more than 1. A float32 scalar, with gradients to ``logits``.
     """
     logits, ids, log_probs = logits.float(), ids.long(), log_probs.float()
     is_whole = ids.shape[-1] == logits.shape[-1]

@@ -3,8 +3,6 @@
 Stored as ``U (Uᵀ W)``, which needs no inverse of ``G^½``; Swift-SVD (https://arxiv.org/abs/2604.01609) stores ``V (Vᵀ W)``.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -76,34 +74,20 @@ class Factorization:
 
 
 def factorize(
-    weight: Tensor,
-    whitening: Whitening,
-    rank: int,
-    *,
-    solver: Solver = "auto",
-    seed: int = 0,
-    name: str = "the layer",
+    weight: Tensor, whitening: Whitening, rank: int, *, solver: Solver = "auto", seed: int = 0, name: str = "the layer"
 ) -> Factorization:
     """The best ``W_E = up @ down`` of ``rank`` for ``weight (out, in)`` under ``‖(W − W_E) G^½‖_F``.
 
     ``exact`` takes ``U_r`` from the full eigendecomposition of the smaller side: of ``W G Wᵀ`` where ``out ≤ in``, else of
-    ``Lᵀ Wᵀ W L`` with ``G = L Lᵀ``, ``U_r = orth(W L V_r)``. ``subspace`` finds only the top eigenvectors, until the
-    relative error is within 1e-3 (relative) of the optimum, and falls back to ``exact`` where it does not get there;
-    ``products`` does so by subspace iteration, as a GPU likes it. ``auto`` takes what is faster for the shape and the
-    device. Each is computed in float32 and once more in float64 where rounding could change the residual by 1e-3, on the CPU
-    where the device's float64 is slow. The result depends on ``seed`` (the subspace's start) only within these bounds.
+    ``Lᵀ Wᵀ W L`` with ``G = L Lᵀ``, ``U_r = orth(W L V_r)``. ``subspace`` finds only the top eigenvectors, until the relative
+    error is within 1e-3 (relative) of the optimum, and falls back to ``exact`` where it does not get there; ``products`` does
+    so by subspace iteration, as a GPU likes it. ``auto`` takes what is faster for the shape and the device. Each is computed in
+    float32 and once more in float64 where rounding could change the residual by 1e-3, on the CPU where the device's float64 is
+    slow. The result depends on ``seed`` (the subspace's start) only within these bounds.
 
-    Args:
-        weight: ``(out, in)``, any floating dtype, on the device of the whitening, where it is computed.
-        whitening: the damped Gram of its inputs, shared by the linears that read the same tensor.
-        rank: within ``1 .. min(out, in)``.
-        solver: ``auto``, ``exact``, ``subspace`` or ``products``.
-        seed: of the subspace solver's start.
-        name: the layer, for the errors.
-
-    Raises:
-        NumericsError: the weight holds a NaN or an Inf.
-        ValueError: the shapes do not fit, or ``rank`` is out of its range.
+    The weight is of any floating dtype, on the device of the whitening, where it is computed. Raises NumericsError where the
+    weight holds a NaN or an Inf, ValueError where shapes do not fit or ``rank`` is not within ``1 .. min(out, in)``; ``name``
+    is the layer's, for these.
     """
     order = min(weight.shape)
     whitening.check_reads(weight, name)
@@ -140,13 +124,8 @@ def _faster_solver(device: torch.device) -> tuple[float, Solver]:
 def relative_error(
     weight: Tensor, approximation: Tensor, whitening: Whitening, *, name: str = "the layer"
 ) -> tuple[float, float]:
-    """``‖(W − W_E) G^½‖_F / ‖W G^½‖_F`` of any ``W_E (out, in)``, directly, and ``tr(W G Wᵀ)``; with the damped ``G``.
-
-    The error is 0 for a weight of zeros.
-
-    Raises:
-        NumericsError: the weight holds a NaN or an Inf.
-    """
+    """``‖(W − W_E) G^½‖_F / ‖W G^½‖_F`` of any ``W_E (out, in)``, directly, and ``tr(W G Wᵀ)``; with the damped ``G``. The
+    error is 0 for a weight of zeros. Raises NumericsError where the weight holds a NaN or an Inf."""
     scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
     total = whitening.energy(scaled)
     left = whitening.energy(scaled - approximation.to(torch.float32) / scale)
@@ -155,11 +134,8 @@ def relative_error(
 
 
 def scaled_weight(weight: Tensor, name: str) -> tuple[Tensor, float]:
-    """``(W / s, s)``: ``s = 1`` unless products of ``W``'s elements could leave float32's range.
-
-    Raises:
-        NumericsError: ``W`` holds a NaN or an Inf.
-    """
+    """``(W / s, s)``: ``s = 1`` unless products of ``W``'s elements could leave float32's range. Raises NumericsError where
+    ``W`` holds a NaN or an Inf."""
     norm = float(torch.linalg.vector_norm(weight))
     typical = norm / math.sqrt(weight.numel())
     if 1e-6 < typical < 1e6:

@@ -1,7 +1,5 @@
 """The forms that a linear's weight may be stored in, one a linear, and the bytes that each takes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -19,41 +19,65 @@ _GPU_BLOCK = 2048  # what a GPU needs to be busy with one
 
 
 @dataclass
-class Gram:
+class TokenSum:
+    """``matrix``, a sum over ``num_tokens`` tokens."""
+
+    matrix: Tensor
+    num_tokens: int = 0
+
+    def update(self, activations: Tensor) -> None:
+        """Adds the tokens of ``activations (..., in)``, in place; leave padding out."""
+        tokens = activations.detach().reshape(-1, activations.shape[-1])
+        with exact_float32():
+            self._add(tokens)
+        self.num_tokens += tokens.shape[0]
+
+    def _add(self, tokens: Tensor) -> None:
+        raise NotImplementedError
+
+
+class Gram(TokenSum):
     """``matrix = Σ x xᵀ`` over ``num_tokens`` tokens, shape ``(in, in)``, float32 or wider.
 
     A monoid: :meth:`zero` is the identity, and sums add up (:func:`emloc_ray.io.formats.grams.add_slot`). How tokens are
     grouped changes the rounding alone. Only the lower block triangle is kept current: :meth:`symmetric` gives all.
     """
 
-    matrix: Tensor
-    num_tokens: int = 0
-
     @classmethod
     def zero(cls, in_features: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Gram:
         """The sum over no tokens, ``(in_features, in_features)`` of zeros."""
         return cls(torch.zeros(in_features, in_features, dtype=dtype, device=device))
 
-    def update(self, activations: Tensor) -> None:
-        """Adds the tokens of ``activations (..., in)``, in place; leave padding out."""
-        tokens = activations.detach().reshape(-1, activations.shape[-1])
+    def _add(self, tokens: Tensor) -> None:
         narrow = tokens.dtype == torch.bfloat16 and self.matrix.dtype == torch.float32 and sums_wide(tokens.device)
         tokens = tokens if narrow else tokens.to(self.matrix.dtype)
         width = _width(tokens)
-        with exact_float32():
-            for start in range(0, tokens.shape[1], width):
-                rows = slice(start, start + width)
-                block, left, right = self.matrix[rows, : rows.stop], tokens[:, rows].T, tokens[:, : rows.stop]
-                if narrow:  # exact products of bfloat16, summed in float32
-                    block.add_(torch.mm(left, right, out_dtype=torch.float32))
-                else:
-                    block.addmm_(left, right)
-        self.num_tokens += tokens.shape[0]
+        for start in range(0, tokens.shape[1], width):
+            rows = slice(start, start + width)
+            block, left, right = self.matrix[rows, : rows.stop], tokens[:, rows].T, tokens[:, : rows.stop]
+            if narrow:  # exact products of bfloat16, summed in float32
+                block.add_(torch.mm(left, right, out_dtype=torch.float32))
+            else:
+                block.addmm_(left, right)
 
     def symmetric(self) -> Tensor:
         """The full symmetric matrix ``(in, in)``, from the lower triangle."""
         lower = torch.tril(self.matrix)
         return lower + torch.tril(lower, -1).T
+
+
+class GramColumns(TokenSum):
+    """``matrix = G Q = Σ x (xᵀ Q)``, shape ``(in, k)``, float32, of ``q (in, k)``: what a few directions see of a Gram, at
+    ``4 k in`` operations a token, where the Gram itself takes ``in²``."""
+
+    def __init__(self, q: Tensor, device: torch.device | str = "cpu") -> None:
+        """The sum over no tokens."""
+        self.q = q.to(device, torch.float32)
+        super().__init__(torch.zeros_like(self.q))
+
+    def _add(self, tokens: Tensor) -> None:
+        tokens = tokens.float()
+        self.matrix.addmm_(tokens.T, tokens @ self.q)
 
 
 def sums_wide(device: torch.device, version: str = torch.__version__) -> bool:
@@ -67,7 +91,7 @@ def _width(tokens: Tensor) -> int:
     return _SMALL_BLOCK if tokens.shape[1] < _SMALL else BLOCK
 
 
-def not_finite(grams: Mapping[str, Gram]) -> str | None:
+def not_finite(grams: Mapping[str, TokenSum]) -> str | None:
     """The first of the sums that holds a NaN or an Inf, by one transfer from the device for all of them."""
     if not grams:
         return None

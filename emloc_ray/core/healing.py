@@ -1,7 +1,5 @@
 """Healing: a LoRA that was distilled into an emulator becomes part of its factors, which grow by its rank."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch
@@ -27,13 +25,8 @@ def healed_layers(ranks: Mapping[str, int], r: int) -> tuple[str, ...]:
 def added_factors(lora_a: Tensor, lora_b: Tensor, scale: float) -> LowRankFactors:
     """``s B A`` as factors like those of the emulator: ``up (out, r)`` with orthonormal columns, ``down (r, in)``.
 
-    ``B = Q R``, ``up = Q``, ``down = s R A``, in float64. Columns of one size lose less in 4 bits, where 64 elements share a
-    scale.
-
-    Args:
-        lora_a: A ``(r, in)``.
-        lora_b: B ``(out, r)``, ``out ≥ r``.
-        scale: s.
+    Of ``lora_a``, A ``(r, in)``, and ``lora_b``, B ``(out, r)`` with ``out ≥ r``: ``B = Q R``, ``up = Q``, ``down = s R A``, in
+    float64. Columns of one size lose less in 4 bits, where 64 elements share a scale.
     """
     q, upper = torch.linalg.qr(lora_b.double())
     return LowRankFactors(q, scale * (upper @ lora_a.double()))

@@ -1,7 +1,5 @@
 """How linears are stored in integers, and the bytes that it takes; what they stand for is in :mod:`emloc_ray.core.integers`."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """The leading left singular vectors of a matrix by block Krylov spaces, without squaring it."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -229,10 +227,8 @@ def normal_numbers(rows: int, columns: int, generator: torch.Generator, like: Te
 
 
 def _outside(basis: Tensor, block: Tensor, generator: torch.Generator) -> Tensor:
-    """Orthonormal columns orthogonal to ``basis``: of what ``block`` adds to it, random where that is nothing.
-
-    Twice is enough, unless little was left the second time: such a column was rounding, and a random one replaces it.
-    """
+    """Orthonormal columns orthogonal to ``basis``: of what ``block`` adds to it, random where that is nothing. Twice is enough,
+    unless little was left the second time: such a column was rounding, and a random one replaces it."""
     block, _ = orthonormal(block - basis @ (basis.T @ block))
     while True:
         block, kept = orthonormal(block - basis @ (basis.T @ block))
@@ -255,10 +251,8 @@ def _widened(tensor: Tensor, needed: int, used: int) -> Tensor:
 
 
 def orthonormal(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis of the span of ``columns (n, b)``, and how much each adds to those before it ``(b,)``.
-
-    By Cholesky of their Gram, several times as fast as Householder's QR, which takes over where that fails.
-    """
+    """An orthonormal basis of the span of ``columns (n, b)``, and how much each adds to those before it ``(b,)``. By Cholesky
+    of their Gram, several times as fast as Householder's QR, which takes over where that fails."""
     lower, failed = torch.linalg.cholesky_ex(columns.T @ columns)
     if int(failed) == 0:
         solved: Tensor = torch.linalg.solve_triangular(lower.T, columns, upper=True, left=False)

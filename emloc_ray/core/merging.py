@@ -1,7 +1,5 @@
 """Merging by rows: ``W + ΔW``, or that times gains, in float32 and cast back to the weight's own dtype."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch
@@ -24,13 +22,9 @@ def merged_rows(
 ) -> Tensor:
     """Rows ``[begin, begin + n)`` of ``W + ΔW`` times ``gains``, in ``weight``'s dtype; rounded once, from float32.
 
-    Beside ``weight`` it holds the rows in float32, twice where there are gains, and the result.
-
-    Args:
-        weight: the stored rows: ``(n, in)`` of ``W (out, in)``, or with ``transposed`` ``(n, out)`` of ``Wᵀ`` (``Conv1D``);
-            of a bias its elements ``(n,)``.
-        update: ``ΔW``; None adds nothing.
-        gains: one factor a stored row of the whole weight, or with ``along_rows`` false a stored column; None: 1.
+    ``weight`` are the stored rows: ``(n, in)`` of ``W (out, in)``, or with ``transposed`` ``(n, out)`` of ``Wᵀ`` (``Conv1D``);
+    of a bias its elements ``(n,)``. ``gains`` has a factor for each stored row of the whole weight, or with ``along_rows``
+    false for each stored column. Beside ``weight`` it holds the rows in float32, twice where there are gains, and the result.
     """
     rows = weight.float() if update is None else _summed(weight, update, begin, transposed)
     if gains is not None and along_rows:

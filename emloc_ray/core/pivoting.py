@@ -15,8 +15,6 @@ relates change places, which multiplies the chosen rows' volume by that element 
 maximal-volume concept in approximation by low-rank matrices").
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -45,14 +43,8 @@ class PivotedFactors(NamedTuple):
 
 
 def pivot(factors: LowRankFactors) -> PivotedFactors:
-    """Pivots a product: computed in float64, returned in the dtype of the factors.
-
-    Args:
-        factors: ``up (out, r)`` and ``down (r, in)``, ``r < out``.
-
-    Raises:
-        ValueError: ``r ≥ out``.
-    """
+    """Pivots ``up (out, r)`` and ``down (r, in)``: computed in float64, in the factors' dtype. Raises ValueError where
+    ``r ≥ out``."""
     up, down = (part.detach().to(torch.float64) for part in factors)
     out_features, rank = up.shape
     if rank >= out_features:
@@ -66,10 +58,8 @@ def pivot(factors: LowRankFactors) -> PivotedFactors:
 
 
 def _eliminated(up: Tensor) -> tuple[Tensor, Tensor]:
-    """All rows of ``up (out, r)``, those first that elimination picks, and ``T (out − r, r)``.
-
-    ``P up = L U`` with ``L`` unit lower trapezoidal, so that ``T = L₂ L₁⁻¹``, whatever the rank of ``up`` is.
-    """
+    """All rows of ``up (out, r)``, those first that elimination picks, and ``T (out − r, r)``: ``P up = L U`` with ``L`` unit
+    lower trapezoidal, ``T = L₂ L₁⁻¹``, whatever the rank of ``up`` is."""
     rank = up.shape[1]
     packed, pivots, _ = torch.linalg.lu_factor_ex(up)
     places = list(range(len(up)))
@@ -80,10 +70,8 @@ def _eliminated(up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _exchange(rows: Tensor, made: Tensor) -> None:
-    """Lets rows change places, in place, while an element of ``made`` (T) is above :data:`LARGEST`.
-
-    With ``t = T_ab``, row a of the others for row b of the chosen: ``T ← T − T_:b (T_a: − e_b) / t``, a rank-one update.
-    """
+    """Lets rows change places, in place, while an element of ``made`` (T) is above :data:`LARGEST`. With ``t = T_ab``, row a of
+    the others for row b of the chosen: ``T ← T − T_:b (T_a: − e_b) / t``, a rank-one update."""
     rank = made.shape[1]
     while True:
         a, b = divmod(int(made.abs().argmax()), rank)

@@ -1,7 +1,5 @@
 """Products of float32 in float32, and where float64 is slow."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Products and norms of wide matrices that several parts of the method share, in float64 without a wide copy."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -53,10 +51,8 @@ def seen_rows(weight: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_norms(base: Tensor, cross: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """``‖W + s B A‖`` of every row ``(out,)`` from thin products alone.
-
-    ``base (out,)`` holds ``‖W‖²`` of each row, ``cross = W Aᵀ (out, r)``: ``‖w‖² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ``.
-    """
+    """``‖W + s B A‖`` of every row ``(out,)`` from thin products alone. ``base (out,)`` holds ``‖W‖²`` of each row,
+    ``cross = W Aᵀ (out, r)``: ``‖w‖² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ``."""
     inner = lora_a @ lora_a.T
     square = base + 2 * scale * (lora_b * cross).sum(dim=1) + scale**2 * ((lora_b @ inner) * lora_b).sum(dim=1)
     return square.clamp_min(0).sqrt()

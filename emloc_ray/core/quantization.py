@@ -18,15 +18,13 @@ https://arxiv.org/abs/2410.06040; CLoQ, https://arxiv.org/abs/2501.18475; LQER, 
 diagonal).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from emloc_ray.core.factorization import LowRankFactors, factorize, relative_error, scaled_weight
+from emloc_ray.core.factorization import LowRankFactors, factorize, scaled_weight
 from emloc_ray.core.integer_forms import BITS, GROUP_SIZE, group_size_of, num_groups
 from emloc_ray.core.integers import SCALE_STEPS, IntegerWeight, exponent_for, scale_values, zero_steps, zero_values
 from emloc_ray.core.two_sided import factorize_two_sided
@@ -40,32 +38,15 @@ DAMPENING_FRAC = 1e-2
 _PASSES = 2  # of the descent: two more lower the error by another 1 %
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """``weight``, and ``‖(W − W_Q) G^½‖_F / ‖W G^½‖_F`` with the damped ``G``."""
-
-    weight: IntegerWeight
-    relative_error: float
-
-
 def quantize(
     weight: Tensor, whitening: Whitening, bits: int, group_size: int = GROUP_SIZE, *, name: str = "the layer"
-) -> Quantization:
+) -> IntegerWeight:
     """``weight (out, in)`` in integers of ``bits`` bits that lose little of ``tr(Δ G Δᵀ)``: no row more than by rounding it.
 
-    Scales and zero points minimise ``Σ_j G_jj Δ_j²`` of their group over some ranges. What is lost is measured on ``Δ`` itself,
-    in float32: of a ``G`` that is damped as above nothing is lost in rounding.
-
-    Args:
-        weight: any floating dtype.
-        whitening: the damped Gram of its inputs, shared by the linears that read the same tensor.
-        bits: 2, 3, 4 or 8.
-        group_size: columns that share a scale, a multiple of 8; groups of one row are made of one size.
-        name: the layer, for the errors.
-
-    Raises:
-        NumericsError: the weight holds a NaN or an Inf.
-        ValueError: the shapes do not fit, or ``bits`` or ``group_size`` is none that there is.
+    Scales and zero points, of groups of ``group_size`` columns or a little less, minimise ``Σ_j G_jj Δ_j²`` of their group over
+    some ranges. What is lost is measured on ``Δ`` itself, in float32. Raises NumericsError where the weight holds a NaN or an
+    Inf, ValueError where shapes do not fit, bits are not 2, 3, 4 or 8, or the group is no multiple of 8; ``name`` is the
+    layer's.
     """
     if bits not in BITS or group_size < 8 or group_size % 8:
         raise ValueError(f"{name} cannot be put into {bits} bits in groups of {group_size}.")
@@ -73,16 +54,13 @@ def quantize(
     scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
     grid = _grid(scaled, whitening, bits, group_size)
     codes = _rounded(scaled, grid)
-    lost = _row_energies(scaled - grid.with_codes(codes).dense(), whitening)
     if not whitening.is_identity:
+        lost = _row_energies(scaled - grid.with_codes(codes).dense(), whitening)
         planes = _by_planes(scaled, whitening, grid)
         better = _row_energies(scaled - grid.with_codes(planes).dense(), whitening) < lost
         codes = _descended(scaled, whitening, grid, torch.where(better[:, None], planes, codes))
-        lost = _row_energies(scaled - grid.with_codes(codes).dense(), whitening)
-    total = whitening.energy(scaled)
-    error = math.sqrt(max(float(lost.sum()), 0.0) / total) if total > 0.0 else 0.0
     exponent = grid.exponent + round(math.log2(scale))
-    return Quantization(IntegerWeight(codes, grid.scales, grid.zeros, exponent, bits, grid.group_size), error)
+    return IntegerWeight(codes, grid.scales, grid.zeros, exponent, bits, grid.group_size)
 
 
 def quantize_factors(
@@ -99,13 +77,13 @@ def quantize_factors(
     ``down`` first, under ``G``: with orthonormal columns of ``up`` what it loses is what the layer loses. Then ``up`` is fitted
     anew to what became of it, ``W G dᵀ (d G dᵀ)⁻¹``, and rounded under ``d G dᵀ (r, r)``.
     """
-    down = quantize(factors.down, whitening, bits, group_size, name=name).weight
+    down = quantize(factors.down, whitening, bits, group_size, name=name)
     kept = down.dense()
     seen = kept @ whitening.matrix(torch.float32)
     inner = Whitening(seen @ kept.T, whitening.dampening_frac, name=name)
     root, cross = inner.root(torch.float32), weight.float() @ seen.T / inner.scale
     up = torch.cholesky_solve(cross.T, root).T
-    return quantize(up, inner, bits, group_size, name=name).weight, down
+    return quantize(up, inner, bits, group_size, name=name), down
 
 
 def quantize_with_factors(
@@ -119,31 +97,21 @@ def quantize_with_factors(
     outputs: Whitening | None = None,
     seed: int = 0,
     name: str = "the layer",
-) -> tuple[Quantization, IntegerWeight, IntegerWeight]:
-    """``weight ≈ Q + up down``: integers, and the factors of what they leave.
+) -> tuple[IntegerWeight, IntegerWeight, IntegerWeight]:
+    """``weight ≈ Q + up down``: ``Q`` in integers, and the factors ``up (out, r)`` and ``down (r, in)`` of what it leaves, in
+    ``factor_bits``.
 
-    Args:
-        weight: ``(out, in)``.
-        whitening: the damped Gram of its inputs.
-        bits, group_size: of ``Q``.
-        rank, factor_bits: of the factors.
-        outputs: what weighs outputs, where the factors are to keep predictions (:mod:`emloc_ray.core.two_sided`).
-        seed: of the factorization's start.
-        name: the layer, for the errors.
-
-    Returns:
-        ``Q``, with the relative error of both together, ``up (out, r)`` and ``down (r, in)``.
+    With ``outputs`` the factors keep predictions (:mod:`emloc_ray.core.two_sided`); ``seed`` is that of the factorization's
+    start.
     """
     wide = weight.detach().to(torch.float32)
-    whole = quantize(wide, whitening, bits, group_size, name=name).weight
+    whole = quantize(wide, whitening, bits, group_size, name=name)
     residual = wide - whole.dense()
     if outputs is None:
         factors = factorize(residual, whitening, rank, seed=seed, name=name).factors
     else:
         factors = factorize_two_sided(residual, whitening, outputs, rank, seed=seed, name=name).factors
-    up, down = quantize_factors(factors, residual, whitening, factor_bits, group_size, name=name)
-    error, _ = relative_error(wide, whole.dense() + up.dense() @ down.dense(), whitening, name=name)
-    return Quantization(whole, error), up, down
+    return whole, *quantize_factors(factors, residual, whitening, factor_bits, group_size, name=name)
 
 
 def _row_energies(difference: Tensor, whitening: Whitening) -> Tensor:

@@ -1,7 +1,5 @@
 """How many ranks a compression ratio leaves to a layer."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

@@ -10,8 +10,6 @@ own square: the norm that begins the next block divides by it too. In a sum of p
 hundreds of times as large, would be nearly all.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -25,13 +23,9 @@ _LEAST = 1e-12  # of a token's square, where it is all zeros
 
 def balanced(up: Tensor, down: Tensor) -> LowRankFactors:
     """The same product in factors of one scale: ``up = A Σ^½ (out, r)`` and ``down = Σ^½ Bᵀ (r, in)``, float32, of its SVD
-    ``A Σ Bᵀ``, from the QR of both, in float64.
+    ``A Σ Bᵀ``, from the QR of both, in float64; ``r ≤ out, in``.
 
     A step of Adam changes all elements by about as much: it should be as large beside those of the one as of the other.
-
-    Args:
-        up: ``(out, r)``, ``r ≤ out``.
-        down: ``(r, in)``, ``r ≤ in``.
     """
     left, upper = torch.linalg.qr(up.double())
     right, other = torch.linalg.qr(down.double().T)
@@ -46,13 +40,8 @@ def step_size(step: int, steps: int) -> float:
 
 
 def token_error(given: Tensor, wanted: Tensor, counted: Tensor | None = None) -> Tensor:
-    """``Σ ‖given − wanted‖² / ‖wanted‖²`` in float32, over the tokens where ``counted`` is true, all where it is None.
-
-    Args:
-        given: ``(…, features)``.
-        wanted: of the same shape.
-        counted: of that shape without the features.
-    """
+    """``Σ ‖given − wanted‖² / ‖wanted‖²`` of ``(…, features)`` in float32, over the tokens where ``counted (…)`` is true; else
+    all."""
     wanted = wanted.float()
     errors = (given.float() - wanted).square().sum(dim=-1) / wanted.square().sum(dim=-1).clamp_min(_LEAST)
     return (errors if counted is None else errors[counted]).sum()

@@ -1,7 +1,5 @@
 """What rounding a layer's factors adds to its error, without the product with the Gram that measures it."""
 
-from __future__ import annotations
-
 import torch
 
 from emloc_ray.core.factorization import Factorization

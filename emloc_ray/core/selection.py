@@ -1,7 +1,5 @@
 """Choosing among corrections by what rows lose under each: differences are taken row by row, where they are small."""
 
-from __future__ import annotations
-
 import bisect
 import itertools
 import math

@@ -4,8 +4,6 @@ Block Krylov spaces (:mod:`emloc_ray.core.krylov`) need a fraction of the produc
 each whether that went well, and decompose spaces of several times the rank: on a GPU that is most of the time.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

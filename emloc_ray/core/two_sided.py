@@ -19,8 +19,6 @@ Published kin: IO-SVD (https://arxiv.org/abs/2605.15626) and GFWSVD (https://arx
 outputs as well.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch
@@ -33,10 +31,8 @@ from emloc_ray.core.whitening import Whitening
 def weighed(weight: Tensor, outputs: Whitening) -> Tensor:
     """``Lᵀ W (out, in)``, ``L Lᵀ = S_d / s`` with ``s = outputs.scale``: in float32, or float64 for a float64 weight.
 
-    ``outputs`` is the whitening of ``S``, as :class:`Whitening` damps it.
-
-    Raises:
-        ValueError: ``S`` is not of the weight's outputs.
+    ``outputs`` is the whitening of ``S``, as :class:`Whitening` damps it. Raises ValueError where ``S`` is not of the weight's
+    outputs.
     """
     if weight.shape[0] != outputs.in_features:
         raise ValueError(
@@ -48,31 +44,14 @@ def weighed(weight: Tensor, outputs: Whitening) -> Tensor:
 
 
 def factorize_two_sided(
-    weight: Tensor,
-    whitening: Whitening,
-    outputs: Whitening,
-    rank: int,
-    *,
-    seed: int = 0,
-    name: str = "the layer",
+    weight: Tensor, whitening: Whitening, outputs: Whitening, rank: int, *, seed: int = 0, name: str = "the layer"
 ) -> Factorization:
-    """The best ``W_E = up @ down`` of ``rank`` for ``weight (out, in)`` under ``tr(S_d Δ G Δᵀ)``.
+    """The best ``W_E = up @ down`` of ``rank`` for ``weight (out, in)`` under ``tr(S_d Δ G Δᵀ)``, ``outputs`` being the
+    whitening of ``S``.
 
-    As :func:`emloc_ray.core.factorization.factorize` of ``Lᵀ W``, its numerics and errors included; the eigenvalues, the
-    energy and the relative error are those of ``S_d^½ W G Wᵀ S_d^½``. ``up`` is not orthonormal; its columns are in
-    descending order of what they give, so that the first ones are the best of a smaller rank.
-
-    Args:
-        weight: ``(out, in)``, any floating dtype.
-        whitening: the damped Gram of its inputs.
-        outputs: the whitening of ``S (out, out)``, damped; of a sum of zeros it leaves the plain factors.
-        rank: within ``1 .. min(out, in)``.
-        seed: of the subspace solver's start.
-        name: the layer, for the errors.
-
-    Raises:
-        NumericsError: the weight holds a NaN or an Inf.
-        ValueError: the shapes do not fit, or ``rank`` is out of its range.
+    As :func:`emloc_ray.core.factorization.factorize` of ``Lᵀ W``, its numerics and errors included; the eigenvalues, the energy
+    and the relative error are those of ``S_d^½ W G Wᵀ S_d^½``. ``up`` is not orthonormal; its columns are in descending order
+    of what they give, so that the first ones are the best of a smaller rank. A sum ``S`` of zeros leaves the plain factors.
     """
     inside = factorize(weighed(weight, outputs), whitening, rank, seed=seed, name=name)
     up, down = inside.factors

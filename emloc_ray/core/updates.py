@@ -11,8 +11,6 @@ Three forms cover PEFT's additive methods, each read as PEFT computes it
 So no dense ``ΔW`` is ever decomposed, except for a LoHa whose r² exceeds the weight's smaller side.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 

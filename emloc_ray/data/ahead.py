@@ -1,7 +1,5 @@
 """Batches whose images are processed by a thread of their own while a model computes on the batch before."""
 
-from __future__ import annotations
-
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -20,11 +18,11 @@ Made = TypeVar("Made")
 _AHEAD = 2  # batches that wait
 
 
-def made_ahead(items: Iterable[Item], make: Callable[[Item], Made], ahead: bool = True) -> Generator[Made, None, None]:
-    """``make(item)`` of each item, in order; ``ahead``: made in a thread before it is asked for, at most two at once.
-
-    Raises what ``make`` raises, when that item's turn comes.
-    """
+def made_ahead(
+    items: Iterable[Item], make: Callable[[Item], Made], ahead: bool = True, most: int = _AHEAD
+) -> Generator[Made, None, None]:
+    """``make(item)`` of each item, in order; ``ahead``: made in a thread before it is asked for, ``most`` of them at most.
+    Raises what ``make`` raises, when that item's turn comes."""
     if not ahead:
         yield from map(make, items)
         return
@@ -33,7 +31,7 @@ def made_ahead(items: Iterable[Item], make: Callable[[Item], Made], ahead: bool 
     pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
     try:
         while True:
-            waiting.extend(pool.submit(make, item) for item in itertools.islice(left, _AHEAD + 1 - len(waiting)))
+            waiting.extend(pool.submit(make, item) for item in itertools.islice(left, most + 1 - len(waiting)))
             if not waiting:
                 return
             yield waiting.popleft().result()

@@ -1,13 +1,12 @@
 """Chats as pieces of text that are tokenized apart, by the model's own chat template."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from emloc_ray.errors import DataError
+from emloc_ray.text import one_line
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -16,7 +15,8 @@ class Segment(NamedTuple):
     """A piece of a row that is tokenized alone; ``eos``: whether its last token must be the end-of-sequence token, None: as it
     comes.
 
-    ``ids`` are its tokens where a processor made them, for a text that shows ``images``.
+    ``ids`` are its tokens where a processor made them, for a text that shows ``images``; ``turns`` are those of the chat whose
+    images it shows.
     """
 
     text: str
@@ -25,13 +25,7 @@ class Segment(NamedTuple):
     eos: bool | None = None
     ids: tuple[int, ...] | None = None
     images: tuple[bytes, ...] = ()
-
-
-class Piece(NamedTuple):
-    """A segment, and the turns whose images its text shows."""
-
-    segment: Segment
-    turns: range
+    turns: range = range(0)
 
 
 def is_trained(turn: dict[str, Any]) -> bool:
@@ -39,21 +33,19 @@ def is_trained(turn: dict[str, Any]) -> bool:
     return turn.get("weight") != 0
 
 
-def chat_sequences(messages: Sequence[dict[str, Any]], tools: Any, owner: Any, where: str) -> list[list[Piece]]:
+def chat_sequences(messages: Sequence[dict[str, Any]], tools: Any, owner: Any, where: str) -> list[list[Segment]]:
     """Prompts and completions in turn: an assistant turn's completion is what the template adds after 'generate now', or
     what its generation markers enclose.
 
-    One sequence, in which each turn sees those before it as they were trained. A template that rewrites earlier turns, as
-    those of reasoning models drop what was thought, gives a turn another prefix than that: there a sequence begins anew
-    with the prefix that generation would start from, and it is the later turn's alone.
-
-    Raises:
-        DataError: naming file and row, where there is no template, or it refuses the messages.
+    One sequence, in which each turn sees those before it as they were trained. A template that rewrites earlier turns, as those
+    of reasoning models drop what was thought, gives a turn another prefix than that: there a sequence begins anew with the
+    prefix that generation would start from, and it is the later turn's alone. Raises DataError, naming file and row, where
+    there is no template, or it refuses the messages.
     """
     if not getattr(owner, "chat_template", None):
         raise DataError(f"{where}: the tokenizer has no chat template: use data.format prompt_completion or text.")
     chat = _Chat([{k: v for k, v in turn.items() if k != "weight"} for turn in messages], tools, owner, where)
-    sequences: list[list[Piece]] = []
+    sequences: list[list[Segment]] = []
     text, begin = "", 0  # of the sequence so far: its text, and the turns that it shows
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -62,20 +54,17 @@ def chat_sequences(messages: Sequence[dict[str, Any]], tools: Any, owner: Any, w
         if not sequences or not prompt.startswith(text):
             if not is_trained(message):
                 text, begin = through, turn + 1
-                sequences.append([Piece(Segment(through, False), range(turn + 1))])
+                sequences.append([Segment(through, False, turns=range(turn + 1))])
                 continue
             sequences.append([])
             text, begin = "", 0
-        pieces = sequences[-1]
-        pieces.append(Piece(Segment(prompt[len(text) :], False), range(begin, turn)))
+        sequences[-1].append(Segment(prompt[len(text) :], False, turns=range(begin, turn)))
         answer = [Segment(through[len(prompt) :], True)] if spans is None else _marked(through, len(prompt), spans)
         if not is_trained(message):
             answer = [segment._replace(is_completion=False) for segment in answer]
-        pieces += [
-            Piece(segment, range(turn, turn + 1) if not number else range(0)) for number, segment in enumerate(answer)
-        ]
+        sequences[-1] += [*(segment._replace(turns=range(turn, turn + 1)) for segment in answer[:1]), *answer[1:]]
         text, begin = through, turn + 1
-    return [pieces for pieces in sequences if any(piece.segment.is_completion for piece in pieces)]
+    return [segments for segments in sequences if any(segment.is_completion for segment in segments)]
 
 
 def _marked(text: str, begin: int, spans: Sequence[tuple[int, int]]) -> list[Segment]:
@@ -98,11 +87,9 @@ class _Chat:
         self.is_marked = isinstance(owner.chat_template, str) and bool(_MARKER.search(owner.chat_template))
 
     def until(self, turn: int) -> tuple[str, str, list[tuple[int, int]] | None]:
-        """What generation of an assistant's turn starts from, the text through this turn, and its marked spans.
-
-        Some templates open the thinking of the turn to be generated, which the turn itself does not have: there the prompt
-        is what both begin with.
-        """
+        """What generation of an assistant's turn starts from, the text through this turn, and its marked spans. Where a
+        template opens the thinking of the turn to be generated, which the turn itself does not have, the prompt is what both
+        begin with."""
         prompt = self._text(self.messages[:turn], add_generation_prompt=True)
         through = self._text(self.messages[: turn + 1])
         if not through.startswith(prompt):
@@ -140,5 +127,6 @@ class _Chat:
         try:
             return write()
         except Exception as error:  # a template is a program and may raise anything
-            detail = " ".join(str(error).split())[:150]
-            raise DataError(f"{self.where}: the chat template refuses its messages ({detail}): fix the row.") from error
+            raise DataError(
+                f"{self.where}: the chat template refuses its messages ({one_line(error)}): fix the row."
+            ) from error

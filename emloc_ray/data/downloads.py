@@ -37,14 +37,11 @@ class NotAllowed(ValueError):
 
 
 def download(url: str, hosts: Collection[str] = ()) -> bytes:
-    """A URL's content; tries again where the server is silent or in trouble, not where it refuses.
+    """A URL's content; tries again where the server is silent or in trouble, not where it refuses. ``hosts``: names that may
+    have private addresses.
 
-    ``hosts``: names that may have private addresses.
-
-    Raises:
-        NotAllowed: where the URL, or one that it redirects to, is not http(s), or has a private address.
-        ValueError: where the server refuses, or the file is too long.
-        OSError, HTTPException: where the server is silent or in trouble.
+    Raises NotAllowed where it, or one that it redirects to, is not http(s) or has a private address; ValueError where the
+    server refuses or the file is too long; OSError or HTTPException where the server is silent or in trouble.
     """
     for wait in (*WAITS_S, None):
         try:
@@ -61,12 +58,8 @@ def download(url: str, hosts: Collection[str] = ()) -> bytes:
 
 
 def public_addresses(host: str, port: int, hosts: Collection[str]) -> list[Address]:
-    """The socket addresses of a host, all of them public unless ``hosts`` names it.
-
-    Raises:
-        NotAllowed: where one is private, of this machine or network, multicast or reserved.
-        OSError: where the name is unknown.
-    """
+    """The socket addresses of a host. Raises OSError where the name is unknown, NotAllowed where an address is private, of this
+    machine or network, multicast or reserved, unless ``hosts`` names the host."""
     addresses = [address for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     for address in addresses:
         if host.lower() not in hosts and not is_public(str(address[0])):

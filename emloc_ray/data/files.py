@@ -1,7 +1,5 @@
 """Data files: which a path names, of what kind they are, and their bytes, taken out of compression."""
 
-from __future__ import annotations
-
 import glob as globbing
 import io
 import os
@@ -13,7 +11,7 @@ import pyarrow as pa
 
 from emloc_ray.data.text_rows import MAX_LINE_BYTES
 from emloc_ray.errors import DataError
-from emloc_ray.io.store.places import is_store_uri
+from emloc_ray.io.store.places import is_store_uri, looked_in
 from emloc_ray.io.store.stored_files import StoredFile, find_stored, is_hidden, shown
 
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
@@ -43,10 +41,8 @@ def kind_of(place: Path | str) -> str:
 def list_files(patterns: str | Sequence[str], key: str) -> list[Path | str]:
     """The files of a path, a directory or a glob, sorted: paths, and URIs of files on an object store.
 
-    Raises:
-        DataError: naming the config ``key``, where there is none, or one is of an unknown kind.
-        ConfigError: naming the ``key``, where a URI holds credentials or cannot be opened.
-        ArtifactError: where a store does not answer.
+    Raises DataError, naming the config ``key``, where there is none or one is of an unknown kind; ConfigError, naming it, where
+    a URI holds credentials or cannot be opened; ArtifactError where a store does not answer.
     """
     files: dict[str, Path | str] = {}  # each once; absolute, as workers run in other directories
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -82,7 +78,7 @@ def _looked_in(pattern: str) -> str:
     if is_store_uri(pattern):
         return ""
     leads = f" (it is a link to {path.readlink()}, which is not there)" if path.is_symlink() else ""
-    return leads if path.is_absolute() else f" in {Path.cwd()}{leads}"
+    return f"{looked_in(path)}{leads}"
 
 
 def open_file(path: str, stored_bytes: int) -> io.BufferedReader:

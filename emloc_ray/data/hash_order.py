@@ -1,7 +1,5 @@
 """Rows in the order of a hash of their number, computed in chunks: for sampling and shuffling."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 
@@ -16,10 +14,8 @@ _BUCKET_BITS = np.uint64(48)
 
 
 def row_hash(rows: Rows, seed: int) -> NDArray[np.uint64]:
-    """A 64-bit mix of row number and seed (splitmix64, https://prng.di.unimi.it/splitmix64.c).
-
-    For one seed it is a bijection: no two rows have the same hash.
-    """
+    """A 64-bit mix of row number and seed (splitmix64, https://prng.di.unimi.it/splitmix64.c). For one seed it is a bijection:
+    no two rows have the same hash."""
     with np.errstate(over="ignore"):
         z = rows.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -46,9 +42,8 @@ def rows_at(
 ) -> Rows:
     """The rows at the places ``[begin, end)`` of their order by hash: ``argsort(row_hash(rows))[begin:end]``.
 
-    A radix selection: one pass counts the hashes by bucket (unless ``counts`` are given), another sorts the rows of the
-    buckets that hold the places. n rows take O(n) time and, beside the result, a chunk, the counts (0.5 MiB) and two
-    buckets of n / 65,536 rows: 1 MiB at n = 10⁷, where a full sort takes 240 MB.
+    A radix selection: one pass counts the hashes by bucket (unless ``counts`` are given), another sorts the rows of the buckets
+    that hold the places. O(n) time and, beside the result, a chunk, the counts (0.5 MiB) and two buckets of n / 65,536 rows.
     """
     ends = np.cumsum(bucket_counts(chunks(), seed) if counts is None else counts)
     first, last = np.searchsorted(ends, [begin, end - 1], side="right")

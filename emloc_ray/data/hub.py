@@ -1,10 +1,5 @@
-"""Writes a data set of the hub as one Parquet file, in a process that never imports Ray.
-
-``datasets`` makes Python values of some files before we can check them (an image folder's ``metadata.parquet``: it reads one
-schema of several). Where Ray Data is imported, its registered type would unpickle these values.
-"""
-
-from __future__ import annotations
+"""Writes a data set of the hub as one Parquet file, in a process that never imports Ray: ``datasets`` makes Python values of
+some files before we can check them (an image folder's ``metadata.parquet``), which Ray Data's registered type would unpickle."""
 
 import shutil
 import subprocess
@@ -16,6 +11,7 @@ from emloc_ray.data.splits import hub_split
 from emloc_ray.errors import DataError
 from emloc_ray.io.formats.arrow_schemas import check_no_extensions
 from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.text import one_line
 
 _WRONG_NAME = "fix its name, its subset (hf:NAME@SUBSET) or its split"
 _NO_NETWORK = "check the network, and HF_HUB_OFFLINE and HF_ENDPOINT in the environment, or name files that are here"
@@ -24,11 +20,8 @@ _REFUSED = 3  # the exit code for a whole sentence of ours on stdout
 
 def download(place: str, split: str, path: Path, first: int | None = None) -> None:
     """Writes the rows of ``hf:NAME[@SUBSET][:SPLIT]`` (also of a local folder that ``datasets`` reads) to ``path``; only the
-    ``first`` ones, which are then all that is fetched.
-
-    Raises:
-        DataError: where it cannot be loaded, or a column has an extension type.
-    """
+    ``first`` ones, which are then all that is fetched. Raises DataError where it cannot be loaded, or a column has an extension
+    type."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=path.parent, prefix=".hub.", suffix=".tmp") as folder,
@@ -68,6 +61,4 @@ if __name__ == "__main__":
         sys.stdout.write(f"{error}\n")
         sys.exit(_REFUSED)
     except Exception as error:
-        raise SystemExit(
-            " ".join(str(error).split())
-        ) from error  # with the subsets that there are, where one is missing
+        raise SystemExit(one_line(error, 4000)) from error  # with the subsets that there are, where one is missing

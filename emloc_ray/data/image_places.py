@@ -34,11 +34,8 @@ class ImagePlaces:
         )
 
     def local(self, name: str, folder: str) -> Path:
-        """The local file of a name, with all links followed; it may be missing.
-
-        Raises:
-            NotAllowed: where it is neither below ``folder``, the data file's, nor below a root.
-        """
+        """The local file of a name, with all links followed; it may be missing. Raises NotAllowed where it is neither below
+        ``folder``, the data file's, nor below a root."""
         path = os.path.realpath(local_path(name, folder))
         roots = [root for root in (folder, *self.roots) if not is_store_uri(root)]
         if not any(Path(path).is_relative_to(os.path.realpath(root)) for root in roots):
@@ -46,11 +43,8 @@ class ImagePlaces:
         return Path(path)
 
     def stored(self, name: str, folder: str) -> str:
-        """The URI of a stored file, with the options of the place that allows it: the data file's bucket, or a root.
-
-        Raises:
-            NotAllowed: where it is in neither.
-        """
+        """The URI of a stored file, with the options of the place that allows it: the data file's bucket, or a root. Raises
+        NotAllowed where it is in neither."""
         uri = name
         if not is_store_uri(name):
             place, mark, options = folder.partition("?")
@@ -68,11 +62,8 @@ class ImagePlaces:
     def read(self, name: str, folder: str) -> bytes:
         """The content of the URL, path or URI that a row of a file in ``folder`` names.
 
-        Raises:
-            NotAllowed: where rows may not read from there.
-            ValueError: where it has more than :data:`MAX_BYTES`.
-            FileNotFoundError: where it is missing.
-            OSError, HTTPException, ArtifactError: where it cannot be read.
+        Raises NotAllowed where rows may not read from there, ValueError where it has more than :data:`MAX_BYTES`,
+        FileNotFoundError where it is missing, and OSError, HTTPException or ArtifactError where it cannot be read.
         """
         if name.startswith(("http://", "https://")):
             return download(name, self.hosts)

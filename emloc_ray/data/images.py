@@ -1,11 +1,8 @@
 """Images inside a row's messages: named by path, URL or bytes, read encoded, decoded once to check them.
 
-Token shards carry the encoded bytes, not pixels: a photo of some megapixels is about 100 KB as a JPEG, and 1.4 MB as the
-336 × 336 float32 pixels that LLaVA reads (12 MB at the million pixels that Qwen-VL may take). Of 10⁷ rows that is 1 TB
-against 14 TB (120 TB), and decoding takes some milliseconds where a training step takes hundreds.
+Token shards carry the encoded bytes: a photo is about 100 KB as a JPEG, 1.4 MB as the 336 × 336 float32 pixels that LLaVA reads
+(Qwen-VL: up to 12 MB), and decoding takes some milliseconds where a training step takes hundreds.
 """
-
-from __future__ import annotations
 
 import base64
 import http.client
@@ -22,6 +19,7 @@ from emloc_ray.data.image_places import NOWHERE_ELSE, ImagePlaces, is_remote, lo
 from emloc_ray.data.text_rows import Row
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.store.places import is_store_uri
+from emloc_ray.text import one_line
 
 COLUMNS = ("images", "image")
 """Columns with the images of parts ``{"type": "image"}`` that name no image, in their order."""
@@ -78,11 +76,8 @@ def sources(row: Row) -> Iterator[tuple[str, Any]]:
 
 
 def look(row: Row, where: str, places: ImagePlaces = NOWHERE_ELSE) -> list[Any]:
-    """Names, and of local files sizes and times, of the images outside a checked row; opens none.
-
-    Raises:
-        DataError: naming file and row, where a local file is missing, or a place is one that rows may not read.
-    """
+    """Names, and of local files sizes and times, of the images outside a checked row; opens none. Raises DataError, naming file
+    and row, where a local file is missing, or a place is one that rows may not read."""
     folder = getattr(where, "folder", ".")
     seen: list[Any] = []
     for number, (kind, name) in enumerate(sources(row)):
@@ -129,11 +124,8 @@ def _not_there(label: str) -> DataError:
 def load_images(row: Row, where: str, places: ImagePlaces = NOWHERE_ELSE) -> list[bytes]:
     """The encoded bytes of the row's images, in the order of its messages; each is decoded once to check it.
 
-    A relative path begins at the folder of the row's file, here or on its object store.
-
-    Raises:
-        DataError: naming file and row, where an image is missing, may not or cannot be fetched, is none of
-            :data:`FORMATS`, or is too large.
+    A relative path begins at the folder of the row's file, here or on its object store. Raises DataError, naming file and row,
+    where an image is missing, may not or cannot be fetched, is none of :data:`FORMATS`, or is too large.
     """
     contents = []
     for number, source in enumerate(sources(row)):
@@ -144,18 +136,14 @@ def load_images(row: Row, where: str, places: ImagePlaces = NOWHERE_ELSE) -> lis
         try:
             decode(content)
         except Exception as error:  # whatever a broken file brings Pillow to raise
-            detail = " ".join(str(error).split())[:120]
-            raise DataError(f"{label} cannot be decoded ({detail}): replace it.") from error
+            raise DataError(f"{label} cannot be decoded ({one_line(error, 120)}): replace it.") from error
         contents.append(content)
     return contents
 
 
 def decode(content: bytes | memoryview) -> Any:
-    """An encoded image as transformers opens one: upright, RGB; of 16 bits a pixel the upper 8.
-
-    Raises:
-        ValueError: where it is none of :data:`FORMATS`, or has too many pixels; Pillow raises others for a broken file.
-    """
+    """An encoded image as transformers opens one: upright, RGB; of 16 bits a pixel the upper 8. Raises ValueError where it is
+    none of :data:`FORMATS`, or has too many pixels; Pillow raises others for a broken file."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -235,7 +223,7 @@ def _read(source: tuple[str, Any], folder: str, label: str, places: ImagePlaces)
 
 def _detail(error: Exception, name: str) -> str:
     said = str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
-    return " ".join(said.replace(name, _shown(name)).split())[:150]
+    return one_line(said.replace(name, _shown(name)), 150)
 
 
 def plain_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,17 +1,13 @@
 """Training rows in an order that is a function of seed, epoch, row and world size, streamed by Ray Data."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray.data
-from ray.data import Datasource, ReadTask
-from ray.data.block import BlockMetadata
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.hash_order import Rows, shuffled
@@ -19,7 +15,6 @@ from emloc_ray.data.packing import Packs, join, packs_of
 from emloc_ray.data.token_shards import TokenShards, from_table, to_table
 
 STEPS_PER_TASK = 256
-_ROW_LENGTHS = "row_lengths"
 _TASK_BYTES = 2**26  # of a reading task's rows, which are of 100 KB rather than one where they show images
 _READERS = 2
 _READ_AHEAD_BYTES = 2**27
@@ -86,33 +81,7 @@ def _joined(shards: TokenShards, packs: Packs, wanted: Rows) -> pa.Table:
     parts = [packs[number] for number in wanted.tolist()]
     tokens = {row: shards.row(row) for row in sorted({row for part in parts for row in part})}
     sequences = [join([tokens[row] for row in part]) for part in parts]
-    lengths = pa.array([sequence.row_lengths for sequence in sequences], pa.list_(pa.int32()))
-    return to_table(sequences).append_column(_ROW_LENGTHS, lengths)
-
-
-class MicroStepSource(Datasource):
-    """A Ray Data source: a rank's micro-steps ``[begin, end)``, a fixed range of them a read task."""
-
-    def __init__(self, tokens_dir: Path, order: SampleOrder, begin: int, end: int) -> None:
-        super().__init__()
-        self.tokens_dir, self.order, self.begin, self.end = tokens_dir, order, begin, end
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown before it is read."""
-        return None
-
-    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-        """One task a range, whatever ``parallelism`` says: the ranges fix the order."""
-        steps = steps_per_task(self.tokens_dir, self.order)
-        starts = range(self.begin, self.end, steps)
-        return [self._task(start, min(self.end, start + steps)) for start in starts]
-
-    def _task(self, begin: int, end: int) -> ReadTask:
-        tokens_dir, order = self.tokens_dir, self.order
-        metadata = BlockMetadata(
-            num_rows=(end - begin) * order.batch_size, size_bytes=None, input_files=None, exec_stats=None
-        )
-        return ReadTask(lambda: [read_micro_steps(tokens_dir, order, begin, end)], metadata)
+    return to_table(sequences)
 
 
 def steps_per_task(tokens_dir: Path, order: SampleOrder) -> int:
@@ -127,25 +96,25 @@ def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -
     """This rank's micro-batches ``[begin, end)``, in order, read ahead by Ray Data.
 
     The reading tasks ask Ray for no CPU: they move a few kilobytes, and the worker group may hold all CPUs. Two at once are
-    faster than any training. How far they read ahead is bounded: otherwise Ray starts a process for each of hundreds of
-    tasks that ask for nothing, and fills its object store with a long training's rows.
+    faster than any training; unbounded, Ray would start hundreds, and fill its object store with a long training's rows.
     """
-    num_tasks = -(-(end - begin) // steps_per_task(tokens_dir, order))
-    if num_tasks <= 1:  # nothing to stream: starting Ray Data takes longer than reading it
+    steps = steps_per_task(tokens_dir, order)
+    ranges = [{"begin": start, "end": min(end, start + steps)} for start in range(begin, end, steps)]
+    if len(ranges) <= 1:  # nothing to stream: starting Ray Data takes longer than reading it
         yield from _batches(iter([read_micro_steps(tokens_dir, order, begin, end)]), order)
         return
+
+    def read(part: dict[str, Any]) -> pa.Table:
+        return read_micro_steps(tokens_dir, order, int(part["begin"][0]), int(part["end"][0]))
+
     context: Any = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     limits = ray.data.ExecutionResources.for_limits(object_store_memory=_READ_AHEAD_BYTES)
     context.execution_options.resource_limits = limits
     context.enable_progress_bars = False
-    source = MicroStepSource(tokens_dir, order, begin, end)
-    dataset: Any = ray.data.read_datasource(
-        source,
-        num_cpus=0,
-        ray_remote_args={"max_retries": 3},
-        concurrency=_READERS,
-        override_num_blocks=num_tasks,
+    readers = ray.data.TaskPoolStrategy(size=_READERS)
+    dataset: Any = ray.data.from_items(ranges, override_num_blocks=len(ranges)).map_batches(
+        read, batch_size=1, num_cpus=0, compute=readers, max_retries=3
     )
     tables = dataset.iter_batches(batch_size=order.batch_size, batch_format="pyarrow", prefetch_batches=2)
     yield from _batches(tables, order)
@@ -154,12 +123,4 @@ def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -
 def _batches(tables: Iterator[pa.Table], order: SampleOrder) -> Iterator[list[Tokens]]:
     for table in tables:
         for start in range(0, len(table), order.batch_size):
-            yield _rows(table.slice(start, order.batch_size))
-
-
-def _rows(table: pa.Table) -> list[Tokens]:
-    rows = from_table(table)
-    if _ROW_LENGTHS not in table.column_names:
-        return rows
-    lengths = table[_ROW_LENGTHS].to_pylist()
-    return [replace(row, row_lengths=tuple(parts)) for row, parts in zip(rows, lengths, strict=True)]
+            yield from_table(table.slice(start, order.batch_size))

@@ -1,7 +1,5 @@
 """Rows that a program holds, such as a list of dicts, a data frame or a data set, as a file that a config can name."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -24,14 +22,9 @@ def is_place(rows: Any) -> bool:
 
 
 def write_rows(rows: Any, name: str, run_dir: str) -> str:
-    """Writes rows into a folder beside the run's directory, ``RUN_DIR.rows``, under the hash of their content: the same rows
-    are the same file. Returns its path.
-
-    ``rows`` are mappings, or a table that Arrow reads (pandas, polars, pyarrow).
-
-    Raises:
-        ConfigError: where a row is none, or holds what is not JSON; where ``run_dir`` is on an object store.
-    """
+    """Writes rows, mappings or a table that Arrow reads (pandas, polars, pyarrow), into a folder beside the run's directory,
+    ``RUN_DIR.rows``, under the hash of their content: the same rows are the same file. Returns its path. Raises ConfigError
+    where a row is none, or holds what is not JSON; where ``run_dir`` is on an object store."""
     if is_store_uri(run_dir):
         raise ConfigError(
             f"{name} are rows, and run_dir {run_dir} is on an object store: give the path of a file there."

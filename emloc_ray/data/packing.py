@@ -1,7 +1,5 @@
 """Rows joined into sequences of a fixed length that do not see each other: each is padded less than a row is."""
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Sequence

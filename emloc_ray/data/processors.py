@@ -1,7 +1,5 @@
 """A vision-language model's own processor, and the inputs that it makes from a batch's images."""
 
-from __future__ import annotations
-
 import functools
 import io
 import threading
@@ -17,6 +15,7 @@ from emloc_ray.data.formats import RowImage, Tokens
 from emloc_ray.data.images import decode
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.store.node_cache import ensure
+from emloc_ray.text import one_line
 
 # A processor's tokenizer refuses a second caller meanwhile, and batches are made ahead in a thread of their own.
 _PROCESSING = threading.Lock()
@@ -28,11 +27,8 @@ _OF_TEXT = ("input_ids", "attention_mask", *_TOKEN_TYPES)
 
 @functools.lru_cache(maxsize=2)
 def open_processor(directory: str, trust_remote_code: bool = False) -> Any:
-    """The processor in a model's directory; None where the model has none for images.
-
-    Raises:
-        ConfigError: where it does not open, as without Pillow.
-    """
+    """The processor in a model's directory; None where the model has none for images. Raises ConfigError where it does not
+    open, as without Pillow."""
     from transformers import AutoProcessor
 
     ensure(Path(directory), weights=False)
@@ -41,9 +37,8 @@ def open_processor(directory: str, trust_remote_code: bool = False) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (ImportError, ValueError, OSError, TypeError, KeyError, AttributeError) as error:
-        detail = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"model.source {directory}: its processor does not open ({detail}): pip install 'emloc-ray[vision]', or fix"
+            f"model.source {directory}: its processor does not open ({one_line(error)}): pip install 'emloc-ray[vision]', or fix"
             " its files."
         ) from error
     is_whole = hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")
@@ -59,9 +54,7 @@ class ImageInputs:
 
     def __call__(self, images: Sequence[Sequence[bytes | memoryview]], input_ids: Tensor) -> dict[str, Tensor]:
         """Pixels, and all else that the processor makes of each row's encoded images and ``input_ids``; empty without images.
-
-        Pixels do not depend on the rows' text, so that placeholders do.
-        """
+        Pixels do not depend on the rows' text, so that placeholders do."""
         shown = [[decode(content) for content in row] for row in images if row]
         if not shown:
             return {}
@@ -76,11 +69,8 @@ class ImageInputs:
         return inputs
 
     def blank_row(self) -> Tokens:
-        """A row that shows a small blank image and has nothing to learn.
-
-        Ranks that train together must run the same parts of a model: a rank without images would leave the others waiting
-        for its part of the vision tower's gradients or weights.
-        """
+        """A row that shows a small blank image and has nothing to learn, for ranks without images: ranks that train together
+        must run the same parts of a model, or others wait for their part of the vision tower's gradients or weights."""
         from PIL import Image
 
         stream = io.BytesIO()
@@ -106,11 +96,8 @@ def placeholders(processor: Any, count: int) -> str:
 
 
 def example(directory: str | Path, trust_remote_code: bool = False) -> dict[str, Tensor]:
-    """A model's inputs for one blank image and no words, from its own processor; empty where it has none.
-
-    Raises:
-        ConfigError: where the processor refuses the image.
-    """
+    """A model's inputs for one blank image and no words, from its own processor; empty where it has none. Raises ConfigError
+    where the processor refuses the image."""
     processor = open_processor(str(directory), trust_remote_code)
     if processor is None:
         return {}
@@ -119,9 +106,8 @@ def example(directory: str | Path, trust_remote_code: bool = False) -> dict[str,
         masks = [made[name].tolist() for name in _TOKEN_TYPES if name in made]
         by_tokens = processor.create_mm_token_type_ids(made["input_ids"].tolist()) if masks else []
     except Exception as error:  # a chat template and a processor are programs of the model's own
-        detail = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"model.source {directory}: its processor takes no image ({detail}): fix its files."
+            f"model.source {directory}: its processor takes no image ({one_line(error)}): fix its files."
         ) from error
     if any(mask != by_tokens for mask in masks):
         raise ConfigError(

@@ -37,8 +37,9 @@ from emloc_ray.errors import DataError
 from emloc_ray.io.formats.arrow_schemas import check_parquet
 from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.store.node_cache import ensure
-from emloc_ray.io.store.places import is_store_uri
+from emloc_ray.io.store.places import above, is_store_uri
 from emloc_ray.io.store.stored_files import StoredFile, shown
+from emloc_ray.text import one_line
 
 
 class BadRow(Row):
@@ -61,8 +62,7 @@ class Place(str):
         """The place of a row by its number, from 0."""
         made = cls(f"{source.name}, row {row + 1}")
         made.row_format = source.format
-        path, mark, options = source.path.partition("?") if source.is_stored else (source.path, "", "")
-        made.folder = f"{path.rpartition('/')[0]}{mark}{options}" if source.is_stored else str(Path(path).parent)
+        made.folder = above(source.path, 1) if source.is_stored else str(Path(source.path).parent)
         return made
 
 
@@ -125,12 +125,8 @@ def each(function: Callable[[Item], Result], items: Sequence[Item], stored: bool
 
 
 def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
-    """Counts a file's rows; ``keep_bad``: counts a CSV file's bad rows too.
-
-    Raises:
-        DataError: where it is unreadable or empty.
-        ArtifactError: where its store does not answer.
-    """
+    """Counts a file's rows; ``keep_bad``: counts a CSV file's bad rows too. Raises DataError where it is unreadable or empty,
+    ArtifactError where its store does not answer."""
     if isinstance(path, Path):
         ensure(path)
     kind, place = kind_of(path), str(path)
@@ -149,7 +145,7 @@ def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
                     raise DataError(f"{shown(place)} is {encoding} text: save it as UTF-8.")
                 source = _counted(place, kind, stream, keep_bad, version)
     except _UNREADABLE as error:
-        raise DataError(f"{shown(str(path))} cannot be read as {kind} ({_detail(error)}): fix the file.") from error
+        raise DataError(f"{shown(str(path))} cannot be read as {kind} ({one_line(error)}): fix the file.") from error
     if source.num_rows == 0:
         raise DataError(f"{source.name} is empty: give a file with rows.")
     return dataclasses.replace(source, looked=looked)
@@ -170,12 +166,12 @@ def check_unchanged(sources: Iterable[SourceFile]) -> None:
 def _counted(place: str, kind: str, stream: io.BufferedReader, keep_bad: bool, version: str) -> SourceFile:
     """A text file with its rows counted, and marked where reading can begin there."""
     if kind == "jsonl" and is_array(place, stream):
-        count = sum(1 for _ in array_items(stream))
+        count = sum(1 for _ in array_items(stream, keep_bad))
         return SourceFile(place, "array", count, (), max(1, count), version)
     marks, count = [], 0
     delimiter = delimiter_of(place, stream) if kind == "csv" else ","
-    offsets = _csv_offsets(stream, shown(place), keep_bad, delimiter) if kind == "csv" else _line_offsets(stream)
-    for offset in offsets:
+    of_lines = (offset for offset, _ in lines(stream))
+    for offset in _csv_offsets(stream, shown(place), keep_bad, delimiter) if kind == "csv" else of_lines:
         if count % _ROWS_PER_MARK == 0:
             marks.append(offset)
         count += 1
@@ -202,11 +198,9 @@ def read_rows(
 ) -> Iterator[tuple[int, Row]]:
     """Yields ``(row number, row)`` for ascending row numbers from 0, in one stream.
 
-    Reads only the columns ``fields`` and ``extra`` of a Parquet file that has all ``fields``. Holds a buffer, whatever the
-    size of files, row groups and ``rows``. ``keep_bad``: a line that is no row comes as a :class:`BadRow`.
-
-    Raises:
-        DataError: naming file and row.
+    Reads only the columns ``fields`` and ``extra`` of a Parquet file that has all ``fields``. Holds a buffer, whatever the size
+    of files, row groups and ``rows``. ``keep_bad``: a line that is no row comes as a :class:`BadRow`. Raises DataError, naming
+    file and row.
     """
     if not source.is_stored:
         ensure(Path(source.path))
@@ -246,7 +240,9 @@ def _read_groups(
                         break
     except _UNREADABLE as error:
         where = f"rows {start + 1} to {stop}"
-        raise DataError(f"{source.name}, {where}: not readable as parquet ({_detail(error)}): fix the file.") from error
+        raise DataError(
+            f"{source.name}, {where}: not readable as parquet ({one_line(error)}): fix the file."
+        ) from error
     if row is not None:
         raise DataError(f"{source.name} is shorter than when it was counted: run again.")
 
@@ -300,14 +296,14 @@ def _read_records(source: SourceFile, rows: Iterable[int], keep_bad: bool) -> It
             position = row + 1
     except _UNREADABLE as error:
         raise DataError(
-            f"{source.name}, row {row + 1}: not readable as {source.kind} ({_detail(error)}): fix the file."
+            f"{source.name}, row {row + 1}: not readable as {source.kind} ({one_line(error)}): fix the file."
         ) from error
 
 
 def _records(source: SourceFile, offset: int) -> Iterator[Any]:
     with open_file(source.path, STORED_BUFFER_BYTES) as stream:
         if source.kind == "array":
-            yield from array_items(stream)
+            yield from array_items(stream, keep_bad=True)
             return
         is_csv = source.kind == "csv"
         for _, record in csv_records(stream, offset, source.delimiter) if is_csv else lines(stream, offset):
@@ -325,10 +321,8 @@ def _parser(source: SourceFile) -> Callable[[Any], Row]:
 
 @contextlib.contextmanager
 def _parquet(path: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file, buffered: so a row group is read page by page instead of by whole columns.
-
-    Checks its schema each time, as the file may have changed since it was counted.
-    """
+    """A Parquet file, buffered: so a row group is read page by page instead of by whole columns. Checks its schema each time,
+    as the file may have changed since it was counted."""
     is_stored = is_store_uri(path)
     size = STORED_BUFFER_BYTES if is_stored else _BUFFER_BYTES
     with contextlib.ExitStack() as opened:
@@ -339,10 +333,6 @@ def _parquet(path: str) -> Iterator[pq.ParquetFile]:
         )
         check_parquet(file, shown(path))
         yield file
-
-
-def _line_offsets(stream: io.BufferedReader) -> Iterator[int]:
-    return (offset for offset, _ in lines(stream))
 
 
 def _csv_offsets(stream: io.BufferedReader, name: str, keep_bad: bool, delimiter: str) -> Iterator[int]:
@@ -360,7 +350,3 @@ def _csv_offsets(stream: io.BufferedReader, name: str, keep_bad: bool, delimiter
             except BadText as error:
                 raise DataError(f"{name}, row {number + 1}: {error}.") from error
         yield offset
-
-
-def _detail(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,7 +1,5 @@
 """The formats that people's rows have, and how each becomes text, prompt and completion, or chat messages."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -66,10 +64,8 @@ def columns_of(format: str, columns: Mapping[str, str]) -> tuple[list[str], list
 
 
 def recognized(row: Row, columns: Mapping[str, str]) -> str | None:
-    """The format of a row by its columns; None where it has none that is known.
-
-    Where columns are mapped, only a format that takes a mapped one counts.
-    """
+    """The format of a row by its columns; None where it has none that is known. Where columns are mapped, only a format that
+    takes a mapped one counts."""
     given = renamed(row, columns)
     for name, form in FORMATS.items():
         is_meant = not columns or bool({*form.needed, *form.optional} & columns.keys())
@@ -111,10 +107,8 @@ def unknown_format(row: Row, columns: Mapping[str, str], where: str) -> DataErro
 def converted(row: Row, format: str, columns: Mapping[str, str], where: str, chats: bool = True) -> tuple[Row, str]:
     """A row as text, prompt and completion, or messages, and which of these it is.
 
-    ``chats``: whether the model has a chat template; without one, Alpaca's rows get Alpaca's own prompt.
-
-    Raises:
-        DataError: naming file, row and field, where it has not this format; its texts are left to ``check_row``.
+    ``chats``: whether the model has a chat template; without one, Alpaca's rows get Alpaca's own prompt. Raises DataError,
+    naming file, row and field, where it has not this format; its texts are left to ``check_row``.
     """
     if format == "auto":
         format = recognized(row, columns) or "auto"
@@ -216,15 +210,12 @@ def _conversational(row: Row, where: str, chats: bool) -> tuple[Row, str]:
     )
     if not isinstance(before, list) or not isinstance(after, list):
         raise DataError(f"{where}: prompt or completion is no list of turns: give [{{role, content}}, …].")
-    asked = [{**turn, "weight": 0} if _is_answer(turn) else turn for turn in before]
-    repeated = (
-        len(before) if after[: len(before)] == before else 0
-    )  # of preference data, whose chosen is the whole chat
+    asked = [
+        {**turn, "weight": 0} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn for turn in before
+    ]
+    # The chosen answer of preference data is the whole chat.
+    repeated = len(before) if after[: len(before)] == before else 0
     return _messages({**row, "messages": [*asked, *after[repeated:]]}, where, chats)
-
-
-def _is_answer(turn: Any) -> bool:
-    return isinstance(turn, dict) and turn.get("role") == "assistant"
 
 
 def _alpaca(row: Row, where: str, chats: bool) -> tuple[Row, str]:

@@ -44,11 +44,8 @@ class HashRange:
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Rows of a list of files, by ascending number in the files' concatenation.
-
-    A row is in where its hashes are in all ``ranges``: a selection of 10⁷ rows is a few numbers, from which every worker
-    finds any part of it.
-    """
+    """Rows of a list of files, by ascending number in the files' concatenation: those whose hashes are in all ``ranges``. A
+    selection of 10⁷ rows is a few numbers, from which every worker finds any part of it."""
 
     sources: tuple[SourceFile, ...]
     ranges: tuple[HashRange, ...]
@@ -123,11 +120,8 @@ class RowSelection:
     ) -> Iterator[tuple[Place, Row]]:
         """Yields ``(file and row, row)`` for the selection's rows in ``[begin, end)``, as one stream through each file.
 
-        Reads only the columns of a Parquet file's ``format``, under the file's own names; all of them where that is not
-        known. A line that is no row comes as :class:`emloc_ray.data.reading.BadRow`.
-
-        Raises:
-            DataError: where one cannot be read.
+        Reads only the columns of a Parquet file's ``format``, under the file's own names; all of them where that is not known.
+        A line that is no row comes as :class:`emloc_ray.data.reading.BadRow`. Raises DataError where one cannot be read.
         """
         start = 0
         for source in self.sources:

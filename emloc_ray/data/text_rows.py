@@ -3,8 +3,6 @@
 A line longer than :data:`MAX_LINE_BYTES` is a bad row; its rest is skipped.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import io
@@ -20,6 +18,8 @@ _MAX_CSV_FIELD = 2**31 - 1  # the csv module's own limit is 128 KiB
 _SKIP_BYTES = 2**20
 _ARRAY_BYTES = 2**18
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
+_MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)  # strings, and brackets between them
+_PARSE = json.JSONDecoder().raw_decode
 _TOO_LONG = "\udcfftoo long"  # replaces a too long line of a CSV file; no UTF-8 decodes to it
 _BOMS = {
     **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32"),  # first: the one begins as UTF-16's does
@@ -61,7 +61,9 @@ def read_object(line: bytes) -> Row:
 
 
 def check_object(value: Any) -> Row:
-    """The value itself; raises BadText where it is no object."""
+    """The value itself; raises BadText where it is no object, or is that itself."""
+    if isinstance(value, BadText):
+        raise value
     if not isinstance(value, dict):
         raise BadText(f"{type(value).__name__} instead of an object: write one object a line")
     return value
@@ -81,14 +83,14 @@ def _decoded(line: bytes) -> str:
         raise BadText(_not_utf8(line[error.start], error.start)) from error
 
 
-def array_items(stream: io.BufferedReader) -> Iterator[Any]:
+def array_items(stream: io.BufferedReader, keep_bad: bool = False) -> Iterator[Any]:
     """The values in the one JSON array of a file; holds one of them, and a piece of the file.
 
-    Raises:
-        ValueError: where it is no JSON; what comes after that cannot be found.
+    ``keep_bad``: gives BadText, not raised, for an object that is no JSON or not UTF-8 and whose brackets still say where it
+    ends. Raises ValueError where it is no JSON; what comes after that cannot be found.
     """
     stream.seek(0)
-    decode, parse = codecs.getincrementaldecoder("utf-8-sig")().decode, json.JSONDecoder().raw_decode
+    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
     text, at, size, ended = "", 0, _ARRAY_BYTES, False
     place = "["  # what comes next: the array's beginning, a value or its end, or what is between two values
     number = 0
@@ -101,29 +103,60 @@ def array_items(stream: io.BufferedReader) -> Iterator[Any]:
             at, place = at + 1, "value"
             continue
         if at < len(text) and text[at] == "]" and place != "value":
+            while not (rest := text[at + 1 :].strip()) and (more := stream.read(_ARRAY_BYTES)):
+                text, at = decode(more), -1
+            if rest:
+                raise ValueError(f"there is more after the ] of element {number}")
             return
         try:
             if place == ", or ]" or at == len(text):
                 raise json.JSONDecodeError(f"expected {place}", text, at)
-            value, at = parse(text, at)
-        except json.JSONDecodeError as error:
+            value, at = _array_value(text, at)
+        except (json.JSONDecodeError, RecursionError) as error:
             if ended or len(text) - at > MAX_LINE_BYTES or (at < len(text) and place == ", or ]"):
-                raise ValueError(f"element {number + 1}: {error.msg}") from error
+                raise ValueError(f"element {number + 1}: {_why(error)}") from error
             more = stream.read(size)
             text, at, ended, size = text[at:] + decode(more, not more), 0, not more, 2 * size
             continue
+        if isinstance(value, BadText) and not keep_bad:
+            raise ValueError(f"element {number + 1}: {value}")
         yield value
         number, place, size = number + 1, ", or ]", _ARRAY_BYTES
 
 
+def _array_value(text: str, at: int) -> tuple[Any, int]:
+    """The value that begins at ``at``, or BadText, and where it ends; raises where it is not all there, or has no end."""
+    try:
+        value, end = _PARSE(text, at)
+    except (json.JSONDecodeError, RecursionError) as error:
+        closing = _closing(text, at)
+        if closing is None:
+            raise
+        return BadText(f"not JSON ({_why(error)}): correct it"), closing
+    try:
+        text[at:end].encode()
+    except UnicodeEncodeError as error:
+        return BadText(_not_utf8(ord(text[at + error.start]) & 0xFF, error.start)), end
+    return value, end
+
+
+def _why(error: json.JSONDecodeError | RecursionError) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+
+
+def _closing(text: str, at: int) -> int | None:
+    """The end of the object at ``at`` by its brackets outside strings, whatever else it holds; None where it has none here."""
+    depth = 0
+    for mark in _MARKS.finditer(text, at) if text.startswith("{", at) else ():
+        depth += (mark[0] in ("{", "[")) - (mark[0] in ("}", "]"))
+        if depth == 0:
+            return mark.end()
+    return None
+
+
 def csv_records(stream: io.BufferedReader, offset: int = 0, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
-    """The records of a CSV file that are not blank, each with its offset; reads no further than asked.
-
-    A quoted value may hold newlines: the csv module finds a record's end.
-
-    Raises:
-        csv.Error: where a record has no end, as with a quote that is never closed.
-    """
+    """The records of a CSV file that are not blank, each with its offset; reads no further than asked. A quoted value may hold
+    newlines: the csv module finds a record's end. Raises csv.Error where it has none, as with a quote that is never closed."""
     csv.field_size_limit(_MAX_CSV_FIELD)
     stream.seek(offset)
     begin = consumed = offset

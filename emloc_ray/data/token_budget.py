@@ -1,7 +1,5 @@
 """The number of sampled rows that have a number of tokens, found without tokenizing all rows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

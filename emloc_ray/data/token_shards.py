@@ -1,7 +1,5 @@
 """Token shards: Arrow files with fixed boundaries, read by row number through a memory map."""
 
-from __future__ import annotations
-
 import bisect
 import functools
 import itertools
@@ -166,11 +164,14 @@ def _open(path: str, inode: int, modified: int) -> pa.Table:
 
 
 def to_table(rows: Sequence[Tokens], with_images: bool = False) -> pa.Table:
-    """Rows as columns; ``with_images``: with a column of images."""
+    """Rows as columns; ``with_images``: with a column of images. Of joined rows one holds their lengths."""
     columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in _TYPES}
     columns["images"] = [[{"content": bytes(i.content), "end": i.end} for i in row.images] for row in rows]
     names = _TYPES if with_images else _ALWAYS
-    return pa.table({name: pa.array(columns[name], _TYPES[name]) for name in names})
+    table = pa.table({name: pa.array(columns[name], _TYPES[name]) for name in names})
+    if not any(row.row_lengths for row in rows):
+        return table
+    return table.append_column("row_lengths", pa.array([row.row_lengths for row in rows], pa.list_(pa.int32())))
 
 
 def from_table(table: pa.Table) -> list[Tokens]:
@@ -183,7 +184,8 @@ def _row(table: pa.Table, position: int) -> Tokens:
     ids, mask = (table[name][position].as_py() for name in _ALWAYS)
     shown = table["images"][position].values if "images" in table.column_names else ()
     images = tuple(RowImage(memoryview(i["content"].as_buffer()).cast("B"), i["end"].as_py()) for i in shown)
-    return Tokens(ids, mask, images)
+    lengths = table["row_lengths"][position].as_py() if "row_lengths" in table.column_names else ()
+    return Tokens(ids, mask, images, tuple(lengths))
 
 
 # Gives a model's inputs for the images of a batch's rows, from these and the batch's token ids.

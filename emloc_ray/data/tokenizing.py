@@ -1,7 +1,5 @@
 """Ray Data reads, formats and tokenizes every split into token shards with fixed boundaries."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json
@@ -63,11 +61,9 @@ class TokenizeOptions:
         return self.format in {*CHATS, "auto"} and open_processor(self.tokenizer, self.trust_remote_code) is not None
 
     def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[list[Tokens] | None]:
-        """Checks rows, each with the place that errors name, and gives their whole tokens: one sequence a row, several of
-        a chat whose template rewrites earlier turns; None stands for a bad row that is skipped.
-
-        At most 256 rows are held at once, or 32 with their images.
-        """
+        """Checks rows, each with the place that errors name, and gives their whole tokens: one sequence a row, several of a
+        chat whose template rewrites earlier turns; None for a bad row that is skipped. Holds at most 256 rows, or 32 with their
+        images."""
         tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
         stream = iter(rows)
         size = _IMAGE_ROWS_PER_BATCH if self.may_show_images else ROWS_PER_BATCH
@@ -103,10 +99,8 @@ def _asks_a_server(row: Row, where: str) -> bool:
 
 @dataclass(frozen=True)
 class ShardTokenizer:
-    """Turns units of work into shard files: a Ray Data function without state, which may run again anywhere.
-
-    A unit is a few neighbouring shards of a split: the number of the first, the rows a shard, and where each begins.
-    """
+    """Turns units of work into shard files: a Ray Data function without state, which may run again anywhere. A unit is a few
+    neighbouring shards of a split: the number of the first, the rows a shard, and where each begins."""
 
     options: TokenizeOptions
     splits: dict[str, RowSelection]
@@ -141,19 +135,16 @@ class ShardTokenizer:
         return counts
 
     def _kept(self, rows: Iterable[tuple[str, Row]], counts: dict[str, int]) -> Iterator[Tokens]:
+        limit = self.options.max_seq_length
         for row in self.options.tokens(rows):
             counts["skipped_rows"] += row is None
-            yield from self._cut(row or (), counts)
-
-    def _cut(self, row: Iterable[Tokens], counts: dict[str, int]) -> Iterator[Tokens]:
-        limit = self.options.max_seq_length
-        for tokens in row:
-            cut = truncate(tokens, limit)
-            counts["truncated_rows"] += len(tokens) > limit
-            counts["truncated_tokens"] += max(0, len(tokens) - limit)
-            counts["dropped_rows"] += cut is None
-            if cut is not None:
-                yield cut
+            for tokens in row or ():
+                cut = truncate(tokens, limit)
+                counts["truncated_rows"] += len(tokens) > limit
+                counts["truncated_tokens"] += max(0, len(tokens) - limit)
+                counts["dropped_rows"] += cut is None
+                if cut is not None:
+                    yield cut
 
 
 def _counted(rows: Iterable[Tokens], counts: dict[str, int]) -> Iterator[Tokens]:
@@ -219,10 +210,8 @@ def tokenize_splits(
     """Writes ``out_dir/SPLIT/shard-*.arrow`` and an index for each split; returns the counts of each split.
 
     Keeps whole shards that are in ``out_dir`` already: the caller knows that they are of these rows. The driver holds a few
-    numbers a shard, never a row's; workers hold a batch of rows and a shard's tokens.
-
-    Raises:
-        DataError: for the first bad row, with file, row and field; or where a split keeps no row.
+    numbers a shard, never a row's; workers hold a batch of rows and a shard's tokens. Raises DataError for the first bad row,
+    with file, row and field; or where a split keeps no row.
     """
     work = [
         unit for split, selection in splits.items() for unit in shard_units(split, selection, rows_per_shard[split])
@@ -246,11 +235,8 @@ def row_lengths(selection: RowSelection, options: TokenizeOptions, num_workers: 
 
 
 def shard_units(split: str, selection: RowSelection, rows_per_shard: int) -> Iterator[Unit]:
-    """Units of work of neighbouring shards: of one shard each, where files can be entered at any row.
-
-    A Parquet row group is read from its beginning, whatever part is asked for. So a unit spans at least a sixteenth of the
-    largest group: a file of one huge group is read through eight times in all, not once a shard.
-    """
+    """Units of work of neighbouring shards: of one shard each, where files can be entered at any row. A Parquet row group is
+    read from its beginning: there a unit spans at least a sixteenth of the largest, so that it is read eight times in all."""
     bounds = selection.bounds(rows_per_shard).tolist()
     span = max(source.group_rows for source in selection.sources) / _READS_PER_GROUP
     first = 0

@@ -4,14 +4,10 @@ A row's prompt is a function without its docstring, its completion the docstring
 :mod:`emloc_ray.demos.python_sources` says.
 """
 
-from __future__ import annotations
-
 import ast
 import re
-from collections.abc import Sequence
-from pathlib import Path
 
-from emloc_ray.demos.python_sources import Function, SourceRow, SourceTask, code_of, words, write_task
+from emloc_ray.demos.python_sources import Function, SourceRow, SourceTask, code_of, words
 
 LEAD = "\n# What it does:\n"
 """What stands between the code and the completion; it ends at a line's border, where every tokenizer splits."""
@@ -32,13 +28,6 @@ _NOT_A_DESCRIPTION = re.compile(
     re.IGNORECASE,
 )
 _CUT_SHORT = re.compile(r"\b(a|an|the|of|to|for|by|and|or|as|is|are|if|via|from|that|with|using|when|into|than)\.$")
-
-
-def generate(out_dir: Path, task: SourceTask, roots: Sequence[Path] | None = None) -> dict[str, int]:
-    """Writes the task's splits; see :func:`~emloc_ray.demos.python_sources.write_task`."""
-    return write_task(
-        out_dir, task, lambda node, lines, module: summary_row(node, lines, module, task.max_prompt_chars), roots
-    )
 
 
 def summary_row(node: Function, lines: list[str], module: str, max_prompt_chars: int) -> SourceRow | None:
@@ -81,3 +70,6 @@ def _first_sentence(docstring: str) -> str | None:
     is_prose = _PROSE.fullmatch(text) and not _NOT_A_DESCRIPTION.match(text) and not _CUT_SHORT.search(text)
     is_closed = text.count("(") == text.count(")") and text.count('"') % 2 == 0
     return text if is_prose and is_closed and _MIN_WORDS <= len(text.split()) <= _MAX_WORDS else None
+
+
+TASK = SourceTask(summary_row)

@@ -4,11 +4,7 @@ Files are parsed, never imported. Rows are a function of the seed and the instal
 in the order of a seeded hash, no row is like another, and whole modules go to one split, so that none stands in two.
 """
 
-from __future__ import annotations
-
 import ast
-import contextlib
-import gc
 import importlib.util
 import os
 import re
@@ -48,21 +44,22 @@ class SourceRow(NamedTuple):
     module: str
 
 
-# A function's row, given the lines of its file and its module's name; None where it makes none.
-RowOf = Callable[[Function, list[str], str], SourceRow | None]
+# A function's row, given the lines of its file, its module's name and the most characters of a prompt; None where it makes none.
+RowOf = Callable[[Function, list[str], str, int], SourceRow | None]
 
 _SCHEMA = pa.schema([(name, pa.string()) for name in SourceRow._fields])
 
 
 @dataclass(frozen=True)
 class SourceTask:
-    """The form of a task's rows, and their number.
+    """How a task makes its rows, ``row_of`` a function, and how many.
 
     ``max_prompt_chars`` bounds the whole prompt, its closing line included: 280 make rows of about 100 tokens. The caps on
     packages and modules keep any from taking over. Fewer rows than ``min_rows``, or than a smaller ``max_rows``, are an error.
     Where ``max_share`` is set, completions are labels, which rows share: none is on more than that share of ``max_rows``.
     """
 
+    row_of: RowOf
     max_prompt_chars: int = 280
     max_rows: int = 12_000
     seed: int = 0
@@ -72,18 +69,14 @@ class SourceTask:
     max_share: float | None = None
 
 
-def write_task(out_dir: Path, task: SourceTask, row_of: RowOf, roots: Sequence[Path] | None = None) -> dict[str, int]:
+def write_task(out_dir: Path, task: SourceTask, roots: Sequence[Path] | None = None) -> dict[str, int]:
     """Writes ``train``, ``calibration``, ``selection`` and ``eval`` as Parquet files into ``out_dir``.
 
     ``roots`` are the folders whose Python files are read, by default those of the running interpreter. Returns the number of
-    rows of each split.
-
-    Raises:
-        DataError: where the sources yield too few rows.
+    rows of each split. Raises DataError where the sources yield too few rows.
     """
     folders = installed_roots() if roots is None else list(roots)
-    with without_collector():
-        rows = list(islice(collect(folders, task, row_of), task.max_rows))
+    rows = list(islice(collect(folders, task), task.max_rows))
     needed = min(task.min_rows, task.max_rows)
     if len(rows) < needed:
         where = ", ".join(str(folder) for folder in folders)
@@ -98,7 +91,7 @@ def write_task(out_dir: Path, task: SourceTask, row_of: RowOf, roots: Sequence[P
     return write_splits(out_dir, splits, _SCHEMA)
 
 
-def collect(folders: Sequence[Path], task: SourceTask, row_of: RowOf) -> Iterator[SourceRow]:
+def collect(folders: Sequence[Path], task: SourceTask) -> Iterator[SourceRow]:
     """Rows from files in hash order; no prompt has the words of an earlier one, and no completion unless it is a label."""
     files = sorted(_modules(folders).items(), key=lambda item: draw(task.seed, "module", item[0]))
     seen: set[str] = set()
@@ -108,7 +101,7 @@ def collect(folders: Sequence[Path], task: SourceTask, row_of: RowOf) -> Iterato
     for module, path in files:
         package = module.partition(".")[0]
         allowed = min(task.max_rows_per_module, task.max_rows_per_package - per_package[package])
-        for row in _rows_of_file(path, module, task.seed, row_of) if allowed > 0 else []:
+        for row in _rows_of_file(path, module, task) if allowed > 0 else []:
             texts = (row.prompt, row.completion) if most is None else (row.prompt,)
             keys = {words(text) for text in texts if text}
             if allowed > 0 and seen.isdisjoint(keys) and (most is None or per_label[row.completion] < most):
@@ -117,18 +110,6 @@ def collect(folders: Sequence[Path], task: SourceTask, row_of: RowOf) -> Iterato
                 per_label[row.completion] += 1
                 allowed -= 1
                 yield row
-
-
-@contextlib.contextmanager
-def without_collector() -> Iterator[None]:
-    """Switches Python's cycle collector off: syntax trees hold no cycles, and the search takes longer than parsing."""
-    was_collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_collecting:
-            gc.enable()
 
 
 def installed_roots() -> list[Path]:
@@ -153,7 +134,7 @@ def _modules(folders: Sequence[Path]) -> dict[str, Path]:
     return modules
 
 
-def _rows_of_file(path: Path, module: str, seed: int, row_of: RowOf) -> list[SourceRow]:
+def _rows_of_file(path: Path, module: str, task: SourceTask) -> list[SourceRow]:
     """The file's rows in a seeded order, with duplicates; none where the file cannot be read as Python."""
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
@@ -165,10 +146,10 @@ def _rows_of_file(path: Path, module: str, seed: int, row_of: RowOf) -> list[Sou
             warnings.simplefilter("ignore")
             functions = list(_functions(ast.parse(source)))
         lines = source.split("\n")
-        rows = [row for node in functions if (row := row_of(node, lines, module))]
+        rows = [row for node in functions if (row := task.row_of(node, lines, module, task.max_prompt_chars))]
     except (SyntaxError, ValueError, LookupError, RecursionError, MemoryError, OSError):
         return []
-    return sorted(rows, key=lambda row: (draw(seed, "row", row.completion), row.prompt))
+    return sorted(rows, key=lambda row: (draw(task.seed, "row", row.completion), row.prompt))
 
 
 def _functions(tree: ast.AST) -> Iterator[Function]:
@@ -181,10 +162,8 @@ def _functions(tree: ast.AST) -> Iterator[Function]:
 
 
 def code_of(node: Function, lines: list[str], max_chars: int) -> str | None:
-    """The function's source, dedented, without docstrings and blank lines, cut at a line's border.
-
-    None where less than two lines fit, where a docstring shares its line with code, or where not all is ASCII.
-    """
+    """The function's source, dedented, without docstrings and blank lines, cut at a line's border. None where less than two
+    lines fit, where a docstring shares its line with code, or where not all is ASCII."""
     dropped: set[int] = set()
     for docstring in _docstrings(node):
         if lines[docstring.lineno - 1][: docstring.col_offset].strip():

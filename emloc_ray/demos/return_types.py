@@ -4,27 +4,14 @@ A row's prompt is a short function without its docstring, the annotation of what
 annotation. Functions are found as :mod:`emloc_ray.demos.python_sources` says.
 """
 
-from __future__ import annotations
-
 import ast
-from collections.abc import Sequence
-from pathlib import Path
 
-from emloc_ray.demos.python_sources import Function, SourceRow, SourceTask, code_of, write_task
+from emloc_ray.demos.python_sources import Function, SourceRow, SourceTask, code_of
 
 LEAD = "\n# The return type:\n"
 """What stands between the code and the completion; it ends at a line's border, where every tokenizer splits."""
 MASK = "____"
-TASK = SourceTask(max_prompt_chars=240, max_rows=2_000, min_rows=800, max_share=0.3)
-"""No type is on more than 30 % of the rows: naming always the same one is right no more often."""
 _TYPES = ("bool", "bytes", "float", "int", "str")  # and None; of others there are few each
-
-
-def generate(out_dir: Path, task: SourceTask = TASK, roots: Sequence[Path] | None = None) -> dict[str, int]:
-    """Writes the task's splits; see :func:`~emloc_ray.demos.python_sources.write_task`."""
-    return write_task(
-        out_dir, task, lambda node, lines, module: return_type_row(node, lines, module, task.max_prompt_chars), roots
-    )
 
 
 def return_type_row(node: Function, lines: list[str], module: str, max_prompt_chars: int) -> SourceRow | None:
@@ -47,3 +34,7 @@ def _type_name(annotation: ast.expr) -> str | None:
     if isinstance(annotation, ast.Constant) and annotation.value is None:
         return "None"
     return annotation.id if isinstance(annotation, ast.Name) and annotation.id in _TYPES else None
+
+
+TASK = SourceTask(return_type_row, max_prompt_chars=240, max_rows=2_000, min_rows=800, max_share=0.3)
+"""No type is on more than 30 % of the rows: naming always the same one is right no more often."""

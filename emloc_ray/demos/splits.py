@@ -1,7 +1,5 @@
 """The splits of a task made on the spot: drawn by hash, written as Parquet."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import accumulate

@@ -5,8 +5,6 @@ inside the question, as transformers has them. What an image shows (the number, 
 so that no held-out answer can be remembered.
 """
 
-from __future__ import annotations
-
 import io
 import random
 from collections.abc import Callable, Iterator
@@ -58,10 +56,8 @@ class Example(NamedTuple):
 
 
 def generate(out_dir: Path, task: VqaTask) -> dict[str, int]:
-    """Writes ``train``, ``calibration``, ``selection`` and ``eval`` as Parquet files into ``out_dir``.
-
-    Returns the number of rows of each split. Raises ``DataError`` without Pillow.
-    """
+    """Writes ``train``, ``calibration``, ``selection`` and ``eval`` as Parquet files into ``out_dir``. Returns the number of
+    rows of each split. Raises ``DataError`` without Pillow."""
     splits: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLIT_FRACTIONS}
     for example in examples(task):
         splits[split_of(example, task.seed)].append({"messages": messages(example), "kind": example.kind})

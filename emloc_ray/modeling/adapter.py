@@ -4,8 +4,6 @@ Which methods there are is in ``adapter_methods.py``, how they sit on factors in
 ``adapter_files.py``.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -32,17 +30,13 @@ def attach_adapter(model: Any, config: PeftConfig) -> PeftModel:
     return attached
 
 
-def load_adapter(model: Any, directory: Path, name: str = "default", *, trainable: bool = False) -> PeftModel:
-    """A saved adapter, frozen unless ``trainable``, on an emulator or on its original; beside those it has, where it has
-    any of that method."""
+def load_adapter(model: Any, directory: Path, *, trainable: bool = False) -> PeftModel:
+    """A saved adapter, frozen unless ``trainable``, on an emulator or on its original."""
     ensure(Path(directory))
     with readable(Path(directory), model) as folder:
         config = PeftConfig.from_pretrained(str(folder))
         with attachable(model, config), as_linears():
-            if isinstance(model, PeftModel):
-                model.load_adapter(folder, adapter_name=name, peft_config=config)
-                return model
-            loaded = PeftModel.from_pretrained(model, folder, adapter_name=name, config=config, is_trainable=trainable)
+            loaded = PeftModel.from_pretrained(model, folder, config=config, is_trainable=trainable)
     return loaded if trainable else loaded.requires_grad_(False)  # a prompt's encoder would learn on
 
 
@@ -52,17 +46,10 @@ def detach_adapter(model: PeftModel) -> Any:
 
 
 def save_trained_adapter(
-    model: PeftModel,
-    directory: Path,
-    *,
-    targets: Patterns,
-    base_model: str,
-    state: dict[str, Tensor] | None = None,
+    model: PeftModel, directory: Path, *, targets: Patterns, base_model: str, state: dict[str, Tensor] | None = None
 ) -> None:
-    """Saves the adapter as trained, under the original's module names and with portable ``target_modules``.
-
-    ``state`` are its parameters by name, where those of ``model`` itself are scattered over processes.
-    """
+    """Saves the adapter as trained, under the original's module names and with portable ``target_modules``. ``state`` are its
+    parameters by name, where those of ``model`` itself are scattered over processes."""
     with atomic_directory(directory) as temporary:
         model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False, state_dict=state)
         path = temporary / CONFIG_NAME

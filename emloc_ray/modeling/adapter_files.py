@@ -1,7 +1,5 @@
 """Adapters on disk, in PEFT's format, under the original model's module names: opened by their headers, read, written."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -58,12 +56,9 @@ class LoraModule:
 class Adapter:
     """An adapter on disk: ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT writes them.
 
-    Opened by its header; a module's tensors are read when they are asked for, with ``whole`` from memory: such an adapter
-    can be sent to others.
-
-    Raises:
-        ArtifactError: where a file is missing or no adapter.
-        ConfigError: where the adapter is of a kind that is not known here.
+    Opened by its header; a module's tensors are read when they are asked for, with ``whole`` from memory: such an adapter can
+    be sent to others. Raises ArtifactError where a file is missing or no adapter, ConfigError where the adapter's kind is not
+    known here.
     """
 
     def __init__(self, directory: Path, whole: bool = False) -> None:
@@ -148,9 +143,7 @@ def write_adapter(
     magnitudes: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes LoRA or a variant in PEFT's format, atomically; ``config`` is an ``adapter_config.json`` whose scales hold.
-
-    ``magnitudes`` are DoRA's, by module.
-    """
+    ``magnitudes`` are DoRA's, by module."""
     tensors = {f"{PREFIX}{name}.{_MAGNITUDE}": m.to(torch.float32) for name, m in (magnitudes or {}).items()}
     for module in modules:
         tensors[f"{PREFIX}{module.name}.lora_A.weight"] = module.lora_a.to(torch.float32)

@@ -1,16 +1,11 @@
 """PEFT's adapters on factorized layers, all methods in one way.
 
-PEFT takes a module of the model's own for an adapter's base only where it is an ``nn.Linear``: LoRA alone has a hook for
-others. So while PEFT builds (or loads) its layers, a linear of the same shape, whose weight takes no memory, stands in
-for each factorized layer; afterwards that is put back as the base of its adapter layer. Adapter layers compute with
-``base_layer(x)`` alone, but for what the classes below replace: where PEFT's formula reads the base's dense weight. Their
-class is changed on the spot, as torch's own ``parametrize`` and ``fully_shard`` do.
-
-A linear in 4 bits has no dense weight either. PEFT's own layers know it, but for those of LoHa and LoKr, which go by the
-shape of the weight: for them it has a stand-in too.
+PEFT takes a module of the model's own for an adapter's base only where it is an ``nn.Linear``. So while PEFT builds (or loads)
+its layers, a linear of the same shape, whose weight takes no memory, stands in for each factorized layer, and for those in 4
+bits where LoHa and LoKr go by the shape of the weight; afterwards that is put back as the base of its adapter layer. Adapter
+layers compute with ``base_layer(x)`` alone, but for what the classes below replace: where PEFT's formula reads the base's dense
+weight. Their class is changed on the spot, as torch's own ``parametrize`` and ``fully_shard`` do.
 """
-
-from __future__ import annotations
 
 import contextlib
 import warnings
@@ -20,13 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftConfig, PeftType
-from peft.tuners.ia3.layer import Linear as IA3Linear
 from peft.tuners.loha.layer import Linear as LoHaLinear
 from peft.tuners.lokr.layer import Linear as LoKrLinear
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.vera.layer import Linear as VeraLinear
 from torch import Tensor, nn
 
 from emloc_ray.core.products import paired_columns, row_norms
@@ -74,6 +66,7 @@ def _replace(model: nn.Module, which: Callable[[nn.Module], bool], make: Callabl
         base = getattr(module, "base_layer", None)
         if isinstance(base, nn.Module) and (isinstance(base, _COMPRESSED) or _in_4_bits(base)):
             base.requires_grad_(False)
+            module.__dict__["merge"] = _refuse_merge
             for layer in module.modules():  # the adapter layer, and DoRA's inside it
                 layer.__class__ = ON_FACTORS.get(type(layer), type(layer))
 
@@ -82,31 +75,14 @@ def _in_4_bits(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) and hasattr(layer.weight, "quant_state")
 
 
-class _OnFactors:
-    """What every adapter layer around factors does otherwise."""
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Always raises: an adapter trained on an emulator is merged into the original (``emloc-ray merge``)."""
-        raise TypeError("An emulator's layer cannot take a merge: merge the corrected adapter into the original model.")
+def _refuse_merge(safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """An adapter trained on an emulator is merged into the original (``emloc-ray merge``)."""
+    raise TypeError("An emulator's layer cannot take a merge: merge the corrected adapter into the original model.")
 
 
-class FactorizedLoraLinear(_OnFactors, LoraLinear):
-    """LoRA, rsLoRA and DoRA around a :class:`FactorizedLinear`."""
-
-
-class FactorizedVeraLinear(_OnFactors, VeraLinear):
-    """VeRA around a :class:`FactorizedLinear`."""
-
-
-class FactorizedIA3Linear(_OnFactors, IA3Linear):
-    """IA³ around a :class:`FactorizedLinear`."""
-
-
-class FactorizedLoHaLinear(_OnFactors, LoHaLinear):
-    """LoHa around a :class:`FactorizedLinear`; where r² is small by its thin form, so that no dense ``ΔW`` is made.
-
-    PEFT's own makes one for every layer and keeps it for the backward pass: as much as the weights that were compressed.
-    """
+class FactorizedLoHaLinear(LoHaLinear):
+    """LoHa around a :class:`FactorizedLinear`; where r² is small by its thin form, so that no dense ``ΔW`` is made. PEFT's own
+    makes one for every layer and keeps it for the backward pass: as much as the weights that were compressed."""
 
     def _get_delta_activations(  # type: ignore[override]  # PEFT's own names the input in two ways
         self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any
@@ -122,7 +98,7 @@ class FactorizedLoHaLinear(_OnFactors, LoHaLinear):
         return _dropped_rows(self, adapter_name, y * self.scaling[adapter_name], rescaled=True)
 
 
-class FactorizedLoKrLinear(_OnFactors, LoKrLinear):
+class FactorizedLoKrLinear(LoKrLinear):
     """LoKr around a :class:`FactorizedLinear`: ``(W1 ⊗ W2) x`` is ``W1 X W2ᵀ`` with x as a matrix, so no ``ΔW`` is made."""
 
     def _get_delta_activations(  # type: ignore[override]  # PEFT's own names the input in two ways
@@ -152,10 +128,8 @@ def _dropped_rows(layer: Any, adapter_name: str, y: Tensor, *, rescaled: bool) -
 
 
 class FactorizedDora(DoraLinearLayer):
-    """DoRA's magnitude over factors: ``m / ‖W_E + s B A‖`` by rows, the norms from thin products alone.
-
-    As in PEFT the norms take no gradient (DoRA, https://arxiv.org/abs/2402.09353, section 4.3).
-    """
+    """DoRA's magnitude over factors: ``m / ‖W_E + s B A‖`` by rows, the norms from thin products alone. As in PEFT the norms
+    take no gradient (DoRA, https://arxiv.org/abs/2402.09353, section 4.3)."""
 
     def forward(  # type: ignore[no-untyped-def]
         self, x, *, lora_A, lora_B, scaling, base_layer, base_result=None, adapter_name="default"
@@ -173,11 +147,8 @@ class FactorizedDora(DoraLinearLayer):
 
     @torch.no_grad()
     def norms(self, base_layer: Any, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-        """``‖W_E + s B A‖`` of every row ``(out,)`` in float32.
-
-        By what the base gives alone, so that its factors may be stored in any way: ``W_E Aᵀ`` at every step, and once,
-        as they are frozen, ``W_E`` a few columns at a time.
-        """
+        """``‖W_E + s B A‖`` of every row ``(out,)`` in float32, by what the base gives alone, however its factors are stored:
+        ``W_E Aᵀ`` at every step, and once, as they are frozen, ``W_E`` a few columns at a time."""
         a, b = lora_a.float(), lora_b.float()
         squares = self.__dict__.get("_squares")
         if squares is None or squares.device != a.device:
@@ -211,12 +182,9 @@ def _bias_holder(base_layer: Any) -> Any:
 
 
 ON_FACTORS: dict[type, type] = {
-    LoraLinear: FactorizedLoraLinear,
     DoraLinearLayer: FactorizedDora,
     LoHaLinear: FactorizedLoHaLinear,
     LoKrLinear: FactorizedLoKrLinear,
-    VeraLinear: FactorizedVeraLinear,
-    IA3Linear: FactorizedIA3Linear,
 }
 
 

@@ -58,8 +58,7 @@ def changed_tensors(adapter: Adapter, specs: Sequence[LinearSpec]) -> dict[str, 
 
 def merged_chunks(entry: TensorEntry, adapter: Adapter, changes: Changes, chunk_bytes: int) -> Iterator[Tensor]:
     """A changed tensor's row chunks, each of at most ``chunk_bytes`` in float32: merged where a linear's rows are, else
-    as they are. Beside one it holds one module's adapter.
-    """
+    as they are. Beside one it holds one module's adapter."""
     for piece, change in _pieces(entry, changes):
         if change is not None:
             yield from _merged(piece, adapter, change, chunk_bytes)
@@ -83,110 +82,96 @@ def _pieces(entry: TensorEntry, changes: Changes) -> Iterator[tuple[TensorEntry,
         yield entry.span(at, entry.shape[0]), None
 
 
+@dataclass(frozen=True)
+class _Merge:
+    """What a change adds to stored rows, and what the sum is then multiplied by: ``vector``, one number a stored row or a
+    stored column; ``over_norms``: over the norms of the weight's own rows (DoRA)."""
+
+    update: Update | None
+    vector: Tensor | None = None
+    along_rows: bool = True
+    over_norms: bool = False
+
+    def on(self, device: torch.device) -> _Merge:
+        """The same on a device."""
+        update: Any = self.update
+        tensors = {} if update is None else {f.name: getattr(update, f.name) for f in fields(update)}
+        moved = {name: tensor.to(device) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        vector = None if self.vector is None else self.vector.to(device)
+        return replace(self, update=replace(update, **moved) if moved else update, vector=vector)
+
+    def gains(self, chunks: Iterable[tuple[int, Tensor]], transposed: bool) -> Tensor | None:
+        """What each row, or column, is multiplied by; ``chunks`` are all stored rows, read for norms alone."""
+        if self.vector is None or self.update is None or not self.over_norms:
+            return self.vector
+        norms = squared_row_norms(chunks, self.update, transposed).sqrt()
+        return (self.vector.double() / norms.clamp_min(torch.finfo(norms.dtype).tiny)).float()
+
+
+def _merge_of(adapter: Adapter, change: Change) -> _Merge:
+    spec = change.spec
+    if adapter.kind == "scaling":
+        vector, of_inputs = adapter.scaling(spec.name)
+        return _Merge(None, vector, change.is_bias or of_inputs == spec.transposed)
+    if adapter.kind != "decomposed":
+        return _Merge(adapter.update(spec))
+    return _Merge(adapter.update(spec), adapter.magnitude(spec.name), not spec.transposed, over_norms=True)
+
+
 def _merged(entry: TensorEntry, adapter: Adapter, change: Change, chunk_bytes: int) -> Iterator[Tensor]:
     """Rows of ``ΔW`` are computed with the chunk that they are added to."""
-    update, gains, along_rows = _operation(entry, adapter, change)
+    merge, transposed = _merge_of(adapter, change), change.spec.transposed
+    # A norm is of the weight's own row: one of Wᵀ, which runs through all stored rows, is never stored in parts.
+    assert not (merge.over_norms and transposed) or len(change.spec.weight_rows) == 1
+    row_bytes = entry.num_bytes // max(1, entry.shape[0])
+    of_norms = ((change.begin + offset, rows) for offset, rows in row_chunks(entry, _NORM_ROWS * row_bytes))
+    gains = merge.gains(of_norms, transposed)
     own_bytes = max(1, chunk_bytes * entry.dtype.itemsize // 4)  # of the stored dtype: chunk_bytes counts float32
     for offset, rows in row_chunks(entry, own_bytes):
-        merged = merged_rows(rows, update, change.begin + offset, change.spec.transposed, gains, along_rows)
+        merged = merged_rows(rows, merge.update, change.begin + offset, transposed, gains, merge.along_rows)
         del rows
         yield merged
         del merged
 
 
-def _operation(entry: TensorEntry, adapter: Adapter, change: Change) -> tuple[Update | None, Tensor | None, bool]:
-    """What is added, what the sum is then multiplied by, and whether that is one number a stored row."""
-    spec = change.spec
-    if adapter.kind == "scaling":
-        vector, of_inputs = adapter.scaling(spec.name)
-        return None, vector, change.is_bias or of_inputs == spec.transposed
-    update = adapter.update(spec)
-    if adapter.kind != "decomposed":
-        return update, None, True
-    # A norm is of the weight's own row: one of Wᵀ, which runs through all stored rows, is never stored in parts.
-    assert not spec.transposed or len(spec.weight_rows) == 1
-    row_bytes = entry.num_bytes // max(1, entry.shape[0])
-    chunks = ((change.begin + offset, rows) for offset, rows in row_chunks(entry, _NORM_ROWS * row_bytes))
-    gains = _gains(adapter.magnitude(spec.name), chunks, update, spec.transposed)
-    return update, gains, not spec.transposed
-
-
-def _gains(magnitude: Tensor, chunks: Iterable[tuple[int, Tensor]], update: Update, transposed: bool) -> Tensor:
-    norms = squared_row_norms(chunks, update, transposed).sqrt()
-    return (magnitude.double() / norms.clamp_min(torch.finfo(norms.dtype).tiny)).float()
-
-
 def compute_as_merged(model: Any, adapter: Adapter, stored_dtype: Callable[[str], torch.dtype]) -> None:
-    """Has the linears of a bare model compute with what the merge makes of their weights, of whatever weights they have then.
-
-    A weight is made while its linear computes, rounded as a checkpoint of ``stored_dtype(its name)`` rounds it, and not kept.
-    """
+    """Has the linears of a bare model compute with what the merge makes of their weights, of whatever weights they have then. A
+    weight is made while its linear computes, rounded as a checkpoint of ``stored_dtype(its name)`` rounds it, and not kept."""
     for name in adapter.names:
         linear = model.get_submodule(name)
-        merged = _merged_weight(adapter, linear, name, stored_dtype(f"{name}.weight"))
-        linear.forward = functools.partial(_forward_merged, linear, merged, linear.forward)
+        transposed, dtype = isinstance(linear, Conv1D), stored_dtype(f"{name}.weight")
+        outputs, inputs = linear.weight.shape[::-1] if transposed else linear.weight.shape
+        spec = LinearSpec(name, outputs, inputs, linear.bias is not None, transposed, "")
+        changes = {"weight": Change(spec)}
+        if adapter.kind == "scaling" and spec.has_bias and not adapter.scaling(name)[1]:
+            changes["bias"] = Change(replace(spec, transposed=False), is_bias=True)
+        merges = {
+            part: (_merge_of(adapter, change).on(linear.weight.device), change.spec.transposed, dtype)
+            for part, change in changes.items()
+        }
+        linear.forward = functools.partial(_forward_merged, linear, merges, linear.forward)
 
 
 def _forward_merged(
-    linear: nn.Module, merged: Callable[[], dict[str, Tensor]], compute: Callable[..., Any], *args: Any
+    linear: nn.Module, merges: dict[str, tuple[_Merge, bool, torch.dtype]], compute: Callable[..., Any], *args: Any
 ) -> Any:
     own = dict(linear._parameters)
-    linear._parameters.update((name, nn.Parameter(tensor, False)) for name, tensor in merged().items())
+    for part, merge in merges.items():
+        linear._parameters[part] = nn.Parameter(_by_rows(linear.get_parameter(part), *merge), False)
     try:
         return compute(*args)
     finally:
         linear._parameters.update(own)
 
 
-def _merged_weight(adapter: Adapter, linear: Any, name: str, dtype: torch.dtype) -> Callable[[], dict[str, Tensor]]:
-    """What makes a linear's weight, and the bias where that changes too, of those that it has when it is called."""
-    transposed, device = isinstance(linear, Conv1D), linear.weight.device
-    if adapter.kind == "scaling":
-        vector, of_inputs = adapter.scaling(name)
-        gains = vector.to(device)
-
-        def scaled() -> dict[str, Tensor]:
-            weight = _by_rows(linear.weight, dtype, None, transposed, gains, of_inputs == transposed)
-            has_bias = linear.bias is not None and not of_inputs
-            return {
-                "weight": weight,
-                **({"bias": _by_rows(linear.bias, dtype, None, False, gains)} if has_bias else {}),
-            }
-
-        return scaled
-    outputs, inputs = linear.weight.shape[::-1] if transposed else linear.weight.shape
-    update = _on(adapter.update(LinearSpec(name, outputs, inputs, False, transposed, "")), device)
-    magnitude = adapter.magnitude(name).to(device) if adapter.kind == "decomposed" else None
-
-    def added() -> dict[str, Tensor]:
-        weight, gains = linear.weight, None
-        if magnitude is not None:
-            chunks = ((begin, weight[begin : begin + _NORM_ROWS]) for begin in range(0, len(weight), _NORM_ROWS))
-            gains = _gains(magnitude, chunks, update, transposed)
-        return {"weight": _by_rows(weight, dtype, update, transposed, gains, not transposed)}
-
-    return added
-
-
 @exact_float32()
-def _by_rows(
-    weight: Tensor,
-    dtype: torch.dtype,
-    update: Update | None,
-    transposed: bool,
-    gains: Tensor | None,
-    along_rows: bool = True,
-) -> Tensor:
+def _by_rows(weight: Tensor, merge: _Merge, transposed: bool, dtype: torch.dtype) -> Tensor:
     made = torch.empty_like(weight)
     stored = dtype if dtype.itemsize < weight.dtype.itemsize else weight.dtype
+    gains = merge.gains(
+        ((begin, weight[begin : begin + _NORM_ROWS]) for begin in range(0, len(weight), _NORM_ROWS)), transposed
+    )
     for begin in range(0, len(weight), _ROWS):
         rows = weight[begin : begin + _ROWS].to(stored)
-        made[begin : begin + _ROWS] = merged_rows(rows, update, begin, transposed, gains, along_rows)
+        made[begin : begin + _ROWS] = merged_rows(rows, merge.update, begin, transposed, gains, merge.along_rows)
     return made
-
-
-def _on(update: Any, device: torch.device) -> Any:
-    tensors = {
-        field.name: value for field in fields(update) if isinstance(value := getattr(update, field.name), Tensor)
-    }
-    return replace(update, **{name: tensor.to(device) for name, tensor in tensors.items()})

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.matching import Patterns, lookup, matches, select
+from emloc_ray.text import one_line
 
 if TYPE_CHECKING:  # PEFT takes seconds to import, and what reads an adapter's files does not need it
     from peft import PeftConfig
@@ -109,10 +110,7 @@ def fields_of_all() -> set[str]:
 
 def adapter_config(method: str = "lora", **settings: Any) -> PeftConfig:
     """PEFT's config of a method, LoRA's of its variants too, from PEFT's own fields; others among ``settings`` are left out.
-
-    Raises:
-        ConfigError: where PEFT refuses them.
-    """
+    Raises ConfigError where PEFT refuses them."""
     kind = _config_class(method)
     known = _field_names(kind)
     given = {key: value for key, value in settings.items() if key in known and value is not None}
@@ -126,12 +124,8 @@ _NARROW = 8  # times narrower than hidden states
 
 
 def default_targets(method: str, model_type: str, names: Sequence[str]) -> list[str] | None:
-    """The linears that a method adapts where the config names none: IA³'s by PEFT's table, those that the model's
-    ``names`` have (experts' are fused now); None: every linear.
-
-    Raises:
-        ConfigError: for IA³ on a model that PEFT's table does not know.
-    """
+    """The linears that a method adapts where the config names none: IA³'s by PEFT's table, those that the model's ``names``
+    have (experts' are fused now); None: every linear. Raises ConfigError for IA³ on a model that PEFT's table does not know."""
     if method != "ia3":
         return None
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
@@ -154,11 +148,8 @@ def narrow_helpers(specs: Sequence[LinearSpec], hidden_size: int, r: int, rank_p
 
 
 def feedforward_names(patterns: Patterns | None, model_type: str, adapted: Sequence[str]) -> list[str]:
-    """The adapted linears whose input IA³ scales: by ``patterns``, else by PEFT's table for the model's type.
-
-    Raises:
-        ConfigError: where there is no default, or a pattern names none of ``adapted``.
-    """
+    """The adapted linears whose input IA³ scales: by ``patterns``, else by PEFT's table for the model's type. Raises
+    ConfigError where there is no default, or a pattern names none of ``adapted``."""
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 
     table = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
@@ -173,11 +164,8 @@ def feedforward_names(patterns: Patterns | None, model_type: str, adapted: Seque
 
 
 def count_parameters(model: Any, method: str, settings: dict[str, Any]) -> int:
-    """How many parameters the method trains on ``model``, the original on the meta device: by attaching it there.
-
-    Raises:
-        ConfigError: where the method's config does not fit the model.
-    """
+    """How many parameters the method trains on ``model``, the original on the meta device: by attaching it there. Raises
+    ConfigError where the method's config does not fit the model."""
     from peft import PromptTuningConfig, get_peft_model
 
     if settings.get("prompt_tuning_init") == "TEXT":
@@ -213,5 +201,5 @@ def update_rank(method: str, settings: dict[str, Any], spec: LinearSpec) -> int:
 
 
 def _refusal(method: str, error: Exception) -> str:
-    detail = " ".join(str(error).split())[:200].rstrip(".")
+    detail = one_line(error).rstrip(".")
     return f"adapter: {method} with these settings does not fit the model ({detail}): change them, or adapter.method."

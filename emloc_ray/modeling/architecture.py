@@ -1,7 +1,5 @@
 """What a model is made of, known without its weights: blocks, linears, and which linears read the same tensor."""
 
-from __future__ import annotations
-
 import functools
 import re
 import threading
@@ -226,9 +224,7 @@ def _is_linear(module: nn.Module) -> bool:
 @functools.cache
 def _computes_linear(kind: type[Any]) -> bool:
     """Whether modules of a class compute ``W x + b``. A subclass of ``nn.Linear`` may compute something else: it is tried.
-
-    Torch's own are taken for another: their owners read their weights, as in ``MultiheadAttention``.
-    """
+    Torch's own are taken for another: their owners read their weights, as in ``MultiheadAttention``."""
     if kind in (nn.Linear, Conv1D):
         return True
     if not issubclass(kind, nn.Linear) or kind.__module__.partition(".")[0] == "torch":
@@ -280,10 +276,8 @@ class Trace:
 
 @dataclass(frozen=True)
 class ImageShape:
-    """The tokens of an image of 448 × 448 pixels: in the row, and in each block that only images reach.
-
-    Zero and none where the model reads no images.
-    """
+    """The tokens of an image of 448 × 448 pixels: in the row, and in each block that only images reach. Zero and none where the
+    model reads no images."""
 
     row_tokens: int = 0
     block_tokens: dict[str, int] = field(default_factory=dict)
@@ -292,10 +286,9 @@ class ImageShape:
 def trace_inputs(model: Any, specs: Sequence[LinearSpec], example: Mapping[str, torch.Tensor] | None = None) -> Trace:
     """What the model's linears read, found by tracing one forward pass on the meta device, and another with an image.
 
-    ``example`` is what a model that reads images is called with for one (:func:`emloc_ray.data.processors.example`):
-    linears that only it brings to run read other tokens than the row's. Two inputs are the same where storage, offset,
-    shape, strides and version agree. A model that cannot run on the meta device gets one group for each linear: right,
-    only slower.
+    ``example`` is what a model that reads images is called with for one (:func:`emloc_ray.data.processors.example`): linears
+    that only it brings to run read other tokens than the row's. Two inputs are the same where storage, offset, shape, strides
+    and version agree. Where a model cannot run on the meta device, each linear is a group of its own: right, only slower.
     """
     text = _traced(model, specs, traced_inputs(getattr(model, "config", None)))
     if text is None:

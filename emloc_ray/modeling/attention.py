@@ -1,7 +1,5 @@
 """Attention kernels that do not come with torch: FlashAttention's packages, and kernels of the hub."""
 
-from __future__ import annotations
-
 import importlib.metadata
 from typing import Any
 

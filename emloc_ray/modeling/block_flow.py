@@ -1,7 +1,5 @@
 """Which block of a model runs after which, and reads what which gave: followed through one pass on the meta device."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,12 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from emloc_ray.modeling.architecture import (
-    block_names,
-    empty_model,
-    outside_linears,
-    traced_inputs,
-)
+from emloc_ray.modeling.architecture import block_names, empty_model, outside_linears, traced_inputs
 from emloc_ray.modeling.meta_pass import UNTRACEABLE, MetaPass
 
 
@@ -118,11 +111,9 @@ class Lineage(MetaPass):
 
 
 def block_flow(config: Any, trust_remote_code: bool = False, example: Mapping[str, Tensor] | None = None) -> BlockFlow:
-    """The flow of a model of this config, from one forward pass on the meta device.
-
-    ``example`` is what a model that reads images is called with for one. A model that cannot run there is taken to run
-    its blocks in their order, each reading all before it.
-    """
+    """The flow of a model of this config, from one forward pass on the meta device; where it cannot run there its blocks are
+    taken to run in their order, each reading all before it. ``example`` is what a model that reads images is called with for
+    one."""
     model = empty_model(config, trust_remote_code)
     names = block_names(model)
     with_image = _followed(model, names, example) if example else None

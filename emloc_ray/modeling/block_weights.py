@@ -1,7 +1,5 @@
 """A model that is made without weights, and its checkpoint's weights, read for it a part at a time."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,10 +24,8 @@ class BlockWeights:
     """An original or an emulator whose parameters are on the meta device until they are asked for.
 
     A file of weights is mapped, not read: a tensor in the dtype that it is stored in takes no memory of its own on a CPU.
-
-    Attributes:
-        model: the model, in evaluation mode, frozen, its experts unfused, its buffers on ``device``.
-        blocks: the names of its blocks.
+    ``model`` is in evaluation mode, frozen, its experts unfused, its buffers on ``device``; ``blocks`` are the names of its
+    blocks.
     """
 
     def __init__(
@@ -91,11 +87,8 @@ class BlockWeights:
         return list(aliases.values())
 
     def read(self, names: Sequence[str]) -> Tensor:
-        """A parameter, known by any of ``names`` in the checkpoint, in the dtype that the model has it in, on the CPU.
-
-        Raises:
-            ArtifactError: where the checkpoint lacks it.
-        """
+        """A parameter, known by any of ``names`` in the checkpoint, in the dtype that the model has it in, on the CPU. Raises
+        ArtifactError where the checkpoint lacks it."""
         name = next((name for name in names if name in self._stored), names[0])
         weight = require(self._stored, name, self.checkpoint).read(self.checkpoint, self._mapped)
         return weight.to(self._dtype_of(names)) if weight.is_floating_point() else weight

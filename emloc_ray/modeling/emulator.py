@@ -5,8 +5,6 @@ On disk an emulator is a checkpoint of ``model_type: emloc_emulator`` that carri
 raises, instead of loading random weights into dense layers.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
@@ -26,11 +24,9 @@ from emloc_ray.modeling.integer_linear import IntegerLinear
 class FactorizedLinear(nn.Module):
     """``y = up (down x) + bias``: a linear whose weight is ``up (out, r) @ down (r, in)``.
 
-    Not a subclass of ``nn.Linear``, and its ``weight`` has no elements, so that nothing can mistake it for a dense layer
-    and merge into it; the bias belongs to ``up``.
-
-    Attributes:
-        in_sequence: the linears that it is, one after another; none where it is more.
+    Not a subclass of ``nn.Linear``, and its ``weight`` has no elements, so that nothing can mistake it for a dense layer and
+    merge into it; the bias belongs to ``up``. ``in_sequence`` are the linears that it is, one after another; none where it is
+    more.
     """
 
     in_sequence: tuple[str, ...] = ("down", "up")
@@ -60,16 +56,10 @@ class FactorizedLinear(nn.Module):
         stored = self.up.weight
         return torch.empty(0, dtype=getattr(self.up, "compute_dtype", None) or stored.dtype, device=stored.device)
 
-    def extra_repr(self) -> str:
-        """Shapes, as ``nn.Linear`` shows them."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-
 
 class PivotedLinear(FactorizedLinear):
     """``y = [z; up z][order] + bias`` with ``z = down x``: a linear whose weight is stored as ``PivotedFactors`` are.
-
-    ``up (out − r, r)``, ``down (r, in)``, ``order (out,)``; the bias is its own.
-    """
+    ``up (out − r, r)``, ``down (r, in)``, ``order (out,)``; the bias is its own."""
 
     in_sequence = ()
 
@@ -106,10 +96,8 @@ class ResidualLinear(FactorizedLinear):
 
 
 class _Reordered(torch.autograd.Function):
-    """``y[..., order]`` of a permutation, whose gradient is reordered the other way.
-
-    By ``gather``, which took a fifth of ``index_select``'s time on a CPU; its own backward pass would scatter and add.
-    """
+    """``y[..., order]`` of a permutation, whose gradient is reordered the other way. By ``gather``, which took a fifth of
+    ``index_select``'s time on a CPU; its own backward pass would scatter and add."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, order: Tensor) -> Tensor:
@@ -155,9 +143,7 @@ def _shape(linear: Any) -> tuple[int, int]:
 
 def emulator_class(base: type[PreTrainedModel], config: EmulatorModelConfig) -> type[PreTrainedModel]:
     """The original's model class, its experts unfused, with factors or integers in place of the linears that ``config`` names.
-
-    Being that class, it loads by its own ``from_pretrained``: dtype, device map and 4-bit options all apply.
-    """
+    Being that class, it loads by its own ``from_pretrained``: dtype, device map and 4-bit options all apply."""
 
     class Emulator(base):  # type: ignore[valid-type, misc]
         def __init__(self, base_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -166,11 +152,8 @@ def emulator_class(base: type[PreTrainedModel], config: EmulatorModelConfig) -> 
 
         @torch.no_grad()
         def initialize_weights(self) -> None:
-            """Also lets each inner model set buffers of its blocks that no file holds, such as Falcon-H1's multipliers.
-
-            Transformers skips an inner model that has no tensors of its own where the outer class is not defined in
-            transformers, as this one is not.
-            """
+            """Also lets each inner model set buffers of its blocks that no file holds, such as Falcon-H1's multipliers:
+            transformers skips one without tensors of its own where the outer class is not defined in transformers."""
             super().initialize_weights()
             for module in self.modules():
                 own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
@@ -196,9 +179,7 @@ def write_emulator_config(
     integers: IntegerForms | None = None,
 ) -> None:
     """Writes ``config.json`` of an emulator of the model that ``base_config`` (a transformers config) describes.
-
-    ``quantization_config`` says what of it is stored in NF4, as transformers reads it, ``integers`` what in integers.
-    """
+    ``quantization_config`` says what of it is stored in NF4, as transformers reads it, ``integers`` what in integers."""
     from emloc_ray.io.store.atomic import write_json
 
     base = base_config.to_dict()

@@ -4,8 +4,6 @@
 they are. The factorized model itself is imported only when an emulator is opened.
 """
 
-from __future__ import annotations
-
 import copy
 from types import ModuleType
 from typing import Any
@@ -19,11 +17,9 @@ _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoMod
 
 
 class EmulatorModelConfig(PreTrainedConfig):
-    """``base_config``: the original's config as a dict; ``ranks``: module name to rank; dense modules are left out.
-
-    ``storage``: how factors are stored, ``factors`` or ``pivoted``; ``integers``: the fields of
-    :class:`~emloc_ray.core.integers.IntegerForms`, where some linears are stored so.
-    """
+    """``base_config``: the original's, as a dict; ``ranks`` by module name, without dense modules; ``storage``: of factors,
+    ``factors`` or ``pivoted``; ``integers``: the fields of :class:`~emloc_ray.core.integers.IntegerForms`, where some linears
+    are stored so."""
 
     model_type = "emloc_emulator"
 

@@ -6,8 +6,6 @@ adapts as a whole (``target_parameters``): of E experts at rank r ``lora_A (r E,
 one, under ``base_layer`` (``peft.tuners.lora.layer.ParamWrapper``). On disk an adapter is as PEFT has it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -59,11 +57,7 @@ def split_experts(
     config: Mapping[str, Any], entries: Mapping[str, TensorEntry], where: Path
 ) -> dict[str, TensorEntry | ExpertEntry]:
     """The stored tensors of the adapter in ``where``, by the names that an unfused model's has; ``config`` is its
-    ``adapter_config.json``.
-
-    Raises:
-        ConfigError: where ``target_parameters`` names what is no expert's and no linear's weight.
-    """
+    ``adapter_config.json``. Raises ConfigError where ``target_parameters`` names what is no expert's and no linear's weight."""
     _check_parameters(config, where)
     apart: dict[str, TensorEntry | ExpertEntry] = {}
     for key, entry in entries.items():

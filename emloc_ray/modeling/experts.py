@@ -6,8 +6,6 @@ linears an expert, views of those parameters: ``experts.3.gate_up`` and ``expert
 disk (``experts.3.down_proj``), which transformers would stack again.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence

@@ -1,12 +1,10 @@
 """Linears in 4 bits that compute with the very weight that their checkpoint stands for; importing this needs bitsandbytes."""
 
-from __future__ import annotations
-
 import bitsandbytes
 import torch
 from torch import Tensor, nn
 
-from emloc_ray.modeling.frozen_product import FrozenProduct
+from emloc_ray.modeling.integer_linear import FrozenProduct
 from emloc_ray.modeling.quantization import module_weight
 
 

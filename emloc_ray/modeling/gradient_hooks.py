@@ -5,8 +5,6 @@ The loss is that of labels drawn from the model's own predictions (:func:`emloc_
 again in the backward pass rather than kept, so that it needs little more memory than a forward pass.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,6 +30,7 @@ class GradientHooks(TokenSums):
     offloaded model runs its blocks again by itself: without ``checkpointing``.
     """
 
+    grams: dict[str, Gram]
     summed = "Gradients of what {} gives"
 
     def __init__(
@@ -64,9 +63,8 @@ class GradientHooks(TokenSums):
                 return None
             # What the model reads has no gradient: the first linears' outputs are where the backward pass ends.
             watched = output if output.requires_grad else output.detach().requires_grad_().clone()
-            watched.register_hook(
-                functools.partial(self._add_gradient, name, None if experts is None else experts.rows)
-            )
+            sent = None if experts is None else experts.rows
+            watched.register_hook(functools.partial(self._add_gradient, name, sent))
             return None if watched is output else watched
 
         return watch
@@ -77,11 +75,10 @@ class GradientHooks(TokenSums):
         self._add(name, gradient, sent)
 
     def forward(self, batch: dict[str, Tensor], tokens: str, positions: Sequence[int]) -> None:
-        """Adds the tokens of a batch that count: ``all`` but padding, or those of the ``completion``.
-
-        ``positions`` are its rows' places in the whole sample, which their labels' seeds are made of.
-        """
-        draws = [Generator().manual_seed(_row_seed(self.seed, position)) for position in positions]
+        """Adds the tokens of a batch that count: ``all`` but padding, or those of the ``completion``. ``positions`` are its
+        rows' places in the whole sample, which their labels' seeds are made of."""
+        # Different for every row and seed, whatever batch or worker a row is in.
+        draws = [Generator().manual_seed((self.seed * _SEED_STEP + p + 1) % 2**63) for p in positions]
         with self.counting(model_call(self.model.config, batch, tokens=tokens).counted), torch.enable_grad():
             (sampled_loss(self.model, batch, self.loss_on, draws).loss_sum * self._scale).backward()
 
@@ -90,8 +87,3 @@ class GradientHooks(TokenSums):
         super().remove()
         for block in self._blocks:
             del block.forward
-
-
-def _row_seed(seed: int, position: int) -> int:
-    """Different for every row and seed, whatever batch or worker a row is in."""
-    return (seed * _SEED_STEP + position + 1) % 2**63

@@ -1,7 +1,5 @@
 """Gram accumulation inside a model's own forward pass."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emloc_ray.core.gram import Gram, not_finite
+from emloc_ray.core.gram import Gram, GramColumns, TokenSum, not_finite
 from emloc_ray.errors import NumericsError, StageError
 from emloc_ray.modeling.experts import UnfusedExperts, owner_of
 from emloc_ray.modeling.inputs import Stream, model_call, on_device
@@ -17,17 +15,15 @@ from emloc_ray.modeling.packing import unpacked
 
 
 class TokenSums:
-    """Sums over the tokens of a model's batches, gathered by hooks.
-
-    ``grams`` maps a linear's name to its sum; ``streams`` says which tokens it reads, where not those of the row. Of an
-    expert's linears the tokens count that were sent to the expert.
-    """
+    """Sums over the tokens of a model's batches, gathered by hooks: ``grams`` by linear, ``streams`` says which tokens it
+    reads, where not those of the row. Of an expert's linears the tokens count that were sent to the expert."""
 
     summed = ""  # what went into the sum of a linear, for the error
+    grams: Mapping[str, TokenSum]
 
     def __init__(self, model: Any, streams: Mapping[str, Stream] | None) -> None:
         self.model = model
-        self.grams: dict[str, Gram] = {}
+        self.grams = {}
         self._streams = streams or {}
         # Which of the batch's tokens count, and their places; all of a stream that is not named.
         self._masks: dict[Stream, Tensor] = {}
@@ -92,29 +88,14 @@ class TokenSums:
             )
 
 
-class GramHooks(TokenSums):
-    """One Gram per group of linears that read the same tensor, gathered at the group's first linear.
-
-    :meth:`forward` runs a batch through the model without its head. With ``reread`` all tokens are run through the experts
-    too, and these count.
-    """
+class ForwardSums(TokenSums):
+    """Sums of what linears read, by :meth:`forward` alone: it runs a batch through the model without its head."""
 
     summed = "Activations that {} reads"
 
-    def __init__(
-        self,
-        model: Any,
-        groups: Sequence[Sequence[str]],
-        streams: Mapping[str, Stream] | None = None,
-        reread: bool = False,
-    ) -> None:
+    def __init__(self, model: Any, streams: Mapping[str, Stream] | None) -> None:
         super().__init__(model, streams)
         self.body = getattr(model, model.base_model_prefix, model)
-        for name, *_ in groups:
-            module = model.get_submodule(name)
-            in_features = module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
-            self.grams[name] = Gram.zero(in_features, device=module.weight.device)
-            self._handles.append(module.register_forward_pre_hook(self._hook(name, reread)))
 
     def _hook(self, name: str, reread: bool) -> Any:
         experts, owner = self._experts_of(name), owner_of(name)
@@ -140,3 +121,38 @@ class GramHooks(TokenSums):
         for module in self.model.modules():
             if isinstance(module, UnfusedExperts):
                 module.reread = frozenset()
+
+
+class GramHooks(ForwardSums):
+    """One Gram per group of linears that read the same tensor, gathered at the group's first linear. With ``reread`` all tokens
+    are run through the experts too, and these count."""
+
+    grams: dict[str, Gram]
+
+    def __init__(
+        self,
+        model: Any,
+        groups: Sequence[Sequence[str]],
+        streams: Mapping[str, Stream] | None = None,
+        reread: bool = False,
+    ) -> None:
+        super().__init__(model, streams)
+        for name, *_ in groups:
+            module = model.get_submodule(name)
+            in_features = module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
+            self.grams[name] = Gram.zero(in_features, device=module.weight.device)
+            self._handles.append(module.register_forward_pre_hook(self._hook(name, reread)))
+
+
+class ColumnHooks(ForwardSums):
+    """``G Q`` of linears, each with directions ``Q`` of its own ``(in, k)``, in a model that may have an adapter."""
+
+    grams: dict[str, GramColumns]
+
+    def __init__(
+        self, model: Any, directions: Mapping[str, Tensor], streams: Mapping[str, Stream] | None = None
+    ) -> None:
+        super().__init__(model, streams)
+        for name, q in directions.items():
+            self.grams[name] = GramColumns(q, model.device)
+            self._handles.append(model.get_submodule(name).register_forward_pre_hook(self._hook(name, reread=False)))

@@ -4,9 +4,18 @@ each was sent.
 For a GPU, whose host waits for that number, and starts a kernel for each expert, where experts run one after another. Taken
 where the experts of a layer are alike: dense, in factors of one rank, either with a LoRA, and read by no hook. As
 ``transformers.integrations.moe`` does it for experts that are dense and nothing else.
-"""
 
-from __future__ import annotations
+Where they are not alike the host waits once a layer, as the router chooses from what the layer before gave, and shapes follow
+from it; it then starts kernels for each expert, which takes it longer than the wait. What would not wait, and why it is not here:
+
+- Grams and sums of gradients by a grouped product over each expert's rows: torch 2.13 gives the dtype of the rows alone
+  (``out_dtype=torch.float32`` is refused), and these sums are in float32 or wider. Rows padded to blocks of one expert, a product
+  a block, would do; the counts and places that hooks take from the CPU would have to be on the device too.
+- Factors of unlike ranks: no product of torch's has groups of rows and of ranks both. Zeros up to the highest rank take
+  memory that the emulator is there to save; a grouped product a rank takes a copy of all rows each, kept for the backward pass.
+- Adapters on some experts, or of unlike ranks: zeros would do, as adapters are small. The same ranks for all are what is trained.
+- Weights that come and go: the next block's are fetched by the host.
+"""
 
 import sys
 from collections.abc import Hashable, Sequence
@@ -119,10 +128,8 @@ def _stack(linears: Sequence[nn.Linear]) -> Tensor:
 
 
 def _kind(module: Any, dtype: torch.dtype | None) -> Hashable:
-    """What has to be equal of all experts' linears; None where there is no grouped product of such a one.
-
-    ``dtype``: what autocast computes in, where it is on.
-    """
+    """What has to be equal of all experts' linears; None where there is no grouped product of such a one. ``dtype``: what
+    autocast computes in, where it is on."""
     if vars(module)["_forward_hooks"] or vars(module)["_forward_pre_hooks"]:
         return None
     if type(module) is nn.Linear:

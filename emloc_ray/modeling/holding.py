@@ -10,8 +10,6 @@
 Kin: axolotl's ``layer_offloading``; MegaTrain (https://arxiv.org/abs/2604.05091).
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import gc
@@ -38,12 +36,8 @@ _PINNED_SHARE = 0.5  # of the host's free memory: what blocks may wait in
 
 def open_model(directory: Path, hold: str = "resident", **options: Any) -> Any:
     """The model of a directory, held ``resident``, ``offloaded`` or ``all_offloaded``; ``options`` as
-    :func:`emloc_ray.modeling.loading.load_model` has them.
-
-    Raises:
-        ArtifactError: where the checkpoint lacks a weight.
-        StageError: where it cannot be read a part at a time.
-    """
+    :func:`emloc_ray.modeling.loading.load_model` has them. Raises ArtifactError where the checkpoint lacks a weight, StageError
+    where it cannot be read a part at a time."""
     if hold == "resident":
         gc.collect()  # as below
         return load_model(directory, **options)
@@ -74,11 +68,8 @@ class Offloaded:
     """A model whose blocks' weights are on the device only while they compute.
 
     A weight that is away is a NaN seen ``(out, in)`` times: device, dtype and shape are right, and it takes no memory. Where
-    gradients are wanted a block is run again in the backward pass, so that no weight has to stay for it.
-
-    Attributes:
-        model: the model; adapters may be attached to it, and stay where they are.
-        models: the model so many times over, with the same weights: each may have an adapter of its own.
+    gradients are wanted a block is run again in the backward pass. Adapters may be attached to ``model``, and stay where they
+    are; ``models`` are it so many times over, with the same weights: each may have an adapter of its own.
     """
 
     def __init__(self, directory: Path, *, ends_offloaded: bool = False, num_models: int = 1, **options: Any) -> None:
@@ -208,11 +199,8 @@ class Offloaded:
             self._ahead = after, weights, self._copies.record_event()
 
     def in_step(self, passes: Sequence[Callable[[], Result]]) -> list[Result]:
-        """What passes give that each run another one of the :attr:`models`, and go through their blocks together: weights
-        come once for all.
-
-        The passes take no gradients. Raises what a pass raised, which ends the others.
-        """
+        """What passes without gradients give that each run another one of the :attr:`models`, and go through their blocks
+        together: weights come once for all. Raises what a pass raised, which ends the others."""
         self._turns = _Turns(len(passes))
         try:
             return self._turns.run(passes)

@@ -1,7 +1,5 @@
 """The weights of a model on the hub, brought into a run file by file, by workers: the driver holds none of them."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,6 +7,10 @@ from pathlib import Path
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import SINGLE_NAME, read_index
 from emloc_ray.io.store.atomic import COPY_BYTES, atomic_file
+from emloc_ray.io.store.digests import digest, note_digest
+from emloc_ray.io.store.lock_file import check_lock
+from emloc_ray.io.store.node_cache import origin
+from emloc_ray.io.store.transfer import transfer
 from emloc_ray.modeling.loading import ModelSource
 
 
@@ -23,13 +25,10 @@ def commit_of(source: ModelSource) -> str:
 
 
 def import_weights(shared: tuple[ModelSource, Path], name: str) -> None:
-    """Writes one file of a model on the hub below ``target``: from this node's cache, or downloaded, and then not kept.
-
-    Raises:
-        ArtifactError: where the hub does not give it.
-    """
+    """Writes one file of a model on the hub below ``target``: from this node's cache, where ``target`` is on the same file
+    system without a copy, or downloaded, and then not kept elsewhere. Raises ArtifactError where the hub does not give it."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
     source, target = shared
     assert source.hub_id is not None
@@ -39,11 +38,21 @@ def import_weights(shared: tuple[ModelSource, Path], name: str) -> None:
         try:
             if not isinstance(file, str):
                 file = hf_hub_download(source.hub_id, name, revision=commit_of(source), local_dir=folder)
+        except RemoteEntryNotFoundError as error:
+            raise ArtifactError(
+                f"model.source {source.hub_id} has no {name} on the hub: name a checkpoint with all of its safetensors files."
+            ) from error
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
             detail = str(error).strip().split("\n")[0][:150]
             raise ArtifactError(
                 f"{name} of {source.hub_id} cannot be had from the hub ({detail}): check the node's network, and HF_TOKEN in"
                 " its environment."
             ) from error
+        if origin(target) is None:
+            check_lock(target)
+            sha256 = digest(Path(file))
+            transfer(Path(file), target / name, Path(file).stat().st_size, sha256)
+            note_digest(target / name, sha256)
+            return
         with Path(file).open("rb") as stream, atomic_file(target / name) as copy:
             shutil.copyfileobj(stream, copy, COPY_BYTES)

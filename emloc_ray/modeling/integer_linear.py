@@ -1,26 +1,38 @@
 """Linears whose weights are integers of 2, 3, 4 or 8 bits, in plain torch on any device.
 
-No library that was looked at stores integers that are given to it at b + 0.25 bits an element for CPUs and CUDA alike:
-bitsandbytes 0.50 has 4 and 8 bits with codebooks of its own, optimum-quanto 0.2.7 no 3 bits, HQQ 0.2.8 3 bits in 3.2, torchao
-0.18 2 and 3 bits as whole bytes or as a prototype, and all of these, and GPTQModel 7.7, scales of 16 bits. Training asks for
-little: the weight is unpacked, and a product of the device's own library follows, as QLoRA does it.
+No library that was looked at stores integers given to it at b + 0.25 bits an element for CPUs and CUDA alike (bitsandbytes
+0.50, optimum-quanto 0.2.7, HQQ 0.2.8, torchao 0.18, GPTQModel 7.7). Training asks for little: the weight is unpacked, and a
+product of the device's own library follows, as QLoRA does it.
 """
 
-from __future__ import annotations
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from emloc_ray.core.integer_forms import GROUP_SIZE, num_groups, packed_width
 from emloc_ray.core.integers import dense_weight
-from emloc_ray.modeling.frozen_product import FrozenProduct
+
+
+class FrozenProduct(torch.autograd.Function):
+    """``x Wᵀ`` of a frozen ``W (out, in)``, which ``dense(dtype)`` unpacks on the way forward and again on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dense: Callable[[torch.dtype], Tensor]) -> Tensor:
+        """``(..., in)`` to ``(..., out)``, in the dtype of ``x``."""
+        ctx.dense = dense  # never the weight itself, which would be kept
+        return x @ dense(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """The gradient of ``x``; ``W`` has none."""
+        return gradient @ ctx.dense(gradient.dtype), None
 
 
 class IntegerLinear(nn.Module):
-    """``y = x Wᵀ + b`` with ``W (out, in)`` as :class:`emloc_ray.core.integers.IntegerWeight` stores it; nothing to train.
-
-    Not a subclass of ``nn.Linear``, so that nothing takes its weight for a dense one and merges into it.
-    """
+    """``y = x Wᵀ + b`` with ``W (out, in)`` as :class:`emloc_ray.core.integers.IntegerWeight` stores it; nothing to train. Not
+    a subclass of ``nn.Linear``, so that nothing takes its weight for a dense one and merges into it."""
 
     def __init__(
         self, in_features: int, out_features: int, bits: int, group_size: int = GROUP_SIZE, bias: bool = False
@@ -51,8 +63,7 @@ class IntegerLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """An empty tensor, of the dtype and device that the layer computes in: models ask their linears for these (T5)."""
-        exponent = self.get_buffer("exponent")
-        return torch.empty(0, dtype=exponent.dtype, device=exponent.device)
+        return self.get_buffer("exponent").new_empty(0)
 
     def extra_repr(self) -> str:
         """Shapes, as ``nn.Linear`` shows them."""

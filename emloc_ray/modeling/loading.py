@@ -1,7 +1,5 @@
 """Where the original's weights come from, and how models are opened."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools
@@ -29,9 +27,11 @@ from emloc_ray.io.runs.fingerprint import content_of
 from emloc_ray.io.runs.secret_values import leaves
 from emloc_ray.io.store.atomic import COPY_BYTES, atomic_file, copy_file
 from emloc_ray.io.store.node_cache import ensure, sizes
+from emloc_ray.io.store.places import looked_in
 from emloc_ray.modeling.architecture import auto_class, block_linears, outside_linears
 from emloc_ray.modeling.experts import unfuse
 from emloc_ray.modeling.stored_names import stored_parameters
+from emloc_ray.text import one_line
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -61,8 +61,8 @@ TOKENIZER_FILES = (
 class ModelSource:
     """A resolved ``model.source``: a local directory, and the GGUF file in it where that is what holds the weights.
 
-    Of a model on the hub, ``hub_id``, the directory need not hold the weights before :func:`fetch_weights`. Where it holds
-    their index alone, ``only_index``, the model can be planned.
+    Of a model on the hub, ``hub_id``, the directory need not hold the weights: a run imports them. Where it holds their index
+    alone, ``only_index``, the model can be planned.
     """
 
     directory: Path
@@ -76,11 +76,8 @@ def resolve_source(
     source: str, revision: str | None = None, trust_remote_code: bool = False, needs_weights: bool = True
 ) -> ModelSource:
     """Finds what ``model.source`` names; of a hub id all but the weights is downloaded, or taken from the cache. Unless it
-    ``needs_weights``, a directory with a config.json and an index alone is enough.
-
-    Raises:
-        ConfigError: where it names nothing, something without usable weights, or code that may be another tomorrow.
-    """
+    ``needs_weights``, a directory with a config.json and an index alone is enough. Raises ConfigError where it names nothing,
+    something without usable weights, or code that may be another tomorrow."""
     if source.startswith("package:"):
         return _resolve_package(source)
     path = Path(os.path.expanduser(source))
@@ -90,7 +87,7 @@ def resolve_source(
         return _check_directory(path.absolute(), source, needs_weights)
     if path.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise ConfigError(
-            f"model.source {source} is no model directory and no .gguf file{_looked_in(source)}: fix the path."
+            f"model.source {source} is no model directory and no .gguf file{looked_in(path)}: fix the path."
         )
     if trust_remote_code and not re.fullmatch("[0-9a-f]{40}", revision or ""):
         raise ConfigError(
@@ -103,11 +100,6 @@ def resolve_source(
     if not (directory / "config.json").is_file():
         raise ConfigError(f"model.source {source} holds no config.json on the hub: name a transformers checkpoint.")
     return ModelSource(directory, hub_id=source, revision=revision)
-
-
-def _looked_in(source: str) -> str:
-    """The directory in which a relative path was looked for."""
-    return "" if Path(os.path.expanduser(source)).is_absolute() else f" in {Path.cwd()}"
 
 
 def _check_own_code(directory: Path, source: str) -> None:
@@ -126,11 +118,8 @@ def _check_own_code(directory: Path, source: str) -> None:
 
 
 def fetch_weights(source: ModelSource) -> Path:
-    """The model's directory with its weights: downloaded, or taken from the cache, where they are on the hub.
-
-    Raises:
-        ConfigError: where they cannot be had, or are no safetensors.
-    """
+    """The model's directory with its weights: downloaded, or taken from the cache, where they are on the hub. Raises
+    ConfigError where they cannot be had, or are no safetensors."""
     if source.hub_id is None:
         return source.directory
     directory = _download(source.hub_id, source.revision, ("*.safetensors", *_SMALL_FILES))
@@ -176,8 +165,8 @@ def _download(source: str, revision: str | None, patterns: Sequence[str]) -> Pat
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         detail = str(error).split("\n")[0].split(". ")[0][:150]
         raise ConfigError(
-            f"model.source {source} is no directory{_looked_in(source)}, and cannot be had from the hub ({detail}): check the"
-            " name, and the network."
+            f"model.source {source} is no directory{looked_in(Path(source))}, and cannot be had from the hub ({detail}): check"
+            " the name, and the network."
         ) from error
 
 
@@ -187,7 +176,7 @@ def read_model_config(source: ModelSource, trust_remote_code: bool = False) -> A
     try:
         config = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code, **options)
     except (ValueError, OSError, ImportError, KeyError) as error:
-        detail = _unknown_type(source.directory) or " ".join(str(error).split())[:200]
+        detail = _unknown_type(source.directory) or one_line(error)
         raise ConfigError(f"model.source {source.directory}: its config cannot be read ({detail}).") from error
     return config
 
@@ -258,43 +247,36 @@ def check_source(source: ModelSource, model: Any, trust_remote_code: bool = Fals
                 f"model.source {source.directory}: {parameter.own_name} is of shape {list(shape)}, config.json asks for"
                 f" {list(shapes[name])}: the two are not of one model."
             )
-    if source.only_index:
-        return
+    if not source.only_index:
+        _open_tokenizer(source, "save one beside the weights", trust_remote_code=trust_remote_code)
+
+
+def _open_tokenizer(source: ModelSource, advice: str, **options: Any) -> Any:
     try:
-        AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(source.directory, **options)
     except (ValueError, OSError, ImportError, TypeError, KeyError, AttributeError) as error:
-        detail = " ".join(str(error).split())[:150]
-        raise ConfigError(
-            f"model.source {source.directory} has no tokenizer that opens ({detail}): save one beside the weights."
-        ) from error
+        place = source.directory / (source.gguf_file or "")
+        raise ConfigError(f"model.source {place} has no tokenizer that opens ({one_line(error)}): {advice}.") from error
 
 
 def tokenizer_dir(source: ModelSource) -> Path:
-    """A directory whose tokenizer is the model's: its own; of a GGUF file one that lasts as long as this process.
-
-    Raises:
-        ConfigError: where that has none that opens.
-    """
-    return source.directory if source.gguf_file is None else _gguf_tokenizer(source.directory, source.gguf_file)
+    """A directory whose tokenizer is the model's: its own; of a GGUF file one that lasts as long as this process. Raises
+    ConfigError where that has none that opens."""
+    return source.directory if source.gguf_file is None else _gguf_tokenizer(source)
 
 
 @functools.lru_cache(maxsize=4)
-def _gguf_tokenizer(directory: Path, file: str) -> Path:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file)
-    except (ValueError, OSError, ImportError, TypeError, KeyError, AttributeError) as error:
-        detail = " ".join(str(error).split())[:150]
-        raise ConfigError(
-            f"model.source {directory / file} has no tokenizer that opens ({detail}): name another."
-        ) from error
+def _gguf_tokenizer(source: ModelSource) -> Path:
+    tokenizer = _open_tokenizer(source, "name another", gguf_file=source.gguf_file)
     folder = Path(tempfile.mkdtemp(prefix="emloc-ray-tokenizer-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def content_of_source(source: ModelSource, directory: Path) -> str:
-    """A hash of all that a model is read from, as it lies in ``directory``."""
+def content_of_source(source: ModelSource) -> str:
+    """A hash of all that a local model is read from."""
+    directory = source.directory
     return content_of([directory / source.gguf_file] if source.gguf_file else checkpoint_files(directory))
 
 
@@ -305,12 +287,10 @@ def checkpoint_files(directory: Path) -> list[Path]:
     return sorted(file for file in matched if not file.name.startswith("."))
 
 
-def copy_checkpoint(source: Path, target: Path, progress: Callable[[int, int], None]) -> None:
-    """Copies a checkpoint's weights, configs and tokenizer, file by file; those that are whole in ``target`` stay.
-
-    ``progress`` hears of the bytes.
-    """
-    files = checkpoint_files(source)
+def copy_checkpoint(source: Path, target: Path, progress: Callable[[int, int], None], *, weights: bool = True) -> None:
+    """Copies a checkpoint's weights, unless without ``weights``, configs and tokenizer, file by file; those that are whole in
+    ``target`` stay. ``progress`` hears of the bytes."""
+    files = [file for file in checkpoint_files(source) if weights or file.suffix != ".safetensors"]
     there = {file.relative_to(target): size for file, size in sizes(target).items()}
     total, done = sum(file.stat().st_size for file in files), 0
     for file in files:
@@ -342,11 +322,6 @@ def dtype_on(device: torch.device | str, wanted: str, config: Any) -> str:
     return "bfloat16" if narrow else wanted
 
 
-def _numbered(device: str) -> torch.device:
-    named = torch.device(device)
-    return torch.device("cuda", torch.cuda.current_device()) if named == torch.device("cuda") else named
-
-
 def load_model(
     directory: Path,
     *,
@@ -367,8 +342,8 @@ def load_model(
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if torch.device(device).type != "cpu" and not is_deepspeed_zero3_enabled():  # which places weights itself
-        options["device_map"] = {
-            "": _numbered(device)
-        }  # each weight goes there from its file, with no copy of all here
+        # Each weight goes there from its file, with no copy of all here.
+        numbered = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+        options["device_map"] = {"": torch.device(numbered)}
     model = auto_class(original).from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     return unfuse(model.to(device).eval().requires_grad_(False))

@@ -8,7 +8,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,9 @@ from emloc_ray.modeling.packing import unpacked
 # then stay below the head's own weights.
 CHUNK_SHARE = 8
 
-# Summed loss, and how many of the largest logits are the labels, of logits (n, vocabulary) and what is wanted of these n.
-Criterion = Callable[..., tuple[Tensor, Tensor]]
+# What is read of logits (n, vocabulary), given what is wanted of these n: a loss first, or what it is made of.
+Read = Callable[..., tuple[Tensor, ...]]
 Head = Callable[[Tensor], Tensor]  # hidden states (n, hidden) to logits (n, vocabulary)
-
-_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -53,14 +51,10 @@ class TopLogProbs:
 
 
 def token_loss(model: Any, batch: dict[str, Tensor], loss_on: str, teacher: TopLogProbs | None = None) -> TokenLoss:
-    """The loss of one batch of :func:`emloc_ray.data.token_shards.collate`, in float32: the cross-entropy of its labels, or
-    the divergence from what a ``teacher`` says at their positions, in the labels' order.
-
-    The batch is read where it is, on the CPU at no cost, and then taken to the model's device.
-
-    Raises:
-        ArtifactError: where the teacher speaks of another number of labels.
-    """
+    """The loss of one batch of :func:`emloc_ray.data.token_shards.collate`, in float32: the cross-entropy of its labels, or the
+    divergence from what a ``teacher`` says at their positions, in the labels' order. The batch is read on the CPU, where it
+    costs nothing, and then taken to the model's device. Raises ArtifactError where the teacher speaks of another number of
+    labels."""
     return call_loss(model, model_call(model.config, batch, loss_on).to(model.device), model, teacher)
 
 
@@ -91,85 +85,68 @@ def sampled_loss(model: Any, batch: dict[str, Tensor], loss_on: str, draws: Sequ
     return _loss_at(model, model, call, _loss_of_drawn, on_device(torch.cat(numbers), call.targets.device))
 
 
-def _loss_at(model: Any, owner: Any, call: ModelCall, criterion: Criterion, *targets: Tensor) -> TokenLoss:
+def _loss_at(model: Any, owner: Any, call: ModelCall, criterion: Read, *targets: Tensor) -> TokenLoss:
     """``criterion(logits, *targets)`` at the positions of the call's labels."""
-    inputs, count = {**call.inputs, "use_cache": False}, len(targets[0])
-    if not _in_chunks(owner, count):
+    parts, loss = _at_labels(model, owner, call, criterion, *targets)
+    correct = torch.stack([correct for _, correct in parts]).sum()
+    return TokenLoss(parts[0][0] if loss is None else loss, correct, len(targets[0]))
+
+
+def _at_labels(
+    model: Any, owner: Any, call: ModelCall, read: Read, *targets: Tensor
+) -> tuple[list[tuple[Tensor, ...]], Tensor | None]:
+    """``read(logits, *targets)`` of the call's labels, by chunks where their logits are many; then also the sum of the first
+    parts, with its gradient, as the model's own output."""
+    inputs = {**call.inputs, "use_cache": False}
+    if not _in_chunks(owner, len(call.targets)):
         with logits_at(owner, call.predicting), unpacked(inputs):
-            loss, correct = criterion(model(**inputs).logits[0], *targets)
-        return TokenLoss(loss, correct, count)
-    counts: list[Tensor] = []
-    forward = functools.partial(_loss_in_chunks, criterion, targets, counts)
+            return [read(model(**inputs).logits[0], *targets)], None
+    chunks: list[tuple[Tensor, ...]] = []
+    forward = functools.partial(_read_in_chunks, read, targets, chunks)
     with _in_place_of_the_head(owner, call.predicting, forward), unpacked(inputs):
-        loss = model(**inputs).logits.sum()
-    return TokenLoss(loss, torch.stack(counts).sum(), count)
+        return chunks, model(**inputs).logits.sum()
 
 
-def _loss_in_chunks(
-    criterion: Criterion, targets: Sequence[Tensor], counts: list[Tensor], compute: Head, hidden: Tensor
+def _read_in_chunks(
+    read: Read, targets: Sequence[Tensor], chunks: list[tuple[Tensor, ...]], compute: Head, hidden: Tensor
 ) -> Tensor:
-    """The sum ``(1, 1, 1)`` of ``criterion(compute(hidden), *targets)``, a chunk at a time; adds what is correct to ``counts``.
+    """Adds ``read(compute(hidden), *targets)`` to ``chunks``, a chunk at a time; gives the sum of the first parts ``(1, 1, 1)``.
 
     A chunk's logits are made again for its gradient, so that the logits of one chunk are all there ever are. The loss
     has to be the head's output, and thereby the model's: so DDP finds the parameters that it uses, and ZeRO-3 gathers
     the head's weight before its gradient is made.
     """
-    step, losses = chunk_tokens(hidden.shape[-1]), []
+
+    def read_one(hidden: Tensor, *targets: Tensor) -> tuple[Tensor, ...]:
+        return read(compute(hidden), *targets)
+
+    step = chunk_tokens(hidden.shape[-1])
     for chunk in zip(hidden.split(step), *(target.split(step) for target in targets), strict=True):
-        loss, correct = checkpoint(_loss_of_hidden, criterion, compute, *chunk, use_reentrant=False)
-        losses.append(loss)
-        counts.append(correct)
-    return torch.stack(losses).sum().reshape(1, 1, 1)
-
-
-def _loss_of_hidden(criterion: Criterion, compute: Head, hidden: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
-    return criterion(compute(hidden), *targets)
+        chunks.append(checkpoint(read_one, *chunk, use_reentrant=False))
+    return torch.stack([first.sum() for first, *_ in chunks]).sum().reshape(1, 1, 1)
 
 
 @torch.no_grad()
 def teacher_logits(model: Any, batch: dict[str, Tensor], loss_on: str, k: int) -> list[TopLogProbs]:
     """The top ``k`` log-probabilities at the label positions of each row of a batch, on the CPU; logits are made in chunks."""
     call = model_call(model.config, batch, loss_on).to(model.device)
-    chunks = _read_at_labels(model, call, lambda logits, targets: top_log_probs(logits, k))
-    ids, log_probs = (torch.cat(parts).cpu().split(call.counts) for parts in zip(*chunks, strict=True))
+    parts, _ = _at_labels(model, model, call, lambda logits: top_log_probs(logits, k))
+    ids, log_probs = (torch.cat(tensors).cpu().split(call.counts) for tensors in zip(*parts, strict=True))
     return [TopLogProbs(*row) for row in zip(ids, log_probs, strict=True)]
 
 
 @torch.no_grad()
 def row_losses(model: Any, batch: dict[str, Tensor], loss_on: str) -> tuple[Tensor, Tensor]:
-    """The loss of each row of a batch in nats, summed over its labels, and how many labels it has: both ``(rows,)``.
-
-    In float32, with logits made in chunks; the rows' losses add up to :func:`token_loss`. The counts are on the CPU.
-    """
+    """The loss of each row of a batch in nats, summed over its labels, and how many labels it has: both ``(rows,)``. In
+    float32, with logits made in chunks; the rows' losses add up to :func:`token_loss`. The counts are on the CPU."""
     call = model_call(model.config, batch, loss_on).to(model.device)
-    chunks = _read_at_labels(
-        model, call, lambda logits, targets: F.cross_entropy(logits.float(), targets, reduction="none")
-    )
-    return torch.stack([part.sum() for part in torch.cat(chunks).split(call.counts)]), torch.tensor(call.counts)
 
+    def of_each(logits: Tensor, targets: Tensor) -> tuple[Tensor]:
+        return (F.cross_entropy(logits.float(), targets, reduction="none"),)
 
-def _read_at_labels(model: Any, call: ModelCall, read: Callable[[Tensor, Tensor], _Read]) -> list[_Read]:
-    """``read(logits, targets)`` of the call's labels, by chunks where their logits are many."""
-    chunks: list[_Read] = []
-    inputs = {**call.inputs, "use_cache": False}
-    if _in_chunks(model, len(call.targets)):
-        forward = functools.partial(_read_in_chunks, read, call.targets, chunks)
-        with _in_place_of_the_head(model, call.predicting, forward), unpacked(inputs):
-            model(**inputs)
-    else:
-        with logits_at(model, call.predicting), unpacked(inputs):
-            chunks.append(read(model(**inputs).logits[0], call.targets))
-    return chunks
-
-
-def _read_in_chunks(
-    read: Callable[[Tensor, Tensor], _Read], targets: Tensor, chunks: list[_Read], compute: Head, hidden: Tensor
-) -> Tensor:
-    """Adds ``read(compute(hidden), targets)`` to ``chunks``, a chunk at a time; the head then gives zeros ``(1, 1, 1)``."""
-    step = chunk_tokens(hidden.shape[-1])
-    for part, labels in zip(hidden.split(step), targets.split(step), strict=True):
-        chunks.append(read(compute(part), labels))
-    return hidden.new_zeros(1, 1, 1)
+    parts, _ = _at_labels(model, model, call, of_each, call.targets)
+    losses = torch.cat([loss for (loss,) in parts]).split(call.counts)
+    return torch.stack([loss.sum() for loss in losses]), torch.tensor(call.counts)
 
 
 def chunk_tokens(hidden_size: int) -> int:
@@ -190,7 +167,7 @@ def _hidden_size(head: Any) -> int:
 
 
 def label_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The criterion of labels: summed cross-entropy in nats, and how many of the largest logits are the targets ``(n,)``."""
+    """The loss of labels: summed cross-entropy in nats, and how many of the largest logits are the targets ``(n,)``."""
     logits = logits.float()
     correct = (logits.detach().argmax(dim=-1) == targets).sum()
     return F.cross_entropy(logits, targets, reduction="sum"), correct
@@ -244,11 +221,8 @@ _PLAIN_HEADS: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
 def _gives_its_head_output(model: Any) -> bool:
-    """Whether the model's logits are what its head gives, with nothing done to them (no capping, no scaling).
-
-    Tried once on two tokens, of the model below where something was put around it that gives logits of another dtype, as
-    mixed precision does.
-    """
+    """Whether the model's logits are what its head gives, with nothing done to them (no capping, no scaling): tried once on two
+    tokens, of the model below what gives logits of another dtype, as mixed precision does."""
     from peft import PeftModel  # here, for who only reads losses need not wait for it
 
     if model not in _PLAIN_HEADS:

@@ -1,7 +1,5 @@
 """One matcher for all stages: which modules a pattern names, with PEFT's meaning."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,10 +26,8 @@ def select(
 ) -> list[str]:
     """The ``names`` that ``targets`` (all where ``None`` or ``all-linear``) minus ``exclude`` name, in order.
 
-    A pattern may match ``others`` alone, which are not chosen.
-
-    Raises:
-        ConfigError: where a pattern matches nothing; says ``key``, the pattern and what there is.
+    A pattern may match ``others`` alone, which are not chosen. Raises ConfigError where a pattern matches nothing; says
+    ``key``, the pattern and what there is.
     """
     if targets is None or targets == ALL_LINEAR:
         chosen = list(names)
@@ -92,10 +88,8 @@ def _no_match(key: str, pattern: str, names: Sequence[str]) -> str:
 
 
 def portable_targets(chosen: Sequence[str], every_linear: Sequence[str]) -> list[str]:
-    """The shortest ``target_modules`` that names just ``chosen`` among all the model's linears.
-
-    Suffixes (``q_proj``) where they suffice, as servers expect; else full names.
-    """
+    """The shortest ``target_modules`` that names just ``chosen`` among all the model's linears. Suffixes (``q_proj``) where
+    they suffice, as servers expect; else full names."""
     short = suffixes(chosen)
     reached = [name for name in every_linear if matches(name, short)]
     return short if set(reached) == set(chosen) else list(chosen)

@@ -1,13 +1,11 @@
 """A forward pass without weights: shapes and which tensor is read where, whatever control flow the inputs ask for."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 _aten = torch.ops.aten
 _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default)
@@ -33,7 +31,7 @@ class MetaPass(TorchDispatchMode):
         if any(places) and not all(places):
             if func in _INDEXING:
                 args = (args[0], _as_positions(args[1]), *args[2:])
-            args, kwargs = tree_map(_without_values, (args, kwargs))
+            args, kwargs = tree_map_only(Tensor, lambda leaf: leaf.to("meta"), (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -44,7 +42,3 @@ def _as_positions(indices: Any) -> list[Any]:
         is_mask = index is not None and index.dtype in (torch.bool, torch.uint8) and not index.is_meta
         positions += index.nonzero().unbind(1) if is_mask else [index]
     return positions
-
-
-def _without_values(leaf: Any) -> Any:
-    return leaf.to("meta") if isinstance(leaf, Tensor) and not leaf.is_meta else leaf

@@ -1,10 +1,5 @@
-"""Rows packed into one sequence: whether a model keeps them apart, and what flash attention takes of them.
-
-Positions begin again at each row. Where transformers is given no mask, it makes of that a block-diagonal one, or the
-bounds of the rows (``cu_seqlens``) for flash attention.
-"""
-
-from __future__ import annotations
+"""Rows packed into one sequence, in which positions begin again at each row: whether a model keeps them apart, and what flash
+attention takes of them. Given no mask, transformers makes a block-diagonal one, or the bounds of the rows (``cu_seqlens``)."""
 
 import contextlib
 import inspect
@@ -62,10 +57,7 @@ def why_rows_mix(model: Any) -> str | None:
 @torch.no_grad()
 def check_rows_apart(model: Any, dtype: torch.dtype) -> None:
     """Compares the logits of a row behind another one in a pack with those of the row alone, in passes of that ``dtype``.
-
-    Raises:
-        ConfigError: where they differ.
-    """
+    Raises ConfigError where they differ."""
     first, second = _PROBE
     tokens = torch.arange(1, first + second + 1, device=model.device).unsqueeze(0)
     places = torch.cat([torch.arange(first), torch.arange(second)]).to(model.device).unsqueeze(0)

@@ -35,15 +35,10 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def quantize(weight: Tensor, dtype: torch.dtype, name: str = "the layer") -> dict[str, Tensor]:
-    """``weight (out, in)`` in 4 bits as the tensors of a checkpoint, by what follows the module's name.
+    """``weight (out, in)``, of any floating dtype, in 4 bits as the tensors of a checkpoint, by what follows the module's name.
 
-    Args:
-        weight: any floating dtype; rounded once, from float32.
-        dtype: what :func:`dequantize` gives back: 16-bit floats or float32.
-        name: the layer, for the error.
-
-    Raises:
-        NumericsError: the weight holds a NaN or an Inf.
+    Rounded once, from float32; ``dtype`` is what :func:`dequantize` gives back, 16-bit floats or float32. Raises NumericsError,
+    with the layer's ``name``, where the weight holds a NaN or an Inf.
     """
     from bitsandbytes.functional import quantize_4bit
 

@@ -1,7 +1,5 @@
 """Fits the factors of one block to what is wanted of it, in float32 whatever the model is in."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -81,10 +79,8 @@ def fit_block(
     each time all were read; the factors are as before where that of the ``held_out`` ones is not lower then.
 
     ``error(batch)`` gives a batch's sum of errors, with gradients, and its number of tokens. A step is at most about
-    ``learning_rate`` times the root mean square of what it changes, falling to 0 along a cosine.
-
-    Raises:
-        NumericsError: where an error is NaN or Inf, naming the block.
+    ``learning_rate`` times the root mean square of what it changes, falling to 0 along a cosine. Raises NumericsError where an
+    error is NaN or Inf, naming the block.
     """
     before = _mean_error(error, held_out)
     if before == 0 or not factorized_in(block):

@@ -1,10 +1,8 @@
 """A model that no process holds whole, run block by block through its own forward pass.
 
-The pass is replayed for every block: finished blocks give back what they gave before, the current block computes, and
-then the pass stops. Masks, rotary tables and whatever else a model makes between its blocks are thus its own code's.
+The pass is replayed for every block: finished blocks give back what they gave before, the current one computes, and the pass
+stops. Masks, rotary tables and whatever else a model makes between its blocks are thus its own code's.
 """
-
-from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
@@ -34,19 +32,15 @@ class _BlockDone(Exception):
 
 
 class BlockReplay:
-    """A checkpoint's model with the weights outside its blocks, and those of one block at a time.
+    """A checkpoint's model with the weights outside its blocks, and those of one block at a time; others are on the meta
+    device.
 
-    Attributes:
-        model: the model; weights that are not loaded are on the meta device.
-        flow: in which order its blocks run, and what each reads.
+    ``flow``: in which order its blocks run, and what each reads.
     """
 
     def __init__(self, directory: Path, *, trust_remote_code: bool = False, **options: Any) -> None:
-        """``options`` as :class:`BlockWeights` has them.
-
-        Raises:
-            ArtifactError: where the checkpoint lacks a weight that the pass needs.
-        """
+        """``options`` as :class:`BlockWeights` has them. Raises ArtifactError where the checkpoint lacks a weight that the pass
+        needs."""
         from emloc_ray.data.processors import example
 
         self.weights = BlockWeights(directory, trust_remote_code=trust_remote_code, **options)
@@ -85,10 +79,8 @@ class BlockReplay:
     def compute(self, position: int, inputs: dict[str, Any], outputs: Mapping[int, BlockOutput]) -> BlockOutput | None:
         """What the block at ``position``, loaded before, gives for ``inputs``; ``outputs`` holds every earlier block's.
 
-        None where it does not run for them, as a vision tower's does not without an image.
-
-        Raises:
-            StageError: where the model runs its blocks in another order than it was traced in, or not this one.
+        None where it does not run for them, as a vision tower's does not without an image. Raises StageError where the model
+        runs its blocks in another order than it was traced in, or not this one.
         """
         self._current, self._outputs = position, outputs
         try:

@@ -55,11 +55,8 @@ def score_rows(
     name: str,
     images: ImagesToInputs | None = None,
 ) -> Score:
-    """The model's score on the rows; ``images`` makes its inputs of theirs.
-
-    Raises:
-        NumericsError: with ``name``, where its loss is no number.
-    """
+    """The model's score on the rows; ``images`` makes its inputs of theirs. Raises NumericsError with ``name``, where its loss
+    is no number."""
     batches = made_batches(length_batches(rows, batch_size), pad_token_id, images)
     results = [token_loss(model, batch, loss_on) for batch in batches]
     total = Score()
@@ -114,11 +111,8 @@ def complete(
     batch_size: int,
     images: ImagesToInputs | None = None,
 ) -> list[str]:
-    """Greedy completions of the rows' prompts, as text, stopped at the end-of-sequence token.
-
-    ``images`` makes the model's inputs of those that the prompts show. Where a model has only so many positions, a
-    completion ends with the last.
-    """
+    """Greedy completions of the rows' prompts, as text, stopped at the end-of-sequence token, or with the model's last
+    position. ``images`` makes the model's inputs of those that the prompts show."""
     room = _room(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     texts: list[str] = []
@@ -196,11 +190,8 @@ def _generated(
 def _whole_rows(
     model: Any, prompts: Sequence[list[int]], others: OtherInputs, max_new_tokens: int, pad: int
 ) -> list[list[int]]:
-    """Greedy, each step a pass over whole rows, as in training: what virtual tokens need.
-
-    ``generate`` of PEFT 0.21 on transformers 5 does not know the cache by its new name and puts them in anew at every
-    step; and padding on the left would move a row away from them.
-    """
+    """Greedy, each step a pass over whole rows, as in training: what virtual tokens need. ``generate`` of PEFT 0.21 on
+    transformers 5 puts them in anew at every step, and padding on the left would move a row away from them."""
     rows = [list(prompt) for prompt in prompts]
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])

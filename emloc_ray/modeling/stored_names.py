@@ -81,12 +81,7 @@ def stored_parameters(model: Any, names: Iterable[str] | Mapping[str, Sequence[i
     are given, say whether one that may be stored transposed is.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     views, own = unfused_views(model), model.state_dict()
     # The shape of a slice of each fused parameter, as it is in memory.

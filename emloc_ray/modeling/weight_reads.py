@@ -1,8 +1,6 @@
 """Which children's weights a module's own code reads, where it could have called the child: only the child's dense weight
 will do there, and an adapter beside it would be passed over."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import inspect
@@ -16,11 +14,9 @@ _SETTING_UP = ("__init__", "_init_weights", "reset_parameters")
 
 @functools.cache
 def children_read(owner: type[Any]) -> frozenset[str]:
-    """The children of a module of class ``owner`` whose ``weight`` or ``bias`` its methods take for a computation.
-
-    Mamba's mixers hand that of ``out_proj`` to a fused kernel in training, and call ``out_proj`` else: no pass on a CPU
-    shows it, so the code is read. Empty of a class whose source is not at hand.
-    """
+    """The children of a module of class ``owner`` whose ``weight`` or ``bias`` its methods take for a computation: Mamba's
+    mixers hand that of ``out_proj`` to a fused kernel in training alone, so the code is read. Empty where the source is not at
+    hand."""
     names: set[str] = set()
     for part in owner.__mro__:
         if part.__module__.partition(".")[0] not in ("torch", "builtins"):

@@ -1,7 +1,5 @@
 """A DeepSpeed JSON for ``finetune.deepspeed``: read, completed and held against the config that names it."""
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json
@@ -11,22 +9,14 @@ from typing import Any
 from emloc_ray.errors import ConfigError
 
 # What follows from the finetune section where the JSON does not say it.
-_FOLLOWING = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-)
+_FOLLOWING = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 # Other ways to spread a model, under which ranks no longer have rows of their own.
 _REFUSED = ("tensor_parallel", "pipeline", "sequence_parallel_size", "autotp_size")
 
 
 def read_zero_config(path: str) -> dict[str, Any]:
-    """The JSON at ``path``, relative to the working directory, with what it leaves out set to follow the config.
-
-    Raises:
-        ConfigError: where the deepspeed package is missing, or the file or its ZeRO stage is none.
-    """
+    """The JSON at ``path``, relative to the working directory, with what it leaves out set to follow the config. Raises
+    ConfigError where the deepspeed package is missing, or the file or its ZeRO stage is none."""
     where = f"finetune.deepspeed {path}"
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"{where} needs the deepspeed package: pip install 'emloc-ray[deepspeed]'.")

@@ -1,7 +1,5 @@
 """What to train on within a budget: the original or an emulator, whole or offloaded, in more or fewer bits, side by side."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,8 +7,8 @@ from typing import Any
 
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
-from emloc_ray.planning.budget import RATIOS, Solution, fitting, solution_of, training_bytes, with_config
-from emloc_ray.planning.costs import Costed, busy_seconds
+from emloc_ray.planning.budget import RATIOS, fitting, training_bytes, with_config
+from emloc_ray.planning.costs import busy_seconds
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.measured import Measured, measured_for
@@ -30,8 +28,8 @@ class Alternative:
     """One thing to train on, with the settings that fit the budget best, or the leanest where none does.
 
     ``needed``: bytes of a worker's fine-tuning, or of the gradients that its emulator asks for, where these do not fit.
-    ``step_seconds``: of an optimizer step, the slower of computing and of moving weights. ``measured``: what it closed of the
-    gap where it was measured. ``unneeded``: an emulator of what fits as it is.
+    ``step_seconds``: of an optimizer step, the slower of computing and of moving weights. ``measured``: the share of the gap
+    that it closed in a benchmark, where there is one. ``unneeded``: an emulator, though the original fits.
     """
 
     name: str
@@ -50,17 +48,13 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Choice:
-    """All alternatives within a budget, and the one to take, with all that its run takes.
-
-    That is the one that closed most of the gap where it was measured, of those alike the fastest; what takes ten times as long
-    as the fastest of these is left out. Where none was measured it is the first.
-    """
+    """All alternatives within a budget, and the one to take: that with the largest measured share of the gap, the fastest among
+    equals, without those that take ten times as long as the fastest. Where none was measured it is the first."""
 
     asked: RunConfig
     budget: int
     alternatives: tuple[Alternative, ...]
     recommended: Alternative
-    solution: Solution
     speeds: Speeds
 
     @property
@@ -81,21 +75,18 @@ class Choice:
 
     @property
     def overrides(self) -> list[str]:
-        """What makes the recommended run, as the command line takes it."""
+        """The overrides on the command line that make the recommended run."""
         old, new = (_settings(config) for config in (self.asked, self.recommended.config))
         changed = [f"{key}={value}" for key, value in new.items() if value != old[key]]
         asked: Any = self.asked.memory_budget
         if asked != "inference":
             asked = f"{asked // 2**30}GiB" if asked % 2**30 == 0 else int(asked)
-        return [f"memory_budget={asked}", *changed, *self.solution.overrides]
+        return [f"memory_budget={asked}", *changed, *_solved(self.recommended.config)]
 
 
-def choose_training(stages: Sequence[Costed], prepared: Prepared, lengths: Lengths, speeds: Speeds) -> Choice:
-    """Plans every alternative within the config's ``memory_budget``, without starting anything.
-
-    Raises:
-        ConfigError: where none fits; it says what the leanest one needs.
-    """
+def choose_training(prepared: Prepared, lengths: Lengths, speeds: Speeds) -> Choice:
+    """Plans every alternative within the config's ``memory_budget``, without starting anything. Raises ConfigError where none
+    fits; it says what the leanest one needs."""
     budget = int(MemoryModel(prepared).budget or 0)
     alternatives = tuple(_alternatives(prepared, budget, lengths, speeds))
     fit = [one for one in alternatives if one.fits and not one.unneeded]
@@ -106,7 +97,7 @@ def choose_training(stages: Sequence[Costed], prepared: Prepared, lengths: Lengt
             " or lower data.max_seq_length or the adapter's size."
         )
     best = _best([(one, one.measured.gap_closed) for one in fit if one.measured is not None]) or fit[0]
-    return Choice(prepared.config, budget, alternatives, best, solution_of(stages, best.memory, budget), speeds)
+    return Choice(prepared.config, budget, alternatives, best, speeds)
 
 
 def _best(measured: Sequence[tuple[Alternative, float]]) -> Alternative | None:
@@ -123,11 +114,7 @@ def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Spe
     in_all_bits = {"quantization": "none"}
 
     def at(
-        name: str,
-        ratios: Sequence[float],
-        emulator: dict[str, Any],
-        hold: str = hold,
-        largest_batch: int | None = None,
+        name: str, ratios: Sequence[float], emulator: dict[str, Any], hold: str = hold, largest_batch: int | None = None
     ) -> Alternative:
         memory = fitting(_changed(prepared, emulator, hold), budget, lengths, ratios, largest_batch)
         step = busy_seconds(training_cost(memory, 1), section, speeds, memory.weights)
@@ -164,10 +151,23 @@ def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Spe
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """What alternatives differ in, beside the settings of :attr:`Solution.overrides`."""
+    """What alternatives differ in, beside what is solved for."""
     keys = ("quantization", "storage", "residual_rank")
     named = {f"emulator.{key}": getattr(config.emulator, key) for key in keys}
     return {"model.hold": config.model.hold, "emulator.budget": config.emulator.budget or "null", **named}
+
+
+def _solved(config: RunConfig) -> list[str]:
+    """What :func:`fitting` solves for, as the command line takes it."""
+    finetune, emulator = config.finetune, config.emulator
+    healing = None if emulator.heals is None else emulator.heals.per_device_train_batch_size
+    return [
+        *([] if healing is None else [f"emulator.healing.per_device_train_batch_size={healing}"]),
+        *([] if emulator.budget is not None else [f"emulator.compression_ratio={emulator.compression_ratio:g}"]),
+        f"finetune.per_device_train_batch_size={finetune.per_device_train_batch_size}",
+        f"finetune.gradient_accumulation_steps={finetune.gradient_accumulation_steps}",
+        f"finetune.gradient_checkpointing={str(finetune.gradient_checkpointing).lower()}",
+    ]
 
 
 def _changed(prepared: Prepared, emulator: dict[str, Any], hold: str) -> Prepared:

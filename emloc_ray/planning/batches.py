@@ -1,12 +1,10 @@
 """A run whose batches are as small as its ``memory_budget`` asks for."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 
 from emloc_ray.config.schema import WORKER_SECTIONS, RunConfig
-from emloc_ray.planning.budget import fitting, training_bytes
+from emloc_ray.planning.budget import fitting
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.memory import MemoryModel, Parts, total
 from emloc_ray.planning.prepared import Prepared
@@ -37,8 +35,9 @@ def _trained_within(prepared: Prepared) -> Prepared:
     budget = own.bound("finetune") or 0.0
 
     def needed(memory: MemoryModel) -> int:
-        others = [memory.heal(), *([memory.finishing().parts] if memory.prepared.finishes else [])]
-        return max(training_bytes(memory), *(total(with_base(parts)) for parts in others))
+        # Smaller steps would not make room for the scores between them, whose batch is as small as it has to be.
+        parts = [memory.heal(), memory.training(), *([memory.finishing().parts] if memory.prepared.finishes else [])]
+        return max(total(with_base(part)) for part in parts)
 
     if needed(own) <= budget:
         return prepared
@@ -70,6 +69,6 @@ def without_budget(prepared: Prepared) -> Prepared:
 
 
 def keeps_small(config: RunConfig) -> bool:
-    """Whether workers are to give back at once what they free: where a budget bounds them in the memory of their node."""
+    """Whether workers give freed memory back at once: where a budget bounds what they hold of their node's memory."""
     on_gpus = config.budget_is_default and config.finetune.gpus > 0
     return config.memory_budget is not None and not on_gpus

@@ -1,15 +1,12 @@
 """Solves for the settings that fit a memory budget."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from emloc_ray.config.adapter import AdapterConfig
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
-from emloc_ray.planning.costs import Costed, with_base
+from emloc_ray.modeling.compiling import check_compiling, is_compiled
+from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.holding import allowed
 from emloc_ray.planning.layout import layout_under
 from emloc_ray.planning.lengths import Lengths
@@ -20,76 +17,6 @@ from emloc_ray.text import size_up
 RATIOS = tuple(step / 20 for step in range(19, 1, -1))  # 0.95, 0.90, … 0.10
 
 
-@dataclass(frozen=True)
-class Solution:
-    """The run with settings under which one worker's fine-tuning, and the healing before it, fits a budget; what they need,
-    and what else does not fit."""
-
-    prepared: Prepared
-    budget: int
-    finetune_bytes: int
-    inference_bytes: int
-    too_large: dict[str, int]
-
-    @property
-    def overrides(self) -> list[str]:
-        """The settings as the command line takes them."""
-        finetune, emulator = self.prepared.config.finetune, self.prepared.config.emulator
-        healing = None if emulator.heals is None else emulator.heals.per_device_train_batch_size
-        return [
-            *([] if healing is None else [f"emulator.healing.per_device_train_batch_size={healing}"]),
-            *([] if emulator.budget is not None else [f"emulator.compression_ratio={emulator.compression_ratio:g}"]),
-            f"finetune.per_device_train_batch_size={finetune.per_device_train_batch_size}",
-            f"finetune.gradient_accumulation_steps={finetune.gradient_accumulation_steps}",
-            f"finetune.gradient_checkpointing={str(finetune.gradient_checkpointing).lower()}",
-        ]
-
-    @property
-    def sentence(self) -> str:
-        """The solution in words."""
-        text = (
-            f"Within {size_up(self.budget)}: fine-tuning needs {size_up(self.finetune_bytes)} a worker, inference of the"
-            f" original {size_up(self.inference_bytes)}."
-        )
-        if self.too_large:
-            stages = ", ".join(f"{name} ({size_up(held)})" for name, held in self.too_large.items())
-            text += f" Above it, whatever the ratio: {stages}; lower evaluation.batch_size or data.max_seq_length."
-        return text
-
-
-def solve(stages: Sequence[Costed], prepared: Prepared, budget: int, lengths: Lengths) -> Solution:
-    """The largest compression ratio that fine-tunes within ``budget`` bytes a worker; at this ratio the largest micro-batch,
-    with the same rows a step; and no gradient checkpointing where that fits too.
-
-    Raises:
-        ConfigError: where no ratio fits; it says what the smallest one needs.
-    """
-    memory = fitting(prepared, budget, lengths)
-    needed, config = training_bytes(memory), memory.config
-    if needed > budget:
-        own = config.emulator.budget
-        refused = f"No compression ratio fits {size_up(budget)}: at {RATIOS[-1]:g}, "
-        refused = refused if own is None else f"emulator.budget: {own} does not fit {size_up(budget)}: "
-        raise ConfigError(
-            f"{refused}a row at a time and"
-            f" {'with' if config.finetune.gradient_checkpointing else 'without'} gradient checkpointing, fine-tuning needs"
-            f" {size_up(needed)}: give that much, or lower data.max_seq_length or adapter.{_size_of(config.adapter)}."
-        )
-    return solution_of(stages, memory, budget)
-
-
-def solution_of(stages: Sequence[Costed], memory: MemoryModel, budget: int) -> Solution:
-    """The settings of ``memory``, and what does not fit ``budget`` with them."""
-    too_large = {name: peak for name, peak in stage_peaks(stages, memory).items() if peak > budget}
-    return Solution(memory.prepared, budget, training_bytes(memory), total(memory.inference()), too_large)
-
-
-def stage_peaks(stages: Sequence[Costed], memory: MemoryModel) -> dict[str, int]:
-    """Bytes of a worker of each stage that the run of ``memory`` has."""
-    costs = {s.name: s.cost for s in stages if s.cost is not None and s.wanted(memory.prepared)}
-    return {name: total(with_base(cost(memory).memory)) for name, cost in costs.items()}
-
-
 def fitting(
     prepared: Prepared,
     budget: int,
@@ -98,9 +25,10 @@ def fitting(
     largest_batch: int | None = None,
     needed: Callable[[MemoryModel], int] | None = None,
 ) -> MemoryModel:
-    """With the first of ``ratios`` that fine-tunes within ``budget`` bytes a worker, the largest micro-batch there, up to
-    ``largest_batch`` (by default the config's), and no gradient checkpointing where that fits too. Where nothing fits: what
-    takes least. ``needed``: bytes of a worker, :func:`training_bytes` by default."""
+    """Solves for the first of ``ratios`` that fine-tunes within ``budget`` bytes a worker, then for the largest micro-batch
+    up to ``largest_batch`` (by default the config's), then without gradient checkpointing if that fits too. Where nothing
+    fits: what takes least. ``needed``: bytes of a worker, :func:`training_bytes` by default.
+    """
     bounded = prepared.config.model_copy(update={"memory_budget": budget})  # by which passes of the original are held
     prepared, section = dataclasses.replace(prepared, config=bounded), bounded.finetune
     rows = section.per_device_train_batch_size * section.gradient_accumulation_steps
@@ -130,15 +58,14 @@ def training_bytes(memory: MemoryModel) -> int:
     return max(total(with_base(parts)) for parts in (memory.healing(), memory.finetune()))
 
 
-def _size_of(adapter: AdapterConfig) -> str:
-    return "num_virtual_tokens" if adapter.is_prompt else "r" if adapter.is_additive else "target_modules"
-
-
 def check_holding(prepared: Prepared) -> None:
     """Raises ConfigError where the budget, or a worker's share of a GPU that is here, is below what any pass of the original
-    takes, or where the config needs gradients and a calibration worker cannot hold what they take; a budget that was left out
-    refuses nothing."""
+    takes, where the config needs gradients and a calibration worker cannot hold what they take, or where a training is to
+    compile blocks that it cannot; a budget that was left out refuses nothing else."""
     asks, memory = prepared.config.emulator.asks_for_gradients, MemoryModel(prepared)
+    if is_compiled((training := prepared.config.finetune).model_extra or {}):
+        experts = any(spec.routed_share is not None for spec in prepared.layout.specs)
+        check_compiling(experts, training.deepspeed is not None, memory.finetune_hold() != "resident")
     is_written, hold = not prepared.config.budget_is_default, prepared.config.model.hold
     budget = memory.budget if is_written else None
     least = BASE_BYTES + min(memory.held[held_as] for held_as in allowed(hold))

@@ -1,7 +1,5 @@
 """What a worker may hold, and what calibration, sums of gradients and inference hold of it, part by part."""
 
-from __future__ import annotations
-
 import functools
 import math
 
@@ -81,10 +79,8 @@ class CalibrationMemory(ModelBytes):
         return int(2 * self.calibration_tokens * self.layout.hidden_size * self.itemsize)
 
     def calibration_hold(self) -> str:
-        """As the config says; ``auto``: resident where all Grams fit beside the model, else block by block.
-
-        Where blocks read what is inside others, as shared keys and values, offloaded takes the place of block by block.
-        """
+        """As the config says; ``auto``: resident where all Grams fit beside the model, else block by block. Where blocks read
+        what is inside others, as shared keys and values, offloaded takes the place of block by block."""
         asked, room = self.config.model.hold, self.worker_bytes("calibration") - BASE_BYTES
         counting = self._counting(self._calibration_tokens())
         if asked == "auto" and self.weights + sum(map(gram_bytes, self._groups())) + counting <= room:
@@ -117,10 +113,8 @@ class CalibrationMemory(ModelBytes):
         return {"weights": self.held[plan.hold], "gradients": largest, **passed}
 
     def gradient_plan(self) -> GradientPlan:
-        """How the sums of gradients of the linears whose outputs they weigh are gathered within a worker's memory.
-
-        Every wave is a pass: a budget that was left out gives way before it costs many.
-        """
+        """How the sums of gradients are gathered within a worker's memory. Every wave costs a pass: the default budget is
+        exceeded rather than take many."""
 
         def within(held: float) -> GradientPlan:
             batch_size, asked = self.config.calibration.batch_size, self.config.model.hold
@@ -163,7 +157,7 @@ class CalibrationMemory(ModelBytes):
         return self.bound("finetune")
 
     def bound(self, section: str) -> float | None:
-        """``memory_budget`` for a worker of a section, in bytes, on a GPU that is here no more than can be filled of it; None:
+        """The bytes of ``memory_budget`` for a worker of a section, at most what fits its share of a GPU that is here; None:
         no bound."""
         asked, gpus = self.config.memory_budget, getattr(self.config, section).gpus
         if asked is None:
@@ -172,14 +166,16 @@ class CalibrationMemory(ModelBytes):
         return wanted if self.config.ray.joins or not gpus else min(wanted, _GPU_SHARE * gpu_bytes() * gpus)
 
     def worker_bytes(self, section: str) -> float:
-        """What a worker may hold: its :meth:`bound`; where that was left out, no more than there is for it either."""
+        """Bytes that a worker may hold: its :meth:`bound`, and where the budget is the default no more than
+        :meth:`there`."""
         bound, there = self.bound(section), functools.partial(self.there, section)
         if bound is None:
             return there()
         return min(bound, there()) if self.config.budget_is_default else bound
 
     def there(self, section: str) -> float:
-        """What there is for a worker: a GPU like this machine's, a share of its memory, or elsewhere as much as it asks."""
+        """Bytes that there are for a worker: of its share of a GPU, or of this machine's memory; of another machine's
+        unbounded."""
         asked = getattr(self.config, section)
         if asked.gpus:
             return _GPU_SHARE * gpu_bytes() * asked.gpus

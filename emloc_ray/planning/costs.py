@@ -20,6 +20,7 @@ class StageCost:
     ``flops``: floating-point operations of all workers. ``disk_bytes``: what the stage leaves, or needs while it runs.
     ``moved_bytes``: what comes to the devices of all workers of weights that do not stay there. ``efficiency``: the share of a
     matrix product's speed that it reaches. ``start_seconds``: starting workers and loading. ``steps``: its optimizer steps.
+    ``scores``: what is computed and moved between these, not counted in the others.
     """
 
     memory: Parts
@@ -29,6 +30,7 @@ class StageCost:
     efficiency: float = 0.5
     start_seconds: float = 5.0
     steps: float = 0.0
+    scores: StageCost | None = None
 
 
 class Costed(Protocol):
@@ -60,8 +62,8 @@ class Costed(Protocol):
 
 
 def busy_seconds(cost: StageCost, asked: StageConfig, speeds: Speeds, weights: float) -> float:
-    """What its workers compute, or what moves where that takes longer, as the two go on side by side; ``weights``: bytes of
-    the original."""
+    """Seconds that its workers compute, or move weights if that takes longer, as the two overlap; ``weights``: bytes of the
+    original."""
     flops = asked.gpus * speeds.gpu_flops or max(1.0, asked.cpus_per_worker) * speeds.cpu_flops
     computing = cost.flops / (flops * asked.num_workers * cost.efficiency)
     return max(computing, cost.moved_bytes / (speeds.moving(asked.gpus > 0, weights) * asked.num_workers))

@@ -1,7 +1,5 @@
 """Checks a split's files before anything starts: counts their rows, and reads the first ones."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib.util
@@ -29,11 +27,8 @@ MAX_CHECKED_ROWS = 16_000  # of a split, but for one of each file
 def check_split(config: RunConfig, name: str, reads_images: bool) -> tuple[SourceFile, ...]:
     """The files of a split, with counted rows and checked first rows; none where the run makes or downloads the split.
 
-    ``reads_images``: whether the model has a processor for images.
-
-    Raises:
-        ConfigError: where a store does not answer, or train has no more rows than are held out.
-        DataError: naming file and row, where a file is unreadable or a row bad.
+    ``reads_images``: whether the model has a processor for images. Raises ConfigError where a store does not answer, or train
+    has no more rows than are held out; DataError, naming file and row, where a file is unreadable or a row bad.
     """
     split: SplitConfig | None = getattr(config.data, name)
     is_made = config.data.generate is not None and name in SPLITS
@@ -135,11 +130,8 @@ def _nothing_left(source: SourceFile, reasons: Sequence[str]) -> DataError:
 
 
 def with_format(source: SourceFile, data: DataConfig) -> SourceFile:
-    """A file with the format of its rows: the config's or, where that is ``auto``, that of its first row that has one.
-
-    Raises:
-        DataError: naming the first row where it has none, or three where none has.
-    """
+    """A file with the format of its rows: the config's or, where that is ``auto``, that of its first row that has one. Raises
+    DataError, naming the first row where it has none, or three where none has."""
     if data.row_format != "auto":
         return dataclasses.replace(source, format=data.row_format)
     reasons: list[str] = []

@@ -27,10 +27,8 @@ def spend_evenly(layout: Layout, emulator: EmulatorConfig, itemsize: int) -> Lay
     """The layout with the bytes of the config's budget, and with what is planned with until data decides: every linear in the
     form that keeps most of it at its own share.
 
-    Bits are those of the linears that are compressed, bytes those of the whole emulator; floats take ``itemsize`` bytes.
-
-    Raises:
-        ConfigError: no forms meet the budget, or the linears as they are do.
+    Bits are those of the linears that are compressed, bytes those of the whole emulator; floats take ``itemsize`` bytes. Raises
+    ConfigError where no forms meet the budget, or the linears as they are do.
     """
     storing, specs = layout.storing(itemsize), [layout.by_name[name] for name in layout.compressed]
     weights = layout.parameters_targeted

@@ -1,7 +1,5 @@
 """The first rows of a split as tokens, before a run: what ``validate`` counts and ``preview`` shows."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import tempfile
@@ -59,13 +57,8 @@ class FirstRows:
 
 
 def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> FirstRows | None:
-    """The first ``count`` rows of a split as the run will tokenize them; None where the run takes them out of train.
-
-    Asks the hub for the first rows of a data set there; makes a few rows of train of a task that the run makes.
-
-    Raises:
-        ConfigError: where a row is bad, or no row keeps a completion.
-    """
+    """The first ``count`` rows of a split as the run will tokenize them, from the hub, or a few made of a task's; None where
+    the run takes them out of train. Raises ConfigError where a row is bad, or no row keeps a completion."""
     config, section = prepared.config, getattr(prepared.config.data, split)
     makes = config.data.generate if split == "train" else None
     if section is None and makes is None:
@@ -96,19 +89,18 @@ def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> Fir
     return first
 
 
-def sequences_a_row(prepared: Prepared) -> float:
-    """Sequences that a row to train on becomes: above one where the chat template rewrites earlier turns of the first rows.
-
-    One where these show images, are packed, or are known only to the run.
-    """
-    data, files = prepared.config.data, prepared.files.get("train", ())
+def sequences_a_row(prepared: Prepared, split: str = "train") -> float:
+    """Sequences that a row of a split becomes: above one where the chat template rewrites earlier turns of the first rows. One
+    where these show images, are packed, or are known only to the run."""
+    data, files = prepared.config.data, prepared.files.get(split, ())
+    section = getattr(data, split)
     chats = bool({source.format for source in files} & CHATS)
-    if not chats or data.packing or data.train is None or data.train.hub or any(source.images for source in files):
+    if not chats or data.packing or section is None or section.hub or any(source.images for source in files):
         return 1.0
     key = repr((prepared.source.directory, files, data))
     if key not in _SEQUENCES:
         try:
-            first = first_rows(prepared)
+            first = first_rows(prepared, split)
         except EmlocError:  # of a bad row, which is told where rows are read
             first = None
         good = 0 if first is None else sum(row is not None for _, row in first.rows)

@@ -1,7 +1,5 @@
 """How fast GPUs are by their names, from their vendor's data sheets: what a plan is timed by where none is measured."""
 
-from __future__ import annotations
-
 import functools
 import subprocess
 from dataclasses import dataclass

@@ -45,7 +45,7 @@ def moved_bytes(layout: Layout, itemsize: int, tied: bool) -> dict[str, int]:
 
 
 def allowed(asked: str) -> tuple[str, ...]:
-    """What ``model.hold`` leaves to choose among for a pass of the whole model, the fastest first."""
+    """The holds that ``model.hold`` allows for a pass of the whole model, the fastest first."""
     if asked == "resident":
         return HOLDS[:1]
     return HOLDS if asked == "auto" else HOLDS[1:]
@@ -74,7 +74,7 @@ def plan_gradients(
     beside: Callable[[int], float],
     room: float,
 ) -> GradientPlan:
-    """In as few waves as fit ``room`` bytes; of equally few resident first, then in as large batches as may be.
+    """The fewest waves that fit ``room`` bytes; among equals resident first, then the largest batch.
 
     ``beside(rows)``: bytes of a batch's pass forward and back. A wave costs a pass over all rows, a smaller batch nearly
     nothing. Where nothing fits: one linear's sum at a time, in the leanest way.

@@ -58,8 +58,8 @@ class Layout:
 
     @property
     def allocated(self) -> tuple[str, ...]:
-        """The linears whose ranks follow from the data, or with a budget whose forms do; those of the layout are what is planned
-        with, and without a budget what they cost is one."""
+        """The linears whose ranks, or with a budget whose forms, follow from the data; until then the plan goes by the
+        layout's."""
         if self.budget is not None:
             return self.compressed
         return tuple(name for name in self.free if name in self.ranks) if self.allocation != "uniform" else ()
@@ -197,11 +197,8 @@ class Layout:
 
 
 def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
-    """Matches the config's patterns against a model.
-
-    Raises:
-        ConfigError: naming every pattern that matches nothing, one sentence a line.
-    """
+    """Matches the config's patterns against a model. Raises ConfigError, naming every pattern that matches nothing, one
+    sentence a line."""
     specs = skeleton.specs
     left_dense: dict[str, str] = {}
     compressed, adapted = _matched(config, skeleton, left_dense)

@@ -30,11 +30,9 @@ class Lengths:
 
 
 def row_lengths(data: DataConfig, sources: Sequence[SourceFile], image_tokens: int) -> Lengths:
-    """Tokens a row, estimated from the characters and images of the first rows of ``sources``.
-
-    ``image_tokens``: what an image takes of a row. Rows of a task that the run makes are as long as its rows were. Rows of
-    the hub are not here before the run: they count as long as rows may be.
-    """
+    """Tokens a row, estimated from the characters and images, of ``image_tokens`` each, of the first rows of ``sources``. Rows
+    of a task that the run makes are as long as its rows were; those of the hub, not here before the run, as long as rows may
+    be."""
     from emloc_ray.data.images import encoded_bytes, image_parts
     from emloc_ray.data.reading import BadRow, Place, read_rows
     from emloc_ray.data.row_formats import CHATS, columns_of, converted

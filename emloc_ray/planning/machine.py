@@ -55,11 +55,8 @@ def gpu_bytes() -> float:
 
 
 def available_bytes(root: Path = Path("/")) -> float:
-    """The memory that is left to this machine, or to the control groups of this process (a container, a job).
-
-    A group's inactive files count as left, as the kernel frees them first: "working set" in
-    https://kubernetes.io/docs/concepts/scheduling-eviction/node-pressure-eviction.
-    """
+    """The memory that is left to this machine, or to the control groups of this process (a container, a job), whose inactive
+    files count as left ("working set" in https://kubernetes.io/docs/concepts/scheduling-eviction/node-pressure-eviction)."""
     return min([float(psutil.virtual_memory().available), *_left_in_groups(root)])
 
 
@@ -218,9 +215,7 @@ def gpus_expected(config: RunConfig) -> float:
 
 def check_resources(config: RunConfig, cpus: float | None = None, gpus: float | None = None) -> None:
     """Raises ConfigError where a stage asks more of a Ray that is started here than it has: the stage would wait for ever.
-
-    ``cpus`` and ``gpus``: what Ray counts; by default, before Ray runs, those of the config or of this machine.
-    """
+    ``cpus`` and ``gpus``: what Ray counts; by default, before Ray runs, those of the config or of this machine."""
     from emloc_ray.config.schema import WORKER_SECTIONS  # here alone: the planner of memory runs without pydantic
 
     if config.ray.joins:
@@ -295,10 +290,8 @@ def check_packages(config: RunConfig) -> None:
 
 
 def check_kernel(config: RunConfig) -> None:
-    """Raises ConfigError where the attention that the config names needs a GPU or a package that is not here.
-
-    A plan needs neither; of a Ray that is joined the machines, and what is installed there, are others.
-    """
+    """Raises ConfigError where the attention that the config names needs a GPU or a package that is not here. A plan needs
+    neither; of a Ray that is joined the machines, and what is installed there, are others."""
     name = config.model.attn_implementation
     if name is None or not needs_kernel(name):
         return

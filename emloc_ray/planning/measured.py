@@ -1,7 +1,5 @@
 """How much of the gap to LoRA on the original ways to train closed where they were measured: pipelines/results."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

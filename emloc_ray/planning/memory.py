@@ -5,17 +5,15 @@ layers before it opens the model. Not counted, because it depends on the machine
 its first call (some 15 MiB), and what its kernels pack weights into.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
+from emloc_ray.config.steps import ON_EMULATOR
 from emloc_ray.core.products import ROWS
 from emloc_ray.io.formats.shards import chunk_limit
 from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
 from emloc_ray.io.store.atomic import COPY_BYTES
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.modeling.gguf_weights import needs_whole
 from emloc_ray.planning.calibration_memory import BASE_BYTES, CalibrationMemory, Parts, total
 from emloc_ray.planning.holding import choose
 from emloc_ray.planning.model_bytes import DIVERGENCE_COPIES, LOSS_COPIES
@@ -24,7 +22,7 @@ from emloc_ray.planning.sizes import DOUBLE, FLOAT, gradient_bytes, gram_bytes
 
 _HALF = 2
 _HEADER_BYTES = 4000  # of Python's objects for a token of the vocabulary and its merges: 3,560 for SmolLM2's
-_BEGUN = 3  # corrections that auto scores in one pass where weights come and go
+CANDIDATES = 4  # corrections that auto scores, in one pass where weights come and go
 
 
 class Held(NamedTuple):
@@ -43,12 +41,24 @@ class MemoryModel(CalibrationMemory):
         if self.prepared.source.gguf_file is None:
             return {"chunks": COPY_BYTES}
         largest = max([self.layout.head_parameters, *(2 * spec.num_parameters for spec in self.layout.specs)])
+        from emloc_ray.modeling.gguf_import import needs_whole  # which reads YAML: the rest plans from shapes alone
+
         weights = self.weight_files if needs_whole(self.model_config) else 0
         return {"header": _HEADER_BYTES * self._vocabulary(), "weights": weights, "tensor": FLOAT * largest}
 
     def factorize(self) -> Parts:
-        """The group that needs most, with one of its layers computed once more in float64, as rounding may ask."""
-        return max((self._factorize_group(group) for group in self._groups()), key=total, default={})
+        """The group that needs most, with one of its layers computed once more in float64, as rounding may ask. A worker with a
+        GPU takes one group after another: on its node are the one that is computed, as read, and the next."""
+        section, groups = self.config.emulator, self._groups()
+        parts = max(map(self._factorize_group, groups), key=total, default={})
+        if not section.gpus or len(groups) <= section.num_workers:
+            return parts
+        return {**parts, "read ahead": sum(sorted(map(self._as_read, groups))[-2:])}
+
+    def _as_read(self, group: tuple[LinearSpec, ...]) -> int:
+        """A group's weights, its Gram and its linears' sums of gradients."""
+        sums = sum(map(gradient_bytes, {*group}.intersection(self._weighed())))
+        return sum(spec.num_parameters for spec in group) * self.file_itemsize + gram_bytes(group) + sums
 
     def _factorize_group(self, group: tuple[LinearSpec, ...]) -> Parts:
         """A Gram: as summed, damped in float32, damped in float64 (made over a copy), and where an output is wider than
@@ -127,22 +137,47 @@ class MemoryModel(CalibrationMemory):
         healing = self.config.emulator.heals
         if healing is None:
             return {}
-        from emloc_ray.planning.training import healing_run  # which needs the config: the rest plans from shapes alone
+        from emloc_ray.planning.training import healing_training  # needs the config: the rest plans from shapes alone
 
-        run = healing_run(self.prepared, healing)
-        return MemoryModel(run, self.lengths).finetune(DIVERGENCE_COPIES)
+        training = healing_training(self.config, healing, self.layout)
+        return MemoryModel(self.prepared, self.lengths, training).finetune(DIVERGENCE_COPIES)
 
     def finetune(self, logit_copies: int = LOSS_COPIES) -> Parts:
+        """The steps, or where more is held for them the scores between these."""
+        steps = self.training(logit_copies)
+        return max(steps, self.validating().parts, key=total) if self.trained.section.validates else steps
+
+    def validating(self) -> Held:
+        """The emulator with its optimizer while a batch is scored on it, or on the original, which comes beside it then."""
+        return self._validating(self.validation_rows())
+
+    def validation_rows(self) -> int:
+        """The rows of a batch that is scored while training: as many as asked for, or as fit a worker."""
+        section = self.trained.section
+        rows = int((section.model_extra or {}).get("per_device_eval_batch_size", section.per_device_train_batch_size))
+        room = self.worker_bytes("finetune") - BASE_BYTES
+        while rows > 1 and total(self._validating(rows).parts) > room:
+            rows //= 2
+        return rows
+
+    def _validating(self, rows: int) -> Held:
+        beside = {"optimizer": self._optimizer_bytes(), **self._scoring(rows)}
+        if self.trained.section.eval_original_every is None or not self.layout.differs:
+            hold = self.finetune_hold()
+            return Held(hold, {"weights": self.emulator if hold == "resident" else self.held[hold], **beside})
+        return self._holding("finetune", {"emulator": self.emulator, **beside, **self._adapted(1, rows)})
+
+    def training(self, logit_copies: int = LOSS_COPIES) -> Parts:
         """Emulator, adapter with its optimizer, and a step: what blocks keep for the backward pass, or only their inputs
         and one block's at a time under gradient checkpointing; beside it the logits, or one linear's update by LoRA."""
         hold = self.finetune_hold()
-        again = self.config.finetune.gradient_checkpointing or hold != "resident"
+        again = self.trained.section.gradient_checkpointing or hold != "resident"
         weights = self.emulator if hold == "resident" else self.held[hold]
         return {"weights": weights, "unpacked": self._unpacked(), **self._training(again, logit_copies)}
 
     def _training(self, again: bool, logit_copies: int = LOSS_COPIES) -> Parts:
-        section = self.config.finetune
-        virtual = self.config.adapter.settings.get("num_virtual_tokens", 0)
+        section = self.trained.section
+        virtual = self.trained.adapter.settings.get("num_virtual_tokens", 0)
         tokens = section.per_device_train_batch_size * (self.trained_lengths.longest + virtual)
         saved = [block.multiple * self._saved_per_token(block, self.adapted) for block in self.blocks]
         inputs = sum(block.multiple * block.width for block in self.blocks) * self.itemsize
@@ -159,55 +194,65 @@ class MemoryModel(CalibrationMemory):
     def _optimizer_bytes(self) -> float:
         """What is trained, its gradients and the optimizer's states, and under autocast a copy in 16 bits. NEFTune's noise is
         gone before a block begins: no part of the peak."""
-        section = self.config.finetune
+        section = self.trained.section
         extra = section.model_extra or {}
         wide = optimizer_bytes(str(extra.get("optim", "adamw_torch")), section.gpus > 0)
         narrow = section.bf16 is True or extra.get("fp16") or (section.bf16 == "auto" and section.gpus > 0)
         return self.adapter_parameters * (wide + (_HALF if narrow else 0))
 
     def finetune_hold(self) -> str:
-        """How what is trained on is held: offloaded only where that is the original, at ratio 1.0, and does not fit.
-
-        Then the batch is planned with blocks run again. DeepSpeed, DoRA and prefixes want the whole model.
-        """
-        config = self.config
-        own = config.finetune.deepspeed is None and config.adapter.method not in ("dora", "prefix_tuning")
+        """How the fine-tuning holds its model: offloaded only where that is the original, at ratio 1.0, and does not fit. Then
+        the batch is planned with blocks run again. DeepSpeed, DoRA and prefixes want the whole model."""
+        section, method = self.trained.section, self.trained.adapter.method
+        own = section.deepspeed is None and method not in ("dora", "prefix_tuning")
         return self.finishing().hold if own and not self.layout.differs else "resident"
 
     def finishing(self) -> Held:
-        """Steps on the original: its weights, the adapter with its optimizer, and a step with blocks run again.
-
-        A prefix works through the cache that running a block again would fill twice: its original is held whole.
-        """
+        """Steps on the original: its weights, the adapter with its optimizer, and a step with blocks run again. A prefix works
+        through the cache that running a block again would fill twice: its original is held whole."""
         beside = self._training(again=True)
         if self.config.adapter.method == "prefix_tuning":
             return Held("resident", {"weights": self.weights, **self._training(again=False)})
         return self._holding("finetune", beside)
 
     def correct(self) -> Parts:
-        """First the linears that share a Gram, a task each, then the original with the adapter and every module's thin
-        matrices; the larger.
-
-        Where there is nothing to choose between, the original is not opened.
-        """
+        """The largest of: the emulator with the adapter on some rows; the linears that share a Gram, a task each; the original,
+        unless there is nothing to choose between, with the adapter and every module's thin matrices."""
         if not self.config.adapter.is_additive:
             return {}
         reading: Parts = {"correction": max((self._difference(spec) for spec in self.adapted), default=0.0)}
-        if self.config.correction.method != "auto" or not self.layout.differs:
+        if not self.layout.differs:
             return reading
-        return max(self.searching().parts, reading, key=total)
+        needed = [reading]
+        if self.config.correction.reads_adapted:
+            needed.append(self._seeing_inputs())
+        if self.config.correction.method == "auto":
+            needed.append(self.searching().parts)
+        return max(needed, key=total)
+
+    def _seeing_inputs(self) -> Parts:
+        """The emulator with the adapter on a batch, without its head, and every module's directions with their sums."""
+        rows = self.config.evaluation.batch_size
+        directions = sum(self._rank(s) * s.in_features for s in self.adapted)
+        return {
+            "weights": self.emulator,
+            "activations": self._forward(rows * self.lengths.longest),
+            **self._adapted(1, rows),
+            "correction": (DOUBLE + 2 * FLOAT) * directions,
+        }
 
     def searching(self) -> Held:
         """The original with adapters on a batch of the selection rows, beside every module's thin matrices."""
         rows = self.config.evaluation.batch_size
         return self._together(
             lambda number: {**self._scoring(rows), **self._adapted(number, rows), "correction": self.thin_matrices()},
-            _BEGUN,
+            CANDIDATES,
         )
 
     def thin_matrices(self) -> float:
         """Bytes of all that the adapter's modules see of the difference: in memory to score them, and on disk."""
-        wide = 4 if self.config.adapter.method == "dora" else 3  # what its magnitudes follow from
+        # What DoRA's magnitudes follow from, and what the directions see of the inputs in the emulator.
+        wide = 3 + (self.config.adapter.method == "dora") + self.config.correction.reads_adapted
         return sum(
             self._rank(s)
             * (DOUBLE * (s.in_features + wide * s.out_features) + FLOAT * (s.in_features + s.out_features))
@@ -242,7 +287,7 @@ class MemoryModel(CalibrationMemory):
     def evaluate(self) -> Parts:
         """Every model that is scored, one after another; the larger."""
         parts = self.evaluating().parts
-        scores_emulator = self.layout.differs and {"emulator", "emulator_adapter"} & {*self.config.evaluation.variants}
+        scores_emulator = self.layout.differs and {*ON_EMULATOR} & {*self.config.evaluation.variants}
         return {**parts, "weights": max(parts["weights"], self.emulator if scores_emulator else 0)}
 
     def evaluating(self) -> Held:
@@ -261,7 +306,7 @@ class MemoryModel(CalibrationMemory):
             most = max(scoring, completing if completes else {}, key=total)
             return {**most, "merged": merged} if number > 1 and "merged" in section.variants else most
 
-        return self._together(beside, len({*section.variants} - {"emulator", "emulator_adapter"}))
+        return self._together(beside, len({*section.variants} - {*ON_EMULATOR}))
 
     def prompts_at_once(self) -> int:
         """How many prompts are completed together: a batch, and where weights come anew for every token as many more as fit

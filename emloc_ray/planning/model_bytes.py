@@ -17,6 +17,7 @@ from emloc_ray.planning.sizes import FLOAT, Block, blocks_of, widest_step
 if TYPE_CHECKING:
     from emloc_ray.planning.lengths import Lengths
     from emloc_ray.planning.prepared import Prepared
+    from emloc_ray.planning.training_spec import Training
 
 # Of a chunk's logits in float32 while their gradient is made: themselves, the softmax and its gradient; of a divergence also
 # those that are not the teacher's top, and theirs.
@@ -26,10 +27,11 @@ LOSS_COPIES, DIVERGENCE_COPIES = 3, 5
 class ModelBytes:
     """The parts of a run's model, emulator and adapter, in bytes; what stages hold of them is in ``memory.py``."""
 
-    def __init__(self, prepared: Prepared, lengths: Lengths | None = None) -> None:
-        """``lengths``: those of the run's own rows by default."""
+    def __init__(self, prepared: Prepared, lengths: Lengths | None = None, training: Training | None = None) -> None:
+        """``lengths``: those of the run's own rows by default; ``training``: the fine-tuning by default."""
         self.prepared, self.lengths = prepared, lengths or prepared.lengths
-        self.config, self.layout = prepared.config, prepared.layout
+        self.trained = training or prepared.finetuning
+        self.config, self.layout = prepared.config, self.trained.layout
         self.model_config = prepared.model_config
         self.calibration_tokens = prepared.calibration_tokens(self.lengths.mean)
         self.itemsize, self.file_itemsize = model_dtype(prepared).itemsize, file_dtype(prepared).itemsize
@@ -46,14 +48,14 @@ class ModelBytes:
     @property
     def trained_lengths(self) -> Lengths:
         """How long the sequences of the fine-tuning are: rows, or packs of them, which leave little space."""
-        if not self.config.finetune.packing:
+        if not self.trained.section.packing:
             return self.lengths
         length = float(self.config.data.max_seq_length)
         return replace(self.lengths, mean=PACKED_SHARE * length, longest=length)
 
     def _row_norms(self, dense: Collection[LinearSpec]) -> int:
         """PEFT's DoRA on a dense linear: an identity, ``s B A``, its unscaled self and its sum with ``W``, in float32."""
-        if self.config.adapter.method != "dora":
+        if self.trained.adapter.method != "dora":
             return 0
         return FLOAT * max((s.in_features * (s.in_features + 3 * s.out_features) for s in dense), default=0)
 
@@ -91,7 +93,7 @@ class ModelBytes:
         """Those that are trained: of another method than LoRA's as counted by attaching it, see ``model_checks.py``."""
         if self.layout.adapter_parameters is not None:
             return self.layout.adapter_parameters
-        magnitudes = sum(s.out_features for s in self.adapted) if self.config.adapter.method == "dora" else 0
+        magnitudes = sum(s.out_features for s in self.adapted) if self.trained.adapter.method == "dora" else 0
         return magnitudes + self._lora_parameters()
 
     def _lora_parameters(self) -> int:
@@ -105,7 +107,7 @@ class ModelBytes:
 
     def _rank(self, spec: LinearSpec) -> int:
         """The rank of the adapter's update of this linear, as it is corrected: at most the smaller side."""
-        return update_rank(self.config.adapter.method, self.config.adapter.settings, spec)
+        return update_rank(self.trained.adapter.method, self.trained.adapter.settings, spec)
 
     def _calibration_tokens(self) -> float:
         return self.config.calibration.batch_size * self.lengths.longest
@@ -124,24 +126,22 @@ class ModelBytes:
         - What adapted linears read, in float32: once for all that share it where the model is in float32, else in a
           copy for each; with dropout a copy and a mask for each.
         - The residual stream in float32, at each of two norms.
-        - What goes into attention and activations, and what comes out: outputs of the linears inside, inputs of those
-          that write to the residual stream.
+        - What goes into attention and activations, and what comes out.
         - Outputs that are scaled by what is learned, in float32, and of DoRA the base's too.
 
-        Frozen linears keep nothing, dense or factorized: their inputs' gradients need their weights alone. Experts' linears
-        count by the share of tokens that is sent to each.
+        Frozen linears keep nothing; experts' linears count by the share of tokens that is sent to each.
         """
         adapted = set(trained)
         read = inner = outputs = 0.0
         for group in block.groups:
             count = sum(spec in adapted for spec in group)
-            copies = count if self.itemsize < FLOAT or self.config.adapter.lora_dropout else min(count, 1)
+            copies = count if self.itemsize < FLOAT or self.trained.adapter.lora_dropout else min(count, 1)
             share = group[0].token_share
-            read += share * copies * group[0].in_features * FLOAT * (2 if self.config.adapter.lora_dropout else 1)
+            read += share * copies * group[0].in_features * FLOAT * (2 if self.trained.adapter.lora_dropout else 1)
             outputs += share * sum(spec.out_features for spec in group if spec in adapted)
             writes = len(group) == 1 and group[0].out_features == block.width
             inner += share * (group[0].in_features if writes else sum(spec.out_features for spec in group))
-        scaled = {"dora": FLOAT + self.itemsize, "vera": FLOAT, "ia3": FLOAT}.get(self.config.adapter.method, 0)
+        scaled = {"dora": FLOAT + self.itemsize, "vera": FLOAT, "ia3": FLOAT}.get(self.trained.adapter.method, 0)
         return read + 2 * block.width * FLOAT + inner * self.itemsize + outputs * scaled
 
     def _update_per_token(self) -> float:
@@ -174,8 +174,8 @@ class ModelBytes:
 
 
 def model_dtype(prepared: Prepared) -> torch.dtype:
-    """What the model's weights are kept in while they are used; ``auto`` is transformers' own: what its config names, else
-    what its files hold."""
+    """The dtype of the model's weights while they are used; ``auto``, as in transformers: what its config names, else its
+    files'."""
     wanted = prepared.config.model.dtype
     if wanted != "auto":
         dtype: torch.dtype = getattr(torch, wanted)
@@ -185,5 +185,5 @@ def model_dtype(prepared: Prepared) -> torch.dtype:
 
 
 def file_dtype(prepared: Prepared) -> torch.dtype:
-    """What the model's files hold, and with them the emulator's and the merged model's."""
+    """The dtype of the files of the model, the emulator and the merged model."""
     return prepared.file_dtype or model_dtype(prepared)

@@ -1,7 +1,5 @@
 """Checks a config against its model, before a weight moves."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
@@ -21,6 +19,7 @@ from emloc_ray.modeling.adapter_methods import count_parameters
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.attention import check_takes_kernel, needs_kernel
 from emloc_ray.modeling.inputs import has_encoder
+from emloc_ray.modeling.liger import check_liger
 from emloc_ray.modeling.loading import ModelSource, check_source, read_model_config
 from emloc_ray.modeling.packing import why_rows_mix
 from emloc_ray.planning.emulator_budget import spend_evenly
@@ -30,11 +29,8 @@ from emloc_ray.planning.skeleton import Skeleton, skeleton_of
 
 
 def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
-    """The model's transformers config and its layout under this config, from its files' headers alone.
-
-    Raises:
-        ConfigError: where the model does not go with the config.
-    """
+    """The model's transformers config and its layout under this config, from its files' headers alone. Raises ConfigError where
+    the model does not go with the config."""
     options = config.model
     skeleton = _skeleton(source, options.trust_remote_code, options.attn_implementation, _looks(source))
     if has_encoder(skeleton.config):
@@ -52,6 +48,7 @@ def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
             raise ConfigError(
                 f"finetune.packing needs a model that keeps packed rows apart, and this one {mixing}: set it to false."
             )
+    _check_liger(config, skeleton)
     layout = make_layout(config, skeleton)
     if config.emulator.budget is not None:
         layout = spend_evenly(layout, config.emulator, _file_itemsize(config, source, skeleton))
@@ -91,6 +88,13 @@ def _file_itemsize(config: RunConfig, source: ModelSource, skeleton: Skeleton) -
     wanted = named if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     dtype: torch.dtype = file_dtype_of(source) or wanted or torch.float32
     return dtype.itemsize
+
+
+def _check_liger(config: RunConfig, skeleton: Skeleton) -> None:
+    extra = config.finetune.model_extra or {}
+    if extra.get("use_liger_kernel"):
+        experts = any(spec.routed_share is not None for spec in skeleton.specs)
+        check_liger(skeleton.config.model_type, experts, extra.get("liger_kernel_config"))
 
 
 def _check_length(config: RunConfig, skeleton: Skeleton) -> None:

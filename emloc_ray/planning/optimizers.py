@@ -1,7 +1,5 @@
 """What optimizers hold of a trained parameter, by the names of the Trainer's ``optim``."""
 
-from __future__ import annotations
-
 from emloc_ray.planning.sizes import FLOAT
 
 _STATES = {

@@ -1,7 +1,5 @@
 """The plan of a run as data: shapes, ranks, memory, disk, time; loads no weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,8 +7,6 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.node_cache import sizes
 from emloc_ray.planning.alternatives import Choice, choose_training
 from emloc_ray.planning.costs import Costed, busy_seconds, with_base
-from emloc_ray.planning.layout import Layout
-from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds, assumed_speeds
 from emloc_ray.planning.memory import MemoryModel, Parts, total
 from emloc_ray.planning.prepared import Prepared
@@ -18,7 +14,7 @@ from emloc_ray.planning.training import longest_lengths
 from emloc_ray.text import counted
 
 # The parts of a GPU worker's memory that are on its node.
-_ON_HOSTS = ("base", "weights", "correction", "hidden states", "teacher")
+_ON_HOSTS = ("base", "weights", "correction", "hidden states", "teacher", "read ahead")
 _SECONDS_BEFORE = 20  # to start Ray and make token shards
 
 
@@ -37,6 +33,7 @@ class StagePlan:
     steps: tuple[int, str] | None = None  # its optimizer steps, and of what
     step_seconds: float = 0.0  # of an optimizer step, where it has any
     step_bytes: float = 0.0  # of weights that come to its workers in one
+    scoring_seconds: float = 0.0  # of all scores between its steps
 
     @property
     def worker_bytes(self) -> int:
@@ -57,14 +54,11 @@ class Plan:
     """The plan of a whole run; ``choice``: what else could be trained on within its budget, where that was asked."""
 
     prepared: Prepared
-    layout: Layout
     stages: tuple[StagePlan, ...]
     parameters: int
     emulator_parameters: int
     inference: Parts
-    lengths: Lengths
     calibration_hold: str
-    seconds_before: float
     speeds: Speeds
     choice: Choice | None = None
 
@@ -93,7 +87,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Predicted wall time of all stages, and of the token shards before them."""
-        return self.seconds_before + sum(stage.seconds for stage in self.stages)
+        return _SECONDS_BEFORE + sum(stage.seconds for stage in self.stages)
 
 
 def make_plan(stages: Sequence[Costed], prepared: Prepared, speeds: Speeds | None = None) -> Plan:
@@ -103,14 +97,11 @@ def make_plan(stages: Sequence[Costed], prepared: Prepared, speeds: Speeds | Non
     saved = layout.parameters_targeted - layout.parameters_factorized
     return Plan(
         prepared,
-        layout,
         tuple(_planned(stage, memory, speeds) for stage in stages if stage.cost is not None and stage.wanted(prepared)),
         layout.num_parameters,
         layout.num_parameters - saved,
         memory.inference(),
-        prepared.lengths,
         memory.calibration_hold(),
-        _SECONDS_BEFORE,
         speeds,
     )
 
@@ -119,7 +110,8 @@ def _planned(stage: Costed, memory: MemoryModel, speeds: Speeds) -> StagePlan:
     assert stage.cost is not None
     cost, asked = stage.cost(memory), stage.asks(memory.config)
     busy, steps = busy_seconds(cost, asked, speeds, memory.weights), max(1.0, cost.steps)
-    seconds = cost.start_seconds + busy + cost.disk_bytes / speeds.disk
+    scoring = 0.0 if cost.scores is None else busy_seconds(cost.scores, asked, speeds, memory.weights)
+    seconds = cost.start_seconds + busy + scoring + cost.disk_bytes / speeds.disk
     return StagePlan(
         stage.name,
         with_base(cost.memory),
@@ -132,22 +124,19 @@ def _planned(stage: Costed, memory: MemoryModel, speeds: Speeds) -> StagePlan:
         stage.steps and stage.steps(memory.prepared),
         busy / steps if cost.steps else 0.0,
         cost.moved_bytes / steps if cost.steps else 0.0,
+        scoring,
     )
 
 
 def missing_disk(plan: Plan, run: RunDirectory, fresh: bool = False) -> int:
-    """The bytes by which the run directory still grows, at most: those of the stages that are not done, and no more than the
-    whole plan minus what is there; ``fresh``: all is removed first.
-    """
+    """The bytes that the run directory still grows by at most: those of unfinished stages, no more than the whole plan minus
+    what is there; ``fresh``: all is removed first."""
     done = set() if fresh else run.stages().keys()
     left = sum(stage.disk_bytes for stage in plan.stages if stage.name not in done)
     return max(0, min(left, plan.disk_bytes - sum(sizes(run.root).values())))
 
 
-def within_budget(stages: Sequence[Costed], prepared: Prepared, speeds: Speeds | None = None) -> Choice:
-    """What can be trained on within the config's ``memory_budget``, and the settings that fit.
-
-    Raises:
-        ConfigError: where none fit.
-    """
-    return choose_training(stages, prepared, longest_lengths(prepared), speeds or assumed_speeds())
+def within_budget(prepared: Prepared, speeds: Speeds | None = None) -> Choice:
+    """What can be trained on within the config's ``memory_budget``, and the settings that fit. Raises ConfigError where none
+    fit."""
+    return choose_training(prepared, longest_lengths(prepared), speeds or assumed_speeds())

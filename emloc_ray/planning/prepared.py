@@ -28,6 +28,7 @@ from emloc_ray.planning.lengths import Lengths, row_lengths
 from emloc_ray.planning.machine import check_packages, check_resources, gpus_expected
 from emloc_ray.planning.model_checks import check_formats, file_dtype_of, read_model
 from emloc_ray.planning.training_checks import check_training
+from emloc_ray.planning.training_spec import Training
 
 UNKNOWN_ROWS = 8000  # the guess for a split that is made or downloaded later
 Result = TypeVar("Result")
@@ -49,7 +50,7 @@ class Prepared:
     as_written: RunConfig | None = None  # the config before GPUs, and batches within its budget, were decided
 
     def with_gpus(self, available: float) -> Prepared:
-        """The run as written, where Ray has or can add so many GPUs; itself, where its workers have as many."""
+        """The run as written, planned with the ``available`` GPUs of a Ray; itself where its workers' GPUs stay the same."""
         config = (self.as_written or self.config).with_gpus(available)
         same = all(getattr(config, name).gpus == getattr(self.config, name).gpus for name in WORKER_SECTIONS)
         return self if same else dataclasses.replace(self, config=config)
@@ -61,10 +62,8 @@ class Prepared:
 
     @functools.cached_property
     def as_asked(self) -> Prepared:
-        """The run with the rows a pass and the checkpointing that its config asks for, where a step reads as many rows so.
-
-        What stages make is then the same but for rounding: they are told apart by this, so that a budget redoes nothing.
-        """
+        """The run with the batch sizes and the checkpointing as written, where an optimizer step reads as many rows so. Both
+        make the same but for rounding. Stages are identified by this one, so that another budget redoes nothing."""
         written, config = self.as_written, self.config
         if written is None:
             return self
@@ -76,10 +75,19 @@ class Prepared:
             sections["emulator"] = config.emulator.model_copy(update={"healing": theirs})
         return dataclasses.replace(self, config=config.model_copy(update=sections))
 
+    @property
+    def finetuning(self) -> Training:
+        """The training of the adapter."""
+        return Training(self.config.finetune, self.config.adapter, self.layout)
+
     @functools.cached_property
     def lengths(self) -> Lengths:
         """How long the rows to train on are."""
-        return row_lengths(self.config.data, self.files.get("train", ()), self.layout.image.row_tokens)
+        return self.lengths_of("train")
+
+    def lengths_of(self, split: str) -> Lengths:
+        """How long the rows of a split are."""
+        return row_lengths(self.config.data, self.files.get(split, ()), self.layout.image.row_tokens)
 
     def calibration_tokens(self, tokens_per_row: float) -> float:
         """The tokens that calibration reads, at a mean of so many a row: the smallest of the config's bounds."""
@@ -110,11 +118,8 @@ def splits_of(config: RunConfig) -> tuple[str, ...]:
 
 
 def prepare(config: RunConfig, needs_weights: bool = True) -> Prepared:
-    """Checks the whole config against the model, the data and the disk; a plan does not need the model's weights.
-
-    Raises:
-        ConfigError: with every error at once, one sentence a line; nothing was written.
-    """
+    """Checks the whole config against the model, the data and the disk; a plan does not need the model's weights. Raises
+    ConfigError with every error at once, one sentence a line; nothing was written."""
     as_written, config = config, config.with_gpus(gpus_expected(config))
     errors: list[str] = []
 

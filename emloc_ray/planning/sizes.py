@@ -1,7 +1,5 @@
 """What a model's blocks are made of: the sizes that memory is predicted from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,10 +14,8 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Block:
-    """A block's linears, those that share an input together, and how many tokens it sees for one of the row.
-
-    That is 1 but for a vision tower, which sees more patches than the language model sees image tokens.
-    """
+    """A block's linears, those that share an input together, and how many tokens it sees for one of the row. That is 1 but for
+    a vision tower, which sees more patches than the language model sees image tokens."""
 
     name: str
     groups: tuple[tuple[LinearSpec, ...], ...]

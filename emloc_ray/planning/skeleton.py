@@ -1,7 +1,5 @@
 """A model without its weights: its linears, which of them read the same tensor, and its sizes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -1,15 +1,15 @@
-"""The healing of a run: which layers are healed, and the training that heals them, as a run like any other."""
+"""The trainings of a run: the fine-tuning, and the healing before it."""
 
-from __future__ import annotations
-
-import dataclasses
+from dataclasses import replace
 
 from emloc_ray.config.adapter import AdapterConfig
 from emloc_ray.config.emulator import HealingConfig
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.core.healing import healed_layers, ranks_before_healing
+from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths
-from emloc_ray.planning.prepared import Prepared, splits_of
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.training_spec import Training
 
 
 def factor_ranks(prepared: Prepared) -> dict[str, int]:
@@ -26,13 +26,11 @@ def packs_late(prepared: Prepared) -> bool:
 
 def healing_split(config: RunConfig) -> str:
     """The split with the rows to heal on."""
-    return "healing" if "healing" in splits_of(config) else "train"
+    return "train" if config.data.healing is None else "healing"
 
 
-def healing_run(prepared: Prepared, healing: HealingConfig) -> Prepared:
-    """The run whose fine-tuning is the healing: a LoRA on the healed layers of the factorized emulator, on the rows to heal
-    on."""
-    config, layout = prepared.config, prepared.layout
+def healing_training(config: RunConfig, healing: HealingConfig, layout: Layout) -> Training:
+    """A LoRA on the healed layers of the factorized emulator, trained on the rows to heal on."""
     finetune = config.finetune
     learned = {
         "max_steps": healing.steps,
@@ -43,35 +41,27 @@ def healing_run(prepared: Prepared, healing: HealingConfig) -> Prepared:
         "learning_rate": healing.learning_rate or finetune.learning_rate,
         "per_device_train_batch_size": healing.per_device_train_batch_size or finetune.per_device_train_batch_size,
     }
-    changed = config.model_copy(
-        update={
-            "finetune": finetune.model_copy(update=learned),
-            "adapter": AdapterConfig(r=healing.r, lora_alpha=healing.lora_alpha),
-            "emulator": config.emulator.model_copy(update={"healing": None, "quantization": "none"}),
-        }
-    )
     healed = healed_layers(layout.ranks, healing.r)
-    return dataclasses.replace(
-        prepared,
-        config=changed,
-        files={**prepared.files, "train": prepared.files.get(healing_split(config), ())},
-        layout=dataclasses.replace(
+    return Training(
+        finetune.model_copy(update=learned),
+        AdapterConfig(r=healing.r, lora_alpha=healing.lora_alpha),
+        replace(
             layout,
-            ranks=factor_ranks(prepared),
+            ranks=ranks_before_healing(layout.ranks, healing.r),
             adapted=healed,
             portable_targets=healed,
             adapter_parameters=None,
             quantization="none",
         ),
+        healing_split(config),
     )
 
 
 def longest_lengths(prepared: Prepared) -> Lengths:
     """The lengths of the rows to train on, or of those to heal on where the longest is longer."""
-    healing = prepared.config.emulator.heals
-    if healing is None:
+    if prepared.config.emulator.heals is None:
         return prepared.lengths
-    return max(prepared.lengths, healing_run(prepared, healing).lengths, key=lambda rows: rows.longest)
+    return max(prepared.lengths, prepared.lengths_of(healing_split(prepared.config)), key=lambda rows: rows.longest)
 
 
 def factorize_work(prepared: Prepared) -> float:

@@ -1,7 +1,5 @@
 """Checks what a config passes on to transformers and DeepSpeed, before anything starts."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 
@@ -13,7 +11,7 @@ _BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "learn
 
 
 def check_training(config: RunConfig) -> dict[str, Any] | None:
-    """Has transformers check the arguments it gets, as on the workers; returns the DeepSpeed config, where there is one."""
+    """Makes transformers check its arguments as the workers would; returns the DeepSpeed config, if any."""
     import tempfile
 
     from transformers import TrainingArguments

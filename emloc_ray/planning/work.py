@@ -1,25 +1,21 @@
 """How much a run reads and computes: its rows, their tokens, and the multiply-adds of a token."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
+from emloc_ray.core.correction import ADAPTED_ROWS
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.first_rows import sequences_a_row
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import PACKED_SHARE, Lengths
-from emloc_ray.planning.memory import Held, MemoryModel
+from emloc_ray.planning.memory import CANDIDATES, Held, MemoryModel
 from emloc_ray.planning.prepared import UNKNOWN_ROWS, Prepared
 
 WITH_BACKWARD = 2  # times that offloaded weights come where a pass is run back: a block is run again there
-_CANDIDATES = 4  # corrections that auto scores at most
-SEARCH_TRANSFERS = 2 / _CANDIDATES  # of offloaded weights, a candidate: the first three go through them together
 
 
-def num_steps(config: Any, num_rows: int) -> int:
-    """Optimizer steps of a run: ``max_steps``, or what ``num_train_epochs`` of the rows make."""
-    finetune = config.finetune
+def num_steps(finetune: Any, num_rows: int) -> int:
+    """Optimizer steps of a training: ``max_steps``, or what ``num_train_epochs`` of the rows make."""
     if finetune.max_steps > 0:
         return int(finetune.max_steps)
     return max(1, round(finetune.num_train_epochs * num_rows / rows_a_step(finetune)))
@@ -30,14 +26,14 @@ def rows_a_step(finetune: Any) -> int:
     return int(finetune.per_device_train_batch_size * finetune.gradient_accumulation_steps * finetune.num_workers)
 
 
-def num_train_rows(prepared: Prepared) -> int:
+def num_train_rows(prepared: Prepared, split: str = "train") -> int:
     """Rows to train on, estimated where they are made or downloaded later."""
-    return sum(source.num_rows for source in prepared.files.get("train", ())) or UNKNOWN_ROWS
+    return sum(source.num_rows for source in prepared.files.get(split, ())) or UNKNOWN_ROWS
 
 
-def num_train_sequences(prepared: Prepared) -> int:
+def num_train_sequences(prepared: Prepared, split: str = "train") -> int:
     """What these rows become: more where a chat template rewrites earlier turns, by as many as the first rows tell."""
-    return round(num_train_rows(prepared) * sequences_a_row(prepared))
+    return round(num_train_rows(prepared, split) * sequences_a_row(prepared, split))
 
 
 def rows_trained(prepared: Prepared) -> int:
@@ -50,7 +46,7 @@ def steps_trained(prepared: Prepared) -> int:
     count = float(num_train_sequences(prepared))
     if prepared.config.finetune.packing:
         count *= prepared.lengths.mean / (PACKED_SHARE * prepared.config.data.max_seq_length)
-    return num_steps(prepared.config, math.ceil(count))
+    return num_steps(prepared.config.finetune, math.ceil(count))
 
 
 def rows_selected_on(prepared: Prepared) -> float:
@@ -58,8 +54,15 @@ def rows_selected_on(prepared: Prepared) -> float:
     section = prepared.config.correction
     if section.method != "auto" or not prepared.layout.differs:
         return 0
-    rows: float = section.num_selection_samples * _CANDIDATES
+    rows: float = section.num_selection_samples * CANDIDATES
     return rows if section.max_share is None else min(rows, section.max_share * rows_trained(prepared))
+
+
+def tokens_adapted(prepared: Prepared, lengths: Lengths) -> float:
+    """Tokens of the calibration's rows that the emulator with the adapter reads for the correction."""
+    if not prepared.config.correction.reads_adapted:
+        return 0.0
+    return min(ADAPTED_ROWS * lengths.mean, tokens_calibrated(prepared, lengths))
 
 
 def tokens_calibrated(prepared: Prepared, lengths: Lengths) -> float:
@@ -101,6 +104,39 @@ def steps_cost(memory: MemoryModel, steps: float, held: Held, work: float, again
         efficiency=0.2,
         start_seconds=20,
         steps=steps,
+    )
+
+
+def rows_validated(prepared: Prepared) -> int:
+    """Rows that a score while training reads, at most."""
+    given = sum(source.num_rows for source in prepared.files.get("validation", ()))
+    return given or prepared.config.finetune.num_validation_samples
+
+
+def num_scores(prepared: Prepared) -> tuple[int, int]:
+    """How often the fine-tuning scores the emulator, and the original beside it: after the last step too."""
+    section = prepared.config.finetune
+    if not section.validates:
+        return 0, 0
+    scores = math.ceil(steps_trained(prepared) / section.scores_every)
+    every = section.eval_original_every if prepared.layout.differs else None
+    return scores, 0 if every is None else math.ceil(scores / every)
+
+
+def validation_cost(memory: MemoryModel) -> StageCost:
+    """The scores between the steps of the fine-tuning; the original is opened anew for each of its own."""
+    layout, held, rows = memory.layout, memory.validating(), rows_validated(memory.prepared)
+    scores, beside = num_scores(memory.prepared)
+    head, transfers = head_work(layout), beside if layout.differs else scores
+    opened = beside * memory.weights * memory.config.finetune.num_workers if held.hold == "resident" else 0
+    return StageCost(
+        held.parts,
+        flops=2
+        * rows
+        * memory.lengths.mean
+        * (scores * (emulator_work(layout) + head) + beside * (block_work(layout) + head)),
+        moved_bytes=opened + transfers * memory.moved(held.hold, rows, memory.validation_rows()),
+        efficiency=0.45,
     )
 
 

@@ -1,9 +1,6 @@
-"""What a run with another config, or other files, would redo or remove of what is finished: nothing of it vanishes unasked."""
-
-from __future__ import annotations
+"""What a changed config or changed files would redo or remove of a run's finished stages: the user is asked first."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,8 @@ from emloc_ray.io.store.object_store import MANIFEST
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.runs.status import older_stages
 from emloc_ray.stages.context import Context
-from emloc_ray.stages.importing import is_imported, original_dir
-from emloc_ray.stages.order import STEPS
+from emloc_ray.stages.importing import original_dir
+from emloc_ray.stages.order import STEPS, up_to
 from emloc_ray.stages.stage import Stage
 
 Accept = bool | Callable[[Sequence[str]], bool]
@@ -26,34 +23,9 @@ Accept = bool | Callable[[Sequence[str]], bool]
 _MOST = 6  # keys that a sentence names
 
 
-@dataclass(frozen=True)
-class Changes:
-    """What differs from the config of a run's finished stages, and what that costs.
-
-    ``keys`` maps each changed key to what it was and is, as text; ``redone`` are the finished stages from the first outdated
-    one on; ``removed`` those that the config leaves out now; ``folders`` what both wrote.
-    """
-
-    keys: Mapping[str, tuple[str, str]]
-    redone: tuple[str, ...]
-    removed: tuple[str, ...]
-    folders: tuple[str, ...]
-
-    @property
-    def sentence(self) -> str:
-        """All of it as one sentence, without its end."""
-        named = [f"{key} {new} (was {old})" for key, (old, new) in self.keys.items()]
-        rest = f" and {len(named) - _MOST} more" if len(named) > _MOST else ""
-        what = f"the config has {', '.join(named[:_MOST])}{rest}" if named else "files of the model or the data changed"
-        first, *others = self.redone or ("",)
-        follows = f", and of {', '.join(others)} what follows from it" if others else ""
-        does = [f"redoes {first}{follows}"] if self.redone else []
-        does += [f"removes {', '.join(self.removed)}"] if self.removed else []
-        return f"{what}: that {' and '.join(does)} (in {', '.join(f'{folder}/' for folder in self.folders)})"
-
-
-def find_changes(prepared: Prepared, forced: Collection[str] = (), until: str = VERBS[-1]) -> Changes | None:
-    """What a run up to the verb ``until`` would redo or remove of finished stages that are up to date; None for nothing.
+def find_changes(prepared: Prepared, forced: Collection[str] = (), until: str = VERBS[-1]) -> str | None:
+    """Names the up-to-date stages that a run up to the verb ``until`` would redo or remove, and the changed keys, as a
+    sentence without its end; None where there are none.
 
     The stages in ``forced`` are redone on request. Stages behind one that is missing or damaged are no longer up to date.
     """
@@ -62,8 +34,7 @@ def find_changes(prepared: Prepared, forced: Collection[str] = (), until: str = 
     manifest = prepared.run.manifest()
     older = older_stages(manifest)
     kept = {name: entry for name, entry in manifest["stages"].items() if name not in older}
-    last = max(number for number, stage in enumerate(STEPS) if stage.verb == until)
-    steps = [stage for stage in STEPS[: last + 1] if stage.name not in forced]
+    steps = [stage for stage in up_to(until) if stage.name not in forced]
     removed = [stage for stage in steps if stage.name in kept and not stage.wanted(prepared)]
     outdated = _outdated(prepared, [stage for stage in steps if stage.wanted(prepared)], kept)
     following = STEPS[STEPS.index(outdated) :] if outdated is not None else ()
@@ -71,21 +42,25 @@ def find_changes(prepared: Prepared, forced: Collection[str] = (), until: str = 
     if not redone and not removed:
         return None
     config = (prepared.as_written or prepared.config).model_dump(mode="json")
-    return Changes(
-        _changed_keys(manifest["config"], without_secrets(config)),
-        tuple(stage.name for stage in redone),
-        tuple(stage.name for stage in removed),
-        tuple(_folders(prepared.run, [*redone, *removed])),
-    )
+    keys = _changed_keys(manifest["config"], without_secrets(config))
+    named = [f"{key} {new} (was {old})" for key, (old, new) in keys.items()]
+    rest = f" and {len(named) - _MOST} more" if len(named) > _MOST else ""
+    what = f"the config has {', '.join(named[:_MOST])}{rest}" if named else "files of the model or the data changed"
+    does = []
+    if redone:
+        first, *others = (stage.name for stage in redone)
+        does.append(f"redoes {first}" + (f", and of {', '.join(others)} what follows from it" if others else ""))
+    if removed:
+        does.append(f"removes {', '.join(stage.name for stage in removed)}")
+    folders = ", ".join(f"{folder}/" for folder in _folders(prepared.run, [*redone, *removed]))
+    return f"{what}: that {' and '.join(does)} (in {folders})"
 
 
 def _outdated(prepared: Prepared, steps: Sequence[Stage], kept: Mapping[str, Any]) -> Stage | None:
     """The first stage that stands and has other inputs now, or that is new before one that stands."""
     if not kept:
         return None
-    source_dir = original_dir(prepared)
-    model_dir = prepared.run.path("model") if is_imported(prepared) else source_dir
-    context = Context(prepared, model_dir, source_dir)
+    context = Context(prepared, original_dir(prepared))
     for number, stage in enumerate(steps):
         if not any(later.name in kept for later in steps[number:]):
             return None
@@ -122,7 +97,7 @@ def _folders(run: RunDirectory, stages: Collection[Stage]) -> list[str]:
 
 
 def check_accepted(sentences: Sequence[str], accept: Accept) -> None:
-    """Raises ConfigError with the sentences where there are any, unless what they say is accepted."""
+    """Raises ConfigError with the sentences, if any, unless the changes are accepted."""
     if not sentences or accept is True or (callable(accept) and accept(sentences)):
         return
     agree = "give --yes (in Python accept_changes=True) to agree, or name a new run_dir"

@@ -1,4 +1,4 @@
-"""How runs and batches are, as Ray metrics: on every node's Prometheus endpoint, with Ray's prefix ``ray_``, and Ray's dashboard.
+"""Ray metrics of runs and batches: on every node's Prometheus endpoint, with Ray's prefix ``ray_``, and on Ray's dashboard.
 
 Lost workers are counted where they are lost: :mod:`emloc_ray.stages.ray.losses`.
 """
@@ -25,11 +25,8 @@ _LOOK_S = 5.0  # between two looks at the lease and the disk
 
 
 class RunGauges(Reporter):
-    """Sets the gauges of one run; needs a connection to Ray. Gauges stay where a stage left them.
-
-    Units are the stage's own: shards, linears, steps, modules. As a context it says that the run has failed, and by
-    which kind of error: ``NumericsError`` is a NaN or an Inf.
-    """
+    """Sets the gauges of one run, in the stage's own units; needs a connection to Ray. Gauges stay where a stage left them. As
+    a context it says that the run has failed, and by which kind of error: ``NumericsError`` is a NaN or an Inf."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.run, self._looked_at = run, 0.0
@@ -94,6 +91,8 @@ class BatchGauges:
         self._tasks = Gauge("emloc_ray_tasks", "Tasks of a batch by status.", ("batch", "status"))
         self._queue = Gauge("emloc_ray_stages_queued", "Stages of running tasks that wait for resources.", ("batch",))
         self._bytes = Gauge("emloc_ray_cache_bytes", "Bytes that the batch's cache holds.", ("batch",))
+        if cache is not None:
+            cache.weigh()
 
     def show(self, state: BatchState) -> None:
         """Sets them to a batch's state."""

@@ -36,23 +36,15 @@ _LAYER_KEYS = ("rank", "relative_error", "solver", "before", "after")
 # Between two lines of progress: a share of the stage's time, as each put to an object store holds the whole log, up to a bound.
 _PROGRESS_SHARE, _LONGEST_S = 0.05, 300.0
 
-
-class _JsonLines(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        when = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
-        fields: dict[str, Any] = record.__dict__["fields"]
-        return json.dumps({"time": when, **fields, "message": record.getMessage()}, ensure_ascii=False)
-
-
-class _LogFile(logging.FileHandler):
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Does nothing: a full disk ends the run at its next own write."""
+_LOGGER = logging.Logger("emloc_ray.run", logging.INFO)  # its records go to whoever handles those of the library
+_LOGGER.parent = logging.getLogger("emloc_ray")
+_LOGGER.addHandler(logging.NullHandler())
 
 
 class RunLog(Reporter):
-    """A reporter that appends to ``log.jsonl`` in the run's directory.
+    """A reporter that appends to ``log.jsonl`` in the run's directory; each run of a process writes to its own.
 
-    It writes a stage's progress every ``interval_s`` seconds or more seldom. Records also go to the handlers of the logger
+    It writes a stage's progress at most every ``interval_s`` seconds. Records also go to the handlers of the logger
     ``emloc_ray``, with ``fields`` as their attribute. As a context it logs how the run ends: a log without an end, and
     without a live process, is a killed run's.
     """
@@ -65,18 +57,11 @@ class RunLog(Reporter):
         self._units: dict[str, int] = {}
         self._detail = ""
         self._begun = 0.0
-        # A logger a run: runs of one process do not write into each other's log.
-        self._logger = logging.Logger("emloc_ray.run", logging.INFO)
-        self._logger.parent = logging.getLogger("emloc_ray")
-        self._handler: logging.Handler | None = None
 
     def __enter__(self) -> RunLog:
         path = self.run.path(LOG)
         ensure(path)
         end_last_line(path)
-        self._handler = _LogFile(path, encoding="utf-8")
-        self._handler.setFormatter(_JsonLines())
-        self._logger.addHandler(self._handler)
         self._write(
             "run_started",
             "The run begins.",
@@ -97,10 +82,6 @@ class RunLog(Reporter):
             named = [word for word in re.findall(r"[\w.]+", sentence) if word.rstrip(".") in self._layers]
             layer: dict[str, Any] = {"layer": named[0].rstrip(".")} if named else {}
             self._write("run_failed", sentence, logging.ERROR, **where, **layer)
-        if self._handler is not None:
-            self._logger.removeHandler(self._handler)
-            with contextlib.suppress(OSError):
-                self._handler.close()
 
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins."""
@@ -138,15 +119,21 @@ class RunLog(Reporter):
         self._write("note", text, logging.WARNING, **({} if self._stage is None else {"stage": self._stage}))
 
     def detail(self, text: str) -> None:
-        """How what runs now is going: said with its progress."""
+        """Keeps a few words on the running stage, which are logged with its progress."""
         self._detail = text
 
     def _write(self, event: str, message: str, level: int = logging.INFO, **fields: Any) -> None:
-        self._logger.log(level, "%s", message, extra={"fields": {"run": self.run.name, "event": event, **fields}})
-        if event != "layer":  # the stage's end follows, and publishes them
-            with contextlib.suppress(EmlocError, OSError):  # a store that fails ends the run at its next own write
+        fields = {"run": self.run.name, "event": event, **fields}
+        when = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": when, **fields, "message": message}, ensure_ascii=False)
+        # A disk or a store that fails ends the run at its next own write.
+        with contextlib.suppress(EmlocError, OSError):
+            with self.run.path(LOG).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            if event != "layer":  # the stage's end follows, and publishes them
                 self.run.check_held()
                 publish(self.run.path(LOG))
+        _LOGGER.log(level, "%s", message, extra={"fields": fields})
 
 
 def _read(run: RunDirectory) -> bytes:

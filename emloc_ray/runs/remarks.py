@@ -1,7 +1,5 @@
 """Remarks on a run where nothing is wrong: each function gives a sentence, or None."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,18 +84,6 @@ def emulated_bfloat16(configs: Iterable[RunConfig], capabilities: Mapping[str, A
         "finetune.bf16 is set, and this machine's CPU has no bfloat16 instructions: on such workers training takes many times"
         " as long as in float32; leave it out."
     )
-
-
-def of_machines(configs: Iterable[RunConfig]) -> list[str]:
-    """The remarks on the cluster and this machine's CPU; needs a connection to Ray."""
-    from emloc_ray.stages.ray.session import total
-
-    configs = list(configs)
-    remarks = (
-        idle_cpus(configs, total("CPU")),
-        emulated_bfloat16(configs, cpu_capabilities()),
-    )
-    return [remark for remark in remarks if remark is not None]
 
 
 def unread_correction(section: CorrectionConfig) -> str | None:
@@ -192,7 +178,7 @@ def moved_for_completions(prepared: Prepared) -> str | None:
 def of_settings(prepared: Prepared, planned: Mapping[str, int]) -> list[str]:
     """The remarks on the config, its model and its rows; ``planned``: bytes of a worker in each stage."""
     config = prepared.config
-    said = (
+    remarks = (
         smaller_batches(prepared),
         over_budget(config, planned),
         unread_correction(config.correction),
@@ -204,11 +190,11 @@ def of_settings(prepared: Prepared, planned: Mapping[str, int]) -> list[str]:
         late_warmup(prepared),
         moved_for_completions(prepared),
     )
-    return [remark for remark in said if remark is not None]
+    return [remark for remark in remarks if remark is not None]
 
 
-def before_ray(prepared: Prepared, planned: Mapping[str, int], cpus: int) -> list[str]:
-    """The remarks that a run would make, as far as they are known without Ray, which is taken to have this machine's CPUs."""
-    here = [] if prepared.config.ray.joins else [idle_cpus([prepared.config], cpus)]
-    machine = (*here, emulated_bfloat16([prepared.config], cpu_capabilities()))
-    return [*of_settings(prepared, planned), *(remark for remark in machine if remark is not None)]
+def of_machines(configs: Iterable[RunConfig], cpus: float) -> list[str]:
+    """The remarks on a cluster that has so many CPUs, and on this machine's CPU."""
+    configs = list(configs)
+    remarks = idle_cpus(configs, cpus), emulated_bfloat16(configs, cpu_capabilities())
+    return [remark for remark in remarks if remark is not None]

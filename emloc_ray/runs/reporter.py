@@ -26,7 +26,7 @@ class Reporter:
         """A remark for the user."""
 
     def detail(self, text: str) -> None:
-        """How what runs now is going, in a few words; the next ones take their place."""
+        """A few words on how the running stage is doing; each call replaces the last one's."""
 
     def changed(self, run: RunDirectory) -> None:
         """The run's manifest and metrics.json have changed."""

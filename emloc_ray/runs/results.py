@@ -1,15 +1,13 @@
 """metrics.json, made from the manifest's finished stages."""
 
-from __future__ import annotations
-
 import functools
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.io.store.node_cache import sizes
 from emloc_ray.modeling.architecture import auto_class
 from emloc_ray.planning.memory import BASE_BYTES
 from emloc_ray.planning.prepared import Prepared
@@ -25,17 +23,14 @@ def assemble_metrics(
     planned: Mapping[str, int] | None = None,
     hardware: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """All that the finished stages measured, the memory that was ``planned`` for a worker of each, and where they ran.
-
-    Leaves out a stage that finished before an earlier one was redone, or has to be redone: until its inputs prove unchanged,
-    its numbers are another run's.
-    """
+    """All that the finished stages measured, the memory that was ``planned`` for a worker of each, and where they ran; without
+    a stage that finished before an earlier one was redone, or has to be redone: its numbers may be another run's."""
     manifest = directory.manifest()
     stages = _current_stages(manifest)
     metrics: dict[str, Any] = {
         "versions": dict(_versions()),
         "stages": {name: _usage(result) | _accepted(manifest["stages"][name]) for name, result in stages.items()},
-        "disk_bytes": {name: sum(held) for name in _folders() if (held := sizes(directory.path(name)).values())},
+        "disk_bytes": _disk_bytes(manifest),
     }
     metrics["auto_class"] = auto_class(prepared.model_config).__name__  # of transformers: what opens the model
     if hardware:
@@ -54,9 +49,13 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
 
 
-def _folders() -> list[str]:
-    """The run directory's folders of the stages' outputs."""
-    return list(dict.fromkeys(output.partition("/")[0] for stage in STEPS for output in stage.outputs))
+def _disk_bytes(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of the files of finished stages that are still there, by the run directory's folders."""
+    held: Counter[str] = Counter()
+    for entry in manifest["stages"].values():
+        for path, content in ({} if entry.get("dropped") else entry["outputs"]).items():
+            held[path.partition("/")[0]] += content["size"]
+    return dict(held)
 
 
 def _usage(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One run: import, calibrate, factorize, heal, finetune, correct, merge, evaluate; each is skipped where it is done."""
 
-from __future__ import annotations
-
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from emloc_ray.config.schema import RunConfig
@@ -23,9 +23,9 @@ from emloc_ray.runs.steps import AtOnce, Dropped, Steps, Turns, resources_of
 from emloc_ray.runs.trace import WorkerTrace
 from emloc_ray.runs.versions import check_versions, redone_from
 from emloc_ray.stages.context import Context
-from emloc_ray.stages.importing import is_imported, original_dir
-from emloc_ray.stages.order import STEPS
-from emloc_ray.stages.ray.final_actor import FinalActorHandle
+from emloc_ray.stages.importing import original_dir
+from emloc_ray.stages.order import STEPS, up_to
+from emloc_ray.stages.ray.final_actor import FinalActorHandle, FinalActors
 from emloc_ray.stages.ray.losses import explain
 from emloc_ray.stages.ray.nodes import check_workers
 from emloc_ray.stages.ray.session import check_visible, connection, gpus_within_reach, total
@@ -43,19 +43,15 @@ def run(
     cache: ArtifactCache | None = None,
     accept_versions: bool = False,
     batch: RunDirectory | None = None,
+    actors: FinalActors | None = None,
     accept_changes: Accept = False,
 ) -> dict[str, Any]:
-    """Runs the pipeline up to ``until``; skips finished stages with unchanged inputs, but redoes all from ``begin`` on.
+    """Runs the pipeline up to ``until``; skips finished stages with unchanged inputs, but redoes all from ``begin`` on. What is
+    raised, and the arguments not named here, are those of :func:`emloc_ray.ui.api.run`.
 
-    ``turns`` says when each stage may start, by default at once. Runs with one ``cache`` share what they make from equal
-    inputs. ``accept_versions`` takes what was finished with other versions of emloc_ray or its libraries as it is. ``batch``
-    is the locked directory of the batch whose task this is. ``accept_changes`` redoes and removes what is finished where the
-    config or files have changed, or is asked, with a sentence. Returns the content of metrics.json.
-
-    Raises:
-        ConfigError: before any stage starts or anything is written; also where what is finished is of other versions, or would
-            be redone or removed unasked.
-        EmlocError: where a stage failed; finished stages stay, and the same call continues from them.
+    ``turns`` says when each stage may start, by default at once. ``batch`` is the locked directory of the batch whose task this
+    is, ``actors`` that batch's. ``accept_changes``: whether finished stages may be redone or removed where config or files have
+    changed, or a function that is asked. Returns the content of metrics.json.
     """
     prepared = shrink_batches(prepared or prepare(config))
     plan = _checked_plan(prepared, begin, fresh, in_batch=turns is not None)
@@ -77,24 +73,27 @@ def run(
                 check_resources(config, total("CPU"), total("GPU"))
                 if config.ray.joins:
                     check_kernel(config)
-            steps = [stage.name for stage in STEPS if stage.wanted(prepared)]
-            prepared.run.create((prepared.as_written or config).model_dump(mode="json"), fresh=fresh, steps=steps)
-            linears = [spec.name for spec in prepared.layout.specs]
-            with (
-                RunLog(prepared.run, linears) as log,
-                WorkerTrace(prepared.run) as trace,
-                RunGauges(prepared.run) as gauges,
-            ):
+            wanted = [stage.name for stage in STEPS if stage.wanted(prepared)]
+            prepared.run.create((prepared.as_written or config).model_dump(mode="json"), fresh=fresh, steps=wanted)
+            with _recorded(prepared, reporter) as reporters:
                 check_visible(prepared)
-                for remark in remarks.of_machines([config]) if turns is None else ():
+                for remark in remarks.of_machines([config], total("CPU")) if turns is None else ():
                     reporter.note(remark)
-                reporters = Reporters(reporter, log, trace, gauges)
-                Pipeline(prepared, reporters, begin, turns, cache, plan, accept_versions).run(until)
+                steps = Steps(prepared, reporters, turns or AtOnce(), cache, redone_from(begin), plan, accept_versions)
+                run_stages(steps, until, actors)
         return prepared.run.metrics()
     except OSError as error:  # of the run's own small files: stages explain theirs
         raise explain(error, "the run") from error
     finally:
         prepared.run.unlock()
+
+
+@contextlib.contextmanager
+def _recorded(prepared: Prepared, reporter: Reporter) -> Iterator[Reporters]:
+    """The reporter, with those that write the run's log, trace and gauges."""
+    linears = [spec.name for spec in prepared.layout.specs]
+    with RunLog(prepared.run, linears) as log, WorkerTrace(prepared.run) as trace, RunGauges(prepared.run) as gauges:
+        yield Reporters(reporter, log, trace, gauges)
 
 
 def _checked_plan(prepared: Prepared, begin: str | None, fresh: bool, in_batch: bool) -> Plan:
@@ -111,11 +110,8 @@ def _checked_plan(prepared: Prepared, begin: str | None, fresh: bool, in_batch: 
 
 
 def _within_reach(prepared: Prepared, plan: Plan) -> tuple[Prepared, Plan]:
-    """The run and its plan by the GPUs of the Ray that was joined.
-
-    Raises:
-        ConfigError: where a stage's workers fit on no node that there is or may be added.
-    """
+    """The run and its plan by the GPUs of the Ray that was joined. Raises ConfigError where a stage's workers fit on no node
+    that there is or may be added."""
     reached = prepared.with_gpus(gpus_within_reach())
     if reached is not prepared:
         reached = shrink_batches(reached)
@@ -126,52 +122,23 @@ def _within_reach(prepared: Prepared, plan: Plan) -> tuple[Prepared, Plan]:
 
 def _check_changes(prepared: Prepared, begin: str | None, until: str, accept: Accept) -> None:
     changes = None if accept is True else find_changes(prepared, redone_from(begin), until)
-    check_accepted([] if changes is None else [f"run_dir {prepared.run.place}: {changes.sentence}"], accept)
+    check_accepted([] if changes is None else [f"run_dir {prepared.run.place}: {changes}"], accept)
 
 
-class Pipeline:
-    """One run's stages over one run directory; needs a connection to Ray."""
-
-    def __init__(
-        self,
-        prepared: Prepared,
-        reporter: Reporter,
-        begin: str | None = None,
-        turns: Turns | None = None,
-        cache: ArtifactCache | None = None,
-        plan: Plan | None = None,
-        accept_versions: bool = False,
-    ) -> None:
-        self.prepared, self.reporter = prepared, reporter
-        forced = redone_from(begin)
-        self.steps = Steps(prepared, reporter, turns or AtOnce(), cache, forced, plan, accept_versions)
-
-    def run(self, until: str = VERBS[-1]) -> None:
-        """Runs every stage up to the last one of the verb ``until``, in order."""
-        for remark in remarks.of_settings(self.prepared, self.steps.planned):
-            self.reporter.note(remark)
-        last = max(number for number, stage in enumerate(STEPS) if stage.verb == until)
-        with FinalActorHandle(self.prepared.run.place) as final_actor:
-            while True:
-                try:
-                    context = self._context(final_actor)
-                    for stage in STEPS[: last + 1]:
-                        self.steps.run(stage, context)
-                    break
-                except DamagedArtifactError as error:
-                    self.steps.forget_damaged(error)
-                except Dropped as error:
-                    self.reporter.note(str(error))
-        self.steps.write_results()  # again: a run may have been killed right after it recorded a stage
-
-    def _context(self, final_actor: FinalActorHandle) -> Context:
-        """The context of a pass over the stages; fetches a model of the hub first, where it is not cached."""
-        prepared, source = self.prepared, self.prepared.source
-        imported = is_imported(prepared)
-        if source.hub_id is not None:
-            self.reporter.note(f"The weights of {source.hub_id} come from the hub, unless they are cached.")
-        source_dir = original_dir(prepared)
-        if source.hub_id is not None and not imported:
-            check_visible(prepared, source_dir)
-        model_dir = prepared.run.path("model") if imported else source_dir
-        return Context(prepared, model_dir, source_dir, self.reporter.note, final_actor, self.reporter.detail)
+def run_stages(steps: Steps, until: str = VERBS[-1], actors: FinalActors | None = None) -> None:
+    """Runs every stage up to the last one of the verb ``until``, in order; needs a connection to Ray. ``actors``: its batch's."""
+    prepared, reporter = steps.prepared, steps.reporter
+    for remark in remarks.of_settings(prepared, steps.planned):
+        reporter.note(remark)
+    with FinalActorHandle(prepared.run.place, actors) as final_actor:
+        while True:
+            try:
+                context = Context(prepared, original_dir(prepared), reporter.note, final_actor, reporter.detail)
+                for stage in up_to(until):
+                    steps.run(stage, context)
+                break
+            except DamagedArtifactError as error:
+                steps.forget_damaged(error)
+            except Dropped as error:
+                reporter.note(str(error))
+    steps.write_results()  # again: a run may have been killed right after it recorded a stage

@@ -1,11 +1,8 @@
 """The status of a run, alive or dead, from its lock and its log."""
 
-from __future__ import annotations
-
 import math
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -17,52 +14,6 @@ from emloc_ray.runs.log import RUN_EVENTS, read_events
 from emloc_ray.text import duration, version_changes
 
 Event = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class RunStatus:
-    """Who holds a run, where it is or ended, what failed last, and what of other versions was ``accepted``."""
-
-    holder: str | None
-    stage: str | None
-    progress: tuple[int, int] | None
-    last: Event | None
-    end: Event | None
-    failure: Event | None
-    go_on: str
-    accepted: tuple[str, ...] = ()
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether its process ended without writing so."""
-        return self.holder is None and self.end is None and self.last is not None
-
-    def lines(self, now: datetime | None = None) -> list[str]:
-        """The status in sentences; ``now`` is the clock for the events' ages."""
-        now = now or datetime.now(timezone.utc)
-        state = f"Running: {self.holder}" if self.holder else "Not running."
-        if self.holder and self.stage:
-            state += f", in {self._place()}"
-        elif self.is_lost:
-            state = f"Not running: its process was killed in {self._place()}, or its machine was lost."
-        elif self.end is not None and self.end["event"] == "run_stopped":
-            state = f"Not running: stopped, in {self._place()}."
-        sentences = [state]
-        if self.last is not None:
-            sentences.append(f"Last event, {_age(self.last, now)}: {self.last['message']}")
-        if self.failure is not None:
-            where = f" in {self.failure['stage']}" if "stage" in self.failure else ""
-            sentences.append(f"Failed{where}, {_age(self.failure, now)}: {self.failure['message']}")
-        sentences += self.accepted
-        if not self.holder and (self.end is None or self.end["event"] != "run_finished"):
-            again = f", with the values for which {HIDDEN} stands" if HIDDEN in self.go_on else ""
-            sentences.append(f"To continue, give the same command{again}: {self.go_on}")
-        return sentences
-
-    def _place(self) -> str:
-        if self.stage is None:
-            return "no stage"
-        return self.stage if self.progress is None else f"{self.stage}, {self.progress[0]} of {self.progress[1]}"
 
 
 def asked_steps(manifest: Mapping[str, Any]) -> tuple[str, ...]:
@@ -85,7 +36,7 @@ def older_stages(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def begun_stage(events: Iterable[Mapping[str, Any]]) -> tuple[str | None, tuple[int, int] | None]:
-    """The stage that began last and has no end in the log, and how many of its units are done, of how many."""
+    """The last stage that the log has begun and not ended, with the number of its units that are done, and of all."""
     stage, progress = None, None
     for event in events:
         if event["event"] == "started":
@@ -97,25 +48,35 @@ def begun_stage(events: Iterable[Mapping[str, Any]]) -> tuple[str | None, tuple[
     return stage, progress
 
 
-def read_status(run: RunDirectory) -> RunStatus:
-    """The status of a run's newest try, and the last failure, where no later try finished."""
-    events = read_events(run)
+def status_lines(run: RunDirectory, now: datetime | None = None) -> list[str]:
+    """Sentences on a run's newest try, how it goes or ended, and on its last failure, unless a later try finished. ``now`` is
+    the clock for the events' ages."""
+    now, holder, events = now or datetime.now(timezone.utc), run.holder(), read_events(run)
     begin = max((n for n, event in enumerate(events) if event["event"] == "run_started"), default=0)
     newest = events[begin:]
+    end = next((event["event"] for event in reversed(newest) if event["event"] in RUN_EVENTS[1:]), None)
     stage, progress = begun_stage(newest)
-    ends = [event for event in newest if event["event"] in RUN_EVENTS[1:]]
+    place = stage or "no stage"
+    if stage and progress:
+        place += f", {progress[0]} of {progress[1]}"
+    if holder is not None:
+        lines = [f"Running: {holder}, in {place}" if stage else f"Running: {holder}"]
+    elif events and end is None:
+        lines = [f"Not running: its process was killed in {place}, or its machine was lost."]
+    else:
+        lines = [f"Not running: stopped, in {place}." if end == "run_stopped" else "Not running."]
+    if events:
+        lines.append(f"Last event, {_age(events[-1], now)}: {events[-1]['message']}")
     outcomes = [event for event in events if event["event"] in ("run_failed", "run_finished")]
-    failed = outcomes[-1] if outcomes and outcomes[-1]["event"] == "run_failed" else None
-    return RunStatus(
-        holder=run.holder(),
-        stage=stage,
-        progress=progress,
-        last=events[-1] if events else None,
-        end=ends[-1] if ends else None,
-        failure=failed,
-        go_on=_command(run, newest[0] if newest else {}),
-        accepted=tuple(_accepted(run.manifest()["stages"])),
-    )
+    if outcomes and outcomes[-1]["event"] == "run_failed":
+        where = f" in {outcomes[-1]['stage']}" if "stage" in outcomes[-1] else ""
+        lines.append(f"Failed{where}, {_age(outcomes[-1], now)}: {outcomes[-1]['message']}")
+    lines += _accepted(run.manifest()["stages"])
+    if holder is None and end != "run_finished":
+        command = _command(run, newest[0] if newest else {})
+        again = f", with the values for which {HIDDEN} stands" if HIDDEN in command else ""
+        lines.append(f"To continue, give the same command{again}: {command}")
+    return lines
 
 
 def _accepted(stages: Mapping[str, Any]) -> list[str]:

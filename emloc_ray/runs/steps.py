@@ -1,8 +1,6 @@
 """The steps of one run: each is skipped where the manifest has it, linked from the cache where another run did it, else run in
 its turn and recorded."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os
@@ -43,13 +41,10 @@ class Turns(Protocol):
 
     def take(self, stage: str, asked: Resources, least: int) -> AbstractContextManager[Resources]:
         """Waits until the stage may start; gives the resources of its run: ``least`` workers or more, up to those asked for.
-
-        Raises:
-            Stopped: where the run shall end instead.
-        """
+        Raises Stopped where the run shall end instead."""
 
     def stopped(self) -> bool:
-        """Whether the run shall end: asked all the time while a stage runs."""
+        """Whether the run shall end; polled while a stage runs."""
 
 
 class AtOnce:
@@ -63,11 +58,8 @@ class AtOnce:
 
     @contextlib.contextmanager
     def take(self, stage: str, asked: Resources, least: int) -> Iterator[Resources]:
-        """Gives all that was asked for, at once.
-
-        Raises:
-            SystemExit: where SIGTERM stopped the stage, or came since the one before.
-        """
+        """Gives all that was asked for, at once. Raises SystemExit where SIGTERM stopped this stage, or came after the one
+        before."""
         if threading.current_thread() is not threading.main_thread():  # which alone is given signals
             yield asked
             return
@@ -126,6 +118,7 @@ class Steps:
         self.turns, self.cache, self.forced = turns, cache, set(forced)
         self.planned = plan.worker_bytes if plan is not None else {}
         self._host_bytes = plan.host_bytes if plan is not None else {}
+        self._seconds = {part.name: part.seconds for part in plan.stages} if plan is not None else {}
         self._unread: list[str] = []  # finished stages whose files were not checked yet
         self._redone: set[str] = set()
         self.accept_versions = accept_versions
@@ -133,13 +126,9 @@ class Steps:
         self._outdated: str | None = None  # the first finished stage with other inputs now
 
     def run(self, stage: Stage, context: Context) -> None:
-        """Brings one stage up to date; puts the fingerprint of its inputs and its result into ``context``.
-
-        Removes what a stage left that the config leaves out now.
-
-        Raises:
-            Dropped: where it needs files that were deleted; takes the stages that make them out of the manifest.
-        """
+        """Brings one stage up to date; puts the fingerprint of its inputs and its result into ``context``. Removes what it left
+        that the config leaves out now. Raises Dropped where it needs deleted files, with the stages that make them out of the
+        manifest."""
         if not stage.wanted(self.prepared):
             self._leave_out(stage)
             return
@@ -205,7 +194,7 @@ class Steps:
             self.write_results()  # its old numbers are no longer this run's
         shared = None if stage.shares is None or self.cache is None else stage.shares(context)
         cached = None if shared is None or self._mixed else {**inputs, "shared": shared}
-        with self._alone(stage, cached):
+        with contextlib.nullcontext() if cached is None else self._alone(stage, cached):
             result = None if cached is None else self._from_cache(stage, context, cached)
             if result is not None:
                 return result
@@ -240,7 +229,8 @@ class Steps:
             memory_to_ask(stage.name, planned, granted, together, alive(), addable()) if planned else (0, None)
         )
         self._note(remark)
-        granted = dataclasses.replace(granted, memory_per_worker=memory)
+        seconds = self._seconds.get(stage.name, 0.0)
+        granted = dataclasses.replace(granted, memory_per_worker=memory, planned_s=seconds)
         report = self.reporter.start(stage.name)
 
         def progress(done: int, total: int) -> None:
@@ -263,15 +253,11 @@ class Steps:
         self.write_results()
         self.reporter.finish(stage.name, result, result["usage"])
 
-    @contextlib.contextmanager
-    def _alone(self, stage: Stage, inputs: Inputs | None) -> Iterator[None]:
+    def _alone(self, stage: Stage, inputs: Inputs) -> AbstractContextManager[None]:
         """Lets the first of the runs that are about to make the same make it; the others wait."""
-        if self.cache is None or inputs is None:
-            yield
-            return
+        assert self.cache is not None
         key = cache_key(stage, inputs)
-        with self.cache.alone(key, self.turns.stopped, lambda text: self._note(f"{stage.name}: {text}")):
-            yield
+        return self.cache.alone(key, self.turns.stopped, lambda text: self._note(f"{stage.name}: {text}"))
 
     def _from_cache(self, stage: Stage, context: Context, inputs: Inputs) -> Result | None:
         if self.cache is None or stage.name in self.forced:
@@ -313,11 +299,8 @@ class Steps:
             )
 
     def _check_artifacts(self) -> None:
-        """Checks the files of finished stages once, before the first stage runs.
-
-        Raises:
-            DamagedArtifactError: where the content of a stage's files differs from the manifest; removes these files.
-        """
+        """Checks the files of finished stages once, before the first stage runs. Raises DamagedArtifactError where the content
+        of a stage's files differs from the manifest; removes these files."""
         while self._unread:
             name = self._unread.pop(0)
             damaged = self.directory.damaged(name)
@@ -330,11 +313,8 @@ class Steps:
                 )
 
     def forget_damaged(self, error: DamagedArtifactError) -> None:
-        """Takes the stage that wrote a damaged file out of the manifest, so that it is redone.
-
-        Raises:
-            DamagedArtifactError: ``error`` itself, where no stage wrote the file, or it was redone before.
-        """
+        """Takes the stage that wrote a damaged file out of the manifest, so that it is redone. Raises ``error`` itself, where
+        no stage wrote the file, or it was redone before."""
         name = self.directory.writer(error.path)
         if name is None or error.path in self._redone:  # damaged twice: the disk alters what is written
             raise error

@@ -1,14 +1,14 @@
 """trace.json: what a run's workers did, when, and their peak memory, for https://ui.perfetto.dev.
 
 In the Trace Event Format: a complete event for each piece of work. ``pid`` is the node, ``tid`` the worker; ``args`` hold the
-number of pieces and the peak bytes of the process. Times are microseconds since 1970.
+number of pieces and the peak bytes of the process. Times are microseconds since 1970. Of a run with more than 50,000 pieces
+the shortest are left out: ``otherData`` says how many.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -19,29 +19,28 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.runs.reporter import Reporter
-from emloc_ray.stages.ray.spans import Span, joined, listening
+from emloc_ray.stages.ray.spans import Span, listening
 
 TRACE = "trace.json"
+_LEFT_OUT = "shortest pieces left out"
 _NO_NODE = "training group"  # whose ranks do not name their nodes
-_MOST_SPANS = 50_000  # above it, neighbours of one worker and stage are joined
+_MOST = 50_000  # spans: some 10 MB
 _INTERVAL_S, _WORK_SHARE = 10.0, 0.05  # of a stage's time, before the file is written again
 
 
 class WorkerTrace(Reporter):
-    """Writes ``trace.json`` in the run's directory, and keeps what earlier tries wrote there.
+    """Writes ``trace.json`` in the run's directory, and keeps what earlier tries wrote there. As a context it records the work
+    that its thread hears of; it writes at the end of every stage, at its own end, and in between."""
 
-    As a context it records the work that its thread hears of. It writes at the end of every stage, at its own end, and in
-    between.
-    """
-
-    def __init__(self, run: RunDirectory, interval_s: float = _INTERVAL_S, most_spans: int = _MOST_SPANS) -> None:
-        self.run, self.interval_s, self.most_spans = run, interval_s, most_spans
+    def __init__(self, run: RunDirectory, interval_s: float = _INTERVAL_S, most: int = _MOST) -> None:
+        self.run, self.interval_s, self.most = run, interval_s, most
         self._spans: list[Span] = []
+        self._num_left_out = 0
         self._begun = self._written = time.monotonic()
         self._listening = contextlib.ExitStack()
 
     def __enter__(self) -> WorkerTrace:
-        self._spans = read_trace(self.run)
+        self._spans, self._num_left_out = _read(self.run)
         self._listening.enter_context(listening(self.hear))
         return self
 
@@ -64,20 +63,16 @@ class WorkerTrace(Reporter):
         self._written = time.monotonic()
         if not self._spans:
             return
-        self._spans = _at_most(self._spans, self.most_spans)
-        content = {"traceEvents": trace_events(self._spans), "displayTimeUnit": "ms"}
+        if (over := len(self._spans) - self.most) > 0:
+            self._spans = sorted(self._spans, key=lambda span: span.finished_at - span.begun_at)[over:]
+            self._num_left_out += over
+        content: dict[str, Any] = {"traceEvents": trace_events(self._spans), "displayTimeUnit": "ms"}
+        if self._num_left_out:
+            content["otherData"] = {_LEFT_OUT: self._num_left_out}
         with contextlib.suppress(EmlocError, OSError):  # a store that fails ends the run at its next own write
             self.run.check_held()
             with atomic_file(self.run.path(TRACE)) as file:
                 file.write(json.dumps(content, ensure_ascii=False).encode(errors="replace"))
-
-
-def _at_most(spans: Sequence[Span], most: int) -> list[Span]:
-    """At most ``most`` spans: neighbours are joined over ever longer pauses."""
-    pause, fewer = 0.001, list(spans)
-    while len(fewer) > most and pause < math.inf:
-        fewer, pause = joined(spans, pause), 10 * pause
-    return fewer
 
 
 def trace_events(spans: Sequence[Span]) -> list[dict[str, Any]]:
@@ -121,13 +116,20 @@ def _named(kind: str, name: str, node: int, worker: int) -> dict[str, Any]:
 
 def read_trace(run: RunDirectory) -> list[Span]:
     """The spans of a run's ``trace.json``; none where there is none, or it has another form than :func:`trace_events` gives."""
+    return _read(run)[0]
+
+
+def _read(run: RunDirectory) -> tuple[list[Span], int]:
+    """The spans, and how many were left out."""
     try:
         ensure(run.path(TRACE))
-        events = json.loads(run.path(TRACE).read_text())["traceEvents"]
+        content = json.loads(run.path(TRACE).read_text())
+        events = content["traceEvents"]
         names = {(e["name"], e["pid"], e["tid"]): e["args"]["name"] for e in events if e["ph"] == "M"}
-        return [_span(event, names) for event in events if event["ph"] == "X"]
+        spans = [_span(event, names) for event in events if event["ph"] == "X"]
+        return spans, content.get("otherData", {}).get(_LEFT_OUT, 0)
     except (ArtifactError, OSError, ValueError, KeyError, TypeError):
-        return []
+        return [], 0
 
 
 def _span(event: dict[str, Any], names: dict[tuple[str, int, int], str]) -> Span:

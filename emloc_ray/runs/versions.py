@@ -1,7 +1,5 @@
-"""What a run's stages were made with, against what is installed: finished work of other versions is neither mixed nor redone
-unasked."""
-
-from __future__ import annotations
+"""Compares the versions that a run's stages were made with to those installed: work of other versions is neither mixed in
+nor redone unasked."""
 
 import functools
 from collections.abc import Collection, Mapping
@@ -11,7 +9,7 @@ from typing import Any
 from emloc_ray.config.steps import VERBS
 from emloc_ray.errors import ConfigError
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.stages.order import STEPS
+from emloc_ray.stages.order import STEPS, up_to
 from emloc_ray.stages.stage import Stage
 from emloc_ray.text import version_changes
 
@@ -21,17 +19,17 @@ _PACKAGES = ("emloc-ray", "torch", "transformers", "peft", "tokenizers")
 
 @functools.cache
 def installed() -> dict[str, str]:
-    """The versions, ``major.minor``, of what decides what a stage makes of its inputs."""
+    """The versions, ``major.minor``, of the packages that a stage's outputs depend on."""
     return {package: ".".join(version(package).split(".")[:2]) for package in _PACKAGES}
 
 
 def made_with(stage: Stage) -> dict[str, Any]:
-    """What a stage that is made now is made with: :func:`installed`, and the ``format`` of what it writes."""
+    """The versions that a stage made now records: :func:`installed`, and the ``format`` of what it writes."""
     return {"format": stage.format, **installed()}
 
 
 def is_foreign(entry: Mapping[str, Any], stage: Stage) -> bool:
-    """Whether a finished stage was made with others, and not accepted under those of now."""
+    """Whether a finished stage was made with other versions, and not accepted under the present ones."""
     return made_with(stage) not in (entry.get("versions"), entry.get("accepted"))
 
 
@@ -42,15 +40,16 @@ def check_versions(
     accept: bool = False,
     in_batch: bool = False,
 ) -> None:
-    """Raises ConfigError where stages of this run up to the verb ``until`` were finished, or are half done, with other versions
-    and are not ``forced``, which redoes them; with ``accept`` only where these wrote another format."""
+    """Raises ConfigError where a stage up to the verb ``until`` was finished or begun with other versions, unless it is
+    ``forced``, which redoes it; with ``accept`` only where these versions write another format."""
     done, begun = prepared.run.stages(), prepared.run.begun()
-    last = max(number for number, stage in enumerate(STEPS) if stage.verb == until)
-    kept = [stage for stage in STEPS[: last + 1] if stage.name not in forced and stage.wanted(prepared)]
-    foreign = {stage: done[stage.name].get("versions") for stage in kept if _is_finished_by_others(stage, done)}
-    foreign |= {
-        stage: begun[stage.name] for stage in kept if stage.name not in done and is_begun_by_others(stage, begun)
-    }
+    kept = [stage for stage in up_to(until) if stage.name not in forced and stage.wanted(prepared)]
+    foreign: dict[Stage, Any] = {}
+    for stage in kept:
+        if stage.name in done and is_foreign(done[stage.name], stage):
+            foreign[stage] = done[stage.name].get("versions")
+        elif stage.name not in done and is_begun_by_others(stage, begun):
+            foreign[stage] = begun[stage.name]
     unreadable = [stage for stage, then in foreign.items() if (then or {}).get("format", 1) != stage.format]
     if not foreign or (accept and not unreadable):
         return
@@ -65,12 +64,8 @@ def check_versions(
     )
 
 
-def _is_finished_by_others(stage: Stage, done: Mapping[str, Any]) -> bool:
-    return stage.name in done and is_foreign(done[stage.name], stage)
-
-
 def is_begun_by_others(stage: Stage, begun: Mapping[str, Versions]) -> bool:
-    """Whether what a killed try left, which a later one goes on from, was made with others."""
+    """Whether a killed try, which the next one would resume, ran with other versions."""
     continues = stage.resumes or bool(stage.scratch)
     return continues and stage.name in begun and begun[stage.name] != made_with(stage)
 

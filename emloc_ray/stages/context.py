@@ -22,6 +22,7 @@ from emloc_ray.modeling.stored_names import StoredParameter, stored_parameters, 
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.training_spec import Training
 
 if TYPE_CHECKING:
     from emloc_ray.data.processors import ImageInputs
@@ -39,15 +40,13 @@ def _unheard(text: str) -> None:
 class Context:
     """One pass over the stages of a run; ``model_dir`` holds, or will hold, the original as safetensors.
 
-    ``source_dir`` is where the original is read from, another folder where it is imported. ``made`` and ``results`` fill up
-    while the stages run: the fingerprint of what each was made from, and what it returned; of a stage that the config leaves
-    out neither is there. ``note`` takes what a reader should know. ``final_actor`` corrects and merges, where stages run.
-    ``detail`` takes how what runs now is going, in a few words that the next ones replace.
+    ``made`` has the fingerprint of the inputs of each stage that has run, ``results`` what it returned; both leave out
+    stages that the config leaves out. ``note`` takes what a reader should know. ``final_actor`` corrects and merges, where
+    stages run. ``detail`` takes a few words on how the running stage is doing.
     """
 
     prepared: Prepared
     model_dir: Path
-    source_dir: Path | None = None
     note: Callable[[str], None] = _unheard
     final_actor: FinalActorHandle | None = None
     detail: Callable[[str], None] = _unheard
@@ -63,10 +62,6 @@ class Context:
         """The token shards of a split."""
         return self.path("data", "tokens", split)
 
-    def with_prepared(self, prepared: Prepared) -> Context:
-        """The same place and history for another training of the same run."""
-        return dataclasses.replace(self, prepared=prepared)
-
     @functools.cached_property
     def model_inputs(self) -> Inputs:
         """What tells the original's files from others."""
@@ -75,22 +70,17 @@ class Context:
     def check_original(self) -> None:
         """Raises ArtifactError where the original's files are others than when this pass began."""
         if self._model_files() != self.model_inputs:
-            place = self.source_dir or self.prepared.source.directory
+            place = self.prepared.source.directory
             raise ArtifactError(f"The model in {place} was changed while the run read it: run the same command again.")
 
     def _model_files(self) -> Inputs:
-        source, directory = self.prepared.source, self.source_dir or self.prepared.source.directory
-        if self._brought:
+        source = self.prepared.source
+        if source.hub_id is not None:  # its weights need not be here, and its commit names them
             return {"hub": [source.hub_id, commit_of(source)]}
         if source.gguf_file is None:
-            return {"files": fingerprint_large_files(checkpoint_files(directory))}
-        file = fingerprint_large_files([directory / source.gguf_file])
+            return {"files": fingerprint_large_files(checkpoint_files(source.directory))}
+        file = fingerprint_large_files([source.directory / source.gguf_file])
         return {"file": file, "dtype": self.prepared.config.model.dtype}
-
-    @property
-    def _brought(self) -> bool:
-        """Whether workers bring a model of the hub into the run: its weights need not be here, and its commit names them."""
-        return self.prepared.source.hub_id is not None and self.prepared.run.store is not None
 
     @functools.cached_property
     def model_key(self) -> str:
@@ -100,10 +90,8 @@ class Context:
     @functools.cached_property
     def weights(self) -> Inputs:
         """A hash of the original's whole content: runs that share what they make of it must not go by times of files."""
-        if self._brought:
-            return self.model_inputs
-        directory = self.source_dir or self.prepared.source.directory
-        return {"weights": content_of_source(self.prepared.source, directory)}
+        source = self.prepared.source
+        return {"weights": content_of_source(source)} if source.hub_id is None else self.model_inputs
 
     def split_key(self, split: str) -> str:
         """The fingerprint of a split's token shards, by their content."""
@@ -121,7 +109,7 @@ class Context:
         return MemoryModel(self.prepared)
 
     def begun(self, inputs: Inputs) -> Inputs:
-        """What tells a training that was broken off from others: also how it reads a step's rows."""
+        """The inputs that identify a training that was broken off: those of its stage, and how a step's rows are read."""
         finetune, healing = self.prepared.config.finetune, self.prepared.config.emulator.healing
         parts: list[int | None] = [finetune.per_device_train_batch_size, finetune.gradient_accumulation_steps]
         parts += [] if healing is None else [healing.per_device_train_batch_size]
@@ -154,14 +142,9 @@ class Context:
         return self.path("emulator" if self.prepared.config.emulator.refines is None else "emulator_refined")
 
     @property
-    def finishes(self) -> bool:
-        """Whether the corrected adapter is trained on, on the original."""
-        return self.prepared.finishes
-
-    @property
     def final_adapter(self) -> Path:
         """The adapter that is merged."""
-        return self.path("adapter_finished" if self.finishes else "adapter")
+        return self.path("adapter_finished" if self.prepared.finishes else "adapter")
 
     @property
     def model_options(self) -> dict[str, Any]:
@@ -175,7 +158,7 @@ class Context:
 
     @property
     def images(self) -> ImageInputs:
-        """What makes a model's inputs of the rows' images."""
+        """What turns the rows' images into the model's inputs."""
         from emloc_ray.data.processors import ImageInputs
 
         return ImageInputs(self.model_dir, self.prepared.config.model.trust_remote_code)
@@ -200,10 +183,11 @@ class Context:
         named = (tuple(spec.name for spec in group if spec.name in targeted) for group in whole)
         return tuple(group for group in named if group)
 
-    def loss_on(self) -> str:
-        """The tokens whose predictions are the task's."""
+    def loss_on(self, training: Training | None = None) -> str:
+        """The tokens whose predictions a training learns: by default the fine-tuning."""
         # A decoder beside an encoder writes the completion alone.
-        return "completion" if has_encoder(self.base_config()) else self.prepared.config.finetune.loss_on
+        section = (training or self.prepared.finetuning).section
+        return "completion" if has_encoder(self.base_config()) else section.loss_on
 
     def pad_token_id(self) -> int:
         """The token that rows are padded with; padding is masked everywhere, so that any token serves."""

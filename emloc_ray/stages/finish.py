@@ -1,7 +1,7 @@
 """Exact finishing: a few steps of the corrected adapter on the original itself, its learning rate falling to zero.
 
-Closed forms take back what the emulator changed layer by layer; what the original makes of the adapter as a whole, only
-steps on it can learn. Where the original does not fit its blocks come and go (:mod:`emloc_ray.modeling.holding`).
+The correction's closed forms work layer by layer; only steps on the original can learn how its layers act together. Where
+the original does not fit, its blocks come and go (:mod:`emloc_ray.modeling.holding`).
 """
 
 from __future__ import annotations

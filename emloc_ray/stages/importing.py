@@ -1,4 +1,4 @@
-"""Import: the original as a safetensors checkpoint of the run, where it has to be converted or cannot be seen by all nodes."""
+"""Import: the original as a safetensors checkpoint of the run, where it has to be converted, or not all nodes see it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.io.store.node_cache import discard, sizes
 from emloc_ray.modeling.gguf_import import import_gguf
 from emloc_ray.modeling.hub_weights import import_weights, weight_files
-from emloc_ray.modeling.loading import copy_checkpoint, fetch_weights
+from emloc_ray.modeling.loading import copy_checkpoint
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
@@ -21,18 +21,20 @@ if TYPE_CHECKING:
 
 
 def is_imported(prepared: Prepared) -> bool:
-    """Whether the run holds the original: a GGUF file is converted, and on an object store nodes read the run alone."""
-    return prepared.source.gguf_file is not None or prepared.run.store is not None
+    """Whether the run holds the original: a GGUF file is converted, a model of the hub fetched, and on an object store nodes
+    read the run alone."""
+    source = prepared.source
+    return source.gguf_file is not None or source.hub_id is not None or prepared.run.store is not None
 
 
 def original_dir(prepared: Prepared) -> Path:
-    """Where the original is read from. A model of the hub is fetched first, unless workers bring it into the run."""
-    return prepared.source.directory if is_imported(prepared) else fetch_weights(prepared.source)
+    """Where stages read the original, once it is imported."""
+    return prepared.run.path("model") if is_imported(prepared) else prepared.source.directory
 
 
 def _import(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
     from emloc_ray.stages.ray.losses import Losses
-    from emloc_ray.stages.ray.tasks import run_tasks, silent
+    from emloc_ray.stages.ray.tasks import run_tasks
 
     source, target = context.prepared.source, context.model_dir
     losses = Losses("import", context.note)
@@ -42,19 +44,20 @@ def _import(context: Context, inputs: Inputs, granted: Resources, progress: Prog
         run_tasks(import_gguf, source, work, granted, losses)
         return {}
     discard_unless(target, inputs)
-    # By the driver, as other nodes need not see the files: of a model on the hub those that it has cached.
-    report = progress if source.hub_id is None else silent
-    copy_checkpoint(context.source_dir or source.directory, target, report)
-    if source.hub_id is not None:
-        there = sizes(target)
-        files = [(name, (name,)) for name in weight_files(source) if target / name not in there]
-        run_tasks(import_weights, (source, target), files, granted, losses, progress)
+    if source.hub_id is None:  # by the driver, as other nodes need not see the files
+        copy_checkpoint(source.directory, target, progress)
+        return {}
+    context.note(f"The weights of {source.hub_id} come from the hub, unless they are cached.")
+    copy_checkpoint(source.directory, target, lambda done, total: None, weights=False)
+    there = sizes(target)
+    files = [(name, (name,)) for name in weight_files(source) if target / name not in there]
+    run_tasks(import_weights, (source, target), files, granted, losses, progress)
     return {}
 
 
 def _cost(memory: MemoryModel) -> StageCost:
     if memory.prepared.source.gguf_file is None:  # copied, as it comes
-        return StageCost(memory.importing())
+        return StageCost(memory.importing(), disk_bytes=memory.weight_files)
     return StageCost(memory.importing(), disk_bytes=memory.weight_files, start_seconds=5 + memory.weights / 20e6)
 
 

@@ -10,9 +10,10 @@ from emloc_ray.stages.heal.stage import HEAL
 from emloc_ray.stages.importing import IMPORT
 from emloc_ray.stages.merge.stage import MERGE
 from emloc_ray.stages.refine.stage import REFINE
+from emloc_ray.stages.stage import Stage
 from emloc_ray.stages.tokens.stage import DATA
 
-STEPS = (
+STEPS: tuple[Stage, ...] = (
     IMPORT,
     DATA,
     CALIBRATE,
@@ -27,3 +28,9 @@ STEPS = (
     MERGE,
     EVALUATE,
 )
+
+
+def up_to(verb: str) -> tuple[Stage, ...]:
+    """The steps up to the last one of a verb."""
+    last = max(number for number, stage in enumerate(STEPS) if stage.verb == verb)
+    return STEPS[: last + 1]

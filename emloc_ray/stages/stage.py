@@ -26,9 +26,9 @@ def by_weights(context: Context) -> Inputs:
 class Stage:
     """A step of a run: what it is made from, what it writes, how it runs, what it costs, and what is said of it.
 
-    ``name`` is its word in the manifest and in the log, ``title`` its word on screens, ``verb`` the command that runs up to
-    it, its own name unless another's. ``asks`` gives the config section whose workers it takes. ``outputs`` and ``scratch``
-    are folders of the run directory: what later stages read, and what a killed try is continued from.
+    ``name`` is its word in manifest and log, ``title`` on screens, ``verb`` the command that runs up to it, its own name unless
+    another's. ``asks`` gives the config section whose workers it takes. ``outputs`` and ``scratch`` are folders of the run
+    directory: what later stages read, and what a killed try is continued from.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Stage:
 
 
 def part(section: str, stage: str, *keys: str) -> Callable[[Prepared, dict[str, Result]], dict[str, Any]]:
-    """A stage's ``sections`` where they are one: the keys of its result that are there."""
+    """Makes a stage's ``sections`` of a single one: those of the keys that its result has."""
     return lambda prepared, results: {
         section: {key: results[stage][key] for key in keys if results[stage].get(key) is not None}
     }

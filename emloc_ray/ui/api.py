@@ -1,7 +1,5 @@
 """The Python interface: a run that keeps its page, its plan, its checks, and what came out."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re
@@ -86,20 +84,19 @@ def run(
 ) -> RunResult:
     """Runs the pipeline up to ``until`` and keeps ``report.html``; skips finished stages whose inputs are unchanged.
 
-    ``config`` is a config, its values or its file; ``keys`` are a config's own, over its: ``run(model="Qwen/Qwen3-0.6B",
-    train=rows, memory_budget="24GiB", finetune={"max_steps": 50})``. ``train`` and ``eval`` are paths, lists of dicts, data
-    frames or data sets; ``run_dir`` is ``runs/MODEL`` where it is left out.
+    ``config`` is a config, its values or its file; ``keys`` are a config's own, over its:
+    ``run(model="Qwen/Qwen3-0.6B", train=rows, memory_budget="24GiB", finetune={"max_steps": 50})``. ``train`` and ``eval`` are
+    paths, lists of dicts, data frames or data sets; ``run_dir`` is ``runs/MODEL`` where it is left out.
 
-    ``begin`` redoes all from this stage on; ``fresh`` deletes what an earlier run left. ``reporter`` hears how the run goes;
-    in a notebook its progress is shown where there is none. ``prepared`` is the checked config, where there is one. Runs with
-    one ``cache`` share what they make from equal inputs. ``accept_versions`` takes what was finished with other versions of
+    ``begin`` redoes all from this stage on; ``fresh`` deletes what an earlier run left. ``reporter`` hears how the run goes; in
+    a notebook its progress is shown where there is none. ``prepared`` is the checked config, where there is one. Runs with one
+    ``cache`` share what they make from equal inputs. ``accept_versions`` takes what was finished with other versions of
     emloc_ray or its libraries as it is. ``accept_changes`` redoes and removes what is finished where the config or files have
     changed. Returns the content of metrics.json, with the places of what was made.
 
-    Raises:
-        ConfigError: before any stage starts or anything is written; also where what is finished is of other versions, or would
-            be redone or removed unasked.
-        EmlocError: where a stage failed; finished stages stay, and the same call continues from them.
+    Raises ConfigError before any stage starts or anything is written, also where what is finished is of other versions, or
+    would be redone or removed unasked; EmlocError where a stage failed: finished stages stay, and the same call continues from
+    them.
     """
     whole = as_config(config, train, eval, keys)
     prepared = prepared or prepare(whole)
@@ -129,10 +126,7 @@ def plan(
 
     Within a ``memory_budget`` that the config names its ``choice`` has what else can be trained on, and which of it is
     recommended. With a ``memory_budget`` given here, such as ``"24GiB"``, the plan is that of the recommended settings
-    (``choice.overrides``).
-
-    Raises:
-        ConfigError: with every error of the config at once; or where nothing fits.
+    (``choice.overrides``). Raises ConfigError with every error of the config at once; or where nothing fits.
     """
     whole = as_config(config, train, eval, keys)
     if memory_budget is not None:
@@ -141,8 +135,8 @@ def plan(
     files = sorted(prepared.source.directory.glob("*.safetensors"))
     speeds = with_disk_of(measured_speeds(), files, MemoryModel(prepared).weights)
     if whole.memory_budget is not None and not whole.budget_is_default:
-        choice = within_budget(STEPS, prepared, speeds)
-        prepared = prepared if memory_budget is None else choice.solution.prepared
+        choice = within_budget(prepared, speeds)
+        prepared = prepared if memory_budget is None else choice.recommended.memory.prepared
     return dataclasses.replace(make_plan(STEPS, prepared, speeds), choice=choice)
 
 
@@ -153,10 +147,7 @@ def plan_without_budget(planned: Plan) -> Plan:
 
 def validate(config: Config | None = None, *, train: Any = None, eval: Any = None, **keys: Any) -> list[str]:
     """Checks all that ``emloc-ray validate`` checks, and starts nothing; takes what :func:`run` takes. Returns its lines.
-
-    Raises:
-        ConfigError: with every error at once, one sentence a line.
-    """
+    Raises ConfigError with every error at once, one sentence a line."""
     prepared = shrink_batches(prepare(as_config(config, train, eval, keys)))
     return list(validation_lines(prepared, "The config"))
 

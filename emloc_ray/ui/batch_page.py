@@ -1,7 +1,5 @@
 """A batch's report.html, made from batch.json and the tasks' manifests: how tasks ended, when their stages ran."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +15,7 @@ from emloc_ray.runs.batch.state import BatchState, TaskState
 from emloc_ray.text import visible
 from emloc_ray.ui.batch_table import counts, status_text
 from emloc_ray.ui.page import last_minute, render_page, write_page
-from emloc_ray.ui.timeline import Bar, Clock, Line, StageRun, draw, running_time, stage_runs
+from emloc_ray.ui.timeline import Clock, StageRun, draw, running_time, stage_runs
 
 _TEMPLATE = "batch_report.html.j2"
 _LOST = ("failed", "cancelled")
@@ -105,6 +103,5 @@ def timeline(clock: Clock, state: BatchState, stages: Stages) -> dict[str, Any] 
     lines = []
     for _, name in begun:
         end = ended.get(name)
-        bars = [Bar(stage.name, stage.begun_at, stage.finished_at) for stage in stages[name]]
-        lines.append(Line(name, bars if end is None else [*bars, Bar("lost", end, end)]))
+        lines.append((name, [*stages[name], *([] if end is None else [StageRun("lost", end, end)])]))
     return draw(lines, f"the stages of {len(lines)} tasks", clock)

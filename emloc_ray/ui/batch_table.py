@@ -24,10 +24,8 @@ _MIN_NAME = 30  # letters that a long name gets before columns are left out
 
 
 def batch_table(state: BatchState, rows: int | None = None, now: float | None = None, width: int = 200) -> Table:
-    """The tasks, running and failed ones first: ``rows`` of them and a count of the rest.
-
-    Leaves out columns where long names fill the ``width``.
-    """
+    """The tasks, running and failed ones first: ``rows`` of them and a count of the rest. Leaves out columns where long names
+    fill the ``width``."""
     now = time.time() if now is None else now
     table = Table(title=counts(state), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     tasks = sorted(state.tasks, key=lambda task: _ORDER.index(task.status))

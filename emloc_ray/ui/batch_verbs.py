@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
@@ -16,7 +15,7 @@ from rich.text import Text
 
 from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.text import counted, duration, size
-from emloc_ray.ui.shell import agrees
+from emloc_ray.ui.shell import AcceptVersions, Overrides, Yes, agrees, console, guarded
 
 if TYPE_CHECKING:
     from emloc_ray.io.runs.cache import ArtifactCache
@@ -28,23 +27,19 @@ KEYS = (
     " limits (cpus, gpus, memory), cache (path, max_size). Of a task: name, base, priority, and all that a config has. On"
     " the command line, BATCH's own keys are for it, a config's for every task."
 )
-BatchDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The batch's run_dir.")]
 CachePlace = Annotated[str, typer.Argument(metavar="CACHE", help="A cache's place, such as RUN_DIR/cache.")]
+cache_app = typer.Typer(help="List or shrink the cache that runs of a batch share.", no_args_is_help=True)
 
 
-def run_batch(
-    console: Console,
-    path: Path,
-    overrides: list[str],
-    dry_run: bool,
-    accept_versions: bool = False,
-    accept_changes: bool = False,
+@guarded
+def batch(
+    config: BatchPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every task and stop.")] = False,
+    accept_versions: AcceptVersions = False,
+    yes: Yes = False,
 ) -> None:
-    """Checks a whole batch, then runs it.
-
-    Raises:
-        StageError: where a task failed; the others finished.
-    """
+    """Run many tasks over one cluster; a second time, run new and failed ones."""
     from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.runs.batch import driver
     from emloc_ray.runs.batch.tasks import read_batch
@@ -55,19 +50,19 @@ def run_batch(
     from emloc_ray.ui.terminal import progress_bar, quiet_libraries
 
     quiet_libraries()
-    batch = read_batch(path, overrides)
+    read = read_batch(config, overrides or ())
     if not dry_run:
-        driver.check_free(RunDirectory(batch.config.run_dir))
+        driver.check_free(RunDirectory(read.config.run_dir))
     with progress_bar(console, "Checking every task") as progress:
-        prepared = driver.prepare_batch(batch, progress, PageReporter(), accept_versions)
-    seconds = sum(prepared.work.planned(task).seconds for task in batch.tasks)
+        prepared = driver.prepare_batch(read, progress, PageReporter(), accept_versions)
+    seconds = sum(prepared.work.planned(task).seconds for task in read.tasks)
     place = prepared.run.place
     console.print(
-        f"[bold]{escape(prepared.run.name)}[/]: {counted(len(batch.tasks), 'task')}, about {duration(seconds)} one after another"
+        f"[bold]{escape(prepared.run.name)}[/]: {counted(len(read.tasks), 'task')}, about {duration(seconds)} one after another"
         f" if nothing is shared or done yet; in {escape(place)}",
         soft_wrap=True,
     )
-    changes = [] if accept_changes else prepared.work.changes(batch.tasks)
+    changes = [] if yes else prepared.work.changes(read.tasks)
     if dry_run:
         for change in changes:
             console.print(f"[yellow]![/] {escape(change)}.", soft_wrap=True)
@@ -85,7 +80,7 @@ def run_batch(
     console.print(f"Results in {place}: summary.parquet, report.html, tasks/", soft_wrap=True, markup=False)
 
 
-def asking(console: Console, place: str) -> Status:
+def asking(place: str) -> Status:
     """Says on a terminal that a place is being asked: an object store that is out of reach takes a minute."""
     return console.status(escape(f"Asking {place} …"))
 
@@ -102,7 +97,7 @@ def state_now(run: Any) -> BatchState | None:
     return state if state is None or is_running else at_rest(state)
 
 
-def show_batch(console: Console, run: Any, watch: bool) -> None:
+def show_batch(run: Any, watch: bool) -> None:
     """Shows the table of a batch, once, or with ``watch`` until it is over."""
     from rich.live import Live
 
@@ -126,24 +121,31 @@ def show_batch(console: Console, run: Any, watch: bool) -> None:
         console.print(line, soft_wrap=True, markup=False)
 
 
-def cancel_tasks(console: Console, place: str, names: list[str], undo: bool) -> None:
-    """Cancels tasks of a batch, or takes that back."""
+@guarded
+def cancel(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The batch's run_dir.")],
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="The tasks' names.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Have the next emloc-ray batch run them.")] = False,
+) -> None:
+    """End tasks of a batch; the others continue."""
     from emloc_ray.io.runs.directory import RunDirectory
-    from emloc_ray.runs.batch.state import cancel
+    from emloc_ray.runs.batch import state
 
-    with asking(console, place):
-        is_running = cancel(RunDirectory(place), names, undo)
+    with asking(run_dir):
+        is_running = state.cancel(RunDirectory(run_dir), tasks, undo)
     if is_running:
         effect = "cancelled; a running task ends as soon as its stage can stop"
     else:
-        effect = f"the next emloc-ray batch {'runs' if undo else 'skips'} {'it' if len(names) == 1 else 'them'}"
-    console.print(f"{', '.join(names)}: {effect}.", soft_wrap=True, markup=False)
+        effect = f"the next emloc-ray batch {'runs' if undo else 'skips'} {'it' if len(tasks) == 1 else 'them'}"
+    console.print(f"{', '.join(tasks)}: {effect}.", soft_wrap=True, markup=False)
 
 
-def list_cache(console: Console, place: str) -> None:
-    """Lists the entries of a cache, the last used first."""
-    with asking(console, place):
-        entries = _cache(place).entries()
+@cache_app.command("list")
+@guarded
+def list_cache(cache: CachePlace) -> None:
+    """List a cache's entries, those used last first."""
+    with asking(cache):
+        entries = _cache(cache).entries()
     held = sum(entry.bytes for entry in entries)
     table = Table(
         title=f"{counted(len(entries), 'entry', 'entries')}, {size(held)}",
@@ -157,8 +159,13 @@ def list_cache(console: Console, place: str) -> None:
     console.print(table)
 
 
-def prune_cache(console: Console, place: str, max_size: str) -> None:
-    """Removes the entries used longest ago until the rest fits."""
+@cache_app.command("prune")
+@guarded
+def prune_cache(
+    cache: CachePlace,
+    max_size: Annotated[str, typer.Option("--max-size", help="What may stay, such as 50GiB; 0: nothing.")],
+) -> None:
+    """Remove the entries used longest ago, until the rest fits."""
     from pydantic import TypeAdapter, ValidationError
 
     from emloc_ray.config.base import Size
@@ -167,8 +174,8 @@ def prune_cache(console: Console, place: str, max_size: str) -> None:
         most = 0 if max_size.strip() == "0" else int(TypeAdapter(Size).validate_python(max_size))
     except ValidationError as error:
         raise ConfigError(f"--max-size {max_size!r} is no size: give a number and a unit, such as 50GiB.") from error
-    with asking(console, place):
-        removed = _cache(place).prune(most)
+    with asking(cache):
+        removed = _cache(cache).prune(most)
     freed = sum(entry.bytes for entry in removed)
     console.print(
         f"{counted(len(removed), 'entry', 'entries')} removed, {size(freed)}. Runs keep what they took from them."

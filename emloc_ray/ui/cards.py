@@ -1,7 +1,6 @@
 """Model cards: the ``README.md`` of a run's adapter and merged model, as the Hugging Face hub shows it."""
 
-from __future__ import annotations
-
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,8 @@ WRITTEN_BY = {
 
 
 def write_cards(run: RunDirectory, copy: Path | None = None) -> None:
-    """Writes the card of each folder that is there, in the run or in a ``copy`` of it.
-
-    On an object store itself there are none: its folders are read through the manifest, which names no cards.
-    """
+    """Writes the card of each folder that is there, in the run or in a ``copy`` of it. On an object store itself there are
+    none: its folders are read through the manifest, which names no cards."""
     if run.store is not None and copy is None:
         return
     root, manifest, metrics = copy or run.root, run.manifest(), run.metrics()
@@ -48,15 +45,13 @@ def write_cards(run: RunDirectory, copy: Path | None = None) -> None:
 
 
 def card(name: str, folder: str, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    """The card of one folder of a run: base, data, method, figures, how to load it.
-
-    Of local models and files it names the last part of their paths alone.
-    """
+    """The card of one folder of a run: base, data, method, figures, how to load it. Of local models and files it names the last
+    part of their paths alone."""
     from huggingface_hub import ModelCardData
 
     model, is_merged = config.get("model") or {}, folder == "merged"
     base, is_hub = _base(str(model.get("source", "")))
-    datasets = [_hub_name(place) for place in _places(config.get("data") or {}) if place.startswith("hf:")]
+    datasets = [re.split("[@:]", place)[1] for place in _places(config.get("data") or {}) if place.startswith("hf:")]
     method = METHOD_NAMES.get(str((config.get("adapter") or {}).get("method", "lora")), "LoRA")
     data = ModelCardData(
         base_model=base if is_hub else None,
@@ -66,41 +61,34 @@ def card(name: str, folder: str, config: Mapping[str, Any], metrics: Mapping[str
         tags=["emloc", "emloc-ray", *([] if is_merged else ["lora"])],
     )
     what = f"{base} with a {method} adapter merged into it" if is_merged else f"A {method} adapter for {base}"
-    task = describe_task(dict(config.get("data") or {}))
-    lines = [
-        *("---", data.to_yaml().rstrip(), "---", "", f"# {name}", ""),
-        f"{what}, fine-tuned through a small emulator of the model by emloc-ray (EMLoC, [arXiv 2506.12015](https://arxiv.org/abs/2506.12015)).",
-        *(
-            "",
-            "## How to load it",
-            "",
-            "```python",
-            *_loading(name, base, str(metrics.get("auto_class", "AutoModelForCausalLM")), is_merged),
-            "```",
-        ),
-        *("", "## How it was made", ""),
-        *[
-            f"- {line}"
-            for line in [
-                f"Base: {base}{_revision(model)}",
-                *([f"Data: {task}"] if task else []),
-                *_made(config, metrics),
-            ]
-        ],
-        *_figures(metrics),
-    ]
-    return "\n".join(lines) + "\n"
+    task, revision = describe_task(config.get("data") or {}), model.get("revision")
+    made = [f"Base: {base}{f', revision {revision}' if revision else ''}", *([f"Data: {task}"] if task else [])]
+    made += _made(config, metrics)
+    return f"""---
+{data.to_yaml().rstrip()}
+---
+
+# {name}
+
+{what}, fine-tuned through a small emulator of the model by emloc-ray (EMLoC, [arXiv 2506.12015](https://arxiv.org/abs/2506.12015)).
+
+## How to load it
+
+```python
+{_loading(name, base, str(metrics.get("auto_class", "AutoModelForCausalLM")), is_merged)}
+```
+
+## How it was made
+
+{"".join(f"- {line}{chr(10)}" for line in made)}{_figures(metrics)}"""
 
 
-def describe_task(data: dict[str, Any]) -> str | None:
+def describe_task(data: Mapping[str, Any]) -> str | None:
     """What the run trains on, in a word or two: the generator's or the training file's name."""
     if data.get("generate"):
         return f"generated {data['generate']}"
-    paths = (data.get("train") or {}).get("path")
-    if not paths:
-        return None
-    paths = [paths] if isinstance(paths, str) else paths
-    return listed([path if path.startswith("hf:") else Path(shown(path)).name for path in paths])
+    paths = _places(data)
+    return listed([path if path.startswith("hf:") else Path(shown(path)).name for path in paths]) or None
 
 
 def _base(source: str) -> tuple[str, bool]:
@@ -110,33 +98,19 @@ def _base(source: str) -> tuple[str, bool]:
     return source, True
 
 
-def _revision(model: Mapping[str, Any]) -> str:
-    return f", revision {model['revision']}" if model.get("revision") else ""
-
-
 def _places(data: Mapping[str, Any]) -> list[str]:
     path = (data.get("train") or {}).get("path") or []
     return [path] if isinstance(path, str) else list(path)
 
 
-def _hub_name(place: str) -> str:
-    return place.removeprefix("hf:").partition("@")[0].partition(":")[0]
-
-
-def _loading(name: str, base: str, opens: str, is_merged: bool) -> list[str]:
+def _loading(name: str, base: str, opens: str, is_merged: bool) -> str:
     if is_merged:
-        return [
-            f"from transformers import {opens}",
-            "",
-            f'model = {opens}.from_pretrained("{name}")  # or its own place',
-        ]
-    return [
-        "from peft import PeftModel",
-        f"from transformers import {opens}",
-        "",
-        f'original = {opens}.from_pretrained("{base}")',
-        f'model = PeftModel.from_pretrained(original, "{name}")  # or its own place',
-    ]
+        return f'from transformers import {opens}\n\nmodel = {opens}.from_pretrained("{name}")  # or its own place'
+    return f"""from peft import PeftModel
+from transformers import {opens}
+
+original = {opens}.from_pretrained("{base}")
+model = PeftModel.from_pretrained(original, "{name}")  # or its own place"""
 
 
 def _made(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
@@ -157,14 +131,13 @@ def _made(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
     return [*lines, *([f"Versions: {', '.join(named)}"] if named else [])]
 
 
-def _figures(metrics: Mapping[str, Any]) -> list[str]:
+def _figures(metrics: Mapping[str, Any]) -> str:
     evaluation = metrics.get("evaluation")
     if not evaluation or STEPS[-1].name not in (metrics.get("stages") or {}):
-        return []
-    rows = [
-        f"| {row['label']} | {row['loss']:.4f} | {row['token_accuracy']:.3f} |" for row in evaluation_rows(evaluation)
-    ]
-    table = ["| model | loss (nats a token) | token accuracy |", "| --- | --- | --- |", *rows]
+        return ""
+    table = ["| model | loss (nats a token) | token accuracy |", "| --- | --- | --- |"]
+    for row in evaluation_rows(evaluation):
+        table.append(f"| {row['label']} | {row['loss']:.4f} | {row['token_accuracy']:.3f} |")
     if exact := metrics.get("exact_match"):
         table += ["", f"Exact match: {describe_matches(exact)} ({exact['num_prompts']} prompts)."]
-    return ["", "## On held-out rows", "", *table]
+    return "\n".join(["", "## On held-out rows", "", *table, ""])

@@ -26,10 +26,8 @@ NAMES = ("original", "fine-tuned")
 
 @dataclass
 class Pair:
-    """The original with the run's adapter: one model in memory, asked without the adapter and with it.
-
-    ``turns`` are what each of the two has heard and said, where a chat template tells turns apart.
-    """
+    """The original with the run's adapter: one model in memory, asked without the adapter and with it. ``turns`` are what each
+    of the two has heard and said, where a chat template tells turns apart."""
 
     model: Any
     tokenizer: Any
@@ -40,11 +38,7 @@ class Pair:
     @classmethod
     def of(cls, run: RunDirectory, root: Path, plain: bool = False, max_new_tokens: int = 256) -> Pair:
         """Opens a run's original, on the GPU where there is one, and its last adapter; ``root`` is where its folders are.
-
-        Raises:
-            ConfigError: where the run has no adapter.
-            ArtifactError: where these do not open.
-        """
+        Raises ConfigError where the run has no adapter, ArtifactError where these do not open."""
         from peft import PeftModel
         from transformers import AutoTokenizer
 

@@ -8,7 +8,7 @@ import time
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,21 +16,11 @@ from rich.markup import escape
 
 from emloc_ray.config.steps import RESULTS, VERBS
 from emloc_ray.errors import ConfigError, EmlocError
-from emloc_ray.ui.batch_verbs import (
-    KEYS,
-    BatchDir,
-    BatchPath,
-    CachePlace,
-    asking,
-    cancel_tasks,
-    list_cache,
-    prune_cache,
-    run_batch,
-    show_batch,
-)
+from emloc_ray.ui.batch_verbs import KEYS, asking, batch, cache_app, cancel, show_batch
+from emloc_ray.ui.config_verbs import ConfigPath, init, prepare_config, preview, schema, validate
 from emloc_ray.ui.result_verbs import RunPath, chat, fetch, gguf, place_of, push, report
 from emloc_ray.ui.run_status import show_status
-from emloc_ray.ui.shell import Verbs, agrees, console, guarded
+from emloc_ray.ui.shell import AcceptVersions, Overrides, Verbs, Yes, agrees, console, guarded
 
 app = typer.Typer(
     cls=Verbs,
@@ -66,26 +56,8 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Config keys to override.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in run_dir, then start.")]
-
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Redo and remove what a changed config says, without asking.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")]
-AcceptVersions = Annotated[bool, typer.Option("--accept-versions", help="Keep what other versions finished.")]
-
-
-def _prepare(path: Path, overrides: list[str] | None, console: Console = console) -> Any:
-    from emloc_ray.config.reading import load_config
-
-    config = load_config(path, overrides or ())
-    with console.status("Checking the config, the model and the data …"):
-        from emloc_ray.planning.batches import shrink_batches
-        from emloc_ray.planning.prepared import prepare
-        from emloc_ray.ui.terminal import quiet_libraries
-
-        quiet_libraries()
-        return shrink_batches(prepare(config))
 
 
 def _run(
@@ -106,7 +78,7 @@ def _run(
     from emloc_ray.ui.terminal import evaluation_table, result_lines
 
     shown = Console(quiet=True) if quiet else console
-    prepared = _prepare(path, overrides, shown)
+    prepared = prepare_config(path, overrides, shown)
     plan = make_plan(STEPS, prepared)
     shown.print(
         f"[bold]{escape(prepared.run.name)}[/]: {plan.parameters:,} parameters, emulator {plan.emulator_parameters:,};"
@@ -135,65 +107,9 @@ def _run(
         shown.print(escape(line), soft_wrap=True)
 
 
-@app.command(rich_help_panel=_BEFORE)
-@guarded
-def init(
-    model: Annotated[str | None, typer.Option("--model", help="A hub id or a directory.")] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", help="The rows to train on: a file, a glob, hf:DATASET.")
-    ] = None,
-    memory_budget: Annotated[str | None, typer.Option("--memory-budget", help="Of one worker, such as 24GiB.")] = None,
-    output: Annotated[Path, typer.Option("--output", help="The config to write.")] = Path("emloc.yaml"),
-) -> None:
-    """Write a config for a model and data, with what the plan recommends; asks for what is missing."""
-    from emloc_ray.ui import config_verbs
-
-    named = _asked("--model", model, "a hub id or a directory")
-    config_verbs.init(console, output, named, _asked("--data", data, "a file, a glob or hf:DATASET"), memory_budget)
-
-
-def _asked(option: str, given: str | None, what: str) -> str:
-    if given is not None:
-        return given
-    if not console.is_terminal:
-        raise ConfigError(f"{option} is missing: give it: emloc-ray asks only on a terminal.")
-    return str(typer.prompt(f"{option.removeprefix('--')} ({what})"))
-
-
-@app.command(rich_help_panel=_BEFORE)
-@guarded
-def validate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Check the config, the model and the data's first rows as tokens: list every error and remark, start nothing."""
-    from emloc_ray.config.reading import is_batch, read_mapping
-    from emloc_ray.ui.config_verbs import validation_lines
-
-    if config.is_file() and is_batch(
-        read_mapping(config, f"Config {config}", "it needs at least run_dir, model and data")
-    ):
-        run_batch(console, config, overrides or [], dry_run=True)
-        return
-    for line in validation_lines(_prepare(config, overrides), str(config)):
-        console.print(escape(line), soft_wrap=True)
-
-
-@app.command(rich_help_panel=_BEFORE)
-@guarded
-def preview(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    split: Annotated[
-        str, typer.Option("--split", help="train, eval, selection, calibration, healing or validation.")
-    ] = "train",
-    rows: Annotated[int, typer.Option("--rows", min=1, max=64, help="How many rows.")] = 1,
-) -> None:
-    """Show the first rows as tokens, those that are learnt marked."""
-    from emloc_ray.data.splits import SPLITS
-    from emloc_ray.ui import config_verbs
-
-    splits = (*SPLITS, "healing", "validation")
-    if split not in splits:
-        raise ConfigError(f"--split {split} is no split: give one of {', '.join(splits)}.")
-    config_verbs.preview(console, _prepare(config, overrides), split, rows)
+app.command(rich_help_panel=_BEFORE)(init)
+app.command(rich_help_panel=_BEFORE)(validate)
+app.command(rich_help_panel=_BEFORE)(preview)
 
 
 @app.command(rich_help_panel=_BEFORE)
@@ -242,13 +158,7 @@ def keys(
         console.print(table)
 
 
-@app.command(rich_help_panel=_BEFORE)
-@guarded
-def schema() -> None:
-    """Print the JSON Schema of a config, for editors."""
-    from emloc_ray.ui.config_verbs import json_schema
-
-    typer.echo(json_schema())
+app.command(rich_help_panel=_BEFORE)(schema)
 
 
 @app.command(rich_help_panel=_RUNS)
@@ -277,11 +187,11 @@ def status(
     from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.runs.batch.state import is_batch
 
-    with asking(console, run_dir):
+    with asking(run_dir):
         run = RunDirectory(place_of(run_dir)).existing()
         of_many = is_batch(run)
     if of_many:
-        show_batch(console, run, watch)
+        show_batch(run, watch)
         return
     while watch and not console.quiet and run.holder() is not None:
         console.clear()
@@ -290,53 +200,11 @@ def status(
     show_status(console, run)
 
 
-@app.command(epilog=KEYS, rich_help_panel=_RUNS)
-@guarded
-def batch(
-    config: BatchPath,
-    overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every task and stop.")] = False,
-    accept_versions: AcceptVersions = False,
-    yes: Yes = False,
-) -> None:
-    """Run many tasks over one cluster; a second time, run new and failed ones."""
-    run_batch(console, config, overrides or [], dry_run, accept_versions, yes)
-
-
-@app.command(rich_help_panel=_RUNS)
-@guarded
-def cancel(
-    run_dir: BatchDir,
-    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="The tasks' names.")],
-    undo: Annotated[bool, typer.Option("--undo", help="Have the next emloc-ray batch run them.")] = False,
-) -> None:
-    """End tasks of a batch; the others continue."""
-    cancel_tasks(console, run_dir, tasks, undo)
-
-
-cache_app = typer.Typer(help="List or shrink the cache that runs of a batch share.", no_args_is_help=True)
+app.command(epilog=KEYS, rich_help_panel=_RUNS)(batch)
+app.command(rich_help_panel=_RUNS)(cancel)
 app.add_typer(cache_app, name="cache", rich_help_panel=_RUNS)
-
-
-@cache_app.command("list")
-@guarded
-def cache_list(cache: CachePlace) -> None:
-    """List a cache's entries, those used last first."""
-    list_cache(console, cache)
-
-
-@cache_app.command("prune")
-@guarded
-def cache_prune(
-    cache: CachePlace,
-    max_size: Annotated[str, typer.Option("--max-size", help="What may stay, such as 50GiB; 0: nothing.")],
-) -> None:
-    """Remove the entries used longest ago, until the rest fits."""
-    prune_cache(console, cache, max_size)
-
-
-for verb in (report, chat, push, gguf, fetch):
-    app.command(rich_help_panel="Results")(verb)
+for _result_verb in (report, chat, push, gguf, fetch):
+    app.command(rich_help_panel="Results")(_result_verb)
 
 
 def _stage_command(verb: Verb, text: str) -> None:
@@ -353,8 +221,8 @@ def _stage_command(verb: Verb, text: str) -> None:
         _run(config, overrides, None, verb, fresh, accept_versions, yes, quiet)
 
 
-for _verb, _result in RESULTS.items():
-    _stage_command(Verb(_verb), f"Run up to {_result}.")
+for _name, _result in RESULTS.items():
+    _stage_command(Verb(_name), f"Run up to {_result}.")
 
 
 def main() -> None:

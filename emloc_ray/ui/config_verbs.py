@@ -6,31 +6,62 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.text import counted, duration, listed, size
+from emloc_ray.ui.batch_verbs import batch
+from emloc_ray.ui.shell import Overrides, console, guarded
 
 if TYPE_CHECKING:
     from emloc_ray.planning.first_rows import FirstRows
     from emloc_ray.planning.plan import Plan
     from emloc_ray.planning.prepared import Prepared
 
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
+
+
+def prepare_config(path: Path, overrides: list[str] | None, console: Console = console) -> Prepared:
+    """A config that is checked against its model and data, its batches as small as its budget asks for."""
+    from emloc_ray.config.reading import load_config
+
+    config = load_config(path, overrides or ())
+    with console.status("Checking the config, the model and the data …"):
+        from emloc_ray.planning.batches import shrink_batches
+        from emloc_ray.planning.prepared import prepare
+        from emloc_ray.ui.terminal import quiet_libraries
+
+        quiet_libraries()
+        return shrink_batches(prepare(config))
+
+
+@guarded
+def validate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Check the config, the model and the data's first rows as tokens: list every error and remark, start nothing."""
+    from emloc_ray.config.reading import is_batch, read_mapping
+
+    if config.is_file() and is_batch(
+        read_mapping(config, f"Config {config}", "it needs at least run_dir, model and data")
+    ):
+        batch(config, overrides, dry_run=True)
+        return
+    for line in validation_lines(prepare_config(config, overrides), str(config)):
+        console.print(escape(line), soft_wrap=True)
+
 
 def validation_lines(prepared: Prepared, name: str) -> Iterator[str]:
-    """What a config was seen to mean: the whole in one line, then its rows, then every remark that the run would make.
-
-    Raises:
-        ConfigError: where the first rows cannot be tokenized, or the model cannot be held.
-    """
+    """What a config was seen to mean: the whole in one line, then its rows, then every remark that the run would make. Raises
+    ConfigError where the first rows cannot be tokenized, or the model cannot be held."""
     from emloc_ray.planning.budget import check_holding
     from emloc_ray.planning.first_rows import first_rows
     from emloc_ray.planning.plan import make_plan
     from emloc_ray.planning.prepared import splits_of
-    from emloc_ray.runs.remarks import before_ray
+    from emloc_ray.runs.remarks import of_machines, of_settings
     from emloc_ray.stages.order import STEPS
 
     check_holding(prepared)
@@ -41,7 +72,9 @@ def validation_lines(prepared: Prepared, name: str) -> Iterator[str]:
     for first in rows:
         yield _of_rows(first)
     yield from _unchecked(prepared, splits)
-    yield from before_ray(prepared, plan.worker_bytes, os.cpu_count() or 1)
+    yield from of_settings(prepared, plan.worker_bytes)
+    cpus = 0 if prepared.config.ray.joins else os.cpu_count() or 1  # of a Ray that is joined none are known yet
+    yield from of_machines([prepared.config], cpus)
 
 
 def _unchecked(prepared: Prepared, splits: Iterable[str]) -> Iterator[str]:
@@ -71,7 +104,7 @@ def _training(prepared: Prepared, plan: Plan) -> str:
 
     batch = rows_a_step(prepared.config.finetune)
     peak = max(held for stage, held in plan.worker_bytes.items() if stage != "inference")
-    tokens = batch * plan.lengths.mean
+    tokens = batch * prepared.lengths.mean
     return (
         f"{plan.steps}; training reads {counted(batch, 'row')} (about {tokens:,.0f} tokens) a step;"
         f" {MemoryModel(prepared).adapter_parameters:,} trainable parameters, peak {size(peak)} a worker,"
@@ -95,14 +128,27 @@ def _of_rows(first: FirstRows) -> str:
     return f"{text}; {seen} {said}." if said else f"{text}."
 
 
-def preview(console: Console, prepared: Prepared, split: str, count: int) -> None:
-    """Shows the first rows of a split as tokens, with those marked that the loss counts."""
+@guarded
+def preview(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    split: Annotated[
+        str, typer.Option("--split", help="train, eval, selection, calibration, healing or validation.")
+    ] = "train",
+    rows: Annotated[int, typer.Option("--rows", min=1, max=64, help="How many rows.")] = 1,
+) -> None:
+    """Show the first rows as tokens, those that are learnt marked."""
     from transformers import AutoTokenizer
 
+    from emloc_ray.data.splits import SPLITS
     from emloc_ray.modeling.loading import tokenizer_dir
     from emloc_ray.planning.first_rows import first_rows, marked
 
-    first = first_rows(prepared, split, count)
+    splits = (*SPLITS, "healing", "validation")
+    if split not in splits:
+        raise ConfigError(f"--split {split} is no split: give one of {', '.join(splits)}.")
+    prepared = prepare_config(config, overrides)
+    first = first_rows(prepared, split, rows)
     if first is None:
         raise ConfigError(
             f"data.{split} has no rows to show before the run: name a split that has a path, with --split."
@@ -126,8 +172,9 @@ def preview(console: Console, prepared: Prepared, split: str, count: int) -> Non
             console.print(Text(f"{place}: bad, and skipped", "red"), soft_wrap=True)
 
 
-def json_schema() -> str:
-    """The JSON Schema of a config, for editors."""
+@guarded
+def schema() -> None:
+    """Print the JSON Schema of a config, for editors."""
     from emloc_ray.config.schema import RunConfig
 
     schema = RunConfig.model_json_schema()
@@ -138,24 +185,29 @@ def json_schema() -> str:
         "anyOf": [split, {"type": "string"}, {"type": "array", "items": {"type": "string"}}]
     }
     del schema["required"]  # a base may hold them
-    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2)
+    typer.echo(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2))
 
 
-def init(console: Console, path: Path, model: str, data: str, memory_budget: str | None) -> None:
-    """Writes a config for a model and its data, with the settings that the plan recommends within a memory budget.
-
-    Raises:
-        ConfigError: where the file is there, or the config would not be valid.
-    """
+@guarded
+def init(
+    model: Annotated[str | None, typer.Option("--model", help="A hub id or a directory.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="The rows to train on: a file, a glob, hf:DATASET.")
+    ] = None,
+    memory_budget: Annotated[str | None, typer.Option("--memory-budget", help="Of one worker, such as 24GiB.")] = None,
+    output: Annotated[Path, typer.Option("--output", help="The config to write.")] = Path("emloc.yaml"),
+) -> None:
+    """Write a config for a model and data, with what the plan recommends; asks for what is missing."""
     from emloc_ray.config.reading import parse_config, put, read_override
     from emloc_ray.planning.plan import within_budget
     from emloc_ray.planning.prepared import prepare
-    from emloc_ray.stages.order import STEPS
 
-    if path.exists():
-        raise ConfigError(f"{path} is there already: remove it, or name another with --output.")
+    model = _asked("--model", model, "a hub id or a directory")
+    data = _asked("--data", data, "a file, a glob or hf:DATASET")
+    if output.exists():
+        raise ConfigError(f"{output} is there already: remove it, or name another with --output.")
     values: dict[str, Any] = {
-        "run_dir": f"runs/{path.stem}",
+        "run_dir": f"runs/{output.stem}",
         "model": {"source": model},
         "data": {"train": {"path": data}},
     }
@@ -163,11 +215,19 @@ def init(console: Console, path: Path, model: str, data: str, memory_budget: str
         values["memory_budget"] = memory_budget
     with console.status("Checking the model and the data …"):
         prepared = prepare(parse_config(values))
-        choice = within_budget(STEPS, prepared) if memory_budget is not None else None
+        choice = within_budget(prepared) if memory_budget is not None else None
     for override in choice.overrides if choice else ():
         put(values, *read_override(override), override)
-    path.write_text(_commented(values, path, prepared), "utf-8")
-    console.print(f"{path} is written: emloc-ray validate {path} checks it.", soft_wrap=True, markup=False)
+    output.write_text(_commented(values, output, prepared), "utf-8")
+    console.print(f"{output} is written: emloc-ray validate {output} checks it.", soft_wrap=True, markup=False)
+
+
+def _asked(option: str, given: str | None, what: str) -> str:
+    if given is not None:
+        return given
+    if not console.is_terminal:
+        raise ConfigError(f"{option} is missing: give it: emloc-ray asks only on a terminal.")
+    return str(typer.prompt(f"{option.removeprefix('--')} ({what})"))
 
 
 _COMMENTS = {

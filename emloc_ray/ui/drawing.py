@@ -4,8 +4,6 @@ Libraries do not fit: pygal's curve is a page of 44 KB with a script and its own
 the hundreds of spectra of a heat map would be megabytes by either.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -57,6 +55,16 @@ def loss_curve(training: dict[str, Any]) -> dict[str, Any] | None:
     return curve([(float(entry["step"]), entry["loss"]) for entry in training.get("history", []) if "loss" in entry])
 
 
+def validation_curve(training: dict[str, Any]) -> dict[str, Any] | None:
+    """The losses of the emulator that was scored while it was trained, and pale those of the original."""
+    history = (training.get("validation") or {}).get("history", [])
+    on = {
+        name: [(float(line["step"]), line[name]) for line in history if name in line]
+        for name in ("loss", "original_loss")
+    }
+    return curve(on["loss"], "validation loss", "step", on["original_loss"])
+
+
 def block_errors(refinement: dict[str, Any]) -> dict[str, Any] | None:
     """The curves of the blocks' errors before and after they were refined; None for a run whose blocks' are not known."""
     before, after = ([(float(k), pair[n]) for k, pair in enumerate(refinement.get("errors", []))] for n in (0, 1))
@@ -70,9 +78,7 @@ def curve(
     compared: Sequence[tuple[float, float]] = (),
 ) -> dict[str, Any] | None:
     """A line through the points, and the places of its labels in per cent of its height; None without finite points.
-
-    ``compared``: points of the same places, for a pale line beside it.
-    """
+    ``compared``: points of the same places, for a pale line beside it."""
     points, compared = ([point for point in line if math.isfinite(point[1])] for line in (points, compared))
     if not points:
         return None

@@ -1,7 +1,5 @@
 """Layers as tables of a report: a row a block, a column a kind of linear; thousands of experts share cells."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """What a notebook shows of a run: a line for each stage, with a bar in the one that runs."""
 
-from __future__ import annotations
-
 import html
 import time
 from collections.abc import Callable

@@ -1,8 +1,7 @@
 """report.html: one self-contained page per run, without a script, made from its manifest, metrics and log."""
 
-from __future__ import annotations
-
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from emloc_ray.runs.trace import TRACE
 from emloc_ray.stages.order import STEPS as STAGES
 from emloc_ray.text import counted, describe_choice, described_bits, duration, listed, signed, size, visible
 from emloc_ray.ui.cards import METHOD_NAMES, describe_task, write_cards
-from emloc_ray.ui.drawing import bar, before_after, block_errors, loss_curve, share
+from emloc_ray.ui.drawing import bar, before_after, block_errors, loss_curve, share, validation_curve
 from emloc_ray.ui.layer_grids import column_tops, grids, heat_cells, shortfall_cells, total_shortfall
 from emloc_ray.ui.terminal import evaluation_rows
 from emloc_ray.ui.timeline import COLOURS, draw, run_lines
@@ -83,6 +82,11 @@ def render(
 
 def render_page(template: str, view: dict[str, Any]) -> str:
     """A page's HTML; ``template`` is the name of a file in ``templates/``."""
+    return _environment().get_template(template).render(view)
+
+
+@functools.cache  # to compile a template takes longer than to fill it
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -98,7 +102,7 @@ def render_page(template: str, view: dict[str, Any]) -> str:
         "COLOURS": COLOURS,
         **{function.__name__: function for function in functions},
     }
-    return environment.get_template(template).render(view)
+    return environment
 
 
 def last_minute(moments: Sequence[float]) -> str | None:
@@ -148,11 +152,12 @@ def page_view(
         "shortfalls": shortfall_cells(results["correction"].get("modules", {})),
         "cells": heat_cells(results["emulator"].get("layers") or {}, spectra or {}),
         "curve": loss_curve(results["finetune"]),
+        "validation_curve": validation_curve(results["finetune"]),
         "block_errors": block_errors(results["refinement"]),
         "healing_curve": loss_curve(results["healing"]),
         "finishing_curve": loss_curve(results["finishing"]),
         "stages": stages,
-        "timeline": draw(run_lines(manifest, events), "the stages of the run"),
+        "timeline": draw(run_lines(manifest), "the stages of the run"),
         **_memory_view(metrics, stages),
         "disk": metrics.get("disk_bytes") or {},
         "auto_class": metrics.get("auto_class", "AutoModelForCausalLM"),

@@ -1,7 +1,5 @@
 """Where results go: the Hugging Face hub, and files for llama.cpp."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -27,11 +25,8 @@ _CONVERTERS = {"merged": "convert_hf_to_gguf.py", "adapter": "convert_lora_to_gg
 
 
 def result_name(run: RunDirectory, part: Part) -> str:
-    """The folder of a run's merged model, or of its last adapter for the original.
-
-    Raises:
-        ConfigError: where the run has not come so far.
-    """
+    """The folder of a run's merged model, or of its last adapter for the original. Raises ConfigError where the run has not
+    come so far."""
     stages, there = run.existing().stages(), run.names()
     names = ["merged"] if part == "merged" else ["adapter_finished", "adapter"]
     for name in names:
@@ -56,12 +51,8 @@ def at_hand(console: Console, run: RunDirectory, *names: str) -> Iterator[Path]:
 
 
 def push(console: Console, run: RunDirectory, name: str, part: Part, private: bool) -> None:
-    """Uploads one result with its card to a model repository of the hub, which it makes where there is none.
-
-    Raises:
-        ConfigError: where the run has not come so far, or the name is none of the hub.
-        StageError: where the hub refuses, or cannot be reached.
-    """
+    """Uploads one result with its card to a model repository of the hub, which it makes where there is none. Raises ConfigError
+    where the run has not come so far or the name is none of the hub, StageError where the hub refuses or cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
@@ -91,12 +82,8 @@ def push(console: Console, run: RunDirectory, name: str, part: Part, private: bo
 
 
 def export_gguf(console: Console, run: RunDirectory, part: Part, output: Path | None, outtype: str) -> None:
-    """Has llama.cpp's own converter write one result as a GGUF file.
-
-    Raises:
-        ConfigError: where the run has not come so far, the converter is not installed, or the file is there.
-        StageError: where the converter fails, with its last line.
-    """
+    """Has llama.cpp's own converter write one result as a GGUF file. Raises ConfigError where the run has not come so far, the
+    converter is not installed or the file is there, StageError, with its last line, where the converter fails."""
     result, converter = result_name(run, part), _converter(_CONVERTERS[part])
     target = output or (run.root if run.store is None else Path.cwd()) / f"{run.name}-{part}-{outtype}.gguf"
     if target.exists():

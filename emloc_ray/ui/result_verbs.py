@@ -1,7 +1,5 @@
 """The command line's verbs for what a run made: ``report``, ``fetch``, ``push``, ``gguf`` and ``chat``."""
 
-from __future__ import annotations
-
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +31,7 @@ def report(run_dir: RunPath) -> None:
     from emloc_ray.ui.batch_page import write_batch_report
     from emloc_ray.ui.page import write_report
 
-    with asking(console, run_dir):
+    with asking(run_dir):
         run = RunDirectory(place_of(run_dir)).existing()
         state = state_now(run)
     written = write_report(run) if state is None else write_batch_report(run, state)
@@ -55,7 +53,7 @@ def fetch(
     from emloc_ray.ui.cards import write_cards
     from emloc_ray.ui.terminal import progress_bar
 
-    with asking(console, run_uri):
+    with asking(run_uri):
         run = RunDirectory(place_of(run_uri)).existing()
     with progress_bar(console, "Fetching", in_bytes=True) as progress:
         files = fetch(run, directory, part or (), progress)

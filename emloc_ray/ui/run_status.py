@@ -16,7 +16,7 @@ def show_status(console: Console, run: RunDirectory) -> None:
     from emloc_ray.config.steps import STEP_NAMES
     from emloc_ray.io.store.node_cache import exists
     from emloc_ray.io.store.places import below
-    from emloc_ray.runs.status import asked_steps, read_status
+    from emloc_ray.runs.status import asked_steps, status_lines
     from emloc_ray.runs.trace import TRACE
     from emloc_ray.text import duration, size
     from emloc_ray.ui.terminal import evaluation_table, result_lines
@@ -31,7 +31,7 @@ def show_status(console: Console, run: RunDirectory) -> None:
             console.print(f"[green]✓[/] {stage:<10} {took:>9}  peak {peak}{gpu}")
         elif stage in asked:
             console.print(f"[dim]· {stage:<10} not done[/]")
-    for line in read_status(run).lines():
+    for line in status_lines(run):
         console.print(escape(line), soft_wrap=True)
     if exists(run.path(TRACE)):
         console.print(escape(f"Trace of its workers: {below(run.place, TRACE)}, for ui.perfetto.dev"), soft_wrap=True)

@@ -1,13 +1,11 @@
 """What every verb of the command line stands in: the two consoles, sentences for failures, exit codes."""
 
-from __future__ import annotations
-
 import functools
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
@@ -17,6 +15,9 @@ from typer.core import TyperGroup
 from emloc_ray.errors import ConfigError, EmlocError
 
 Arguments = ParamSpec("Arguments")
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Config keys to override.")]
+AcceptVersions = Annotated[bool, typer.Option("--accept-versions", help="Keep what other versions finished.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Redo and remove what a changed config says, without asking.")]
 
 
 class _Console(Console):
@@ -45,11 +46,8 @@ class Verbs(TyperGroup):
 
 
 def agrees(console: Console, sentences: Sequence[str]) -> bool:
-    """Shows what would be redone or removed, and asks; without a terminal nobody is asked, and nobody agrees.
-
-    Raises:
-        ConfigError: where the answer is no.
-    """
+    """Shows what would be redone or removed, and asks; without a terminal nobody is asked, and nobody agrees. Raises
+    ConfigError where the answer is no."""
     if console.quiet or not (console.is_terminal and sys.stdin.isatty()):
         return False
     for sentence in sentences:

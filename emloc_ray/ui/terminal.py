@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.table import Table
 
 from emloc_ray.config.keys import KeySection
+from emloc_ray.config.steps import VARIANTS
 from emloc_ray.core.ranks import factor_parameters
 from emloc_ray.text import NO_BREAK, counted, describe_choice, describe_matches, described_bits, duration, size
 
@@ -24,15 +25,11 @@ if TYPE_CHECKING:
 
 
 _ON_ORIGINAL = "original + adapter "
-# The evaluated variants' labels, in the order of tables.
-_LABELS = {
-    "original": "original",
-    "emulator": "emulator",
+_LABELS = {  # of the evaluated variants; others have their name
     "emulator_adapter": "emulator + adapter",
     "uncorrected": f"{_ON_ORIGINAL}as trained",
     "corrected": f"{_ON_ORIGINAL}corrected",
     "finished": f"{_ON_ORIGINAL}finished",
-    "merged": "merged",
 }
 
 
@@ -79,7 +76,7 @@ def plan_tables(plan: Plan) -> list[Table]:
 
 
 def _shape_table(plan: Plan) -> Table:
-    layout = plan.layout
+    layout = plan.prepared.layout
     table = Table(title="Linears inside the blocks", title_justify="left", pad_edge=False)  # 80 columns wide
     for column in ("linears", "out × in", "count", "rank", "parameters", "kept", "share"):
         is_number = column in ("parameters", "kept")  # a number that is cut off is another one
@@ -144,7 +141,7 @@ def _stage_table(plan: Plan) -> Table:
 
 def plan_lines(plan: Plan, without_budget: Callable[[Plan], Plan]) -> list[str]:
     """What is said below a plan's tables: its steps, where weights come from, what to train on, or what the budget changed."""
-    known = [f"Training: {plan.steps}.", gradients_line(plan), *step_lines(plan), disk_line(plan)]
+    known = [f"Training: {plan.steps}.", gradients_line(plan), *step_lines(plan), scores_line(plan), disk_line(plan)]
     lines = [line for line in known if line is not None]
     if plan.choice is not None:
         return [*lines, plan.choice.sentence]
@@ -156,7 +153,7 @@ def gradients_line(plan: Plan) -> str | None:
     """In how many passes sums of gradients are gathered, and how the original is held for them."""
     from emloc_ray.planning.memory import MemoryModel
 
-    if not plan.layout.weighed:
+    if not plan.prepared.layout.weighed:
         return None
     sums = MemoryModel(plan.prepared).gradient_plan()
     return (
@@ -179,6 +176,22 @@ def step_lines(plan: Plan) -> list[str]:
                 f" come {source} at {speed / 1e6:,.0f} MB/s."
             )
     return lines
+
+
+def scores_line(plan: Plan) -> str | None:
+    """What scoring the original while the adapter is trained costs."""
+    from emloc_ray.planning.memory import MemoryModel
+    from emloc_ray.planning.work import num_scores
+
+    scores, of_original = num_scores(plan.prepared)
+    if not of_original:
+        return None
+    stage = next(stage for stage in plan.stages if stage.name == "finetune")
+    hold = MemoryModel(plan.prepared).validating().hold.replace("_", " ")
+    return (
+        f"While training the emulator is scored {counted(scores, 'time')}, the original {of_original}, held {hold} beside it:"
+        f" {duration(stage.scoring_seconds)} in all."
+    )
 
 
 def disk_line(plan: Plan) -> str | None:
@@ -269,14 +282,12 @@ def evaluation_table(metrics: dict[str, Any]) -> Table:
 
 
 def evaluation_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The variants that were evaluated, in order, each with its label, its measures and its gain over the original.
-
-    Variants that follow each other with the same measures, to the digits that are shown, are one row.
-    """
+    """The variants that were evaluated, in order, each with its label, its measures and its gain over the original. Variants
+    that follow each other with the same measures, to the digits that are shown, are one row."""
     original = evaluation.get("original", {}).get("loss")
     rows: list[dict[str, Any]] = []
-    for variant, label in _LABELS.items():
-        measured = evaluation.get(variant)
+    for variant in VARIANTS:
+        measured, label = evaluation.get(variant), _LABELS.get(variant, variant)
         if measured is None:
             continue
         if rows and _as_shown(rows[-1]) == _as_shown(measured):

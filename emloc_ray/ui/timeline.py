@@ -1,18 +1,13 @@
 """When stages ran, as bars over time, for the pages of a run and of a batch; long pauses are cut out."""
 
-from __future__ import annotations
-
-import contextlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from markupsafe import Markup
 
 from emloc_ray.config.steps import STEP_NAMES
-from emloc_ray.runs.log import RUN_EVENTS
 from emloc_ray.text import duration, visible
 
 _MOST_LINES, _MOST_NAMED = 1000, 60
@@ -32,7 +27,8 @@ _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 @dataclass(frozen=True)
 class StageRun:
-    """A finished stage, in seconds since 1970; ``taken``: from the cache, where another run had made it."""
+    """A bar: a finished stage, or ``lost`` where a task ended without a result; in seconds since 1970. ``taken``: from the
+    cache, where another run had made it."""
 
     name: str
     begun_at: float
@@ -40,22 +36,8 @@ class StageRun:
     taken: bool = False
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A bar of a timeline: its kind (a step's name or ``lost``), its time and its tooltip."""
-
-    kind: str
-    begun_at: float
-    finished_at: float
-    title: str = ""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a timeline."""
-
-    name: str
-    bars: Sequence[Bar]
+Line = tuple[str, Sequence[StageRun]]
+"""The name of a line, and its bars."""
 
 
 @dataclass(frozen=True)
@@ -85,58 +67,9 @@ def stage_runs(manifest: Mapping[str, Any]) -> tuple[StageRun, ...]:
     )
 
 
-def run_lines(manifest: Mapping[str, Any], events: Iterable[Mapping[str, Any]]) -> list[Line]:
-    """A line a stage of a run, finished and unfinished, in the order in which they began."""
-    done = {run.name: run for run in stage_runs(manifest)}
-    bars = [
-        Bar(r.name, r.begun_at, r.finished_at, f"{r.name}: {duration(r.finished_at - r.begun_at)}")
-        for r in done.values()
-    ]
-    bars += [
-        Bar(f"{name} unfinished", begin, end, f"{name}, not finished: {duration(end - begin)}")
-        for name, tries in _unfinished_tries(events, done).items()
-        for begin, end in tries
-    ]
-    lines: dict[str, list[Bar]] = {}
-    for bar in sorted(bars, key=lambda bar: bar.begun_at):
-        lines.setdefault(bar.kind.partition(" ")[0], []).append(bar)
-    return [Line(stage, of_stage) for stage, of_stage in lines.items()]
-
-
-def _unfinished_tries(
-    events: Iterable[Mapping[str, Any]], done: Mapping[str, StageRun]
-) -> dict[str, list[tuple[float, float]]]:
-    """When stages ran without an end: of a stage that was redone, those tries alone that came after its last end."""
-    tries: dict[str, list[tuple[float, float]]] = {}
-    over: set[str] = set()
-    current: tuple[str, float] | None = None
-    last = 0.0
-
-    def leave(end: float) -> None:
-        if current is not None:
-            tries[current[0]].append((current[1], end))
-
-    for event in events:
-        with contextlib.suppress(TypeError, ValueError, KeyError):  # a line that somebody edited
-            kind, moment = event["event"], datetime.fromisoformat(event["time"]).timestamp()
-            name = str(event.get("stage", ""))
-            if kind in RUN_EVENTS or kind == "started":
-                leave(last if kind == RUN_EVENTS[0] else moment)  # a killed run ends with its last event
-                current = None
-            if kind == "started":
-                if name in over or name not in tries:
-                    tries[name] = []
-                over.discard(name)
-                current = (name, moment)
-            elif kind == "finished":
-                current = None
-                over.add(name)
-            last = moment
-    leave(last)
-    for name in done.keys() & tries.keys() - over:  # recorded, and killed before the log had its end
-        if tries[name] and done[name].finished_at >= tries[name][-1][0]:
-            tries[name].pop()
-    return tries
+def run_lines(manifest: Mapping[str, Any]) -> list[Line]:
+    """A line a finished stage of a run, in the order in which they began."""
+    return [(run.name, [run]) for run in sorted(stage_runs(manifest), key=lambda run: run.begun_at)]
 
 
 def running_time(spans: Iterable[tuple[float, float]]) -> Clock | None:
@@ -165,11 +98,9 @@ def time_ticks(seconds: float) -> list[tuple[float, str]]:
 
 
 def draw(lines: Sequence[Line], what: str, clock: Clock | None = None) -> dict[str, Any] | None:
-    """The lines as SVG that stretches, with ticks in per cent, and names where there is room. None without bars.
-
-    ``what`` is said to screen readers: ``the stages of 3 tasks``. ``clock`` is that of all bars by default.
-    """
-    every = [bar for line in lines for bar in line.bars]
+    """The lines as SVG that stretches, with ticks in per cent, and names where there is room. None without bars. ``what`` is
+    said to screen readers: ``the stages of 3 tasks``. ``clock`` is that of all bars by default."""
+    every = [bar for _, bars in lines for bar in bars]
     clock = clock or running_time((bar.begun_at, bar.finished_at) for bar in every)
     if clock is None or not every:
         return None
@@ -182,9 +113,9 @@ def draw(lines: Sequence[Line], what: str, clock: Clock | None = None) -> dict[s
         f"<title>nothing ran for {duration(end - begin)}</title></path>"
         for begin, end in clock.pauses
     )
-    drawn = "".join(_draw_line(line, number, clock, scale) for number, line in enumerate(shown))
-    kinds = {kind for bar in every for kind in bar.kind.split()}
     is_named = len(shown) <= _MOST_NAMED
+    drawn = "".join(_draw_line(*line, number + 0.5, clock, scale, is_named) for number, line in enumerate(shown))
+    kinds = {bar.name for bar in every}
     return {
         "svg": Markup(
             f'<svg viewBox="0 0 100 {len(shown)}" preserveAspectRatio="none" role="img"'
@@ -192,28 +123,21 @@ def draw(lines: Sequence[Line], what: str, clock: Clock | None = None) -> dict[s
         ),
         "ticks": ticks,
         "pauses": clock.pauses,
-        "names": [visible(line.name) for line in shown] if is_named else [],
+        "names": [visible(name) for name, _ in shown] if is_named else [],
         "num_lines": len(shown),
         "num_more": len(lines) - len(shown),
         "line_rem": f"{_NAMED_REM if is_named else min(_LINE_REM, _HEIGHT_REM / len(shown)):.4f}",
         "stages": [stage for stage in STEP_NAMES if stage in kinds],
         "lost": "lost" in kinds,
-        "unfinished": "unfinished" in kinds,
     }
 
 
-def _draw_line(line: Line, number: int, clock: Clock, scale: float) -> str:
-    y = number + 0.5
-    paths = (
-        f'<path class="{_kind(bar.kind)}" d="M{clock.at(bar.begun_at) * scale:.2f} {y}'
-        f'h{max((clock.at(bar.finished_at) - clock.at(bar.begun_at)) * scale, _LEAST_WIDTH):.2f}"'
-        + (f"><title>{Markup.escape(visible(bar.title))}</title></path>" if bar.title else "/>")
-        for bar in line.bars
-    )
-    return f"<g><title>{Markup.escape(visible(line.name))}</title>{''.join(paths)}</g>"
-
-
-def _kind(kind: str) -> str:
-    """The bar's class in the page's style; ``other`` for a stage of another version."""
-    name, _, rest = kind.partition(" ")
-    return (name if name in (*STEP_NAMES, "lost") else "other") + (" unfinished" if rest == "unfinished" else "")
+def _draw_line(name: str, bars: Sequence[StageRun], y: float, clock: Clock, scale: float, with_times: bool) -> str:
+    paths = ""
+    for bar in bars:
+        width = max((clock.at(bar.finished_at) - clock.at(bar.begun_at)) * scale, _LEAST_WIDTH)
+        kind = bar.name if bar.name in (*STEP_NAMES, "lost") else "other"  # of another version
+        took = f"{Markup.escape(visible(bar.name))}: {duration(bar.finished_at - bar.begun_at)}"
+        title = f"<title>{took}</title>" if with_times else ""
+        paths += f'<path class="{kind}" d="M{clock.at(bar.begun_at) * scale:.2f} {y}h{width:.2f}">{title}</path>'
+    return f"<g><title>{Markup.escape(visible(name))}</title>{paths}</g>"

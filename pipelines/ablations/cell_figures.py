@@ -60,7 +60,7 @@ class Cells:
         if (asked.source, asked.revision) not in self._weights:
             source = resolve_source(asked.source, asked.revision)
             commit = [source.hub_id, source.directory.name]
-            digest = content_of_source(source, source.directory) if source.hub_id is None else commit
+            digest = content_of_source(source) if source.hub_id is None else commit
             self._weights[asked.source, asked.revision] = digest
         return self._weights[asked.source, asked.revision]
 

@@ -61,7 +61,6 @@ class Cell:
 class Ablation:
     """A file with all its cells."""
 
-    name: str
     config: AblationConfig
     batch: BatchConfig
     ray: RayConfig
@@ -73,6 +72,11 @@ class Ablation:
     def root(self) -> Path:
         """The directory that everything is in."""
         return Path(self.batch.run_dir)
+
+    @property
+    def name(self) -> str:
+        """What its results are published as, so that a file run on another model, in another directory, has its own."""
+        return self.root.name
 
     @property
     def bound(self) -> Cell:
@@ -141,9 +145,7 @@ def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
     lines = [f"{where}: {line}" for line in _wrong_cells(config, cells)]
     if lines:
         raise ConfigError("\n".join(dict.fromkeys(lines)))
-    return Ablation(
-        path.stem, config, batch.config, batch.ray, tuple(cells), tuple(_overridden(config, of_runs)), of_runs
-    )
+    return Ablation(config, batch.config, batch.ray, tuple(cells), tuple(_overridden(config, of_runs)), of_runs)
 
 
 def _overridden(config: AblationConfig, of_runs: dict[str, Any]) -> Iterator[str]:

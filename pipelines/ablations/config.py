@@ -50,7 +50,7 @@ class CalibrationRows(Section):
 class CorrectionWay(Section):
     """A correction to try; ``auto`` is what a run's own may be."""
 
-    method: Literal["none", "projection", "covariance"]
+    method: Literal["none", "projection", "covariance", "adapted"]
     clamp: float | None = Field(3.0, gt=0)
     strength: float = Field(1.0, ge=0, le=4)
 

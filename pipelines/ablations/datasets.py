@@ -26,13 +26,11 @@ from ablations.config import AblationConfig, CalibrationRows, RowsConfig
 from emloc_ray.demos.docstrings import LEAD, summary_row
 from emloc_ray.demos.python_sources import (
     Function,
-    RowOf,
     SourceRow,
     SourceTask,
     code_of,
     collect,
     installed_roots,
-    without_collector,
     words,
 )
 from emloc_ray.demos.splits import draw, split_at
@@ -50,7 +48,6 @@ MASK = "____"
 
 _MADE = "made.json"
 _MAX_CHARS = 280
-_TASK = SourceTask(max_prompt_chars=_MAX_CHARS, max_rows_per_package=400, max_rows_per_module=6)
 _PROSE_CHARS = (120, 600)
 _LICENCES = re.compile(r"(licen[cs]e|copying|notice|readme)[^/]*", re.IGNORECASE)
 
@@ -148,12 +145,11 @@ def _splits(name: str, folders: Sequence[Path], seed: int, rows: RowsConfig) -> 
     wanted: dict[str, int] = {split: getattr(rows, split) for split in SPLITS}
     shares = {split: count / sum(wanted.values()) for split, count in wanted.items()}
     splits: dict[str, list[SourceRow]] = {split: [] for split in SPLITS}
-    with without_collector():
-        for row in collect(folders, replace(_TASK, seed=seed), _ROW_OF[name]):
-            split = splits[split_at(draw(seed, "split", row.module), shares)]
-            split.append(row)
-            if all(len(splits[name]) >= count for name, count in wanted.items()):
-                break
+    for row in collect(folders, replace(_TASKS[name], seed=seed)):
+        split = splits[split_at(draw(seed, "split", row.module), shares)]
+        split.append(row)
+        if all(len(splits[name]) >= count for name, count in wanted.items()):
+            break
     short = [split for split, count in wanted.items() if len(splits[split]) < count]
     if short:
         where = ", ".join(map(str, folders))
@@ -245,29 +241,25 @@ def _shuffled(text: str, seed: int) -> str:
     return " ".join(word for _, word in sorted(numbered, key=lambda item: draw(seed, text, str(item[0]))))
 
 
-def _summary(node: Function, lines: list[str], module: str) -> SourceRow | None:
-    return summary_row(node, lines, module, _MAX_CHARS)
-
-
-def _name(node: Function, lines: list[str], module: str) -> SourceRow | None:
+def _name(node: Function, lines: list[str], module: str, max_prompt_chars: int) -> SourceRow | None:
     """The code with the name masked; None where the name is one that Python or a base class gave, or says nothing."""
     if node.name.startswith("__") or len(node.name.strip("_")) < 4 or len(node.body) < 2:
         return None
-    code = code_of(node, lines, _MAX_CHARS - len(NAME_LEAD))
+    code = code_of(node, lines, max_prompt_chars - len(NAME_LEAD))
     if code is None:
         return None
     masked = re.sub(rf"\b{re.escape(node.name)}\b", MASK, code)
     return SourceRow(masked + NAME_LEAD, node.name, module)
 
 
-def _text(node: Function, lines: list[str], module: str) -> SourceRow | None:
+def _text(node: Function, lines: list[str], module: str, max_prompt_chars: int) -> SourceRow | None:
     """The function as it stands, dedented, cut at a line's border."""
     kept: list[str] = []
     size = 0
     for line in lines[node.lineno - 1 : node.end_lineno]:
         line = line.rstrip()[min(node.col_offset, len(line) - len(line.lstrip())) :]
         size += len(line) + 1
-        if size > _MAX_CHARS + len(LEAD):
+        if size > max_prompt_chars + len(LEAD):
             break
         kept.append(line)
     text = "\n".join(kept)
@@ -278,4 +270,7 @@ def _has_code(node: Function) -> bool:
     return not isinstance(node.body[-1], ast.Pass | ast.Raise)
 
 
-_ROW_OF: dict[str, RowOf] = {"summaries": _summary, "names": _name, "code": _text}
+_TASKS = {
+    name: SourceTask(row_of, _MAX_CHARS, max_rows_per_package=400, max_rows_per_module=6)
+    for name, row_of in (("summaries", summary_row), ("names", _name), ("code", _text))
+}

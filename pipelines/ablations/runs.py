@@ -28,12 +28,13 @@ from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.store.node_cache import discard
-from emloc_ray.modeling.loading import fetch_weights, read_model_config, resolve_source
+from emloc_ray.modeling.loading import read_model_config, resolve_source
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import run as pipeline
 from emloc_ray.runs.batch.driver import Show, Tell, prepare_batch, run_batch
 from emloc_ray.runs.batch.state import BatchState
 from emloc_ray.runs.batch.tasks import Batch, Task
+from emloc_ray.stages.importing import original_dir
 from emloc_ray.ui.batch_page import write_batch_report
 from emloc_ray.ui.page import PageReporter
 
@@ -286,12 +287,6 @@ def _prepared_original(ablation: Ablation, cell: Cell) -> Prepared:
     return prepare(own.model_copy(update={"run_dir": str(ablation.root / "originals" / name)}))
 
 
-def original_dir(prepared: Prepared) -> Path:
-    """Where the original's safetensors are, once its run has imported them."""
-    is_imported = prepared.source.gguf_file is not None
-    return prepared.run.path("model") if is_imported else fetch_weights(prepared.source)
-
-
 def measure_all(ablation: Ablation, cells: Cells, pruned: dict[str, Pruned], tell: Tell) -> dict[str, str]:
     """Measures adapters on the original, as many cells at once as the cluster has workers of an evaluation for."""
     import ray
@@ -332,7 +327,7 @@ def _recovered(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | 
     from ablations.pruning import recover_adapter
     from emloc_ray.runs.steps import resources_of
     from emloc_ray.stages.context import Context
-    from emloc_ray.stages.evaluate.evaluate import score_adapters
+    from emloc_ray.stages.evaluate.evaluate import evaluate_slice
     from emloc_ray.stages.evaluate.stage import EVALUATE, evaluation_job
     from emloc_ray.stages.ray.losses import Losses
     from emloc_ray.stages.ray.tasks import bounded
@@ -344,11 +339,18 @@ def _recovered(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | 
     recover_adapter(place.path("adapter"), pruned.kept, adapter)
     prepared = _prepared_original(ablation, cell)
     own = prepare(_runnable(cell, pruned).config.model_copy(update={"run_dir": run.run_dir}))
-    job = replace(evaluation_job(Context(own, pruned.model_dir)), model_dir=original_dir(prepared))
+    job = replace(
+        evaluation_job(Context(own, pruned.model_dir)),
+        model_dir=original_dir(prepared),
+        trained_adapter_dir=adapter,
+        variants=("original", "uncorrected"),
+        num_generations=0,
+        num_exact_match=0,
+    )
     asked = resources_of(EVALUATE, own)
-    submit = functools.partial(asked.task(score_adapters).remote, job, [None, adapter])
+    submit = functools.partial(asked.task(evaluate_slice).remote, job, "original", 0, 1)
     [(original, recovered)] = bounded([("the adapter on the original", submit)], 1, Losses("evaluate", tell))
-    return {"original": original.metrics()["loss"], "recovered": recovered.metrics()["loss"]}
+    return {"original": original.score.metrics()["loss"], "recovered": recovered.score.metrics()["loss"]}
 
 
 def _corrected(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | None, tell: Tell) -> dict[str, float]:
@@ -371,7 +373,6 @@ def _corrected(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | 
         job = replace(
             correction_job(context),
             candidates=distinct,
-            num_further=0,
             max_tokens=None,
             selection_dir=context.tokens("eval"),
             out_dir=Path(folder) / "adapter",

@@ -20,7 +20,6 @@ from benchmarks.stage_memory import bare_prepared
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.planning.alternatives import Alternative, Choice, choose_training
 from emloc_ray.planning.batches import shrink_batches, without_budget
-from emloc_ray.planning.budget import stage_peaks
 from emloc_ray.planning.costs import StageCost, busy_seconds
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths
@@ -73,7 +72,7 @@ def choice_for(name: str) -> Choice:
     }
     bare = bare_prepared(values, llama_config({**SIZES[name], "num_hidden_layers": 1}))
     whole = replace(bare, model_config=config, layout=deepened(bare.layout, config.num_hidden_layers))
-    return choose_training(STEPS, whole, Lengths(LENGTH, LENGTH), CARD)
+    return choose_training(whole, Lengths(LENGTH, LENGTH), CARD)
 
 
 def choices_table(choices: dict[str, Choice]) -> str:
@@ -108,7 +107,8 @@ def _emulators(choice: Choice) -> MemoryModel:
 
 
 def _largest(memory: MemoryModel) -> str:
-    peaks = {name: held for name, held in stage_peaks(STEPS, memory).items() if name not in ("finetune", "heal")}
+    stages = make_plan(STEPS, memory.prepared, CARD).stages
+    peaks = {stage.name: stage.worker_bytes for stage in stages if stage.name not in ("finetune", "heal")}
     name = max(peaks, key=peaks.__getitem__)
     fits = peaks[name] <= int(memory.budget or 0)
     return f"{name} {'' if fits else 'needs '}{peaks[name] / 2**30:.1f} GiB"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DOCSTRINGS = Path(__file__).parents[2] / "configs" / "docstrings.yaml"
 QUICKSTART = DOCSTRINGS.with_name("quickstart.yaml")
+LOW_RANK = DOCSTRINGS.with_name("low_rank.yaml")
 THREADS = 2  # of a benchmark on CPUs, so that figures of any two can be compared
 Figures = dict[str, dict[str, Any]]
 

@@ -19,9 +19,8 @@ from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Qwen
 
 from benchmarks.figures import write_result
 from benchmarks.stage_memory import bare_prepared
-from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.architecture import ImageShape
-from emloc_ray.planning.budget import Solution, solve, with_settings
+from emloc_ray.planning.budget import fitting, training_bytes, with_settings
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import MemoryModel, Parts, total
 from emloc_ray.planning.prepared import Prepared
@@ -116,12 +115,10 @@ def plan_shape(shape: Shape) -> dict[str, Any]:
     five = next((ratio for ratio in ratios if at(ratio).emulator <= 5e9 * torch.bfloat16.itemsize), None)
     if five is not None:
         figures["five_billion"] = {"ratio": five, "finetune": _gb(at(five).finetune())}
-    try:
-        solution: Solution | None = solve(STEPS, prepared, BUDGET, lengths)
-    except ConfigError as error:
-        solution, figures["budget"] = None, str(error)
-    if solution is not None:
-        chosen = solution.prepared.config
+    solved = fitting(prepared, BUDGET, lengths)
+    figures["budget"] = f"No compression ratio fits {BUDGET / GB:.0f} GB"
+    if training_bytes(solved) <= BUDGET:
+        chosen = solved.config
         ratio, rows = chosen.emulator.compression_ratio, chosen.finetune.per_device_train_batch_size
         memory = at(ratio, rows)
         figures["budget"] = {

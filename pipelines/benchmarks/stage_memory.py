@@ -78,8 +78,9 @@ def quickstart_cases(config: RunConfig, run: Path, out: Path) -> Iterator[Case]:
         run / "adapter_emulator",
         out / "adapter",
         tokens / "selection",
+        tokens / "calibration",
         layout.specs,
-        (Candidate("none"), Candidate("covariance")),
+        (Candidate("none"), Candidate("adapted", None)),
     )
     arguments = {"job": correction, "threads": 2}
     yield "correct", "correct", arguments, MemoryModel(prepared, lengths["selection"]).correct()

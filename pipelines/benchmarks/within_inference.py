@@ -1,11 +1,11 @@
-"""The quickstart by its default budget: what each stage's workers held, against inference of the original."""
+"""A run of all stages by its default budget: what each stage's workers held, against inference of the original."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import emloc_ray
-from benchmarks.figures import QUICKSTART, Figures, figure, write_result
+from benchmarks.figures import LOW_RANK, Figures, figure, write_result
 from benchmarks.stage_memory import probe
 
 MIB = 2**20
@@ -17,7 +17,7 @@ def within(out: Path) -> Figures:
     Also the seconds of each stage, and those of the same run with ``memory_budget: null``.
     """
     bounded, free = (
-        emloc_ray.load_config(QUICKSTART, [f"run_dir={out / name}", *budget]) for name, budget in _RUNS.items()
+        emloc_ray.load_config(LOW_RANK, [f"run_dir={out / name}", *budget]) for name, budget in _RUNS.items()
     )
     runs = [emloc_ray.run(config, fresh=True) for config in (bounded, free)]
     size = ("--rows", "1", "--length", str(bounded.data.max_seq_length))

@@ -16,7 +16,7 @@ from small_runs import make_values
 
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.runs.status import read_status
+from emloc_ray.runs.status import status_lines
 
 SECONDS = 240
 STEPS, SAVE_STEPS = 400, 100  # in a process that is there already, a few take no time
@@ -74,7 +74,7 @@ def interrupt(sent: signal.Signals, arguments: list[str], log: Path, run: Path) 
     _, alive = psutil.wait_procs(own, timeout=15)
     assert [p.name() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
     assert RunDirectory(run).holder() is None
-    told = read_status(RunDirectory(run)).lines()
+    told = status_lines(RunDirectory(run))
     assert told[0].startswith("Not running: stopped, in finetune, ")
     assert told[-1].startswith("To continue, give the same command: emloc-ray run ")
     assert set(RunDirectory(run).manifest()["stages"]) == {"data", "calibrate", "factorize"}

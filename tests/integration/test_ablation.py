@@ -52,6 +52,7 @@ FEWER = {
         EIGHT,
         "calibrations={own: {}, shuffled: {shuffle: true}, prose_50: {foreign: prose, share: 0.5}}",
     ],
+    "adapted": [EIGHT, "methods=[lora, predictions]"],
     "exact": [EIGHT, "methods=[lora, tuned_60, tuned_57_exact_3]"],
     "frontier": [EIGHT, "unrounded=false", "methods=[lora, factors_nf4, int2_rank8, budget_2.4]"],
     "healing": [EIGHT, "methods=[lora, tuned_60, healed_15_tuned_45]"],

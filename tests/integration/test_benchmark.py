@@ -50,8 +50,8 @@ def publish(
     }
     config.write_text(write_yaml(values))
     monkeypatch.setattr(figures, "DOCSTRINGS", config)
-    for module in (whole_runs, within_inference):
-        monkeypatch.setattr(module, "QUICKSTART", config)
+    monkeypatch.setattr(whole_runs, "QUICKSTART", config)
+    monkeypatch.setattr(within_inference, "LOW_RANK", config)
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
 

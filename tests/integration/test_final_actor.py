@@ -22,7 +22,7 @@ from emloc_ray.io.runs.directory import CARD
 from emloc_ray.stages.correct import correct as correcting
 from emloc_ray.stages.merge import merge as merging
 from emloc_ray.stages.ray import losses as failures
-from emloc_ray.stages.ray.final_actor import FinalActorHandle, Step
+from emloc_ray.stages.ray.final_actor import FinalActorHandle, FinalActors, Step
 from emloc_ray.stages.ray.losses import Losses, Tell
 from emloc_ray.stages.ray.spans import Span, listening
 from emloc_ray.stages.ray.tasks import Progress, Resources, bounded
@@ -135,6 +135,38 @@ def test_it_reports_while_tasks_take_every_cpu() -> None:
     assert steps[-1] == (2, 2)
     assert notes == ["begun with {}"] * 2
     assert [span.unit for span in spans] == ["piece 0", "piece 1"] * 2
+    assert none_is_left()
+
+
+def test_the_runs_of_a_batch_hand_it_on() -> None:
+    def whose(job: bool, resources: Resources, progress: Progress, tell: Tell) -> dict[str, Any]:
+        if job:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"process": os.getpid(), "name": ray.get_runtime_context().get_actor_name()}
+
+    def fail(run: str) -> None:
+        with FinalActorHandle(run, actors) as actor:
+            actor.work("merge", whose, True, Resources(), silent, lambda text: None)
+
+    def work(run: str, lost: bool = False) -> dict[str, Any]:
+        with FinalActorHandle(run, actors) as actor:
+            if lost:
+                with pytest.raises(StageError, match="lost its worker 4 times"):
+                    actor.work("merge", whose, True, Resources(), silent, lambda text: None)
+            return dict(actor.work("merge", whose, False, Resources(), silent, lambda text: None))
+
+    with FinalActors("a batch") as actors:
+        first, second = work("a"), work("b")
+        assert first == second
+        assert first["name"].startswith("final actor of a batch, ")
+        with FinalActorHandle("c", actors) as held:  # the one that there is
+            held.work("merge", whose, False, Resources(), silent, lambda text: None)
+            assert work("d", lost=True)["process"] != first["process"]
+        assert living() == 2
+        with pytest.raises(StageError):
+            fail("e")
+        assert len(actors.idle) == 1  # what a run that did not end well was at may be going on
+        assert work("f")["name"].startswith("final actor of a batch, ")
     assert none_is_left()
 
 

@@ -22,7 +22,6 @@ from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs import run as pipeline
-from emloc_ray.runs.run import Pipeline
 from emloc_ray.runs.status import older_stages
 from emloc_ray.runs.trace import read_trace
 
@@ -242,7 +241,7 @@ def test_a_group_that_loses_a_worker_trains_as_one_worker_that_lives(
 
 
 def test_fresh_forgets_what_was_there(copied: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pipeline, "run", lambda self, until: None)
+    monkeypatch.setattr(pipeline, "run_stages", lambda steps, until, actors: None)
     pipeline.run(parse_config(copied.values), fresh=True)
     left = {entry.name for entry in copied.root.iterdir()}
     assert left == {"manifest.json", "config.yaml", "log.jsonl", ".lock"}

@@ -120,6 +120,7 @@ def in_a_fresh_process(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_stages_and_configs_are_known_before_what_takes_seconds_is_imported() -> None:
     names = ["emloc_ray.stages.order"] + [
         f"emloc_ray.config.{path.stem}" for path in modules() if room(path) == "config" and path.name != "__init__.py"

@@ -38,7 +38,9 @@ def test_importing_transformers_stays_as_light_as_it_is() -> None:
 @pytest.mark.parametrize(
     "imports",
     [
-        "import emloc_ray; from transformers import AutoConfig, AutoModelForCausalLM",
+        pytest.param(
+            "import emloc_ray; from transformers import AutoConfig, AutoModelForCausalLM", marks=pytest.mark.slow
+        ),
         pytest.param(
             "import transformers, emloc_ray; from transformers import AutoConfig, AutoModelForCausalLM",
             marks=pytest.mark.deep,  # as the next: each takes as long as 100 others

@@ -1,12 +1,9 @@
 """What an Arrow or Parquet file says that it holds, checked before any value is looked at: no code comes from data.
 
-An extension type is looked at by whatever code a library has registered for it, and Ray Data unpickles the values of its
-``ray.data.arrow_pickled_object`` as soon as they become Python's. A type that is not registered here may be in a worker,
-and readers that are told to leave extensions out still return those that are registered: so all are refused, by type and
-by name.
+An extension type is read by whatever code a library has registered for it; Ray Data unpickles the values of its
+``ray.data.arrow_pickled_object``. One that is not registered here may be in a worker, and readers told to leave extensions out
+return the registered ones: so all are refused, by type and by name.
 """
-
-from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Sequence

@@ -66,9 +66,7 @@ class TensorEntry:
 
     def slice(self, index: int) -> TensorEntry:
         """Slice ``index`` along the first dimension, as a tensor of its own."""
-        size = self.num_bytes // self.shape[0]
-        start = self.start + index * size
-        return replace(self, shape=self.shape[1:], start=start, stop=start + size)
+        return replace(self.span(index, index + 1), shape=self.shape[1:])
 
     def span(self, begin: int, end: int) -> TensorEntry:
         """Rows ``[begin, end)`` of the first dimension, as a tensor of its own."""
@@ -98,11 +96,8 @@ class Shard:
 
 
 def read_shard(file: Path) -> Shard:
-    """Reads one safetensors header (https://github.com/huggingface/safetensors#format).
-
-    Raises:
-        ArtifactError: where the file is missing, no safetensors file, or shorter than its header says.
-    """
+    """Reads one safetensors header (https://github.com/huggingface/safetensors#format). Raises ArtifactError where the file is
+    missing, no safetensors file, or shorter than its header says."""
     try:
         with open_newest(file) as (stream, size, version):
             length = int.from_bytes(stream.read(8), "little")
@@ -144,11 +139,8 @@ def _entry(file: Path, name: str, item: dict[str, Any], base: int, version: str 
 
 
 def read_index(directory: Path) -> dict[str, str]:
-    """The file of every tensor, by the checkpoint's index; empty where it has none.
-
-    Raises:
-        ArtifactError: where the index is there, but holds no such map, or it names a file that is not below ``directory``.
-    """
+    """The file of every tensor, by the checkpoint's index; empty where it has none. Raises ArtifactError where the index is
+    there, but holds no such map, or it names a file that is not below ``directory``."""
     index = directory / INDEX_NAME
     ensure(index)
     if not index.is_file():
@@ -172,11 +164,8 @@ def check_inside(name: str, index: Path) -> None:
 
 
 class Checkpoint:
-    """The safetensors shards of a local model directory, opened by their headers alone.
-
-    Raises:
-        ArtifactError: where there are no weights, or a shard is missing or cut short.
-    """
+    """The safetensors shards of a local model directory, opened by their headers alone. Raises ArtifactError where there are no
+    weights, or a shard is missing or cut short."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)

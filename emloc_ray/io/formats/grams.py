@@ -1,7 +1,5 @@
 """Grams on disk: packed triangles in sharded safetensors, with an index of groups and token counts."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,11 +41,8 @@ class StoredGram:
 
 
 class GramStore:
-    """The calibration's Grams; one Gram stands for every linear of its group.
-
-    Raises:
-        ArtifactError: where the index is missing, or names a file that is not below ``directory``.
-    """
+    """The calibration's Grams; one Gram stands for every linear of its group. Raises ArtifactError where the index is missing,
+    or names a file that is not below ``directory``."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
@@ -113,11 +108,8 @@ def write_gram_index(
     num_tokens: dict[str, int],
     routed_tokens: dict[str, int] | None = None,
 ) -> None:
-    """Writes the index, last: Grams without it do not count.
-
-    ``weight_map`` holds paths from ``directory`` on; ``routed_tokens`` how many tokens experts were sent whose Gram is over
-    others.
-    """
+    """Writes the index, last: Grams without it do not count. ``weight_map`` holds paths from ``directory`` on;
+    ``routed_tokens`` how many tokens experts were sent whose Gram is over others."""
     named = {group[0]: list(group) for group in groups}
     index: dict[str, Any] = {"groups": named, "weight_map": weight_map, "num_tokens": num_tokens}
     write_json(directory / INDEX, index | ({"routed_tokens": routed_tokens} if routed_tokens else {}))

@@ -1,7 +1,5 @@
 """Files with a JSON object a line, to which processes add that may be killed, or find the disk full, within a line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

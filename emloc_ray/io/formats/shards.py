@@ -1,7 +1,5 @@
 """safetensors shards written in a stream: the header first, then each tensor's bytes in chunks."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,10 +16,7 @@ _LEAST_CHUNK = 2**16
 
 
 def chunk_limit(chunk_bytes: int, largest: int) -> int:
-    """Bytes of a row chunk: ``chunk_bytes``, but at most an eighth of the ``largest`` tensor's bytes.
-
-    So a shard is written anew within a fraction of its largest tensor, however often a chunk is held on the way.
-    """
+    """Bytes of a row chunk: ``chunk_bytes``, but at most an eighth of the ``largest`` tensor's bytes."""
     return min(chunk_bytes, max(largest // _LARGEST_SHARE, _LEAST_CHUNK))
 
 
@@ -42,11 +37,8 @@ def make_header(entries: Sequence[TensorEntry], metadata: dict[str, str] | None 
 
 
 def stream_shard(path: Path, header: bytes, tensors: Iterable[tuple[TensorEntry, Iterator[torch.Tensor]]]) -> None:
-    """Writes a shard atomically: ``header``, then for each entry its row chunks, in the header's order.
-
-    Raises:
-        ArtifactError: where the chunks of a tensor do not add up to its entry's bytes, or the tensors to the header's.
-    """
+    """Writes a shard atomically: ``header``, then for each entry its row chunks, in the header's order. Raises ArtifactError
+    where the chunks of a tensor do not add up to its entry's bytes, or the tensors to the header's."""
     described = json.loads(header)
     asked = max((item["data_offsets"][1] for name, item in described.items() if name != "__metadata__"), default=0)
     with atomic_file(path) as file:

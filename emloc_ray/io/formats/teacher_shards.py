@@ -1,10 +1,8 @@
 """A teacher's top log-probabilities at label positions, on disk: safetensors with fixed ranges of rows, read by row.
 
-A label takes k float16 log-probabilities and k int32 ids: 6 k bytes, 384 at k = 64. float16 rounds a log-probability by at
-most 2⁻¹¹ of itself (bfloat16: 2⁻⁸), so that probabilities near 1 are the most exact.
+A label takes k float16 log-probabilities and k int32 ids: 6 k bytes. float16 rounds a log-probability by at most 2⁻¹¹ of itself
+(bfloat16: 2⁻⁸), so that probabilities near 1 are the most exact.
 """
-
-from __future__ import annotations
 
 import bisect
 import functools
@@ -57,25 +55,9 @@ def write_teacher_index(directory: Path, first_rows: Sequence[int]) -> None:
     write_json(directory / _INDEX, {"first_rows": list(first_rows)})
 
 
-class _Shard:
-    def __init__(self, path: Path) -> None:
-        self.entries: dict[str, TensorEntry] = {entry.name: entry for entry in read_shard(path).entries}
-        dtypes = {name: entry.dtype for name, entry in self.entries.items()}
-        if dtypes != _DTYPES:
-            name = min(name for name, _ in dtypes.items() ^ _DTYPES.items())
-            raise DamagedArtifactError(
-                f"{path} is not as the heal stage writes it (tensor {name!r}): delete it and run the same command again."
-            )
-        rows, ends = self.entries["rows"].read_rows().tolist(), self.entries["ends"].read_rows().tolist()
-        self.places = {row: (begin, end) for row, begin, end in zip(rows, [0, *ends], ends, strict=False)}
-
-
 class TeacherShards:
-    """What a teacher says of a split's rows, by their positions.
-
-    Raises:
-        ArtifactError: where the index is missing, a row is in no shard, or a shard holds something else.
-    """
+    """What a teacher says of a split's rows, by their positions. Raises ArtifactError where the index is missing, a row is in
+    no shard, or a shard holds something else."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -86,16 +68,24 @@ class TeacherShards:
         self._first_rows: list[int] = json.loads(path.read_text())["first_rows"]
         self._shard = functools.lru_cache(maxsize=_OPEN)(self._open)
 
-    def _open(self, number: int) -> _Shard:
+    def _open(self, number: int) -> tuple[dict[str, TensorEntry], dict[int, tuple[int, int]]]:
+        """A shard's tensors, and the labels of each of its rows: from where to where in these."""
         path = teacher_shard(self.directory, number)
         ensure(path)
-        return _Shard(path)
+        entries = {entry.name: entry for entry in read_shard(path).entries}
+        dtypes = {name: entry.dtype for name, entry in entries.items()}
+        if dtypes != _DTYPES:
+            name = min(name for name, _ in dtypes.items() ^ _DTYPES.items())
+            raise DamagedArtifactError(
+                f"{path} is not as the heal stage writes it (tensor {name!r}): delete it and run the same command again."
+            )
+        rows, ends = entries["rows"].read_rows().tolist(), entries["ends"].read_rows().tolist()
+        return entries, {row: (begin, end) for row, begin, end in zip(rows, [0, *ends], ends, strict=False)}
 
     def row(self, position: int) -> TopRow:
         """The teacher's ids (int32) and log-probabilities (float16) at each label of a row, ``(labels, k)`` both."""
         number = bisect.bisect_right(self._first_rows, position) - 1
-        shard = self._shard(number) if number >= 0 else None
-        if shard is None or position not in shard.places:
+        entries, places = self._shard(number) if number >= 0 else ({}, {})
+        if position not in places:
             raise ArtifactError(f"{self.directory} holds nothing of row {position}: run the heal stage again.")
-        begin, end = shard.places[position]
-        return shard.entries["ids"].read_rows(begin, end), shard.entries["log_probs"].read_rows(begin, end)
+        return entries["ids"].read_rows(*places[position]), entries["log_probs"].read_rows(*places[position])

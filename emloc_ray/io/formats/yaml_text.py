@@ -1,7 +1,5 @@
 """YAML 1.2, as configs are written: ``yes``, ``no``, ``on`` and ``off`` are text, ``1e-4`` is a number."""
 
-from __future__ import annotations
-
 import io
 from typing import Any
 
@@ -24,11 +22,8 @@ class _Constructor(SafeConstructor):
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a text that holds one document.
-
-    Raises:
-        ValueError: with the line and what is wrong there, such as a tab or the second of two equal keys; shows no value.
-    """
+    """The value of a text that holds one document. Raises ValueError with the line and what is wrong there, such as a tab or
+    the second of two equal keys; shows no value."""
     yaml = YAML(typ="safe", pure=True, plug_ins=[])
     yaml.Constructor = _Constructor
     try:

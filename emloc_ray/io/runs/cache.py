@@ -5,8 +5,6 @@ never change. In a file system their files share blocks with those of the runs, 
 that is removed takes nothing from a run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -64,11 +62,7 @@ class Entry:
 
 class ArtifactCache:
     """The entries at a directory or the URI of an object store; where they exceed ``max_bytes``, those go that were used
-    longest ago.
-
-    Raises:
-        ConfigError: where the place holds files of something else, or cannot be opened.
-    """
+    longest ago. Raises ConfigError where the place holds files of something else, or cannot be opened."""
 
     def __init__(self, place: str, max_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes
@@ -80,8 +74,13 @@ class ArtifactCache:
 
     @property
     def held_bytes(self) -> float | None:
-        """The bytes of all entries, as far as this process knows; None where it has never weighed them (no ``max_bytes``)."""
+        """The bytes of all entries, as far as this process knows; None where it has never weighed them."""
         return None if math.isinf(self._held) else self._held
+
+    def weigh(self) -> None:
+        """Finds out :attr:`held_bytes`, where the place can be read."""
+        with contextlib.suppress(OSError, EmlocError):
+            self._prune(None, None)
 
     def is_made(self) -> bool:
         """Whether anything was ever put there."""
@@ -94,10 +93,7 @@ class ArtifactCache:
     @staticmethod
     def key(stage: str, inputs: Any) -> str:
         """SHA-256 of the stage, its ``inputs`` (plain JSON values; the order of keys does not count) and the format's version.
-
-        Raises:
-            TypeError: where ``inputs`` hold something else, of which no text can be trusted to tell it from others.
-        """
+        Raises TypeError where ``inputs`` hold something else, of which no text can be trusted to tell it from others."""
         return hashlib.sha256(json.dumps([FORMAT, stage, inputs], sort_keys=True).encode()).hexdigest()
 
     @contextlib.contextmanager
@@ -111,11 +107,8 @@ class ArtifactCache:
         """Lets one thread at a time make the artifact of a key: of all processes where the place is in a file system, of this
         one where it is on an object store (two that make the same do no harm).
 
-        ``tell`` hears when another process takes more than a minute; after ``patience_s`` it is made here too.
-
-        Raises:
-            Stopped: where ``stopped`` turns true while another makes it.
-            ConfigError: where the place cannot be written.
+        ``tell`` hears when another process takes more than a minute; after ``patience_s`` it is made here too. Raises Stopped
+        where ``stopped`` turns true while another makes it, ConfigError where the place cannot be written.
         """
 
         def look() -> None:
@@ -132,15 +125,13 @@ class ArtifactCache:
             yield
 
     def find(self, stage: str, key: str, verify: bool = False) -> Entry | None:
-        """The entry, where every file of it is there with its size (``verify``: its content, read once by this process and again
-        where a file's time or inode changed; and no code in it); another is removed.
-
-        A place that cannot be read holds nothing.
-        """
+        """The entry, where every file of it is there with its size; another is removed. A place that cannot be read holds
+        nothing. ``verify``: with its content, read once by this process and again where a file's time or inode changed; and no
+        code in it."""
         try:
             used = self._at.used_at(stage, key)
             entry = None if used is None else self._read(stage, key, used)
-            now = None if entry is None else self._identity(entry)
+            now = None if entry is None else self._looks(entry)
             if entry is not None and not self._is_whole(entry, verify and self._verified.get(key) != now):
                 self._at.remove(stage, key)
                 return None
@@ -153,10 +144,8 @@ class ArtifactCache:
     def link(self, entry: Entry, root: Path) -> list[Path]:
         """Puts an entry's files at their places in the run at ``root`` (:attr:`RunDirectory.root`); returns these.
 
-        Each appears whole, and takes the place of what is there; :func:`emloc_ray.io.store.transfer.transfer` says how.
-
-        Raises:
-            EntryGone: where that cannot be done, for any reason; then none of its files is in the run.
+        Each appears whole, and takes the place of what is there; :func:`emloc_ray.io.store.transfer.transfer` says how. Raises
+        EntryGone where that cannot be done, for any reason; then none of its files is in the run.
         """
         folder = self._at.folder(entry.stage, entry.key) / _FILES
         try:
@@ -171,15 +160,7 @@ class ArtifactCache:
             raise EntryGone(f"{self.place} does not give {entry.stage} of {entry.origin}: {error}") from error
         return [root / path for path in entry.files]
 
-    def add(
-        self,
-        stage: str,
-        key: str,
-        root: Path,
-        files: Files,
-        result: Mapping[str, Any],
-        inputs: Any,
-    ) -> str | None:
+    def add(self, stage: str, key: str, root: Path, files: Files, result: Mapping[str, Any], inputs: Any) -> str | None:
         """Takes in what the run at ``root`` has committed (``files`` as its manifest names them), unless it is there already;
         then prunes to ``max_bytes``, but never this entry; what other processes add counts within the hour.
 
@@ -210,10 +191,8 @@ class ArtifactCache:
             return sorted((entry for entry in entries if entry is not None), key=lambda entry: -entry.used_at)
 
     def prune(self, max_bytes: int) -> list[Entry]:
-        """Removes the entries that were used longest ago until the rest takes no more than ``max_bytes``; returns them.
-
-        A file that several entries share by hard links counts once. What killed writers left goes too, after an hour.
-        """
+        """Removes the entries that were used longest ago until the rest takes no more than ``max_bytes``; returns them. A file
+        that several entries share by hard links counts once. What killed writers left goes too, after an hour."""
         self._swept_at = self._weighed_at = -math.inf
         return self._prune(max_bytes, None)
 
@@ -222,15 +201,15 @@ class ArtifactCache:
             self._at.sweep()
             self._swept_at = time.monotonic()
         # To weigh it is to read every entry, and to look at every file.
-        known = time.monotonic() - self._weighed_at <= _SWEEP_S
-        if max_bytes is None or (known and self._held <= max_bytes):
+        known, most = time.monotonic() - self._weighed_at <= _SWEEP_S, math.inf if max_bytes is None else max_bytes
+        if known and self._held <= most:
             return []
         held = [(entry, self._blocks(entry)) for entry in self.entries()]
         users = Counter(block for _, blocks in held for block in blocks)
         total = sum({block: size for _, blocks in held for block, size in blocks.items()}.values())
         removed = []
         for entry, blocks in reversed(held):
-            if total <= max_bytes:
+            if total <= most:
                 break
             if entry.key == kept:
                 continue
@@ -245,12 +224,7 @@ class ArtifactCache:
         """The sizes of an entry's files by what they are on the disk or in the store."""
         if self._at.store is not None:
             return {(entry.key, path): content["size"] for path, content in entry.files.items()}
-        block_sizes = {}
-        for path in entry.files:
-            with contextlib.suppress(FileNotFoundError):
-                status = (self._at.folder(entry.stage, entry.key) / _FILES / path).stat()
-                block_sizes[status.st_dev, status.st_ino] = status.st_size
-        return block_sizes
+        return {(device, inode): size for device, inode, size, _ in self._looks(entry)}
 
     def _read(self, stage: str, key: str, used_at: float) -> Entry | None:
         """None where there is none; one that cannot be understood is removed."""
@@ -270,29 +244,27 @@ class ArtifactCache:
             return False
         return not verify or all(_is_safe(folder / path, content["sha256"]) for path, content in entry.files.items())
 
-    def _identity(self, entry: Entry) -> Any:
-        """What changes with the content of an entry's files."""
+    def _looks(self, entry: Entry) -> list[tuple[int, int, int, int]]:
+        """Device, inode, size and time of an entry's files, which change with their content; none in a store, whose keys name
+        it."""
         folder = self._at.folder(entry.stage, entry.key) / _FILES
-        if self._at.store is not None:  # whose keys name it
-            return ()
-        identity = []
-        for path in entry.files:
+        looks = []
+        for path in entry.files if self._at.store is None else ():
             with contextlib.suppress(FileNotFoundError):
                 status = (folder / path).stat()
-                identity.append((status.st_ino, status.st_size, status.st_mtime_ns))
-        return identity
+                looks.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+        return looks
 
 
 _WRITTEN = ("stage", "key", "files", "result", "inputs", "created_at", "origin")
 
 
 def _transfer_all(source: Path, target: Path, files: Files) -> None:
+    def one(path: str) -> None:
+        transfer(source / path, target / path, files[path]["size"], files[path]["sha256"])
+
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        list(
-            pool.map(
-                lambda path: transfer(source / path, target / path, files[path]["size"], files[path]["sha256"]), files
-            )
-        )
+        list(pool.map(one, files))
 
 
 def _parsed(content: bytes, used_at: float) -> Entry | None:

@@ -4,14 +4,11 @@ A folder is an entry where it holds ``entry.json``, which is written last and re
 is the object ``PATH/SHA256`` (:mod:`emloc_ray.io.store.object_store`), and a use is noted in the object ``used``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json
 import os
 import shutil
-import tempfile
 import threading
 import time
 import uuid
@@ -20,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from emloc_ray.errors import ArtifactError, ConfigError, EmlocError
+from emloc_ray.io.runs.run_places import check_folder
 from emloc_ray.io.store.atomic import atomic_directory, atomic_file
 from emloc_ray.io.store.node_cache import discard, mirror, origin
 from emloc_ray.io.store.object_store import ObjectStore
@@ -36,11 +34,8 @@ _held: dict[tuple[str, str], threading.Lock] = {}
 
 
 class CachePlace:
-    """The folders at a directory, or at the URI of an object store.
-
-    Raises:
-        ConfigError: where it holds files of something else, or cannot be opened.
-    """
+    """The folders at a directory, or at the URI of an object store. Raises ConfigError where it holds files of something else,
+    or cannot be opened."""
 
     def __init__(self, place: str) -> None:
         self.store: ObjectStore | None = None
@@ -75,18 +70,13 @@ class CachePlace:
 
     def check(self) -> None:
         """Raises ConfigError where it cannot be written, which leaves no trace."""
+        if self.store is None:
+            return check_folder(self.root, "The artifact cache")
         probe = f".{MARKER}.{uuid.uuid4().hex}"
         try:
-            if self.store is not None:
-                self.store.write(probe, b"")
-                self.store.remove(probe)
-                return
-            existing = self.root
-            while not existing.exists():
-                existing = existing.parent
-            with tempfile.TemporaryFile(dir=existing):
-                pass
-        except (OSError, ArtifactError) as error:
+            self.store.write(probe, b"")
+            self.store.remove(probe)
+        except ArtifactError as error:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: Exception) -> ConfigError:
@@ -131,12 +121,8 @@ class CachePlace:
         return acquire
 
     def lock(self, key: str, stack: contextlib.ExitStack) -> tuple[IO[str], Callable[[], bool]] | None:
-        """A key's file, and a call that tries to take its lock from other processes, which ``stack`` then gives back; None on an
-        object store.
-
-        Raises:
-            ConfigError: where the place cannot be written.
-        """
+        """A key's file, and a call that tries to take its lock from other processes, which ``stack`` then gives back; None on
+        an object store. Raises ConfigError where the place cannot be written."""
         if self.store is not None:
             return None
         try:
@@ -162,15 +148,12 @@ class CachePlace:
 
         return file, acquire
 
-    def scan(self) -> dict[tuple[str, str], float | None]:
-        """When each entry was last used, by stage and key; None for a folder that is none, or not yet."""
-        return self._scan("")
-
     def used_at(self, stage: str, key: str) -> float | None:
         """When an entry was last used, in s since 1970; None where there is none."""
-        return self._scan(f"{stage}/{key}").get((stage, key))
+        return self.scan(f"{stage}/{key}").get((stage, key))
 
-    def _scan(self, under: str) -> dict[tuple[str, str], float | None]:
+    def scan(self, under: str = "") -> dict[tuple[str, str], float | None]:
+        """When each entry was last used, by stage and key; None for a folder that is none, or not yet."""
         used: dict[tuple[str, str], float | None] = {}
         if self.store is None:
             for folder in self.root.glob(under or "*/*"):

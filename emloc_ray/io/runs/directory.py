@@ -74,7 +74,7 @@ class RunDirectory:
     def check(self, kind: Kind = "run") -> None:
         """Raises ConfigError where it cannot be written, or holds files without our manifest, or another run's name, or
         what is of another kind."""
-        check_folder(self.root) if self.store is None else check_store(self.store)
+        check_folder(self.root, "run_dir") if self.store is None else check_store(self.store)
         if self._manifest_content() is None:
             # A run killed while it wrote its first manifest left no more than these.
             own = (LOCK, LEASE, f".{MANIFEST}.")
@@ -205,10 +205,8 @@ class RunDirectory:
         }
 
     def damaged(self, name: str) -> list[Path]:
-        """The files of a finished stage whose content is not what the manifest says; reads all that is on a disk.
-
-        What comes from an object store is checked when it is found done, and when it is fetched.
-        """
+        """The files of a finished stage whose content is not what the manifest says; reads all that is on a disk. What comes
+        from an object store is checked when it is found done, and when it is fetched."""
         entry = self.stage(name)
         if entry is None or entry.get("dropped") or self.store is not None:
             return []
@@ -243,11 +241,8 @@ class RunDirectory:
         versions: Mapping[str, Any] | None = None,
     ) -> None:
         """Records a finished stage, with size and SHA-256 of its files, after they are written, and the ``versions`` that it
-        was made with.
-
-        Raises:
-            StageError: where the run was taken over by another process meanwhile, as in all methods that write.
-        """
+        was made with. Raises StageError where the run was taken over by another process meanwhile, as in all methods that
+        write."""
         manifest = self.manifest()
         files = {}
         for output in outputs:
@@ -340,15 +335,10 @@ class RunDirectory:
         return metrics
 
     def lock(self, tell: Callable[[str], None] = lambda text: None, under: RunDirectory | None = None) -> None:
-        """Takes the run for this process, until it ends, however it ends: a lock of the operating system, on an object
-        store a lease that goes stale a minute after its holder's death.
-
-        There a holder that may be dead is watched until it is known; ``tell`` hears of that before. ``under``: the batch whose
-        task this is, and whose lease holds it too.
-
-        Raises:
-            ConfigError: where another process holds it, and says which; where its file system gives no locks.
-        """
+        """Takes the run for this process, until it ends, however it ends: a lock of the operating system, on an object store a
+        lease that goes stale a minute after its holder's death. There a holder that may be dead is watched until it is known;
+        ``tell`` hears of that before. ``under``: the batch whose task this is, and whose lease holds it too. Raises ConfigError
+        where another process holds it, and says which; where its file system gives no locks."""
         if self.store is not None:
 
             def watch(holder: Holder) -> None:

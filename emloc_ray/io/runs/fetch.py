@@ -1,7 +1,5 @@
 """A run on an object store brought to a local directory, under the names that every tool knows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -24,14 +22,11 @@ def fetch(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Path]:
     """Writes the run's files (those of ``parts`` such as ``adapter`` or ``merged``, else all) to ``directory``; of a batch,
-    those of all its tasks, without its cache.
+    those of all its tasks, without its cache. Returns the files written; what is there with the same content is left as it is,
+    so that a broken fetch resumes. ``progress`` counts bytes.
 
-    What is there already with the same content is left as it is, so that a broken fetch resumes. ``progress`` counts
-    bytes. Returns the files written.
-
-    Raises:
-        ConfigError: the run is in a file system, has no such part, or ``directory`` holds another run.
-        ArtifactError: a file cannot be read, is not what its key names, or its name leads out of ``directory``.
+    Raises ConfigError where the run is in a file system or has no such part, or ``directory`` holds another run; ArtifactError
+    where a file cannot be read, is not what its key names, or its name leads out of ``directory``.
     """
     store = run.store
     if store is None:
@@ -48,7 +43,11 @@ def fetch(
     infos = {f"{top}/{name}": info for top in wanted for name, info in store.versions(top).items()}
     plain = [name for name in wanted if not any(key.startswith(f"{name}/") for key in infos)]
     files = {_inside(directory, name): info for name, info in infos.items()}
-    left = {file: info for file, info in files.items() if not _is_same(file, info)}
+    left = {
+        file: info
+        for file, info in files.items()
+        if not (file.is_file() and file.stat().st_size == info.size and digest(file) == info.sha256)
+    }
     total, done = sum(info.size for info in left.values()), 0
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         for copied in as_completed([pool.submit(_copy, store, info, file) for file, info in left.items()]):
@@ -58,11 +57,7 @@ def fetch(
 
 
 def _fetch_tasks(
-    batch: RunDirectory,
-    store: ObjectStore,
-    directory: Path,
-    parts: Sequence[str],
-    progress: Callable[[int, int], None],
+    batch: RunDirectory, store: ObjectStore, directory: Path, parts: Sequence[str], progress: Callable[[int, int], None]
 ) -> list[Path]:
     tasks = [
         RunDirectory(below(batch.place, "tasks", name)) for name in RunDirectory(below(batch.place, "tasks")).names()
@@ -96,10 +91,6 @@ def _inside(directory: Path, name: str) -> Path:
             f"The stored name {name} leads out of {directory}: remove it from the store, then fetch again."
         )
     return directory / name
-
-
-def _is_same(file: Path, info: Stored) -> bool:
-    return file.is_file() and file.stat().st_size == info.size and digest(file) == info.sha256
 
 
 def _copy(store: ObjectStore, info: Stored, file: Path) -> int:

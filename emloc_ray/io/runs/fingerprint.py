@@ -1,7 +1,5 @@
 """Short content hashes: of values, of files, of checkpoints."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -35,11 +33,9 @@ def fingerprint_files(files: Iterable[Path]) -> str:
 
 
 def fingerprint_large_files(files: Iterable[Path]) -> str:
-    """A hash of names and contents of files that may be large, whatever their times.
-
-    Reads a large file's header and blocks all over it each time, the whole once and again where its time or inode changed:
-    140 GB of weights take minutes. A file that the hub's cache names by its content is hashed by that name.
-    """
+    """A hash of names and contents of files that may be large, whatever their times: the whole is read once, and again where
+    its time or inode changed, its header and blocks all over it each time. A file that the hub's cache names by its content
+    goes by that."""
     shown = [file for file in files if file.is_file() and not file.name.startswith(".")]
     with ThreadPoolExecutor(_READERS) as pool:
         return fingerprint(list(pool.map(_part, shown)))
@@ -63,10 +59,8 @@ def _sampled(file: Path) -> str:
 
 
 def content_of(files: Iterable[Path]) -> str:
-    """A hash of names and whole contents, of large files too: what one machine's time says of them, another's need not.
-
-    Each file is read once, where its digest is not noted with it or by this user.
-    """
+    """A hash of names and whole contents, of large files too: what one machine's time says of them, another's need not. Each
+    file is read once, where its digest is not noted with it or by this user."""
     return fingerprint([[file.name, _known_digest(file, *_look(file))] for file in files if file.is_file()])
 
 

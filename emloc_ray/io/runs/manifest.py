@@ -1,7 +1,5 @@
 """The manifest of a run or a batch as it is stored: its format, and the times in its entries."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a killed run left in a directory, and whether it may be resumed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,7 @@ def discard_unless(directory: Path, inputs: Any) -> None:
 
 def discard_both_unless(scratch: Path, output: Path, inputs: Any) -> None:
     """Keeps what a killed try left in a scratch folder and in its output where the scratch was begun with the same ``inputs``.
-
-    Else empties both: an output may be of another try of the same inputs, whose scratch folder is gone.
-    """
+    Else empties both: an output may be of another try of the same inputs, whose scratch folder is gone."""
     if not begun_with(scratch, inputs):
         discard(output)
     for path in (scratch, output):

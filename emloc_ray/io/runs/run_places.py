@@ -1,6 +1,4 @@
-"""Whether a run can be written where its config says: in a folder, or on an object store."""
-
-from __future__ import annotations
+"""Whether a folder, or a run's place on an object store, can be written."""
 
 import tempfile
 import uuid
@@ -11,21 +9,21 @@ from emloc_ray.io.store.lease import KEY as LEASE
 from emloc_ray.io.store.object_store import ObjectStore
 
 
-def check_folder(root: Path) -> None:
-    """Raises ConfigError where a folder cannot be made or written, which leaves no trace."""
+def check_folder(root: Path, what: str) -> None:
+    """Raises ConfigError where the folder of ``what`` cannot be made or written; leaves no trace."""
     existing = root
     try:
         while not existing.exists():
             existing = existing.parent
     except (OSError, ValueError) as error:
-        raise ConfigError(f"run_dir {root} is no usable path ({error}): name another.") from error
+        raise ConfigError(f"{what} {root} is no usable path ({error}): name another.") from error
     if not existing.is_dir():
-        raise ConfigError(f"run_dir {root}: {existing} is a file, not a directory: name another place.")
+        raise ConfigError(f"{what} {root}: {existing} is a file, not a directory: name another place.")
     try:  # asked of the file system itself: access rights alone do not tell
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise ConfigError(f"run_dir {root} cannot be written ({error.strerror}): name another place.") from error
+        raise ConfigError(f"{what} {root} cannot be written ({error.strerror}): name another place.") from error
 
 
 def check_store(store: ObjectStore) -> None:

@@ -1,7 +1,5 @@
 """Which values of a config nobody should read in a run's files, and configs and commands without them."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re

@@ -19,10 +19,8 @@ from emloc_ray.io.store.objects import ObjectFile, Stored
 
 
 def arrow_files(path: Path) -> tuple[PyFileSystem, str] | None:
-    """The file system and the path in it of a folder that mirrors a store; None in a file system.
-
-    What the holder before had there is copied first, by the store itself, where this one has nothing yet.
-    """
+    """The file system and the path in it of a folder that mirrors a store; None in a file system. What the holder before had
+    there is copied first, by the store itself, where this one has nothing yet."""
     here = origin(path)
     if here is None:
         return None
@@ -42,11 +40,8 @@ def _copy(store: ObjectStore, source: str, target: str) -> None:
 
 
 class StoreFiles(FileSystemHandler):  # type: ignore[misc]
-    """What pyarrow asks of a file system, by :class:`ObjectStore`; paths are those inside the run.
-
-    Raises:
-        TakenOver: where something is to be written and another process holds the run by now.
-    """
+    """What pyarrow asks of a file system, by :class:`ObjectStore`; paths are those inside the run. Raises TakenOver where
+    something is to be written and another process holds the run by now."""
 
     def __init__(self, uri: str, lease: int | None) -> None:
         self.store = ObjectStore(uri, lease=lease)

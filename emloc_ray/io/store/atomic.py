@@ -1,11 +1,8 @@
 """Writes that are whole or absent: temporary name, fsync, rename; then, in a run on an object store, given to that."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -13,7 +10,7 @@ from typing import IO, Any
 from emloc_ray.io.store.digests import HashingWriter, note_digest
 from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import ensure, forget, publish, publish_plain
-from emloc_ray.io.store.replacing import replacing
+from emloc_ray.io.store.replacing import remove, replacing
 
 COPY_BYTES = 2**24
 """What copies of large files hold at a time."""
@@ -21,11 +18,8 @@ COPY_BYTES = 2**24
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a temporary file beside ``path`` that takes its place, fsynced, when the block ends without an error.
-
-    Raises:
-        TakenOver: where that lies in a run that another process has taken meanwhile; it is as it was then.
-    """
+    """Opens a temporary file beside ``path`` that takes its place, fsynced, when the block ends without an error. Raises
+    TakenOver where that lies in a run that another process has taken meanwhile; it is as it was then."""
     with replacing(path) as temporary:
         with HashingWriter(io.FileIO(temporary, "wb")) as file:
             yield file
@@ -64,10 +58,7 @@ def remove_leftovers(path: Path) -> None:
     beside = path.parent.glob(f".{path.name}.*.tmp")
     inside = path.rglob(".*.tmp") if path.is_dir() else ()
     for leftover in [*beside, *inside]:
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+        remove(leftover)
 
 
 def json_bytes(value: Any) -> bytes:

@@ -4,8 +4,6 @@ A URI's options follow a ``?``; credentials never do: they come from the environ
 boto3 finds where it is installed (profiles, SSO). https://developmentseed.org/obstore/latest/authentication/
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from datetime import timedelta
@@ -33,11 +31,8 @@ Client = S3Store | GCSStore | AzureStore
 
 
 def open_client(uri: str, key: str, timeout_s: float) -> tuple[Client, str]:
-    """The client of the bucket that a URI names and the path in it, without the slashes around it.
-
-    Raises:
-        ConfigError: naming the config's ``key``, where the URI holds credentials or names no store.
-    """
+    """The client of the bucket that a URI names and the path in it, without the slashes around it. Raises ConfigError, naming
+    the config's ``key``, where the URI holds credentials or names no store."""
     try:
         parts = urlsplit(uri)
         options = dict(parse_qsl(parts.query))

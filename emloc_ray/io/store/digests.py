@@ -1,7 +1,5 @@
 """The SHA-256 of files: read from them, or noted beside them by whoever wrote them."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

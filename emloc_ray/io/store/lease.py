@@ -45,12 +45,8 @@ class Holder:
 
 
 class Lease:
-    """One process's hold on a run; :meth:`take` it, :meth:`check` it before what must not be done twice, give it back.
-
-    Raises:
-        ArtifactError: in all its methods, where the store does not answer.
-        ConfigError: in :meth:`take`, where the store has no conditional writes.
-    """
+    """One process's hold on a run; :meth:`take` it, :meth:`check` it before what must not be done twice, give it back. All
+    raise ArtifactError where the store does not answer, :meth:`take` ConfigError where the store has no conditional writes."""
 
     def __init__(self, store: ObjectStore, name: str, after: int = 0, under: Lease | None = None) -> None:
         """``after``: a number that its own is to be above, as of what is left of runs removed since: it is the time in s;
@@ -68,10 +64,8 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def take(self, tell: Callable[[Holder], None] = lambda holder: None) -> Holder | None:
-        """Takes the lease, also from a holder that is stale; else returns who holds it.
-
-        ``tell`` gets a holder that is not stale yet, which is then watched until it renews its hold, gives it back, or is stale.
-        """
+        """Takes the lease, also from a holder that is stale; else returns who holds it. ``tell`` gets a holder that is not
+        stale yet, which is then watched until it renews its hold, gives it back, or is stale."""
         current = _find(self._store)
         if current is not None and not current.is_stale(self._now()):
             tell(current)
@@ -91,10 +85,8 @@ class Lease:
         return None
 
     def check(self) -> None:
-        """Raises TakenOver where another process has taken the lease, because this one could not renew it in time.
-
-        Where the last renewal is old, it is renewed here and now: nobody else takes it within the next ``STALE_S / 2``.
-        """
+        """Raises TakenOver where another process has taken the lease, because this one could not renew it in time. Where the
+        last renewal is old, it is renewed here and now: nobody else takes it within the next ``STALE_S / 2``."""
         if self._under is not None:
             self._under.check()
             return
@@ -167,11 +159,8 @@ class Lease:
 
 
 def find_holder(store: ObjectStore) -> str | None:
-    """The process that holds the run at ``store`` and is alive by this machine's clock, or None; nothing is written.
-
-    Raises:
-        ArtifactError: where the store does not answer.
-    """
+    """The process that holds the run at ``store`` and is alive by this machine's clock, or None; nothing is written. Raises
+    ArtifactError where the store does not answer."""
     current = _find(store)
     return None if current is None or current.is_stale(time.time()) else current.name
 

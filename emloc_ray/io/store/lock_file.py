@@ -1,10 +1,8 @@
 """Who holds a run in a file system: a lock of the operating system on a file that names its holder.
 
-Where a server of files loses a lock, or somebody removes the file, two processes may each take the run for theirs: so what
-the file is, and whom it names, is compared before every write in the run, by its workers too.
+Where the lock is lost, or somebody removes the file, two processes may each take the run for theirs: so what the file is, and
+whom it names, is compared before every write in the run, by its workers too.
 """
-
-from __future__ import annotations
 
 import contextlib
 import fcntl

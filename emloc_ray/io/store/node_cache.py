@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ from emloc_ray.io.store.node_copies import (
     write_note,
     write_small,
 )
-from emloc_ray.io.store.replacing import replacing
+from emloc_ray.io.store.replacing import remove, replacing
 
 if TYPE_CHECKING:
     from emloc_ray.io.store.object_store import ObjectStore
@@ -74,11 +73,8 @@ def _store(place: str) -> ObjectStore:
 
 def mirror(uri: str, lease: int | None = None) -> Path:
     """The place of a run at ``uri`` on every node, for the holder of the lease of this number: below ``EMLOC_RAY_CACHE``, or
-    the directory for temporary files.
-
-    Raises:
-        ConfigError: where obstore cannot open it, or it is too long for the name of a directory.
-    """
+    the directory for temporary files. Raises ConfigError where obstore cannot open it, or it is too long for the name of a
+    directory."""
     folder = MARK + quote(_store(uri).uri + ("" if lease is None else f"#{lease}"), safe="")
     if len(folder) > _MAX_NAME:
         raise ConfigError(f"run_dir {uri} is longer than a directory's name may be: shorten it.")
@@ -100,10 +96,8 @@ _check_owner = functools.lru_cache(maxsize=16)(check_owner)  # once a process
 
 
 def publish(path: Path, *, whole: bool = False) -> None:
-    """Gives a file, or all files below a directory, to the store that it mirrors.
-
-    What is ``whole``, to which nobody will add, this node keeps as it keeps what it fetches: until it needs the room.
-    """
+    """Gives a file, or all files below a directory, to the store that it mirrors. What is ``whole``, to which nobody will add,
+    this node keeps as it keeps what it fetches: until it needs the room."""
     here = origin(path)
     # What is unfinished has its own name only when it is whole.
     if here is None or _is_unfinished(here.path) or publish_plain(path, path):
@@ -133,10 +127,7 @@ def _publish_file(file: Path, whole: bool) -> None:
 
 def ensure(path: Path, *, weights: bool = True) -> None:
     """Makes a file, or all files below a directory, present and current on this node; but for safetensors without ``weights``.
-
-    Raises:
-        ArtifactError: where the store cannot be read, or a file's content is not what its key names.
-    """
+    Raises ArtifactError where the store cannot be read, or a file's content is not what its key names."""
     here = origin(path)
     if here is None:
         return
@@ -171,11 +162,8 @@ def _ensure_file(file: Path, info: Stored, begun: float) -> None:
 
 @contextlib.contextmanager
 def open_artifact(path: Path) -> Iterator[tuple[IO[bytes], int]]:
-    """A file and its size, to read some of it: from this node where it is current here, else by ranges from the store.
-
-    Raises:
-        FileNotFoundError: where there is none.
-    """
+    """A file and its size, to read some of it: from this node where it is current here, else by ranges from the store. Raises
+    FileNotFoundError where there is none."""
     with open_newest(path) as (stream, size, _):
         yield stream, size
 
@@ -196,11 +184,8 @@ def open_newest(path: Path) -> Iterator[tuple[IO[bytes], int, str | None]]:
 
 
 def open_version(path: Path, version: str | None) -> IO[bytes]:
-    """A file as :func:`open_newest` found it, from this node, fetched where another version is here or none.
-
-    Raises:
-        FileNotFoundError: where there is none in a file system.
-        ArtifactError: where the store holds another version by now, or none.
+    """A file as :func:`open_newest` found it, from this node, fetched where another version is here or none. Raises
+    FileNotFoundError where there is none in a file system, ArtifactError where the store holds another version by now, or none.
     """
     here = origin(path)
     if here is None or version is None:
@@ -236,10 +221,8 @@ def local_only(path: Path) -> Path:
 
 
 def hashes(path: Path) -> dict[Path, str]:
-    """The files below a directory, or a file itself, as all nodes see them, with the SHA-256 of their content.
-
-    A file that :func:`emloc_ray.io.store.atomic.atomic_file` wrote is not read for it again.
-    """
+    """The files below a directory, or a file itself, as all nodes see them, with the SHA-256 of their content. A file that
+    :func:`emloc_ray.io.store.atomic.atomic_file` wrote is not read for it again."""
     here = origin(path)
     if here is not None:
         return {file: info.sha256 for file, info in _stored(here, path).items()}
@@ -268,10 +251,7 @@ def forget(path: Path) -> None:
 def discard(path: Path) -> None:
     """Removes a file or directory, for all nodes."""
     forget(path)
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    remove(path)
 
 
 def _stored(here: Origin, path: Path) -> dict[Path, Any]:

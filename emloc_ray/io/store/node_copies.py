@@ -4,8 +4,6 @@ A run's place on the node is a folder whose name begins with :data:`MARK`. Besid
 holds as long as the file is the same, and whose time says when the copy was last used.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import glob
@@ -120,11 +118,8 @@ def write_small(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def alone(root: Path, key: str, waits: bool = True, patience_s: float = PATIENCE_S) -> Iterator[None]:
-    """One worker of a node at a time, but for who has waited for ``patience_s``: two that do the same do no harm.
-
-    Raises:
-        BlockingIOError: where it is another's turn and this one does not wait.
-    """
+    """One worker of a node at a time, but for who has waited for ``patience_s``: two that do the same do no harm. Raises
+    BlockingIOError where it is another's turn and this one does not wait."""
     lock = root / ".locks" / quote(key, safe="")[-_MAX_NAME:]
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a+") as file:
@@ -138,10 +133,7 @@ def alone(root: Path, key: str, waits: bool = True, patience_s: float = PATIENCE
 def make_room(root: Path, needed: int, kept_since: float = math.inf) -> None:
     """Drops the copies that were used longest ago until the disk has room for a file and a share of it stays free, and all
     copies together take no more than ``EMLOC_RAY_CACHE_SIZE`` (such as 150GiB), where that is set. What was used in the last
-    minutes stays, and since ``kept_since``, in s since 1970.
-
-    What is no copy of what a store holds stays: hidden states, logs, what is on its way to the store.
-    """
+    minutes stays, and since ``kept_since``, in s since 1970; so does what is no copy of what a store holds."""
     if _missing(root, needed) <= 0:
         return
     with alone(root.parent, "room"):

@@ -36,6 +36,7 @@ class ObjectStore(Objects):
         super().__init__(uri, key, timeout_s)
         self.lease = lease
         self._manifest: tuple[Version, dict[str, Any]] | None = None
+        self._written: dict[str, Version] = {}  # by path, what :meth:`write_held` put last
 
     def versions(self, path: str, manifest: Mapping[str, Any] | None = None) -> dict[str, Stored]:
         """The objects of a file, or of all files below a directory, by the file's path from ``path`` on ("": itself).
@@ -99,9 +100,11 @@ class ObjectStore(Objects):
             self.write(path, content)
             return
         while True:  # in this process another thread may write it too
-            known = self.version(path)
+            known = self._written.pop(path, None) or self.version(path)
             self.checked_manifest()
-            if self.replace(path, content, known) is not None:
+            version = self.replace(path, content, known)
+            if version is not None:
+                self._written[path] = version
                 return
 
     def add_version(self, path: str, file: Path) -> str:

@@ -1,7 +1,5 @@
 """The objects below one URI, by obstore: listed, read whole or by ranges, put on condition; requests are tried again."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import io
@@ -16,7 +14,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError,
 
 from emloc_ray.errors import ArtifactError, ConfigError
 
-ATTEMPTS = 3  # of a request whose answer breaks off; obstore tries those that are refused
+ATTEMPTS = 5  # of a request whose answer breaks off; obstore tries those that are refused
 FIRST_PAUSE_S = 0.5
 REQUEST_S = 120.0  # of one part of a large file
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -56,10 +54,8 @@ class Stored:
 class Objects:
     """What lies under one URI.
 
-    Every call is tried a few times, with growing pauses: stores answer 503 when they are busy, and connections break.
-
-    Raises:
-        ConfigError: naming the config's ``key``, where the URI holds credentials or names no store.
+    Every call is tried a few times, with growing pauses: stores answer 503 when they are busy, and connections break. Raises
+    ConfigError, naming the config's ``key``, where the URI holds credentials or names no store.
     """
 
     def __init__(self, uri: str, key: str = "run_dir", timeout_s: float = REQUEST_S) -> None:
@@ -156,9 +152,7 @@ class Objects:
 
     def replace(self, path: str, content: bytes, known: Version | None) -> Version | None:
         """Puts a small object in the place of the version ``known`` (None: of nothing); None where another is there by now.
-
-        What was put, though the answer was lost, is found by its content.
-        """
+        What was put, though the answer was lost, is found by its content."""
         key = self.key(path)
         mode: Any = "create" if known is None else dict(known)
 

@@ -1,6 +1,6 @@
 """Places of runs and data: paths, and URIs of object stores."""
 
-from __future__ import annotations
+from pathlib import Path
 
 
 def is_store_uri(place: str) -> bool:
@@ -18,3 +18,8 @@ def above(place: str, levels: int) -> str:
     """The object store's place that another is so many levels inside of: what :func:`below` was given."""
     path, mark, query = place.partition("?")
     return path.rstrip("/").rsplit("/", levels)[0] + mark + query
+
+
+def looked_in(path: Path) -> str:
+    """The directory in which a relative path was looked for, for errors: `` in /home/me``."""
+    return "" if path.is_absolute() else f" in {Path.cwd()}"

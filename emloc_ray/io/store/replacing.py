@@ -1,7 +1,5 @@
 """A file or a folder put in the place of another at once."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -12,10 +10,8 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """A name beside ``path`` for a file or folder that takes its place when the block ends without an error.
-
-    It is on disk before it has its name, and so is the name; not ``durable``, a crash of the machine may lose it.
-    """
+    """A name beside ``path`` for a file or folder that takes its place when the block ends without an error. It is on disk
+    before it has its name, and so is the name; not ``durable``, a crash of the machine may lose it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -23,10 +19,10 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         if durable:
             _fsync(temporary)
         if temporary.is_dir():
-            _remove(path)
+            remove(path)
         temporary.replace(path)
     finally:
-        _remove(temporary)  # also after the replacement: of two names of one file it leaves both
+        remove(temporary)  # also after the replacement: of two names of one file it leaves both
     if durable:
         _fsync_one(path.parent)
 
@@ -45,7 +41,8 @@ def _fsync_one(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Removes a file or directory of this node."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

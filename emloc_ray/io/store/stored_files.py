@@ -3,8 +3,6 @@
 ``%`` in a URI escapes what is not to be taken for a part of it, and options follow a ``?``.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import functools
 import re
@@ -24,11 +22,8 @@ def find_stored(pattern: str, key: str, suffixes: Collection[str]) -> list[str]:
     """The URIs of the file, the files of the glob, or the files below the directory with ``suffixes``, that a URI names.
 
     A glob is read as ``glob.glob(recursive=True)`` reads it, but for ``?``, which has to be ``%3F``. The order is that of
-    sorted :class:`pathlib.Path` s.
-
-    Raises:
-        ConfigError: naming the config's ``key``, where the URI holds credentials or names no store.
-        ArtifactError: where the store does not answer.
+    sorted :class:`pathlib.Path` s. Raises ConfigError, naming the config's ``key``, where the URI holds credentials or names no
+    store, ArtifactError where the store does not answer.
     """
     store, path = _place(pattern, key)
     try:
@@ -62,12 +57,8 @@ def shown(place: str) -> str:
 
 
 class StoredFile(ObjectFile):
-    """A file of a user's, by its URI.
-
-    Raises:
-        FileNotFoundError: where there is none.
-        ArtifactError: where the store does not answer, here or while it is read.
-    """
+    """A file of a user's, by its URI. Raises FileNotFoundError where there is none, ArtifactError where the store does not
+    answer, here or while it is read."""
 
     def __init__(self, uri: str) -> None:
         store, path = _place(uri, "data")

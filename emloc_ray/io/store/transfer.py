@@ -1,7 +1,5 @@
 """A file of one place put into another as cheaply as the two allow: linked, copied by the store itself, or through this node."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -27,13 +25,9 @@ def transfer(source: Path, target: Path, size: int, sha256: str) -> None:
     """Makes ``target`` a file of the same content as ``source``, atomically; either may mirror an object store.
 
     On one file system it shares the blocks of ``source`` where that can be (a reflink), else it is a read-only hard link,
-    checked by size. Within one store the store copies the object, whose key names its
-    content. Otherwise the content goes through this node, and is checked by ``sha256``.
-
-    Raises:
-        FileNotFoundError: where there is no ``source``.
-        DamagedArtifactError: where ``source`` is not of this size or content; ``target`` is as it was, or gone.
-        ArtifactError: where a store cannot be reached.
+    checked by size. Within one store the store copies the object, whose key names its content. Otherwise the content goes
+    through this node, and is checked by ``sha256``. Raises FileNotFoundError where there is no ``source``, DamagedArtifactError
+    where it is not of this size or content (``target`` is as it was, or gone), ArtifactError where a store cannot be reached.
     """
     here, there = origin(source), origin(target)
     if here is None:

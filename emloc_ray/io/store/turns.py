@@ -1,7 +1,5 @@
 """Whose turn it is, by the system's lock of a file that names its holder: long waits for others are told, and bounded."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import logging
@@ -23,11 +21,8 @@ def own_name() -> str:
 
 
 def try_lock(file: IO[str]) -> bool:
-    """Takes the lock of a file that is open in mode "a+", and writes this process's name there; whether it was free.
-
-    Raises:
-        OSError: where the file system has no locks.
-    """
+    """Takes the lock of a file that is open in mode "a+", and writes this process's name there; whether it was free. Raises
+    OSError where the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

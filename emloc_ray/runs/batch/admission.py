@@ -1,8 +1,5 @@
-"""Decides which waiting stages of many tasks start, by order and by what fits.
-
-Ray places work, moves data and retries, but has no priorities: it gets stages in the order of this module, and no more than
-fit.
-"""
+"""Decides which waiting stages of many tasks start, by order and by what fits: Ray places work, moves data and retries, but has
+no priorities."""
 
 from __future__ import annotations
 
@@ -51,10 +48,8 @@ class Amount:
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage asks for: ``workers``, or ``least`` and more where workers share a bag of tasks.
-
-    A stage whose workers work in step has ``least == workers``; ``1 <= least <= workers``.
-    """
+    """The workers that a stage asks for: ``workers``, or any number from ``least`` up where they share a bag of tasks. A stage
+    whose workers work in step has ``least == workers``; ``1 <= least <= workers``."""
 
     per_worker: Amount
     workers: int
@@ -134,10 +129,8 @@ class AdmissionQueue:
 
 
 class Admission:
-    """The queue for threads, one a task: each waits until its stage may start.
-
-    A thread with a running stage must not ask for another: a stage that has to run alone would wait for it, and it for that.
-    """
+    """The queue for threads, one a task: each waits until its stage may start. A thread must not ask for a second stage while
+    its first one runs: each could wait for the other."""
 
     def __init__(self) -> None:
         self.queue = AdmissionQueue()
@@ -152,11 +145,8 @@ class Admission:
 
     @contextmanager
     def admitted(self, ticket: Ticket, stopped: Callable[[], bool]) -> Iterator[int]:
-        """Waits until the stage may start, gives its number of workers, and releases them at the end of the block.
-
-        Raises:
-            Stopped: ``stopped()`` turned true before the stage could start.
-        """
+        """Waits until the stage may start, gives its number of workers, and releases them at the end of the block. Raises
+        Stopped where ``stopped()`` turned true before the stage could start."""
         try:
             yield self._wait(ticket, stopped)
         finally:

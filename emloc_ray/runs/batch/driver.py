@@ -25,7 +25,7 @@ from emloc_ray.runs.gauges import BatchGauges
 from emloc_ray.runs.remarks import of_machines
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.stages.ray.nodes import addable, alive, most
-from emloc_ray.stages.ray.session import connection, gpus_within_reach
+from emloc_ray.stages.ray.session import connection, gpus_within_reach, total
 from emloc_ray.text import size
 
 _ADVICE = "ask for less, or name in the batch's limits how far the cluster grows."
@@ -97,11 +97,11 @@ def run_batch(
         limits = batch.config.limits
         capacity = functools.partial(cluster_capacity, limits)
         lean = any(keeps_small(prepared.work.config(task)) for task in batch.tasks)
-        with connection(batch.ray.address, lean_memory=lean, **batch.ray.init_options) as started:
+        with connection(batch.ray.address, lean_memory=lean, **batch.ray.init_options) as started, prepared.work.actors:
             if not started:
                 prepared.work.with_gpus(gpus_within_reach())
             check_fit(prepared)
-            for remark in of_machines(prepared.work.config(task) for task in batch.tasks):
+            for remark in of_machines((prepared.work.config(task) for task in batch.tasks), total("CPU")):
                 tell(remark)
             gauges = BatchGauges(run.name, prepared.work.cache)
 
@@ -128,7 +128,8 @@ def check_fit(prepared: PreparedBatch) -> None:
 
 
 def cluster_capacity(limits: LimitsConfig) -> Amount:
-    """The CPUs, GPUs and memory of the cluster, with all that an autoscaler may add, or the batch's ``limits`` of them."""
+    """The batch's ``limits`` of CPUs, GPUs and memory; without a limit the cluster's, with all that an autoscaler may
+    add."""
     whole = _amount(most())
     return Amount(
         whole.cpus if limits.cpus is None else limits.cpus,

@@ -1,7 +1,5 @@
 """Expands a grid of settings into points, each with a unique name that is safe for a directory."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

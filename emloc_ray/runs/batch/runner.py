@@ -1,7 +1,5 @@
 """Runs a batch: every task is a pipeline in its own thread, whose stages are admitted one by one."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -72,14 +70,12 @@ class BatchRun:
         self._task_ended = threading.Event()
         self.write_s = _WRITE_S
         self._written = (-1, 0.0)
+        self._last: BatchState | None = None  # as written
 
     def run(self) -> BatchState:
-        """Runs until every task is over; cancels those whose cancel file appears.
-
-        Raises:
-            StageError: where another process took the batch over, while this one was cut off from its object store.
-            KeyboardInterrupt: after the running stages were stopped, or a minute has passed.
-        """
+        """Runs until every task is over; cancels those whose cancel file appears. Raises StageError where another process took
+        the batch over, while this one was cut off from its object store, KeyboardInterrupt after the running stages were
+        stopped, or a minute has passed."""
         self._write()  # at once, for status and cancel
         try:
             while True:
@@ -156,9 +152,9 @@ class BatchRun:
             self._attempt(self._write)
 
     def _write(self) -> None:
-        version = self.board.version
-        write_state(self.directory, self.board.state())
-        self._written = (version, time.monotonic())
+        version, state = self.board.version, self.board.state()
+        write_state(self.directory, state, self._last)
+        self._written, self._last = (version, time.monotonic()), state
 
     def _attempt(self, action: Callable[[], None]) -> None:
         """Tries an action; where a disk is full or a store does not answer, says so once and leaves it to the next tick."""

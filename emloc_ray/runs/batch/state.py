@@ -1,6 +1,4 @@
-"""The state of a batch's tasks: ``batch.json`` in its directory, and the board that its threads write to."""
-
-from __future__ import annotations
+"""The state of a batch's tasks: ``batch.json`` and its parts in the directory, and the board that threads write to."""
 
 import dataclasses
 import json
@@ -8,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
@@ -20,17 +19,16 @@ from emloc_ray.runs.reporter import Reporter
 
 STATE = "batch.json"
 _CANCEL = "cancel-"
-_FORMAT = 2
+_FORMAT = 3
+_TASKS_A_PART = 50
 
 Status = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
 @dataclass(frozen=True)
 class TaskState:
-    """The state of one task; times in seconds since 1970, ``seconds`` of its stages in all tries.
-
-    ``stage`` is the one that it runs, waits for or ended in; ``units`` how many of its units are done, and how many there are.
-    """
+    """The state of one task; times in seconds since 1970, ``seconds`` of its stages in all tries. ``stage`` is the one that it
+    runs, waits for or ended in; ``units``: those done of this stage, and all."""
 
     name: str
     status: Status = "waiting"
@@ -51,7 +49,7 @@ class TaskState:
 
     @property
     def is_over(self) -> bool:
-        """Whether the present run of the batch is done with it."""
+        """Whether this run of the batch is done with the task."""
         return self.status in ("done", "failed", "cancelled")
 
 
@@ -67,7 +65,7 @@ class BatchState:
         return sum(task.status in statuses for task in self.tasks)
 
 
-_WRITTEN = TypeAdapter(BatchState)
+_PART = TypeAdapter(tuple[TaskState, ...])
 
 
 def is_batch(run: RunDirectory) -> bool:
@@ -77,38 +75,56 @@ def is_batch(run: RunDirectory) -> bool:
 
 
 def read_state(run: RunDirectory) -> BatchState | None:
-    """The content of ``batch.json``; None where there is none.
-
-    Raises:
-        ArtifactError: where it is unreadable, or of another version.
-    """
+    """What ``batch.json`` and its parts say; None where there is none. Raises ArtifactError where one of them is unreadable, or
+    of another version."""
     if not is_batch(run):
         return None
     path = run.path(STATE)
     try:
-        values: Any = json.loads(path.read_text())
-        if values["format"] != _FORMAT:
+        head: Any = json.loads(path.read_text())
+        if head["format"] != _FORMAT:
             raise ValueError
-        return _WRITTEN.validate_python(values)
-    except (ValueError, TypeError, KeyError) as error:
+        parts = (_read_part(run, number) for number in range(head["parts"]))
+        return BatchState(float(head["started_at"]), tuple(task for part in parts for task in part))
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(
             f"{path} is of another version of emloc_ray, or damaged: remove it, and the batch checks every task again."
         ) from error
 
 
-def write_state(run: RunDirectory, state: BatchState) -> None:
-    """Writes ``batch.json``, whole."""
-    tasks = [vars(task) for task in state.tasks]
-    write_json(run.path(STATE), {"format": _FORMAT, "started_at": state.started_at, "tasks": tasks})
+def _read_part(run: RunDirectory, number: int) -> tuple[TaskState, ...]:
+    path = _part_path(run, number)
+    ensure(path)
+    return _PART.validate_json(path.read_bytes())
+
+
+def _part_path(run: RunDirectory, number: int) -> Path:
+    return run.path(f"batch-{number:03}.json")
+
+
+def write_state(run: RunDirectory, state: BatchState, before: BatchState | None = None) -> None:
+    """Writes the state in parts of 50 tasks: those that differ from ``before``; all, then ``batch.json``, where that is
+    None.
+
+    To write all parts whenever a task ends would write bytes that grow with the square of the number of tasks.
+    """
+    parts, old = _parts(state), [] if before is None else _parts(before)
+    for number, part in enumerate(parts):
+        if before is None or part != old[number]:
+            write_json(_part_path(run, number), [vars(task) for task in part])
+    if before is None:
+        write_json(run.path(STATE), {"format": _FORMAT, "started_at": state.started_at, "parts": len(parts)})
+
+
+def _parts(state: BatchState) -> list[tuple[TaskState, ...]]:
+    return [state.tasks[k : k + _TASKS_A_PART] for k in range(0, len(state.tasks), _TASKS_A_PART)]
 
 
 def cancel(run: RunDirectory, names: Sequence[str], undo: bool = False) -> bool:
     """Cancels tasks, in this run of the batch and later ones, by a file that holds the name; ``undo`` removes the file.
 
-    Returns whether a process runs the batch now.
-
-    Raises:
-        ConfigError: where it is no batch, a task is unknown or over, or ``undo`` is asked of a running batch.
+    Returns whether a process runs the batch now. Raises ConfigError where it is no batch, a task is unknown or over, or
+    ``undo`` is asked of a running batch.
     """
     state, holder = read_state(run), run.holder()
     if state is None:

@@ -1,7 +1,5 @@
 """Writes ``summary.parquet``, a batch's results as a table, a row a task."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

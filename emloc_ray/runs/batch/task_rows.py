@@ -1,7 +1,5 @@
 """Reads a batch's tasks: the rows of a table, the YAML files of a directory, or mappings in the batch file."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
@@ -19,7 +17,7 @@ _TEXTS = {"name", "base"}  # columns of a CSV file that stay text: 007 is no num
 
 @dataclass(frozen=True)
 class TaskRow:
-    """A task's keys, nested or dotted; its file and row; the directory where the path of its ``base`` begins."""
+    """A task's keys, nested or dotted; its file and row; the directory that its ``base`` is relative to."""
 
     values: dict[Any, Any]
     where: str

@@ -4,8 +4,6 @@ A task's keys override its base, the grid overrides both, the command line overr
 anything starts, and one that many tasks share comes once.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import os
@@ -62,10 +60,8 @@ class Batch:
 def read_batch(path: str | Path, overrides: Sequence[str] = ()) -> Batch:
     """Reads a batch file; a ``key=value`` override sets the batch's own key, or that key of every task.
 
-    Paths of ``base`` and ``tasks`` are relative to their file; on the command line, to the working directory.
-
-    Raises:
-        ConfigError: with every error of all tasks at once, one sentence a line.
+    Paths of ``base`` and ``tasks`` are relative to their file; on the command line, to the working directory. Raises
+    ConfigError with every error of all tasks at once, one sentence a line.
     """
     path = Path(path)
     values = read_mapping(path, f"Batch {path}", "it needs at least run_dir, and tasks or grid")
@@ -73,7 +69,7 @@ def read_batch(path: str | Path, overrides: Sequence[str] = ()) -> Batch:
 
 
 def compose_batch(values: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Batch:
-    """As :func:`read_batch`, from the values of the file at ``path``, or made from it."""
+    """As :func:`read_batch`, from ``values`` that were read from the file at ``path`` or derived from it."""
     values, unset = with_variables(values)
     where = f"{path} and its overrides" if overrides else str(path)
     if unset:

@@ -22,6 +22,7 @@ from emloc_ray.runs.changes import find_changes
 from emloc_ray.runs.reporter import Reporter, Reporters
 from emloc_ray.runs.versions import check_versions
 from emloc_ray.stages.order import STEPS
+from emloc_ray.stages.ray.final_actor import FinalActors
 from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.text import listed
 
@@ -81,9 +82,10 @@ class PipelineWork:
         self.cache, self.reporter = cache, reporter or Reporter()
         self._ready: dict[str, tuple[Prepared, Plan]] = {}
         self._gpus: float | None = None  # of a Ray that was there already
+        self.actors = FinalActors("a batch" if batch is None else batch.place)
 
     def with_gpus(self, available: float) -> None:
-        """Plans every task anew whose workers take a GPU where Ray has or can add so many, and those that come later so."""
+        """Plans with the GPUs that Ray has or can add: anew where a task's workers use another number, and later tasks."""
         self._gpus = available
         for name, (prepared, _) in [*self._ready.items()]:
             changed = prepared.with_gpus(available)
@@ -120,16 +122,16 @@ class PipelineWork:
         return ready
 
     def changes(self, tasks: Sequence[Task]) -> list[str]:
-        """What the tasks would redo or remove of their finished stages: a sentence for all that would do the same."""
+        """What the tasks would redo or remove of their finished stages: one sentence for all tasks with the same answer."""
         sentences: dict[str, list[str]] = {}
         for task in tasks:
             changes = find_changes(self._prepare(task)[0])
             if changes is not None:
-                sentences.setdefault(changes.sentence, []).append(task.name)
+                sentences.setdefault(changes, []).append(task.name)
         return [f"task {listed(names)}: {sentence}" for sentence, names in sentences.items()]
 
     def config(self, task: Task) -> RunConfig:
-        """The task's config, its workers' GPUs decided."""
+        """The task's config, with the GPUs of its workers decided."""
         return self._prepare(task)[0].config
 
     def stages(self, task: Task) -> tuple[StagePlan, ...]:
@@ -155,6 +157,7 @@ class PipelineWork:
             cache=self.cache,
             accept_versions=self.accept_versions,
             batch=self.batch,
+            actors=self.actors,
             accept_changes=True,  # by whoever began the batch
         )
 

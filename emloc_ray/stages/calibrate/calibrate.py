@@ -1,7 +1,5 @@
 """Calibrate: token shards go to slots, a task each; Grams accumulate inside the tasks and are summed in slot order."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -27,28 +25,20 @@ from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file, l
 from emloc_ray.stages.calibrate.thin_experts import Gathered, clear_thin, describe, gather_thin
 from emloc_ray.stages.ray.losses import Losses, Tell, causes, is_out_of_memory, unheard
 from emloc_ray.stages.ray.slots import run_slots, start_slot
-from emloc_ray.stages.ray.tasks import LOOK_S, Flight, Progress, Resources, bounded, set_threads, silent
+from emloc_ray.stages.ray.tasks import LOOK_S, Flight, Piece, Progress, Resources, run_tasks, set_threads, silent
 
 _GRAMS_PER_FILE = 4
 
 
 def calibrate(
-    job: CalibrationJob,
-    out_dir: Path,
-    resources: Resources,
-    progress: Progress = silent,
-    tell: Tell = unheard,
+    job: CalibrationJob, out_dir: Path, resources: Resources, progress: Progress = silent, tell: Tell = unheard
 ) -> dict[str, Any]:
     """Gathers every group's Gram over the job's token shards into ``out_dir``; each shard counts exactly once.
 
-    The shards go to slots in turn; a lost task is restarted and goes on from its slot's commit. Every task
-    holds the model as ``job.hold`` says; ``block_by_block`` takes all shards through one block after another.
-    All give the same Grams, up to rounding. Experts that were sent too few tokens get theirs in a second pass
-    (:mod:`emloc_ray.stages.calibrate.thin_experts`).
-
-    Raises:
-        NumericsError: where activations are NaN or Inf, naming the layer.
-        StageError: where a slot is lost more often than retries allow.
+    The shards go to slots in turn; a lost task is restarted and goes on from its slot's commit. Every task holds the model as
+    ``job.hold`` says, with the same Grams, up to rounding. Experts that were sent too few tokens get theirs in a second pass
+    (:mod:`emloc_ray.stages.calibrate.thin_experts`). Raises NumericsError where activations are NaN or Inf, naming the layer,
+    StageError where a slot is lost more often than retries allow.
     """
     num_shards = job.shards[1] - job.shards[0]
     num_slots = min(resources.num_workers, num_shards)
@@ -75,7 +65,7 @@ def calibrate(
 def gather_as_fits(
     job: CalibrationJob, out_dir: Path, gather: Callable[[CalibrationJob, Path], Gathered], tell: Tell
 ) -> tuple[CalibrationJob, Gathered]:
-    """What ``gather`` returns of the job; held block by block where a worker ran out of memory with a row at a time."""
+    """Calls ``gather`` with the job; again block by block where a worker ran out of memory with one row at a time."""
     try:
         return job, gather(job, out_dir)
     except Exception as error:
@@ -97,12 +87,7 @@ def _gather(
 
 
 def _reside(
-    job: CalibrationJob,
-    out_dir: Path,
-    num_slots: int,
-    resources: Resources,
-    progress: Progress,
-    losses: Losses,
+    job: CalibrationJob, out_dir: Path, num_slots: int, resources: Resources, progress: Progress, losses: Losses
 ) -> Gathered:
     """One pass over the shards for each wave of Grams."""
     counts: dict[str, int] = {}
@@ -126,7 +111,7 @@ def _reside(
         # A task that counted as lost, and was restarted, may still have committed after its successor did.
         ends = [shards[-1] for shards in work]
         while (safe := [last_shard(file) if exists(file) else -1 for file in slots]) != ends:
-            run_slots(start, work, "token shard", losses, of_all_waves, safe=safe)
+            run_slots(start, work, "token shard", losses, of_all_waves, safe=safe, planned_s=resources.planned_s)
         for slot, file in enumerate(slots):
             if rows := smaller_batch(file):
                 losses.tell(
@@ -146,15 +131,8 @@ def _reduce(
     """Sums the slots, a file of a few Grams a task; as many tasks at once as the stage has workers, without their GPUs."""
     parts = [list(names[start : start + _GRAMS_PER_FILE]) for start in range(0, len(names), _GRAMS_PER_FILE)]
     files = [f"{prefix}-{number + 1:05d}-of-{len(parts):05d}.safetensors" for number in range(len(parts))]
-    task = dataclasses.replace(resources, gpus_per_worker=0).task(_reduce_part)
-
-    def submit(file: str, part: list[str]) -> Any:
-        return task.options(name=f"{losses.stage}: {file}").remote(list(slots), part, out_dir / file)
-
-    submits = [
-        (f"the sum {file}", functools.partial(submit, file, part)) for file, part in zip(files, parts, strict=True)
-    ]
-    results = bounded(submits, resources.num_workers, losses)
+    pieces = [(f"the sum {file}", (part, out_dir / file)) for file, part in zip(files, parts, strict=True)]
+    results = run_tasks(_reduce_part, list(slots), pieces, dataclasses.replace(resources, gpus_per_worker=0), losses)
     counts: dict[str, int] = {name: count for result in results for name, count in result.items()}
     return counts, {name: file for file, part in zip(files, parts, strict=True) for name in part}
 
@@ -167,12 +145,7 @@ def _reduce_part(slots: list[Path], names: list[str], path: Path) -> dict[str, i
 
 
 def _stream(
-    job: CalibrationJob,
-    out_dir: Path,
-    num_slots: int,
-    resources: Resources,
-    progress: Progress,
-    losses: Losses,
+    job: CalibrationJob, out_dir: Path, num_slots: int, resources: Resources, progress: Progress, losses: Losses
 ) -> Gathered:
     """Every slot at its own pace through the blocks; a block's Grams are summed once all slots have passed it."""
     options = dict(job.model_options)
@@ -195,15 +168,19 @@ def _stream(
             parts = [part_file(out_dir, s, num_slots, block) for s in range(num_slots)]
             task = reduce.options(name=f"calibrate: {files[block].name}")
             submit = functools.partial(task.remote, parts, names[block], files[block])
-            flight.add(f"the sum of block {block}", submit)
+            sums.append(Piece(f"the sum of block {block}", submit))
+            flight.add(sums[-1])
         passed[slot] = position
         flight.pump()
 
-    with Flight(num_slots, losses) as flight:
-        run_slots(start, [range(num_blocks)] * num_slots, "block", losses, progress, done)
+    sums: list[Piece] = []
+    with Flight(num_slots, losses, resources.planned_s) as flight:
+        run_slots(
+            start, [range(num_blocks)] * num_slots, "block", losses, progress, done, planned_s=resources.planned_s
+        )
         while flight.pump(LOOK_S):
             pass
-    counts = {name: count for block in flight.results.values() for name, count in block.items()}
+    counts = {name: count for block in sums for name, count in block.result.items()}
     return counts, {name: files[block].name for block in range(num_blocks) for name in names[block]}
 
 

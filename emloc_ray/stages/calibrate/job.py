@@ -24,8 +24,8 @@ BLOCKS = "block_by_block"
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels that gradients are of: drawn, by ``seed``, from the model's predictions of ``loss_on``, the tokens of the
-    ``completion`` or ``all``."""
+    """The labels of the loss whose gradients are summed: drawn, by ``seed``, from the model's own predictions of the
+    ``loss_on`` tokens, ``completion`` or ``all``."""
 
     loss_on: str = "completion"
     seed: int = 0
@@ -36,15 +36,13 @@ class CalibrationJob:
     """Artifact paths and flat settings; ``groups`` are linears that read the same tensor.
 
     ``waves`` splits the groups into parts whose Grams are gathered one part after the other, each in a pass of its own.
-    ``shards`` are the token shards that count, ``[begin, end)``. ``inputs`` hashes what hidden states depend on.
-    ``streams`` says which tokens a group's linears read, by the first one's name, where not those of the row; ``between``
-    are the linears outside all blocks, with the block that runs next.
-    ``experts`` are the groups of experts' linears, by their first one's name, with its inputs; those that are sent fewer
-    tokens than ``min_expert_tokens`` are seen to in a second pass, whose job has ``reread`` set.
-    ``hold`` is how a worker holds the model, see :mod:`emloc_ray.modeling.holding`; ``may_stream``: block by block, where that
-    turns out to take more memory than there is.
-    With ``gradients`` it is not what linears read that is summed up, but the gradients of what each of them gives: every
-    linear is a group of its own.
+    ``shards`` are the token shards that count, ``[begin, end)``. ``inputs`` hashes what hidden states depend on. ``streams``
+    maps a group's first linear to the tokens that the group reads, where not those of the row; ``between`` are the linears
+    outside all blocks, with the block that runs next. ``experts`` maps the first linear of each group of experts' linears to
+    its inputs; groups that are sent fewer tokens than ``min_expert_tokens`` get a second pass, whose job has ``reread`` set.
+    ``hold`` is how a worker holds the model, see :mod:`emloc_ray.modeling.holding`; ``may_stream``: whether it may change to
+    block by block when memory runs out. With ``gradients`` the sums are of the gradients of linears' outputs, not of their
+    inputs, and every linear is a group of its own.
     """
 
     model_dir: Path
@@ -69,7 +67,7 @@ class CalibrationJob:
 
     @property
     def step(self) -> str:
-        """The step of a run that it is the job of."""
+        """The name of the run's step whose job it is."""
         return "calibrate" if self.gradients is None else "gradients"
 
     def groups_of(self, block: str) -> list[tuple[str, ...]]:
@@ -83,12 +81,10 @@ class CalibrationJob:
 
 
 def go_on(job: CalibrationJob, out_dir: Path, inputs: Any, num_slots: int, auto: bool) -> CalibrationJob:
-    """The job as a killed try of the same ``inputs`` began it, held as it held the model, in its waves, so that its sums count;
-    as it is, over an empty ``out_dir``, where there was none, or where that would hold more than the job may now.
-
-    What ``auto`` chose, by the memory that was free, may be chosen differently now; slots that go block by block left hidden
-    states of their own shards alone.
-    """
+    """The job with the ``hold`` and the waves of a killed try of the same ``inputs``, so that its sums count: ``auto`` chose by
+    the memory that was free, and may choose otherwise now. The job itself, over an empty ``out_dir``, where there was none, it
+    held more than the job may now, or, block by block, it had another number of slots, each of which left the hidden states of
+    its own shards."""
     discard_unless(out_dir, inputs)
     job = dataclasses.replace(job, inputs=fingerprint([inputs, job.batch_size]))
     path = out_dir / _BEGUN

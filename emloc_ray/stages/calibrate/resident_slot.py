@@ -1,8 +1,6 @@
 """A calibration slot whose rows pass through the whole model: Grams accumulate in forward passes, sums of gradients in
 backward ones."""
 
-from __future__ import annotations
-
 import gc
 import json
 import time
@@ -39,7 +37,7 @@ class _Numbered:
 
 
 def smaller_batch(path: Path) -> int | None:
-    """The rows of a batch that the slot of ``path`` went on with, where more did not fit its memory."""
+    """The rows of the smaller batch that the slot of ``path`` went on with after it ran out of memory, if it did."""
     note = path.with_suffix(".batch.json")
     ensure(note)
     return int(json.loads(note.read_text())["rows"]) if note.is_file() else None

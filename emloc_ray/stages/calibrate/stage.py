@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def calibration_job(context: Context) -> CalibrationJob:
-    """Held as fits a worker's memory, in the waves that do."""
+    """The job of the Grams, with the hold and the waves that fit a worker's memory."""
     prepared, memory = context.prepared, context.memory
     hold, section = memory.calibration_hold(), prepared.config.calibration
     return CalibrationJob(
@@ -67,13 +67,19 @@ def experts(context: Context) -> tuple[tuple[str, int], ...]:
     return tuple((spec.name, spec.in_features) for spec in firsts if spec.routed_share is not None)
 
 
-def _gram_inputs(context: Context) -> Inputs:
-    section = context.prepared.config.calibration
+def _pass_inputs(context: Context) -> Inputs:
     return {
         "model": context.model_key,
         "options": context.model_options,
         "data": context.split_key("calibration"),
-        "tokens": section.tokens,
+        "tokens": context.prepared.config.calibration.tokens,
+    }
+
+
+def _gram_inputs(context: Context) -> Inputs:
+    section = context.prepared.config.calibration
+    return {
+        **_pass_inputs(context),
         "groups": context.gram_groups(),
         **({"min_expert_tokens": section.min_expert_tokens} if experts(context) else {}),
     }
@@ -81,15 +87,11 @@ def _gram_inputs(context: Context) -> Inputs:
 
 def gradient_inputs(context: Context) -> Inputs:
     """What the sums of gradients are made of."""
-    config = context.prepared.config
     return {
-        "model": context.model_key,
-        "options": context.model_options,
-        "data": context.split_key("calibration"),
-        "tokens": config.calibration.tokens,
+        **_pass_inputs(context),
         "linears": context.layout.weighed,
         "loss_on": context.loss_on(),
-        "seed": config.seed,
+        "seed": context.prepared.config.seed,
     }
 
 

@@ -1,7 +1,5 @@
 """A calibration slot whose model is larger than its worker: one block's weights at a time, hidden states on disk."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -46,10 +44,8 @@ def _node_file(out_dir: Path, slot: int, num_slots: int) -> Path:
 
 
 def outputs_file(out_dir: Path, position: int, shard: int, inputs: str = "") -> Path:
-    """Where the outputs of a block and of those before it that are still needed are, for one token shard.
-
-    Nobody clears them on other nodes, where a calibration of other ``inputs`` may find them.
-    """
+    """The file of one token shard's outputs: those of a block, and of earlier blocks that later ones read. Its name has the
+    ``inputs``: on other nodes nobody removes the files of an earlier calibration."""
     return _hidden(out_dir) / inputs / f"block-{position:05d}" / f"shard-{shard:05d}.safetensors"
 
 
@@ -58,11 +54,8 @@ def _hidden(out_dir: Path) -> Path:
 
 
 class StreamedSlot:
-    """Takes its shards through one block after another; a block is safe once its Grams are written.
-
-    At any time the disk holds the hidden states of two blocks for the slot's shards, and whatever earlier outputs
-    later blocks read.
-    """
+    """Takes its shards through one block after another; a block is safe once its Grams are written. The disk holds the hidden
+    states of two blocks for the slot's shards, and whatever earlier outputs later blocks read."""
 
     def __init__(
         self, job: CalibrationJob, out_dir: Path, slot: int, num_slots: int, num_blocks: int, threads: int

@@ -1,7 +1,5 @@
 """Experts that the router sent too few tokens to: their Grams are gathered anew, over all tokens of their block."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,10 +21,7 @@ def thin_names(job: CalibrationJob, counts: Mapping[str, int]) -> list[str]:
 
 
 def gather_thin(
-    job: CalibrationJob,
-    out_dir: Path,
-    first: Gathered,
-    gather: Callable[[CalibrationJob, Path], Gathered],
+    job: CalibrationJob, out_dir: Path, first: Gathered, gather: Callable[[CalibrationJob, Path], Gathered]
 ) -> tuple[Gathered, dict[str, int]]:
     """Has ``gather`` run all tokens through the experts that saw too few, and takes those Grams instead.
 
@@ -64,11 +59,8 @@ def clear_thin(out_dir: Path) -> None:
 
 
 def describe(job: CalibrationJob, counts: Mapping[str, int], routed: Mapping[str, int]) -> dict[str, Any]:
-    """In numbers, for the stage's result: how many experts there are, how many saw too few tokens and what was done.
-
-    ``counts`` are the tokens of the Grams as they are now, ``routed`` those of the Grams that were replaced. Empty for a
-    model without experts.
-    """
+    """In numbers, for the stage's result: how many experts there are, how many saw too few tokens and what was done; empty for
+    a model without. ``counts`` are the tokens of the Grams as they are now, ``routed`` those of the Grams that were replaced."""
     if not job.experts:
         return {}
     sent = {name: routed.get(name, counts[name]) for name, _ in job.experts}

@@ -1,8 +1,7 @@
-"""Correct: the emulator's difference is taken back out of the adapter, a Ray task for the linears that share a Gram; another
-scores the ways to do so, of which the best is written."""
+"""Correct: takes the emulator's difference out of the adapter, a Ray task for the linears that share a Gram; another task
+scores the candidates, and the best is written."""
 
-from __future__ import annotations
-
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, get_args
@@ -14,10 +13,11 @@ from emloc_ray.core.correction import Candidate, Method
 from emloc_ray.core.precision import exact_float32
 from emloc_ray.io.store.node_cache import discard, exists, sizes
 from emloc_ray.modeling.adapter_files import Adapter, copy_adapter, lora_form, write_adapter
+from emloc_ray.stages.correct.adapted import see_adapted_inputs
 from emloc_ray.stages.correct.job import CorrectionJob, ModuleGroup, module_groups
-from emloc_ray.stages.correct.modules import read_modules, see_differences, write_modules
+from emloc_ray.stages.correct.modules import Opened, read_modules, see_differences, write_modules
 from emloc_ray.stages.correct.scoring import Scoring, scored, selection_rows
-from emloc_ray.stages.correct.search import BEGUN, best_choice
+from emloc_ray.stages.correct.search import AUTO, best_choice
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.slots import run_slots, start_slot
 from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, run_tasks, silent
@@ -31,30 +31,30 @@ AS_TRAINED = {
 
 
 def candidates(method: str, clamp: float | None, strength: float) -> list[Candidate]:
-    """The candidates of a ``correction`` section: one, or with ``auto`` those that the search begins with."""
+    """The candidates of a ``correction`` section: one, or with ``auto`` those that are measured."""
     if method == "auto":
-        return list(BEGUN)
+        return list(AUTO)
     return [Candidate(m, clamp, strength) for m in get_args(Method) if m == method]
 
 
 def correct_adapter(
     job: CorrectionJob, progress: Progress = silent, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """Corrects every module on ``device``, chooses among the candidates on the selection split, writes ``job.out_dir``; in
-    this process.
-
-    Returns the choice, every candidate's loss, and each module's shortfall before and after.
-    """
+    """Corrects every module on ``device``, chooses among the candidates on the selection split, writes ``job.out_dir``; in this
+    process. Returns the choice, every candidate's loss, and each module's shortfall before and after."""
     discard(job.state_dir)
     plan = _Plan(job)
+    if plan.num_passes:
+        see_adapted_inputs(job)
+        progress(1, plan.total)
     for number, group in enumerate(plan.groups):
-        write_modules(group.path, see_differences(job, group, torch.device(device)))
-        progress(number + 1, plan.total)
+        write_modules(group.path, see_differences(plan.opened, group, torch.device(device)))
+        progress(plan.num_passes + number + 1, plan.total)
     if plan.num_scored:
         scoring = Scoring(job)
         for unit in range(plan.num_scored):
             scoring.accumulate(unit)
-            progress(len(plan.groups) + unit + 1, plan.total)
+            progress(plan.num_read + unit + 1, plan.total)
     result = finish(plan)
     discard(job.state_dir)
     return result
@@ -65,15 +65,20 @@ def correct(
 ) -> dict[str, Any]:
     """As :func:`correct_adapter`, in tasks; modules and losses that ``job.state_dir`` holds already are kept."""
     plan = _Plan(job)
+    if plan.num_passes:
+        run_tasks(see_adapted_inputs, job, [("the inputs in the emulator", ())], resources, Losses("correct", tell))
+        progress(1, plan.total)
     largest = sorted(plan.groups, key=_parameters, reverse=True)
     work = [(_names(bundle), (bundle, resources.device)) for bundle in bundles(largest, _parameters, resources)]
 
     def by_groups(done: int, _: int) -> None:
         # A worker with a GPU takes many groups one after another: their files tell how far it is.
-        progress(len(set(sizes(job.state_dir)) & paths) if resources.gpus_per_worker else done, plan.total)
+        done = len(set(sizes(job.state_dir)) & paths) if resources.gpus_per_worker else done
+        progress(plan.num_passes + done, plan.total)
 
     paths = {group.path for group in plan.groups}
-    run_tasks(read_groups, job, work, resources, Losses("correct", tell), by_groups)
+    if work:
+        run_tasks(read_groups, plan.opened, work, resources, Losses("correct", tell), by_groups)
     if plan.num_scored:
         units = range(plan.num_scored)
         arguments = ray.put(job), resources.threads
@@ -82,7 +87,8 @@ def correct(
             [units],
             "candidate",
             Losses("correct", tell),
-            lambda done, _: progress(len(plan.groups) + done, plan.total),
+            lambda done, _: progress(plan.num_read + done, plan.total),
+            planned_s=resources.planned_s,
         )
     return {"num_workers": resources.num_workers, **finish(plan)}
 
@@ -96,12 +102,24 @@ class _Plan:
         self.groups = [] if self.as_trained else module_groups(job, self.adapter.names)
         choosing = len(job.candidates) > 1 and not self.as_trained
         self.rows = selection_rows(job) if choosing else []
-        self.num_scored = job.num_scored if self.rows else 0
+        self.num_scored = len(job.candidates) if self.rows else 0
+        chooses_none = choosing and not self.rows
+        self.num_passes = int(job.reads_adapted and bool(self.groups) and not chooses_none)
+
+    @functools.cached_property
+    def opened(self) -> Opened:
+        """What the groups are read from."""
+        return Opened(self.job)
+
+    @property
+    def num_read(self) -> int:
+        """Units of work before candidates are scored: the emulator's pass, and the groups."""
+        return self.num_passes + len(self.groups)
 
     @property
     def total(self) -> int:
         """Units of work."""
-        return len(self.groups) + self.num_scored
+        return self.num_read + self.num_scored
 
 
 def _parameters(group: ModuleGroup) -> int:
@@ -112,19 +130,17 @@ def _names(bundle: Sequence[ModuleGroup]) -> str:
     return " and ".join(spec.name for spec in bundle[0].specs[:4]) + ("" if len(bundle) == 1 else ", …")
 
 
-def read_groups(job: CorrectionJob, groups: Sequence[ModuleGroup], device: str) -> None:
+def read_groups(opened: Opened, groups: Sequence[ModuleGroup], device: str) -> None:
     """Writes the modules of a task's groups, one after another; those that are whole, from a try that was killed, are kept."""
     for group in groups:
         if not exists(group.path):
-            write_modules(group.path, see_differences(job, group, torch.device(device)))
+            write_modules(group.path, see_differences(opened, group, torch.device(device)))
 
 
 @exact_float32()
 def finish(plan: _Plan) -> dict[str, Any]:
-    """Chooses by what was scored, and writes the adapter: see :func:`correct_adapter`.
-
-    In the method's own form where it is LoRA or nothing is taken out; else as a LoRA adapter of the same linears.
-    """
+    """Chooses by what was scored, and writes the adapter: see :func:`correct_adapter`. In the method's own form where it is
+    LoRA or nothing is taken out; else as a LoRA adapter of the same linears."""
     job, adapter = plan.job, plan.adapter
     if plan.as_trained:
         copy_adapter(job.adapter_dir, job.out_dir)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from emloc_ray.core.correction import Candidate
 from emloc_ray.io.formats.grams import GramStore, StoredGram
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.stages.correct.search import NUM_FURTHER
+from emloc_ray.modeling.inputs import Stream
 
 if TYPE_CHECKING:
     from emloc_ray.data.processors import ImageInputs
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 class CorrectionJob:
     """Artifact paths and flat settings of the stage.
 
-    Where there is more than one candidate, ``none`` is the first, and ``num_further`` more follow from what these lose.
-    ``max_tokens`` bounds what scoring all may read (None: all selection rows). ``residuals`` are the linears' ``tr(Δ G'
-    Δᵀ)`` that the factorization measured, of what is stored still, or of what it was before healing joined so many ranks to
-    it as ``healed`` says; ``gram_dampening_frac`` damps their G'.
+    Where there is more than one candidate, ``none`` is the first. ``max_tokens`` bounds what scoring all may read (None: all
+    selection rows). ``residuals`` are the linears' ``tr(Δ G' Δᵀ)`` as the factorization measured it, before healing added
+    ``healed`` ranks; linears whose weights were stored anew since are left out. ``gram_dampening_frac`` damps their G'. For
+    ``adapted`` the emulator with the adapter reads rows of the calibration, which are in ``tokens_dir``: their
+    ``calibration_tokens`` count, and ``streams`` says which of these a linear reads where not those of the row.
     """
 
     model_dir: Path
@@ -32,9 +33,9 @@ class CorrectionJob:
     adapter_dir: Path
     out_dir: Path
     selection_dir: Path
+    tokens_dir: Path
     specs: tuple[LinearSpec, ...]
     candidates: tuple[Candidate, ...]
-    num_further: int = NUM_FURTHER
     max_tokens: int | None = None
     dampening_frac: float = 1e-4
     gram_dampening_frac: float = 1e-6
@@ -43,6 +44,8 @@ class CorrectionJob:
     update_tolerance: float = 1e-3
     batch_size: int = 8
     loss_on: str = "completion"
+    calibration_tokens: str = "all"
+    streams: tuple[tuple[str, Stream], ...] = ()
     pad_token_id: int = 0
     model_options: dict[str, Any] = field(default_factory=dict)
     hold: str = "resident"
@@ -54,9 +57,15 @@ class CorrectionJob:
         return self.out_dir.parent / "correction"
 
     @property
-    def num_scored(self) -> int:
-        """How many candidates are scored at most."""
-        return len(self.candidates) + self.num_further
+    def adapted_path(self) -> Path:
+        """The file with ``Q`` and ``G_A Q`` of the adapter's linears: see
+        :func:`~emloc_ray.stages.correct.adapted.see_adapted_inputs`."""
+        return self.state_dir / "adapted.safetensors"
+
+    @property
+    def reads_adapted(self) -> bool:
+        """Whether a candidate needs that."""
+        return any(candidate.method == "adapted" for candidate in self.candidates)
 
     def losses_path(self, candidate: Candidate) -> Path:
         """The selection rows' losses under a candidate."""

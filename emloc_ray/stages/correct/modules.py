@@ -1,7 +1,5 @@
 """An adapter's modules: what each sees of the difference between emulator and original, and as corrected."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +28,7 @@ from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.core.updates import LowRankUpdate
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
 from emloc_ray.io.formats.shards import write_tensors
+from emloc_ray.io.store.node_cache import exists
 from emloc_ray.modeling.adapter_files import Adapter, LoraModule
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.quantization import emulator_weight
@@ -44,12 +43,10 @@ _CPU = torch.device("cpu")
 class Magnitudes:
     """DoRA's magnitudes of one linear for the original: ``g ‖W + s B A‖``, with ``g = m / ‖W_E + s B_t A_t‖`` as trained.
 
-    DoRA serves ``m / ‖W + s B A‖ · (W + s B A)``, row by row, and was trained with ``W_E`` for ``W``. With the magnitudes
-    as trained, every row would be shrunk to the length that the emulator's row had, by an untrained adapter too. With
-    these the gain ``g`` of each row is what was trained, and what is left between the two, ``Δ``, is the correction's.
-
-    ``squares (out,)`` are ``‖w‖²`` of W's rows, ``cross = W Q (out, k)``, ``gain (out,)`` is ``g``; all None where the layer
-    stayed dense, whose magnitudes are as ``trained``.
+    DoRA serves ``m / ‖W + s B A‖ · (W + s B A)``, row by row, and was trained with ``W_E`` for ``W``: the magnitudes as trained
+    would shrink every row to the length of the emulator's. ``squares (out,)`` are ``‖w‖²`` of W's rows,
+    ``cross = W Q (out, k)``, ``gain (out,)`` is ``g``; all None where the layer stayed dense, whose magnitudes are as
+    ``trained``.
     """
 
     trained: Tensor
@@ -66,10 +63,8 @@ class Magnitudes:
 
 @dataclass(frozen=True)
 class CorrectableModule:
-    """One adapted linear: its update in LoRA's form and what that sees of the difference, None where there is none.
-
-    ``lack`` is the share of the update's norm that the form leaves out.
-    """
+    """One adapted linear: its update in LoRA's form and what that sees of the difference, None where there is none. ``lack`` is
+    the share of the update's norm that the form leaves out."""
 
     lora: LoraModule
     form: CanonicalLora
@@ -81,8 +76,11 @@ class CorrectableModule:
         """C as clamped and multiplied by its strength ``(out, k)``; zero where the layer stayed dense."""
         if self.seen is None:
             return torch.zeros_like(self.form.b)
-        without_gram = self.seen.delta_gq is None and candidate.method == "covariance"
-        method = "projection" if without_gram else candidate.method
+        method = candidate.method
+        if method == "covariance" and self.seen.delta_gq is None:
+            method = "projection"
+        elif method == "adapted" and self.seen.delta_aq is None:  # no token came by
+            method = "none"
         raw = correction(self.seen, method, self.lora.scale, dampening_frac)
         return candidate.strength * clamp_columns(raw, self.form.b, candidate.clamp)
 
@@ -102,22 +100,34 @@ class CorrectableModule:
         return self.magnitudes.with_update(self.form.q, b, self.lora.scale)
 
     def shortfalls(self, candidate: Candidate, dampening_frac: float) -> dict[str, float] | None:
-        """``‖(Δ − s C A_c) G'^½‖_F`` before and after."""
-        if self.seen is None:
+        """``‖(Δ − s C A_c) G'^½‖_F`` before and after; None where nothing differs, and of ``adapted``, which is not fitted to the
+        calibration's Gram: it makes that larger."""
+        if self.seen is None or candidate.method == "adapted":
             return None
         applied = self.applied(candidate, dampening_frac)
         before = shortfall(self.seen, torch.zeros_like(applied), self.lora.scale)
         return {"before": before, "after": shortfall(self.seen, applied, self.lora.scale)}
 
 
+class Opened:
+    """A job and what it reads, opened once: a task for each of hundreds of groups would open hundreds of shards to find its
+    own, and on a store ask twice for each."""
+
+    def __init__(self, job: CorrectionJob) -> None:
+        self.job, self.adapter = job, Adapter(job.adapter_dir, whole=True)
+        self.original, self.emulator = Checkpoint(job.model_dir), Checkpoint(job.emulator_dir)
+        entries = read_shard(job.adapted_path).entries if exists(job.adapted_path) else ()
+        self.adapted = {entry.name: entry for entry in entries}
+
+
 @exact_float32()
-def see_differences(job: CorrectionJob, group: ModuleGroup, device: torch.device = _CPU) -> list[CorrectableModule]:
+def see_differences(opened: Opened, group: ModuleGroup, device: torch.device = _CPU) -> list[CorrectableModule]:
     """The modules of linears that share a Gram, which is read once; what is wide is multiplied on ``device``."""
-    adapter, original, emulator = Adapter(job.adapter_dir), Checkpoint(job.model_dir), Checkpoint(job.emulator_dir)
+    job, adapter, original, emulator = opened.job, opened.adapter, opened.original, opened.emulator
     dora = adapter.kind == "decomposed"
     bare = []
     for spec in group.specs:
-        lora, lack = _lora_form(adapter, spec, job.update_tolerance)
+        lora, lack = lora_form(adapter, spec, job.update_tolerance)
         magnitudes = Magnitudes(adapter.magnitude(spec.name)) if dora else None
         bare.append(CorrectableModule(lora, canonical_form(lora.lora_a, lora.lora_b), None, magnitudes, lack))
     columns = [_columns(job, module, emulator).to(device) for module in bare]
@@ -140,6 +150,11 @@ def see_differences(job: CorrectionJob, group: ModuleGroup, device: torch.device
         else:
             energy = _energy(job, spec.name, weight, stored, own[:, k:], wide, gram)
         seen = wide.first(k, energy)
+        if f"{spec.name}/q" in opened.adapted:
+            basis, columns_of = (opened.adapted[f"{spec.name}/{part}"].read_rows().double() for part in ("q", "gram_q"))
+            adapted_q = columns_of @ (basis.T @ module.form.q)  # both bases are of the same directions
+            delta_aq = difference(weight, stored, adapted_q.to(device)).delta_q.cpu()
+            seen = replace(seen, delta_aq=delta_aq, adapted_inner=module.form.q.T @ adapted_q)
         corrected.append(replace(module, seen=seen, magnitudes=_for_original(module, weight, stored, own[:, :k], seen)))
     return corrected
 
@@ -193,7 +208,7 @@ def _for_original(
     return Magnitudes(trained, squares, cross, trained.double() / trained_norms.clamp_min(_TINY))
 
 
-def _lora_form(adapter: Adapter, spec: LinearSpec, tolerance: float) -> tuple[LoraModule, float]:
+def lora_form(adapter: Adapter, spec: LinearSpec, tolerance: float) -> tuple[LoraModule, float]:
     """``s B A`` itself; of an update of up to full rank its dominant subspace, and the share of its norm that it lacks."""
     if adapter.is_lora:
         return adapter.module(spec.name), 0.0
@@ -226,7 +241,9 @@ def read_modules(path: Path) -> Iterator[CorrectableModule]:
         t = {entry.name.removeprefix(f"{name}/"): entry.read_rows() for entry in own}
         seen = magnitudes = None
         if "delta_q" in t:
-            seen = Difference(t["delta_q"], t.get("delta_gq"), t.get("inner"), numbers["energy"], numbers["damping"])
+            gram_parts = t.get("delta_gq"), t.get("inner")
+            adapted_parts = t.get("delta_aq"), t.get("adapted_inner")
+            seen = Difference(t["delta_q"], *gram_parts, numbers["energy"], numbers["damping"], *adapted_parts)
         if "trained" in t:
             magnitudes = Magnitudes(t["trained"], t.get("squares"), t.get("cross"), t.get("gain"))
         lora = LoraModule(name, t["lora_a"], t["lora_b"], numbers["scale"])

@@ -1,10 +1,9 @@
 """What the selection rows lose under each candidate; what was scored before is kept."""
 
-from __future__ import annotations
-
 import functools
+import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from emloc_ray.core.correction import Candidate
@@ -19,7 +18,6 @@ from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.scoring import RowLosses, losses_by_row
 from emloc_ray.stages.correct.job import CorrectionJob, module_groups
 from emloc_ray.stages.correct.modules import CorrectableModule, plug_in, read_modules
-from emloc_ray.stages.correct.search import next_candidate
 from emloc_ray.stages.ray.tasks import set_threads
 
 
@@ -28,27 +26,21 @@ def selection_rows(job: CorrectionJob) -> list[Tokens]:
     shards = TokenShards(job.selection_dir)
     rows = [shards.row(position) for position in range(len(shards))]
     random.Random(0).shuffle(rows)  # files may be sorted by what their rows are of
-    return rows[: affordable_rows([len(row) for row in rows], job.max_tokens, job.num_scored)]
+    return rows[: affordable_rows([len(row) for row in rows], job.max_tokens, len(job.candidates))]
 
 
 def scored(job: CorrectionJob) -> dict[Candidate, RowLosses]:
-    """What was scored so far, in the order of the search."""
+    """What was scored so far, in the job's order."""
     losses: dict[Candidate, RowLosses] = {}
-    while (candidate := _next(job, losses)) is not None and exists(job.losses_path(candidate)):
+    for candidate in itertools.takewhile(lambda candidate: exists(job.losses_path(candidate)), job.candidates):
         entries = read_shard(job.losses_path(candidate)).entries
         losses[candidate] = RowLosses(**{entry.name: entry.read_rows() for entry in entries})
     return losses
 
 
-def _next(job: CorrectionJob, losses: Mapping[Candidate, RowLosses]) -> Candidate | None:
-    return next_candidate(job.candidates, {candidate: rows.sums for candidate, rows in losses.items()}, job.num_further)
-
-
 class Scoring:
-    """A slot whose units are candidates in the order of the search: see :func:`emloc_ray.stages.ray.slots.start_slot`.
-
-    Where the original's weights come and go, those that the search begins with are scored in one pass.
-    """
+    """A slot whose units are candidates: see :func:`emloc_ray.stages.ray.slots.start_slot`. Where the original's weights come
+    and go, all are scored in one pass."""
 
     def __init__(self, job: CorrectionJob, threads: int | None = None) -> None:
         if threads is not None:
@@ -63,21 +55,14 @@ class Scoring:
         return len(self.losses) - 1
 
     def accumulate(self, unit: int) -> int:
-        """Scores candidates up to this one and writes their losses; nothing where the search has ended."""
-        while len(self.losses) <= unit and (candidates := self._candidates()):
+        """Scores the candidate, or where weights come and go all that are left, and writes their losses."""
+        last = unit + 1 if self.job.hold == "resident" else None
+        if candidates := self.job.candidates[len(self.losses) : last]:
             self._models = self._models or _AdaptedModels(self.job, len(candidates))
             for candidate, losses in zip(candidates, self._models.losses(candidates, self.rows), strict=True):
                 self.losses[candidate] = losses
                 write_tensors(self.job.losses_path(candidate), losses._asdict())
         return unit
-
-    def _candidates(self) -> Sequence[Candidate]:
-        """Those to score next."""
-        begun = self.job.candidates
-        if self.job.hold != "resident" and len(self.losses) < len(begun):
-            return begun[len(self.losses) :]
-        candidate = _next(self.job, self.losses)
-        return [] if candidate is None else [candidate]
 
     def commit(self) -> None:
         """Nothing: each candidate is safe once it is scored."""

@@ -1,10 +1,10 @@
-"""Which correction is best on the selection rows: of ``none``, ``covariance`` and ``projection``, and the best one's strength."""
+"""Which correction is best on the selection rows: of ``none``, ``covariance`` and ``adapted``, and which strength of that."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -16,23 +16,16 @@ from emloc_ray.errors import NumericsError
 if TYPE_CHECKING:
     from emloc_ray.modeling.scoring import RowLosses
 
-BEGUN = (Candidate("none"), Candidate("covariance"), Candidate("projection", strength=0.5))
-"""What is measured first. Covariance gained, or lost next to nothing, on emulators of every kind. Projection gained more on
-short answers, tuned strongly, and lost elsewhere: it counts for what it gains at least, with 95 % certainty."""
-
-NUM_FURTHER = 1
-"""How many more strengths are measured."""
-
-_SURE = 0.95
+AUTO = (Candidate("none"), Candidate("covariance"), Candidate("adapted", strength=0.5), Candidate("adapted"))
+"""What ``auto`` measures. ``adapted`` gained most on emulators that keep predictions, ``covariance`` on uniform ones, and each
+lost on some of the other's: see CHANGELOG."""
 
 _NEAR = 0.1  # of a strength, or of 1 where it is smaller: differences that no loss tells apart
 
 
 def certainty(gain: Gain, num_rows: int) -> float:
-    """How sure it is that a gain over so many rows is above zero: Student's t with ``num_rows − 1`` degrees of freedom.
-
-    0.5 where nothing is known: of one row, and where there is neither a gain nor an error.
-    """
+    """The probability that a mean gain over so many rows is above zero: Student's t with ``num_rows − 1`` degrees of freedom;
+    0.5 where nothing is known, of one row, and where there is neither a gain nor an error."""
     from scipy.special import stdtr  # which the GPU's benchmark does without
 
     if not gain.standard_error:
@@ -42,21 +35,10 @@ def certainty(gain: Gain, num_rows: int) -> float:
     return float(stdtr(num_rows - 1, gain.mean / gain.standard_error))
 
 
-def least_gain(gain: Gain, num_rows: int) -> float:
-    """What is gained at least, with 95 % certainty by Student's t; below zero without end where one row tells nothing."""
-    from scipy.special import stdtrit
-
-    if not math.isfinite(gain.standard_error):
-        return -math.inf
-    return gain.mean - (float(stdtrit(num_rows - 1, _SURE)) * gain.standard_error if gain.standard_error else 0.0)
-
-
 @dataclasses.dataclass(frozen=True)
 class ScoredChoice:
-    """Each candidate with its rows' losses, those that were measured first and in their order; and which is chosen.
-
-    ``considered`` is the chosen one, or the best other one where that is ``none``.
-    """
+    """Each candidate with its rows' losses, in the order in which they were measured; and which is chosen. ``considered`` is
+    the chosen one, or the best other one where that is ``none``."""
 
     losses: Mapping[Candidate, Tensor]
     counts: Tensor
@@ -90,26 +72,11 @@ class ScoredChoice:
         return certainty(gain, len(self.counts)) if math.isfinite(gain.mean) else None
 
 
-def next_candidate(begun: Sequence[Candidate], tried: Mapping[Candidate, Tensor], num_further: int) -> Candidate | None:
-    """What to measure after what was ``tried``, in its order, with each row's loss: ``none``, which is the first of ``begun``,
-    and the others; then, ``num_further`` times, the best at twice its strength while it gains. None at the end."""
-    if len(tried) < len(begun):
-        return begun[len(tried)]
-    none, *others = tried
-    best = min(others, key=lambda candidate: _total(tried[candidate]))
-    if len(tried) >= len(begun) + num_further or _total(tried[best]) >= _total(tried[none]):
-        return None
-    return _at(best, 2 * best.strength)
-
-
 def best_choice(measured: Mapping[Candidate, RowLosses]) -> ScoredChoice:
     """The best of the candidates that were measured, of which ``none`` is the first, and of the strengths between.
 
-    Covariance is taken where it gains, projection where that is 95 % sure; neither on one row.
-    Candidates with a loss that is no number are left out.
-
-    Raises:
-        NumericsError: where no candidate's loss is a number.
+    On one row it is ``none``. Candidates with a loss that is no number are left out. Raises NumericsError where no candidate's
+    loss is a number.
     """
     losses = {candidate: rows.sums for candidate, rows in measured.items()}
     counts = next(iter(measured.values())).counts
@@ -120,18 +87,9 @@ def best_choice(measured: Mapping[Candidate, RowLosses]) -> ScoredChoice:
         )
     losses |= _interpolated(losses)
     none, *others = losses
-
-    def worth(candidate: Candidate) -> float:
-        gain = paired_gain(losses[candidate], losses[none], counts)
-        if candidate.method == "projection" or not math.isfinite(gain.standard_error):
-            return least_gain(gain, len(counts))
-        return gain.mean
-
-    if not math.isfinite(_total(losses[none])):
-        chosen = considered = min(others, key=lambda candidate: _total(losses[candidate]))
-    else:
-        considered = max(others, key=worth)
-        chosen = considered if worth(considered) > 0 else none
+    considered = min(others, key=lambda candidate: _total(losses[candidate]))
+    gains = _total(losses[considered]) < _total(losses[none])
+    chosen = considered if gains and (len(counts) > 1 or not math.isfinite(_total(losses[none]))) else none
     return ScoredChoice(losses, counts, len(measured), chosen, considered)
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from emloc_ray.core.healing import healed_layers
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.planning.costs import StageCost
-from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.memory import CANDIDATES, MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import packs_late
-from emloc_ray.planning.work import SEARCH_TRANSFERS, block_work, head_work, rows_selected_on
+from emloc_ray.planning.work import block_work, emulator_work, head_work, rows_selected_on, tokens_adapted
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import trained_tokens
@@ -38,6 +38,7 @@ def correction_job(context: Context) -> CorrectionJob:
         adapter_dir=context.path("adapter_emulator"),
         out_dir=context.path("adapter"),
         selection_dir=context.tokens("selection"),
+        tokens_dir=context.tokens("calibration"),
         specs=context.specs(),
         candidates=tuple(candidates(method, section.clamp, section.strength)),
         max_tokens=None if section.max_share is None else int(section.max_share * trained_tokens(context)),
@@ -47,6 +48,8 @@ def correction_job(context: Context) -> CorrectionJob:
         update_tolerance=section.update_tolerance,
         batch_size=config.evaluation.batch_size,
         loss_on=context.loss_on(),
+        calibration_tokens=config.calibration.tokens,
+        streams=tuple((s.name, s.stream) for s in layout.specs if s.stream != "row"),
         pad_token_id=context.pad_token_id(),
         model_options=context.model_options,
         hold=context.memory.searching().hold,
@@ -85,6 +88,7 @@ def _inputs(context: Context) -> Inputs:
         "candidates": [dataclasses.asdict(candidate) for candidate in job.candidates],
         "max_tokens": job.max_tokens,
         "data": context.split_key("selection"),
+        **({"calibration data": context.split_key("calibration")} if job.reads_adapted else {}),
     }
 
 
@@ -97,14 +101,6 @@ def _correct(context: Context, inputs: Inputs, granted: Resources, progress: Pro
     return context.final_actor.work("correct", correct, job, granted, progress, context.note)
 
 
-def _reads(context: Context) -> tuple[str, ...]:
-    return (CALIBRATE.name,) if context.layout.differs else ()
-
-
-def _drops(context: Context) -> tuple[str, ...]:
-    return SUMS if context.prepared.config.calibration.keep == "none" else ()
-
-
 def _cost(memory: MemoryModel) -> StageCost:
     rows, workers, batch_size = (
         rows_selected_on(memory.prepared),
@@ -112,10 +108,11 @@ def _cost(memory: MemoryModel) -> StageCost:
         memory.config.evaluation.batch_size,
     )
     scoring = rows * memory.lengths.mean * 2 * (block_work(memory.layout) + head_work(memory.layout))
+    seeing = 2 * tokens_adapted(memory.prepared, memory.lengths) * emulator_work(memory.layout)
     return StageCost(
         memory.correct(),
-        flops=scoring * workers + memory.correction_work(),  # one worker scores
-        moved_bytes=memory.moved(memory.searching().hold, rows * SEARCH_TRANSFERS, batch_size) * workers,
+        flops=(scoring + seeing) * workers + memory.correction_work(),  # one worker does both
+        moved_bytes=memory.moved(memory.searching().hold, rows / CANDIDATES, batch_size) * workers,
         disk_bytes=int(4 * memory.corrected_parameters + memory.thin_matrices()),
         start_seconds=15,
     )
@@ -150,8 +147,8 @@ CORRECT = Stage(
     scratch=("correction",),
     run=_correct,
     cost=_cost,
-    reads=_reads,
-    drops=_drops,
+    reads=lambda context: (CALIBRATE.name,) if context.layout.differs else (),
+    drops=lambda context: SUMS if context.prepared.config.calibration.keep == "none" else (),
     divisible=True,
     summary=_summary,
     sections=_sections,

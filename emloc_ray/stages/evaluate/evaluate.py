@@ -1,17 +1,16 @@
 """Evaluate: every variant of the model on the held-out rows, a slice of them a task."""
 
-from __future__ import annotations
-
 import filecmp
 import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from peft import PeftModel
 
+from emloc_ray.config.steps import ON_EMULATOR, VARIANTS
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards
@@ -24,18 +23,6 @@ from emloc_ray.modeling.scoring import Score, complete, prompt_length, score_row
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, run_tasks, silent
 
-Result = TypeVar("Result")
-
-_FAMILIES = {
-    "original": "original",
-    "emulator": "emulator",
-    "emulator_adapter": "emulator",
-    "uncorrected": "original",
-    "corrected": "original",
-    "finished": "original",
-    "merged": "merged",
-}
-VARIANTS = tuple(_FAMILIES)
 _ROWS_AT_ONCE = 512  # rows of like length share a batch among these
 
 
@@ -76,7 +63,7 @@ class EvaluationJob:
     def family(self, variant: str) -> str:
         """The model that is loaded for a variant: the original for all where it is the emulator too. One whose weights come and
         go is merged on the way: they come once for all."""
-        family = _FAMILIES[variant]
+        family = "emulator" if variant in ON_EMULATOR else "merged" if variant == "merged" else "original"
         if family == "emulator" and self.emulator_dir == self.model_dir:
             return "original"
         return "original" if family == "merged" and self.hold != "resident" else family
@@ -104,13 +91,12 @@ class VariantResult:
 
 
 def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int) -> list[VariantResult]:
-    """Every variant that one base model serves, on rows ``part, part + num_parts, …`` of the held-out split.
-
-    Where the model's weights come and go, all variants go through its blocks together.
-    """
+    """Every variant that one base model serves, on rows ``part, part + num_parts, …`` of the held-out split. Where the model's
+    weights come and go, all variants go through its blocks together."""
     shards = TokenShards(job.tokens_dir)
     positions = range(part, len(shards), num_parts)
-    prompts = [shards.row(position) for position in positions if position < _num_prompts(job)]
+    num_prompts = max(job.num_generations, job.num_exact_match)
+    prompts = [shards.row(position) for position in positions if position < num_prompts]
     variants = [name for name in job.scored if job.family(name) == family]
     alike = {"corrected": "uncorrected"} if {"corrected", "uncorrected"} <= {*variants} and _is_as_trained(job) else {}
     if family == "original":
@@ -131,27 +117,15 @@ def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int) -
     return [replace(results[alike.get(variant, variant)], variant=variant) for variant in variants]
 
 
-def score_adapters(job: EvaluationJob, adapters: Sequence[Path | None]) -> list[Score]:
-    """The original on the held-out rows with each of some adapters, whatever they were trained on; None: without one."""
-    shards = TokenShards(job.tokens_dir)
-    named = [("original" if adapter is None else str(adapter), adapter) for adapter in adapters]
-
-    def score(name: str, model: Any) -> Score:
-        return _score(job, model, shards, range(len(shards)), name)
-
-    return _with_each(job, job.model_dir, job.hold, named, score)
-
-
 def _with_each(
     job: EvaluationJob,
     directory: Path | None,
     hold: str,
     named: Sequence[tuple[str, Path | None]],
-    measure: Callable[[str, Any], Result],
-) -> list[Result]:
+    measure: Callable[[str, Any], VariantResult],
+) -> list[VariantResult]:
     """What ``measure(name, model)`` gives of a base model with each of some adapters: one after another; together where its
-    weights come and go, ``merged`` computed of these on the way.
-    """
+    weights come and go, ``merged`` computed of these on the way."""
     assert directory is not None
     if hold == "resident":
         model, results = open_model(directory, **job.model_options), []
@@ -197,10 +171,6 @@ def _is_as_trained(job: EvaluationJob) -> bool:
     return len(same) == len(names)
 
 
-def _num_prompts(job: EvaluationJob) -> int:
-    return max(job.num_generations, job.num_exact_match)
-
-
 def _completions(job: EvaluationJob, model: Any, rows: Sequence[Tokens]) -> list[str]:
     if not rows:
         return []
@@ -227,10 +197,8 @@ def _tokenizer(job: EvaluationJob) -> Any:
 def evaluate(
     job: EvaluationJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard
 ) -> dict[str, Any]:
-    """Scores the job's variants, ``merged`` where there is one.
-
-    Returns ``evaluation`` as in metrics.json, ``exact_match`` and ``generations``.
-    """
+    """Scores the job's variants, ``merged`` where there is one. Returns ``evaluation`` as in metrics.json, ``exact_match`` and
+    ``generations``."""
     num_parts = min(resources.num_workers, len(TokenShards(job.tokens_dir)))
     work = list(itertools.product(job.families, range(num_parts)))
     pieces = [

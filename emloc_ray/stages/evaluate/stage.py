@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emloc_ray.config.steps import ON_EMULATOR
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 # Settings that say where work runs, not what comes out of it, and the run that the result is held against.
 _NOT_SCORED = {"num_workers", "cpus_per_worker", "gpus_per_worker", "upper_bound"}
-_ON_EMULATOR = ("emulator", "emulator_adapter")
 _SAME_LOSS = 1e-2  # of a loss in bfloat16 on different machines
 
 
@@ -36,7 +36,7 @@ def evaluation_job(context: Context) -> EvaluationJob:
         emulator_dir=context.emulator_dir if context.layout.differs else context.model_dir,
         trained_adapter_dir=context.path("adapter_emulator"),
         corrected_adapter_dir=context.path("adapter"),
-        finished_adapter_dir=context.final_adapter if context.finishes else None,
+        finished_adapter_dir=context.final_adapter if context.prepared.finishes else None,
         merged_dir=None if config.adapter.is_prompt else context.path("merged"),
         tokens_dir=context.tokens("eval"),
         loss_on=context.loss_on(),
@@ -58,7 +58,7 @@ def _inputs(context: Context) -> Inputs:
         "correct": context.made["correct"],
         "adapter": context.contents("adapter"),
         "merge": context.made.get("merge", ""),
-        **({"finish": context.made["finish"]} if context.finishes else {}),
+        **({"finish": context.made["finish"]} if context.prepared.finishes else {}),
         "data": context.split_key("eval"),
         "evaluation": without(context.prepared.as_asked.config.evaluation, _NOT_SCORED),
     }
@@ -74,8 +74,8 @@ def _cost(memory: MemoryModel) -> StageCost:
     section, layout, hold = memory.config.evaluation, memory.layout, memory.evaluating().hold
     blocks, kept, head = block_work(layout), emulator_work(layout), head_work(layout)
     rows, prompts = section.num_samples or 1000, max(section.num_generations, section.num_exact_match)
-    apart = [name for name in section.variants if layout.differs or name not in _ON_EMULATOR]
-    works = ((kept if name in _ON_EMULATOR else blocks) + head for name in apart)
+    apart = [name for name in section.variants if layout.differs or name not in ON_EMULATOR]
+    works = ((kept if name in ON_EMULATOR else blocks) + head for name in apart)
     completed = 2 * prompts * section.max_new_tokens * (blocks + 4 * head)
     # All variants go through offloaded blocks together; a token of a completion is a pass too, of all prompts that are
     # completed at once.
@@ -91,11 +91,8 @@ def _cost(memory: MemoryModel) -> StageCost:
 
 
 def gap_closed(evaluation: dict[str, Any], upper_bound: str | Path) -> dict[str, Any] | None:
-    """``(original − corrected) / (original − LoRA on the original)`` in held-out loss.
-
-    ``upper_bound`` is the run directory of the same task at ratio 1.0. None where it gained nothing, so that there is no gap,
-    and where it was not held against the same rows of the same model.
-    """
+    """``(original − corrected) / (original − LoRA on the original)`` in held-out loss, by the run at ratio 1.0 in
+    ``upper_bound``; None where that gained nothing, or was not held against the same rows of the same model."""
     other = bound_scores(evaluation, upper_bound)
     if other is None:
         return None
@@ -109,7 +106,7 @@ def gap_closed(evaluation: dict[str, Any], upper_bound: str | Path) -> dict[str,
 
 
 def bound_scores(evaluation: Mapping[str, Any], upper_bound: str | Path) -> Mapping[str, Any] | None:
-    """The evaluation of the run ``upper_bound``, None where it has none by now, or its original's loss is of other tokens."""
+    """The evaluation of the run ``upper_bound``; None where it has none yet, or was scored on other tokens."""
     other: Mapping[str, Any] | None = RunDirectory(upper_bound).metrics().get("evaluation")
     if other is None:
         return None
@@ -119,7 +116,7 @@ def bound_scores(evaluation: Mapping[str, Any], upper_bound: str | Path) -> Mapp
 
 
 def other_bound(evaluation: Mapping[str, Any], upper_bound: str | None) -> str | None:
-    """Where a run is to be held against another one that was scored on something else."""
+    """Says so where ``evaluation.upper_bound`` was not scored on the same held-out tokens."""
     if upper_bound is None or bound_scores(evaluation, upper_bound) is not None:
         return None
     return (

@@ -1,8 +1,6 @@
 """Allocate: the spectra of all linears, or what each form of them loses, a Ray task for those that share a Gram; then the ranks
 or forms, here, written as JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -26,12 +24,15 @@ from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.io.store.node_cache import ensure, sizes
 from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.stages.factorize.group_tensors import GroupTensors, read_ahead, read_group
 from emloc_ray.stages.factorize.job import group_cost
 from emloc_ray.stages.factorize.spend import Spending, spend
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, run_tasks, silent
 
 RANKS = "ranks.json"
+# Linears, their Gram, their sums of gradients, the file of what their ranks gain.
+SpectraPiece = tuple[Sequence[LinearSpec], StoredGram, Mapping[str, StoredGram], Path]
 _CONNECTIONS = 8  # by which small files are read at once
 
 
@@ -41,9 +42,9 @@ class AllocationJob:
 
     ``groups`` are the linears whose ranks are to be found, those that share a Gram together, and ``ranks`` what each has
     uniformly: the budget. Gains are of predictions, ``½ λ_i / N`` with the ``λ_i`` of the metric of both sums, or what
-    ``plain_factors`` save there. ``gradients_dir`` holds the sums of gradients. ``never_dense`` are those that an emulator could
-    not store dense as it is to be stored. ``storage`` is that of factors, which says what a rank costs, and ranks are multiples
-    of ``rank_multiple``. With ``spending`` forms are to be found, within its budget.
+    ``plain_factors`` save there. ``gradients_dir`` holds the sums of gradients. ``never_dense`` are those that cannot stay
+    dense in the emulator's quantization. ``storage`` is that of factors, which decides what a rank costs; ranks are
+    multiples of ``rank_multiple``. With ``spending`` the job chooses forms within its budget instead of ranks.
     """
 
     model_dir: Path
@@ -84,28 +85,28 @@ def group_spectra(
     gram: StoredGram,
     gradients: Mapping[str, StoredGram],
     device: torch.device | str = "cpu",
+    tensors_read: GroupTensors | None = None,
 ) -> dict[str, Tensor]:
-    """What each rank of a group's linears gains, ``(min(out, in),)``, or with a budget each form loses, computed on ``device``;
-    zeros where data says nothing.
-
-    Raises:
-        NumericsError: where a weight or a sum holds NaN or Inf, naming the layer.
-    """
+    """The gain of each rank of a group's linears, ``(min(out, in),)``, or with a budget the loss of each form, computed on
+    ``device``; zeros where the data says nothing. ``tensors_read`` are the tensors that were read ahead. Raises NumericsError
+    where a weight or a sum holds NaN or Inf, naming the layer."""
     checkpoint, values_of = Checkpoint(job.model_dir), {}
     num_tokens = gram.num_tokens
-    # An expert that was sent too few tokens has an identity of no tokens, as it is to be cut by a plain SVD.
-    known = num_tokens > 0
-    whitening = Whitening(gram.read().to(device), job.dampening_frac, name=specs[0].name) if known else None
+    whitening = None
+    if num_tokens > 0:  # else an expert's identity that was sent too few, as it is to be cut by a plain SVD
+        inputs = gram.read() if tensors_read is None or tensors_read.gram is None else tensors_read.gram
+        whitening = Whitening(inputs.to(device), job.dampening_frac, name=specs[0].name)
     for spec in specs:
         forms = job.forms(spec)
         values_of[spec.name] = torch.zeros(len(forms) or min(spec.out_features, spec.in_features), dtype=torch.float64)
         if whitening is None:
             continue
         name = f"the gradients of what {spec.name} gives"
-        outputs = Whitening(gradients[spec.name].read().to(device), job.gradient_dampening_frac, name=name)
+        sums = tensors_read.gradients[spec.name] if tensors_read else gradients[spec.name].read()
+        outputs = Whitening(sums.to(device), job.gradient_dampening_frac, name=name)
         if outputs.is_identity:
             continue
-        weight = spec.read_weight(checkpoint).to(device)
+        weight = (tensors_read.weights[spec.name] if tensors_read else spec.read_weight(checkpoint)).to(device)
         if job.spending is not None:
             size, plain = job.spending.storing.group_size, job.plain_factors
             values = form_losses(weight, whitening, outputs, forms, size, plain=plain, name=spec.name)
@@ -119,11 +120,9 @@ def group_spectra(
 def allocate_ranks(
     job: AllocationJob, out_dir: Path, resources: Resources, progress: Progress = silent, tell: Tell = unheard
 ) -> dict[str, Any]:
-    """Writes ``ranks.json`` into ``out_dir``: every linear's rank (null: dense), the share of its parameters that it keeps,
-    and what it gains of all that it could; with a budget ``forms.json``. Spectra that are there already are kept.
-
-    A linear of which the data says nothing, as an expert that nothing was sent to, keeps its uniform rank or form.
-    """
+    """Writes ``ranks.json`` into ``out_dir``, every linear's rank (null: dense), the share of its parameters that it keeps and
+    what it gains of all that it could; with a budget ``forms.json``. Spectra that are there already are kept. A linear of which
+    the data says nothing, as an expert that nothing was sent to, keeps its uniform rank or form."""
     files = [out_dir / f"spectra-{k + 1:05d}-of-{len(job.groups):05d}.safetensors" for k in range(len(job.groups))]
     grams = GramStore(job.calibration_dir)
     sums = GramStore(job.gradients_dir)
@@ -138,7 +137,7 @@ def allocate_ranks(
         ]
         work.append((bundle[0][0][0].name, (pieces, resources.device)))
     shared = dataclasses.replace(job, groups=(), ranks={}, spending=job.spending and job.spending.without_even)
-    run_tasks(_spectra_task, shared, work, resources, Losses("allocate", tell), progress)
+    run_tasks(spectra_of_groups, shared, work, resources, Losses("allocate", tell), progress)
     gains: dict[str, Tensor] = {}
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         for spectra in pool.map(_read_spectra, files):
@@ -199,11 +198,9 @@ def _read_spectra(file: Path) -> dict[str, Tensor]:
     return {entry.name: entry.read_rows() for entry in read_shard(file).entries}
 
 
-def _spectra_task(
-    job: AllocationJob,
-    pieces: Sequence[tuple[Sequence[LinearSpec], StoredGram, Mapping[str, StoredGram], Path]],
-    device: str,
-) -> None:
-    for specs, gram, gradients, file in pieces:
-        if not sizes(file):
-            write_tensors(file, group_spectra(job, specs, gram, gradients, device))
+def spectra_of_groups(job: AllocationJob, pieces: Sequence[SpectraPiece], device: torch.device | str = "cpu") -> None:
+    """Writes :func:`group_spectra` of each whose file is not there yet; the next one's tensors are read meanwhile."""
+    todo = [piece for piece in pieces if not sizes(piece[3])]
+    for piece, tensors_read in read_ahead(todo, lambda piece: read_group(job.model_dir, *piece[:3])):
+        specs, gram, gradients, file = piece
+        write_tensors(file, group_spectra(job, specs, gram, gradients, device, tensors_read))

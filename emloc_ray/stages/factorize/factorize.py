@@ -1,7 +1,5 @@
 """Factorize: one Ray task per group of linears that share a Gram, the largest first, factors written by the task."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json
@@ -35,7 +33,7 @@ from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.emulator import write_emulator_config
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.modeling.quantization import linear_weight, num_elements, quantization_config, quantize
-from emloc_ray.stages.factorize.group_tensors import GroupPiece, GroupTensors, read_group
+from emloc_ray.stages.factorize.group_tensors import GroupTensors, read_ahead, read_group
 from emloc_ray.stages.factorize.job import FactorizationJob, group_cost
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
 from emloc_ray.stages.factorize.layer_reports import (
@@ -49,6 +47,7 @@ from emloc_ray.stages.factorize.layer_reports import (
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, bundles, silent
 
+GroupPiece = tuple[Sequence[LinearSpec], StoredGram | None, Path]  # linears, their Gram, the shard of their factors
 _CONNECTIONS = 8
 _ROUNDING_SHARE = 1e-2  # of a layer's residual energy: above it rounding is measured, not estimated
 
@@ -65,10 +64,8 @@ def factorize_group(
     """Factorizes the linears of one group under their shared Gram; writes their spectra, then their factors as one shard.
 
     Those without a rank are only put into few bits; without a Gram all are, and no error is reported. It computes on
-    ``device``; weights and Gram that were read ahead are taken from ``tensors_read``.
-
-    Raises:
-        NumericsError: where a weight or the Gram holds NaN or Inf, naming the layer.
+    ``device``; what was read ahead is taken from ``tensors_read``. Raises NumericsError where a weight or the Gram holds NaN or
+    Inf, naming the layer.
     """
     checkpoint = Checkpoint(job.model_dir)
     whitening = functools.cache(functools.partial(_whitening, gram, job.dampening_frac, device, tensors_read))
@@ -82,7 +79,7 @@ def factorize_group(
         dtype = checkpoint.entry(spec.weight_rows[0].name).dtype
         weight = functools.cache(functools.partial(_weight, spec, checkpoint, device, tensors_read))
         outputs = None  # before the next one is read: three matrices of the outputs' order
-        outputs = _output_whitening(job, spec, gradients, device) if job.weighs(spec.name) else None
+        outputs = _output_whitening(job, spec, gradients, device, tensors_read) if job.weighs(spec.name) else None
         result = _factorized(job, spec, weight, inputs, outputs) if spec.name in job.ranks else None
         if spec.name in job.integers.bits:
             held, order = (
@@ -120,11 +117,8 @@ def _weight(
 def _whitening(
     gram: StoredGram | None, dampening_frac: float, device: torch.device | str, tensors_read: GroupTensors | None
 ) -> Whitening:
-    """The whitening of a group's Gram, which is there wherever this is called.
-
-    Linears without a calibration token, such as a vision tower's without images, take the identity: their best factors are
-    then those of the weight alone.
-    """
+    """The whitening of a group's Gram; the identity of linears without a calibration token, such as a vision tower's without
+    images: their best factors are then those of the weight alone."""
     assert gram is not None
     stored = gram.read() if tensors_read is None or tensors_read.gram is None else tensors_read.gram
     inputs = stored if gram.num_tokens else torch.eye(len(stored), dtype=stored.dtype)
@@ -145,13 +139,18 @@ def _factorized(
 
 
 def _output_whitening(
-    job: FactorizationJob, spec: LinearSpec, gradients: GramStore | None, device: torch.device | str
+    job: FactorizationJob,
+    spec: LinearSpec,
+    gradients: GramStore | None,
+    device: torch.device | str,
+    tensors_read: GroupTensors | None,
 ) -> Whitening | None:
     """What weighs the outputs of a linear; None where each counts as it is."""
     if gradients is None:
         return None
     name = f"the gradients of what {spec.name} gives"
-    return Whitening(gradients.read(spec.name).to(device), job.gradient_dampening_frac, name=name)
+    stored = tensors_read.gradients[spec.name] if tensors_read else gradients.read(spec.name)
+    return Whitening(stored.to(device), job.gradient_dampening_frac, name=name)
 
 
 def _in_integers(
@@ -173,9 +172,9 @@ def _in_integers(
         whole, up, down = quantize_with_factors(
             weight, inputs, bits, rank, beside, size, outputs=outputs, seed=job.seed, name=spec.name
         )
-        made = {".base": whole.weight, ".up": up, ".down": down}
+        made = {".base": whole, ".up": up, ".down": down}
     else:
-        made = {"": quantize_integers(weight, inputs, bits, size, name=spec.name).weight}
+        made = {"": quantize_integers(weight, inputs, bits, size, name=spec.name)}
     return {part: {key: tensor.cpu() for key, tensor in stored.tensors(dtype).items()} for part, stored in made.items()}
 
 
@@ -205,10 +204,8 @@ def _parts(result: Factorization, storage: Storage) -> tuple[dict[str, torch.Ten
 def _known_error(
     result: Factorization, whitening: Whitening, dtype: torch.dtype, storage: Storage
 ) -> tuple[float, float] | None:
-    """The relative error of factors as stored in ``dtype`` and ``tr(W G Wᵀ)``, from what the factorization measured; None
-    where rounding has too large a share in it, which is then to be measured.
-
-    Pivoted factors blow rounding up by what their rows are made of.
+    """The relative error of factors as stored in ``dtype`` and ``tr(W G Wᵀ)``, from what the factorization measured; None where
+    rounding, which pivoted factors blow up by what their rows are made of, has too large a share in it: that is to be measured.
     """
     total, residual = result.total_energy, result.relative_error**2 * result.total_energy
     if torch.finfo(dtype).eps <= torch.finfo(torch.float32).eps:
@@ -281,10 +278,12 @@ def build_emulator(
         else:
             progress(total - of + done, total)
 
-    bounded(submits, resources.num_workers, Losses("factorize", tell), by_files)
+    bounded(submits, resources.num_workers, Losses("factorize", tell), by_files, planned_s=resources.planned_s)
     kept_wide = job.kept_wide if job.in_4bit else None
     total_size = finish_emulator(files, base_config, job.model_dir, job.ranks, job.storage, kept_wide, job.integers)
-    reports = _read_all_reports(files[: len(work)])
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        every_report = itertools.chain.from_iterable(pool.map(read_reports, files[: len(work)]))
+    reports = sorted(every_report, key=lambda report: report.name)
     write_spectra(job.out_dir, reports)
     return {**_summary(reports, resources), "bytes": total_size}
 
@@ -304,15 +303,16 @@ def _rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
 def factorize_groups(job: FactorizationJob, groups: Sequence[GroupPiece], device: torch.device | str = "cpu") -> None:
     """:func:`factorize_group` of each whose files are not there yet; while one is computed, the next one's tensors are read."""
     todo = [piece for piece in groups if not (sizes(piece[2]) and sizes(spectra_file(piece[2])))]
-    if len(groups) == 1:
-        factorize_group(job, *groups[0], device)
-        return
-    with ThreadPoolExecutor(1) as reader:
-        pending = [reader.submit(read_group, job, *piece[:2]) for piece in todo[:1]]
-        for number, piece in enumerate(todo):
-            tensors_read = pending.pop().result()
-            pending = [reader.submit(read_group, job, *other[:2]) for other in todo[number + 1 : number + 2]]
-            factorize_group(job, *piece, device, tensors_read)
+    gradients = None if job.gradients_dir is None else GramStore(job.gradients_dir)
+
+    def read(piece: GroupPiece) -> GroupTensors:
+        specs, gram, _ = piece
+        names = [spec.name for spec in specs if job.weighs(spec.name)]
+        sums = {} if gradients is None else {name: gradients.stored(name) for name in names}
+        return read_group(job.model_dir, specs, gram, sums)
+
+    for piece, tensors_read in read_ahead(todo, read):
+        factorize_group(job, *piece, device, tensors_read)
 
 
 def finish_emulator(
@@ -325,9 +325,7 @@ def finish_emulator(
     integers: IntegerForms | None = None,
 ) -> int:
     """Makes an emulator of shards that are all written: index, config, tokenizer; returns the bytes of all tensors.
-
-    ``kept_wide`` are the linears outside the blocks, where those inside are in 4 bits; None where none are.
-    """
+    ``kept_wide`` are the linears outside the blocks, where those inside are in 4 bits; None where none are."""
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         entries = {entry.name: entry for shard in pool.map(read_shard, files) for entry in shard.entries}
     parameters = sum(num_elements(entry.name, entry.dtype, entry.shape) for entry in entries.values())
@@ -337,12 +335,6 @@ def finish_emulator(
     write_emulator_config(out_dir, base_config, ranks, in_4bit, storage, integers)
     copy_tokenizer(tokenizer_dir, out_dir)
     return total_size
-
-
-def _read_all_reports(files: Sequence[Path]) -> list[LayerReport]:
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        by_file = list(pool.map(read_reports, files))
-    return sorted(itertools.chain.from_iterable(by_file), key=lambda report: report.name)
 
 
 def _summary(reports: Sequence[LayerReport], resources: Resources) -> dict[str, Any]:

@@ -1,30 +1,44 @@
-"""What a group's factors are made from, read ahead of time."""
+"""Reads the weights, the Gram and the gradients of a group while the group before is computed."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
+from emloc_ray.data.ahead import made_ahead
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import StoredGram
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.stages.factorize.job import FactorizationJob
 
-GroupPiece = tuple[Sequence[LinearSpec], StoredGram | None, Path]  # linears, their Gram, the shard of their factors
+Piece = TypeVar("Piece")
 
 
 class GroupTensors(NamedTuple):
-    """The weights ``(out, in)`` of a group's linears by name, and their Gram ``(in, in)``, None where nothing needs it."""
+    """The weights ``(out, in)`` of a group's linears by name, their Gram ``(in, in)``, None where nothing needs it, and the sums
+    of gradients ``(out, out)`` of those that have one."""
 
     weights: dict[str, Tensor]
     gram: Tensor | None
+    gradients: dict[str, Tensor]
 
 
-def read_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram | None) -> GroupTensors:
+def read_group(
+    model_dir: Path, specs: Sequence[LinearSpec], gram: StoredGram | None, gradients: Mapping[str, StoredGram]
+) -> GroupTensors:
     """Reads them into this process's memory, whole."""
-    checkpoint = Checkpoint(job.model_dir)
+    checkpoint = Checkpoint(model_dir)
     weights = {spec.name: spec.read_weight(checkpoint).clone() for spec in specs}
-    return GroupTensors(weights, None if gram is None else gram.read())
+    sums = {name: stored.read() for name, stored in gradients.items()}
+    return GroupTensors(weights, None if gram is None else gram.read(), sums)
+
+
+def read_ahead(
+    pieces: Sequence[Piece], read: Callable[[Piece], GroupTensors]
+) -> Iterator[tuple[Piece, GroupTensors | None]]:
+    """Yields each piece of a task with its tensors, and reads the next one's meanwhile; a task's only piece comes without
+    tensors, as its layers are read one by one."""
+    if len(pieces) == 1:
+        yield pieces[0], None
+        return
+    yield from zip(pieces, made_ahead(pieces, read, most=1), strict=True)

@@ -1,7 +1,5 @@
 """What every task of the factorization needs to know."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +14,9 @@ class FactorizationJob:
     """Artifact paths and flat settings of the stage.
 
     ``groups`` are the linears that share an input; those without a rank in ``ranks`` stay dense. ``renamed`` are the tensors
-    whose names in the checkpoint are not the model's own, which the emulator's are. ``in_4bit`` are the linears that are
-    stored so, as factors or dense, of which those in ``without_gram`` have none; ``kept_wide`` are those elsewhere in the
-    model that are not. ``gradients_dir`` holds the sums of gradients that weigh outputs, where factors are to keep the
+    whose names in the checkpoint are not the model's own, which the emulator's are. ``in_4bit`` are the linears stored in 4
+    bits, as factors or dense, ``without_gram`` those of them that have no Gram; ``kept_wide`` are linears elsewhere in the
+    model that stay wide. ``gradients_dir`` holds the sums of gradients that weigh outputs, where factors are to keep the
     model's predictions instead of each layer's outputs. ``by_weights``: factors are the weights' own truncated SVD, whose
     errors alone are measured under the Grams. ``storage`` is how they are stored, ``integers`` which linears in integers;
     ``weighs_residuals``: outputs are weighed for the factors beside these too.
@@ -52,5 +50,5 @@ class FactorizationJob:
 
 
 def group_cost(group: Sequence[LinearSpec]) -> float:
-    """About the floating-point operations that a group's factors take, to a constant factor."""
+    """The floating-point operations of a group's factors, roughly and up to a constant factor."""
     return sum(min(s.out_features, s.in_features) ** 3 + s.num_parameters * s.in_features for s in group)

@@ -1,7 +1,5 @@
 """What an emulator keeps of the original as it is, streamed from one checkpoint to the other."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

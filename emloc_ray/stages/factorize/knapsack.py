@@ -6,8 +6,6 @@ for every ``λ`` (Everett 1963; Sinha and Zoltners 1979). A choice whose ``loss 
 the gap between the two is in no better answer (Pisinger 1995). The few that are left go to HiGHS' branch and bound.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -29,7 +27,8 @@ Picks: TypeAlias = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Packing:
-    """The choice of every item, what all of them cost and lose, and what no packing within the budget can lose less than."""
+    """The choice of every item, their cost and loss together, and a lower bound on the loss of any packing within the
+    budget."""
 
     picks: tuple[int, ...]
     used: int
@@ -38,16 +37,13 @@ class Packing:
 
     @property
     def gap(self) -> float:
-        """The most that the loss may lie above the least there is, as a share of it; 0 where nothing is lost."""
+        """How far the loss can lie above the optimum, as a share of it; 0 where nothing is lost."""
         return (self.loss - self.bound) / self.loss if self.loss > 0 else 0.0
 
 
 def pack(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> Packing:
-    """The choices that lose least at a cost of at most ``budget``; where HiGHS runs out of time, the best that is known.
-
-    Raises:
-        ValueError: the cheapest choices cost more.
-    """
+    """The choices that lose least at a cost of at most ``budget``; where HiGHS runs out of time, the best that is known. Raises
+    ValueError where the cheapest choices cost more."""
     cheapest = sum(min(each) for each in costs)
     if cheapest > budget:
         raise ValueError(f"The cheapest choices of {len(costs)} items cost {cheapest}, above the budget of {budget}.")

@@ -1,7 +1,5 @@
 """The report of every factorized layer, kept beside its factors."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -22,13 +20,11 @@ _MOST_SAMPLES = 48
 class LayerReport:
     """One layer: its error, as stored, relative to ``‖W G^½‖``, and the energy ``tr(W G Wᵀ)`` of its spectrum.
 
-    ``residual_energy`` is ``tr(Δ G Δᵀ)`` of ``Δ = W − W_E`` as stored, with the damped G, which the correction goes by; None
-    where an older version wrote the report.
-
-    ``rank`` is the full one and ``solver`` is ``dense`` for a layer that was put into 4 bits alone. Where predictions are
-    what the factors keep, the spectrum and its energy are those of ``S^½ W G Wᵀ S^½``, where the weights themselves are,
-    of ``W Wᵀ``; and ``weighed_error`` is the relative error there. ``spectrum`` is a few of its values, each beside its
-    number from 1 on, as shares of the energy.
+    ``residual_energy`` is ``tr(Δ G Δᵀ)`` of ``Δ = W − W_E`` as stored, with the damped G; None where an older version wrote the
+    report. ``rank`` is the full one and ``solver`` is ``dense`` for a layer put into 4 bits alone. Where factors keep
+    predictions, spectrum and energy are those of ``S^½ W G Wᵀ S^½``, and ``weighed_error`` is the relative error in that
+    metric; where they keep the weights, of ``W Wᵀ``. ``spectrum`` is a few of its values, each beside its number from 1 on, as
+    shares of the energy.
     """
 
     name: str
@@ -52,7 +48,7 @@ def sampled(eigenvalues: torch.Tensor, total_energy: float) -> tuple[tuple[int, 
 
 
 def write_spectra(directory: Path, reports: Iterable[LayerReport]) -> None:
-    """Writes what the reports of an emulator's layers sample of their spectra as one small file."""
+    """Writes the sampled spectra of an emulator's layers as one small file."""
     with atomic_file(directory / SPECTRA) as file:
         file.write(json.dumps({report.name: report.spectrum for report in reports if report.spectrum}).encode())
 

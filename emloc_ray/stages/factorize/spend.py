@@ -22,8 +22,8 @@ FORMS = "forms.json"
 
 @dataclass(frozen=True)
 class Spending:
-    """A ``budget`` of bytes for all linears, how they are ``storing`` what they store, and the ``even`` form of each, which those
-    keep of which the data says nothing."""
+    """A ``budget`` of bytes for all linears, how they are stored (``storing``), and the ``even`` form of each, which it
+    keeps where the data says nothing of it."""
 
     budget: int
     storing: Storing
@@ -31,7 +31,7 @@ class Spending:
 
     @property
     def without_even(self) -> Spending:
-        """All that a task needs of it."""
+        """Itself without the even forms, which tasks do not need."""
         return replace(self, even={})
 
 
@@ -53,12 +53,8 @@ def spend(
     """Writes ``forms.json`` into ``out_dir``: every linear's form, its bytes and the nats a sample that it is expected to lose;
     together they lose least within the budget.
 
-    Args:
-        spending: the budget.
-        specs: all linears.
-        forms: what each may be stored as.
-        losses: what each of these loses, ``(len(forms(spec)),)`` by name; all zeros where the data says nothing.
-        out_dir: where it is written.
+    ``losses`` has what each of a linear's ``forms`` loses, ``(len(forms(spec)),)`` by name; all zeros where the data says
+    nothing.
     """
 
     def num_bytes(spec: LinearSpec, form: Form) -> int:

@@ -19,7 +19,7 @@ from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.model_bytes import file_dtype
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.training import factor_ranks, factorize_work, healing_run, packs_late
+from emloc_ray.planning.training import factor_ranks, factorize_work, healing_training, packs_late
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS, gradient_inputs
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.factorize.job import FactorizationJob
@@ -129,10 +129,6 @@ def _budget(context: Context) -> Inputs:
     return {"budget": layout.budget, "linears": layout.allocated, "storing": storing}
 
 
-def _allocate_inputs(context: Context) -> Inputs:
-    return {"calibrate": context.made[CALIBRATE.name], **_allocation(context)}
-
-
 def _factorize_inputs(context: Context) -> Inputs:
     """What the emulator follows from: of allocated ranks what they are made from, for a cache must find it without them."""
     config, layout, allocation = context.prepared.config, context.layout, _allocation(context)
@@ -198,10 +194,6 @@ def _factorize(context: Context, inputs: Inputs, granted: Resources, progress: P
     }
 
 
-def _factorize_reads(context: Context) -> Sequence[str]:
-    return SUMS if _reads_gradients(context.layout) else (CALIBRATE.name,)
-
-
 def _allocate_cost(memory: MemoryModel) -> StageCost:
     layout = memory.layout
     spread = set(layout.allocated)
@@ -214,12 +206,13 @@ def _allocate_cost(memory: MemoryModel) -> StageCost:
 def _factorize_cost(memory: MemoryModel) -> StageCost:
     healing, files = memory.config.emulator.heals, memory.emulator_files
     if healing is not None:  # at the lower ranks that healing begins with
-        files = MemoryModel(healing_run(memory.prepared, healing), memory.lengths).emulator_files
+        training = healing_training(memory.config, healing, memory.layout)
+        files = MemoryModel(memory.prepared, memory.lengths, training).emulator_files
     return StageCost(memory.factorize(), flops=2.5 * factorize_work(memory.prepared), disk_bytes=files, start_seconds=6)
 
 
 def thin_calibration(config: RunConfig, fewest_tokens: int | None, layout: Layout) -> str | None:
-    """Where a Gram has fewer tokens than a rank that is taken from it."""
+    """Says so where a Gram has fewer tokens than a rank that is taken from it."""
     highest = max(layout.ranks.values(), default=0)
     if fewest_tokens is None or fewest_tokens >= highest or layout.objective == "weights":
         return None
@@ -230,7 +223,7 @@ def thin_calibration(config: RunConfig, fewest_tokens: int | None, layout: Layou
 
 
 def unseen_linears(unseen: Sequence[str], layout: Layout) -> str | None:
-    """Where no token came to linears whose factors follow from tokens: of experts the calibration tells itself."""
+    """Says so where no token reached linears that are factorized by their inputs; the calibration reports experts itself."""
     ranked = {spec.name for spec in layout.specs if spec.routed_share is None and spec.name in layout.ranks}
     without = [name for name in unseen if name in ranked]
     if not without or layout.objective == "weights":
@@ -261,10 +254,6 @@ def _allocate_summary(result: Result) -> str:
     return f"what they lose is {lost / uniform:.0%} of what uniform ranks would" if uniform > 0 else ""
 
 
-def _factorize_summary(result: Result) -> str:
-    return f"{len(result['layers'])} linears, mean relative error {result['mean_relative_error']:.3f}"
-
-
 def _allocate_sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
     left_out = ("usage", "num_workers", "taken_from")
     return {"allocation": {key: value for key, value in results["allocate"].items() if key not in left_out}}
@@ -277,9 +266,11 @@ def _factorize_sections(prepared: Prepared, results: dict[str, Result]) -> dict[
     saved = layout.parameters_targeted - layout.parameters_factorized
     budget = prepared.config.emulator.budget
     stored = layout.stored_bytes(file_dtype(prepared).itemsize)
+    specs = layout.by_name
+    kinds = Counter(layout.form(specs[name]).kind for name in layout.compressed)
     emulator: dict[str, Any] = {
         "compression_ratio": prepared.config.emulator.compression_ratio if budget is None else None,
-        **({"budget": budget, "forms": _forms_taken(layout)} if budget is not None else {}),
+        **({"budget": budget, "forms": dict(kinds.most_common())} if budget is not None else {}),
         "bits_per_weight": 8 * stored / max(layout.parameters_targeted, 1),
         "parameters_kept": layout.parameters_factorized / max(layout.parameters_targeted, 1),
         "parameters": layout.num_parameters - saved,
@@ -293,11 +284,6 @@ def _factorize_sections(prepared: Prepared, results: dict[str, Result]) -> dict[
     }
     last = results.get("heal", made)
     return {"emulator": {**emulator, **({"bytes": last["bytes"]} if "bytes" in last else {})}}
-
-
-def _forms_taken(layout: Layout) -> dict[str, int]:
-    """How many of the compressed linears take which kind of form, the most frequent one first."""
-    return dict(Counter(layout.form(layout.by_name[name]).kind for name in layout.compressed).most_common())
 
 
 def uneven_groups(layout: Layout) -> str | None:
@@ -333,7 +319,7 @@ ALLOCATE = Stage(
     verb="factorize",
     wanted=lambda prepared: bool(prepared.layout.allocated),
     asks=lambda config: config.emulator,
-    inputs=_allocate_inputs,
+    inputs=lambda context: {"calibrate": context.made[CALIBRATE.name], **_allocation(context)},
     outputs=("allocation",),
     run=_allocate,
     cost=_allocate_cost,
@@ -353,11 +339,11 @@ FACTORIZE = Stage(
     outputs=("emulator",),
     run=_factorize,
     cost=_factorize_cost,
-    reads=_factorize_reads,
+    reads=lambda context: SUMS if _reads_gradients(context.layout) else (CALIBRATE.name,),
     shares=by_weights,
     resumes=True,
     divisible=True,
-    summary=_factorize_summary,
+    summary=lambda result: f"{len(result['layers'])} linears, mean relative error {result['mean_relative_error']:.3f}",
     remarks=_remarks,
     sections=_factorize_sections,
     keys=("emulator",),

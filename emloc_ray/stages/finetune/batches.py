@@ -1,7 +1,5 @@
 """The batches that a rank of a training reads, as the model is called with them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,7 +15,7 @@ from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.io.formats.teacher_shards import TeacherShards
 from emloc_ray.modeling.attention import is_flash
-from emloc_ray.modeling.inputs import label_mask, model_call
+from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.loss import TopLogProbs
 from emloc_ray.modeling.packing import as_one_row
 from emloc_ray.stages.finetune.job import FinetuneJob
@@ -52,12 +50,11 @@ class RankBatches(IterableDataset[dict[str, Any]]):
             yield {**batch, **({} if taught is None else {TEACHER: next(taught)})}
 
     def called(self, batch: dict[str, torch.Tensor], config: Any) -> dict[str, Any]:
-        """What a model of that config is called with, labels for the Trainer to count, and where the model predicts them:
-        found here, before the batch is on a GPU."""
-        labels = batch["input_ids"].masked_fill(~label_mask(batch, self.job.loss_on, config), -100)
+        """What a model of that config is called with, and where it predicts which labels: found here, before the batch is on
+        a GPU."""
         call = model_call(config, batch, self.job.loss_on)
         given = {key: value for key, value in call.inputs.items() if value is not None}  # the Trainer may count a mask
-        return {**given, "labels": labels, CALL: replace(call, inputs={})}
+        return {**given, CALL: replace(call, inputs={})}
 
     def _taught(self, begin: int, end: int) -> Iterator[TopLogProbs] | None:
         if self.job.teacher_dir is None:

@@ -1,14 +1,22 @@
 """Why a group's workers begin again. Ray Train's controller imports this alone: all of a training would keep it for seconds."""
 
-from __future__ import annotations
-
+from pathlib import Path
 from typing import Any
 
 import ray.train
 
-from emloc_ray.io.store.node_cache import ensure, publish
+from emloc_ray.io.store.node_cache import ensure, open_artifact, publish
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.ray.losses import is_lost, is_preempted, last_line, reason
+
+
+def content(path: Path) -> bytes:
+    """Reads a file that workers write, without a copy on this node; empty where there is none."""
+    try:
+        with open_artifact(path) as (stream, _):
+            return stream.read()
+    except FileNotFoundError:
+        return b""
 
 
 class FailureLog(ray.train.UserCallback):
@@ -19,10 +27,8 @@ class FailureLog(ray.train.UserCallback):
         self.failures = 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """One line for each failure of the group that it recovers from: of a worker that was lost, or of the first.
-
-        A worker whose peer was killed may be the first to fail, over the connection to it.
-        """
+        """One line for each failure of the group that it recovers from: of a worker that was lost, or of the first. A worker
+        whose peer was killed may be the first to fail, over the connection to it."""
         taken_back = any(is_preempted(error) for error in worker_exceptions.values())  # which Ray Train counts apart
         self.failures += not taken_back
         if self.failures > self.job.max_failures:
@@ -30,7 +36,8 @@ class FailureLog(ray.train.UserCallback):
         lost = [rank for rank, error in worker_exceptions.items() if is_lost(error)]
         rank = min(lost or worker_exceptions)
         error = worker_exceptions[rank]
-        why = f"lost its worker because {reason(error)[0]}" if lost else f"failed ({last_line(error)})"
+        word = content(self.job.last_word_path).decode()
+        why = f"lost its worker because {word or reason(error)[0]}" if lost or word else f"failed ({last_line(error)})"
         again = f"restarted from the last checkpoint ({self.failures} of {self.job.max_failures})"
         if taken_back:
             why, again = (

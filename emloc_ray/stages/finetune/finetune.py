@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from emloc_ray.errors import EmlocError, NumericsError, Stopped, TakenOver
+from emloc_ray.errors import EmlocError, NumericsError, StageError, Stopped, TakenOver
 from emloc_ray.io.formats.json_lines import read_objects
 from emloc_ray.io.store.arrow_files import arrow_files
-from emloc_ray.io.store.node_cache import discard, exists, is_stored, open_artifact, publish, sizes
-from emloc_ray.stages.finetune.failure_log import FailureLog
+from emloc_ray.io.store.node_cache import discard, exists, is_stored, publish, sizes
+from emloc_ray.stages.finetune.failure_log import FailureLog, content
 from emloc_ray.stages.finetune.job import FinetuneJob
-from emloc_ray.stages.finetune.training import leaves_traces, train_alone, train_loop
-from emloc_ray.stages.ray.losses import Losses, Tell, explain, is_lost, last_line, unheard
+from emloc_ray.stages.finetune.training import train_alone, train_loop
+from emloc_ray.stages.ray.losses import SILENT, Losses, Tell, explain, is_lost, last_line, unheard
 from emloc_ray.stages.ray.spans import Span, tell_span
 from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, silent
 from emloc_ray.text import Pace
@@ -44,17 +45,15 @@ def finetune(
 ) -> dict[str, Any]:
     """Trains the adapter on the emulator and writes it to ``job.out_dir`` in PEFT's format.
 
-    A lost worker restarts the group from its newest checkpoint, at most ``max_failures`` times; so does running the
-    stage again with the same ``name``, as where Ray Train's own process is lost. One worker runs alone and several as a
-    group, unless a ``runner`` is given. ``detail`` hears loss, learning rate and tokens a second as they change.
-
-    Raises:
-        NumericsError: where loss or gradients stop being numbers, naming the step.
-        StageError: where memory ran out, which a restart would not change.
-        EmlocError: what ``progress`` raised to stop the training; a checkpoint of where it was is there then.
+    A lost worker restarts the group from its newest checkpoint, at most ``max_failures`` times; so does running the stage again
+    with the same ``name``, as where Ray Train's own process is lost. One worker runs alone and several as a group, unless a
+    ``runner`` is given. ``detail`` hears loss, learning rate and tokens a second as they change. Raises NumericsError where
+    loss or gradients stop being numbers, naming the step, StageError where memory ran out, which a restart would not change,
+    and what ``progress`` raised to stop the training; a checkpoint of where it was is there then.
     """
+    job = replace(job, planned_s=resources.planned_s)
     job.storage_dir.mkdir(parents=True, exist_ok=True)
-    for left in (job.stop_path, job.step_path, job.begun_path, job.out_of_memory_path):
+    for left in (job.stop_path, job.step_path, job.begun_path, job.out_of_memory_path, job.last_word_path):
         discard(left)
     with Watcher(job, progress, tell, detail=detail) as watcher:
         outcome = (runner or runner_of(job, resources))(job, resources, tell, watcher.check)
@@ -65,11 +64,12 @@ def finetune(
     if outcome["failure"]:
         raise NumericsError(outcome["failure"])
     # Steps that a lost worker had logged and its successor did again count once.
-    logged = {line["step"]: line for line in read_objects(_content(job.log_path))}
+    logged = {line["step"]: line for line in read_objects(content(job.log_path))}
     history = sorted(logged.values(), key=lambda line: line["step"])
-    scores = {line["step"]: line for line in read_objects(_content(job.validation_path))}
+    scores = {line["step"]: line for line in read_objects(content(job.validation_path))}
     ordered = sorted(scores.values(), key=lambda line: line["step"])
     keeps_best = job.validation is not None and job.validation.keeps_best
+    goes_by = "loss" if job.validation is None else job.validation.goes_by
     return {
         "num_workers": resources.num_workers,
         "steps": outcome["steps"],
@@ -79,7 +79,7 @@ def finetune(
         "trainable_parameters": outcome["trainable_parameters"],
         # A resumed training's rate counts rows that an earlier try had read.
         "sequences_per_second": None if outcome["resumed"] else outcome["sequences_per_second"],
-        **({"validation": {"history": ordered, "keeps_best": keeps_best}} if ordered else {}),
+        **({"validation": {"history": ordered, "keeps_best": keeps_best, "goes_by": goes_by}} if ordered else {}),
     }
 
 
@@ -97,7 +97,7 @@ def runner_of(job: FinetuneJob, resources: Resources) -> Runner:
 
 def run_alone(job: FinetuneJob, resources: Resources, tell: Tell, check: Callable[[], None]) -> dict[str, Any]:
     """Trains in one task; a lost worker's successor starts from the newest checkpoint."""
-    task = resources.task(train_alone, alone=leaves_traces(job)).options(name=f"{job.stage}: {job.name}")
+    task = resources.task(train_alone, alone=job.leaves_traces).options(name=f"{job.stage}: {job.name}")
 
     def submit() -> Any:
         discard(job.begun_path)  # a try that was lost has left it
@@ -109,8 +109,10 @@ def run_alone(job: FinetuneJob, resources: Resources, tell: Tell, check: Callabl
         if exists(job.stop_path) and not exists(job.begun_path):
             raise Stopped(f"{job.stage} was stopped before it began.")
 
-    losses = Losses(job.stage, tell, job.max_failures, reached=lambda: _checkpoints(job))
-    [outcome] = bounded([("the training", submit)], 1, losses, give_up)
+    losses = Losses(
+        job.stage, tell, job.max_failures, reached=lambda: _checkpoints(job), last_word=lambda: _last_word(job)
+    )
+    [outcome] = bounded([("the training", submit)], 1, losses, give_up, planned_s=resources.planned_s)
     return dict(outcome)
 
 
@@ -158,6 +160,8 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
     except ray.train.WorkerGroupError as error:  # what workers raise, or are lost more often than max_failures
         came_on = job.max_failures > 0 and _checkpoints(job) != before
         if not came_on or not is_lost(error):
+            if word := _last_word(job):
+                raise StageError(f"{job.stage}: a worker was lost because {word}: {SILENT}.") from error
             raise
         losses.tell(
             f"{job.stage}: it has made progress since it first failed, so failures are counted from zero again."
@@ -174,17 +178,12 @@ def _checkpoints(job: FinetuneJob) -> set[str]:
     return {file.relative_to(place).parts[0] for file in sizes(place)}
 
 
-def _content(path: Path) -> bytes:
-    """Reads a file that workers append to, without a copy on this node."""
-    try:
-        with open_artifact(path) as (stream, _):
-            return stream.read()
-    except FileNotFoundError:
-        return b""
+def _last_word(job: FinetuneJob) -> str:
+    return content(job.last_word_path).decode()
 
 
 def _lines(path: Path) -> list[str]:
-    return _content(path).decode(errors="replace").splitlines()
+    return content(path).decode(errors="replace").splitlines()
 
 
 @contextlib.contextmanager
@@ -241,7 +240,7 @@ class Watcher:
                     self.tell(text)
 
     def _show(self) -> None:
-        logged = read_objects(_content(self.job.log_path))
+        logged = read_objects(content(self.job.log_path))
         if self.stop is None:
             try:
                 step = max(logged[-1]["step"] if logged else 0, self._step())

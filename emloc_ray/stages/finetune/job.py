@@ -6,8 +6,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emloc_ray.modeling.compiling import is_compiled
+
 if TYPE_CHECKING:
     from emloc_ray.data.processors import ImageInputs
+
+
+@dataclass(frozen=True)
+class OriginalJob:
+    """How the adapter is scored on the original while it is trained: at each ``every``-th score, on an original that is
+    opened as ``hold`` says and closed after it. ``decides``: these scores choose the best adapter and the end."""
+
+    model_dir: Path
+    every: int
+    hold: str = "resident"
+    decides: bool = False
 
 
 @dataclass(frozen=True)
@@ -15,7 +28,7 @@ class ValidationJob:
     """How the emulator is scored while it is trained: on ``tokens_dir``, after each ``every`` steps.
 
     ``keeps_best``: the adapter of the lowest loss is the one that is saved. Training ends after ``patience`` scores in a row
-    that are not better by more than ``threshold`` nats a token.
+    that are not better by more than ``threshold`` nats a token. ``original``: it is scored too.
     """
 
     tokens_dir: Path
@@ -24,6 +37,12 @@ class ValidationJob:
     keeps_best: bool = False
     patience: int | None = None
     threshold: float = 0.0
+    original: OriginalJob | None = None
+
+    @property
+    def goes_by(self) -> str:
+        """The loss that decides, as it is called in a line of the log."""
+        return "original_loss" if self.original is not None and self.original.decides else "loss"
 
 
 @dataclass(frozen=True)
@@ -32,7 +51,7 @@ class FinetuneJob:
     them. With ``teacher_dir`` the loss is the divergence from what a teacher says there, not that of the labels. With
     ``start_dir`` the adapter there is trained on, with the rows that come after ``steps_before`` steps. With ``pack_length``
     rows are packed into sequences of so many tokens, of which a batch has ``batch_size``.
-    A step reads about ``tokens_a_step``."""
+    A step reads about ``tokens_a_step``; the stage was planned to take ``planned_s``, 0 where that is not known."""
 
     emulator_dir: Path
     tokens_dir: Path
@@ -61,6 +80,7 @@ class FinetuneJob:
     loraplus_lr_ratio: float | None = None
     tokens_a_step: float = 0.0
     images: ImageInputs | None = None
+    planned_s: float = 0.0
 
     @property
     def log_path(self) -> Path:
@@ -98,6 +118,21 @@ class FinetuneJob:
         return self.storage_dir / f"{self.name}.out_of_memory"
 
     @property
+    def last_word_path(self) -> Path:
+        """Why a worker ended itself, for its next step did not come."""
+        return self.storage_dir / f"{self.name}.last_word.txt"
+
+    @property
     def stop_path(self) -> Path:
         """Its presence asks the workers to save a checkpoint and end."""
         return self.storage_dir / f"{self.name}.stop"
+
+    @property
+    def leaves_traces(self) -> bool:
+        """Whether the training changes its process for the next one: it sets switches of torch, compiles, has Liger replace a
+        model's functions, or a tracker holds a run open."""
+        arguments = self.training_arguments
+        report_to = arguments.get("report_to") or "none"
+        trackers = {report_to} if isinstance(report_to, str) else set(report_to)
+        changes = any(arguments.get(key) for key in ("full_determinism", "tf32", "use_liger_kernel"))
+        return changes or is_compiled(arguments) or bool(trackers - {"none", "tensorboard"})

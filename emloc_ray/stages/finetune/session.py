@@ -3,8 +3,6 @@
 A group's processes are made for it and end with it, which takes many times as long as a short training of one worker.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -93,7 +91,7 @@ class LoneSession:
         yield str(folder) if folder.is_dir() else None
 
     def save(self, folder: Path | None, step: int) -> None:
-        """First the new one, whole; then it is named; then the others go."""
+        """Writes the new one whole, then names it, then removes the others."""
         if folder is None:
             return
         target = self.directory / f"checkpoint-{step}"
@@ -107,7 +105,7 @@ class LoneSession:
 
 @contextlib.contextmanager
 def own_environment() -> Iterator[None]:
-    """What a training sets in the environment is gone after it, for the next in the same process."""
+    """Restores the environment after a training, for the next one in the same process."""
     before = dict(os.environ)
     try:
         yield

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config.base import StageConfig
 from emloc_ray.config.finetune import FinetuneConfig
-from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.packing import num_sequences
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.layout import adapter_settings
 from emloc_ray.planning.memory import MemoryModel
-from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.work import num_steps, rows_a_step, steps_trained, training_cost
+from emloc_ray.planning.training_spec import Training
+from emloc_ray.planning.work import num_steps, rows_a_step, steps_trained, training_cost, validation_cost
 from emloc_ray.stages.context import Context, Inputs, Result, without
 from emloc_ray.stages.stage import Stage, part
 
@@ -31,6 +31,8 @@ VALIDATION = frozenset(
     {
         "eval_strategy",
         "eval_steps",
+        "eval_original_every",
+        "metric_for_best_model",
         "num_validation_samples",
         "load_best_model_at_end",
         "early_stopping_patience",
@@ -40,84 +42,93 @@ VALIDATION = frozenset(
 
 
 def learned(section: FinetuneConfig, *own: str) -> Inputs:
-    """The settings of the fine-tuning that its result follows from, but for some; ``bf16: auto`` follows from the machine."""
+    """The settings that decide what a training learns, but for ``own``; ``bf16: auto`` follows from the machine."""
     machine = {"bf16"} if section.bf16 == "auto" else set()
     off = set() if section.packing else {"packing"}
     off |= set() if section.validates else VALIDATION
+    off |= {"eval_original_every", "metric_for_best_model"} if section.eval_original_every is None else set()
     off |= {"loraplus_lr_ratio"} if section.loraplus_lr_ratio is None else set()
     return without(section, NOT_LEARNED | machine | off | set(own))
 
 
-def pack_length(config: RunConfig) -> int | None:
-    """The tokens of a sequence that rows are packed into; None where they are not."""
-    return config.data.max_seq_length if config.finetune.packing else None
-
-
 def steps_of(context: Context) -> int:
     """Optimizer steps of the fine-tuning, from the rows that it has, or the packs that these make."""
-    config = context.prepared.config
-    return num_steps(config, num_sequences(context.tokens("train"), pack_length(config)))
+    training = context.prepared.finetuning
+    return num_steps(training.section, _sequences(context, training))
 
 
 def trained_tokens(context: Context) -> float:
     """Tokens that all steps of the fine-tuning read, of rows or packs of mean length."""
-    return steps_of(context) * rows_a_step(context.prepared.config.finetune) * sequence_tokens(context)
+    training = context.prepared.finetuning
+    return steps_of(context) * rows_a_step(training.section) * _sequence_tokens(context, training)
 
 
-def sequence_tokens(context: Context) -> float:
+def _pack_length(context: Context, training: Training) -> int | None:
+    return context.prepared.config.data.max_seq_length if training.section.packing else None
+
+
+def _sequences(context: Context, training: Training) -> int:
+    return num_sequences(context.tokens(training.split), _pack_length(context, training))
+
+
+def _sequence_tokens(context: Context, training: Training) -> float:
     """The mean tokens of a row, or of a pack of rows."""
-    tokens_dir = context.tokens("train")
-    sequences = num_sequences(tokens_dir, pack_length(context.prepared.config))
-    return float(TokenShards(tokens_dir).index["tokens"]) / max(1, sequences)
+    tokens = TokenShards(context.tokens(training.split)).index["tokens"]
+    return float(tokens) / max(1, _sequences(context, training))
 
 
-def finetune_job(context: Context, name: str) -> FinetuneJob:
-    """``name`` identifies the training, so that a later try resumes it."""
+def finetune_job(context: Context, name: str, training: Training | None = None) -> FinetuneJob:
+    """The job of a training, by default the fine-tuning; ``name`` identifies it, so that a later try resumes it."""
     from emloc_ray.stages.finetune.job import FinetuneJob
 
-    prepared, config = context.prepared, context.prepared.config
-    section, targets = config.finetune, context.layout.portable_targets
+    prepared = context.prepared
+    training = training or prepared.finetuning
+    section, targets = training.section, training.layout.portable_targets
+    memory = MemoryModel(prepared, training=training)
     return FinetuneJob(
         emulator_dir=context.emulator_dir,
-        tokens_dir=context.tokens("train"),
+        tokens_dir=context.tokens(training.split),
         out_dir=context.path("adapter_emulator"),
         storage_dir=context.path("training"),
         name=name,
-        adapter=_adapter_settings(context),
+        adapter=_adapter_settings(context, training),
         portable_targets=targets if isinstance(targets, str) else list(targets),
         base_model=_base_model(context),
-        max_steps=steps_of(context),
+        max_steps=num_steps(section, _sequences(context, training)),
         batch_size=section.per_device_train_batch_size,
-        seed=config.seed,
-        loss_on=context.loss_on(),
+        seed=prepared.config.seed,
+        loss_on=context.loss_on(training),
         pad_token_id=context.pad_token_id(),
         max_failures=section.max_failures,
         training_arguments={"run_name": prepared.run.name, **_training_arguments(section)},
         zero_config=prepared.zero_config,
         model_options=context.model_options,
-        hold=context.memory.finetune_hold(),
-        pack_length=pack_length(config),
-        validation=_validation_job(context),
+        hold=memory.finetune_hold(),
+        pack_length=_pack_length(context, training),
+        validation=_validation_job(context, section, memory),
         loraplus_lr_ratio=section.loraplus_lr_ratio,
-        tokens_a_step=rows_a_step(section) * sequence_tokens(context),
+        tokens_a_step=rows_a_step(section) * _sequence_tokens(context, training),
         images=context.images,
     )
 
 
-def _validation_job(context: Context) -> ValidationJob | None:
-    from emloc_ray.stages.finetune.job import ValidationJob
+def _validation_job(context: Context, section: FinetuneConfig, memory: MemoryModel) -> ValidationJob | None:
+    from emloc_ray.stages.finetune.job import OriginalJob, ValidationJob
 
-    section = context.prepared.config.finetune
+    original = None
     if not section.validates:
         return None
-    rows = (section.model_extra or {}).get("per_device_eval_batch_size", section.per_device_train_batch_size)
+    if section.eval_original_every is not None and context.layout.differs:
+        decides = section.metric_for_best_model == "eval_original_loss"
+        original = OriginalJob(context.model_dir, section.eval_original_every, memory.validating().hold, decides)
     return ValidationJob(
         context.tokens("validation"),
-        section.eval_steps or section.save_steps,
-        rows,
+        section.scores_every,
+        memory.validation_rows(),
         section.load_best_model_at_end,
         section.early_stopping_patience,
         section.early_stopping_threshold,
+        original,
     )
 
 
@@ -130,8 +141,8 @@ def _base_model(context: Context) -> str:
     return str(context.model_dir) if run.store is None else f"{run.place.partition('?')[0]}/model"
 
 
-def _adapter_settings(context: Context) -> dict[str, Any]:
-    settings = adapter_settings(context.prepared.config.adapter, context.layout, context.base_config())
+def _adapter_settings(context: Context, training: Training) -> dict[str, Any]:
+    settings = adapter_settings(training.adapter, training.layout, context.base_config())
     if settings.get("prompt_tuning_init") == "TEXT":
         settings["tokenizer_name_or_path"] = str(context.model_dir)
     return settings
@@ -166,16 +177,13 @@ def _finetune(context: Context, inputs: Inputs, granted: Resources, progress: Pr
     job = finetune_job(context, f"finetune-{fingerprint(context.begun(inputs))}")
     result = finetune(job, granted, progress, context.note, detail=context.detail)
     if rate := result.pop("sequences_per_second"):
-        result["tokens_per_second"] = rate * sequence_tokens(context)
+        result["tokens_per_second"] = rate * _sequence_tokens(context, context.prepared.finetuning)
     return result
 
 
 def _cost(memory: MemoryModel) -> StageCost:
-    return training_cost(memory, steps_trained(memory.prepared))
-
-
-def _steps(prepared: Prepared) -> tuple[int, str]:
-    return steps_trained(prepared), f"on the {'emulator' if prepared.layout.differs else 'original'}"
+    cost = training_cost(memory, steps_trained(memory.prepared))
+    return replace(cost, scores=validation_cost(memory)) if memory.config.finetune.validates else cost
 
 
 def _summary(result: Result) -> str:
@@ -183,9 +191,11 @@ def _summary(result: Result) -> str:
     validation = result.get("validation")
     if not validation:
         return text
-    best = min(validation["history"], key=lambda line: line["loss"])
+    goes_by = validation.get("goes_by", "loss")
+    best = min((line for line in validation["history"] if goes_by in line), key=lambda line: line[goes_by])
+    where = " on the original" if goes_by == "original_loss" else ""
     kept = ", whose adapter is kept" if validation["keeps_best"] else ""
-    return f"{text}, lowest validation loss {best['loss']:.3f} at step {best['step']}{kept}"
+    return f"{text}, lowest validation loss{where} {best[goes_by]:.3f} at step {best['step']}{kept}"
 
 
 FINETUNE = Stage(
@@ -197,7 +207,7 @@ FINETUNE = Stage(
     scratch=("training",),
     run=_finetune,
     cost=_cost,
-    steps=_steps,
+    steps=lambda prepared: (steps_trained(prepared), f"on the {'emulator' if prepared.layout.differs else 'original'}"),
     summary=_summary,
     sections=part(
         "finetune",

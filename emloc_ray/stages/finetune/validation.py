@@ -1,8 +1,9 @@
-"""Scores of the emulator while it is trained: the lowest one's adapter is kept, and training ends where they rise."""
+"""Scores the emulator while it is trained, and now and then the original with the same adapter; keeps the adapter of the
+lowest score, and ends the training where scores rise."""
 
-from __future__ import annotations
-
+import gc
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from emloc_ray.data.ahead import made_batches
 from emloc_ray.data.token_shards import TokenShards, length_batches
 from emloc_ray.io.formats.json_lines import append_object
 from emloc_ray.io.store.node_cache import publish
+from emloc_ray.modeling.adapter import load_adapter, save_trained_adapter
+from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.loss import token_loss
-from emloc_ray.stages.finetune.job import FinetuneJob, ValidationJob
+from emloc_ray.stages.finetune.job import FinetuneJob, OriginalJob, ValidationJob
 from emloc_ray.stages.finetune.session import TrainingSession
 
 _FILE = "best_adapter.safetensors"  # in each checkpoint: what the scores before it came to
@@ -26,16 +29,32 @@ _FILE = "best_adapter.safetensors"  # in each checkpoint: what the scores before
 class Validation(TrainerCallback):
     """The scores of one training, the same on every rank.
 
-    Attributes:
-        best_loss: the lowest score, in nats a token; infinite before the first.
-        num_worse: the scores since one was better by more than the threshold.
-        best: the adapter of the lowest score, on the CPU; empty where the last one is wanted.
+    The adapter's best and the end go by the loss on the emulator, or on the original where that ``decides``. ``best_loss`` is
+    the lowest score, in nats a token; infinite before the first. ``num_worse`` counts the scores since one was better by more
+    than the threshold. ``best`` is the adapter of the lowest score, on the CPU; empty where the last one is wanted.
     """
 
     def __init__(self, job: FinetuneJob, asked: ValidationJob, session: TrainingSession) -> None:
         self.job, self.asked, self.session = job, asked, session
         self.best_loss, self.num_worse = float("inf"), 0
         self.best: dict[str, Tensor] = {}
+
+    def losses(self, model: Any, step: int) -> dict[str, float]:
+        """``eval_loss`` of the emulator, and where this score is one of the original too, ``eval_original_loss``."""
+        losses, original = {"eval_loss": self.measure(model)}, self.asked.original
+        number = -(-step // self.asked.every)
+        if original is not None and (number % original.every == 0 or step >= self.job.max_steps):
+            losses["eval_original_loss"] = self._on_original(model, original)
+            gc.collect()  # cycles would hold the original's weights through the steps that follow
+        return losses
+
+    def _on_original(self, model: Any, original: OriginalJob) -> float:
+        """As :meth:`measure` of the original with the adapter as it is now, read from a file as the evaluation reads it."""
+        with tempfile.TemporaryDirectory() as folder:
+            path, job = Path(folder) / "adapter", self.job
+            save_trained_adapter(model, path, targets=job.portable_targets, base_model=job.base_model)
+            bare = open_model(original.model_dir, original.hold, **job.model_options)
+            return self.measure(load_adapter(bare, path))
 
     @torch.no_grad()
     def measure(self, model: Any) -> float:
@@ -64,8 +83,15 @@ class Validation(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any
     ) -> None:
-        """Keeps the adapter of a lowest score, and ends the training after ``patience`` that are none."""
-        loss = metrics["eval_loss"]
+        """Keeps the adapter of a new lowest score; ends the training after ``patience`` scores without one."""
+        line = {"step": state.global_step, "loss": metrics["eval_loss"]}
+        if (on_original := metrics.get("eval_original_loss")) is not None:
+            line["original_loss"] = on_original
+        if self.session.rank == 0:
+            append_object(self.job.validation_path, line)
+            publish(self.job.validation_path)
+        if (loss := line.get(self.asked.goes_by)) is None:
+            return
         self.num_worse = 0 if loss < self.best_loss - self.asked.threshold else self.num_worse + 1
         if loss < self.best_loss:
             self.best_loss = loss
@@ -73,9 +99,6 @@ class Validation(TrainerCallback):
                 self.best = {name: p.detach().to("cpu", copy=True) for name, p in _trained(model)}
         if self.asked.patience is not None and self.num_worse >= self.asked.patience:
             control.should_training_stop = True
-        if self.session.rank == 0:
-            append_object(self.job.validation_path, {"step": state.global_step, "loss": loss})
-            publish(self.job.validation_path)
 
     def save(self, folder: Path) -> None:
         """Writes what a later try goes on with into a checkpoint."""

@@ -3,8 +3,6 @@
 DeepSpeed opens its own checkpoints with pickle: a training under ZeRO runs whatever code its run directory holds.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -18,10 +16,8 @@ from torch import Tensor
 
 
 def join_as_deepspeed_rank() -> dict[str, Any]:
-    """Makes this worker, already in Ray Train's process group, a rank of DeepSpeed; before TrainingArguments are made.
-
-    Returns the arguments that TrainingArguments needs for it.
-    """
+    """Makes this worker, already in Ray Train's process group, a rank of DeepSpeed; before TrainingArguments are made. Returns
+    the arguments that TrainingArguments needs for it."""
     # What DeepSpeed compiles it compiles with ninja, which is where this Python is; the path need not say so.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if torch.cuda.is_available():
@@ -42,10 +38,8 @@ def join_as_deepspeed_rank() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def scattered_in(dtype: torch.dtype) -> Iterator[None]:
-    """While it lasts ZeRO-3 scatters the weights of a model that is loaded in this dtype, not in float32.
-
-    DeepSpeed has one dtype for all weights, float32 unless it also trains in 16 bits; frozen ones may have their own.
-    """
+    """While it lasts ZeRO-3 scatters the weights of a model that is loaded in this dtype, not in float32. DeepSpeed has one
+    dtype for all weights, float32 unless it also trains in 16 bits; frozen ones may have their own."""
     from transformers.integrations.deepspeed import deepspeed_config
 
     config = deepspeed_config() or {}
@@ -62,10 +56,8 @@ def scattered_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 def step_was_finite(engine: Any) -> bool:
-    """Whether the step that a DeepSpeed engine has just done came from finite gradients; the same on every rank.
-
-    A skipped step of float16, whose loss scale is being sought, is none of those that were not.
-    """
+    """Whether the step that a DeepSpeed engine has just done came from finite gradients; the same on every rank. A step that
+    float16 skips while it looks for its loss scale counts as finite."""
     if engine.fp16_enabled():
         return True
     norm = engine.get_global_grad_norm()

@@ -1,7 +1,5 @@
 """Fold: a LoRA trained on an emulator becomes part of its factors; one Ray task a shard, the other tensors byte for byte."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +30,9 @@ class FoldJob:
     """Artifact paths and flat settings.
 
     ``ranks`` are those that the layers end with, ``healed`` the layers that the adapter in ``adapter_dir`` adapts.
-    ``in_4bit`` are the linears that are put into 4 bits on the way, factors and dense ones, of which the ``transposed`` are
-    stored ``(in, out)``; ``kept_wide`` are those elsewhere in the model that are not. ``storage`` is that of factors, here
-    and there.
+    ``in_4bit`` are the linears, factors and dense ones, that are put into 4 bits on the way; the ``transposed`` of them are
+    stored ``(in, out)``. ``kept_wide`` are linears elsewhere in the model that stay wide. ``storage`` is that of the
+    factors, before and after.
     """
 
     emulator_dir: Path
@@ -55,10 +53,8 @@ class FoldJob:
 
 @dataclass(frozen=True)
 class FoldPiece:
-    """A shard of the healed emulator: its file, and the emulator's tensors that it is made of.
-
-    Those of a ``changed`` linear make a shard of their own: how long they are in 4 bits is known only once they are made.
-    """
+    """A shard of the healed emulator: its file, and the emulator's tensors that it is made of. Those of a ``changed`` linear
+    make a shard of their own: how long they are in 4 bits is known only once they are made."""
 
     file: Path
     entries: tuple[TensorEntry, ...]
@@ -84,10 +80,8 @@ def pieces(job: FoldJob) -> list[FoldPiece]:
 
 
 def _linear(job: FoldJob, entry: TensorEntry) -> tuple[str, str]:
-    """The linear whose weight, or factor of one, a tensor is, and which: ``.up``, ``.down``, their ``.order`` or nothing.
-
-    By the names of factorized layers: an expert's dense linear may itself be called ``down``.
-    """
+    """The linear whose weight, or factor of one, a tensor is, and which: ``.up``, ``.down``, their ``.order`` or nothing. By
+    the names of factorized layers: an expert's dense linear may itself be called ``down``."""
     for ending, part in _PARTS.items():
         name = entry.name.removesuffix(ending)
         if name != entry.name and (not part or name in job.ranks):
@@ -111,10 +105,8 @@ def _grown(job: FoldJob, name: str, factors: LowRankFactors) -> LowRankFactors:
 
 
 def make_linear(job: FoldJob, name: str, entries: dict[str, TensorEntry]) -> dict[str, torch.Tensor]:
-    """The tensors of a linear: its factors grown where it is healed, and pivoted anew where they were; in 4 bits.
-
-    ``entries`` are those of the emulator, by what they are of the linear.
-    """
+    """The tensors of a linear: its factors grown where it is healed, and pivoted anew where they were; in 4 bits. ``entries``
+    are the emulator's tensors of the linear, by the part that each is."""
     weights = {part: entry.read_rows() for part, entry in entries.items()}
     order = weights.pop(".order", None)
     if name in job.healed:
@@ -150,11 +142,8 @@ def write_piece(job: FoldJob, piece: FoldPiece) -> None:
 def fold(
     job: FoldJob, base_config: Any, resources: Resources, progress: Progress = silent, tell: Tell = unheard
 ) -> int:
-    """Writes ``job.out_dir``, an emulator of the same format; returns the bytes of its tensors.
-
-    Shards that are in it already are kept: the caller knows that they are of this adapter. ``base_config`` is the
-    original's.
-    """
+    """Writes ``job.out_dir``, an emulator of the same format, with the original's ``base_config``; returns the bytes of its
+    tensors. Shards that are in it already are kept: the caller knows that they are of this adapter."""
     shards = pieces(job)
     largest = sorted(shards, key=lambda piece: sum(entry.num_bytes for entry in piece.entries), reverse=True)
     work = [(f"shard {piece.file.name}", (piece,)) for piece in largest]

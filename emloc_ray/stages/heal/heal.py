@@ -1,10 +1,8 @@
 """Heal: before its task, the emulator learns to predict what the original does on the task's own inputs.
 
-The original's top logits are cached (``teacher.py``), a LoRA on the emulator is trained towards them (``finetune.py`` with
-another loss), and that is folded into the factors (``fold.py``). Each of the three resumes from what it had finished.
+The original's top logits are cached (``teacher.py``), a LoRA on the emulator is trained towards them, and that is folded into
+the factors (``fold.py``). Each of the three resumes from what it had finished.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from emloc_ray.stages.ray.tasks import Progress, Resources, silent
 
 @dataclass(frozen=True)
 class HealingJob:
-    """The three parts of the stage; ``training`` reads what ``teacher`` writes, and ``fold`` what it writes itself."""
+    """The three parts of the stage; ``training`` reads what ``teacher`` writes, ``fold`` what ``training`` writes."""
 
     teacher: TeacherJob
     training: FinetuneJob
@@ -32,7 +30,7 @@ class HealingJob:
 
     @property
     def outcome_path(self) -> Path:
-        """What the training came to, once it is over."""
+        """The file with the training's result, there once it is over."""
         return self.training.storage_dir / "outcome.json"
 
 
@@ -46,10 +44,8 @@ def heal(
 ) -> dict[str, Any]:
     """Writes the healed emulator to ``job.fold.out_dir``; ``base_config`` is the original's.
 
-    Returns what :func:`finetune` does, with ``train_loss`` the divergence in nats a label, and what was cached.
-
-    Raises:
-        NumericsError: where the original's logits, the loss or gradients are no numbers.
+    Returns what :func:`finetune` does, with ``train_loss`` the divergence in nats a label, and what was cached. Raises
+    NumericsError where the original's logits, the loss or gradients are no numbers.
     """
     parts = (len(job.teacher.shards()), job.training.max_steps, 1)  # all folding takes no longer than a few steps
 

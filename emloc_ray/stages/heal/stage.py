@@ -15,8 +15,8 @@ from emloc_ray.io.runs.resume import discard_both_unless
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.training import healing_run, healing_split
-from emloc_ray.planning.work import block_work, emulator_work, head_work, num_train_sequences, passes, rows_trained
+from emloc_ray.planning.training import healing_training
+from emloc_ray.planning.work import block_work, emulator_work, head_work, num_train_sequences, passes, rows_a_step
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import finetune_job, learned
 from emloc_ray.stages.stage import Stage, by_weights, part
@@ -36,13 +36,11 @@ def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJ
     from emloc_ray.stages.heal.heal import HealingJob
     from emloc_ray.stages.heal.teacher import TeacherJob
 
-    prepared = replace(context.prepared, layout=context.layout_made)
-    config, layout = prepared.config, prepared.layout
-    own = context.with_prepared(healing_run(prepared, healing))
+    config, layout = context.prepared.config, context.layout_made
+    own = healing_training(config, healing, layout)
     training = replace(
-        finetune_job(own, name),
+        finetune_job(context, name, own),
         emulator_dir=context.unhealed_dir,
-        tokens_dir=context.tokens(healing_split(config)),
         out_dir=context.path(_PLACE, "adapter"),
         storage_dir=context.path(_PLACE),
         teacher_dir=context.path(_PLACE, "teacher"),
@@ -61,7 +59,7 @@ def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJ
         training.batch_size,
         training.pad_token_id,
         context.model_options,
-        context.memory.teaching(training.batch_size).hold,
+        MemoryModel(context.prepared, context.prepared.lengths_of(own.split)).teaching(training.batch_size).hold,
         context.images,
     )
     fold = FoldJob(
@@ -79,23 +77,23 @@ def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJ
 
 
 def _inputs(context: Context) -> Inputs:
-    prepared = replace(context.prepared.as_asked, layout=context.layout_made)
-    config, healing = prepared.config, prepared.config.emulator.heals
+    config, layout, zero_config = context.prepared.as_asked.config, context.layout_made, context.prepared.zero_config
+    healing = config.emulator.heals
     assert healing is not None
-    training = healing_run(prepared, healing)
+    training = healing_training(config, healing, layout)
     if not training.layout.adapted:
         raise ConfigError(f"emulator.healing.r is {healing.r}, and no linear was given a rank above it: lower it.")
     return {
         "factorize": context.made["factorize"],
         **({"refine": context.made["refine"]} if config.emulator.refines is not None else {}),
-        "data": context.split_key(healing_split(config)),
+        "data": context.split_key(training.split),
         "options": context.model_options,
         "healing": healing.model_dump(mode="json"),
-        "finetune": learned(training.config.finetune, *_OWN),
-        "ranks": prepared.layout.ranks,
+        "finetune": learned(training.section, *_OWN),
+        "ranks": layout.ranks,
         "quantization": config.emulator.quantization,
         "seed": config.seed,
-        **({} if prepared.zero_config is None else {"deepspeed": prepared.zero_config}),
+        **({} if zero_config is None else {"deepspeed": zero_config}),
     }
 
 
@@ -114,17 +112,17 @@ def _cost(memory: MemoryModel) -> StageCost:
     """The healed emulator, and while it is made the teacher's logits (k · 6 bytes of a token) and training checkpoints."""
     prepared, layout, healing = memory.prepared, memory.layout, memory.config.emulator.heals
     assert healing is not None
-    run = healing_run(prepared, healing)
-    lengths, rows = run.lengths, rows_trained(run)
-    taught, head = min(rows, num_train_sequences(run)) * lengths.mean, head_work(layout)
-    lora = sum(healing.r * (s.out_features + s.in_features) for s in run.layout.specs if s.name in run.layout.adapted)
-    again = prepared.config.finetune.gradient_checkpointing
-    training = rows * lengths.mean * passes(again) * (emulator_work(layout) + 4 * head)
-    batch_size = run.config.finetune.per_device_train_batch_size
-    hold = MemoryModel(prepared, lengths).teaching(batch_size).hold
+    training = healing_training(memory.config, healing, layout)
+    section, lengths = training.section, prepared.lengths_of(training.split)
+    own, rows = MemoryModel(prepared, lengths), healing.steps * rows_a_step(section)
+    taught, head = min(rows, num_train_sequences(prepared, training.split)) * lengths.mean, head_work(layout)
+    lora = MemoryModel(prepared, lengths, training).adapter_parameters
+    learning = rows * lengths.mean * passes(section.gradient_checkpointing) * (emulator_work(layout) + 4 * head)
+    batch_size = section.per_device_train_batch_size
+    hold = own.teaching(batch_size).hold
     return StageCost(
-        MemoryModel(prepared, lengths).heal(),
-        flops=training + taught * 2 * (block_work(layout) + 4 * head),
+        own.heal(),
+        flops=learning + taught * 2 * (block_work(layout) + 4 * head),
         moved_bytes=memory.moved(hold, taught / lengths.mean, batch_size),
         disk_bytes=int(memory.emulator_files + taught * healing.num_teacher_logits * BYTES_PER_LOGIT + 4 * 4 * lora),
         efficiency=0.2,
@@ -145,10 +143,6 @@ def _steps(prepared: Prepared) -> tuple[int, str]:
     return healing.steps, "of healing"
 
 
-def _summary(result: Result) -> str:
-    return f"{result['steps']} steps, mean divergence from the original {result['train_loss']:.3f}"
-
-
 HEAL = Stage(
     name="heal",
     title="Healing",
@@ -162,7 +156,7 @@ HEAL = Stage(
     steps=_steps,
     shares=by_weights,
     resumes=True,
-    summary=_summary,
+    summary=lambda result: f"{result['steps']} steps, mean divergence from the original {result['train_loss']:.3f}",
     absent=no_healing,
     sections=part(
         "healing", "heal", "steps", "train_loss", "history", "healed_layers", "teacher_rows", "teacher_bytes"

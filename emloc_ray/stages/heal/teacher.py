@@ -1,7 +1,5 @@
 """The teacher of the healing: what the original predicts at each label of the rows that the healing will read, cached."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -57,11 +55,8 @@ class TeacherJob:
 
 
 def teach_shard(job: TeacherJob, model: Any, rows: Sequence[int]) -> list[TopRow]:
-    """What the model predicts at the labels of some rows, in their order, in batches of rows of like length.
-
-    Raises:
-        NumericsError: where a log-probability is no number, naming the row.
-    """
+    """What the model predicts at the labels of some rows, in their order, in batches of rows of like length. Raises
+    NumericsError where a log-probability is no number, naming the row."""
     shards = TokenShards(job.tokens_dir)
     tokens = {row: shards.row(row) for row in rows}
     by_length = sorted(rows, key=lambda row: len(tokens[row]))
@@ -86,10 +81,8 @@ def teach_part(job: TeacherJob, part: int, num_parts: int) -> None:
 
 
 def teach(job: TeacherJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard) -> None:
-    """Writes ``job.out_dir``: a task a worker, each with the original held so; shards that are there already stay.
-
-    Raises what a task raised. ``progress`` counts shards.
-    """
+    """Writes ``job.out_dir``: a task a worker, each with the original held so; shards that are there already stay. Raises what
+    a task raised. ``progress`` counts shards."""
     shards = job.shards()
     num_parts = min(resources.num_workers, len(shards))
     task = resources.task(teach_part)
@@ -102,6 +95,7 @@ def teach(job: TeacherJob, resources: Resources, progress: Progress = silent, te
         progress(sum(file.suffix == ".safetensors" for file in sizes(job.out_dir)), len(shards))
 
     parts = [(f"part {part + 1} of {num_parts} of the teacher's logits", submit(part)) for part in range(num_parts)]
-    bounded(parts, num_parts, Losses("heal", tell), look, _STORE_LOOK_S if is_stored(job.out_dir) else LOOK_S)
+    look_s = _STORE_LOOK_S if is_stored(job.out_dir) else LOOK_S
+    bounded(parts, num_parts, Losses("heal", tell), look, look_s, resources.planned_s)
     write_teacher_index(job.out_dir, [rows[0] for rows in shards])
     progress(len(shards), len(shards))

@@ -1,7 +1,5 @@
 """Merge: one Ray task per shard, header first, then row chunks with the adapter folded in; the other tensors byte for byte."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,10 +35,8 @@ class MergeJob:
 
 
 def output_shards(shards: Sequence[Shard], max_shard_size: int | None) -> list[tuple[str, Shard]]:
-    """Names and contents of the merged model's shards: the original's own, or cut so that none is larger than asked.
-
-    A tensor is never cut: one that is larger alone makes a shard of its own.
-    """
+    """Names and contents of the merged model's shards: the original's own, or cut so that none is larger than asked. A tensor
+    is never cut: one that is larger alone makes a shard of its own."""
     if max_shard_size is None or all(shard.entries[-1].stop <= max_shard_size for shard in shards if shard.entries):
         return [(shard.file.name, shard) for shard in shards]
     parts: list[Shard] = []
@@ -57,11 +53,8 @@ def output_shards(shards: Sequence[Shard], max_shard_size: int | None) -> list[t
 
 @exact_float32()
 def merge_shard(job: MergeJob, shard: Shard, target: Path, adapter: Adapter | None = None) -> int:
-    """Writes one shard of the merged model; returns how many tensors changed.
-
-    It holds one row chunk at a time, with what is made of it, and one module's adapter. ``adapter`` is that of the job, where
-    it has been read.
-    """
+    """Writes one shard of the merged model, with one row chunk and one module's adapter held at a time; returns how many
+    tensors changed. ``adapter`` is that of the job, where it has been read."""
     adapter = adapter or Adapter(job.adapter_dir)
     touched = _touched(job, adapter, shard)
     chunk_bytes = chunk_limit(job.chunk_bytes, max((entry.num_bytes for entry in shard.entries), default=0))
@@ -86,10 +79,8 @@ def _touched(job: MergeJob, adapter: Adapter, shard: Shard) -> dict[str, Changes
 def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard) -> dict[str, Any]:
     """Writes ``job.out_dir`` as a plain transformers checkpoint: the original's shards with the adapter folded in.
 
-    Shards that are in it already are kept: the caller knows that they are of this adapter.
-
-    Raises:
-        ArtifactError: where the adapter names a module that the checkpoint does not hold.
+    Shards that are in it already are kept: the caller knows that they are of this adapter. Raises ArtifactError where the
+    adapter names a module that the checkpoint does not hold.
     """
     shards = Checkpoint(job.model_dir).shards
     job.out_dir.mkdir(parents=True, exist_ok=True)

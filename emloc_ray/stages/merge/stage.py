@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.planning.costs import StageCost
-from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.stage import Stage
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def merge_job(context: Context) -> MergeJob:
-    """Merges the corrected adapter into the original, or what was finished of it there."""
+    """The job that merges the corrected adapter, or the one that exact steps finished, into the original."""
     from emloc_ray.stages.merge.merge import MergeJob
 
     section = context.prepared.config.merge
@@ -54,10 +53,6 @@ def no_merge(config: RunConfig) -> str:
     return f"merge: {config.adapter.method} changes no weight, so there is no merged/: the original is served with adapter/."
 
 
-def _cost(memory: MemoryModel) -> StageCost:
-    return StageCost(memory.merge(), disk_bytes=memory.weight_files, start_seconds=4)
-
-
 MERGE = Stage(
     name="merge",
     title="Merging",
@@ -66,7 +61,7 @@ MERGE = Stage(
     inputs=_inputs,
     outputs=("merged",),
     run=_merge,
-    cost=_cost,
+    cost=lambda memory: StageCost(memory.merge(), disk_bytes=memory.weight_files, start_seconds=4),
     resumes=True,
     divisible=True,
     summary=lambda result: f"{result['merged_tensors']} tensors changed",

@@ -1,7 +1,5 @@
 """Nodes that are about to leave: a cloud that takes one back says so a little before, and Ray drains it."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time
@@ -22,7 +20,7 @@ def draining() -> set[str]:
 
 
 class Departures:
-    """Which nodes were about to leave while they were there; looked for every ``every_s`` seconds at most."""
+    """Remembers which nodes were about to leave; asks Ray every ``every_s`` seconds at most."""
 
     def __init__(self, find: Callable[[], Iterable[str]] = draining, every_s: float = ASK_S) -> None:
         self.find, self.every_s = find, every_s
@@ -31,7 +29,7 @@ class Departures:
         self._looking: threading.Thread | None = None
 
     def look(self) -> None:
-        """Looks, where it is time to, and for a second at most: asked of a head that is dead, Ray never answers."""
+        """Asks Ray, when it is time to, and waits a second at most: where the head is dead, Ray never answers."""
         if time.monotonic() >= self._due_at and (self._looking is None or not self._looking.is_alive()):
             self._due_at = time.monotonic() + self.every_s
             self._looking = threading.Thread(target=lambda: self.nodes.update(self.find()), daemon=True)

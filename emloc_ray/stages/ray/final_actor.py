@@ -1,7 +1,6 @@
-"""The final actor: one Ray actor a run, which corrects the adapter and has it merged.
+"""The final actor: one Ray actor a run, which corrects the adapter and has it merged. In a batch a run hands it on.
 
-It takes no CPU, for it only orchestrates: what is heavy are tasks that it fans out, and between its two steps it holds
-nothing that another run could use. Its state is on disk: a lost actor is started again and goes on from there.
+It takes no CPU: what is heavy are tasks that it fans out. Its state is on disk: a lost actor is started again and goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from emloc_ray.stages.ray.losses import MAX_RESTARTS, Losses, Tell
+from emloc_ray.stages.ray.losses import Losses, Tell
 from emloc_ray.stages.ray.spans import Span, listening, tell_span
 from emloc_ray.stages.ray.tasks import LOOK_S, Progress, Resources, set_threads
 from emloc_ray.text import duration
@@ -26,12 +25,11 @@ from emloc_ray.text import duration
 T = TypeVar("T")
 Step = Callable[[Any, Resources, Progress, Tell], dict[str, Any]]
 _ANSWER_S, _SILENT_S = 30.0, 900.0  # for one report; and after which an actor that gave none is ended
-_STEPS = 2  # correct and merge, each of which may lose it as often as any work may
 
 
 @dataclass(frozen=True)
 class Report:
-    """How far the step is that the actor works on, and what it has to tell since the last report."""
+    """The progress of the actor's step, and its messages since the last report."""
 
     done: int
     total: int
@@ -49,7 +47,7 @@ class FinalActor:
         self._spans: collections.deque[Span] = collections.deque()
 
     def work(self, step: Step, job: Any, resources: Resources) -> dict[str, Any]:
-        """What ``step(job, resources, progress, tell)`` returns, a stage's function that fans out tasks."""
+        """Runs ``step(job, resources, progress, tell)``, a stage's function that fans out tasks; returns its result."""
         self._position = (0, 1)
         with listening(self._spans.append):
             return step(job, resources, self._progress, self._notes.append)
@@ -67,11 +65,31 @@ def _taken(held: collections.deque[T]) -> tuple[T, ...]:
     return tuple(held.popleft() for _ in range(len(held)))
 
 
-class FinalActorHandle:
-    """The final actor of one run: started when it is first needed, ended with the block, however that ends."""
+class FinalActors:
+    """The final actors of a batch that no run needs now, for to start one takes as long as a short run; ended with the block."""
 
-    def __init__(self, run: str) -> None:
-        self.name = f"final actor of {run}, {uuid.uuid4().hex[:8]}"  # a run's last actor may be about to end
+    def __init__(self, batch: str) -> None:
+        self.batch = batch
+        self.idle: list[Any] = []
+
+    def __enter__(self) -> FinalActors:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        while self.idle:
+            ray.kill(self.idle.pop())
+
+
+class FinalActorHandle:
+    """The final actor of one run: started when it is first needed, ended with the block, however that ends.
+
+    One of ``actors`` is taken where there is any; where the block ends well, it is theirs.
+    """
+
+    def __init__(self, run: str, actors: FinalActors | None = None) -> None:
+        whose = run if actors is None else actors.batch
+        self.name = f"final actor of {whose}, {uuid.uuid4().hex[:8]}"  # a run's last actor may be about to end
+        self.actors = actors
         self._actor: Any = None
         self._asked: Any = None  # the report that was asked for and not heard yet
         self._position, self._heard_at = (0, 1), time.monotonic()
@@ -80,17 +98,18 @@ class FinalActorHandle:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._actor is not None:
-            ray.kill(self._actor)  # its tasks end with it
-            self._actor = None
+        actor, self._actor = self._actor, None
+        if actor is not None and self.actors is not None and error is None:
+            self.actors.idle.append(actor)
+        elif actor is not None:
+            ray.kill(actor)  # its tasks end with it
 
     def work(self, stage: str, step: Step, job: Any, resources: Resources, progress: Progress, tell: Tell) -> Any:
-        """Has the actor do a step, and passes on what it reports; does it again where the actor is lost.
-
-        Raises:
-            StageError: where the actor was lost more often than work may be.
-        """
-        self._actor = self._actor or actor_kind().options(name=self.name).remote()
+        """Has the actor do a step, and passes on what it reports; does it again where the actor is lost. Raises StageError
+        where the actor was lost more often than work may be."""
+        if self._actor is None:
+            idle = self.actors is not None and self.actors.idle
+            self._actor = idle.pop() if idle else actor_kind().options(name=self.name).remote()
         losses = Losses(stage, tell)
         while True:
             answer, self._heard_at = self._actor.work.remote(step, job, resources), time.monotonic()
@@ -128,8 +147,8 @@ def actor_kind() -> Any:
     """The final actor as Ray takes it, made once."""
     options: dict[str, Any] = {
         "num_cpus": 0,
-        "max_restarts": _STEPS * MAX_RESTARTS,
-        "max_task_retries": 0,  # a step that lost it is begun again by its handle, which says so
+        "max_restarts": -1,  # whoever hands on an actor that was lost hands on a living one
+        "max_task_retries": 0,  # a step that lost it is begun again by its handle, which says so and bounds that
         "concurrency_groups": {"progress": 1},
     }
     return ray.remote(**options)(FinalActor)

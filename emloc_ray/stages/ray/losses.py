@@ -1,7 +1,5 @@
 """Errors of Ray as errors of ours, and restarts of work that lost its worker: each is reported, their number is bounded."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import errno
@@ -15,7 +13,6 @@ from ray.util.metrics import Counter
 
 from emloc_ray.errors import EmlocError, StageError
 from emloc_ray.stages.ray.departures import Departures
-from emloc_ray.text import duration
 
 Tell = Callable[[str], None]
 MAX_RESTARTS = 3
@@ -38,6 +35,7 @@ _KERNEL_COUNTS = tuple(
 )
 # Ray Data adds to what is raised in its tasks how often it tried, and how to have it try more often.
 _RAY_DATA_S_ADVICE = "\nFailed to apply UDF transform after "
+SILENT = "see its log in Ray's session, and look after its node"  # what to do where a worker gave nothing for too long
 _MEMORY = "set memory_budget to what it has, or lower its batch size or num_workers"
 
 
@@ -57,9 +55,11 @@ class Losses:
         bound: int = MAX_RESTARTS,
         departures: Departures | None = None,
         reached: Callable[[], object] = lambda: None,
+        last_word: Callable[[], str] = lambda: "",
     ) -> None:
-        """``reached``: how far pieces have come that take long; one that has come on since its last loss is counted anew."""
-        self.stage, self.tell, self.bound, self.reached = stage, tell, bound, reached
+        """``reached``: how far pieces have come that take long; one that has come on since its last loss is counted anew.
+        ``last_word``: why a worker ended itself, for it did no more; empty where none did."""
+        self.stage, self.tell, self.bound, self.reached, self.last_word = stage, tell, bound, reached, last_word
         self._at: dict[str, object] = {}  # where each piece was at its last loss
         self.counts: collections.Counter[str] = collections.Counter()
         self.preempted = 0
@@ -71,12 +71,8 @@ class Losses:
         self._departures.look()
 
     def count(self, piece: str, error: BaseException) -> float:
-        """Counts and reports a loss; returns the seconds to wait before the piece is restarted.
-
-        Raises:
-            StageError: where the piece has lost its worker more than ``bound`` times, naming it and what to do.
-            BaseException: ``error`` itself, where no worker was lost.
-        """
+        """Counts and reports a loss; returns the seconds to wait before the piece is restarted. Raises StageError where it has
+        lost its worker more than ``bound`` times, naming it and what to do, and ``error`` itself where no worker was lost."""
         if not is_lost(error):
             raise error
         self.look()
@@ -85,16 +81,17 @@ class Losses:
             self._measure("its node was taken back")
             self.tell(f"{self.stage}: {piece} lost its worker because its node was taken back; restarted elsewhere.")
             return self.delays[0]
+        if word := self.last_word():
+            return self.give_up_waiting(piece, word, error)
         before, self._kernel_kills = self._kernel_kills, kernel_kills()
         why, what_to_do = reason(error, kernel_killed=self._kernel_kills > before)
         self._measure(why)
         return self._add(piece, why, what_to_do, error)
 
-    def give_up_waiting(self, piece: str, waited_s: float, usual_s: float) -> float:
+    def give_up_waiting(self, piece: str, why: str, error: BaseException | None = None) -> float:
         """As :meth:`count`, of a piece whose worker was ended, for it gave nothing for too long."""
         self._measure("it gave nothing for too long")
-        why = f"it gave nothing for {duration(waited_s)}, where {duration(usual_s)} is usual"
-        return self._add(piece, why, "see its log in Ray's session, and look after its node")
+        return self._add(piece, why, SILENT, error)
 
     def _measure(self, cause: str) -> None:
         if ray.is_initialized():

@@ -1,7 +1,5 @@
 """The nodes that Ray has, those that its autoscaler may add, and what of their memory a stage's workers ask for."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -29,10 +27,8 @@ def addable() -> list[Node]:
 
 
 def most() -> dict[str, float]:
-    """What all nodes have of each resource, or may have once an autoscaler has added all that it may.
-
-    A kind of node that does not say its memory may have any.
-    """
+    """What all nodes have of each resource, or may have once an autoscaler has added all that it may. A kind of node that does
+    not say its memory may have any."""
     grown: dict[str, float] = dict(state.get_max_resources_from_cluster_config() or {})
     if any("memory" not in node for node in addable()):
         grown["memory"] = math.inf
@@ -70,11 +66,8 @@ def memory_to_ask(
 ) -> tuple[int, str | None]:
     """The bytes that each worker of a stage asks of Ray, where it is planned to hold ``planned``, and a remark.
 
-    ``there`` are the nodes now, ``more`` those that may be added. None are asked for where there is one node and no other
-    can be, for then they decide nothing, or where it is unknown what nodes have.
-
-    Raises:
-        StageError: where no node has so much.
+    ``there`` are the nodes now, ``more`` those that may be added. None is asked for on the only node that there can be, where
+    memory decides nothing, or where the nodes' memory is unknown. Raises StageError where no node has so much.
     """
     if len(there) + len(more) < 2 or not planned:
         return 0, None
@@ -109,10 +102,8 @@ def memory_to_ask(
 
 
 def shortage(stage: str, asked: Resources, together: bool) -> str | None:
-    """What no node, or not the whole cluster, has now of what a stage asks for, as a sentence; None where it has it.
-
-    A cluster may grow; one that does not would let the stage wait without a word.
-    """
+    """What no node, or not the whole cluster, has now of what a stage asks for, as a sentence; None where it has it. A cluster
+    may grow; one that does not would let the stage wait without a word."""
     nodes = alive()
     for kind, wanted in (("CPU", asked.cpus_per_worker), ("GPU", asked.gpus_per_worker)):
         largest, whole = max(n.get(kind, 0.0) for n in nodes), sum(n.get(kind, 0.0) for n in nodes)

@@ -1,31 +1,53 @@
 """How long pieces of a stage's work take, and the end of those that take much longer: they may hang for ever."""
 
-from __future__ import annotations
-
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ray
 
+from emloc_ray.text import duration
+
 _LOOK_S = 1.0
 # A piece is ended where it takes so many times the median of a few, and not before so many seconds, in which
 # a slot's sums, which it writes now and then within a unit, reach a slow disk.
-_TIMES_USUAL, _FEW_PIECES, _PATIENCE_S = 20, 5, 1800.0
+_TIMES_USUAL, _FEW_PIECES, PATIENCE_S = 20, 5, 1800.0
+# Where there are fewer, it is ended where it takes so many times what the whole stage was planned to take,
+# and not before so many seconds: plans err, and machines are shared.
+_TIMES_PLANNED, _PATIENCE_WITH_PLANS_S = 10, 6 * 3600.0
 
 
 class Ended(NamedTuple):
-    """A task that was ended, how long it had given nothing, and the median of what others took; in seconds."""
+    """A task that was ended, and why."""
 
     task: Any
-    waited_s: float
-    usual_s: float
+    why: str
+
+
+def bound(took: Sequence[float], planned_s: float) -> tuple[float, str] | None:
+    """The seconds that a piece may take at most where others ``took`` so many, and what that is held against; None where
+    nothing is known. ``planned_s``: as for :class:`Pace`."""
+    if len(took) >= _FEW_PIECES:
+        usual = statistics.median(took)
+        return max(PATIENCE_S, _TIMES_USUAL * usual), f"{duration(usual)} is usual"
+    if planned_s:
+        against = f"{duration(planned_s)} was planned for all of the stage"
+        return max(_PATIENCE_WITH_PLANS_S, _TIMES_PLANNED * planned_s), against
+    return None
+
+
+def silence(waited_s: float, against: str, after: str = "") -> str:
+    """Why a piece was ended, ``after`` what it gave last."""
+    return f"it gave nothing for {duration(waited_s)}{after and f' after {after}'}, where {against}"
 
 
 class Pace:
     """When each task at work gave something last, and the seconds between what tasks gave."""
 
-    def __init__(self) -> None:
+    def __init__(self, planned_s: float = 0.0) -> None:
+        """``planned_s``: the seconds that all of it was planned to take; 0 where that is not known."""
+        self._planned_s = planned_s
         self._since: dict[Any, float] = {}
         self._took: list[float] = []
 
@@ -41,20 +63,20 @@ class Pace:
         self._since.pop(task, None)
 
     def end_overdue(self) -> list[Ended]:
-        """Ends the tasks that have been at one piece for much longer than pieces take: a driver of a GPU, or a file system, may
-        hang for ever.
+        """Ends the tasks that have been at one piece for much longer than pieces take, or than all was planned to: a driver of a
+        GPU, or a file system, may hang for ever.
 
         Not one that has begun nothing yet, which waits for a worker; nor what waits to be taken: this process itself may have
         been stopped for that long.
         """
-        if len(self._took) < _FEW_PIECES:
+        known = bound(self._took, self._planned_s)
+        if known is None:
             return []
-        usual, now = statistics.median(self._took), time.monotonic()
-        bound = max(_PATIENCE_S, _TIMES_USUAL * usual)
-        late = [task for task, since in self._since.items() if now - since > bound]
+        now = time.monotonic()
+        late = [task for task, since in self._since.items() if now - since > known[0]]
         ended = []
         for task in late:
             if not ray.wait([task], timeout=_LOOK_S)[0]:
                 ray.cancel(task, force=True)
-                ended.append(Ended(task, time.monotonic() - self._since.pop(task), usual))
+                ended.append(Ended(task, silence(time.monotonic() - self._since.pop(task), known[1])))
         return ended

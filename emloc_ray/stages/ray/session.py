@@ -34,11 +34,11 @@ _VISIBLE_SECONDS = 5.0  # what one node of a network file system wrote, another 
 
 @contextlib.contextmanager
 def connection(address: str | None = None, lean_memory: bool = False, **options: Any) -> Iterator[bool]:
-    """Connects to Ray, or starts it here, and says which; what was started here is shut down again, what was found is left alone.
+    """Connects to Ray, or starts it here, and says which; what was started here is shut down again, what was found is left
+    alone.
 
-    With ``lean_memory``, workers give large freed blocks back to the system at once, where glibc would keep them in a
-    heap that grows by fragments: what they hold is then what a stage needs. Measured on a CPU, a training step at 4 rows
-    of 512 tokens peaked at 0.65 GiB for 1.70, at half as much time again for clearing fresh pages.
+    With ``lean_memory``, workers give large freed blocks back to the system at once, where glibc would keep them in a heap that
+    grows by fragments: a training step of 4 rows of 512 tokens peaked at 0.65 GiB for 1.70, in half as much time again.
     """
     if ray.is_initialized():
         yield False
@@ -85,7 +85,7 @@ def hardware() -> dict[str, Any]:
 
 
 def quiet_ray_data() -> None:
-    """Our own progress speaks for Ray Data's."""
+    """Silences Ray Data's own progress: ours shows it."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
@@ -99,7 +99,7 @@ def quiet_ray_data() -> None:
 
 @dataclass(frozen=True)
 class SharedFile:
-    """A file that every node has to find, with this size; ``key`` is the config's, ``what`` it names for people."""
+    """A file that every node must see with this size; ``key`` is its config key, ``what`` says what it is in messages."""
 
     key: str
     what: str
@@ -108,18 +108,16 @@ class SharedFile:
     advice: str = _SHARED
 
 
-def check_visible(prepared: Prepared, model_dir: Path | None = None) -> None:
+def check_visible(prepared: Prepared) -> None:
     """Asks every node for a fresh file in the run's directory and for the model's and the data's files.
 
-    ``model_dir`` is where a model of the hub was fetched to. Nodes that die meanwhile, or that join later, are not asked.
-
-    Raises:
-        ConfigError: naming the first node that does not see one of them, and what to do.
+    Nodes that die meanwhile, or that join later, are not asked. Raises ConfigError, naming the first node that does not see one
+    of them, and what to do.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) > 1:
         with _probe(prepared.run) as probes:
-            _ask(nodes, [*probes, *_model_files(prepared, model_dir), *data_files(prepared)])
+            _ask(nodes, [*probes, *_model_files(prepared), *data_files(prepared)])
 
 
 @contextlib.contextmanager
@@ -136,18 +134,13 @@ def _probe(run: RunDirectory) -> Iterator[list[SharedFile]]:
         path.unlink(missing_ok=True)
 
 
-def _model_files(prepared: Prepared, model_dir: Path | None) -> list[SharedFile]:
+def _model_files(prepared: Prepared) -> list[SharedFile]:
     source = prepared.source
+    brought = source.hub_id is not None or prepared.run.store is not None
     if (
-        prepared.run.store is not None and source.gguf_file is None
-    ):  # the run holds it: this process alone reads it here
+        brought and source.gguf_file is None
+    ):  # the run holds it: this process alone reads it here, or a worker on the hub
         return []
-    if source.hub_id is not None:
-        advice = "set HF_HOME to a directory on a file system that all nodes share, on all of them"
-        files = sorted(model_dir.glob("*.safetensors"))[:1] if model_dir is not None else []
-        return [
-            SharedFile("model.source", f"{source.hub_id} in {f.parent}", f, f.stat().st_size, advice) for f in files
-        ]
     file = source.directory / (source.gguf_file or "config.json")
     return [SharedFile("model.source", str(file), file, file.stat().st_size)]
 

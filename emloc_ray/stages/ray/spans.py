@@ -13,9 +13,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Timed:
-    """A task's result, with its time, its process and the most that this held meanwhile, of a GPU too."""
+    """A task's result, with its times, its process, and the peak of this process's memory and of its GPU's."""
 
     result: Any
     worker: str
@@ -108,11 +108,9 @@ def _let_segments_grow() -> None:
 
 
 def _leave_imports_alone() -> None:
-    """Has the garbage collector pass over what was imported by now, which stays as long as the process does.
-
-    It is some 650,000 objects, through which every collection went: 0.2 to 0.4 s, several a stage. Between two works nothing
-    else is held that a collection would have to find.
-    """
+    """Has the garbage collector pass over the some 650,000 imported objects, which stay as long as the process does: each
+    collection took 0.2 to 0.4 s of them, several a stage. Between two works nothing else is held that a collection would have
+    to find."""
     if len(sys.modules) > 1.05 * _left_alone[0]:
         gc.collect()
         gc.freeze()
@@ -126,10 +124,7 @@ def _give_back_memory() -> None:
 
 
 def _forget_peak() -> None:
-    """Resets the kernel's peak of this process, so that each of its many tasks has its own.
-
-    https://www.kernel.org/doc/html/latest/filesystems/proc.html, ``clear_refs``.
-    """
+    """Resets the kernel's peak of this process, so that each of its many tasks has its own (proc(5), ``clear_refs``)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -222,19 +217,3 @@ def tell_span(span: Span) -> None:
     listener = _listener.get()
     if listener is not None:
         listener(span)
-
-
-def joined(spans: Iterable[Span], pause_s: float) -> list[Span]:
-    """Joins neighbouring spans of one worker and stage where at most ``pause_s`` lies between them."""
-    merged: list[Span] = []
-    for span in sorted(spans, key=lambda span: (span.worker, span.begun_at)):
-        last = merged[-1] if merged else None
-        alike = last is not None and (last.worker, last.stage) == (span.worker, span.stage)
-        if last is None or not alike or span.begun_at - last.finished_at > pause_s:
-            merged.append(span)
-            continue
-        end, count = max(last.finished_at, span.finished_at), last.count + span.count
-        peak = max(last.peak_bytes, span.peak_bytes)
-        gpu_peak = max(last.gpu_peak_bytes, span.gpu_peak_bytes)
-        merged[-1] = replace(last, finished_at=end, count=count, peak_bytes=peak, gpu_peak_bytes=gpu_peak)
-    return merged

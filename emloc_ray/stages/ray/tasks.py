@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import functools
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import ray
 import torch
@@ -21,7 +19,8 @@ from emloc_ray.stages.ray.pace import Pace
 from emloc_ray.stages.ray.spans import Span, Timed, tell_span, timed
 
 Progress = Callable[[int, int], None]
-Piece = TypeVar("Piece")
+Work = TypeVar("Work")
+Next = Literal["more", "over", "again"]  # after what a task gave
 LOOK_S = 1.0  # between two looks at tasks in flight
 
 
@@ -59,9 +58,8 @@ def _on_worker(function: Callable[..., Any], threads: int) -> Callable[..., Iter
 def remote_task(function: Callable[..., Any], **options: Any) -> Any:
     """A function as a Ray task with these options, one for each function and choice of options.
 
-    Ray takes whatever ``ray.remote`` makes for a kind of task of its own, with leases, queues and an exported function that
-    are kept as long as the driver lives: a batch of 500 tasks would make some ten thousand kinds. Measured, a call took
-    4.6 ms and left 10 KB behind, and 2.4 ms and nothing where the task was made before.
+    Ray takes whatever ``ray.remote`` makes for a kind of task of its own, with leases, queues and an exported function that are
+    kept as long as the driver lives: some 10 KB and 2 ms a call, of the ten thousand in a batch of 500 tasks.
     """
     if not options.get("num_gpus") and not _gpus_are_hidden():
         options["runtime_env"] = {"env_vars": NO_GPU_UNASKED}
@@ -77,6 +75,7 @@ class Resources:
     cpus_per_worker: float = 1
     gpus_per_worker: float = 0
     memory_per_worker: int = 0  # bytes; 0 asks for none
+    planned_s: float = 0.0  # what the stage was planned to take; 0 where that is not known
 
     def options(self) -> dict[str, float]:
         """Arguments of Ray's ``.options()``."""
@@ -92,8 +91,8 @@ class Resources:
         """A function as a Ray task with :meth:`task_options` and :attr:`threads`, whose result a :class:`Flight` takes;
         ``alone``: in a process that ends with it.
 
-        It is made with the options rather than given them later: only then does Ray end the process of a task that had a
-        GPU, which would hold what torch has taken of it, and stay with that GPU where the next task is given another.
+        Made with the options rather than given them later: only then does Ray end the process of a task that had a GPU, which
+        would hold what torch took of it, and stay with that GPU where the next task is given another.
         """
         more = {"max_calls": 1} if alone else {}
         options: dict[str, Any] = {**self.task_options(), "num_returns": "streaming", **more}
@@ -111,11 +110,8 @@ class Resources:
 
 
 def set_threads(count: int) -> None:
-    """Fixes torch's threads in this worker, which also fixes the order of its sums.
-
-    Raises:
-        StageError: Ray granted it a GPU that torch cannot open; it would compute on the CPU without a word.
-    """
+    """Fixes torch's threads in this worker, which also fixes the order of its sums. Raises StageError where Ray granted it a
+    GPU that torch cannot open; it would compute on the CPU without a word."""
     torch.set_num_threads(count)
     granted = ray.get_gpu_ids() if ray.is_initialized() else []
     if granted and not torch.cuda.is_available():
@@ -125,14 +121,22 @@ def set_threads(count: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A task of a flight, which may start from ``begin`` on, by the monotonic clock."""
+@dataclass(eq=False)
+class Piece:
+    """A task of a flight: how it is called, what starts it, from when on it may start (monotonic clock), what came out.
+    ``submit`` starts one of :meth:`Resources.task`, so that its begin, its time and its memory are known."""
 
-    number: int
     name: str
     submit: Callable[[], Any]
     begin: float = 0.0
+    result: Any = None
+
+    def take(self, given: Timed, losses: Losses) -> Next:
+        """Keeps what the task gave."""
+        when = given.begun_at, given.finished_at
+        tell_span(Span(losses.stage, given.worker, self.name, *when, **given.peaks))
+        self.result = given.result
+        return "over"
 
 
 class Flight:
@@ -140,51 +144,42 @@ class Flight:
     longer than others, start again.
 
     As a context it ends what is in flight where the block raises: nobody waits for it any more; what was written whole stays.
+    With ``force`` their processes end with them.
     """
 
-    def __init__(self, limit: int, losses: Losses) -> None:
-        self.limit, self.losses = limit, losses
-        self.results: dict[int, Any] = {}
-        self._waiting: collections.deque[_Piece] = collections.deque()
-        self._resting: list[_Piece] = []
-        self._flying: dict[Any, _Piece] = {}
-        self._pace = Pace()
-        self._added = 0
+    def __init__(self, limit: int, losses: Losses, planned_s: float = 0.0, force: bool = False) -> None:
+        """``planned_s``: as for :class:`Pace`."""
+        self.limit, self.losses, self.force = limit, losses, force
+        self._waiting: list[Piece] = []
+        self._flying: dict[Any, Piece] = {}
+        self._pace = Pace(planned_s)
 
     @property
     def left(self) -> int:
         """How many are not done."""
-        return len(self._waiting) + len(self._resting) + len(self._flying)
+        return len(self._waiting) + len(self._flying)
 
-    def add(self, name: str, submit: Callable[[], Any]) -> int:
-        """Queues a task; ``submit`` starts it and gives its references. Returns its number, by which results are found.
+    def add(self, piece: Piece) -> None:
+        """Queues a task."""
+        self._waiting.append(piece)
 
-        It has to be one of :meth:`Resources.task`, so that its begin, its time and its memory are known.
-        """
-        self._waiting.append(_Piece(self._added, name, submit))
-        self._added += 1
-        return self._added - 1
-
-    def pump(self, timeout: float | None = 0) -> bool:
-        """Starts what may start and collects what has ended, waiting for one up to ``timeout`` seconds (None: as long as
-        it takes); whether anything is left. Raises what a task raised."""
-        self._wake()
+    def pump(self, timeout: float = 0) -> bool:
+        """Starts what may start and takes what a task gives, waiting for one up to ``timeout`` seconds; whether anything is
+        left. Raises what a task raised."""
         self.losses.look()
-        for task, waited_s, usual_s in self._pace.end_overdue():
+        for task, why in self._pace.end_overdue():
             piece = self._flying.pop(task)
-            self._rest(piece, self.losses.give_up_waiting(piece.name, waited_s, usual_s))
-        while self._waiting and len(self._flying) < self.limit:
-            piece = self._waiting.popleft()
+            self._again(piece, self.losses.give_up_waiting(piece.name, why))
+        now = time.monotonic()
+        ready = [piece for piece in self._waiting if piece.begin <= now]
+        for piece in ready[: self.limit - len(self._flying)]:
+            self._waiting.remove(piece)
             self._flying[piece.submit()] = piece
-        until = min((piece.begin for piece in self._resting), default=None)
-        if until is not None:
-            rest = max(0.0, until - time.monotonic())
-            timeout = rest if timeout is None else min(timeout, rest)
+        timeout = min([timeout, *(piece.begin - now for piece in self._waiting if piece.begin > now)])
         if self._flying:
-            ready, _ = ray.wait(list(self._flying), num_returns=1, timeout=timeout)
-            for task in ready:
-                self._collect(task)
-        elif timeout:
+            for task in ray.wait(list(self._flying), num_returns=1, timeout=timeout)[0]:
+                self._take(task)
+        else:
             time.sleep(timeout)
         return self.left > 0
 
@@ -194,33 +189,30 @@ class Flight:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is not None:
             for task in self._flying:
-                ray.cancel(task)
+                ray.cancel(task, force=self.force)
 
-    def _wake(self) -> None:
-        awake = [piece for piece in self._resting if piece.begin <= time.monotonic()]
-        self._resting = [piece for piece in self._resting if piece not in awake]
-        self._waiting.extendleft(reversed(awake))
+    def _again(self, piece: Piece, delay: float) -> None:
+        piece.begin = time.monotonic() + delay
+        self._waiting.insert(0, piece)
 
-    def _rest(self, piece: _Piece, delay: float) -> None:
-        self._resting.append(dataclasses.replace(piece, begin=time.monotonic() + delay))
+    def _over(self, task: Any) -> None:
+        del self._flying[task]
+        self._pace.over(task)
 
-    def _collect(self, task: Any) -> None:
+    def _take(self, task: Any) -> None:
         piece = self._flying[task]
         try:
             given: Timed | None = ray.get(next(task))
         except ray.exceptions.RayError as error:
-            del self._flying[task]
-            self._pace.over(task)
-            self._rest(piece, self.losses.count(piece.name, error))
+            self._over(task)  # its worker may be at another's work, which a cancel would kill
+            self._again(piece, self.losses.count(piece.name, error))
             return
         self._pace.gave(task)
-        if given is None:  # it has begun
+        if given is None or (follows := piece.take(given, self.losses)) == "more":  # it has begun, or goes on
             return
-        del self._flying[task]
-        self._pace.over(task)
-        when = given.begun_at, given.finished_at
-        tell_span(Span(self.losses.stage, given.worker, piece.name, *when, **given.peaks))
-        self.results[piece.number] = given.result
+        self._over(task)
+        if follows == "again":
+            self._again(piece, 0.0)
 
 
 def bounded(
@@ -229,19 +221,18 @@ def bounded(
     losses: Losses,
     progress: Progress = silent,
     look_s: float = LOOK_S,
+    planned_s: float = 0.0,
 ) -> list[Any]:
-    """Submits named Ray tasks in order, at most ``limit`` in flight; their results in the order submitted.
-
-    ``progress`` hears how many have ended, at least every ``look_s`` seconds.
-    """
-    with Flight(limit, losses) as flight:
-        for name, submit in tasks:
-            flight.add(name, submit)
-        total = flight.left
+    """Submits named Ray tasks in order, at most ``limit`` in flight; their results in the order submitted. ``progress`` hears
+    how many have ended, at least every ``look_s`` seconds. ``planned_s``: as for :class:`Pace`."""
+    pieces = [Piece(name, submit) for name, submit in tasks]
+    with Flight(limit, losses, planned_s) as flight:
+        for piece in pieces:
+            flight.add(piece)
         while flight.pump(look_s):  # one that waits for a worker, or works for hours, is asked after all the same
-            progress(len(flight.results), total)
-        progress(len(flight.results), total)
-    return [flight.results[number] for number in sorted(flight.results)]
+            progress(len(pieces) - flight.left, len(pieces))
+        progress(len(pieces), len(pieces))
+    return [piece.result for piece in pieces]
 
 
 def run_tasks(
@@ -262,17 +253,15 @@ def run_tasks(
         return task.options(name=f"{losses.stage}: {name}").remote(reference, *arguments)
 
     named = [(name, functools.partial(submit, name, arguments)) for name, arguments in pieces]
-    return bounded(named, resources.num_workers, losses, progress)
+    return bounded(named, resources.num_workers, losses, progress, planned_s=resources.planned_s)
 
 
-def bundles(pieces: Sequence[Piece], cost: Callable[[Piece], float], resources: Resources) -> list[list[Piece]]:
-    """What each task does: a piece, or with GPUs as many as leave one task a worker, of about equal cost.
-
-    Ray ends the process of a task that had a GPU, and a new one takes seconds to import torch and to open the card.
-    """
+def bundles(pieces: Sequence[Work], cost: Callable[[Work], float], resources: Resources) -> list[list[Work]]:
+    """What each task does: a piece, or with GPUs as many as leave one task a worker, of about equal cost. Ray ends the process
+    of a task that had a GPU, and a new one takes seconds to import torch and to open the card."""
     if not resources.gpus_per_worker:
         return [[piece] for piece in pieces]
-    made: list[tuple[float, list[Piece]]] = [(0.0, []) for _ in range(min(resources.num_workers, len(pieces)))]
+    made: list[tuple[float, list[Work]]] = [(0.0, []) for _ in range(min(resources.num_workers, len(pieces)))]
     for piece in sorted(pieces, key=cost, reverse=True):
         number = min(range(len(made)), key=lambda k: made[k][0])
         made[number] = made[number][0] + cost(piece), [*made[number][1], piece]

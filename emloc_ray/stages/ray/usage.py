@@ -1,10 +1,5 @@
-"""What stages use: wall time and peak memory.
-
-That is the peak of the stage's workers on all nodes, from their spans, and of all processes on the driver's machine
-together, with shared pages counted once (proportional set size).
-"""
-
-from __future__ import annotations
+"""What stages use: wall time, and the peak memory of their workers on all nodes, from their spans, and of all processes on the
+driver's machine together, with shared pages counted once (proportional set size)."""
 
 import contextlib
 import itertools
@@ -28,9 +23,7 @@ _COSTS = 30
 @dataclass
 class Usage:
     """What one stage used: wall time and the peaks of all processes together, of the largest of them, of its largest worker.
-
-    The first two peaks are of all runs on the driver's machine; the last two are the stage's own.
-    """
+    The first two peaks are of all runs on the driver's machine; the last two are the stage's own."""
 
     stage: str
     wall_s: float = 0.0

@@ -4,8 +4,6 @@ Original and emulator go through the calibration rows side by side, a block's we
 disk. A block is safe once its factors are written; then all are put into the emulator's shards.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import shutil
@@ -31,7 +29,7 @@ from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.modeling.refining import Fit, factorized_in, fit_block
 from emloc_ray.modeling.replay import BlockReplay
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import LOOK_S, Progress, Resources, bounded, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, silent
 
 _HELD_OUT = 8  # of so many rows one only says whether a block's fit is kept
 _CHUNK_BYTES = 2**25
@@ -40,10 +38,8 @@ _FIT = "fit"
 
 @dataclass(frozen=True)
 class RefinementJob:
-    """Artifact paths and flat settings; ``work_dir`` is where a killed try is continued from.
-
-    ``inputs`` hashes what hidden states depend on, for old ones may lie on other nodes. ``tokens``: which count for the error.
-    """
+    """Artifact paths and flat settings; ``work_dir`` is where a killed try is continued from. ``inputs`` hashes what hidden
+    states depend on, for old ones may lie on other nodes. ``tokens``: which count for the error."""
 
     model_dir: Path
     emulator_dir: Path
@@ -218,17 +214,14 @@ def refine(
     job: RefinementJob, num_blocks: int, resources: Resources, progress: Progress = silent, tell: Tell = unheard
 ) -> dict[str, Any]:
     """Writes the refined emulator to ``job.out_dir``; returns each block's held-out error before and after, and their mean
-    relative to that before.
-
-    Raises:
-        NumericsError: where a block gives NaN or Inf, naming it.
-    """
+    relative to that before. Raises NumericsError where a block gives NaN or Inf, naming it."""
 
     def look(_done: int, _total: int) -> None:
         progress(sum(file.suffix == ".safetensors" for file in sizes(job.work_dir)), num_blocks)
 
     task = resources.task(refine_blocks).options(name="refine: blocks")
-    bounded([("the blocks", functools.partial(task.remote, job))], 1, Losses("refine", tell), look, LOOK_S)
+    blocks_task = ("the blocks", functools.partial(task.remote, job))
+    bounded([blocks_task], 1, Losses("refine", tell), look, planned_s=resources.planned_s)
     every_fit = list(fits(job).values())
     errors = [[fit.before, min(fit)] for fit in every_fit]
     blocks = [fit for fit in every_fit if fit.before > 0]

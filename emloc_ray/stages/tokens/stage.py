@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.reading import check_unchanged, fingerprint_sources
@@ -52,7 +52,7 @@ def content_of_rows(prepared: Prepared) -> dict[str, str]:
 
 
 def may_change(prepared: Prepared) -> bool:
-    """Whether the same rows may be others another day: a data set of the hub, images that rows name."""
+    """Whether the rows may change under the same names: a data set of the hub, images that rows name."""
     data, names = prepared.config.data, splits_of(prepared.config)
     hub = any(split.hub for name in names if (split := getattr(data, name)) is not None)
     return hub or any(source.images for files in prepared.files.values() for source in files)
@@ -113,14 +113,6 @@ def too_few_rows(config: RunConfig, split: str, count: dict[str, int]) -> str | 
     return None
 
 
-def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
-    return {"data": results["data"]["splits"]}
-
-
-def _summary(result: Result) -> str:
-    return "rows: " + ", ".join(f"{split} {count['rows']:,}" for split, count in result["splits"].items())
-
-
 DATA = Stage(
     name="data",
     title="Making token shards",
@@ -134,8 +126,10 @@ DATA = Stage(
     resumes=True,
     redone=False,
     shares=_shares,
-    summary=_summary,
+    summary=lambda result: (
+        "rows: " + ", ".join(f"{split} {count['rows']:,}" for split, count in result["splits"].items())
+    ),
     remarks=_remarks,
-    sections=_sections,
+    sections=lambda prepared, results: {"data": results["data"]["splits"]},
     keys=("data",),
 )

@@ -1,7 +1,5 @@
 """Data: the task's rows made or found, split, and tokenized into shards."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable
@@ -37,13 +35,9 @@ def tokenize_data(
     inputs: Any = None,
     tell: Tell = unheard,
 ) -> dict[str, Any]:
-    """Makes or finds the rows, splits them and writes ``out_dir/tokens/SPLIT``; returns the counts of each split.
-
-    Shards that a killed run of the same ``inputs`` and rows finished are kept; with ``inputs`` left out, none are.
-
-    Raises:
-        DataError: naming file, row and field of the first bad row.
-    """
+    """Makes or finds the rows, splits them and writes ``out_dir/tokens/SPLIT``; returns the counts of each split. Shards that a
+    killed run of the same ``inputs`` and rows finished are kept; with ``inputs`` left out, none are. Raises DataError, naming
+    file, row and field of the first bad row."""
     config = prepared.config
     sources = split_sources(prepared, out_dir)
     local = [Path(source.path) for files in sources.values() for source in files if not source.is_stored]
@@ -73,7 +67,7 @@ def tokenize_data(
 
 
 def retried(work: Callable[[], Result], losses: Losses, piece: Callable[[], str]) -> Result:
-    """What ``work`` returns; done again where a worker of Ray Data's is lost, for it keeps what it had finished."""
+    """Calls ``work``, and again where Ray Data loses a worker: finished shards are kept."""
     while True:
         try:
             return work()

@@ -41,9 +41,9 @@ def planned_bytes(config: LlamaConfig, ranks: dict[str, int], rows: int, length:
     )
     prepared: Any = SimpleNamespace(
         config=settings,
-        layout=layout,
+        finetuning=SimpleNamespace(section=settings.finetune, adapter=settings.adapter, layout=layout),
         model_config=config,
         file_dtype=torch.bfloat16,
         calibration_tokens=lambda mean: 0.0,
     )
-    return total(MemoryModel(prepared, Lengths(length, length)).finetune())
+    return total(MemoryModel(prepared, Lengths(length, length)).training())

@@ -36,7 +36,7 @@ def test_every_method_of_the_grid_has_a_kind() -> None:
 def test_the_picture_names_its_kinds_and_is_the_same_again(tmp_path: Path) -> None:
     lines = points([record("int2", 2.2, 0.5), record("lora", 16, 1.0)])
     for name in ("one.svg", "two.svg"):
-        draw(lines, tmp_path / name)
+        draw({"small": lines, "large": lines}, tmp_path / name)
     text = (tmp_path / "one.svg").read_text()
-    assert "<!-- LoRA on the original -->" in text
+    assert {f"<!-- {name} -->" in text for name in ("LoRA on the original", "small", "large")} == {True}
     assert (tmp_path / "two.svg").read_text() == text

@@ -1,4 +1,4 @@
-"""Noise within half a step of a 4-bit grid."""
+"""Noise within half a step of a grid of 4 or 5 bits."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ def on_grid(rows: int, columns: int, bits: int = 4) -> torch.Tensor:
     return (((blocks - low) / step).round() * step + low).flatten(1)
 
 
-def test_rounding_again_gives_the_weights_back() -> None:
-    weight = on_grid(6, 96)
+@pytest.mark.parametrize("bits", [4, 5])
+def test_rounding_again_gives_the_weights_back(bits: int) -> None:
+    weight = on_grid(6, 96, bits)
     noisy = with_noise(weight, torch.Generator().manual_seed(0))
     assert noisy is not None
     blocks = weight.unflatten(1, (-1, 32))
     low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-    step = (high - low) / 15
+    step = (high - low) / (2**bits - 1)
     moved = (noisy.unflatten(1, (-1, 32)) - blocks) / step
     assert moved.abs().max() <= 0.5001
     assert moved.std().item() == pytest.approx(12**-0.5, rel=0.1)

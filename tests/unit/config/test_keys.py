@@ -40,7 +40,7 @@ def test_every_key_is_explained_and_can_be_set_to_what_holds_without_it(section:
 
 def test_keys_have_their_kinds() -> None:
     kinds = {key.name: (key.values, key.default) for key in of("correction").keys}
-    assert kinds["method"] == ("auto | none | projection | covariance", "auto")
+    assert kinds["method"] == ("auto | none | projection | covariance | adapted", "auto")
     assert kinds["clamp"] == ("number", "3")
     assert kinds["max_share"] == ("number", "0.1")
     assert {key.name: key.default for key in of("emulator.healing").keys}["steps"] is None

@@ -343,12 +343,16 @@ def test_what_would_be_ignored_or_harm_is_refused(keys: dict[str, Any], words: s
             {"finetune": {"eval_strategy": "steps", "deepspeed": "zero.json"}},
             "eval_strategy: steps does not go with deepspeed",
         ),
-        ({"finetune": {"torch_compile": True}}, "finetune.torch_compile would compile the model anew at every step"),
         (
             {"finetune": {"loraplus_lr_ratio": 16}, "adapter": {"method": "vera"}},
             "finetune.loraplus_lr_ratio is of LoRA's two factors, and vera has others",
         ),
-        ({"finetune": {"metric_for_best_model": "f1"}}, "finetune.metric_for_best_model is set by emloc_ray itself"),
+        ({"finetune": {"metric_for_best_model": "f1"}}, "should be 'eval_loss' or 'eval_original_loss'"),
+        ({"finetune": {"eval_original_every": 2}}, "eval_original_every needs validation losses"),
+        (
+            {"finetune": {"eval_strategy": "steps", "metric_for_best_model": "eval_original_loss"}},
+            "eval_original_loss needs scores of the original: set eval_original_every",
+        ),
         (
             {"data": {"train": {"path": "a"}, "validation": {"path": "b"}}},
             "and finetune.eval_strategy is no: set it to steps",

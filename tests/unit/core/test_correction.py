@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -154,6 +157,31 @@ def test_covariance_is_the_least_squares_fit_on_the_data(seed: int, size: tuple[
     form, applied, _ = run(delta, lora_a, lora_b, "covariance", scale, gram=x.T @ x)
     fitted = torch.linalg.lstsq(x @ form.q * scale, x @ delta.T).solution.T
     torch.testing.assert_close(applied, fitted, rtol=1e-5, atol=1e-5 * float(fitted.abs().max()))
+
+
+@given(seeds, sizes, scales)
+def test_adapted_is_the_ridge_regression_on_what_the_adapted_emulator_reads(
+    seed: int, size: tuple[int, int, int], scale: float
+) -> None:
+    """Fitted to stacked rows: tokens, and below them the ridge of a tenth of the mean square that a direction reads."""
+    delta, lora_a, lora_b = case(seed, size)
+    x = normal(seed + 7, 40, size[1]) * torch.linspace(0.1, 3.0, size[1], dtype=torch.float64)
+    form = canonical_form(lora_a, lora_b)
+    read, k = x @ form.q, form.q.shape[1]
+    seen = replace(see(delta, form.q), delta_aq=delta @ x.T @ read, adapted_inner=read.T @ read)
+    ridge = (0.1 * read.square().sum() / k).sqrt()
+    left = scale * torch.cat([read, ridge * torch.eye(k, dtype=x.dtype)])
+    right = torch.cat([x @ delta.T, torch.zeros(k, size[0], dtype=x.dtype)])
+    fitted = torch.linalg.lstsq(left, right).solution.T
+    corrected = correction(seen, "adapted", scale)
+    torch.testing.assert_close(corrected, fitted, rtol=1e-6, atol=1e-6 * float(fitted.abs().max()))
+
+
+@pytest.mark.parametrize("method", ["covariance", "adapted"])
+def test_a_method_without_its_gram_is_an_error(method: Any) -> None:
+    delta, lora_a, lora_b = case(0, (6, 8, 3))
+    with pytest.raises(ValueError, match=f"{method} needs"):
+        correction(see(delta, canonical_form(lora_a, lora_b).q), method, 1.0)
 
 
 @given(seeds, sizes, scales, st.floats(1e-4, 1.0))

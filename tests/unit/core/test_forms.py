@@ -30,8 +30,8 @@ def stored(weight: torch.Tensor, form: Form, storage: Storage, group_size: int) 
     if form.residual_rank:
         beside = max(form.bits, 4)
         whole, up, down = quantize_with_factors(weight, inputs, form.bits, form.residual_rank, beside, group_size)
-        return [whole.weight, up, down]
-    return [quantize(weight, inputs, form.bits, group_size).weight]
+        return [whole, up, down]
+    return [quantize(weight, inputs, form.bits, group_size)]
 
 
 @pytest.mark.parametrize("storage", ["factors", "pivoted"])

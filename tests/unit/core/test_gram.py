@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emloc_ray.core import gram as gram_module
-from emloc_ray.core.gram import Gram, pack_triangle, sums_wide, unpack_triangle
+from emloc_ray.core.gram import Gram, GramColumns, not_finite, pack_triangle, sums_wide, unpack_triangle
 
 FEW = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 2**31 - 1)
@@ -96,3 +96,21 @@ def test_bfloat16_is_widened_first_where_torch_does_not_sum_it_in_float32(
     device: str, version: str, wide: bool
 ) -> None:
     assert sums_wide(torch.device(device), version) is wide
+
+
+@FEW
+@given(seeds, st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 12), st.integers(0, 4))
+def test_columns_are_those_of_the_gram_in_other_directions(seed: int, counts: list[int], features: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(features, k, generator=generator)
+    gram, columns = Gram.zero(features), GramColumns(q)
+    for count in counts:
+        x = torch.randn(count, features, generator=generator)
+        gram.update(x)
+        columns.update(x)
+    assert columns.num_tokens == gram.num_tokens
+    torch.testing.assert_close(columns.matrix, gram.symmetric() @ q, rtol=1e-4, atol=1e-4)
+    assert not_finite({"layer": columns}) is None
+    if k:
+        columns.update(torch.full((1, features), float("nan")))
+        assert not_finite({"layer": columns}) == "layer"

@@ -25,7 +25,7 @@ def test_what_is_stored_is_the_weight(bits: int, columns: int) -> None:
     scale, zero = drawn.scales.double()[:, groups], drawn.zeros.double()[:, groups]
     wanted = 2 ** (scale / 8 - 20) * (drawn.codes.double() - zero / step)
     assert stored_bits(tensors) == bits
-    assert torch.equal(dense_weight(tensors, columns, torch.float32), drawn.dense())
+    assert torch.equal(dense_weight(drawn.tensors(torch.float32), columns), drawn.dense())
     assert torch.allclose(drawn.dense().double(), wanted, rtol=1e-5, atol=1e-12)
     assert dense_weight(tensors, columns).dtype == torch.bfloat16
     assert sum(tensor.nbytes for tensor in tensors.values()) == integer_bytes(3, columns, bits, 64, itemsize=2)

@@ -52,7 +52,7 @@ def made(weight: torch.Tensor, inputs: Whitening, outputs: Whitening, form: Form
     if form.rank is not None:
         return factors(weight, form.rank, form.bits)
     assert form.bits is not None
-    whole = quantize(weight, inputs, form.bits, GROUP).weight.dense()
+    whole = quantize(weight, inputs, form.bits, GROUP).dense()
     return whole + (factors(weight - whole, form.residual_rank, max(form.bits, 4)) if form.residual_rank else 0)
 
 

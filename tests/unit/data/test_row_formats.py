@@ -9,9 +9,8 @@ import pytest
 from tiny import make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from emloc_ray.config.schema import COLUMNS
 from emloc_ray.data.formats import check_row, encode, sequences
-from emloc_ray.data.row_formats import FORMATS, converted, recognized, unknown_format
+from emloc_ray.data.row_formats import converted, recognized, unknown_format
 from emloc_ray.errors import DataError
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -155,7 +154,3 @@ def test_a_text_that_begins_with_the_begin_token_has_it_once() -> None:
     )
     assert written({"prompt": "<s>a", "completion": "b"}, tokenizer=tokenizer) == "<s>a[b<eos>]"
     assert written({"prompt": "a", "completion": "b"}, tokenizer=tokenizer) == "<s>a[b<eos>]"
-
-
-def test_the_columns_that_can_be_mapped_are_those_of_the_formats() -> None:
-    assert {*COLUMNS} == {name for form in FORMATS.values() for names in form for name in names}

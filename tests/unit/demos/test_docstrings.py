@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from emloc_ray.demos.docstrings import LEAD, generate
-from emloc_ray.demos.python_sources import SourceTask
+from emloc_ray.demos.docstrings import LEAD, TASK
+from emloc_ray.demos.python_sources import SourceTask, write_task
 from emloc_ray.demos.splits import SPLIT_FRACTIONS
 from emloc_ray.errors import DataError
 
-ANY_NUMBER = SourceTask(min_rows=0)
+ANY_NUMBER = replace(TASK, min_rows=0)
 
 
 def _put(root: Path, files: Mapping[str, str | bytes]) -> Path:
@@ -37,7 +38,7 @@ def _tables(out_dir: Path) -> dict[str, pa.Table]:
 
 def _rows(root: Path, task: SourceTask = ANY_NUMBER) -> list[dict[str, str]]:
     out_dir = root.parent / f"{root.name}_out"
-    counts = generate(out_dir, task, [root])
+    counts = write_task(out_dir, task, [root])
     tables = _tables(out_dir)
     assert counts == {name: table.num_rows for name, table in tables.items()}
     return [row for table in tables.values() for row in table.to_pylist()]
@@ -63,7 +64,7 @@ def _many_modules(root: Path, modules: int = 60) -> Path:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, str]]]:
     """Each split's rows as the sources installed here give them; fewer than the default, to save time."""
     out_dir = tmp_path_factory.mktemp("installed")
-    generate(out_dir, SourceTask(max_rows=4_000))
+    write_task(out_dir, replace(TASK, max_rows=4_000))
     return {name: table.to_pylist() for name, table in _tables(out_dir).items()}
 
 
@@ -102,9 +103,9 @@ def test_the_prompt_is_cut_at_a_line_border(tmp_path: Path) -> None:
     root = _put(tmp_path / "src", {"long.py": _function("grow", "Add up the first numbers.", body)})
     code = "def grow(value):\n    value += 0\n    value += 1"
     for spare in (0, 14):
-        (row,) = _rows(root, SourceTask(min_rows=0, max_prompt_chars=len(code + LEAD) + spare))
+        (row,) = _rows(root, replace(ANY_NUMBER, max_prompt_chars=len(code + LEAD) + spare))
         assert row["prompt"] == code + LEAD
-    (row,) = _rows(root, SourceTask(min_rows=0, max_prompt_chars=len(code + LEAD) + 15))
+    (row,) = _rows(root, replace(ANY_NUMBER, max_prompt_chars=len(code + LEAD) + 15))
     assert row["prompt"] == code + "\n    value += 2" + LEAD
 
 
@@ -200,16 +201,16 @@ def test_duplicates_are_kept_once(tmp_path: Path) -> None:
 def test_caps_hold_for_modules_packages_and_all(tmp_path: Path) -> None:
     root = _many_modules(tmp_path / "src")
     _put(root, {"other.py": _function("f", "Return another thing.")})
-    task = SourceTask(min_rows=0, max_rows_per_module=2, max_rows_per_package=31)
+    task = replace(ANY_NUMBER, max_rows_per_module=2, max_rows_per_package=31)
     modules = [row["module"] for row in _rows(root, task)]
     assert len([module for module in modules if module.startswith("pkg.")]) == 31
     assert max(modules.count(module) for module in modules) == 2
     assert "other" in modules
-    assert len(_rows(root, SourceTask(min_rows=0, max_rows=17))) == 17
+    assert len(_rows(root, replace(ANY_NUMBER, max_rows=17))) == 17
 
 
 def test_no_module_stands_in_two_splits_and_all_get_some(tmp_path: Path) -> None:
-    counts = generate(tmp_path / "out", ANY_NUMBER, [_many_modules(tmp_path / "src")])
+    counts = write_task(tmp_path / "out", ANY_NUMBER, [_many_modules(tmp_path / "src")])
     modules = [set(table["module"].to_pylist()) for table in _tables(tmp_path / "out").values()]
     assert sum(len(names) for names in modules) == len(set.union(*modules)) == 60
     assert list(counts) == list(SPLIT_FRACTIONS)
@@ -225,7 +226,7 @@ def test_the_same_sources_and_seed_give_the_same_files_wherever_they_lie(
     contents: list[list[bytes]] = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         out_dir = tmp_path / f"{name}_out"
-        generate(out_dir, SourceTask(min_rows=0, max_rows=100, seed=seed), [_many_modules(tmp_path / name)])
+        write_task(out_dir, replace(ANY_NUMBER, max_rows=100, seed=seed), [_many_modules(tmp_path / name)])
         assert sorted(path.name for path in out_dir.iterdir()) == sorted(
             f"{split}.parquet" for split in SPLIT_FRACTIONS
         )
@@ -239,7 +240,7 @@ def test_the_same_sources_and_seed_give_the_same_files_wherever_they_lie(
 def test_too_few_rows_is_an_error_that_says_where(tmp_path: Path) -> None:
     root = _put(tmp_path / "src", {"one.py": _function("f", "Return the value.")})
     with pytest.raises(DataError, match=r"found 1 usable .*src.* needs 3000") as caught:
-        generate(tmp_path / "out", SourceTask(), [root])
+        write_task(tmp_path / "out", TASK, [root])
     assert str(root) in str(caught.value)
     assert not (tmp_path / "out").exists()
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from emloc_ray.demos.return_types import LEAD, TASK, generate
+from emloc_ray.demos.python_sources import write_task
+from emloc_ray.demos.return_types import LEAD, TASK
 from emloc_ray.demos.splits import SPLIT_FRACTIONS
 
 FUNCTION = '''
@@ -27,7 +28,7 @@ def _rows(root: Path, text: str, **changes: float) -> list[dict[str, str]]:
         (root / "library").mkdir(parents=True, exist_ok=True)
         (root / "library" / f"shelf{number}.py").write_text(text.replace("NUMBER", str(number)))
     task = replace(TASK, min_rows=0, **{"max_rows": 8, "max_share": 1.0, **changes})  # type: ignore[arg-type]
-    counts = generate(root / "out", task, [root])
+    counts = write_task(root / "out", task, [root])
     tables = {name: pq.read_table(root / "out" / f"{name}.parquet") for name in SPLIT_FRACTIONS}
     assert counts == {name: table.num_rows for name, table in tables.items()}
     return [row for table in tables.values() for row in table.to_pylist()]

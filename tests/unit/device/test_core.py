@@ -116,13 +116,13 @@ def in_integers(t: dict[str, Tensor]) -> Any:
     whitening = Whitening(t["gram"], 1e-2)
     alone, inside = quantize(t["weight"], whitening, 3, 16), quantize_factors(plain(t)[0], t["weight"], whitening, 4, 8)
     found, *beside = quantize_with_factors(t["weight"], whitening, 2, R, 4, 16)
-    weights = (alone.weight, *inside, found.weight, *beside)
-    products = [weight.dense() for weight in weights[:1]]
-    return products, alone.relative_error, [(inside[0].dense() @ inside[1].dense()).norm().item(), found.relative_error]
+    weights = [weight.dense() for weight in (alone, *inside, found, *beside)]
+    lost = [whitening.energy(t["weight"] - made) for made in (weights[0], weights[3] + weights[4] @ weights[5])]
+    return weights[0], lost, (weights[1] @ weights[2]).norm().item()
 
 
 def through_integers(t: dict[str, Tensor]) -> Any:
-    stored = quantize(t["weight"], Whitening(t["gram"], 1e-2), 3, 16).weight
+    stored = quantize(t["weight"], Whitening(t["gram"], 1e-2), 3, 16)
     layer, x = IntegerLinear(IN, OUT, 3, 16), t["x"].clone().requires_grad_()
     for name, tensor in stored.tensors(torch.float32).items():
         setattr(layer, name, tensor.to(x.device))

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_cases import FITTING, PROMPTS, logits, trained
+from adapter_cases import FITTING, PROMPTS, logits, parameters, settings
 from peft import PeftModel
 from safetensors.torch import save_file
-from tiny import save_emulator
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_ray.io.formats.checkpoint import Checkpoint
@@ -24,14 +23,12 @@ from emloc_ray.modeling.loading import load_model
 MERGED = [(case, family) for case, family in FITTING if case not in PROMPTS]
 
 
-@pytest.mark.parametrize(("case", "family"), MERGED)
+@pytest.mark.parametrize(("case", "family"), parameters(MERGED))
 def test_every_tensor_is_as_peft_merges_it(
-    case: str, family: str, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+    case: str, family: str, adapter_dir: Callable[[str, str], Path], tiny_model_dir: Callable[..., Path]
 ) -> None:
-    model_dir = tiny_model_dir(family)
-    trained(tmp_path / "a", save_emulator(model_dir, tmp_path / "e"), case, family)
-    adapter = Adapter(tmp_path / "a")
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), tmp_path / "a")
+    model_dir, adapter = tiny_model_dir(family), Adapter(adapter_dir(case, family))
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), adapter_dir(case, family))
     expected = plain.merge_and_unload().state_dict()
     specs = block_linears(empty_model(AutoConfig.from_pretrained(model_dir)))
     changed = changed_tensors(adapter, specs)
@@ -48,13 +45,12 @@ def test_every_tensor_is_as_peft_merges_it(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("case", "family"), MERGED)
+@pytest.mark.parametrize(("case", "family"), parameters(MERGED))
 def test_a_model_computes_as_merged(
-    case: str, family: str, dtype: str, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+    case: str, family: str, dtype: str, adapter_dir: Callable[[str, str], Path], tiny_model_dir: Callable[..., Path]
 ) -> None:
     """In float32 with the weights as a checkpoint of the dtype holds them."""
-    trained(tmp_path / "a", save_emulator(tiny_model_dir(family), tmp_path / "e"), case, family)
-    model_dir, adapter = tiny_model_dir(family, dtype=dtype), Adapter(tmp_path / "a")
+    model_dir, adapter = tiny_model_dir(family, dtype=dtype), Adapter(adapter_dir(case, family))
     specs = block_linears(empty_model(AutoConfig.from_pretrained(model_dir)))
     expected = load_model(model_dir, dtype="float32")
     changed = changed_tensors(adapter, specs)
@@ -74,12 +70,11 @@ def test_a_model_computes_as_merged(
     "case", [case for case, family in MERGED if family == "qwen2"] + ["lora", "loha", "lokr", "vera"]
 )
 def test_a_weight_is_merged_where_the_checkpoint_holds_its_rows(
-    case: str, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+    case: str, tmp_path: Path, adapter_dir: Callable[[str, str], Path], tiny_model_dir: Callable[..., Path]
 ) -> None:
     family = "qwen2" if ("qwen2" in (f for c, f in MERGED if c == case)) else "llama"
     model_dir = tiny_model_dir(family)
-    trained(tmp_path / "a", save_emulator(model_dir, tmp_path / "e"), case, family)
-    adapter, checkpoint = Adapter(tmp_path / "a"), Checkpoint(model_dir)
+    adapter, checkpoint = Adapter(adapter_dir(case, family)), Checkpoint(model_dir)
     specs = [s for s in block_linears(empty_model(AutoConfig.from_pretrained(model_dir))) if s.name in adapter.names]
     whole = merged(adapter, specs, checkpoint)
     # Each weight in two tensors of unequal sizes, the second of them a slice of a larger one, whose other is not adapted.
@@ -113,24 +108,20 @@ def merged(adapter: Adapter, specs: Sequence[LinearSpec], checkpoint: Checkpoint
     return {name: torch.cat([c.reshape(-1) for c in found]).view(entries[name].shape) for name, found in chunks.items()}
 
 
-def test_ia3_scales_biases_of_what_linears_give(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
-    model_dir = tiny_model_dir("gpt2")
-    trained(tmp_path / "a", save_emulator(model_dir, tmp_path / "e"), "ia3", "gpt2")
-    specs = block_linears(empty_model(AutoConfig.from_pretrained(model_dir)))
-    biases = {name for name in changed_tensors(Adapter(tmp_path / "a"), specs) if name.endswith(".bias")}
+def test_ia3_scales_biases_of_what_linears_give(
+    adapter_dir: Callable[[str, str], Path], tiny_model_dir: Callable[..., Path]
+) -> None:
+    specs = block_linears(empty_model(AutoConfig.from_pretrained(tiny_model_dir("gpt2"))))
+    biases = {name for name in changed_tensors(Adapter(adapter_dir("ia3", "gpt2")), specs) if name.endswith(".bias")}
     assert biases == {f"transformer.h.{at}.attn.{part}.bias" for at in range(2) for part in ("c_attn", "c_proj")}
 
 
-@pytest.mark.parametrize(("case", "family"), [pair for pair in MERGED if pair[0] != "ia3"])
+@pytest.mark.parametrize(("case", "family"), parameters(pair for pair in MERGED if pair[0] != "ia3"))
 def test_the_rank_that_is_planned_is_that_of_the_update(
-    case: str, family: str, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+    case: str, family: str, adapter_dir: Callable[[str, str], Path], tiny_model_dir: Callable[..., Path]
 ) -> None:
-    from adapter_cases import settings
-
-    model_dir = tiny_model_dir(family)
-    trained(tmp_path / "a", save_emulator(model_dir, tmp_path / "e"), case, family)
-    adapter = Adapter(tmp_path / "a")
-    specs = block_linears(empty_model(AutoConfig.from_pretrained(model_dir)))
+    adapter = Adapter(adapter_dir(case, family))
+    specs = block_linears(empty_model(AutoConfig.from_pretrained(tiny_model_dir(family))))
     options = settings(case, family, [spec.name for spec in specs])
     for spec in specs:
         if spec.name in adapter.names:

@@ -164,6 +164,7 @@ print("emloc_ray" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_without_the_import_it_raises(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
     directory = save_emulator(tiny_model_dir(), tmp_path / "e")
     done = subprocess.run(
@@ -185,7 +186,6 @@ def test_layer_is_two_products_and_a_bias(bias: bool) -> None:
     assert sum(p.numel() for p in layer.parameters()) == 2 * (6 + 4) + 4 * bias
     assert layer.weight.numel() == 0
     assert layer.weight.dtype == torch.float32
-    assert "rank=2" in repr(layer)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -13,7 +13,7 @@ from tiny import HIDDEN, VOCABULARY, make_tokenizer
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint
-from emloc_ray.modeling import gguf_weights
+from emloc_ray.modeling import gguf_import as module
 from emloc_ray.modeling.gguf_import import import_gguf
 from emloc_ray.modeling.loading import ModelSource, load_model, read_model_config, resolve_source
 
@@ -54,7 +54,7 @@ def test_a_gguf_file_is_converted_as_transformers_does_and_whole_where_its_table
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", opened)
     import_gguf(source, tmp_path / "streamed", "bfloat16", max_shard_bytes=100_000)
     opened.assert_not_called()
-    monkeypatch.setattr(gguf_weights, "converted_names", Mock(side_effect=gguf_weights.NeedsWhole))
+    monkeypatch.setattr(module, "converted_names", Mock(side_effect=module.NeedsWhole))
     import_gguf(source, tmp_path / "whole", "bfloat16", max_shard_bytes=100_000)
     opened.assert_called_once()
     streamed, whole = Checkpoint(tmp_path / "streamed"), Checkpoint(tmp_path / "whole")

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from tiny import FAMILIES, PAD, VOCABULARY, make_model
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import collate
 from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
-from emloc_ray.modeling.gram_hooks import GramHooks
+from emloc_ray.modeling.gram_hooks import ColumnHooks, GramHooks
 
 LENGTHS = (13, 5, 16, 8)
 EVERY_FAMILY = [*FAMILIES, "opt"]
@@ -105,3 +107,29 @@ def test_nan_names_the_layer(bad: float) -> None:
     hooks.forward(collate(rows(), PAD))
     with pytest.raises(NumericsError, match=r"model\.layers\.1\.self_attn\.q_proj reads hold NaN or Inf"):
         hooks.check_finite()
+
+
+@pytest.mark.parametrize("tokens", ["all", "completion"])
+def test_columns_are_of_what_linears_with_an_adapter_read(tokens: str) -> None:
+    model = make_model("llama")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"])).base_model.model
+    layers: dict[str, Any] = {n: module for n, module in adapted.named_modules() if isinstance(module, LoraLayer)}
+    q = {name: torch.linalg.qr(torch.randn(layer.in_features, 2)).Q for name, layer in layers.items()}
+    read: dict[str, list[torch.Tensor]] = {name: [] for name in q}
+    handles = [
+        adapted.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: read[name].append(x[0][0]))
+        for name in q
+    ]
+    many = rows()
+    with torch.no_grad():
+        for row in many:
+            adapted(input_ids=torch.tensor([row.input_ids]))
+    for handle in handles:
+        handle.remove()
+    hooks = ColumnHooks(adapted, q)
+    hooks.forward(collate(many, PAD), tokens)
+    counts = torch.cat([torch.tensor(row.completion_mask) | (tokens == "all") for row in many])
+    for name in q:
+        x = torch.cat(read[name])[counts]
+        assert hooks.grams[name].num_tokens == len(x)
+        torch.testing.assert_close(hooks.grams[name].matrix, x.T @ (x @ q[name]), rtol=1e-3, atol=1e-3)

@@ -64,7 +64,7 @@ def test_later_turns_of_a_conversation_are_read_and_not_learned(t5: Any) -> None
     start = t5.config.decoder_start_token_id
     assert call.inputs["decoder_input_ids"].tolist() == [[start, 11, 12, 7, 8, 9], [start, 22, 23, PAD, PAD, PAD]]
     assert call.targets.tolist() == [11, 12, 13, 22, 23, 24]
-    assert len(call.targets) == int(label_mask(batch, "completion").sum())  # by which a step's loss is divided
+    assert len(call.targets) == int(label_mask(batch, "completion").sum())
     assert int(call.counted["decoder"].sum()) == 9
 
 

@@ -52,10 +52,10 @@ def save_integer_emulator(model_dir: Path, directory: Path) -> tuple[Path, dict[
         elif kind == "beside":
             bits[spec.name], beside[spec.name] = 2, 3
             whole, up, down = quantize_with_factors(weight, whitening, 2, 3, 4, SIZE)
-            made = {".base": whole.weight, ".up": up, ".down": down}
+            made = {".base": whole, ".up": up, ".down": down}
         else:
             bits[spec.name] = int(kind[3:])
-            made = {"": quantize(weight, whitening, bits[spec.name], SIZE).weight}
+            made = {"": quantize(weight, whitening, bits[spec.name], SIZE)}
         state |= {
             f"{spec.name}{part}.{k}": v for part, some in made.items() for k, v in some.tensors(model.dtype).items()
         }
@@ -136,7 +136,7 @@ def test_lora_trains_on_it_and_nothing_else_does(made: Any, tmp_path: Path) -> N
 def test_gradients_of_inputs_are_those_of_the_dense_weight() -> None:
     torch.manual_seed(0)
     weight = torch.randn(12, 40)
-    stored = quantize(weight, Whitening.identity(40), 3, 16).weight
+    stored = quantize(weight, Whitening.identity(40), 3, 16)
     layer = IntegerLinear(40, 12, 3, 16, bias=True)
     layer.load_state_dict({**stored.tensors(torch.float32), "bias": torch.randn(12)})
     x = torch.randn(5, 40, requires_grad=True)

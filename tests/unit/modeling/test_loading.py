@@ -272,11 +272,11 @@ def test_a_model_is_not_loaded_by_names_that_lead_elsewhere(
 def test_what_else_lies_beside_a_model_is_no_part_of_it(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     place = tmp_path / "model"
     shutil.copytree(tiny_model_dir("llama"), place)
-    files, content = checkpoint_files(place), content_of_source(ModelSource(place), place)
+    files, content = checkpoint_files(place), content_of_source(ModelSource(place))
     assert {"config.json", "tokenizer.json"} < {file.name for file in files}
     for name in ("README.md", "pytorch_model.bin", ".hidden.json"):
         (place / name).write_text("noted beside it")
     assert checkpoint_files(place) == files
-    assert content_of_source(ModelSource(place), place) == content
+    assert content_of_source(ModelSource(place)) == content
     (place / "generation_config.json").write_text("{}")
-    assert content_of_source(ModelSource(place), place) != content
+    assert content_of_source(ModelSource(place)) != content

@@ -26,7 +26,6 @@ from emloc_ray.planning.memory import BASE_BYTES, MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.skeleton import Skeleton, skeleton_of
 from emloc_ray.planning.work import training_cost
-from emloc_ray.stages.order import STEPS
 
 MODEL = LlamaConfig(
     vocab_size=2000,
@@ -67,7 +66,7 @@ def prepared(budget: int | None = None, **sections: Any) -> Prepared:
 
 
 def chosen(megabytes: int, speeds: Speeds = FAST, **sections: Any) -> Choice:
-    return choose_training(STEPS, prepared(BASE_BYTES + megabytes * MIB, **sections), ROW, speeds)
+    return choose_training(prepared(BASE_BYTES + megabytes * MIB, **sections), ROW, speeds)
 
 
 def by_name(choice: Choice) -> dict[str, Alternative]:
@@ -79,10 +78,10 @@ def test_what_fits_whole_needs_no_emulator() -> None:
     assert choice.recommended.name == "the original"
     assert "no emulator is needed" in choice.sentence
     assert [one.name for one in choice.alternatives if one.unneeded] == ["an emulator", "an emulator in 4 bits (NF4)"]
-    finetune = choice.solution.prepared.config.finetune
+    finetune = choice.recommended.memory.prepared.config.finetune
     assert (finetune.per_device_train_batch_size, finetune.gradient_accumulation_steps) == (4, 2)
-    assert choice.solution.prepared.config.model.hold == "auto"
-    assert MemoryModel(choice.solution.prepared, ROW).finetune_hold() == "resident"
+    assert choice.recommended.memory.prepared.config.model.hold == "auto"
+    assert MemoryModel(choice.recommended.memory.prepared, ROW).finetune_hold() == "resident"
 
 
 def test_what_does_not_fit_goes_by_its_blocks_where_the_link_allows() -> None:
@@ -105,8 +104,11 @@ def test_the_overrides_make_the_recommended_run(tmp_path: Path, megabytes: int) 
     file = tmp_path / "config.yaml"
     file.write_text(write_yaml(values_of(None)))
     config = load_config(file, choice.overrides)
-    assert config == choice.solution.prepared.config
-    assert MemoryModel(dataclasses.replace(choice.solution.prepared, config=config), ROW).finetune_hold() == "resident"
+    assert config == choice.recommended.memory.prepared.config
+    assert (
+        MemoryModel(dataclasses.replace(choice.recommended.memory.prepared, config=config), ROW).finetune_hold()
+        == "resident"
+    )
 
 
 def test_an_emulator_is_as_large_as_fits_and_says_what_was_measured() -> None:

@@ -169,9 +169,10 @@ def test_a_card_that_is_smaller_than_inference_bounds_what_was_left_out(monkeypa
     assert ready.worker_bytes("calibration") <= yardstick
 
 
-def test_the_quickstart_stays_within_inference_and_is_told_what_that_changed() -> None:
+@pytest.mark.slow
+def test_a_shipped_run_stays_within_inference_and_is_told_what_that_changed() -> None:
     pytest.importorskip("gguf")
-    ready = shrink_batches(prepare(load_config(ROOT / "configs" / "quickstart.yaml")))
+    ready = shrink_batches(prepare(load_config(ROOT / "configs" / "low_rank.yaml")))
     assert ready.config.budget_is_default
     plan = make_plan(STEPS, ready, Speeds(1e10))
     assert max(plan.worker_bytes.values()) == plan.worker_bytes["inference"]
@@ -184,6 +185,17 @@ def test_the_quickstart_stays_within_inference_and_is_told_what_that_changed() -
     assert "which inference of the original takes" in first
     assert last.startswith("With memory_budget: null a worker would hold up to 1.9")
     assert smaller_batches(without_budget(ready)) is None
+
+
+@pytest.mark.slow
+def test_the_quickstart_stays_within_inference_as_it_is_written() -> None:
+    pytest.importorskip("gguf")
+    ready = shrink_batches(prepare(load_config(ROOT / "configs" / "quickstart.yaml")))
+    plan = make_plan(STEPS, ready, Speeds(1e10))
+    assert ready.config.budget_is_default
+    assert max(plan.worker_bytes.values()) == plan.worker_bytes["inference"]
+    assert smaller_batches(ready) is None
+    assert not ready.config.finetune.gradient_checkpointing
 
 
 @pytest.mark.parametrize("budget", ["inferences", "1,5GiB", 0])

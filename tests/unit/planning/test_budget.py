@@ -6,15 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from test_memory import LENGTHS, ROW, WEIGHED, bare
-from transformers import (
-    LlamaConfig,
-)
+from test_memory import LENGTHS, WEIGHED
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
+from emloc_ray.modeling.compiling import check_compiling
 from emloc_ray.planning import calibration_memory
-from emloc_ray.planning.budget import check_holding, solve, with_settings
+from emloc_ray.planning.budget import check_holding, fitting, training_bytes, with_settings
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
 from emloc_ray.planning.plan import make_plan, within_budget
@@ -55,48 +53,27 @@ def test_workers_with_a_gpu_go_by_its_memory(
 def test_a_budget_is_solved_for_the_largest_ratio_that_fits(prepared: Callable[..., Prepared]) -> None:
     ready = prepared(finetune={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2})
     least = total(with_base(MemoryModel(with_settings(ready, 0.1, 1, 16, True), LENGTHS).finetune()))
-    found = [solve(STEPS, ready, least + more, LENGTHS) for more in range(0, 40_000_000, 400_000)]
-    for solution in found:
-        assert solution.finetune_bytes <= solution.budget
-        section = solution.prepared.config.finetune
+    budgets = range(least, least + 40_000_000, 400_000)
+    found = [fitting(ready, budget, LENGTHS) for budget in budgets]
+    for solution, budget in zip(found, budgets, strict=True):
+        assert training_bytes(solution) <= budget
+        section = solution.config.finetune
         assert section.per_device_train_batch_size * section.gradient_accumulation_steps == 16
-    ratios = [solution.prepared.config.emulator.compression_ratio for solution in found]
+    ratios = [solution.config.emulator.compression_ratio for solution in found]
     assert ratios == sorted(ratios)
     assert ratios[0] < ratios[-1] == 0.95
-    first, last = (found[at].prepared.config.finetune for at in (0, -1))
+    first, last = (found[at].config.finetune for at in (0, -1))
     assert (last.per_device_train_batch_size, last.gradient_checkpointing) == (8, False)
     assert first.per_device_train_batch_size < 8
     assert first.gradient_checkpointing
 
 
-def test_a_budget_that_nothing_meets_says_what_would(prepared: Callable[..., Prepared]) -> None:
-    with pytest.raises(ConfigError, match=r"No compression ratio fits 103 MiB: at 0\.1, .* needs 451 MiB"):
-        solve(STEPS, prepared(), 2**30 // 10, LENGTHS)
-    for adapter, knob in (
-        ({"method": "lokr"}, "r"),
-        ({"method": "ia3"}, "target_modules"),
-        ({"method": "prompt_tuning", "num_virtual_tokens": 4}, "num_virtual_tokens"),
-    ):
-        with pytest.raises(ConfigError, match=rf"lower data\.max_seq_length or adapter\.{knob}\.$"):
-            solve(STEPS, prepared(adapter=adapter), 2**30 // 10, LENGTHS)
-
-
-def test_what_no_ratio_helps_is_told_with_what_would() -> None:
-    llama_7b = bare(LlamaConfig())
-    solution = solve(STEPS, llama_7b, 10 * 2**30, ROW)
-    assert set(solution.too_large) == {"evaluate"}
-    assert solution.sentence.endswith("lower evaluation.batch_size or data.max_seq_length.")
-    with pytest.raises(ConfigError, match=r"No compression ratio fits 1\.00 GiB: at 0\.1, .* needs \d+\.\d\d GiB"):
-        solve(STEPS, llama_7b, 2**30, ROW)
-
-
 def test_the_solution_is_what_is_planned(prepared: Callable[..., Prepared]) -> None:
     ready = prepared(memory_budget=BASE_BYTES + 3_000_000)
-    solution = within_budget(STEPS, ready).solution
-    changed = solution.prepared
-    plan = make_plan(STEPS, changed)
+    choice = within_budget(ready)
+    plan = make_plan(STEPS, choice.recommended.memory.prepared)
     stage = next(stage for stage in plan.stages if stage.name == "finetune")
-    assert stage.worker_bytes == solution.finetune_bytes
+    assert stage.worker_bytes == choice.recommended.needed
     again = parse_config(ready.config.model_dump(mode="json"))
     assert again.memory_budget == ready.config.memory_budget
     assert ready.lengths.longest == pytest.approx(25)
@@ -104,7 +81,7 @@ def test_the_solution_is_what_is_planned(prepared: Callable[..., Prepared]) -> N
 
 def test_a_budget_never_takes_a_prefix_its_cache(prepared: Callable[..., Prepared]) -> None:
     run = prepared(adapter={"method": "prefix_tuning", "num_virtual_tokens": 3}, memory_budget="500MiB")
-    assert solve(STEPS, run, 500 * 2**20, LENGTHS).prepared.config.finetune.gradient_checkpointing is False
+    assert fitting(run, 500 * 2**20, LENGTHS).config.finetune.gradient_checkpointing is False
 
 
 def test_sums_of_gradients_go_in_waves_too(prepared: Callable[..., Prepared]) -> None:
@@ -135,6 +112,25 @@ def test_a_worker_that_cannot_hold_the_whole_model_is_refused(
     told = r"memory_budget is 450 MiB, and a worker that holds its largest blocks takes 45\d MiB"
     with pytest.raises(ConfigError, match=told):
         check_holding(prepared(memory_budget=BASE_BYTES))
+
+
+@pytest.mark.parametrize(
+    ("experts", "scattered", "offloaded", "told"),
+    [(True, False, False, "experts"), (False, True, False, "deepspeed"), (False, False, True, "memory_budget")],
+)
+def test_blocks_that_are_no_graph_are_not_compiled(experts: bool, scattered: bool, offloaded: bool, told: str) -> None:
+    check_compiling(False, False, False)
+    with pytest.raises(ConfigError, match=rf"torch_compile does not go with .*{told}.*: remove it"):
+        check_compiling(experts, scattered, offloaded)
+
+
+def test_compiling_is_checked_before_a_run(prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = prepared(finetune={"torch_compile_mode": "default"})
+    check_holding(asked)
+    monkeypatch.setattr(MemoryModel, "finetune_hold", lambda self: "offloaded")
+    check_holding(prepared())
+    with pytest.raises(ConfigError, match="torch_compile does not go with weights that come and go"):
+        check_holding(asked)
 
 
 def test_a_share_of_a_gpu_that_is_too_small_is_refused(

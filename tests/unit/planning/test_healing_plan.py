@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +18,18 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
-from emloc_ray.planning.budget import solve, with_settings
+from emloc_ray.planning.alternatives import choose_training
+from emloc_ray.planning.budget import fitting, training_bytes, with_settings
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.lengths import Lengths
+from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import StagePlan, make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.skeleton import skeleton_of
-from emloc_ray.planning.training import factor_ranks, healing_run, healing_split, packs_late
+from emloc_ray.planning.training import factor_ranks, healing_split, healing_training, packs_late
+from emloc_ray.planning.training_spec import Training
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.heal.stage import healing_job, no_healing
@@ -110,11 +114,10 @@ def test_at_ratio_one_it_is_left_out_and_told(prepared: Callable[..., Prepared])
     assert no_healing(prepared({"steps": 3, "r": 8}).config) is None
 
 
-def healed(prepared: Prepared) -> Prepared:
-    """The run that its healing is."""
+def healed(prepared: Prepared) -> Training:
     healing = prepared.config.emulator.heals
     assert healing is not None
-    return healing_run(prepared, healing)
+    return healing_training(prepared.config, healing, prepared.layout)
 
 
 def test_parameters_are_those_without_healing(prepared: Callable[..., Prepared]) -> None:
@@ -125,7 +128,7 @@ def test_parameters_are_those_without_healing(prepared: Callable[..., Prepared])
     training = healed(found)
     # q and k of rank 16 and less have nothing to give; what the MLP gives the LoRA has.
     assert {name.rsplit(".", 1)[-1] for name in training.layout.adapted} == {"gate_proj", "up_proj", "down_proj"}
-    lora = MemoryModel(training, ROW).adapter_parameters
+    lora = MemoryModel(found, ROW, training).adapter_parameters
     assert training.layout.parameters_factorized + lora == plain.layout.parameters_factorized
 
 
@@ -133,12 +136,12 @@ def test_what_it_does_not_say_is_as_in_finetune(prepared: Callable[..., Prepared
     finetune = {"learning_rate": 3e-4, "per_device_train_batch_size": 2, "max_steps": 50, "lr_scheduler_type": "cosine"}
     for own, expected in (({}, (3e-4, 2)), ({"learning_rate": 1e-3, "per_device_train_batch_size": 4}, (1e-3, 4))):
         found = prepared({"steps": 7, **own}, finetune=finetune, adapter={"method": "dora", "r": 2})
-        run = healed(found)
-        section = run.config.finetune
+        training = healed(found)
+        section = training.section
         assert (section.learning_rate, section.per_device_train_batch_size) == expected
         assert (section.max_steps, section.loss_on) == (7, "all")
         assert section.model_extra == {"lr_scheduler_type": "cosine"}
-        assert (run.config.adapter.method, run.config.adapter.r) == ("lora", 8)
+        assert (training.adapter.method, training.adapter.r) == ("lora", 8)
 
 
 def test_the_plan_counts_the_teachers_logits_and_a_second_emulator(
@@ -171,8 +174,7 @@ def test_it_may_have_rows_of_its_own(
     with_own = {**data, "healing": {"path": str(others)}}
     plain, found = prepared({"steps": 1000}), prepared({"steps": 1000}, data=with_own)
     assert (healing_split(plain.config), healing_split(found.config)) == ("train", "healing")
-    run = healed(found)
-    assert [source.path for source in run.files["train"]] == [str(others)]
+    assert [source.path for source in found.files[healed(found).split]] == [str(others)]
     # Rows · tokens · k · bytes of the teacher's logits.
     sizes = [stage(entry, "heal").disk_bytes for entry in (plain, found)]
     assert sizes[0] - sizes[1] == pytest.approx((300 * 20 - 60 * 40) * 64 * 6, abs=8)
@@ -235,20 +237,27 @@ def test_4_bits_come_after_healing(prepared: Callable[..., Prepared]) -> None:
 def test_a_budget_is_for_the_healing_too() -> None:
     budget = 12 * 2**30
     found = large({"steps": 100, "per_device_train_batch_size": 4})
-    solution = solve(STEPS, found, budget, ROW)
-    assert solution.finetune_bytes <= budget
-    assert "heal" not in solution.too_large  # its teacher is the original, which is larger, offloaded
-    healed, plain = (s.prepared.config.emulator for s in (solution, solve(STEPS, large(None), budget, ROW)))
+    solution = fitting(found, budget, ROW)
+    assert training_bytes(solution) <= budget
+    assert total(with_base(solution.heal())) <= budget  # its teacher is the original, which is larger, offloaded
+    healed, plain = (s.config.emulator for s in (solution, fitting(large(None), budget, ROW)))
     assert healed.compression_ratio < plain.compression_ratio
 
 
 def test_a_budget_leaves_the_healing_its_rows_a_step() -> None:
     found = large({"steps": 100, "per_device_train_batch_size": 4}, finetune={"per_device_train_batch_size": 8})
-    solution = solve(STEPS, found, 10 * 2**30, ROW)
-    accumulation = solution.prepared.config.finetune.gradient_accumulation_steps
+    solution = fitting(found, 10 * 2**30, ROW)
+    accumulation = solution.config.finetune.gradient_accumulation_steps
     assert accumulation > 1
     changed = with_settings(found, 0.5, 1, accumulation, True)
     own = max(1, 4 // accumulation)
-    assert healed(changed).config.finetune.per_device_train_batch_size == own
-    assert f"emulator.healing.per_device_train_batch_size={own}" in solution.overrides
-    assert "healing" not in " ".join(solve(STEPS, large({"steps": 100}), 12 * 2**30, ROW).overrides)
+    assert healed(changed).section.per_device_train_batch_size == own
+    assert f"emulator.healing.per_device_train_batch_size={own}" in emulators_overrides(found)
+    assert "healing" not in " ".join(emulators_overrides(large({"steps": 100})))
+
+
+def emulators_overrides(found: Prepared) -> list[str]:
+    config = found.config.model_copy(update={"memory_budget": 10 * 2**30})
+    choice = choose_training(dataclasses.replace(found, config=config), ROW, Speeds(1e11))
+    emulator = next(one for one in choice.alternatives if one.name == "an emulator")
+    return dataclasses.replace(choice, recommended=emulator).overrides

@@ -115,6 +115,18 @@ def test_factorizing_and_merging_llama_7b_by_hand(llama_7b: Prepared) -> None:
     assert merge["adapter"] == 4 * (adapter + 8 * (4096 + 11008))
 
 
+def test_a_gpu_s_worker_holds_the_group_that_it_computes_and_the_next_as_read() -> None:
+    def read_ahead(workers: int, **more: Any) -> float | None:
+        gpus = {"emulator": {"gpus_per_worker": 1, "num_workers": workers, **more}, "ray": {"num_gpus": 200}}
+        return MemoryModel(bare(LlamaConfig(num_hidden_layers=2), **gpus), ROW).factorize().get("read ahead")
+
+    down = 2 * 4096 * 11008 + 4 * 11008**2
+    assert read_ahead(7) == 2 * down
+    assert read_ahead(8) is None  # a group each
+    gate_and_up = 2 * (2 * 4096 * 11008) + 4 * 4096**2 + 2 * 4 * 11008**2
+    assert read_ahead(7, **WEIGHED) == 2 * max(down + 4 * 4096**2, gate_and_up)
+
+
 def test_correcting_70_b_takes_less_than_ten_tflop() -> None:
     """By a tenth of its 80 layers, all alike."""
     sizes: dict[str, Any] = {
@@ -229,6 +241,26 @@ def test_what_is_scaled_by_what_is_learned_is_kept(prepared: Callable[..., Prepa
     assert dora["activations"] - lora["activations"] == 2 * (vera["activations"] - lora["activations"]) > 0
     assert dora["row norms"] == 4 * 128 * (128 + 3 * 64)
     assert lora["row norms"] == 0
+
+
+def test_scores_while_training_are_within_the_budget_and_have_the_original_beside_the_emulator() -> None:
+    asked = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 64, "eval_strategy": "steps"}
+
+    def of(budget: Any, **more: Any) -> MemoryModel:
+        return MemoryModel(bare(LlamaConfig(), finetune={**asked, **more}, memory_budget=budget), ROW)
+
+    free, tight = (of(budget, eval_original_every=2) for budget in (None, "inference"))
+    assert (free.validating().hold, free.validation_rows()) == ("resident", 64)
+    assert free.finetune()["weights"] == free.weights
+    assert free.finetune()["emulator"] == free.emulator > 0.5 * free.weights
+    assert tight.validating().hold == "offloaded"
+    assert 1 <= tight.validation_rows() < 64
+    assert total(with_base(tight.finetune())) <= (tight.bound("finetune") or 0)
+    alone = of("inference")
+    assert alone.validating().parts["weights"] == alone.emulator
+    assert alone.validation_rows() >= tight.validation_rows()
+    with_original = MemoryModel(with_settings(tight.prepared, 1.0, 1, 1, True), ROW)
+    assert "emulator" not in with_original.validating().parts
 
 
 def mixture(num_experts: int) -> MemoryModel:

@@ -16,7 +16,6 @@ from tiny import REWRITING, make_tokenizer, save_quantized_emulator
 from emloc_ray.config.reading import parse_config
 from emloc_ray.config.steps import VERBS
 from emloc_ray.io.formats.checkpoint import Checkpoint
-from emloc_ray.planning import plan as planner
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel, total
@@ -25,7 +24,7 @@ from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.work import num_steps, rows_trained, steps_trained
 from emloc_ray.stages.order import STEPS
 from emloc_ray.text import size
-from emloc_ray.ui.terminal import disk_line, gradients_line, plan_tables, step_lines
+from emloc_ray.ui.terminal import disk_line, gradients_line, plan_tables, scores_line, step_lines
 
 PLAIN = [stage for stage in VERBS[1:] if stage != "heal"]
 
@@ -72,7 +71,7 @@ def test_parameters_and_bytes_are_those_of_the_files(
         checkpoint = Checkpoint(tiny_model_dir("llama", dtype=dtype))
         assert stage(found, "merge").disk_bytes == checkpoint.num_bytes
         assert found.parameters == sum(e.num_bytes // e.dtype.itemsize for e in checkpoint)
-        saved = found.layout.parameters_targeted - found.layout.parameters_factorized
+        saved = found.prepared.layout.parameters_targeted - found.prepared.layout.parameters_factorized
         assert found.emulator_parameters == found.parameters - saved
         assert (
             stage(found, "factorize").disk_bytes
@@ -111,6 +110,8 @@ def test_a_gpu_s_worker_takes_little_of_its_node_s_memory(plan: Callable[..., Pl
     projection = {"correction": {"method": "projection"}, "evaluation": {"gpus_per_worker": 1}, "ray": {"num_gpus": 1}}
     correct = stage(plan(**projection), "correct")  # weights and Grams come through the CPU
     assert correct.host_bytes == correct.worker_bytes
+    factorize = stage(plan(emulator={"gpus_per_worker": 1}, ray={"num_gpus": 1}), "factorize")
+    assert factorize.host_bytes == sum(factorize.memory[part] for part in ("base", "weights", "read ahead"))
 
 
 def test_files_take_what_they_hold_whatever_the_model_is_used_in(
@@ -124,7 +125,7 @@ def test_files_take_what_they_hold_whatever_the_model_is_used_in(
 
 def test_rows_that_are_not_here_yet_are_planned_as_long_as_they_may_be(prepared: Callable[..., Prepared]) -> None:
     found = prepared(data={"train": {"path": "hf:some/rows"}, "max_seq_length": 48})
-    assert found.lengths == planner.Lengths(48, 48)
+    assert found.lengths == Lengths(48, 48)
 
 
 def test_every_stage_is_there_with_what_it_asks_for(plan: Callable[..., Plan]) -> None:
@@ -134,10 +135,9 @@ def test_every_stage_is_there_with_what_it_asks_for(plan: Callable[..., Plan]) -
     assert all(entry.memory["base"] > 0 and min(entry.memory.values()) > 0 for entry in found.stages)
     assert stage(found, "calibrate").num_workers == 2
     assert stage(found, "finetune").cpus_per_worker == 0.5
-    assert found.seconds == found.seconds_before + sum(entry.seconds for entry in found.stages)
-    assert found.seconds_before > 0
+    assert found.seconds > sum(entry.seconds for entry in found.stages)
     assert found.disk_bytes == sum(entry.disk_bytes for entry in found.stages)
-    assert found.lengths.mean == pytest.approx(20)
+    assert found.prepared.lengths.mean == pytest.approx(20)
 
 
 def test_less_is_kept_and_less_is_written_at_a_smaller_ratio(plan: Callable[..., Plan]) -> None:
@@ -181,7 +181,7 @@ def test_packs_are_fewer_and_longer_than_rows(prepared: Callable[..., Prepared])
 )
 def test_steps_are_the_epochs_of_the_rows(finetune: dict[str, Any], rows: int, steps: int) -> None:
     values = {"run_dir": "x", "model": {"source": "y"}, "data": {"train": {"path": "z"}}, "finetune": finetune}
-    assert num_steps(parse_config(values), rows) == steps
+    assert num_steps(parse_config(values).finetune, rows) == steps
 
 
 def test_chats_whose_template_rewrites_turns_are_planned_as_the_sequences_they_become(
@@ -244,7 +244,9 @@ def test_bytes_in_4_bits_are_those_of_a_saved_emulator(
     plan: Callable[..., Plan], tiny_model_dir: Callable[..., Path], tmp_path: Path, ratio: float, dtype: str
 ) -> None:
     found = plan(dtype, emulator={"quantization": "nf4", "compression_ratio": ratio})
-    saved = save_quantized_emulator(tiny_model_dir("llama", dtype=dtype), tmp_path / "emulator", found.layout.ranks)
+    saved = save_quantized_emulator(
+        tiny_model_dir("llama", dtype=dtype), tmp_path / "emulator", found.prepared.layout.ranks
+    )
     assert stage(found, "factorize").disk_bytes == pytest.approx(Checkpoint(saved).num_bytes, rel=0.01)
 
 
@@ -312,6 +314,26 @@ def test_what_a_finishing_step_moves_is_said_by_where_it_comes_from(prepared: Ca
     assert not step_lines(make_plan(STEPS, prepared(finetune={"exact_steps": 3}), host))  # mapped here
 
 
+def test_scoring_the_original_while_training_is_timed_and_told(prepared: Callable[..., Prepared]) -> None:
+    asked = {"max_steps": 70, "eval_strategy": "steps", "eval_steps": 10, "num_validation_samples": 1}
+    options = prepared().config.model.source
+    speeds = Speeds(1e10)
+
+    def of(**more: Any) -> Plan:
+        held = {"source": options, "hold": "offloaded"}
+        ready = prepared(model=held, finetune={**asked, **more}, memory_budget=None)
+        return make_plan(STEPS, ready, speeds)
+
+    alone, beside = of(), of(eval_original_every=3)
+    assert stage(beside, "finetune").step_seconds == stage(alone, "finetune").step_seconds
+    assert stage(beside, "finetune").scoring_seconds > stage(alone, "finetune").scoring_seconds > 0
+    assert stage(beside, "finetune").seconds > stage(alone, "finetune").seconds
+    assert scores_line(alone) is None
+    said = scores_line(beside) or ""
+    assert said.startswith("While training the emulator is scored 7 times, the original 3, held offloaded beside it: ")
+    assert scores_line(make_plan(STEPS, prepared(emulator={"compression_ratio": 1.0}), speeds)) is None
+
+
 def test_what_ranks_by_data_take_is_planned(plan: Callable[..., Plan]) -> None:
     by_data = {"allocation": "sensitivity", "objective": "predictions"}
     plain, found = (plan(emulator=emulator, memory_budget=None) for emulator in ({}, by_data))
@@ -325,7 +347,9 @@ def test_what_ranks_by_data_take_is_planned(plan: Callable[..., Plan]) -> None:
     assert "by data" in text
     assert gradients_line(found) == "Gradient sums: 1 pass over the rows, the model held resident, 8 rows a batch."
     assert gradients_line(plain) is None
-    assert f"together they keep {found.layout.parameters_factorized:,} parameters at most" in " ".join(text.split())
+    assert f"together they keep {found.prepared.layout.parameters_factorized:,} parameters at most" in " ".join(
+        text.split()
+    )
 
 
 def test_the_speed_of_a_disk_that_weights_come_from_is_shown(plan: Callable[..., Plan]) -> None:

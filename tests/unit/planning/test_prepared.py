@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -171,6 +173,26 @@ def test_rows_that_are_held_out_are_not_trained_on(refused: Callable[..., str], 
     hub = {"train": {"path": "hf:some/rows"}, "selection": {"path": "hf:some/rows"}, "max_seq_length": 64}
     assert "data.selection and data.train both read hf:some/rows:train" in refused(data=hub)
     assert "both read" not in refused(data={**hub, "selection": None, "eval": hub["train"]}, seed=-1)
+
+
+def test_liger_is_refused_where_it_computes_nothing_or_something_else(
+    refused: Callable[..., str],
+    tiny_model_dir: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: dict[str, Any] = {"use_liger_kernel": True, "gpus_per_worker": 1}
+
+    def said(family: str, **more: Any) -> str:
+        return refused(tiny_model_dir(family), finetune={**asked, **more}, ray={"num_gpus": 1})
+
+    assert "would compute experts from fused weights, and emulators" in said("mixtral")
+    assert "set finetune.liger_kernel_config to {swiglu: false}" in said("mixtral", liger_kernel_config={"rope": True})
+    assert "experts" not in said("mixtral", liger_kernel_config={"swiglu": False})
+    assert "finetune.use_liger_kernel needs the liger_kernel package" in said("llama")
+    known = SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": None})
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", known)
+    assert "Liger has no kernels for the model's type, gpt2: remove it" in said("gpt2")
+    assert "Liger has no kernels" not in said("llama")
 
 
 def test_what_an_encoder_cannot_read_is_told(refused: Callable[..., str], tmp_path: Path) -> None:

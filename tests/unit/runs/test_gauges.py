@@ -59,8 +59,7 @@ def use_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(ray, "is_initialized", lambda: True)
         Losses("calibrate").count("slot 0", ray.exceptions.WorkerCrashedError())
-    cache = ArtifactCache(str(folder / "cache"), max_bytes=100)
-    cache.prune(100)
+    cache = ArtifactCache(str(folder / "cache"))
     tasks = (
         TaskState("a", "running", "calibrate", active=True),
         TaskState("b", "running", "merge"),

@@ -63,12 +63,18 @@ def test_what_was_planned_stands_beside_what_was_measured(prepared: Prepared) ->
     assert assemble_metrics(prepared.run, prepared, planned=planned)["planned_memory"] == planned
 
 
-def test_the_files_of_every_node_are_counted(prepared: Prepared, s3_port: int, node_cache: Path) -> None:
-    run = RunDirectory(uri(s3_port, "counted/run"))
-    run.create({})
-    with atomic_file(node_cache / "other" / run.root.name / "merged" / "model.safetensors") as file:
+def test_the_files_of_finished_stages_are_counted_until_they_are_dropped(prepared: Prepared) -> None:
+    for folder, stages in {"merged": ["merge"], "data": ["data", "calibrate"]}.items():
+        for stage in stages:
+            with atomic_file(prepared.run.path(folder, f"{stage}.bin")) as file:
+                file.write(b"12345")
+            result = {"usage": USAGE, "splits": {}, "num_tokens": 1, "num_shards": 1}
+            prepared.run.commit(stage, "key", [prepared.run.path(folder, f"{stage}.bin")], result)
+    with atomic_file(prepared.run.path("adapter", "half")) as file:
         file.write(b"12345")
-    assert assemble_metrics(run, prepared)["disk_bytes"] == {"merged": 5}
+    assert assemble_metrics(prepared.run, prepared)["disk_bytes"] == {"merged": 5, "data": 10}
+    prepared.run.drop("merge")
+    assert assemble_metrics(prepared.run, prepared)["disk_bytes"] == {"data": 10}
 
 
 def test_the_emulators_parameters_are_told_beside_its_error(prepared: Prepared) -> None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from emloc_ray.errors import StageError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.log import LOG, RunLog
-from emloc_ray.runs.status import asked_steps, read_status
+from emloc_ray.runs.status import asked_steps, status_lines
 from emloc_ray.ui.cli import app
 
 BEGUN = datetime(2026, 5, 1, 12, 0, tzinfo=timezone.utc)
@@ -36,7 +36,7 @@ def write(run: RunDirectory, *events: dict[str, Any]) -> None:
 
 
 def lines(run: RunDirectory, seconds: float = 60) -> list[str]:
-    return read_status(run).lines(BEGUN + timedelta(seconds=seconds))
+    return status_lines(run, BEGUN + timedelta(seconds=seconds))
 
 
 def test_a_live_run_shows_who_holds_it_and_how_far_it_is(run: RunDirectory) -> None:
@@ -64,7 +64,7 @@ def test_a_failed_run_says_its_sentence(run: RunDirectory) -> None:
     with contextlib.suppress(StageError), RunLog(run) as log:
         log.start("finetune")
         raise StageError("finetune: the disk is full: free some and run the same command again.")
-    told = read_status(run).lines()
+    told = status_lines(run)
     assert told[0] == "Not running."
     assert told[2].startswith("Failed in finetune, ")
     assert told[2].endswith(": finetune: the disk is full: free some and run the same command again.")

@@ -22,7 +22,7 @@ from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import steps as runs_steps
 from emloc_ray.runs import versions
 from emloc_ray.runs.results import assemble_metrics
-from emloc_ray.runs.status import read_status
+from emloc_ray.runs.status import status_lines
 from emloc_ray.runs.steps import AtOnce, Steps, cache_key
 from emloc_ray.runs.versions import check_versions, installed
 from emloc_ray.stages.calibrate.stage import CALIBRATE
@@ -123,6 +123,7 @@ def test_what_recorded_no_versions_is_refused(prepared: Prepared) -> None:
 def test_another_format_is_never_accepted(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     finish(prepared, "calibrate")
     monkeypatch.setattr(versions, "STEPS", [replace(CALIBRATE, format=2)])
+    monkeypatch.setattr(versions, "up_to", lambda verb: [replace(CALIBRATE, format=2)])
     monkeypatch.setattr(versions, "redone_from", lambda verb: ("calibrate",))
     for accept in (False, True):
         said = refusal(prepared, accept=accept, until="calibrate")
@@ -165,7 +166,7 @@ def test_accepted_work_stands_is_told_and_is_not_shared(
     assert made == ["2.6.0", "2.6.0", "2.7.0"]
     assert len(cache.entries()) == shared  # what follows from older work is no other run's
     status = "Taken as it is by --accept-versions: data, made with torch 2.6 (now 2.7)."
-    assert status in read_status(prepared.run).lines()
+    assert status in status_lines(prepared.run)
     assert assemble_metrics(prepared.run, prepared)["stages"]["data"]["versions"]["torch"] == "2.6"
     assert go() == []  # once accepted under these versions
     assert made == ["2.6.0", "2.6.0", "2.7.0"]

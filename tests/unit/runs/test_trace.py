@@ -10,7 +10,7 @@ import pytest
 
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.trace import TRACE, WorkerTrace, read_trace
-from emloc_ray.stages.ray.spans import Span, joined, tell_span
+from emloc_ray.stages.ray.spans import Span, tell_span
 
 
 @pytest.fixture
@@ -69,6 +69,15 @@ def test_a_file_that_is_no_trace_is_written_anew(run: RunDirectory, content: str
     assert read_trace(run) == [piece(1)]
 
 
+def test_of_very_many_pieces_the_longest_are_kept_over_all_tries(run: RunDirectory) -> None:
+    lengths = [3.0, 1.0, 4.0, 2.0]
+    for number, length in enumerate(lengths):
+        with WorkerTrace(run, most=2):
+            tell_span(Span("calibrate", "slot 0 on here", "shard", number, number + length))
+    assert [span.finished_at - span.begun_at for span in read_trace(run)] == [3.0, 4.0]
+    assert json.loads(run.path(TRACE).read_text())["otherData"] == {"shortest pieces left out": 2}
+
+
 def test_it_is_written_at_a_stages_end_and_while_one_goes_on(run: RunDirectory) -> None:
     with WorkerTrace(run, interval_s=0) as now_and_then:
         tell_span(piece(1))
@@ -78,23 +87,3 @@ def test_it_is_written_at_a_stages_end_and_while_one_goes_on(run: RunDirectory) 
         assert len(read_trace(run)) == 1
         now_and_then.finish("factorize", {}, {})
         assert len(read_trace(run)) == 2
-
-
-def test_very_many_pieces_of_work_are_joined(run: RunDirectory) -> None:
-    with WorkerTrace(run, most_spans=100):
-        for number in range(1000):
-            tell_span(piece(number))
-    spans = read_trace(run)
-    assert len(spans) <= 100
-    assert sum(span.count for span in spans) == 1000
-
-
-def test_neighbours_are_joined_by_worker_and_stage() -> None:
-    spans = [piece(1), piece(2), piece(9), piece(3, "merge"), piece(1, worker="slot 0")]
-    found = joined(spans, 1.0)
-    assert [(s.stage, s.worker, s.begun_at, s.finished_at, s.count) for s in found] == [
-        ("factorize", "process 7 on here", 1.0, 2.5, 2),
-        ("merge", "process 7 on here", 3.0, 3.5, 1),
-        ("factorize", "process 7 on here", 9.0, 9.5, 1),
-        ("factorize", "slot 0", 1.0, 1.5, 1),
-    ]

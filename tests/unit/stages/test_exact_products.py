@@ -53,6 +53,7 @@ def test_corrections(artifacts: Artifacts, products: Float32Products, tmp_path: 
             adapter_dir=artifacts.adapter_dir,
             out_dir=tmp_path / "corrected",
             selection_dir=artifacts.tokens_dir,
+            tokens_dir=artifacts.tokens_dir,
             specs=artifacts.specs,
             candidates=(Candidate("covariance", None, 1.0),),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def test_without_steps_there_is_no_such_stage(runs: dict[str, PlainRun]) -> None
     run = runs["resident"]
     assert FINISH.wanted(run.context.prepared)
     for changes in ({"finetune": {"exact_steps": 0}}, {"emulator": {"compression_ratio": 1.0}}):
-        context = run.context.with_prepared(prepare(parse_config(run.changed(**changes))))
+        context = dataclasses.replace(run.context, prepared=prepare(parse_config(run.changed(**changes))))
         assert not FINISH.wanted(context.prepared)
         assert merge_job(context).adapter_dir == run.root / "adapter"
         assert "finished" not in evaluation_job(context).scored

@@ -1,8 +1,10 @@
-"""A model of the hub comes into a run on an object store by workers, file by file: the driver holds none of its weights."""
+"""A model of the hub comes into a run by workers, file by file: the driver holds none of its weights."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -83,17 +85,21 @@ def in_this_process(
         progress(number, len(pieces))
 
 
-@pytest.fixture
-def context(s3_port: int, node_cache: Path, tmp_path: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> Context:
-    """A run on an object store of that model, of which all but its weights is here."""
+@pytest.fixture(params=["folder", pytest.param("bucket", marks=pytest.mark.server)])
+def context(
+    node_cache: Path, tmp_path: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Context:
+    """A run of that model, of which all but its weights is here."""
     monkeypatch.setattr("emloc_ray.stages.ray.tasks.run_tasks", in_this_process)
     snapshot = tmp_path / "snapshots" / COMMIT
     shutil.copytree(hub.root, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
     rows = write_jsonl(tmp_path / "rows.jsonl", task_rows(20))
-    values = {**make_values(tmp_path / "run", hub.root, rows), "run_dir": uri(s3_port, f"importing/{tmp_path.name}")}
+    values = make_values(tmp_path / "run", hub.root, rows)
+    if request.param == "bucket":
+        values["run_dir"] = uri(request.getfixturevalue("s3_port"), f"importing/{tmp_path.name}")
     ready = dataclasses.replace(prepare(parse_config(values)), source=ModelSource(snapshot, hub_id="org/tiny"))
     ready.run.create({})
-    return Context(ready, ready.run.path("model"), original_dir(ready))
+    return Context(ready, original_dir(ready))
 
 
 def test_workers_bring_a_model_of_the_hub_file_by_file(context: Context, hub: type[Hub]) -> None:
@@ -113,10 +119,35 @@ def test_workers_bring_a_model_of_the_hub_file_by_file(context: Context, hub: ty
     assert hub.asked == files
 
 
-def test_a_file_that_the_hub_does_not_give_is_told(context: Context, hub: type[Hub]) -> None:
+def test_a_file_that_the_hub_does_not_give_is_told(
+    context: Context, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = weight_files(context.prepared.source)[-1]
     (hub.root / name).unlink()
     with pytest.raises(
-        ArtifactError, match=rf"{name} of org/tiny cannot be had from the hub \(.*check the node's network"
+        ArtifactError, match=rf"model.source org/tiny has no {name} on the hub: name a checkpoint with all of its"
     ):
         IMPORT.run(context, IMPORT.inputs(context), Resources(), lambda done, total: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ArtifactError, match=r" of org/tiny cannot be had from the hub \(.*check the node's network"):
+        IMPORT.run(context, IMPORT.inputs(context), Resources(), lambda done, total: None)
+
+
+@pytest.mark.parametrize("context", ["folder"], indirect=True)
+def test_a_cached_file_takes_no_more_room(
+    context: Context, hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, *others = weight_files(context.prepared.source)
+    cached = tmp_path / "cache-of-the-hub" / "models--org--tiny" / "snapshots" / COMMIT
+    cached.mkdir(parents=True)
+    (cached / name).write_bytes((hub.root / name).read_bytes())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache-of-the-hub"))
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "a file system that shares no blocks")
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    IMPORT.run(context, IMPORT.inputs(context), Resources(), lambda done, total: None)
+    assert hub.asked == others
+    assert (context.model_dir / name).samefile(cached / name)
+    assert not list(context.prepared.run.root.glob(".hub.*"))

@@ -14,6 +14,7 @@ from emloc_ray.stages.finetune.session import own_environment
 from emloc_ray.stages.finetune.stage import finetune_job, learned
 
 
+@pytest.mark.slow
 def test_smaller_batches_change_nothing(tiny_model_dir: Callable[..., Path], tmp_path: Path, task_file: Path) -> None:
     def run(name: str, budget: Mapping[str, Any]) -> PlainRun:
         changes = {"finetune": {"max_steps": 3}, "evaluation": {"num_exact_match": 0, "num_generations": 0}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,21 @@ def test_a_state_comes_back(run: RunDirectory) -> None:
     assert read_state(run) == BatchState(BEGIN, TASKS)
 
 
+def test_only_the_parts_that_changed_are_written_again(run: RunDirectory) -> None:
+    before = BatchState(BEGIN, tuple(TaskState(f"t{number}") for number in range(120)))
+    write_state(run, before)
+    inodes = {file.name: file.stat().st_ino for file in run.root.glob("batch*.json")}
+    after = replace(before, tasks=(*before.tasks[:70], TaskState("t70", "done"), *before.tasks[71:]))
+    write_state(run, after, before)
+    assert read_state(run) == after
+    assert {file.name for file in run.root.glob("batch*.json") if file.stat().st_ino != inodes[file.name]} == {
+        "batch-001.json"
+    }
+    run.path("batch-002.json").unlink()
+    with pytest.raises(ArtifactError, match="damaged"):
+        read_state(run)
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -69,9 +85,10 @@ def test_a_state_comes_back(run: RunDirectory) -> None:
     ],
 )
 def test_a_state_of_other_values_is_told(run: RunDirectory, values: dict[str, Any]) -> None:
-    state = json.loads(run.path(STATE).read_text())
-    state["tasks"][0] |= values
-    run.path(STATE).write_text(json.dumps(state))
+    path = run.path(STATE if "started_at" in values else "batch-000.json")
+    written = json.loads(path.read_text())
+    (written if "started_at" in values else written[0]).update(values)
+    path.write_text(json.dumps(written))
     with pytest.raises(ArtifactError, match="is of another version of emloc_ray, or damaged"):
         read_state(run)
     result = invoke("status", str(run.root))

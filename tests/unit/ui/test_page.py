@@ -127,6 +127,12 @@ def test_a_run_killed_after_any_stage(count: int) -> None:
     assert page.text.count("○") == len(STAGES) - count
 
 
+def test_a_template_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    report.render("run", manifest(*STAGES), finished_metrics())
+    monkeypatch.setattr(report.jinja2.Environment, "compile", None)
+    assert "<html" in report.render("run", manifest(*STAGES), finished_metrics())
+
+
 def test_an_empty_run(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "fresh")
     directory.create({})
@@ -140,12 +146,12 @@ def test_an_empty_run(tmp_path: Path) -> None:
 
 def test_the_page_of_a_run_that_was_killed_in_a_stage(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
-    directory.create({"emulator": {"compression_ratio": 0.5}})
+    directory.create({"emulator": {"compression_ratio": 0.5}}, steps=["calibrate"])
     log = RunLog(directory, interval_s=0).__enter__()  # never left: killed
     log.start("calibrate")
     page = Page(report.write_report(directory).read_text())
-    assert page.sections == ["timeline", "setup"]
-    assert "calibrate, not finished: 0 s" in page.text
+    assert page.sections == ["setup"]
+    assert "▶ calibrate" in page.text
     log.__exit__(None, None, None)
 
 
@@ -367,6 +373,18 @@ def test_a_refinement_is_shown_with_its_blocks_errors_and_finishing_with_its_cur
     assert "step 8: 0.4375" in text
     del metrics["refinement"]["errors"]
     assert "block 0" not in Page(report.render("run", made, metrics)).text
+
+
+def test_validation_is_shown_with_the_original_s_losses_beside_the_emulator_s() -> None:
+    metrics = finished_metrics()
+    history = [{"step": 10, "loss": 2.5}, {"step": 20, "loss": 2.25, "original_loss": 1.875}]
+    metrics["finetune"]["validation"] = {"history": history, "keeps_best": False, "goes_by": "loss"}
+    html = report.render("run", manifest(*STAGES), metrics)
+    assert "lowest 2.2500" in html
+    assert "1.8750" in html
+    assert "validation loss, 2.500 at step 10 to 2.250 at step 20" in html
+    del history[1]["original_loss"]
+    assert "on the original with the adapter" not in report.render("run", manifest(*STAGES), metrics)
 
 
 def test_a_healing_is_shown_with_its_curve(finished: str) -> None:

@@ -29,6 +29,7 @@ from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.steps import AtOnce, Steps
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.ray.tasks import Progress, Resources
+from emloc_ray.stages.ray.usage import Usage
 from emloc_ray.stages.stage import Stage
 
 Run = Callable[[str, int], None]
@@ -122,6 +123,7 @@ def run(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs_steps, "shortage", lambda *asked: None)  # there is no cluster to look at
+        patch.setattr(runs_steps, "measured", lambda stage: contextlib.nullcontext(Usage(stage)))
         yield begin
 
 
@@ -168,11 +170,12 @@ def test_on_an_object_store(run: Run, s3_port: int, kills: list[Kill]) -> None:
 
 def test_every_single_write_on_a_disk(run: Run, tmp_path: Path) -> None:
     """Of a first run, and of one with another config over a finished run."""
-    for done in ((), (1,)):
+    run(f"{tmp_path}/finished/run", 1)
+    for done in (False, True):
         for write in itertools.count():
-            place = f"{tmp_path}/{len(done)}-{write}"
-            for seed in done:
-                run(place, seed)
+            place = f"{tmp_path}/{done}-{write}/run"
+            if done:
+                shutil.copytree(f"{tmp_path}/finished/run", place)
             try:
                 with killed_at(write):
                     run(place, 2)

@@ -113,6 +113,14 @@ def test_a_place_with_room_is_not_read_for_each_entry(tmp_path: Path, monkeypatc
     assert [entry.key for entry in entries()] == [ArtifactCache.key(STAGE, number) for number in (6, 5, 4, 3, 2)]
 
 
+def test_what_it_holds_is_known_where_nothing_bounds_it(local: ArtifactCache, tmp_path: Path) -> None:
+    added(local, tmp_path / "run", contents={"emulator/x": b"x" * 1000})
+    other = ArtifactCache(local.place)
+    assert other.held_bytes is None
+    other.weigh()
+    assert other.held_bytes == local.held_bytes == 1000
+
+
 @pytest.mark.server
 def test_room_is_made_in_a_store(place: Callable[..., str]) -> None:
     cache = ArtifactCache(place("bucket", "shared"))

@@ -161,6 +161,21 @@ def test_a_small_file_of_a_paused_holder_does_not_take_the_place_of_its_successo
     assert RunDirectory(late.place).metrics() == {"seed": 4}
 
 
+def test_what_a_holder_put_last_it_does_not_ask_for(
+    begin: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, asked, version = begin(), list[str](), ObjectStore.version
+    monkeypatch.setattr(ObjectStore, "version", lambda store, path: (asked.append(path), version(store, path))[1])
+    for seed in range(3):
+        run.write_metrics({"seed": seed})
+    assert asked == ["metrics.json"]
+    assert run.store is not None
+    run.store.write("metrics.json", b"{}")  # as a worker of the same lease would
+    run.write_metrics({"seed": 3})
+    assert asked == ["metrics.json"] * 2
+    assert run.metrics() == {"seed": 3}
+
+
 def test_a_fresh_run_adopts_nothing(begin: Callable[..., RunDirectory]) -> None:
     late = begin()
     write(late.path("emulator", "a"), b"old")

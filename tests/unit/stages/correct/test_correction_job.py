@@ -53,6 +53,6 @@ def test_what_choosing_may_read_is_a_share_of_what_training_reads(correction: Ca
     assert correction(max_share=None).max_tokens is None
 
 
-def test_the_search_begins_with_none(correction: Callable[..., CorrectionJob]) -> None:
-    assert [c.method for c in correction().candidates] == ["none", "covariance", "projection"]
+def test_none_is_measured_first(correction: Callable[..., CorrectionJob]) -> None:
+    assert [c.method for c in correction().candidates] == ["none", "covariance", "adapted", "adapted"]
     assert [c.method for c in correction(method="projection").candidates] == ["projection"]

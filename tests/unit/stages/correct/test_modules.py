@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from emloc_ray.modeling.stored_names import stored_parameters, stored_specs
 from emloc_ray.stages.correct import modules as stage
 from emloc_ray.stages.correct.correct import correct, read_groups
 from emloc_ray.stages.correct.job import CorrectionJob, module_groups
-from emloc_ray.stages.correct.modules import CorrectableModule, read_modules, see_differences, write_modules
+from emloc_ray.stages.correct.modules import CorrectableModule, Opened, read_modules, see_differences, write_modules
 from emloc_ray.stages.factorize.factorize import finish_emulator
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.layer_reports import read_reports
@@ -73,6 +74,7 @@ def emulated(root: Path, model_dir: Path, kind: str = "plain", **changes: Any) -
         adapter_dir=write_lora(root / "adapter", specs),
         out_dir=root / "corrected",
         selection_dir=root,
+        tokens_dir=root,
         specs=specs,
         candidates=(COVARIANCE,),
         gram_dampening_frac=FRAC,
@@ -98,7 +100,7 @@ def healed(job: CorrectionJob, root: Path, **changes: Any) -> CorrectionJob:
 
 def all_modules(job: CorrectionJob, device: str = "cpu") -> dict[str, CorrectableModule]:
     groups = module_groups(job, Adapter(job.adapter_dir).names)
-    found = [module for group in groups for module in see_differences(job, group, torch.device(device))]
+    found = [module for group in groups for module in see_differences(Opened(job), group, torch.device(device))]
     return {module.lora.name: module for module in found}
 
 
@@ -133,7 +135,7 @@ def test_a_worker_with_a_gpu_reads_its_groups_in_one_task(
 ) -> None:
     job = emulated(tmp_path, tiny_model_dir("llama"))
     groups = module_groups(job, Adapter(job.adapter_dir).names)
-    read_groups(job, groups[:1], "cpu")  # as a try that was killed has left it
+    read_groups(Opened(job), groups[:1], "cpu")  # as a try that was killed has left it
     written = groups[0].path.stat().st_mtime_ns
     shares, heard = [], []
 
@@ -219,7 +221,7 @@ def test_it_is_what_the_cpu_gives_and_the_host_seldom_waits(
     group = max(module_groups(job, Adapter(job.adapter_dir).names), key=lambda group: len(group.specs))
     assert len(group.specs) == 3
     METER.restart()
-    there, here = see_differences(job, group, device), see_differences(job, group)
+    there, here = see_differences(Opened(job), group, device), see_differences(Opened(job), group)
     copies = METER.waits["copy_"] + METER.waits["_to_copy"]
     assert METER.waits.total() - copies <= 1, METER.waits  # the Gram's size
     # Of the Gram, and of a linear its weight, its factors and the adapter's to the device, and three thin matrices back.
@@ -230,10 +232,27 @@ def test_it_is_what_the_cpu_gives_and_the_host_seldom_waits(
         assert other.shortfalls(COVARIANCE, 1e-4) == pytest.approx(one.shortfalls(COVARIANCE, 1e-4), rel=1e-6)
 
 
+def test_what_all_groups_are_read_from_is_opened_once_and_can_be_sent(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, opened = emulated(tmp_path, tiny_model_dir("llama")), []
+    groups = module_groups(job, Adapter(job.adapter_dir).names)
+    monkeypatch.setattr(stage, "Checkpoint", lambda folder: (opened.append(folder), Checkpoint(folder))[1])
+
+    def here(function: Any, shared: Any, work: Any, *others: Any) -> None:
+        for _, arguments in work:
+            function(pickle.loads(pickle.dumps(shared)), *arguments)  # as Ray does
+
+    monkeypatch.setattr("emloc_ray.stages.correct.correct.run_tasks", here)
+    correct(job, Resources())
+    assert len(groups) > 1
+    assert opened == [job.model_dir, job.emulator_dir]
+
+
 def test_modules_come_back_from_their_file(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     job = emulated(tmp_path, tiny_model_dir("llama"))
     for group in module_groups(job, Adapter(job.adapter_dir).names):
-        made = see_differences(job, group)
+        made = see_differences(Opened(job), group)
         write_modules(group.path, made)
         for one, other in zip(made, read_modules(group.path), strict=True):
             lora, expected = (module.corrected(COVARIANCE, 1e-4) for module in (other, one))

@@ -15,7 +15,7 @@ from test_allocate import allocation_job, gradients_dir, stored
 from test_factorize import gram_of, job_of
 
 from emloc_ray.io.formats.grams import GramStore
-from emloc_ray.stages.factorize.allocate import group_spectra
+from emloc_ray.stages.factorize.allocate import group_spectra, spectra_of_groups
 from emloc_ray.stages.factorize.factorize import factorize_group, factorize_groups
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.layer_reports import read_reports
@@ -68,9 +68,9 @@ def test_factors_of_predictions_and_spectra_are_the_cpu_s(
 
 
 def test_groups_one_after_another_are_each_as_alone_and_those_there_are_kept(
-    artifacts: Artifacts, tmp_path: Path
+    artifacts: Artifacts, gradients_dir: Path, tmp_path: Path
 ) -> None:
-    job = job_of(artifacts)
+    job = replace(job_of(artifacts), gradients_dir=gradients_dir)
     pieces = [(g, gram_of(artifacts, g), tmp_path / f"{k}.safetensors") for k, g in enumerate(artifacts.groups[:3])]
     factorize_group(job, *pieces[1])
     kept = pieces[1][2].stat()
@@ -79,6 +79,21 @@ def test_groups_one_after_another_are_each_as_alone_and_those_there_are_kept(
     for group, gram, file in pieces:
         factorize_group(job, group, gram, tmp_path / "alone" / file.name)
         assert file.read_bytes() == (tmp_path / "alone" / file.name).read_bytes()
+
+
+def test_spectra_are_read_ahead_and_are_each_as_alone(
+    artifacts: Artifacts, gradients_dir: Path, tmp_path: Path
+) -> None:
+    job, pieces = allocation_job(artifacts, gradients_dir), []
+    for number, group in enumerate(artifacts.groups[:3]):
+        sums = stored(gradients_dir, [spec.name for spec in group])
+        pieces.append((group, gram_of(artifacts, group), sums, tmp_path / f"{number}.safetensors"))
+    pieces[1][3].write_bytes(b"there")
+    spectra_of_groups(job, pieces)
+    assert pieces[1][3].read_bytes() == b"there"
+    for group, gram, sums, file in (pieces[0], pieces[2]):
+        expected, found = group_spectra(job, group, gram, sums), load_file(file)
+        assert all(torch.equal(found[name], values) for name, values in expected.items())
 
 
 def test_a_worker_with_a_gpu_takes_its_share_in_one_task() -> None:

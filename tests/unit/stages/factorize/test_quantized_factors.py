@@ -112,6 +112,7 @@ def test_correction_takes_out_what_4_bits_changed(artifacts: Artifacts, tmp_path
         adapter_dir=artifacts.adapter_dir,
         out_dir=tmp_path / "corrected",
         selection_dir=artifacts.tokens_dir,
+        tokens_dir=artifacts.tokens_dir,
         specs=artifacts.specs,
         candidates=(Candidate("projection", None),),
     )
@@ -131,6 +132,7 @@ def test_experts_in_4_bits_are_corrected_as_any_linear(tmp_path: Path, tiny_mode
         adapter_dir=write_lora(tmp_path / "a", specs),
         out_dir=tmp_path / "corrected",
         selection_dir=tmp_path,
+        tokens_dir=tmp_path,
         specs=specs,
         candidates=(Candidate("projection", None),),
     )

@@ -15,7 +15,7 @@ import torch
 from emloc_ray.errors import Stopped
 from emloc_ray.stages.finetune.finetune import Watcher, mean_loss, run_alone, run_group, runner_of
 from emloc_ray.stages.finetune.job import FinetuneJob
-from emloc_ray.stages.finetune.training import StepKeeper, leaves_traces
+from emloc_ray.stages.finetune.trainer import StepKeeper
 from emloc_ray.stages.ray.tasks import Resources
 
 JOB = FinetuneJob(Path("e"), Path("t"), Path("o"), Path("s"), "name", {}, None, "base", 4, 1)
@@ -44,11 +44,12 @@ def test_a_resumed_training_s_loss_is_that_of_all_its_steps() -> None:
         ({"full_determinism": True}, True),
         ({"tf32": True}, True),
         ({"use_liger_kernel": True}, True),
+        ({"torch_compile_mode": "default"}, True),
         ({"weight_decay": 0.1}, False),
     ],
 )
 def test_a_process_that_the_next_training_would_find_changed_ends(arguments: dict[str, Any], ends: bool) -> None:
-    assert leaves_traces(dataclasses.replace(JOB, training_arguments=arguments)) == ends
+    assert dataclasses.replace(JOB, training_arguments=arguments).leaves_traces == ends
 
 
 def test_an_unexpected_error_is_told_once_and_a_stop_is_heard_after_it(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_steps_between_two_lines_of_the_log_are_seen(tmp_path: Path) -> None:
     keeper.on_log(None, state, None, logs={"loss": 1.25, "learning_rate": 2e-4})
     with watcher:
         pass  # looks once at its end
-    keeper.on_step_end(SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(global_step=5), SimpleNamespace())
+    keeper.hear(None, torch.device("cpu"), step=5)
     with Watcher(job, lambda done, total: seen.append((done, total)), print, poll_s=60, detail=said.append):
         pass
     assert seen == [(2, job.max_steps), (5, job.max_steps)]
@@ -91,15 +92,16 @@ def _steps_until_stopped(rank: int, root: Path, found: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{root / 'group'}", rank=rank, world_size=2)
     session: Any = SimpleNamespace(rank=rank, world_size=2, is_leaving=lambda: False)
     keeper = StepKeeper(dataclasses.replace(JOB, storage_dir=root), session, poll_s=0.05)
-    arguments, control = SimpleNamespace(device=torch.device("cpu"), logging_steps=10**6), SimpleNamespace()
+    control = SimpleNamespace()
     for step in range(1, 2000):
         if step == 5 and rank == 1:
             keeper.job.stop_path.touch()
         time.sleep(0.001)
-        keeper.on_step_end(arguments, SimpleNamespace(global_step=step), control)
+        norm = keeper.hear(torch.tensor(float(step)), torch.device("cpu"), step)
+        keeper.on_step_end(None, None, control)
         if keeper.stopped:
             break
-    found.put((rank, step, control.should_save, control.should_training_stop))
+    found.put((rank, step, norm, control.should_save, control.should_training_stop))
 
 
 def test_several_workers_hear_a_stop_between_logged_steps_and_end_at_the_same_one(tmp_path: Path) -> None:
@@ -113,4 +115,4 @@ def test_several_workers_hear_a_stop_between_logged_steps_and_end_at_the_same_on
         process.join(60)
     assert first[1:] == second[1:]
     assert 5 <= first[1] < 1999
-    assert first[2:] == (True, True)
+    assert first[2:] == (float(first[1]), True, True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,19 +17,24 @@ from payloads import Leaves
 from safetensors.torch import load_file
 from stage_artifacts import Artifacts
 from tiny import save_emulator
+from torch._dynamo.utils import counters
 
 from emloc_ray.data.packing import num_sequences
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.errors import DamagedArtifactError, StageError
-from emloc_ray.modeling.adapter import load_adapter
+from emloc_ray.modeling.adapter import attach_adapter, load_adapter
 from emloc_ray.modeling.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from emloc_ray.modeling.adapter_methods import adapter_config
+from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import token_loss
-from emloc_ray.stages.finetune import training
+from emloc_ray.stages.finetune import training, validation
 from emloc_ray.stages.finetune.finetune import finetune
-from emloc_ray.stages.finetune.job import FinetuneJob, ValidationJob
+from emloc_ray.stages.finetune.job import FinetuneJob, OriginalJob, ValidationJob
 from emloc_ray.stages.finetune.session import LoneSession, own_environment
+from emloc_ray.stages.finetune.trainer import EmulatorTrainer
 from emloc_ray.stages.finetune.training import train
+from emloc_ray.stages.finetune.validation import Validation
 from emloc_ray.stages.ray.tasks import Resources
 
 
@@ -90,6 +97,27 @@ def test_it_goes_on_from_its_checkpoint(case: str, job: FinetuneJob, artifacts: 
         assert (broken.out_dir / name).read_bytes() == (whole.out_dir / name).read_bytes(), name
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)  # torch's own, as it traces checkpoints
+def test_compiled_blocks_train_the_same_adapter_by_a_few_graphs(
+    job: FinetuneJob, artifacts: Artifacts, tmp_path: Path
+) -> None:
+    job = replace(job, adapter=settings("lora", "llama", [spec.name for spec in artifacts.specs]), storage_dir=tmp_path)
+    job = replace(job, training_arguments={**job.training_arguments, "gradient_checkpointing": True})
+    compiled = {**job.training_arguments, "torch_compile": True, "torch_compile_backend": "eager"}
+    counters.clear()
+    written = []
+    for name, arguments in (("plain", job.training_arguments), ("compiled", compiled)):
+        assert not counters["stats"]["unique_graphs"]
+        one = replace(job, name=name, out_dir=tmp_path / f"{name}-adapter", training_arguments=arguments)
+        train(one, LoneSession(tmp_path / name))
+        written.append((one.out_dir / WEIGHTS_NAME).read_bytes())
+    assert written[0] == written[1]
+    # The last block has a linear that is dense; a graph of each kind for the first batch's length, and for any.
+    assert 0 < counters["stats"]["unique_graphs"] <= 4
+
+
 def test_packs_are_trained_on_and_gone_on_with(job: FinetuneJob, artifacts: Artifacts, tmp_path: Path) -> None:
     options = settings("lora", "llama", [spec.name for spec in artifacts.specs])
     job = replace(job, adapter=options, storage_dir=tmp_path, batch_size=2, pack_length=96)
@@ -122,7 +150,7 @@ def test_ranks_look_for_unused_parameters_where_asked_or_where_there_may_be_some
 ) -> None:
     looked = []
 
-    class Watched(training.EmulatorTrainer):
+    class Watched(EmulatorTrainer):
         def train(self, *args: Any, **kwargs: Any) -> Any:
             looked.append(self.args.ddp_find_unused_parameters)
             raise Killed
@@ -142,15 +170,20 @@ def test_ranks_look_for_unused_parameters_where_asked_or_where_there_may_be_some
 
 def validated(job: FinetuneJob, tmp_path: Path, **asked: Any) -> list[float]:
     """The validation losses of a training, in order."""
+    return [line["loss"] for line in scores_of(job, **asked)]
+
+
+def scores_of(job: FinetuneJob, **asked: Any) -> list[dict[str, float]]:
+    """What a training logs of its scores, in order."""
     asked = {"tokens_dir": job.tokens_dir, "every": 1, "batch_size": 4, **asked}
     train(replace(job, validation=ValidationJob(**asked)), LoneSession(job.storage_dir / job.name))
-    return [json.loads(line)["loss"] for line in job.validation_path.read_text().splitlines()]
+    return [json.loads(line) for line in job.validation_path.read_text().splitlines()]
 
 
-def loss_of(adapter: Path, job: FinetuneJob) -> float:
-    """Of the emulator with a saved adapter, on the rows of the training."""
+def loss_of(adapter: Path, job: FinetuneJob, model_dir: Path | None = None) -> float:
+    """Of the emulator, or another model, with a saved adapter, on the rows of the training."""
     shards = TokenShards(job.tokens_dir)
-    model = load_adapter(load_model(job.emulator_dir), adapter).eval()
+    model = load_adapter(load_model(model_dir or job.emulator_dir), adapter).eval()
     batch = collate([row for number in range(shards.num_shards) for row in shards.shard(number)], 0)
     with torch.no_grad():
         result = token_loss(model, batch, job.loss_on)
@@ -182,6 +215,60 @@ def test_the_adapter_of_the_lowest_validation_loss_is_kept(
         train(broken, DyingSession(tmp_path / "broken"))
     train(broken, LoneSession(tmp_path / "broken"))
     assert (broken.out_dir / WEIGHTS_NAME).read_bytes() == (best.out_dir / WEIGHTS_NAME).read_bytes()
+
+
+@pytest.mark.parametrize(("case", "hold"), [("lora", "resident"), ("dora", "offloaded"), ("prefix", "all_offloaded")])
+def test_the_original_is_scored_with_the_adapter_as_it_is(
+    case: str, hold: str, job: FinetuneJob, artifacts: Artifacts, tmp_path: Path
+) -> None:
+    """At every second of three scores and at the last; the training is what it is without."""
+    options = settings(case, "llama", [spec.name for spec in artifacts.specs])
+    job = replace(job, adapter=options, storage_dir=tmp_path, max_steps=5)
+    plain, scored = (replace(job, name=name, out_dir=tmp_path / f"{name}-adapter") for name in ("plain", "scored"))
+    original = OriginalJob(artifacts.model_dir, 2, hold)
+    lines, expected = scores_of(scored, every=2, original=original), scores_of(plain, every=2)
+    assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+    assert [line["step"] for line in lines if "original_loss" in line] == [4, 5]
+    assert (plain.out_dir / WEIGHTS_NAME).read_bytes() == (scored.out_dir / WEIGHTS_NAME).read_bytes()
+    on_original = loss_of(scored.out_dir, job, artifacts.model_dir)
+    assert lines[-1]["original_loss"] == pytest.approx(on_original, rel=1e-5)
+    assert abs(on_original - lines[-1]["loss"]) > 1e-4
+
+
+@pytest.mark.parametrize("hold", ["resident", "offloaded"])
+def test_nothing_of_the_original_stays_after_it_is_scored(
+    hold: str, job: FinetuneJob, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        model = open_model(*args, **options)
+        opened.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(validation, "open_model", watched)
+    options = settings("lora", "llama", [spec.name for spec in artifacts.specs])
+    model = attach_adapter(load_model(job.emulator_dir), adapter_config(**options))
+    asked = ValidationJob(job.tokens_dir, 1, 4, original=OriginalJob(artifacts.model_dir, 1, hold))
+    scores = Validation(job, asked, LoneSession(tmp_path))
+    gc.disable()
+    try:
+        assert set(scores.losses(model, 1)) == {"eval_loss", "eval_original_loss"}
+        assert [there() for there in opened] == [None]
+    finally:
+        gc.enable()
+
+
+def test_the_best_adapter_may_be_the_original_s(job: FinetuneJob, artifacts: Artifacts, tmp_path: Path) -> None:
+    """Its first score and two that are not better by enough end the training; those of the emulator alone do not count."""
+    arguments = {**job.training_arguments, "learning_rate": 0.5, "lr_scheduler_type": "constant"}
+    options = settings("lora", "llama", [spec.name for spec in artifacts.specs])
+    job = replace(job, adapter=options, storage_dir=tmp_path, training_arguments=arguments, max_steps=9)
+    original = OriginalJob(artifacts.model_dir, 2, decides=True)
+    lines = scores_of(job, keeps_best=True, patience=2, threshold=10.0, original=original)
+    losses = [line["original_loss"] for line in lines if "original_loss" in line]
+    assert (len(lines), len(losses)) == (6, 3)
+    assert loss_of(job.out_dir, job, artifacts.model_dir) == pytest.approx(min(losses), rel=1e-5)
 
 
 def test_a_checkpoint_that_holds_code_is_refused(job: FinetuneJob, artifacts: Artifacts, tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ from emloc_ray.stages.factorize.factorize import finish_emulator
 from emloc_ray.stages.finetune import training
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.session import LoneSession, own_environment
-from emloc_ray.stages.finetune.training import EmulatorTrainer, train
+from emloc_ray.stages.finetune.trainer import EmulatorTrainer
+from emloc_ray.stages.finetune.training import train
 from emloc_ray.stages.heal.fold import FoldJob, pieces, write_piece
 from emloc_ray.stages.heal.teacher import TeacherJob, teach_part, teach_shard
 

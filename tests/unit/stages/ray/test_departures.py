@@ -16,7 +16,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from emloc_ray.errors import StageError
 from emloc_ray.stages.finetune.failure_log import FailureLog
 from emloc_ray.stages.finetune.job import FinetuneJob
-from emloc_ray.stages.finetune.training import StepKeeper
+from emloc_ray.stages.finetune.trainer import StepKeeper
 from emloc_ray.stages.ray import departures, pace, slots, tasks
 from emloc_ray.stages.ray.departures import Departures
 from emloc_ray.stages.ray.losses import Losses
@@ -83,8 +83,8 @@ def test_a_slot_commits_and_leaves_a_node_that_is_about_to_go(monkeypatch: pytes
         started.append([*safe])
         return iter([*slots.work_off(range(4), Slot, safe)])
 
-    monkeypatch.setattr(slots.ray, "wait", lambda tasks, **_: (tasks[:1], tasks[1:]))
-    monkeypatch.setattr(slots.ray, "get", lambda value: value)
+    monkeypatch.setattr(tasks.ray, "wait", lambda tasks, **_: (tasks[:1], tasks[1:]))
+    monkeypatch.setattr(tasks.ray, "get", lambda value: value)
     done: list[int] = []
     slots.run_slots(
         start, [range(4)], "shard", Losses("calibrate", told.append), done=lambda slot, unit: done.append(unit)
@@ -97,7 +97,7 @@ def test_a_slot_commits_and_leaves_a_node_that_is_about_to_go(monkeypatch: pytes
 
 def test_a_unit_that_takes_for_ever_is_ended_and_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(slots.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tasks.time, "monotonic", lambda: now[0])
     units = [Timed(unit, "process 1 on here", 0.0, 1.0, 0) for unit in (-1, *range(8))]
     end = Timed(None, "process 1 on here", 0.0, 1.0, 0)
     tries = [iter(units[:7]), iter([*units[6:], end])]
@@ -120,9 +120,9 @@ def test_a_unit_that_takes_for_ever_is_ended_and_begun_again(monkeypatch: pytest
 
     took: list[Timed] = []
     first = tries[0]
-    monkeypatch.setattr(slots.ray, "wait", wait)
-    monkeypatch.setattr(slots.ray, "get", get)
-    monkeypatch.setattr(slots.ray, "cancel", lambda task, **how: cancelled.append((task, how)))
+    monkeypatch.setattr(tasks.ray, "wait", wait)
+    monkeypatch.setattr(tasks.ray, "get", get)
+    monkeypatch.setattr(tasks.ray, "cancel", lambda task, **how: cancelled.append((task, how)))
     losses = Losses("calibrate", told.append)
     slots.run_slots(lambda slot: tries.pop(0), [range(8)], "shard", losses)
     assert cancelled == [(first, {"force": True})]
@@ -175,7 +175,31 @@ def test_a_task_that_waits_for_a_worker_is_not_ended(monkeypatch: pytest.MonkeyP
     assert known.end_overdue() == []
     known.gave("at work")
     now[0] += 1900
-    assert [task for task, _, _ in known.end_overdue()] == ["at work"]
+    assert [task for task, _ in known.end_overdue()] == ["at work"]
+
+
+def test_a_task_without_others_is_held_against_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, hour = [0.0], 3600.0
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pace.ray, "wait", lambda given, **_: ([], given))
+    monkeypatch.setattr(pace.ray, "cancel", lambda *_, **__: None)
+    short, long, unplanned = (pace.Pace(planned_s) for planned_s in (60.0, hour, 0.0))
+    for known in (short, long, unplanned):
+        known.gave("the training")
+    now[0] = 5.9 * hour
+    assert short.end_overdue() == []
+    now[0] = 9.9 * hour
+    [ended] = short.end_overdue()
+    told: list[str] = []
+    Losses("finetune", told.append).give_up_waiting("the training", ended.why)
+    assert told == [
+        "finetune: the training lost its worker because it gave nothing for 9.9 h, where 60 s was planned for all of the"
+        " stage; restarted (1 of 3)."
+    ]
+    assert long.end_overdue() == []
+    now[0] = 10.1 * hour
+    assert [task for task, *_ in long.end_overdue()] == ["the training"]
+    assert unplanned.end_overdue() == []
 
 
 def test_what_has_come_on_since_its_last_loss_is_counted_anew() -> None:
@@ -203,7 +227,8 @@ def test_a_training_saves_once_where_its_node_is_about_to_go(tmp_path: Path) -> 
 
     def saves() -> bool:
         control = SimpleNamespace(should_save=False, should_training_stop=False)
-        keeper.on_step_end(SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(global_step=1), control)
+        keeper.hear(None, torch.device("cpu"), step=1)
+        keeper.on_step_end(None, None, control)
         assert not control.should_training_stop
         return control.should_save
 

@@ -23,6 +23,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_files_and_data_sets_of_the_hub_are_mixed(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
     pairs = write(tmp_path / "pairs.jsonl", [{"prompt": f"{i}", "completion": "b"} for i in range(90)])
     alpaca = [{"instruction": f"{i}", "input": "", "output": "c"} for i in range(50)]

@@ -133,7 +133,7 @@ def test_large_rows_of_the_run_s_own_are_known_by_their_content(
         (out_dir / "shard").touch()
         return {}
 
-    monkeypatch.setattr("emloc_ray.demos.docstrings.generate", generate)
+    monkeypatch.setattr("emloc_ray.demos.tasks.write_task", generate)
     monkeypatch.setattr("emloc_ray.stages.tokens.tokens.rows_of_splits", lambda *_: {})
     monkeypatch.setattr("emloc_ray.stages.tokens.tokens.tokenize_splits", tokenize)
     values = {"run_dir": str(tmp_path / "run"), "model": {"source": str(tiny_model_dir("llama"))}}
@@ -154,7 +154,7 @@ def test_rows_are_made_once_for_each_seed(
         for name in SPLITS:
             pq.write_table(pa.table({"prompt": ["p"], "completion": ["c"]}), directory / f"{name}.parquet")
 
-    monkeypatch.setattr("emloc_ray.demos.docstrings.generate", generate)
+    monkeypatch.setattr("emloc_ray.demos.tasks.write_task", generate)
     for seed in (0, 0, 5):
         data = {"generate": "docstrings", "format": "prompt_completion"}
         values = {"run_dir": str(tmp_path / "run"), "model": {"source": str(tiny_model_dir("llama"))}, "data": data}

@@ -1,0 +1,84 @@
+"""Trainings whose worker hangs once: they are ended, told and gone on with, to the same bytes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from stage_artifacts import write_tokens
+
+from emloc_ray.stages.finetune.finetune import finetune
+from emloc_ray.stages.finetune.job import FinetuneJob
+from emloc_ray.stages.ray import pace
+from emloc_ray.stages.ray.losses import Losses
+from emloc_ray.stages.ray.tasks import Resources
+
+HANGS_AFTER = 7  # of eight steps
+
+
+def hanging(job: FinetuneJob, marker: Path, stops: bool) -> FinetuneJob:
+    """The same, but once its first rank hangs at a step's log, or is stopped, whereupon its peers hang."""
+    driver = os.getpid()
+
+    class Hanging(FinetuneJob):
+        @property
+        def events_dir(self) -> Path:  # asked for by each rank before it trains
+            if os.getpid() != driver and not marker.exists():
+                pace.PATIENCE_S = 10.0  # on a machine that stands still for some seconds too
+            return super().events_dir
+
+        @property
+        def log_path(self) -> Path:  # asked for by the first rank after each step
+            path = super().log_path
+            steps = path.read_bytes().count(b"\n") if path.is_file() else 0
+            if os.getpid() != driver and steps == HANGS_AFTER and not marker.exists():
+                marker.touch()
+                if stops:
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                time.sleep(600)
+            return path
+
+    return Hanging(**{name: getattr(job, name) for name in asdict(job)})
+
+
+@pytest.fixture
+def job(emulator_dir: Callable[[str], Path], tmp_path: Path) -> FinetuneJob:
+    return FinetuneJob(
+        emulator_dir=emulator_dir("llama"),
+        tokens_dir=write_tokens(tmp_path / "tokens", 40, 10),
+        out_dir=tmp_path / "calm-adapter",
+        storage_dir=tmp_path / "calm",
+        name="training",
+        adapter={"r": 4, "target_modules": ["q_proj", "down_proj"]},
+        portable_targets=["q_proj", "down_proj"],
+        base_model="the/original",
+        max_steps=8,
+        batch_size=4,
+        training_arguments={"save_steps": 2, "logging_steps": 1, "learning_rate": 0.01},
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.deep)])
+def test_a_training_that_hangs_goes_on_from_its_checkpoint(
+    ray_session: None, job: FinetuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    monkeypatch.setattr(Losses, "delays", (0.0,))
+    resources, told = Resources(ranks, planned_s=60.0), list[str]()
+    finetune(job, resources)
+    hung = replace(job, out_dir=tmp_path / "adapter", storage_dir=tmp_path / "hung")
+    outcome = finetune(hanging(hung, tmp_path / "marker", ranks > 1), resources, tell=told.append)
+    assert (outcome["steps"], outcome["resumed"]) == (8, True)
+    [sentence] = told
+    assert re.fullmatch(
+        rf"finetune: (the training|rank \d) lost its worker because it gave nothing for [\d.]+ s after step {HANGS_AFTER},"
+        r" where [\d.]+ s is usual; restarted.* \(1 of 3\)\.",
+        sentence,
+    )
+    for file in job.out_dir.iterdir():
+        assert (hung.out_dir / file.name).read_bytes() == file.read_bytes(), file.name
