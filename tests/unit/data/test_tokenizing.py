@@ -145,7 +145,7 @@ def _tokenizers() -> list[psutil.Process]:
 def test_memory_is_flat_in_the_rows(tmp_path: Path, options: TokenizeOptions, ray_session: None, kind: str) -> None:
     options = replace(options, format="text")
     peaks: dict[str, list[int]] = {"driver": [], "worker": []}
-    for count in (1_000, 64_000):
+    for count in (16_000, 64_000):
         path = tmp_path / f"{count}.{kind}"
         rows = [{"text": f"{i} {'and so on ' * 8}"} for i in range(count)]
         pq.write_table(pa.Table.from_pylist(rows), path) if kind == "parquet" else write_jsonl(path, rows)
@@ -160,10 +160,11 @@ def test_memory_is_flat_in_the_rows(tmp_path: Path, options: TokenizeOptions, ra
         peaks["driver"].append(driver.peak)
         peaks["worker"].append(worker.peak)
     assert all(small > 0 for small, _ in peaks.values())
-    # Held as dictionaries, 63,000 rows more would be 25 MB, as lists of tokens as much again; Arrow keeps some pages.
+    # Held as dictionaries, 48,000 rows more would be 19 MB, as lists of tokens as much again. Up to 16,000 rows Arrow's
+    # pool still grows to the size of its batches.
     grown = {name: (large - small) / 2**20 for name, (small, large) in peaks.items()}
     assert grown["driver"] < 16
-    assert grown["worker"] < 32
+    assert grown["worker"] < 16
 
 
 def test_where_the_tokenizer_lies_does_not_matter(inline: None, options: TokenizeOptions, tmp_path: Path) -> None:
