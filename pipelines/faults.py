@@ -38,11 +38,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from faulting.matrix import STAGES, Cell, Matrix
+from faulting.matrix import Cell, Matrix
 from faulting.nodes import KINDS, Nodes
 from faulting.task import make_config
 
 from emloc_ray.config.reading import load_config
+from emloc_ray.stages.order import STEPS
 
 
 def table(cells: Sequence[Cell]) -> str:
@@ -96,7 +97,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="config keys to override")
     parser.add_argument("--out", type=Path, default=Path("runs/faults"))
     parser.add_argument("--config", type=Path, help="instead of a small model and task made on the spot")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    stages = [step.name for step in STEPS]
+    parser.add_argument("--stages", nargs="+", choices=stages, default=stages, help="those of them that the config has")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--moments", type=int, default=3)
     parser.add_argument("--batch", action="store_true", help="kill the driver of two whole runs at each moment")

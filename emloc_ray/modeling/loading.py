@@ -266,6 +266,18 @@ def tokenizer_dir(source: ModelSource) -> Path:
 
 
 @functools.lru_cache(maxsize=4)
+def token_counter(source: ModelSource, trust_remote_code: bool = False) -> Callable[[Sequence[str]], int] | None:
+    """How many tokens texts have together; None where no tokenizer opens, as beside an index without weights."""
+    try:
+        opened = ModelSource(tokenizer_dir(source))
+        tokenizer = _open_tokenizer(opened, "its tokens are estimated", trust_remote_code=trust_remote_code)
+    except ConfigError:
+        return None
+    tokenizer.model_max_length = int(1e30)  # longer texts are cut later
+    return lambda texts: sum(len(tokenizer(text)["input_ids"]) for text in texts)
+
+
+@functools.lru_cache(maxsize=4)
 def _gguf_tokenizer(source: ModelSource) -> Path:
     tokenizer = _open_tokenizer(source, "name another", gguf_file=source.gguf_file)
     folder = Path(tempfile.mkdtemp(prefix="emloc-ray-tokenizer-"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,9 @@ if TYPE_CHECKING:  # the memory model, which takes lengths, runs without pydanti
     from emloc_ray.data.text_rows import Row
 
 PACKED_SHARE = 0.97  # of a sequence's length that the rows packed into it fill
-_CHARACTERS_PER_TOKEN = 3.5
+_CHARACTERS_PER_TOKEN = 3.5  # where there is no tokenizer
+_MOST_CHARACTERS = 32  # of a token: those beyond make no row longer than rows may be
+_TURN_TOKENS = 5  # of a chat template around a turn, as in ChatML
 _VQA_TOKENS = 24.0  # of a question and its answer
 _VQA_BYTES = 2000.0  # of its image
 _IMAGE_BYTES = 100e3  # of a photograph that was not read
@@ -29,10 +31,15 @@ class Lengths:
     image_bytes: float = 0.0
 
 
-def row_lengths(data: DataConfig, sources: Sequence[SourceFile], image_tokens: int) -> Lengths:
-    """Tokens a row, estimated from the characters and images, of ``image_tokens`` each, of the first rows of ``sources``. Rows
-    of a task that the run makes are as long as its rows were; those of the hub, not here before the run, as long as rows may
-    be."""
+def row_lengths(
+    data: DataConfig,
+    sources: Sequence[SourceFile],
+    image_tokens: int,
+    count_tokens: Callable[[Sequence[str]], int] | None = None,
+) -> Lengths:
+    """Tokens a row, by the texts and images, of ``image_tokens`` each, of the first rows of ``sources``. Rows of a task that
+    the run makes are as long as its rows were; those of the hub, not here before the run, as long as rows may be.
+    ``count_tokens``: how many tokens texts have; 3.5 characters are one by default."""
     from emloc_ray.data.images import encoded_bytes, image_parts
     from emloc_ray.data.reading import BadRow, Place, read_rows
     from emloc_ray.data.row_formats import CHATS, columns_of, converted
@@ -62,17 +69,21 @@ def row_lengths(data: DataConfig, sources: Sequence[SourceFile], image_tokens: i
         if kind == "messages":
             count = sum(1 for _ in image_parts(row))
             size += encoded_bytes(row, place.folder)
-        tokens.append(_characters(row) / _CHARACTERS_PER_TOKEN + image_tokens * count)
+        texts = [text[: limit * _MOST_CHARACTERS] for text in _texts(row)]
+        read = sum(map(len, texts)) / _CHARACTERS_PER_TOKEN if count_tokens is None else count_tokens(texts)
+        turns = row.get("messages")
+        read += _TURN_TOKENS * len(turns) if isinstance(turns, list) else 0
+        tokens.append(read + image_tokens * count)
         images += count
-    mean = min(sum(tokens) / len(tokens), limit)
+    mean = sum(min(length, limit) for length in tokens) / len(tokens)
     return Lengths(mean, min(1.25 * max(tokens), limit), images / len(tokens), size / len(tokens))
 
 
-def _characters(row: Row) -> int:
-    """The characters of a row's text; images inside messages have none."""
+def _texts(row: Row) -> list[str]:
+    """A row's texts; images inside messages have none."""
     turns = row.get("messages")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return sum(len(value) for value in row.values() if isinstance(value, str))
+        return [value for value in row.values() if isinstance(value, str)]
     contents = [turn.get("content") for turn in turns]
     parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
-    return sum(len(str(part.get("text") or "") if isinstance(part, dict) else str(part)) for part in parts)
+    return [str(part.get("text") or "") if isinstance(part, dict) else str(part) for part in parts]

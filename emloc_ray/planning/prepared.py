@@ -21,7 +21,7 @@ from emloc_ray.data.reading import SourceFile
 from emloc_ray.data.splits import SPLITS
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.modeling.loading import ModelSource, resolve_source
+from emloc_ray.modeling.loading import ModelSource, resolve_source, token_counter
 from emloc_ray.planning.data_checks import check_held_out, check_split
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths, row_lengths
@@ -87,7 +87,8 @@ class Prepared:
 
     def lengths_of(self, split: str) -> Lengths:
         """How long the rows of a split are."""
-        return row_lengths(self.config.data, self.files.get(split, ()), self.layout.image.row_tokens)
+        count = token_counter(self.source, self.config.model.trust_remote_code)
+        return row_lengths(self.config.data, self.files.get(split, ()), self.layout.image.row_tokens, count)
 
     def calibration_tokens(self, tokens_per_row: float) -> float:
         """The tokens that calibration reads, at a mean of so many a row: the smallest of the config's bounds."""

@@ -46,9 +46,7 @@ class EventReporter(Reporter):
         """A stage has ended; the run is copied as it is now where that is wanted."""
         self.write("finish", stage=stage, seconds=usage["wall_s"])
         if self.snapshots is not None:
-            # Files that a factorization beside the calibration is still writing are gone by the time they are copied.
-            writing = shutil.ignore_patterns(".*.tmp")
-            shutil.copytree(self.run_dir, self.snapshots / stage / self.run_dir.name, ignore=writing)
+            shutil.copytree(self.run_dir, self.snapshots / stage / self.run_dir.name)
         if stage == self.until:
             raise _Over
 

@@ -18,19 +18,11 @@ import psutil
 
 from emloc_ray.config.schema import RayConfig, RunConfig
 from emloc_ray.io.runs.directory import CARD
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.order import STEPS
 from faulting.driver import TASKS, Drive, Driver, drive, drive_batch
 from faulting.nodes import Nodes, kill, pause
 
-STAGES = ("data", "calibrate", "factorize", "heal", "finetune", "correct", "merge", "evaluate")
-_ARTIFACTS = {
-    "data": "data/tokens",
-    "calibrate": "calibration",
-    "factorize": "emulator",
-    "heal": "emulator_healed",
-    "finetune": "adapter_emulator",
-    "correct": "adapter",
-    "merge": "merged",
-}
 _BY_FILE = ("data", "factorize", "merge")  # whose pieces of work are files; others tell how far they are
 _RUN = "run"
 _TRIES = 3  # of hitting a stage while it runs
@@ -67,8 +59,9 @@ class Matrix:
 
     def __init__(self, nodes: Nodes, config: RunConfig, folder: Path) -> None:
         self.nodes, self.folder = nodes, folder
-        self.config = config
-        self.stages = tuple(stage for stage in STAGES if stage != "heal" or config.emulator.heals is not None)
+        self.config, prepared = config, prepare(config)
+        self.outputs = {step.name: step.outputs for step in STEPS if step.wanted(prepared)}
+        self.stages = tuple(self.outputs)
         self.calm = folder / "undisturbed" / _RUN
         self.seconds: dict[str, float] = {}
         self.pieces: dict[str, int] = {}
@@ -77,12 +70,6 @@ class Matrix:
         """Runs everything once, up to the last of the stages, and keeps the run as it was after each."""
         last = max(map(self.stages.index, stages))
         self._measure(self._driver(self.calm, self.stages[last], self.folder / "snapshots"), self.stages[: last + 1])
-        if "factorize" in stages:
-            # Calibration factorizes as it goes; here the stage of that name is to make the whole emulator.
-            shutil.rmtree(self._snapshot("calibrate") / "emulator", ignore_errors=True)
-            again = self._copy("calibrate", "undisturbed-factorize")
-            self._measure(self._driver(again, "factorize"), ["factorize"])
-            shutil.rmtree(again.parent)
 
     def _measure(self, driver: Driver, stages: Sequence[str]) -> None:
         if not driver.wait(len(self.stages) * _SECONDS):
@@ -132,7 +119,11 @@ class Matrix:
                 if driver.wait(_SECONDS):
                     return cell
                 return replace(cell, outcome="lost", detail=_error(driver))
-            finished, reached, then = _files(run, cell.stage), max(driver.progress(cell.stage), default=0), time.time()
+            finished, reached, then = (
+                self._files(run, cell.stage),
+                max(driver.progress(cell.stage), default=0),
+                time.time(),
+            )
             driver, wrong = self._go_on(cell, driver, run)
             ended = driver.wait(_SECONDS)
             if cell.kind in _OF_NODES:
@@ -268,21 +259,27 @@ class Matrix:
     def _difference(self, run: Path, stage: str) -> str:
         """The first file, of this stage and those before it, that is not as in the undisturbed run; empty where all are."""
         for name in self.stages[: self.stages.index(stage) + 1]:
-            if name not in _ARTIFACTS:
+            if not self.outputs[name]:
                 ours, theirs = (json.loads((r / "metrics.json").read_text())["evaluation"] for r in (run, self.calm))
                 if ours != theirs:
                     return "metrics.json: evaluation"
-                continue
-            folders = [r / _ARTIFACTS[name] for r in (run, self.calm)]
-            ours, theirs = (
-                {str(p.relative_to(f)) for p in f.rglob("*") if p.is_file()} - {CARD} for f in folders
-            )  # a card names its run
-            if ours != theirs:
-                return f"{_ARTIFACTS[name]}: {', '.join(sorted(ours ^ theirs)[:5])}"
-            for file in sorted(ours):
-                if not _alike(folders[0] / file, folders[1] / file):
-                    return f"{_ARTIFACTS[name]}/{file}"
+            for output in self.outputs[name]:
+                folders = [r / output for r in (run, self.calm)]
+                ours, theirs = (
+                    {str(p.relative_to(f)) for p in f.rglob("*") if p.is_file()} - {CARD} for f in folders
+                )  # a card names its run
+                if ours != theirs:
+                    return f"{output}: {', '.join(sorted(ours ^ theirs)[:5])}"
+                for file in sorted(ours):
+                    if not _alike(folders[0] / file, folders[1] / file):
+                        return f"{output}/{file}"
         return ""
+
+    def _files(self, run: Path, stage: str) -> dict[Path, int]:
+        """The pieces of work that a stage has finished, where they are files: each with its inode."""
+        paths = [path for output in self.outputs[stage] for path in (run / output).rglob("*")]
+        files = [path for path in paths if path.suffix in (".arrow", ".safetensors")]
+        return {path.relative_to(run): path.stat().st_ino for path in files if not path.name.startswith(".")}
 
 
 def _error(driver: Driver) -> str:
@@ -307,13 +304,6 @@ def _alike(ours: Path, theirs: Path) -> bool:
         return filecmp.cmp(ours, theirs, shallow=False)
     values = [json.loads(file.read_text()) for file in (ours, theirs)]
     return bool(values[0] == {**values[1], "base_model_name_or_path": values[0]["base_model_name_or_path"]})
-
-
-def _files(run: Path, stage: str) -> dict[Path, int]:
-    """The pieces of work that a stage has finished, where they are files: each with its inode."""
-    folder = run / _ARTIFACTS.get(stage, "-")
-    files = [path for path in folder.rglob("*") if path.suffix in (".arrow", ".safetensors")]
-    return {path.relative_to(run): path.stat().st_ino for path in files if not path.name.startswith(".")}
 
 
 def _written_again(before: dict[Path, int], run: Path) -> int:

@@ -21,9 +21,9 @@ def much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., Prepared]:
-    """``prepared(key=value, section={…})``: a tiny Llama's run on rows of 70 characters."""
+    """``prepared(key=value, section={…})``: a tiny Llama's run on rows of 20 tokens."""
     data = tmp_path / "rows.jsonl"
-    data.write_text((json.dumps({"text": "x" * 70}) + "\n") * 12)
+    data.write_text((json.dumps({"text": "x" * 20}) + "\n") * 12)
 
     def make(**sections: Any) -> Prepared:
         values = {

@@ -47,9 +47,9 @@ def much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., Prepared]:
-    """``prepared(healing={…}, section={…})``: a tiny Llama's run on 300 rows of 70 characters."""
+    """``prepared(healing={…}, section={…})``: a tiny Llama's run on 300 rows of 20 tokens."""
     data = tmp_path / "rows.jsonl"
-    data.write_text((json.dumps({"text": "x" * 70}) + "\n") * 300)
+    data.write_text((json.dumps({"text": "x" * 20}) + "\n") * 300)
 
     def make(healing: dict[str, Any] | None, **sections: Any) -> Prepared:
         values = {
@@ -162,7 +162,7 @@ def test_the_plan_counts_the_teachers_logits_and_a_second_emulator(
 def others(tmp_path: Path) -> Path:
     """Sixty rows of twice as many characters as the task's."""
     path = tmp_path / "others.jsonl"
-    path.write_text((json.dumps({"text": "y" * 140}) + "\n") * 60)
+    path.write_text((json.dumps({"text": "x" * 40}) + "\n") * 60)
     return path
 
 

@@ -37,9 +37,9 @@ def steady_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., Prepared]:
-    """``prepared(dtype, section={…})``: a tiny Llama on twelve rows of 70 characters."""
+    """``prepared(dtype, section={…})``: a tiny Llama on twelve rows of 20 tokens."""
     data = tmp_path / "rows.jsonl"
-    data.write_text((json.dumps({"text": "x" * 70}) + "\n") * 12)
+    data.write_text((json.dumps({"text": "x" * 20}) + "\n") * 12)
 
     def make(dtype: str = "float32", **sections: Any) -> Prepared:
         values = {

@@ -62,7 +62,7 @@ def test_gpus_are_decided_by_what_this_machine_has_and_anew_by_what_ray_has(
 def refused(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., str]:
     """``refused(section={…})``: what is said of a config with these keys; nothing may be written."""
     data = tmp_path / "rows.jsonl"
-    data.write_text((json.dumps({"text": "x" * 70}) + "\n") * 12)
+    data.write_text((json.dumps({"text": "x" * 20}) + "\n") * 12)
 
     def sentences(model_dir: Path | None = None, **sections: Any) -> str:
         values = {

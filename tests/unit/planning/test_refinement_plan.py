@@ -35,7 +35,7 @@ ROW = Lengths(2048.0, 2048.0)
 def values(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
     """``values(refinement={…}, emulator's key=…)``: a tiny Llama's config on 300 rows."""
     data = tmp_path / "rows.jsonl"
-    data.write_text((json.dumps({"text": "x" * 70}) + "\n") * 300)
+    data.write_text((json.dumps({"text": "x" * 20}) + "\n") * 300)
 
     def make(refinement: Any, model_dir: Path | None = None, **emulator: Any) -> dict[str, Any]:
         return {

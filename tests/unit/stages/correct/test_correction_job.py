@@ -22,7 +22,7 @@ from emloc_ray.stages.correct.stage import correction_job
 def correction(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., CorrectionJob]:
     """The correction of a run of twelve training rows of 40 tokens together, 3 steps of 2 · 4 · 2 rows."""
     data, model_dir = tmp_path / "rows.jsonl", tiny_model_dir("llama")
-    data.write_text((json.dumps({"text": "x" * 70}) + "\n") * 12)
+    data.write_text((json.dumps({"text": "x" * 20}) + "\n") * 12)
     steps = {
         "max_steps": 3,
         "per_device_train_batch_size": 2,

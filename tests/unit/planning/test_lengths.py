@@ -1,0 +1,55 @@
+"""How long rows are planned to be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emloc_ray.planning.first_rows import first_rows
+from emloc_ray.planning.lengths import Lengths, row_lengths
+from emloc_ray.planning.prepared import Prepared
+
+_TEXTS = ("and so on " * 4, "7" * 50, "a few words", "日本語の文章です。" * 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "format"),
+    [
+        ([{"text": text} for text in _TEXTS], "text"),
+        ([{"prompt": text, "completion": text[:9]} for text in _TEXTS], "prompt_completion"),
+    ],
+)
+def test_as_long_as_the_tokenizer_makes_them(
+    prepared: Callable[..., Prepared], tmp_path: Path, rows: list[dict[str, Any]], format: str
+) -> None:
+    """Numbers and other scripts have several times the tokens of as many characters of prose."""
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = prepared(data={"train": {"path": str(path)}, "format": format, "max_seq_length": 4096})
+    first = first_rows(run)
+    assert first is not None
+    lengths = [len(tokens) for tokens in first.sequences]
+    assert abs(run.lengths.mean - sum(lengths) / len(lengths)) <= 2  # a mark at the end of each
+    assert max(lengths) <= run.lengths.longest <= 1.25 * max(lengths)
+    guessed = row_lengths(run.config.data, run.files["train"], 0)
+    assert guessed.longest < 0.7 * run.lengths.longest
+
+
+def test_rows_that_will_be_cut_count_as_cut(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text((json.dumps({"text": "7" * 100_000}) + "\n" + json.dumps({"text": "7" * 20}) + "\n") * 4)
+    found = prepared(data={"train": {"path": str(path)}, "max_seq_length": 64}).lengths
+    assert found.longest == 64
+    assert 32 < found.mean < 64
+
+
+def test_a_row_without_text_has_no_length(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text((json.dumps({"text": "good"}) + "\n" + json.dumps({"text": None}) + "\n") * 4)
+    data = {"train": {"path": str(path)}, "on_error": "skip", "format": "text"}
+    one = prepared(data={**data, "max_seq_length": 64}).lengths
+    assert one == Lengths(one.longest / 1.25 / 2, one.longest)
