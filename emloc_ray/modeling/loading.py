@@ -274,7 +274,8 @@ def token_counter(source: ModelSource, trust_remote_code: bool = False) -> Calla
     except ConfigError:
         return None
     tokenizer.model_max_length = int(1e30)  # longer texts are cut later
-    return lambda texts: sum(len(tokenizer(text)["input_ids"]) for text in texts)
+    # Half of a pair, as JSON can escape it, is no character: such a row is refused, or left out, where rows are read.
+    return lambda texts: sum(len(tokenizer(text.encode(errors="replace").decode())["input_ids"]) for text in texts)
 
 
 @functools.lru_cache(maxsize=4)
