@@ -29,6 +29,8 @@ os.environ.update(
     RAY_worker_register_timeout_seconds="300",
     RAY_grpc_keepalive_timeout_ms="120000",
 )
+# A Ray Train group looks at its workers every two seconds, and gives one that hangs half a minute to end.
+os.environ.update(RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2", TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S="3")
 # Ray's workers inherit what a store asks for.
 os.environ.update(AWS_ACCESS_KEY_ID="tests", AWS_SECRET_ACCESS_KEY="tests", AWS_EC2_METADATA_DISABLED="true")
 
