@@ -14,6 +14,7 @@ from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.text import size_up
 
+_FEWER = 4
 RATIOS = tuple(step / 20 for step in range(19, 1, -1))  # 0.95, 0.90, … 0.10
 
 
@@ -26,8 +27,9 @@ def fitting(
     needed: Callable[[MemoryModel], int] | None = None,
 ) -> MemoryModel:
     """Solves for the first of ``ratios`` that fine-tunes within ``budget`` bytes a worker, then for the largest micro-batch
-    up to ``largest_batch`` (by default the config's), then without gradient checkpointing if that fits too. Where nothing
-    fits: what takes least. ``needed``: bytes of a worker, :func:`training_bytes` by default.
+    up to ``largest_batch`` (by default the config's). Blocks are run again in the backward pass, a third of a step's work, only
+    where more than :data:`_FEWER` times as many rows fit so. Where nothing fits: what takes least. ``needed``: bytes of a
+    worker, :func:`training_bytes` by default.
     """
     bounded = prepared.config.model_copy(update={"memory_budget": budget})  # by which passes of the original are held
     prepared, section = dataclasses.replace(prepared, config=bounded), bounded.finetune
@@ -49,8 +51,14 @@ def fitting(
     if ratio is None:
         return at(ratios[-1], 1)
     most = largest_batch or section.per_device_train_batch_size
-    micro_batch = next(size for size in range(most, 0, -1) if rows % size == 0 and fits(at(ratio, size)))
-    return at(ratio, micro_batch, not fits(at(ratio, micro_batch, False)))
+    sizes = [size for size in range(most, 0, -1) if rows % size == 0]
+    again = next(at(ratio, size) for size in sizes if fits(at(ratio, size)))
+    number = again.config.finetune.per_device_train_batch_size
+    # A step on the original moves its blocks for each micro-batch, where they are not held.
+    moves = prepared.finishes and again.finishing().hold != "resident"
+    fewer = [size for size in sizes if (size == number if moves else number >= size >= number / _FEWER)]
+    kept = (at(ratio, size, checkpointing=False) for size in fewer)
+    return next((memory for memory in kept if fits(memory)), again)
 
 
 def training_bytes(memory: MemoryModel) -> int:

@@ -59,6 +59,13 @@ def test_a_budget_is_solved_for_the_largest_ratio_that_fits(prepared: Callable[.
         assert training_bytes(solution) <= budget
         section = solution.config.finetune
         assert section.per_device_train_batch_size * section.gradient_accumulation_steps == 16
+        ratio, number = solution.config.emulator.compression_ratio, section.per_device_train_batch_size
+
+        def with_batch(size: int, checkpointing: bool, ratio: float = ratio) -> int:
+            return training_bytes(MemoryModel(with_settings(ready, ratio, size, 16 // size, checkpointing), LENGTHS))
+
+        if section.gradient_checkpointing:  # fewer rows at once, down to a quarter, do not fit without it
+            assert all(with_batch(size, False) > budget for size in (1, 2, 4, 8) if number / 4 <= size <= number)
     ratios = [solution.config.emulator.compression_ratio for solution in found]
     assert ratios == sorted(ratios)
     assert ratios[0] < ratios[-1] == 0.95
@@ -66,6 +73,8 @@ def test_a_budget_is_solved_for_the_largest_ratio_that_fits(prepared: Callable[.
     assert (last.per_device_train_batch_size, last.gradient_checkpointing) == (8, False)
     assert first.per_device_train_batch_size < 8
     assert first.gradient_checkpointing
+    without = [solution for solution in found if not solution.config.finetune.gradient_checkpointing]
+    assert any(solution.config.finetune.per_device_train_batch_size < 8 for solution in without)
 
 
 def test_the_solution_is_what_is_planned(prepared: Callable[..., Prepared]) -> None:

@@ -55,9 +55,7 @@ def test_a_row_without_text_has_no_length(prepared: Callable[..., Prepared], tmp
     assert one == Lengths(one.longest / 1.25 / 2, one.longest)
 
 
-def test_a_text_that_is_none_is_counted_until_it_is_left_out(
-    prepared: Callable[..., Prepared], tmp_path: Path
-) -> None:
+def test_a_text_that_is_none_is_counted_until_it_is_left_out(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     path.write_text((json.dumps({"text": "good"}) + "\n") * 4 + '{"text": "\\ud800"}\n')
     data = {"train": {"path": str(path)}, "on_error": "skip", "format": "text", "max_seq_length": 64}
