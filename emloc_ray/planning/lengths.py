@@ -34,7 +34,7 @@ def row_lengths(data: DataConfig, sources: Sequence[SourceFile], image_tokens: i
     of a task that the run makes are as long as its rows were; those of the hub, not here before the run, as long as rows may
     be."""
     from emloc_ray.data.images import encoded_bytes, image_parts
-    from emloc_ray.data.reading import BadRow, Place, read_rows
+    from emloc_ray.data.reading import BadRow, Place, read_rows, value_errors
     from emloc_ray.data.row_formats import CHATS, columns_of, converted
     from emloc_ray.demos.tasks import ROW_TOKENS
     from emloc_ray.errors import DataError
@@ -57,11 +57,11 @@ def row_lengths(data: DataConfig, sources: Sequence[SourceFile], image_tokens: i
     form = sources[0].format or data.row_format
     for number, row in read_rows(sources[0], numbers, *columns_of(form, data.columns), data.on_error == "skip"):
         place, kind, count = Place.of(sources[0], number), "text", 0
-        with contextlib.suppress(DataError):  # a bad row, which is skipped
+        with contextlib.suppress(DataError), value_errors(place):  # a bad row, which is skipped
             row, kind = (row, kind) if isinstance(row, BadRow) else converted(row, form, data.columns, place)
-        if kind == "messages":
-            count = sum(1 for _ in image_parts(row))
-            size += encoded_bytes(row, place.folder)
+            if kind == "messages":
+                count = sum(1 for _ in image_parts(row))
+                size += encoded_bytes(row, place.folder)
         tokens.append(_characters(row) / _CHARACTERS_PER_TOKEN + image_tokens * count)
         images += count
     mean = min(sum(tokens) / len(tokens), limit)
