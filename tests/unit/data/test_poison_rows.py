@@ -115,6 +115,35 @@ def test_a_poison_row_alone_is_left_out(
     assert all(rows[number] == GOOD[number] for number in rows if number != BAD)
 
 
+@pytest.mark.parametrize("ending", ['", "completion": "c"}', '\\\\", "a": [{"b": "}]"}]}', '\\"}"}'])
+@pytest.mark.parametrize("piece", [1, 7, 2**20])
+def test_a_too_long_element_of_an_array_is_left_out_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, piece: int
+) -> None:
+    monkeypatch.setattr(text_rows, "_SKIP_BYTES", piece)
+    monkeypatch.setattr(text_rows, "_ARRAY_BYTES", 2**12)
+    path = tmp_path / "a.json"
+    rows = [json.dumps(row, ensure_ascii=False) for row in GOOD[:9]]
+    rows[4] = '{"prompt": "' + "}ü" * 70_000 + ending
+    path.write_text("[" + ", ".join(rows) + "]")
+    read = dict(read_rows(scan(path, keep_bad=True), range(9), keep_bad=True))
+    bad = read.pop(4)
+    assert isinstance(bad, BadRow)
+    assert str(bad.error) == f"{path}, row 5: longer than 65536 bytes: split it."
+    assert [*read.values()] == [*GOOD[:4], *GOOD[5:9]]
+    with pytest.raises(
+        DataError, match=r"a\.json cannot be read as jsonl \(element 5: longer than 65536 bytes: split it\)"
+    ):
+        scan(path)
+
+
+def test_a_too_long_element_without_an_end_ends_its_array(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"prompt": "a", "completion": "b"}, {"prompt": "' + "x" * 1_000_000)
+    with pytest.raises(DataError, match="element 2: Unterminated string"):
+        scan(path, keep_bad=True)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_text_of_a_parquet_file_that_is_not_utf8(tmp_path: Path, nested: bool) -> None:
     parquet(tmp_path / "a.parquet", nested)
