@@ -118,6 +118,8 @@ def sequences(
     as_parts = own or has_images(row)
     messages = plain_messages(row["messages"]) if as_parts else text_messages(row["messages"])
     chats = chat_sequences(messages, row.get("tools"), processor if own else tokenizer, where)
+    for segment in itertools.chain.from_iterable(chats):  # templates write roles, tools and calls too
+        _check_unicode(segment.text, f"{where}: its chat")
     if processor is None:
         return chats
     shown = iter(images)

@@ -87,7 +87,7 @@ def is_remote(name: str, folder: str) -> bool:
 
 def local_path(name: str, folder: str) -> Path:
     """The path of a local image; a relative one begins at the row's file."""
-    return Path(folder) / Path(name.removeprefix("file://")).expanduser()
+    return Path(folder) / os.path.expanduser(name.removeprefix("file://"))
 
 
 def _holds(root: urllib.parse.SplitResult, asked: urllib.parse.SplitResult) -> bool:

@@ -5,11 +5,13 @@ Token shards carry the encoded bytes: a photo is about 100 KB as a JPEG, 1.4 MB 
 """
 
 import base64
+import contextlib
 import http.client
 import io
 import math
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,11 +108,16 @@ def encoded_bytes(row: Row, folder: str) -> int:
         if isinstance(value, str) and (kind == "base64" or value.startswith("data:")):
             size += len(value) * 3 // 4
         elif isinstance(value, str):
-            path = None if is_remote(value, folder) else local_path(value, folder)
-            size += _REMOTE_BYTES if path is None else path.stat().st_size if path.is_file() else 0
+            size += _REMOTE_BYTES if is_remote(value, folder) else _file_bytes(local_path(value, folder))
         elif isinstance(value, bytes):
             size += len(value)
     return size
+
+
+def _file_bytes(path: Path) -> int:
+    with contextlib.suppress(OSError, ValueError):  # a name may be too long, or hold a NUL
+        return path.stat().st_size
+    return 0
 
 
 def _not_allowed(label: str, error: NotAllowed) -> DataError:

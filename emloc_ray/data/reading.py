@@ -66,6 +66,20 @@ class Place(str):
         return made
 
 
+@contextlib.contextmanager
+def value_errors(where: str) -> Iterator[None]:
+    """Makes a DataError, naming file and row, of what a row's values bring the code inside to raise: a row may hold whatever a
+    file can hold, and one that no check foresaw is a bad row like others."""
+    try:
+        yield
+    except _BY_VALUES as error:
+        raise DataError(f"{where}: its values cannot be read ({_named(error)}): fix the row.") from error
+
+
+def _named(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}", 120)
+
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -79,6 +93,8 @@ STORED_BUFFER_BYTES = 2**20
 _CONNECTIONS = 8
 # ValueError: also for a registered type with broken metadata.
 _UNREADABLE = (OSError, pa.ArrowException, csv.Error, ValueError, RecursionError)
+# RuntimeError: a RecursionError among them.
+_BY_VALUES = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -248,11 +264,12 @@ def _read_groups(
 
 
 def _python_rows(batch: pa.RecordBatch, source: SourceFile, numbers: Sequence[int], keep_bad: bool) -> Iterable[Row]:
-    """A batch's rows; one by one where one holds text that is not UTF-8, which Arrow does not check."""
+    """A batch's rows; one by one where one holds what Arrow does not check, as text that is not UTF-8, or what Python has no
+    value for, as a date after the year 9999."""
     try:
         rows: list[Row] = batch.to_pylist()
         return rows
-    except UnicodeDecodeError:
+    except _BY_VALUES:
         return (_python_row(batch.slice(at, 1), source, row, keep_bad) for at, row in enumerate(numbers))
 
 
@@ -263,6 +280,11 @@ def _python_row(batch: pa.RecordBatch, source: SourceFile, row: int, keep_bad: b
             values[name] = column[0].as_py()
         except UnicodeDecodeError as error:
             return _bad(f"column {name!r} is not UTF-8 ({error.reason}): write it so", source, row, keep_bad)
+        except _BY_VALUES as error:
+            what = (
+                f"column {name!r} holds a value that cannot be read ({_named(error)}): fix it, or leave the column out"
+            )
+            return _bad(what, source, row, keep_bad)
     return values
 
 

@@ -171,7 +171,10 @@ def _tools(row: Row, where: str) -> dict[str, Any]:
     tools = _read(row["tools"])
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"{where}: field 'tools' is no list of tools: give their JSON schemas.")
-    return {"tools": [_without_nulls(tool) for tool in tools]}
+    try:
+        return {"tools": [_without_nulls(tool) for tool in tools]}
+    except RecursionError as error:
+        raise DataError(f"{where}: field 'tools' is nested too deeply: write the tools' schemas flatter.") from error
 
 
 def _without_nulls(value: Any) -> Any:
@@ -220,7 +223,7 @@ def _conversational(row: Row, where: str, chats: bool) -> tuple[Row, str]:
 
 def _alpaca(row: Row, where: str, chats: bool) -> tuple[Row, str]:
     for name in ("instruction", "output", "input", "system"):
-        if not isinstance(row.get(name) or "", str):
+        if not isinstance(row.get(name), str) and (name in FORMATS["alpaca"].needed or row.get(name) is not None):
             raise DataError(f"{where}: field {name!r} is {type(row[name]).__name__}: it must be text.")
     for name in ("instruction", "output"):
         if not row[name].strip():

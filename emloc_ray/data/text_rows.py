@@ -19,6 +19,7 @@ _SKIP_BYTES = 2**20
 _ARRAY_BYTES = 2**18
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)  # strings, and brackets between them
+_OUTSIDE, _INSIDE = re.compile(r'["\[\]{}]'), re.compile(r'"|\\.?', re.DOTALL)  # what ends or changes a place of JSON
 _PARSE = json.JSONDecoder().raw_decode
 _TOO_LONG = "\udcfftoo long"  # replaces a too long line of a CSV file; no UTF-8 decodes to it
 _BOMS = {
@@ -86,8 +87,8 @@ def _decoded(line: bytes) -> str:
 def array_items(stream: io.BufferedReader, keep_bad: bool = False) -> Iterator[Any]:
     """The values in the one JSON array of a file; holds one of them, and a piece of the file.
 
-    ``keep_bad``: gives BadText, not raised, for an object that is no JSON or not UTF-8 and whose brackets still say where it
-    ends. Raises ValueError where it is no JSON; what comes after that cannot be found.
+    ``keep_bad``: gives BadText, not raised, for an object that is no JSON, not UTF-8 or too long and whose brackets still say
+    where it ends. Raises ValueError where it is no JSON; what comes after that cannot be found.
     """
     stream.seek(0)
     decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
@@ -113,11 +114,16 @@ def array_items(stream: io.BufferedReader, keep_bad: bool = False) -> Iterator[A
                 raise json.JSONDecodeError(f"expected {place}", text, at)
             value, at = _array_value(text, at)
         except (json.JSONDecodeError, RecursionError) as error:
-            if ended or len(text) - at > MAX_LINE_BYTES or (at < len(text) and place == ", or ]"):
+            is_long = len(text) - at > MAX_LINE_BYTES
+            if not (ended or is_long or (at < len(text) and place == ", or ]")):
+                more = stream.read(size)
+                text, at, ended, size = text[at:] + decode(more, not more), 0, not more, 2 * size
+                continue
+            pieces = (decode(more) for more in iter(lambda: stream.read(_SKIP_BYTES), b""))
+            passed = _past(text, at, pieces) if is_long and text.startswith("{", at) else None
+            if passed is None:
                 raise ValueError(f"element {number + 1}: {_why(error)}") from error
-            more = stream.read(size)
-            text, at, ended, size = text[at:] + decode(more, not more), 0, not more, 2 * size
-            continue
+            value, (text, at) = BadText(f"longer than {MAX_LINE_BYTES} bytes: split it"), passed
         if isinstance(value, BadText) and not keep_bad:
             raise ValueError(f"element {number + 1}: {value}")
         yield value
@@ -142,6 +148,28 @@ def _array_value(text: str, at: int) -> tuple[Any, int]:
 
 def _why(error: json.JSONDecodeError | RecursionError) -> str:
     return error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+
+
+def _past(text: str, at: int, pieces: Iterator[str]) -> tuple[str, int] | None:
+    """The piece of a text in which the object at ``at`` ends, and where; holds one piece of ``pieces``, which follow. None
+    where it has no end."""
+    depth, is_inside = 0, False
+    while True:
+        while mark := (_INSIDE if is_inside else _OUTSIDE).search(text, at):
+            at = mark.end()
+            if mark[0] == '"':
+                is_inside = not is_inside
+            elif not is_inside:
+                depth += 1 if mark[0] in "{[" else -1
+                if depth == 0:
+                    return text, at
+            elif mark[0] == "\\":  # the piece ends inside an escape
+                break
+        rest = "\\" if mark else ""
+        piece = next(pieces, None)
+        if piece is None:
+            return None
+        text, at = rest + piece, 0
 
 
 def _closing(text: str, at: int) -> int | None:

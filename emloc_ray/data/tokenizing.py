@@ -17,7 +17,7 @@ from emloc_ray.data.formats import Tokens, check_row, encode, pack, sequences, t
 from emloc_ray.data.image_places import NOWHERE_ELSE, ImagePlaces, is_remote
 from emloc_ray.data.images import load_images, sources
 from emloc_ray.data.processors import open_processor
-from emloc_ray.data.reading import BadRow, Row, each
+from emloc_ray.data.reading import BadRow, Row, each, value_errors
 from emloc_ray.data.row_formats import CHATS, converted
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard, written_counts
@@ -77,15 +77,16 @@ class TokenizeOptions:
         where, row = item
         tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
         processor = open_processor(self.tokenizer, self.trust_remote_code)
+        chats = any(getattr(owner, "chat_template", None) for owner in (tokenizer, processor))
+        form = getattr(where, "row_format", "") or self.format
         try:
             if isinstance(row, BadRow):
                 raise row.error
-            chats = any(getattr(owner, "chat_template", None) for owner in (tokenizer, processor))
-            form = getattr(where, "row_format", "") or self.format
-            row, kind = converted(row, form, dict(self.columns), where, chats)
-            check_row(row, kind, where, self.packing)
-            images = load_images(row, where, self.image_places) if self.may_show_images else []
-            return sequences(row, kind, tokenizer, where, self.has_encoder, processor, images)
+            with value_errors(where):
+                row, kind = converted(row, form, dict(self.columns), where, chats)
+                check_row(row, kind, where, self.packing)
+                images = load_images(row, where, self.image_places) if self.may_show_images else []
+                return sequences(row, kind, tokenizer, where, self.has_encoder, processor, images)
         except DataError:
             if self.skip_bad_rows:
                 return None

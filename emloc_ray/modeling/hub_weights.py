@@ -1,11 +1,12 @@
 """The weights of a model on the hub, brought into a run file by file, by workers: the driver holds none of them."""
 
-import shutil
+import hashlib
 import tempfile
 from pathlib import Path
 
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import SINGLE_NAME, read_index
+from emloc_ray.io.runs.fingerprint import hub_digest
 from emloc_ray.io.store.atomic import COPY_BYTES, atomic_file
 from emloc_ray.io.store.digests import digest, note_digest
 from emloc_ray.io.store.lock_file import check_lock
@@ -26,7 +27,8 @@ def commit_of(source: ModelSource) -> str:
 
 def import_weights(shared: tuple[ModelSource, Path], name: str) -> None:
     """Writes one file of a model on the hub below ``target``: from this node's cache, where ``target`` is on the same file
-    system without a copy, or downloaded, and then not kept elsewhere. Raises ArtifactError where the hub does not give it."""
+    system without a copy, or downloaded, and then not kept elsewhere. Raises ArtifactError where the hub does not give it, or
+    the cache holds something else under its digest."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
@@ -51,8 +53,22 @@ def import_weights(shared: tuple[ModelSource, Path], name: str) -> None:
         if origin(target) is None:
             check_lock(target)
             sha256 = digest(Path(file))
+            _check_cached(Path(file), sha256, source.hub_id)
             transfer(Path(file), target / name, Path(file).stat().st_size, sha256)
             note_digest(target / name, sha256)
             return
+        total = hashlib.sha256()
         with Path(file).open("rb") as stream, atomic_file(target / name) as copy:
-            shutil.copyfileobj(stream, copy, COPY_BYTES)
+            while chunk := stream.read(COPY_BYTES):
+                total.update(chunk)
+                copy.write(chunk)
+            _check_cached(Path(file), total.hexdigest(), source.hub_id)  # before it takes its place
+
+
+def _check_cached(file: Path, sha256: str, hub_id: str) -> None:
+    """Raises ArtifactError where a file of the hub's cache has another digest than the cache names it by."""
+    if hub_digest(file) not in (None, sha256):
+        raise ArtifactError(
+            f"{file.name} of {hub_id} was altered or cut short in the hub's cache, by its SHA-256: delete {file.resolve()} and"
+            " run the same command again."
+        )

@@ -79,11 +79,13 @@ def resolve_source(
     ``needs_weights``, a directory with a config.json and an index alone is enough. Raises ConfigError where it names nothing,
     something without usable weights, or code that may be another tomorrow."""
     if source.startswith("package:"):
-        return _resolve_package(source)
+        return _resolve_package(source, trust_remote_code, needs_weights)
     path = Path(os.path.expanduser(source))
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(path.parent.absolute(), path.name)
     if path.is_dir():
+        if trust_remote_code:
+            _check_own_code(path, source)
         return _check_directory(path.absolute(), source, needs_weights)
     if path.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise ConfigError(
@@ -112,8 +114,8 @@ def _check_own_code(directory: Path, source: str) -> None:
         other = next((code for path, code in values if "auto_map" in path and "--" in str(code)), None)
         if other is not None:
             raise ConfigError(
-                f"model.source {source}: {file.name} takes code from {other.partition('--')[0]}, at no commit: download both,"
-                " save the code beside the model, and name that directory."
+                f"model.source {source}: {file.name} takes code from {other.partition('--')[0]}, at no commit: save model and"
+                f" code in one directory, write auto_map there without {other.partition('--')[0]}--, and name it."
             )
 
 
@@ -126,7 +128,7 @@ def fetch_weights(source: ModelSource) -> Path:
     return _check_directory(directory, source.hub_id).directory
 
 
-def _resolve_package(source: str) -> ModelSource:
+def _resolve_package(source: str, trust_remote_code: bool, needs_weights: bool) -> ModelSource:
     package, _, file = source.removeprefix("package:").partition("/")
     # Found, not imported: a package that carries weights may need much to import.
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -137,7 +139,7 @@ def _resolve_package(source: str) -> ModelSource:
     if not (directory / file).exists():
         files = ", ".join(sorted(entry.name for entry in directory.glob("*.gguf"))) or "no .gguf file"
         raise ConfigError(f"model.source {source}: the package holds no {file} (it has {files}).")
-    return resolve_source(str(directory / file))
+    return resolve_source(str(directory / file), None, trust_remote_code, needs_weights)
 
 
 def _check_directory(directory: Path, source: str, needs_weights: bool = True) -> ModelSource:

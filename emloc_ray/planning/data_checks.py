@@ -13,7 +13,7 @@ from emloc_ray.data.files import list_files
 from emloc_ray.data.formats import check_row
 from emloc_ray.data.image_places import ImagePlaces
 from emloc_ray.data.images import has_images, look
-from emloc_ray.data.reading import BadRow, Place, Row, SourceFile, each, read_rows, scan
+from emloc_ray.data.reading import BadRow, Place, Row, SourceFile, each, read_rows, scan, value_errors
 from emloc_ray.data.row_formats import columns_of, converted, recognized, unknown_format
 from emloc_ray.data.splits import SPLITS, hub_split
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
@@ -116,13 +116,17 @@ def _checked_row(row: Row, where: Place, data: DataConfig, reads_images: bool) -
     """The names, sizes and times of the images that a row names; raises DataError where the row is bad."""
     if isinstance(row, BadRow):
         raise row.error
-    row, kind = converted(row, where.row_format, data.columns, where)
-    check_row(row, kind, where, data.packing)
-    if kind != "messages":
-        return []
-    if has_images(row) and not reads_images:
-        raise DataError(f"{where}: it shows an image, and the model has no processor for images: choose one that has.")
-    return look(row, where, ImagePlaces.of(data.image_hosts, data.image_roots))
+    places = ImagePlaces.of(data.image_hosts, data.image_roots)
+    with value_errors(where):
+        row, kind = converted(row, where.row_format, data.columns, where)
+        check_row(row, kind, where, data.packing)
+        if kind != "messages":
+            return []
+        if has_images(row) and not reads_images:
+            raise DataError(
+                f"{where}: it shows an image, and the model has no processor for images: choose one that has."
+            )
+        return look(row, where, places)
 
 
 def _nothing_left(source: SourceFile, reasons: Sequence[str]) -> DataError:

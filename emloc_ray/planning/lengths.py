@@ -41,7 +41,7 @@ def row_lengths(
     the run makes are as long as its rows were; those of the hub, not here before the run, as long as rows may be.
     ``count_tokens``: how many tokens texts have; 3.5 characters are one by default."""
     from emloc_ray.data.images import encoded_bytes, image_parts
-    from emloc_ray.data.reading import BadRow, Place, read_rows
+    from emloc_ray.data.reading import BadRow, Place, read_rows, value_errors
     from emloc_ray.data.row_formats import CHATS, columns_of, converted
     from emloc_ray.demos.tasks import ROW_TOKENS
     from emloc_ray.errors import DataError
@@ -64,11 +64,11 @@ def row_lengths(
     form = sources[0].format or data.row_format
     for number, row in read_rows(sources[0], numbers, *columns_of(form, data.columns), data.on_error == "skip"):
         place, kind, count = Place.of(sources[0], number), "text", 0
-        with contextlib.suppress(DataError):  # a bad row, which is skipped
+        with contextlib.suppress(DataError), value_errors(place):  # a bad row, which is skipped
             row, kind = (row, kind) if isinstance(row, BadRow) else converted(row, form, data.columns, place)
-        if kind == "messages":
-            count = sum(1 for _ in image_parts(row))
-            size += encoded_bytes(row, place.folder)
+            if kind == "messages":
+                count = sum(1 for _ in image_parts(row))
+                size += encoded_bytes(row, place.folder)
         texts = [text[: limit * _MOST_CHARACTERS] for text in _texts(row)]
         read = sum(map(len, texts)) / _CHARACTERS_PER_TOKEN if count_tokens is None else count_tokens(texts)
         turns = row.get("messages")

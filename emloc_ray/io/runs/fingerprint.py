@@ -34,8 +34,8 @@ def fingerprint_files(files: Iterable[Path]) -> str:
 
 def fingerprint_large_files(files: Iterable[Path]) -> str:
     """A hash of names and contents of files that may be large, whatever their times: the whole is read once, and again where
-    its time or inode changed, its header and blocks all over it each time. A file that the hub's cache names by its content
-    goes by that."""
+    its time or inode changed, its header and blocks all over it each time. Of a file that the hub's cache names by its
+    content, that name stands for the whole: the header and the blocks tell what was written over it since."""
     shown = [file for file in files if file.is_file() and not file.name.startswith(".")]
     with ThreadPoolExecutor(_READERS) as pool:
         return fingerprint(list(pool.map(_part, shown)))
@@ -44,7 +44,7 @@ def fingerprint_large_files(files: Iterable[Path]) -> str:
 def _part(file: Path) -> list[Any]:
     if file.stat().st_size < _LARGE:
         return [file.name, _small_digest(file, *_look(file))]
-    return [file.name, _hub_digest(file) or [_sampled(file), _known_digest(file, *_look(file))]]
+    return [file.name, [_sampled(file), _known_digest(file, *_look(file))]]
 
 
 def _sampled(file: Path) -> str:
@@ -60,8 +60,13 @@ def _sampled(file: Path) -> str:
 
 def content_of(files: Iterable[Path]) -> str:
     """A hash of names and whole contents, of large files too: what one machine's time says of them, another's need not. Each
-    file is read once, where its digest is not noted with it or by this user."""
-    return fingerprint([[file.name, _known_digest(file, *_look(file))] for file in files if file.is_file()])
+    file is read once, where its digest is not noted with it or by this user; of a large one, header and blocks each time."""
+    return fingerprint([_content(file) for file in files if file.is_file()])
+
+
+def _content(file: Path) -> list[str]:
+    sampled = [_sampled(file)] if file.stat().st_size >= _LARGE else []
+    return [file.name, _known_digest(file, *_look(file)), *sampled]
 
 
 @functools.lru_cache(maxsize=65536)  # hundreds of tasks may ask for the same
@@ -76,7 +81,8 @@ def _look(file: Path) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=65536)
 def _known_digest(file: Path, *look: int) -> str:
-    return _hub_digest(file) or noted_digest(file) or _digest_once(file, " ".join(map(str, look)))
+    named = hub_digest(file) if file.stat().st_size >= _LARGE else None  # a small one is read faster than trusted
+    return named or noted_digest(file) or _digest_once(file, " ".join(map(str, look)))
 
 
 def _digest_once(file: Path, look: str) -> str:
@@ -97,7 +103,7 @@ def _digest_once(file: Path, look: str) -> str:
     return sha256
 
 
-def _hub_digest(file: Path) -> str | None:
+def hub_digest(file: Path) -> str | None:
     """The SHA-256 by which the hub's cache names a large file (huggingface.co/docs/huggingface_hub/guides/manage-cache)."""
     name = file.resolve().name if file.is_symlink() else ""
     return name if re.fullmatch("[0-9a-f]{64}", name) else None

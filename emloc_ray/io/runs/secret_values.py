@@ -10,18 +10,23 @@ from emloc_ray.io.formats.yaml_text import read_yaml
 
 HIDDEN = "(hidden)"
 _ENVIRONMENT = "env_vars"
-_USER_IN_URL = re.compile(r"https?://[^/\s@]+@|://[^/\s@]+:[^/\s@]+@")  # a token may stand alone
+# Sections whose keys name hardware, or layers: their numbers are no secrets.
+_COUNTS = {"resources", "ratios", "rank_pattern", "alpha_pattern"}
+# A user, whose token may stand alone, or a signature, which lets everyone in: of Azure's SAS, S3 and Google Cloud.
+_SECRET_URL = re.compile(
+    r"https?://[^/\s@]+@|://[^/\s@]+:[^/\s@]+@|[?&](sig|x-amz-signature|x-goog-signature)=", re.IGNORECASE
+)
 # The words of https://github.com/Yelp/detect-secrets/blob/master/detect_secrets/plugins/keyword.py and of the rule
 # generic-api-key in https://github.com/gitleaks/gitleaks/blob/master/config/gitleaks.toml, and what clouds call theirs.
 _SECRET_WORD = re.compile(
     r"\w*(password|passwd|pwd|passphrase|passcode|secret|credential)s?|secrete|secreto|contrase[nñ]a|creds?|bearer|authorization"
-    r"|keypass|dsn|jwt|cookie"
+    r"|keypass|dsn|jwt|cookie|kubeconfig|[ht]?otp|webhook(s|ur[il])?"
 )
 _SECRET_LAST = {"token", "key", "pass", "auth", "pat", "sas", "sig", "signature"}
 _SECRET_PAIR = re.compile(
     r"(api|app|application|auth|access|private|priv|secret|service|account|client|shared|storage|master|signing|encryption"
     r"|database|db|ssh|subscription)keys?|(auth|oauth|access|refresh|session|bearer|api|sas|security)tokens?"
-    r"|connection(string|str)|connstr|dbpass"
+    r"|connection(string|str)|connstr|dbpass|(^|ssh)id(rsa|dsa|ecdsa|ed25519)$"
 )
 _NO_SECRET_BEFORE = {  # what says that a token or a key is of a text, of a table or for all to see
     "token": {
@@ -64,10 +69,12 @@ def is_variable(path: tuple[str, ...]) -> bool:
 
 
 def is_secret(path: tuple[str, ...], value: Any) -> bool:
-    """Whether the keys that lead to a text say that it is a token, a key or a password, or it is a URL that holds one."""
-    if not isinstance(value, str) or value == "":
-        return False
-    return bool(_USER_IN_URL.search(value)) or any(map(is_secret_name, path))
+    """Whether the keys that lead to a text or a number say that it is a token, a key or a password, or it is a URL that holds
+    one. A number of Ray's resources or a layer's rank is none, whatever that is called."""
+    if isinstance(value, str):
+        return value != "" and (bool(_SECRET_URL.search(value)) or any(map(is_secret_name, path)))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and _COUNTS.isdisjoint(path) and any(map(is_secret_name, path))
 
 
 @functools.cache

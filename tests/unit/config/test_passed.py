@@ -27,12 +27,15 @@ def test_unknown_keys_are_told_beside_a_bad_value_of_their_section() -> None:
         ({"ray": {"_redis_password": "hush"}}, "ray._redis_password"),
         ({"ray": {"runtime_env": {"pip": ["git+https://hush@github.com/a/b.git"]}}}, "ray.runtime_env.pip"),
         ({"ray": {"runtime_env": {"config": [{"CLIENT-SECRET": "hush"}]}}}, "ray.runtime_env.config.CLIENT-SECRET"),
+        ({"ray": {"runtime_env": {"password": 20240131}}}, "ray.runtime_env.password"),
+        ({"ray": {"runtime_env": {"working_dir": "https://a.net/b.zip?sv=1&sig=hush"}}}, "ray.runtime_env.working_dir"),
     ],
 )
 def test_a_secret_is_refused_and_not_repeated(sections: dict[str, Any], key: str) -> None:
     text = error_of(**sections)
     assert f"{key} is a secret, and a run writes its config to a file: remove it" in text
     assert "hush" not in text
+    assert "20240131" not in text
 
 
 def test_environment_variables_are_taken_unless_hidden(tmp_path: Path) -> None:

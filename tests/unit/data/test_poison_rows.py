@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from s3_server import uri
 from small_runs import task_rows, write_jsonl
 
+from emloc_ray.config.reading import parse_config
+from emloc_ray.config.schema import RunConfig
 from emloc_ray.data import text_rows
-from emloc_ray.data.reading import BadRow, read_rows, scan
+from emloc_ray.data.images import load_images
+from emloc_ray.data.reading import BadRow, Place, SourceFile, read_rows, scan
+from emloc_ray.data.row_formats import FORMATS
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.tokenizing import ShardTokenizer, TokenizeOptions, shard_units
 from emloc_ray.errors import DataError
 from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.planning.data_checks import check_split
+from emloc_ray.planning.lengths import row_lengths
 
 GOOD = [{"prompt": f"p{number}", "completion": "c ü"} for number in range(1100)]
 BAD = 1050  # behind the second mark: it is read from a place of its own, too
@@ -105,6 +115,35 @@ def test_a_poison_row_alone_is_left_out(
     assert all(rows[number] == GOOD[number] for number in rows if number != BAD)
 
 
+@pytest.mark.parametrize("ending", ['", "completion": "c"}', '\\\\", "a": [{"b": "}]"}]}', '\\"}"}'])
+@pytest.mark.parametrize("piece", [1, 7, 2**20])
+def test_a_too_long_element_of_an_array_is_left_out_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, piece: int
+) -> None:
+    monkeypatch.setattr(text_rows, "_SKIP_BYTES", piece)
+    monkeypatch.setattr(text_rows, "_ARRAY_BYTES", 2**12)
+    path = tmp_path / "a.json"
+    rows = [json.dumps(row, ensure_ascii=False) for row in GOOD[:9]]
+    rows[4] = '{"prompt": "' + "}ü" * 70_000 + ending
+    path.write_text("[" + ", ".join(rows) + "]")
+    read = dict(read_rows(scan(path, keep_bad=True), range(9), keep_bad=True))
+    bad = read.pop(4)
+    assert isinstance(bad, BadRow)
+    assert str(bad.error) == f"{path}, row 5: longer than 65536 bytes: split it."
+    assert [*read.values()] == [*GOOD[:4], *GOOD[5:9]]
+    with pytest.raises(
+        DataError, match=r"a\.json cannot be read as jsonl \(element 5: longer than 65536 bytes: split it\)"
+    ):
+        scan(path)
+
+
+def test_a_too_long_element_without_an_end_ends_its_array(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"prompt": "a", "completion": "b"}, {"prompt": "' + "x" * 1_000_000)
+    with pytest.raises(DataError, match="element 2: Unterminated string"):
+        scan(path, keep_bad=True)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_text_of_a_parquet_file_that_is_not_utf8(tmp_path: Path, nested: bool) -> None:
     parquet(tmp_path / "a.parquet", nested)
@@ -163,3 +202,133 @@ def test_poison_rows_are_counted(tmp_path: Path, tiny_model_dir: Any) -> None:
     [unit] = shard_units("train", rows, 32)
     told = ShardTokenizer(options, {"train": rows}, tmp_path / "out")({"unit": [json.dumps(unit)]})
     assert (told["skipped_rows"].tolist(), told["rows"].tolist()) == ([2], [18])
+
+
+def nested(depth: int, key: str = "a") -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = {key: value}
+    return value
+
+
+def shown(**part: Any) -> list[dict[str, Any]]:
+    """A chat that shows an image."""
+    return [{"role": "user", "content": [{"type": "image", **part}]}, {"role": "assistant", "content": "a"}]
+
+
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+FITTING: dict[str, dict[str, Any]] = {
+    "messages": {"messages": CHAT},
+    "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "conversational": {"prompt": CHAT[:1], "completion": CHAT[1:]},
+    "prompt_completion": {"prompt": "q", "completion": "a"},
+    "alpaca": {"instruction": "q", "output": "a"},
+    "text": {"text": "q"},
+}
+
+
+def complaints(path: Path, form: str, row: dict[str, Any], model: Path) -> list[str]:
+    """Reads a good row and this one as the driver and as a worker do. Where bad rows are left out neither raises; else this
+    gives what each raises, which names the second row."""
+    write_jsonl(path, [FITTING[form], row])
+    told = []
+    for on_error in ("skip", "fail"):
+        splits = {name: {"path": str(path)} for name in ("train", "selection", "eval")}
+        data = {**splits, "format": form, "on_error": on_error, "max_seq_length": 64}
+        config = parse_config({"run_dir": str(path.parent / "run"), "model": {"source": "unused"}, "data": data})
+        for read in (
+            functools.partial(driver_reads, config),
+            functools.partial(worker_reads, path, form, model, on_error),
+        ):
+            try:
+                read()
+            except DataError as error:
+                if on_error == "skip":
+                    raise
+                told.append(str(error))
+    assert all(error.startswith(f"{path}, row 2: ") for error in told), told
+    return told
+
+
+def driver_reads(config: RunConfig) -> None:
+    row_lengths(config.data, check_split(config, "train", True), 0)
+
+
+def worker_reads(path: Path, form: str, model: Path, on_error: str) -> None:
+    options = TokenizeOptions(str(model), form, 64, skip_bad_rows=on_error == "skip")
+    source = scan(path, keep_bad=options.skip_bad_rows)
+    rows = read_rows(source, range(2), keep_bad=options.skip_bad_rows)
+    first, _ = options.tokens((Place.of(source, number), row) for number, row in rows)
+    assert first
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "complaint"),
+    [
+        ("messages", {"messages": CHAT, "tools": json.dumps([nested(600)])}, "field 'tools' is nested too deeply"),
+        ("alpaca", {"instruction": {}, "output": "a"}, "field 'instruction' is dict: it must be text"),
+        ("alpaca", {"instruction": "q", "output": []}, "field 'output' is list: it must be text"),
+        ("alpaca", {"instruction": "q", "output": "a", "input": {}}, "field 'input' is dict: it must be text"),
+        ("messages", {"messages": shown(path="~nobodyx/a.png")}, "~nobodyx/a.png is not there"),
+        ("messages", {"messages": shown(path="x" * 5000)}, "is not there"),
+        ("messages", {"messages": [{"role": "\ud800", "content": "x"}, *CHAT]}, "its chat holds '\\ud800'"),
+    ],
+)
+def test_rows_whose_values_no_reader_expects(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], form: str, row: dict[str, Any], complaint: str
+) -> None:
+    told = complaints(tmp_path / "a.jsonl", form, row, tiny_model_dir("llama"))
+    assert complaint in told[0]
+
+
+@pytest.mark.parametrize("name", ["~nobodyx/a.png", "a\0b.png", "x" * 5000, "\ud800.png", "s3://[", "http://[bad"])
+def test_images_of_names_that_are_none(tmp_path: Path, name: str) -> None:
+    where = Place.of(SourceFile(str(tmp_path / "a.jsonl"), "jsonl", 1), 0)
+    with pytest.raises(DataError, match=r"row 1: image 1 "):
+        load_images({"messages": shown(path=name)}, where)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([1, 2**30, 2], pa.date32()),
+        pa.array([1, 2**59, 2], pa.timestamp("ms")),
+        pa.array([[1], [2**30], [2]], pa.list_(pa.date32())),
+    ],
+    ids=["date", "time", "list of dates"],
+)
+def test_values_of_a_parquet_file_that_python_has_none_for(tmp_path: Path, values: pa.Array) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"prompt": ["a"] * 3, "completion": ["b"] * 3, "when": values}), path)
+    source = scan(path, keep_bad=True)
+    assert [isinstance(row, BadRow) for _, row in read_rows(source, range(3), keep_bad=True)] == [False, True, False]
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: column 'when' holds a value that cannot be read"):
+        list(read_rows(source, range(3)))
+
+
+scalars = st.sampled_from([None, 1, 1.5, "x", "", True, 10**400, float("nan"), "\ud800", "[", json.dumps(nested(600))])
+deep = st.sampled_from([nested(300), [nested(300)], json.dumps([nested(600)]), {"function": nested(300)}])
+leaf = scalars | deep | st.sampled_from(["role", "user", "assistant", "from", "gpt", "function_call", "image", "text"])
+KEYS = "role content from value type text image url path tool_calls function arguments weight"
+values = st.recursive(
+    leaf,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(KEYS.split()), inner, max_size=3)
+        | st.builds(lambda content: [CHAT[0], {"role": "assistant", "content": content}], inner)
+        | st.builds(
+            lambda content: [CHAT[0], {**CHAT[1], **content}], st.dictionaries(st.sampled_from(KEYS.split()), inner)
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(sorted(FORMATS)), st.data())
+def test_whatever_a_row_holds_it_is_a_row_or_a_bad_one(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[..., Path], form: str, data: st.DataObject
+) -> None:
+    names = [*FORMATS[form].needed, *FORMATS[form].optional]
+    row = data.draw(st.dictionaries(st.sampled_from(names), values))
+    complaints(tmp_path_factory.mktemp("rows") / "a.jsonl", form, {**FITTING[form], **row}, tiny_model_dir("llama"))

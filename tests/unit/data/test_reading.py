@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emloc_ray.data.files import list_files
-from emloc_ray.data.reading import read_rows, scan
+from emloc_ray.data.reading import read_rows, scan, value_errors
 from emloc_ray.errors import DataError
 
 Row = dict[str, Any]
@@ -255,3 +255,11 @@ def test_a_csv_header_that_names_a_column_twice_is_refused(tmp_path: Path) -> No
     path.write_text("prompt,completion,prompt\n1,2,3\n")
     with pytest.raises(DataError, match="its header names 'prompt' twice"):
         scan(path)
+
+
+def test_what_no_check_foresaw_is_told_with_its_place() -> None:
+    sentence = r"^a, row 3: its values cannot be read \(KeyError: 'role'\): fix the row\.$"
+    with pytest.raises(DataError, match=sentence), value_errors("a, row 3"):
+        raise KeyError("role")
+    with pytest.raises(OSError, match="disk"), value_errors("a, row 3"):  # is no row's
+        raise OSError("disk")

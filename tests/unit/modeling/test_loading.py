@@ -255,6 +255,27 @@ def test_code_of_another_repository_is_at_no_commit(
     assert resolve_source("someone/model", "main").revision == "main"
 
 
+@pytest.mark.parametrize("source", ["directory", "package"])
+def test_a_directory_s_code_lies_in_it(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """transformers fetches ``owner/repo--module.Class`` from the hub, whatever that holds today."""
+    place = tmp_path / "carrier_of_code" / "model"
+    shutil.copytree(tiny_model_dir("llama"), place)
+    (place.parent / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    named = str(place) if source == "directory" else "package:carrier_of_code/model"
+    values = json.loads((place / "config.json").read_text())
+    for code in ("own.Config", "else/where--own.Config"):
+        (place / "config.json").write_text(json.dumps({**values, "auto_map": {"AutoConfig": code}}))
+        assert resolve_source(named) == ModelSource(place)  # runs no code
+        if code == "own.Config":
+            assert resolve_source(named, trust_remote_code=True) == ModelSource(place)
+            continue
+        with pytest.raises(ConfigError, match=r"config\.json takes code from else/where, at no commit: save"):
+            resolve_source(named, trust_remote_code=True)
+
+
 def test_a_model_is_not_loaded_by_names_that_lead_elsewhere(
     tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:

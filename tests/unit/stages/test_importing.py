@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -131,6 +132,27 @@ def test_a_file_that_the_hub_does_not_give_is_told(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ArtifactError, match=r" of org/tiny cannot be had from the hub \(.*check the node's network"):
         IMPORT.run(context, IMPORT.inputs(context), Resources(), lambda done, total: None)
+
+
+def test_a_cached_file_is_what_the_cache_names_it(
+    context: Context, hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, *_ = weight_files(context.prepared.source)
+    cached = tmp_path / "cache-of-the-hub" / "models--org--tiny"
+    content = (hub.root / name).read_bytes()
+    blob = cached / "blobs" / hashlib.sha256(content).hexdigest()
+    for folder in (blob.parent, cached / "snapshots" / COMMIT):
+        folder.mkdir(parents=True)
+    (cached / "snapshots" / COMMIT / name).symlink_to(blob)
+    blob.write_bytes(content[:-64] + bytes(64))  # as a bad disk or another user leaves it
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache-of-the-hub"))
+    with pytest.raises(ArtifactError, match=rf"{name} of org/tiny was altered or cut short .*: delete {blob} and run"):
+        IMPORT.run(context, IMPORT.inputs(context), Resources(), lambda done, total: None)
+    assert not (context.model_dir / name).exists()
+    blob.unlink()
+    IMPORT.run(context, IMPORT.inputs(context), Resources(), lambda done, total: None)
+    assert Checkpoint(context.model_dir).num_bytes == Checkpoint(hub.root).num_bytes
+    assert name in hub.asked
 
 
 @pytest.mark.parametrize("context", ["folder"], indirect=True)

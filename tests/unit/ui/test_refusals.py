@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from cli_calls import ROWS, VERBS, Call, invoke
+from cli_calls import ROWS, VERBS, Call, invoke, lines_of
 from typer.testing import Result
+from vlms import save_vlm
 
+from emloc_ray.io.formats.checkpoint import INDEX_NAME
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.gpu_speeds import ask_gpus
 
@@ -87,6 +90,73 @@ def test_a_model_with_a_lost_shard_is_refused(call: Call, tmp_path: Path) -> Non
     shutil.copytree(call.values["model"]["source"], copied)
     next(copied.glob("model-00001*")).unlink()
     assert_refused(call("run", f"model.source={copied}"), call.run_dir, "model-00001", "is missing")
+
+
+def copied_model(call: Call, name: str, **changes: Any) -> Path:
+    """The config's model, copied, with other values in one of its files."""
+    copied = call.config.parent / "copied"
+    shutil.copytree(call.values["model"]["source"], copied)
+    values = json.loads((copied / name).read_text())
+    (copied / name).write_text(json.dumps({**values, **changes}))
+    call.values["model"]["source"] = str(copied)
+    return copied
+
+
+@pytest.mark.parametrize("verb", ["run", "validate", "plan"])
+def test_weights_outside_the_model_s_folder_are_refused(call: Call, verb: str) -> None:
+    copied_model(call, INDEX_NAME, weight_map={"model.embed_tokens.weight": "../outside.safetensors"})
+    words = "names '../outside.safetensors' as a file of weights, which leads out of its folder"
+    assert len(assert_refused(call(verb), call.run_dir, words)) == 1
+
+
+@pytest.mark.parametrize("verb", ["run", "validate", "plan"])
+def test_code_of_another_repository_is_refused(call: Call, verb: str) -> None:
+    copied_model(call, "config.json", auto_map={"AutoConfig": "else/where--code.Config"})
+    call.values["model"]["trust_remote_code"] = True
+    words = "config.json takes code from else/where, at no commit"
+    assert len(assert_refused(call(verb), call.run_dir, words)) == 1
+
+
+def test_code_of_the_hub_at_no_commit_is_refused(call: Call) -> None:
+    call.values["model"] = {"source": "someone/model", "revision": "main", "trust_remote_code": True}
+    words = "code of someone/model on the hub, which a branch or a tag can change"
+    assert len(assert_refused(call("run"), call.run_dir, words)) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("ray.runtime_env={password: 20240131}", "ray.runtime_env.password"),
+        ("finetune.hub_token=20240131", "finetune.hub_token"),
+        ("ray.runtime_env={working_dir: 'https://a.net/b.zip?sv=1&sig=20240131'}", "ray.runtime_env.working_dir"),
+    ],
+)
+def test_a_secret_is_refused_and_written_nowhere(call: Call, override: str, key: str) -> None:
+    result = call("run", override)
+    assert len(assert_refused(result, call.run_dir, f"{key} is a secret, and a run writes its config to a file")) == 1
+    assert "20240131" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("../outside.png", "outside.png is not below the data file's folder"),
+        ("file:///etc/passwd", "/etc/passwd is not below the data file's folder"),
+        ("s3://another/a.png", "s3://another is not the data file's bucket"),
+    ],
+)
+def test_images_that_rows_may_not_read_are_refused(call: Call, name: str, words: str) -> None:
+    folder = call.config.parent
+    call.values["model"]["source"] = str(save_vlm("LLaVA", folder / "vlm"))
+    (folder / "outside.png").write_bytes(b"here")
+    (folder / "rows").mkdir()
+    shown = [{"type": "image", "path": name}, {"type": "text", "text": "q"}]
+    messages = [{"role": "user", "content": shown}, {"role": "assistant", "content": "a"}]
+    rows = folder / "rows" / "rows.jsonl"
+    rows.write_text(lines_of([{"messages": messages}] * 20))
+    call.values["data"] |= {"train": {"path": str(rows)}, "format": "messages"}
+    place = f"rows.jsonl, row 1: image 1 {name} is not read: "
+    assert len(assert_refused(call("run"), call.run_dir, place, words)) == 1
 
 
 def test_a_package_that_is_not_installed_is_refused(call: Call) -> None:

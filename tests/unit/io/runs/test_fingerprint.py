@@ -103,7 +103,10 @@ def test_a_large_file_is_read_whole_once_and_its_samples_each_time(
     assert fingerprint_large_files([large]) != noted
 
 
-def test_what_the_hub_s_cache_names_by_its_content_goes_by_that(tmp_path: Path) -> None:
+def test_what_the_hub_s_cache_names_by_its_content_goes_by_that_and_its_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "digest", lambda file: pytest.fail("read whole"))
     sha = "0123456789abcdef" * 4
     for folder, time in (("one", 1), ("two", 2)):
         (tmp_path / folder).mkdir()
@@ -114,11 +117,32 @@ def test_what_the_hub_s_cache_names_by_its_content_goes_by_that(tmp_path: Path) 
         (tmp_path / folder / "model.safetensors").symlink_to(blob)
     one, two = (tmp_path / folder / "model.safetensors" for folder in ("one", "two"))
     assert fingerprint_large_files([one]) == fingerprint_large_files([two])
+    assert content_of([one]) == content_of([two])
+    with (tmp_path / "two" / sha).open("r+b") as file:
+        file.write(b"another header")
+    os.utime(tmp_path / "two" / sha, (2, 2))
+    assert fingerprint_large_files([one]) != fingerprint_large_files([two])
+    assert content_of([one]) != content_of([two])
+    with (tmp_path / "two" / sha).open("r+b") as file:
+        file.write(bytes(14))
+    assert fingerprint_large_files([one]) == fingerprint_large_files([two])
     other = tmp_path / "two" / sha[::-1]
     (tmp_path / "two" / sha).rename(other)
     two.unlink()
     two.symlink_to(other)
     assert fingerprint_large_files([one]) != fingerprint_large_files([two])
+
+
+def test_a_small_file_of_the_hub_s_cache_goes_by_what_it_holds(tmp_path: Path) -> None:
+    blob, file = tmp_path / ("0123456789abcdef" * 4), tmp_path / "tokenizer.json"
+    file.symlink_to(blob)
+    seen = set()
+    for content in ("{}", "[]"):
+        blob.write_text(content)
+        os.utime(blob, (1, 1))
+        module._known_digest.cache_clear()  # as the next process
+        seen.add(content_of([file]))
+    assert len(seen) == 2
 
 
 def test_content_tells_files_of_one_name_size_and_time_apart(tmp_path: Path) -> None:

@@ -21,11 +21,13 @@ dbkey db_key databasekey database_key clientkey client_key aws_secret_access_key
 private_key privatekey priv_key privkey secret secrete secreto keypass token contrasena
 auth_token authtoken access_key accesskey access_key_id connection_string connectionstring bearer passphrase client_secret
 clientsecret sas_token credential credentials creds authorization hf_token dbpassword signing_key refresh_token dsn
+webhook_url webhook slack_webhook kubeconfig otp totp
 """)
 PLAIN = str.split("""
 max_new_tokens num_tokens tokens tokenizer tokenizer_name pad_token pad_token_id eos_token bos_token image_token special_tokens
 loss_on num_virtual_tokens num_calibration_tokens min_expert_tokens keep keys monkey keyboard passes pass_through forward_pass
 author authors secretary passage compass path bypass public_key design signal assignment data_author connection string
+grid_rsa valid_dsa hotpot url
 """)
 STYLES: dict[str, Callable[[list[str]], str]] = {
     "snake": "_".join,
@@ -58,6 +60,37 @@ def test_names_as_other_tools_write_them(name: str) -> None:
     assert is_secret((name,), "value")
     assert without_secrets({"a": {name: ["value"]}}) == {"a": {name: [HIDDEN]}}
     assert without_secret(f"a.{name}=value") == f"a.{name}={HIDDEN}"
+
+
+@pytest.mark.parametrize("name", ["id_rsa", "ssh_id_ed25519", "ID_ECDSA"])
+def test_names_of_files_of_keys(name: str) -> None:
+    assert is_secret_name(name)
+
+
+def test_numbers_are_secrets_too() -> None:
+    """YAML reads a password of digits as a number."""
+    given = {"runtime_env": {"password": 20240131, "pins": {"apiKey": [1.5]}, "pip_check": False, "token": None}}
+    shown = {"runtime_env": {"password": HIDDEN, "pins": {"apiKey": [HIDDEN]}, "pip_check": False, "token": None}}
+    assert without_secrets(given) == shown
+    assert without_secret("ray.runtime_env.password=20240131") == f"ray.runtime_env.password={HIDDEN}"
+    for key in ("resources", "ratios", "rank_pattern", "alpha_pattern"):
+        named = {key: {"key": 2, "token": 0.5, "layers.1.attention.key": 8}}
+        assert without_secrets(named) == named
+    assert is_secret(("resources", "key"), "text")
+
+
+@pytest.mark.parametrize(
+    ("url", "is_so"),
+    [
+        ("https://account.blob.core.windows.net/c/d?sv=2020&sig=abc%3D", True),
+        ("https://account.blob.core.windows.net/c/d?sig=abc%3D", True),
+        ("https://bucket.s3.amazonaws.com/d?X-Amz-Date=1&X-Amz-Signature=abc", True),
+        ("https://storage.googleapis.com/b/d?X-Goog-Signature=abc", True),
+        ("https://example.org/d?design=x&signal=1", False),
+    ],
+)
+def test_urls_that_let_in_whoever_reads_them(url: str, is_so: bool) -> None:
+    assert is_secret(("run_name",), url) == is_so
 
 
 def test_of_all_keys_that_a_config_takes_the_hub_s_tokens_alone_are_secrets() -> None:
