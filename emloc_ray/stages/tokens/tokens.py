@@ -44,7 +44,7 @@ def tokenize_data(
     killed run of the same ``inputs`` and rows finished are kept; with ``inputs`` left out, none are. Raises DataError, naming
     file, row and field of the first bad row. ``planned_s``: as for :class:`~emloc_ray.stages.ray.pace.Pace`."""
     config = prepared.config
-    sources = split_sources(prepared, out_dir)
+    sources = split_sources(prepared, out_dir, progress)
     local = [Path(source.path) for files in sources.values() for source in files if not source.is_stored]
     # By content, not time: on an object store each node's copies have times of their own.
     made = {path.name: sha for file in local if out_dir in file.parents for path, sha in hashes(file).items()}
@@ -136,7 +136,7 @@ def rows_of_splits(
     return splits
 
 
-def split_sources(prepared: Prepared, out_dir: Path) -> dict[str, tuple[SourceFile, ...]]:
+def split_sources(prepared: Prepared, out_dir: Path, progress: Progress = silent) -> dict[str, tuple[SourceFile, ...]]:
     """The files of every split that has its own, those made or downloaded for the run included."""
     config, directory = prepared.config, out_dir / "rows"
     named = {name: split for name in splits_of(config) if (split := getattr(config.data, name)) is not None}
@@ -149,7 +149,8 @@ def split_sources(prepared: Prepared, out_dir: Path) -> dict[str, tuple[SourceFi
         sources |= _generate(config.data.generate, directory, config.seed)
     for name, places in hub.items():
         for number, place in enumerate(places):
-            file = _download(place, name, directory / f"{name}{f'-{number}' if number else ''}.parquet")
+            path = directory / f"{name}{f'-{number}' if number else ''}.parquet"
+            file = _download(place, name, path, lambda: progress(0, 1))
             part = named[name].places.index(place) if named[name].weights else 0
             sources[name] = (*sources.get(name, ()), dataclasses.replace(file, part=part))
     return {
@@ -173,8 +174,8 @@ def _generate(task: str, directory: Path, seed: int) -> dict[str, tuple[SourceFi
     return {name: (scan(directory / f"{name}.parquet"),) for name in SPLITS}
 
 
-def _download(place: str, split: str, path: Path) -> SourceFile:
+def _download(place: str, split: str, path: Path, look: Callable[[], None]) -> SourceFile:
     """A data set of the hub as one Parquet file of the run."""
     if not exists(path):
-        download(place, split, path)
+        download(place, split, path, look=look)
     return scan(path)
