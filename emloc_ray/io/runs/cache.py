@@ -254,7 +254,7 @@ class ArtifactCache:
         """Device, inode, size, mtime and ctime of an entry's files: the last, which nobody can put back, changes with their
         content. None in a store, whose keys name it."""
         folder = self._at.folder(entry.stage, entry.key) / _FILES
-        looks = []
+        looks: list[tuple[int, ...]] = []
         for path in entry.files if self._at.store is None else ():
             with contextlib.suppress(FileNotFoundError):
                 status = (folder / path).stat()
