@@ -100,7 +100,9 @@ class DataConfig(Section):
     max_seq_length: int = Field(512, ge=2, description="tokens that longer rows are cut to")
     packing: bool = Field(False, description="join rows into sequences of max_seq_length")
     on_error: Literal["fail", "skip"] = Field("fail", description="a bad row or image ends the run, or is left out")
-    image_hosts: list[str] = Field([], description="hosts of private addresses that rows may name images at")
+    image_hosts: list[str] = Field(
+        [], description="hosts that rows may name images at: of private addresses, or that a proxy alone knows"
+    )
     image_roots: list[str] = Field([], description="folders and URIs of images beside the data's own")
 
     @property

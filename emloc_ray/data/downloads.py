@@ -28,6 +28,8 @@ _CHUNK_BYTES = 2**16
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _OF_URLS = ":/?#[]@!$&'()*+,;=%~"  # what a URL may hold beside letters and digits
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Of clouds and sites, though Python takes them for global: Azure's WireServer, Oracle's metadata, site-local addresses.
+_INNER = tuple(map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24", "fec0::/10")))
 Address = tuple[Any, ...]
 Content = TypeVar("Content", bytes, bytearray)
 
@@ -79,7 +81,7 @@ def is_public(address: str) -> bool:
         )
         if inner is not None:
             return is_public(str(inner))
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and not any(ip in inner for inner in _INNER)
 
 
 def _follow(url: str, hosts: Collection[str]) -> tuple[int, bytes]:
@@ -115,8 +117,8 @@ def _ask(url: str, hosts: Collection[str], ends: float) -> tuple[int, bytes, str
 def _connect(
     parts: urllib.parse.SplitResult, hosts: Collection[str], watch: Callable[[socket.socket], None]
 ) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-    """A connection to a URL's host, the request's target, and its headers. An environment's proxy resolves names itself: names
-    that this machine knows are checked all the same."""
+    """A connection to a URL's host, the request's target, and its headers. An environment's proxy resolves names itself: they
+    are checked here all the same. Raises NotAllowed where this machine does not know one, unless ``hosts`` names it."""
     host, secure = str(parts.hostname), parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
@@ -131,8 +133,14 @@ def _connect(
             watch(stream)
         connection.sock = stream
         return connection, target, {}
-    with contextlib.suppress(socket.gaierror):  # a name that only the proxy knows
+    try:
         public_addresses(host, port, hosts)
+    except socket.gaierror as error:  # a name that only the proxy knows
+        if host.lower() not in hosts:
+            raise NotAllowed(
+                f"{host} is known to the proxy alone, if at all, so that its address cannot be checked: add the host to"
+                " data.image_hosts if rows may read from it"
+            ) from error
     via = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     user = urllib.parse.unquote(f"{via.username or ''}:{via.password or ''}")
     login = {"Proxy-Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"} if via.username else {}

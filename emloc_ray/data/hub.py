@@ -1,27 +1,32 @@
 """Writes a data set of the hub as one Parquet file, in a process that never imports Ray: ``datasets`` makes Python values of
 some files before we can check them (an image folder's ``metadata.parquet``), which Ray Data's registered type would unpickle."""
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from emloc_ray.data.splits import hub_split
 from emloc_ray.errors import DataError
 from emloc_ray.io.formats.arrow_schemas import check_no_extensions
 from emloc_ray.io.store.atomic import atomic_file
-from emloc_ray.text import one_line
+from emloc_ray.text import duration, one_line
 
 _WRONG_NAME = "fix its name, its subset (hf:NAME@SUBSET) or its split"
 _NO_NETWORK = "check the network, and HF_HUB_OFFLINE and HF_ENDPOINT in the environment, or name files that are here"
+LOOK_S, SILENT_S = 1.0, 1800.0  # between two looks; for which nothing may come
 _REFUSED = 3  # the exit code for a whole sentence of ours on stdout
 
 
-def download(place: str, split: str, path: Path, first: int | None = None) -> None:
+def download(
+    place: str, split: str, path: Path, first: int | None = None, look: Callable[[], None] = lambda: None
+) -> None:
     """Writes the rows of ``hf:NAME[@SUBSET][:SPLIT]`` (also of a local folder that ``datasets`` reads) to ``path``; only the
-    ``first`` ones, which are then all that is fetched. Raises DataError where it cannot be loaded, or a column has an extension
-    type."""
+    ``first`` ones, which are then all that is fetched. ``look`` is called every second, and may raise. Raises DataError where it
+    cannot be loaded, where nothing comes for half an hour, or where a column has an extension type."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=path.parent, prefix=".hub.", suffix=".tmp") as folder,
@@ -29,7 +34,13 @@ def download(place: str, split: str, path: Path, first: int | None = None) -> No
     ):
         rows = Path(folder, path.name)
         command = [sys.executable, "-m", __name__, *hub_split(place, split), place, str(rows), str(first or "")]
-        code = subprocess.run(command, stdout=said, stderr=said).returncode
+        with subprocess.Popen(command, stdout=said, stderr=said) as loading:
+            try:
+                code = _watched(loading, look)
+            finally:
+                loading.kill()
+        if code is None:
+            raise DataError(f"data.{split}.path {place} has given nothing for {duration(SILENT_S)}: {_NO_NETWORK}.")
         if code:
             said.seek(0)
             detail = (said.read().strip().splitlines() or [f"exit code {code}"])[-1]
@@ -39,6 +50,30 @@ def download(place: str, split: str, path: Path, first: int | None = None) -> No
             raise DataError(detail)
         with rows.open("rb") as written, atomic_file(path) as file:
             shutil.copyfileobj(written, file)
+
+
+def _watched(loading: subprocess.Popen[bytes], look: Callable[[], None]) -> int | None:
+    """The exit code of a process; None where it neither wrote nor computed for too long. By looks rather than a clock: who looks
+    may have been stopped."""
+    done, looks = "", 0
+    while looks * LOOK_S < SILENT_S:
+        try:
+            return loading.wait(LOOK_S)
+        except subprocess.TimeoutExpired:
+            look()
+            before, done = done, _done(loading.pid)
+            looks = looks + 1 if done == before else 0
+    return None
+
+
+def _done(process: int) -> str:
+    """The bytes that a process has written, and its seconds of CPU; proc(5)."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        written = Path(f"/proc/{process}/io").read_text().split("wchar:")[1].split()[0]
+        return f"{written} {sum(map(int, stat[11:13])) // os.sysconf('SC_CLK_TCK')}"
+    except (OSError, IndexError):  # not Linux
+        return ""
 
 
 def _write(name: str, subset: str, part: str, place: str, path: str, first: str) -> None:

@@ -16,6 +16,7 @@ from emloc_ray.data.chats import Segment
 from emloc_ray.data.formats import Tokens, check_row, encode, pack, sequences, truncate
 from emloc_ray.data.image_places import NOWHERE_ELSE, ImagePlaces, is_remote
 from emloc_ray.data.images import load_images, sources
+from emloc_ray.data.polling import polled
 from emloc_ray.data.processors import open_processor
 from emloc_ray.data.reading import BadRow, Row, each, value_errors
 from emloc_ray.data.row_formats import CHATS, converted
@@ -212,24 +213,39 @@ def tokenize_splits(
 
     Keeps whole shards that are in ``out_dir`` already: the caller knows that they are of these rows. The driver holds a few
     numbers a shard, never a row's; workers hold a batch of rows and a shard's tokens. Raises DataError for the first bad row,
-    with file, row and field; or where a split keeps no row.
+    with file, row and field; or where a split keeps no row. ``progress`` hears how many shards are done, and every second in
+    which none is; what it raises ends the work.
     """
     work = [
         unit for split, selection in splits.items() for unit in shard_units(split, selection, rows_per_shard[split])
     ]
     total = sum(len(unit["bounds"]) - 1 for unit in work)
-    results = []
-    for result in mapped(work, ShardTokenizer(options, splits, out_dir), num_workers).iter_rows():
-        results.append(result)
-        progress(len(results), total)
+    results: list[dict[str, Any]] = []
+    dataset = mapped(work, ShardTokenizer(options, splits, out_dir), num_workers)
+    end = functools.partial(_end_tasks, dataset)
+    with polled(dataset.iter_rows(), lambda: progress(len(results), total), end) as rows:
+        for result in rows:
+            results.append(result)
+            progress(len(results), total)
     return {split: _write_split_index(split, results, options, out_dir / split) for split in splits}
 
 
-def row_lengths(selection: RowSelection, options: TokenizeOptions, num_workers: int) -> NDArray[np.int64]:
-    """The tokens that are kept of every row of the selection, in its order."""
+def row_lengths(
+    selection: RowSelection,
+    options: TokenizeOptions,
+    num_workers: int,
+    look: Callable[[int], None] = lambda done: None,
+) -> NDArray[np.int64]:
+    """The tokens that are kept of every row of the selection, in its order. ``look`` hears how many blocks of rows are done, and
+    every second in which none is; what it raises ends the work."""
     work = list(shard_units("", selection, ROWS_PER_BATCH))
     dataset = mapped(work, RowLengths(options, selection), num_workers)
-    blocks = list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
+    blocks: list[Any] = []
+    batches = dataset.iter_batches(batch_size=None, batch_format="numpy")
+    with polled(batches, lambda: look(len(blocks)), functools.partial(_end_tasks, dataset)) as given:
+        for block in given:
+            blocks.append(block)
+            look(len(blocks))
     firsts, lengths = (np.concatenate([block[key] for block in blocks]) for key in ("first", "length"))
     ordered: NDArray[np.int64] = lengths[np.argsort(firsts, kind="stable")]
     return ordered
@@ -259,6 +275,14 @@ def mapped(work: Sequence[Unit], function: Callable[[dict[str, Any]], dict[str, 
     return ray.data.from_items([{"unit": json.dumps(unit)} for unit in work]).map_batches(
         function, batch_size=1, num_cpus=1, compute=workers, max_retries=0
     )
+
+
+def _end_tasks(dataset: Any) -> None:
+    """Ends the processes of a data set's tasks: Ray Data itself does so only where one that takes its rows leaves, and that one
+    may be waiting for ever."""
+    executor = getattr(dataset, "_current_executor", None)  # known from the first row on
+    if executor is not None:
+        executor.shutdown(force=True)
 
 
 def _write_split_index(

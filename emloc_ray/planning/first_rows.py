@@ -1,5 +1,6 @@
 """The first rows of a split as tokens, before a run: what ``validate`` counts and ``preview`` shows."""
 
+import contextlib
 import functools
 import itertools
 import tempfile
@@ -12,8 +13,9 @@ from emloc_ray.config.schema import DataConfig
 from emloc_ray.data.formats import Tokens, truncate
 from emloc_ray.data.hub import download
 from emloc_ray.data.image_places import ImagePlaces
-from emloc_ray.data.reading import Place, Row, SourceFile, read_rows, scan
-from emloc_ray.data.row_formats import CHATS, columns_of
+from emloc_ray.data.images import has_images
+from emloc_ray.data.reading import BadRow, Place, Row, SourceFile, read_rows, scan
+from emloc_ray.data.row_formats import CHATS, columns_of, converted
 from emloc_ray.data.tokenizing import TokenizeOptions
 from emloc_ray.demos.tasks import write_generated
 from emloc_ray.errors import ConfigError, DataError, EmlocError
@@ -91,7 +93,7 @@ def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> Fir
 
 def sequences_a_row(prepared: Prepared, split: str = "train") -> float:
     """Sequences that a row of a split becomes: above one where the chat template rewrites earlier turns of the first rows. One
-    where these show images, are packed, or are known only to the run."""
+    where these show images, none of which is opened, are packed, or are known only to the run."""
     data, files = prepared.config.data, prepared.files.get(split, ())
     section = getattr(data, split)
     chats = bool({source.format for source in files} & CHATS)
@@ -100,7 +102,7 @@ def sequences_a_row(prepared: Prepared, split: str = "train") -> float:
     key = repr((prepared.source.directory, files, data))
     if key not in _SEQUENCES:
         try:
-            first = first_rows(prepared, split)
+            first = None if _show_images(files, data) else first_rows(prepared, split)
         except EmlocError:  # of a bad row, which is told where rows are read
             first = None
         good = 0 if first is None else sum(row is not None for _, row in first.rows)
@@ -156,6 +158,15 @@ def _rows(sources: Sequence[SourceFile], data: DataConfig, count: int) -> Iterat
         needed, optional = columns_of(source.format, data.columns)
         for number, row in read_rows(source, numbers, needed, optional, keep_bad=data.on_error == "skip"):
             yield Place.of(source, number), row
+
+
+def _show_images(sources: Sequence[SourceFile], data: DataConfig, count: int = 64) -> bool:
+    """Whether any of the first rows does; opens none."""
+    for place, row in itertools.islice(_rows(sources, data, count), count):
+        with contextlib.suppress(DataError):  # a bad row
+            if not isinstance(row, BadRow) and has_images(converted(row, place.row_format, data.columns, place)[0]):
+                return True
+    return False
 
 
 def marked(tokens: Tokens, tokenizer: Any) -> Iterator[tuple[bool, list[str]]]:

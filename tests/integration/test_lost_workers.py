@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from emloc_ray.data.reading import Row, scan
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.tokenizing import TokenizeOptions, first_unwritten, tokenize_splits
 from emloc_ray.errors import StageError
+from emloc_ray.stages.ray import pace
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.slots import run_slots, start_slot
 from emloc_ray.stages.ray.tasks import Resources, bounded
-from emloc_ray.stages.tokens.tokens import retried
+from emloc_ray.stages.tokens.tokens import retried, watched
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 SIZES = {"train": 20}
@@ -126,3 +128,35 @@ def test_a_row_that_kills_its_worker_names_its_shard_and_keeps_the_others(
     fixed.touch()
     assert run()["train"]["rows"] == 100
     assert (out_dir / "train" / "shard-00000.arrow").stat().st_ino == kept
+
+
+def test_tokenizing_that_hangs_is_ended_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out_dir, hung = tmp_path / "tokens", tmp_path / "hung"
+
+    class Hanging(TokenizeOptions):
+        def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[list[Tokens] | None]:
+            for where, _ in rows:
+                if where.endswith("row 51") and not hung.exists():
+                    hung.write_text(str(os.getpid()))
+                    time.sleep(600)
+                yield [Tokens([1, 2], [False, True])]
+
+    splits = {"train": RowSelection.all_rows((scan(write_jsonl(tmp_path / "rows.jsonl", task_rows(100))),))}
+    options = Hanging("", "prompt_completion", 8)
+    told: list[str] = []
+    shown: list[tuple[int, int]] = []
+    monkeypatch.setattr(pace, "bound", lambda took, planned_s: (3.0, "1 s is usual") if took else None)
+
+    def work() -> dict[str, dict[str, int]]:
+        progress = watched(lambda done, total: shown.append((done, total)), 0.0)
+        return tokenize_splits(splits, options, out_dir, rows_per_shard=SIZES, num_workers=1, progress=progress)
+
+    piece = functools.partial(first_unwritten, splits, out_dir, SIZES)
+    counts = retried(work, Losses("data", told.append, bound=1), piece)
+    assert counts["train"]["rows"] == 100
+    [line] = told
+    assert line.startswith("data: token shard 2 of train lost its worker because it gave nothing for ")
+    assert line.endswith(", where 1 s is usual; restarted (1 of 1).")
+    assert max(shown.count((done, 5)) for done in (1, 2)) > 2  # looked at while it hung, and Ray Data held a row back
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(hung.read_text()), 0)

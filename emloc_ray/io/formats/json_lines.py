@@ -4,16 +4,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from emloc_ray.io.store.lock_file import check_lock
+
 
 def end_last_line(path: Path) -> None:
     """Ends a line that was left unfinished: what follows it stays readable."""
     if path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        check_lock(path)
         with path.open("a") as file:
             file.write("\n")
 
 
 def append_object(path: Path, value: dict[str, Any]) -> None:
-    """Adds a line to a file of this machine, whose folder is made."""
+    """Adds a line to a file of this machine, whose folder is made. Raises TakenOver where that lies in a run that another process
+    has taken."""
+    check_lock(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(value) + "\n")

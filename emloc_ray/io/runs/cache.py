@@ -126,8 +126,8 @@ class ArtifactCache:
 
     def find(self, stage: str, key: str, verify: bool = False) -> Entry | None:
         """The entry, where every file of it is there with its size; another is removed. A place that cannot be read holds
-        nothing. ``verify``: with its content, read once by this process and again where a file's time or inode changed; and no
-        code in it."""
+        nothing. ``verify``: with its content, read once by this process and again where a file's times or inode changed, but by
+        its own links; and no code in it."""
         try:
             used = self._at.used_at(stage, key)
             entry = None if used is None else self._read(stage, key, used)
@@ -150,7 +150,13 @@ class ArtifactCache:
         folder = self._at.folder(entry.stage, entry.key) / _FILES
         try:
             self._at.touch(entry.stage, entry.key)
+            before = self._looks(entry)
             _transfer_all(folder, root, entry.files)
+            now = self._looks(entry)
+            if self._verified.get(entry.key) == before and [look[:-1] for look in now] == [
+                look[:-1] for look in before
+            ]:
+                self._verified[entry.key] = now  # a link changes its ctime
         except (OSError, ArtifactError) as error:
             with contextlib.suppress(OSError, ArtifactError):
                 for path in entry.files:
@@ -224,7 +230,7 @@ class ArtifactCache:
         """The sizes of an entry's files by what they are on the disk or in the store."""
         if self._at.store is not None:
             return {(entry.key, path): content["size"] for path, content in entry.files.items()}
-        return {(device, inode): size for device, inode, size, _ in self._looks(entry)}
+        return {(device, inode): size for device, inode, size, *_ in self._looks(entry)}
 
     def _read(self, stage: str, key: str, used_at: float) -> Entry | None:
         """None where there is none; one that cannot be understood is removed."""
@@ -244,15 +250,16 @@ class ArtifactCache:
             return False
         return not verify or all(_is_safe(folder / path, content["sha256"]) for path, content in entry.files.items())
 
-    def _looks(self, entry: Entry) -> list[tuple[int, int, int, int]]:
-        """Device, inode, size and time of an entry's files, which change with their content; none in a store, whose keys name
-        it."""
+    def _looks(self, entry: Entry) -> list[tuple[int, ...]]:
+        """Device, inode, size, mtime and ctime of an entry's files: the last, which nobody can put back, changes with their
+        content. None in a store, whose keys name it."""
         folder = self._at.folder(entry.stage, entry.key) / _FILES
-        looks = []
+        looks: list[tuple[int, ...]] = []
         for path in entry.files if self._at.store is None else ():
             with contextlib.suppress(FileNotFoundError):
                 status = (folder / path).stat()
-                looks.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+                times = status.st_mtime_ns, status.st_ctime_ns
+                looks.append((status.st_dev, status.st_ino, status.st_size, *times))
         return looks
 
 

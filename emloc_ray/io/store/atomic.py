@@ -46,6 +46,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     publish(path, whole=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text, atomically."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copies a small file, atomically."""
     ensure(source)

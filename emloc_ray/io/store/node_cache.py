@@ -23,6 +23,7 @@ from urllib.parse import quote, unquote
 
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.store.digests import digest, noted_digest
+from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_copies import (
     MARK,
     alone,
@@ -249,7 +250,8 @@ def forget(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Removes a file or directory, for all nodes."""
+    """Removes a file or directory, for all nodes. Raises TakenOver where that lies in a run that another process has taken."""
+    check_lock(path)
     forget(path)
     remove(path)
 

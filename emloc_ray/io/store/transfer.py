@@ -11,6 +11,7 @@ from pathlib import Path
 
 from emloc_ray.errors import ArtifactError, DamagedArtifactError
 from emloc_ray.io.store.digests import HashingWriter, note_digest
+from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import Origin, discard, origin
 from emloc_ray.io.store.objects import Stored
 from emloc_ray.io.store.replacing import replacing
@@ -27,7 +28,8 @@ def transfer(source: Path, target: Path, size: int, sha256: str) -> None:
     On one file system it shares the blocks of ``source`` where that can be (a reflink), else it is a read-only hard link,
     checked by size. Within one store the store copies the object, whose key names its content. Otherwise the content goes
     through this node, and is checked by ``sha256``. Raises FileNotFoundError where there is no ``source``, DamagedArtifactError
-    where it is not of this size or content (``target`` is as it was, or gone), ArtifactError where a store cannot be reached.
+    where it is not of this size or content (``target`` is as it was, or gone), ArtifactError where a store cannot be reached,
+    TakenOver where ``target`` lies in a run that another process has taken.
     """
     here, there = origin(source), origin(target)
     if here is None:
@@ -46,6 +48,7 @@ def transfer(source: Path, target: Path, size: int, sha256: str) -> None:
         with replacing(target) as temporary:
             here.store.download(info, temporary)
             note_digest(temporary, sha256)
+            check_lock(target)
     elif not _copied_by_store(here, info, there):
         there.root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=there.root, suffix=".tmp") as folder:
@@ -70,6 +73,7 @@ def _link_file(source: Path, target: Path, size: int, sha256: str) -> None:
             note_digest(temporary, sha256)
         if temporary.stat().st_size != size:
             raise _damaged(source)
+        check_lock(target)
 
 
 def _clone(source: Path, target: Path) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 import ray.train
 
+from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import ensure, open_artifact, publish
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.ray.losses import is_lost, is_preempted, last_line, reason
@@ -45,6 +46,7 @@ class FailureLog(ray.train.UserCallback):
                 "restarted elsewhere from the last checkpoint",
             )
         path = self.job.failure_path
+        check_lock(path)  # which ends a group that is late, rather than have it begin again
         ensure(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:

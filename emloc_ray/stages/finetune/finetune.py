@@ -18,7 +18,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from emloc_ray.errors import EmlocError, NumericsError, StageError, Stopped, TakenOver
 from emloc_ray.io.formats.json_lines import read_objects
 from emloc_ray.io.store.arrow_files import arrow_files
-from emloc_ray.io.store.node_cache import discard, exists, is_stored, publish, sizes
+from emloc_ray.io.store.atomic import write_text
+from emloc_ray.io.store.node_cache import discard, exists, is_stored, sizes
 from emloc_ray.stages.finetune.failure_log import FailureLog, content
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.training import train_alone, train_loop
@@ -251,8 +252,10 @@ class Watcher:
                 self.stop = error
         if self.stop is not None and not self.asked:
             if not isinstance(self.stop, TakenOver):  # the other's training reads the same file
-                self.job.stop_path.write_text(str(self.stop))
-                publish(self.job.stop_path)
+                try:
+                    write_text(self.job.stop_path, str(self.stop))
+                except TakenOver as error:
+                    self.stop = error
             self.asked = True
         failures = _lines(self.job.failure_path)
         for text in failures[self.num_shown :]:

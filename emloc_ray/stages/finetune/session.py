@@ -15,6 +15,7 @@ from typing import Protocol
 import ray.train
 
 from emloc_ray.io.store.atomic import atomic_directory, write_json
+from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import discard, ensure, sizes
 from emloc_ray.stages.ray.departures import Departures
 
@@ -38,9 +39,10 @@ class TrainingSession(Protocol):
 
 
 class GroupSession:
-    """A rank of the Ray Train group that this process belongs to."""
+    """A rank of the Ray Train group that this process belongs to, which keeps its checkpoints in ``directory``."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
 
@@ -60,7 +62,9 @@ class GroupSession:
         return ask is not None and ask() is not None
 
     def save(self, folder: Path | None, step: int) -> None:
-        """Ray Train puts the files of all ranks together in one directory."""
+        """Ray Train puts the files of all ranks together in one directory. Raises TakenOver where another process holds the run
+        by now: its training would go on from what this one hands in."""
+        check_lock(self.directory)
         checkpoint = ray.train.Checkpoint.from_directory(folder) if folder is not None else None
         ray.train.report({"step": step}, checkpoint=checkpoint)
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from emloc_ray.io.formats.json_lines import append_object
+from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import exists, is_stored, publish
 from emloc_ray.modeling.adapter import save_trained_adapter
 from emloc_ray.modeling.inputs import on_device
@@ -188,6 +189,7 @@ class StepKeeper(TrainerCallback):
         if self.session.rank == 0 and time.monotonic() >= self._looked + self.poll_s:
             self._looked = time.monotonic()
             if not is_stored(self.job.storage_dir):  # where each write costs, the log says it
+                check_lock(self.job.step_path)
                 self.job.step_path.write_text(str(step))
             if exists(self.job.stop_path):
                 seen = _STOP

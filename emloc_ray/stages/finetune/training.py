@@ -20,7 +20,8 @@ from emloc_ray.data.ingest import SampleOrder
 from emloc_ray.data.packing import num_sequences
 from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.formats.json_lines import end_last_line
-from emloc_ray.io.store.node_cache import discard, ensure, exists, publish
+from emloc_ray.io.store.atomic import write_text
+from emloc_ray.io.store.node_cache import discard, ensure, exists
 from emloc_ray.modeling.adapter import attach_adapter, load_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import load_config, towers
@@ -50,12 +51,10 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     if exists(job.out_of_memory_path):  # the group was restarted, and would run out once more
         return {"out_of_memory": True, "peaks": {}}
     try:
-        outcome = timed(train)(job, GroupSession())
+        outcome = timed(train)(job, GroupSession(job.storage_dir / job.name))
     except Exception as error:
         if is_out_of_memory(error):
-            job.out_of_memory_path.parent.mkdir(parents=True, exist_ok=True)
-            job.out_of_memory_path.touch()
-            publish(job.out_of_memory_path)
+            write_text(job.out_of_memory_path, "")
         raise
     return {**outcome.result, "peaks": outcome.peaks}
 
@@ -81,9 +80,7 @@ def train(job: FinetuneJob, session: TrainingSession) -> dict[str, Any]:
             for path in (job.log_path, job.validation_path):
                 ensure(path)
                 end_last_line(path)
-            job.begun_path.parent.mkdir(parents=True, exist_ok=True)
-            job.begun_path.touch()
-            publish(job.begun_path)
+            write_text(job.begun_path, "")
         with session.checkpoint() as folder:
             if folder is not None and trainer.validation is not None:
                 trainer.validation.load(folder)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
-from emloc_ray.io.store.node_cache import publish
+from emloc_ray.io.store.atomic import write_text
 from emloc_ray.stages.ray.pace import bound, silence
 
 _RECENT_STEPS = 100
@@ -78,9 +78,7 @@ def end_process(word: Path, why: str) -> None:
     """Leaves ``why`` in a file, and in this worker's log where each thread is, and ends this process, which hears nothing."""
 
     def leave() -> None:
-        word.parent.mkdir(parents=True, exist_ok=True)
-        word.write_text(why)
-        publish(word)
+        write_text(word, why)
 
     writing = threading.Thread(target=leave, daemon=True)
     writing.start()

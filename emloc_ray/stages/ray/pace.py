@@ -42,6 +42,33 @@ def silence(waited_s: float, against: str, after: str = "") -> str:
     return f"it gave nothing for {duration(waited_s)}{after and f' after {after}'}, where {against}"
 
 
+class Overdue(Exception):
+    """Work has given nothing for much longer than it does; says for how long."""
+
+
+class WholePace:
+    """How long work has given nothing of whose tasks one sees no more than what all of them have done. It is looked at every
+    second, and counts its own looks: a process that was stopped for long goes on."""
+
+    def __init__(self, planned_s: float = 0.0) -> None:
+        """``planned_s``: as for :class:`Pace`."""
+        self._planned_s, self._done, self._waited_s = planned_s, 0, 0.0
+        self._looked = time.monotonic()
+        self._took: list[float] = []
+
+    def check(self, done: int) -> None:
+        """Notes how many pieces are done. Raises Overdue where no more are since longer than :func:`bound` says."""
+        now = time.monotonic()
+        self._waited_s += min(now - self._looked, 2 * _LOOK_S)
+        self._looked = now
+        if done != self._done:
+            self._took.append(self._waited_s)
+            self._done, self._waited_s = done, 0.0
+        known = bound(self._took, self._planned_s)
+        if known is not None and self._waited_s > known[0]:
+            raise Overdue(silence(self._waited_s, known[1]))
+
+
 class Pace:
     """When each task at work gave something last, and the seconds between what tasks gave."""
 

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.hub import download
 from emloc_ray.data.reading import SourceFile, scan
@@ -20,6 +23,7 @@ from emloc_ray.planning.data_checks import with_format
 from emloc_ray.planning.first_rows import tokenize_options
 from emloc_ray.planning.prepared import Prepared, splits_of
 from emloc_ray.stages.ray.losses import Losses, Tell, is_lost, unheard
+from emloc_ray.stages.ray.pace import Overdue, WholePace
 from emloc_ray.stages.ray.tasks import Progress, silent
 
 _ROWS_PER_SHARD = 1024
@@ -34,12 +38,13 @@ def tokenize_data(
     progress: Progress = silent,
     inputs: Any = None,
     tell: Tell = unheard,
+    planned_s: float = 0.0,
 ) -> dict[str, Any]:
     """Makes or finds the rows, splits them and writes ``out_dir/tokens/SPLIT``; returns the counts of each split. Shards that a
     killed run of the same ``inputs`` and rows finished are kept; with ``inputs`` left out, none are. Raises DataError, naming
-    file, row and field of the first bad row."""
+    file, row and field of the first bad row. ``planned_s``: as for :class:`~emloc_ray.stages.ray.pace.Pace`."""
     config = prepared.config
-    sources = split_sources(prepared, out_dir)
+    sources = split_sources(prepared, out_dir, progress)
     local = [Path(source.path) for files in sources.values() for source in files if not source.is_stored]
     # By content, not time: on an object store each node's copies have times of their own.
     made = {path.name: sha for file in local if out_dir in file.parents for path, sha in hashes(file).items()}
@@ -47,7 +52,9 @@ def tokenize_data(
     every = [source for files in sources.values() for source in files]
     options = tokenize_options(prepared, tokenizer, every)
     losses = Losses("data", tell)
-    splits = retried(lambda: rows_of_splits(config, sources, options), losses, lambda: "counting tokens")
+    splits = retried(
+        lambda: rows_of_splits(config, sources, options, progress, planned_s), losses, lambda: "counting tokens"
+    )
     # Rows that may show images are of 100 KB rather than a few.
     rows_per_shard = _IMAGE_ROWS_PER_SHARD if options.may_show_images else _ROWS_PER_SHARD
     sizes = dict.fromkeys(splits, rows_per_shard) | {"calibration": config.calibration.rows_per_shard}
@@ -58,7 +65,7 @@ def tokenize_data(
             out_dir / "tokens",
             rows_per_shard=sizes,
             num_workers=config.calibration.num_workers,
-            progress=progress,
+            progress=watched(progress, planned_s),
         ),
         losses,
         lambda: first_unwritten(splits, out_dir / "tokens", sizes),
@@ -66,18 +73,35 @@ def tokenize_data(
     return {"splits": counts, "num_workers": config.calibration.num_workers}
 
 
+def watched(progress: Progress, planned_s: float) -> Progress:
+    """The callback, which raises Overdue too where no more is done for too long."""
+    pace = WholePace(planned_s)
+
+    def look(done: int, total: int) -> None:
+        progress(done, total)
+        pace.check(done)
+
+    return look
+
+
 def retried(work: Callable[[], Result], losses: Losses, piece: Callable[[], str]) -> Result:
-    """Calls ``work``, and again where Ray Data loses a worker: finished shards are kept."""
+    """Calls ``work``, and again where Ray Data loses a worker, or gives nothing for too long: finished shards are kept."""
     while True:
         try:
             return work()
+        except Overdue as error:
+            time.sleep(losses.give_up_waiting(piece(), str(error), error))
         except Exception as error:  # noqa: BLE001  Ray Data raises kinds of its own around Ray's
             # To find the piece means to look at what is written, of a store too.
             time.sleep(losses.count(piece() if is_lost(error) else "", error))
 
 
 def rows_of_splits(
-    config: RunConfig, sources: dict[str, tuple[SourceFile, ...]], options: TokenizeOptions
+    config: RunConfig,
+    sources: dict[str, tuple[SourceFile, ...]],
+    options: TokenizeOptions,
+    progress: Progress = silent,
+    planned_s: float = 0.0,
 ) -> dict[str, RowSelection]:
     """The rows of every split; those of the calibration are counted in tokens where the config asks for that."""
     given = {name: RowSelection.all_rows(files) for name, files in sources.items()}
@@ -102,12 +126,17 @@ def rows_of_splits(
     if num_tokens is not None:
         seed = config.seed + CALIBRATION_SEED
         workers = config.calibration.num_workers
-        rows = rows_within(splits["calibration"], num_tokens, seed, lambda part: row_lengths(part, options, workers))
+
+        def lengths(part: RowSelection) -> NDArray[np.int64]:
+            look = watched(lambda done, total: progress(0, 1), planned_s)  # none of what the stage makes is done
+            return row_lengths(part, options, workers, lambda done: look(done, 1))
+
+        rows = rows_within(splits["calibration"], num_tokens, seed, lengths)
         splits["calibration"] = splits["calibration"].sample(rows, seed)
     return splits
 
 
-def split_sources(prepared: Prepared, out_dir: Path) -> dict[str, tuple[SourceFile, ...]]:
+def split_sources(prepared: Prepared, out_dir: Path, progress: Progress = silent) -> dict[str, tuple[SourceFile, ...]]:
     """The files of every split that has its own, those made or downloaded for the run included."""
     config, directory = prepared.config, out_dir / "rows"
     named = {name: split for name in splits_of(config) if (split := getattr(config.data, name)) is not None}
@@ -120,7 +149,8 @@ def split_sources(prepared: Prepared, out_dir: Path) -> dict[str, tuple[SourceFi
         sources |= _generate(config.data.generate, directory, config.seed)
     for name, places in hub.items():
         for number, place in enumerate(places):
-            file = _download(place, name, directory / f"{name}{f'-{number}' if number else ''}.parquet")
+            path = directory / f"{name}{f'-{number}' if number else ''}.parquet"
+            file = _download(place, name, path, lambda: progress(0, 1))
             part = named[name].places.index(place) if named[name].weights else 0
             sources[name] = (*sources.get(name, ()), dataclasses.replace(file, part=part))
     return {
@@ -144,8 +174,8 @@ def _generate(task: str, directory: Path, seed: int) -> dict[str, tuple[SourceFi
     return {name: (scan(directory / f"{name}.parquet"),) for name in SPLITS}
 
 
-def _download(place: str, split: str, path: Path) -> SourceFile:
+def _download(place: str, split: str, path: Path, look: Callable[[], None]) -> SourceFile:
     """A data set of the hub as one Parquet file of the run."""
     if not exists(path):
-        download(place, split, path)
+        download(place, split, path, look=look)
     return scan(path)

@@ -88,6 +88,7 @@ PRIVATE = (
     ),
     *("224.0.0.1", "240.0.0.1", "::1", "::", "fe80::1", "fe80::1%eth0", "fd00:ec2::254", "ff02::1", "::ffff:127.0.0.1"),
     *("64:ff9b::a9fe:a9fe", "2002:7f00:1::"),
+    *("168.63.129.16", "192.0.0.192", "fec0::1", "feff::1", "::ffff:168.63.129.16"),
 )
 
 
@@ -182,6 +183,26 @@ def test_the_environment_s_proxy_is_used_and_hosts_are_checked_all_the_same(
     assert not connected
     assert download("http://1.1.1.1/a.png") == png()
     assert Server.asked == ["1.1.1.1http://1.1.1.1/a.png"]
+
+
+def test_a_name_that_only_the_proxy_knows_is_asked_for_where_the_config_names_it(
+    port: int, connected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(host: str, *rest: Any, **options: Any) -> Any:
+        if host.endswith(".internal"):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return known(host, *rest, **options)
+
+    known = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("no_proxy", "")
+    url = "http://images.internal/a.png"
+    with pytest.raises(NotAllowed, match=r"^images\.internal is known to the proxy alone.* data\.image_hosts if rows"):
+        download(url)
+    assert not connected
+    assert download(url, ["images.internal"]) == png()
+    assert Server.asked == [f"images.internal{url}"]
 
 
 def test_an_answer_that_drips_has_an_end(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,12 @@ from small_runs import write_jsonl
 from vlms import save_vlm
 
 from emloc_ray.config.reading import parse_config
+from emloc_ray.data import images
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import read_yaml
 from emloc_ray.modeling.matching import matches
 from emloc_ray.planning.costs import with_base
+from emloc_ray.planning.first_rows import sequences_a_row
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
@@ -141,6 +143,16 @@ def test_rows_of_no_known_form_are_skipped_by_the_plan_too(prepared: Make) -> No
     bad = [{"messages": 5}, {"messages": [5]}, {"messages": [{"role": "user", "content": 5}]}, {"other": 1}]
     ready = prepared(rows=[*bad, *[shown()] * 20], data={"on_error": "skip"})
     assert ready.lengths.images == pytest.approx(20 / 24)
+
+
+def test_no_image_that_a_row_holds_is_decoded_for_a_plan(prepared: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[bytes] = []
+    monkeypatch.setattr(images, "decode", decoded.append)
+    held = shown()
+    held["messages"][0]["content"][0] = {"type": "image", "base64": "iVBORw0KGgo="}
+    for rows in ([held] * 20, [*[shown(0)] * 19, held]):
+        assert sequences_a_row(prepared(rows=rows)) == 1.0
+    assert not decoded
 
 
 def test_an_image_file_that_is_missing_is_told_before_the_start(prepared: Make, tmp_path: Path) -> None:

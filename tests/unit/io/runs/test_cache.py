@@ -193,14 +193,34 @@ def test_a_store_that_cannot_copy_is_read_and_written(
     assert held(mirror(place("bucket", "second"))) == CONTENTS
 
 
-def test_what_is_altered_since_it_was_read_is_read_again(local: ArtifactCache, tmp_path: Path) -> None:
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_is_altered_since_it_was_read_is_read_again(local: ArtifactCache, tmp_path: Path, linked: bool) -> None:
     added(local, tmp_path / "first")
-    assert local.find(STAGE, KEY, verify=True) is not None
+    entry = local.find(STAGE, KEY, verify=True)
+    assert entry is not None
+    if linked:
+        local.link(entry, tmp_path / "second")
     file = folder(local) / "files" / "emulator" / "a.safetensors"
+    before = file.stat()
     file.chmod(0o644)
     file.write_bytes(b"b" * 1000)
+    file.chmod(before.st_mode)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert local.find(STAGE, KEY, verify=True) is None
     assert not folder(local).exists()
+
+
+def test_what_this_process_has_linked_is_not_read_again(
+    local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added(local, tmp_path / "first")
+    read: list[Path] = []
+    monkeypatch.setattr(artifact_cache, "_is_safe", lambda path, sha256: not read.append(path))
+    for run in ("second", "third"):
+        entry = local.find(STAGE, KEY, verify=True)
+        assert entry is not None
+        local.link(entry, tmp_path / run)
+    assert len(read) == len(CONTENTS)
 
 
 @pytest.mark.parametrize("suffix", ["arrow", "parquet"])

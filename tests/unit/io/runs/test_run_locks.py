@@ -15,9 +15,13 @@ import pytest
 
 import emloc_ray
 from emloc_ray.errors import ConfigError, TakenOver
+from emloc_ray.io.formats.json_lines import append_object
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.atomic import write_json
+from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.lock_file import holder_variables
+from emloc_ray.io.store.node_cache import discard
+from emloc_ray.io.store.transfer import transfer
 
 # The package's folders without their __init__, and no torch: importing those would cost seconds.
 HOLD = """
@@ -57,6 +61,9 @@ def test_who_lost_its_lock_writes_nothing_more(tmp_path: Path) -> None:
     run.lock()
     run.create({})
     run.write_metrics({"seed": 1})
+    write_json(run.path("kept"), 1)
+    made = tmp_path / "made"
+    made.write_text("1")
     lock = tmp_path / "mine" / ".lock"
     content = lock.read_text()
     for taken in (lambda: lock.write_text(content.replace("process", "other process")), lock.unlink):
@@ -66,6 +73,9 @@ def test_who_lost_its_lock_writes_nothing_more(tmp_path: Path) -> None:
             lambda: run.write_metrics({"seed": 2}),
             lambda: run.commit("merge", "inputs", [], {}),
             lambda: write_json(file, 1),
+            lambda: transfer(made, file, 1, digest(made)),
+            lambda: append_object(file, {"step": 1}),
+            lambda: discard(run.path("kept")),
         ):
             with pytest.raises(TakenOver, match=r"mine was taken over by another process: leave it to that, or stop"):
                 write()

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from emloc_ray.errors import Stopped
+from emloc_ray.errors import Stopped, TakenOver
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.stages.finetune.failure_log import FailureLog
 from emloc_ray.stages.finetune.finetune import Watcher, mean_loss, run_alone, run_group, runner_of
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.trainer import StepKeeper
@@ -86,6 +88,33 @@ def test_steps_between_two_lines_of_the_log_are_seen(tmp_path: Path) -> None:
         pass
     assert seen == [(2, job.max_steps), (5, job.max_steps)]
     assert said == ["loss 1.250, learning rate 0.0002"] * 2
+
+
+def test_who_lost_its_run_leaves_no_word_to_the_other_s_training(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "mine")
+    run.lock()
+    job = dataclasses.replace(JOB, storage_dir=run.path("adapter_training"))
+    job.storage_dir.mkdir()
+    session: Any = SimpleNamespace(rank=0, world_size=1, is_leaving=lambda: False)
+    keeper, log = StepKeeper(job, session, poll_s=0), FailureLog(job)
+    (tmp_path / "mine" / ".lock").write_text("process 2 on here\nanother\n")
+    for write in (
+        lambda: keeper.hear(None, torch.device("cpu"), step=1),
+        lambda: keeper.on_log(None, SimpleNamespace(global_step=1, is_world_process_zero=True), None, {"loss": 1.0}),
+        lambda: log.after_exception(None, {0: RuntimeError("failed")}),
+    ):
+        with pytest.raises(TakenOver):
+            write()
+
+    def stopped(done: int, total: int) -> None:
+        raise Stopped("stopped")
+
+    with Watcher(job, stopped, print, poll_s=60) as watcher:
+        pass  # looks once at its end
+    with pytest.raises(TakenOver):
+        watcher.check()
+    assert list(job.storage_dir.iterdir()) == []
+    run.unlock()
 
 
 def _steps_until_stopped(rank: int, root: Path, found: Any) -> None:

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from emloc_ray.errors import TakenOver
+from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.stages.finetune import session as training_session
 from emloc_ray.stages.finetune.session import GroupSession, LoneSession, own_environment
 
@@ -46,11 +48,28 @@ def test_a_group_hears_that_a_node_of_it_is_about_to_go(monkeypatch: pytest.Monk
     rank = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
     monkeypatch.setattr(training_session.ray.train, "get_context", lambda: rank)
     monkeypatch.setattr(training_session.ray.train, "get_preemption_info", lambda: said.pop(0), raising=False)
-    session = GroupSession()
+    session = GroupSession(Path("kept"))
     assert (session.rank, session.world_size) == (1, 2)
     assert [session.is_leaving(), session.is_leaving()] == [False, True]
     monkeypatch.delattr(training_session.ray.train, "get_preemption_info")  # as before Ray 2.56
     assert not session.is_leaving()
+
+
+def test_a_group_whose_run_was_taken_hands_in_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[dict[str, int]] = []
+    rank = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 2)
+    monkeypatch.setattr(training_session.ray.train, "get_context", lambda: rank)
+    monkeypatch.setattr(training_session.ray.train, "report", lambda metrics, checkpoint=None: reported.append(metrics))
+    run = RunDirectory(tmp_path / "mine")
+    run.lock()
+    session = GroupSession(run.path("adapter_training", "kept"))
+    session.save(checkpoint(tmp_path / "made", 2), 2)
+    (tmp_path / "mine" / ".lock").write_text("process 2 on here\nanother\n")
+    for folder in (tmp_path / "made", None):
+        with pytest.raises(TakenOver):
+            session.save(folder, 4)
+    run.unlock()
+    assert reported == [{"step": 2}]
 
 
 @pytest.mark.parametrize(("call", "kept"), [("atomic_directory", 2), ("write_json", 2), ("discard", 4)])

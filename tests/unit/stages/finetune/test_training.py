@@ -319,7 +319,7 @@ def test_a_group_that_ran_out_of_memory_is_not_begun_again(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(training, "train", run_out)
-    monkeypatch.setattr(training, "GroupSession", lambda: None)
+    monkeypatch.setattr(training, "GroupSession", lambda directory: None)
     settings: dict[str, Any] = {
         "job": replace(job, storage_dir=tmp_path),
         "threads": torch.get_num_threads(),

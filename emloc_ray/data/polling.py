@@ -1,0 +1,55 @@
+"""Items that may be long in coming, such as what Ray Data gives: who waits for them can be told to stop."""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+LOOK_S = 1.0  # between two looks while nothing comes
+_END_S = 5.0  # for tasks to be ended; what hangs is not waited for
+
+
+@contextlib.contextmanager
+def polled(
+    items: Iterable[Item], look: Callable[[], None], end: Callable[[], None] = lambda: None, look_s: float = LOOK_S
+) -> Iterator[Iterator[Item]]:
+    """The ``items``, which a thread takes. ``look`` is called every ``look_s`` seconds in which none comes, and may raise. Where
+    the block raises, ``end`` ends the work, in a thread too; the next item that comes all the same is the last."""
+    given: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    left = threading.Event()
+
+    def take() -> None:
+        try:
+            for item in items:
+                if left.is_set():
+                    return
+                given.put(("item", item))
+            given.put(("over", None))
+        except BaseException as error:  # noqa: BLE001  raised again below
+            given.put(("error", error))
+
+    def rows() -> Iterator[Item]:
+        while True:
+            try:
+                kind, value = given.get(timeout=look_s)
+            except queue.Empty:
+                look()
+                continue
+            if kind == "error":
+                raise value
+            if kind == "over":
+                return
+            yield value
+
+    threading.Thread(target=take, daemon=True).start()
+    try:
+        yield rows()
+    except BaseException:
+        left.set()
+        ending = threading.Thread(target=end, daemon=True)
+        ending.start()
+        ending.join(_END_S)
+        raise

@@ -1,0 +1,62 @@
+"""A process that loads from the hub, and does not come to its end."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from emloc_ray.data import hub
+from emloc_ray.errors import DataError
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A command in the place of Python's: it writes its number, and does what ``WORK`` says."""
+    command = tmp_path / "load"
+    command.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/number\n. {tmp_path}/work\n")
+    command.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(command))
+    monkeypatch.setattr(hub, "LOOK_S", 0.05)
+    return tmp_path
+
+
+def is_gone(folder: Path) -> bool:
+    return not Path("/proc", (folder / "number").read_text().strip()).exists()
+
+
+def test_silence_has_an_end_with_a_sentence(loader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (loader / "work").write_text("exec sleep 600\n")
+    monkeypatch.setattr(hub, "SILENT_S", 0.5)
+    with pytest.raises(
+        DataError, match=r"^data\.train\.path hf:some/rows has given nothing for 0\.5 s: check the netw"
+    ):
+        hub.download("hf:some/rows", "train", loader / "out" / "train.parquet")
+    assert is_gone(loader)
+    assert list((loader / "out").iterdir()) == []
+
+
+def test_what_goes_on_writing_may_take_longer(loader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (loader / "work").write_text(
+        "for i in 1 2 3 4 5 6 7 8; do echo some; sleep 0.25; done; echo 'all of it' ; exit 3\n"
+    )
+    monkeypatch.setattr(hub, "SILENT_S", 1.5)
+    with pytest.raises(DataError, match=r"^all of it$"):
+        hub.download("hf:some/rows", "train", loader / "out" / "train.parquet")
+
+
+def test_who_waits_can_stop(loader: Path) -> None:
+    (loader / "work").write_text("exec sleep 600\n")
+
+    def look() -> None:
+        if (loader / "number").exists():
+            raise Stop
+
+    with pytest.raises(Stop):
+        hub.download("hf:some/rows", "train", loader / "out" / "train.parquet", look=look)
+    assert is_gone(loader)
