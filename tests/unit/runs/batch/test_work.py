@@ -54,5 +54,5 @@ def test_an_attention_that_a_joined_ray_cannot_compute_is_told_once_its_gpus_are
 ) -> None:
     work = PipelineWork(None)
     work.prepare([task("kernel", ray={"address": "a-cluster:6379"}, model=FLASH)])
-    with pytest.raises(ConfigError, match="task kernel: .* computes on GPUs alone, and calibration has none"):
+    with pytest.raises(ConfigError, match=r"task kernel: .* computes on GPUs alone, and calibration has none"):
         work.with_gpus(0)
