@@ -77,7 +77,7 @@ def test_packed_rows_are_found_as_transformers_finds_them() -> None:
     for positions in (packs, packs[:1], alone):
         expected = masking_utils.find_packed_sequence_indices(positions)
         with packs_known({"position_ids": positions}):
-            found = masking_utils.find_packed_sequence_indices(positions)
+            found: Any = masking_utils.find_packed_sequence_indices(positions)
         assert torch.equal(found, torch.zeros_like(found) if expected is None else expected)
     with packs_known({"position_ids": None}):
         assert masking_utils.find_packed_sequence_indices(packs) is None
