@@ -83,11 +83,13 @@ def _left_in_groups(root: Path) -> Iterator[float]:
 
 @dataclass(frozen=True)
 class Speeds:
-    """What stages are timed by: operations a second of a core's and of a GPU's products, bytes a second from the host to a
-    GPU and from disk, and the host's memory, from which weights come that do not stay on a device."""
+    """What stages are timed by: operations a second of a core's and of a GPU's products, of those of float32 without TF32
+    apart, bytes a second from the host to a GPU and from disk, and the host's memory, from which weights come that do not
+    stay on a device."""
 
     cpu_flops: float
     gpu_flops: float = 2e13  # a guess, as the link's: planning needs no GPU
+    gpu_float32_flops: float = 5e12
     link: float = 25e9
     disk: float = 250e6
     host_bytes: float = float("inf")
@@ -104,7 +106,9 @@ class Speeds:
 def assumed_speeds() -> Speeds:
     """This machine's products, timed, and a GPU's by its data sheet; guesses of one that has none here."""
     speeds, sheet = Speeds(cpu_flops(), host_bytes=available_bytes()), slowest_gpu()
-    return speeds if sheet is None else replace(speeds, gpu_flops=sheet.flops, link=sheet.link)
+    if sheet is None:
+        return speeds
+    return replace(speeds, gpu_flops=sheet.flops, gpu_float32_flops=sheet.float32_flops, link=sheet.link)
 
 
 _TIMED_GPU = """
@@ -116,7 +120,9 @@ def rate(amount, work):
     return 5 * amount / (time.perf_counter() - begin)
 a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
 b, c = torch.empty(2**28, dtype=torch.uint8, pin_memory=True), torch.empty(2**28, dtype=torch.uint8, device="cuda")
-print(rate(2 * 4096**3, lambda: a @ a), rate(2**28, lambda: c.copy_(b, non_blocking=True)))
+wide = a.float()
+print(rate(2 * 4096**3, lambda: a @ a), rate(2 * 4096**3, lambda: wide @ wide))
+print(rate(2**28, lambda: c.copy_(b, non_blocking=True)))
 """
 
 
@@ -129,10 +135,10 @@ def measured_speeds() -> Speeds:
     command = (sys.executable, "-c", _TIMED_GPU)
     try:
         printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-        flops, link = map(float, printed.split())
+        flops, float32_flops, link = map(float, printed.split())
     except (OSError, subprocess.SubprocessError, ValueError):  # a GPU that torch cannot use, or that is full
         return speeds
-    return replace(speeds, gpu_flops=flops, link=link, measured=True)
+    return replace(speeds, gpu_flops=flops, gpu_float32_flops=float32_flops, link=link, measured=True)
 
 
 def with_disk_of(speeds: Speeds, files: Sequence[Path], weights: float) -> Speeds:
