@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 _UNIT = "floating-point operations a second and thread"
 _PROBED = 64 * 2**20  # bytes that a disk is timed by
 _FIRST_WITH_BFLOAT16 = 8.0  # compute capability: Ampere
-_WITH_MODELS = ("calibration", "finetune", "evaluation")  # sections whose workers run one
+WITH_MODELS = ("calibration", "finetune", "evaluation")
+"""The config's sections whose workers run a model."""
 # A control group's files of its limit and its usage, and the key of inactive files in its memory.stat.
 _FIRST_VERSION = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _SECOND_VERSION = ("memory.max", "memory.current", "inactive_file")
@@ -212,6 +213,14 @@ def has_bfloat16(capabilities: Mapping[str, Any]) -> bool:
     return native or capabilities.get("architecture") != "x86_64"
 
 
+def gpu_without_bfloat16() -> tuple[str, float] | None:
+    """The name and the compute capability of this machine's oldest GPU, where that has no instructions for bfloat16."""
+    capability, name = min(
+        zip(of_each_gpu("compute_cap"), ask_gpus("name"), strict=False), default=(_FIRST_WITH_BFLOAT16, "")
+    )
+    return (name, capability) if capability < _FIRST_WITH_BFLOAT16 else None
+
+
 def gpus_expected(config: RunConfig) -> float:
     """The GPUs of a Ray that is started here, as far as torch can use them; of one that is joined none is known yet."""
     if config.ray.joins:
@@ -301,7 +310,7 @@ def check_kernel(config: RunConfig) -> None:
     name = config.model.attn_implementation
     if name is None or not needs_kernel(name):
         return
-    without = next((section for section in _WITH_MODELS if not getattr(config, section).gpus), None)
+    without = next((section for section in WITH_MODELS if not getattr(config, section).gpus), None)
     if without is not None:
         raise ConfigError(
             f"model.attn_implementation: {name} computes on GPUs alone, and {without} has none: leave it out, or set"
