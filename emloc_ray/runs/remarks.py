@@ -110,16 +110,16 @@ def bfloat16_beyond_gpus(prepared: Prepared) -> str | None:
     ):
         return None
     name, capability = old
-    told = (
+    sentence = (
         f"The model's weights are bfloat16, which {name} (compute capability {capability:.1f}) has no instructions for: products"
         " are made in float32"
     )
     if capability < _FIRST_TENSOR_CORES:
-        return f"{told}; set model.dtype: float32, in which weights take twice the memory and nothing is converted."
+        return f"{sentence}; set model.dtype: float32, in which weights take twice the memory and nothing is converted."
     sheet = speed_of(name)
     times = "several" if sheet is None else f"{sheet.flops / sheet.float32_flops:.0f}"
     return (
-        f"{told}, at {times} times float16's time or more; set model.dtype: float16 with finetune.fp16: true, or model.dtype:"
+        f"{sentence}, at {times} times float16's time or more; set model.dtype: float16 with finetune.fp16: true, or model.dtype:"
         " float32, in which weights take twice the memory."
     )
 

@@ -136,8 +136,9 @@ def test_a_group_s_peaks_are_those_of_each_rank(tmp_path: Path, monkeypatch: pyt
     for process in ranks:
         process.join(60)
     assert first == second == [{"gpu_peak_bytes": 10}, {"gpu_peak_bytes": 11}]
-    monkeypatch.setattr("emloc_ray.stages.finetune.finetune._fit", lambda *_: {"peaks": first})
+    trained = SimpleNamespace(fit=lambda: SimpleNamespace(return_value={"peaks": first}))
+    monkeypatch.setattr("emloc_ray.stages.finetune.finetune.TorchTrainer", lambda *_, **__: trained)
     usage = Usage(JOB.stage)
     with listening(usage.hear):
-        run_group(JOB, Resources(2), print, lambda: None)
+        run_group(dataclasses.replace(JOB, storage_dir=tmp_path), Resources(2), print, lambda: None)
     assert usage.largest_gpu_bytes == 11
