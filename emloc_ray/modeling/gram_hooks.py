@@ -11,7 +11,7 @@ from emloc_ray.core.gram import Gram, GramColumns, TokenSum, not_finite
 from emloc_ray.errors import NumericsError, StageError
 from emloc_ray.modeling.experts import UnfusedExperts, owner_of
 from emloc_ray.modeling.inputs import Stream, model_call, on_device
-from emloc_ray.modeling.packing import unpacked
+from emloc_ray.modeling.packing import packs_known
 
 
 class TokenSums:
@@ -112,7 +112,7 @@ class ForwardSums(TokenSums):
     def forward(self, batch: dict[str, Tensor], tokens: str = "all") -> None:
         """Adds the tokens of a batch that count: ``all`` but padding, or those of the ``completion``."""
         call = model_call(self.model.config, batch, tokens=tokens)
-        with self.counting(call.counted), unpacked(call.inputs):
+        with self.counting(call.counted), packs_known(call.inputs):
             self.body(**call.to(self.device).inputs, use_cache=False)
 
     def remove(self) -> None:

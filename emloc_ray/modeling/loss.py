@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from emloc_ray.core.distillation import divergence, top_log_probs
 from emloc_ray.errors import ArtifactError
 from emloc_ray.modeling.inputs import ModelCall, model_call, on_device
-from emloc_ray.modeling.packing import unpacked
+from emloc_ray.modeling.packing import packs_known
 
 # A chunk is of hidden size over this tokens: its logits, held about three times in float32 while their gradient is made,
 # then stay below the head's own weights.
@@ -99,11 +99,11 @@ def _at_labels(
     parts, with its gradient, as the model's own output."""
     inputs = {**call.inputs, "use_cache": False}
     if not _in_chunks(owner, len(call.targets)):
-        with logits_at(owner, call.predicting), unpacked(inputs):
+        with logits_at(owner, call.predicting), packs_known(inputs):
             return [read(model(**inputs).logits[0], *targets)], None
     chunks: list[tuple[Tensor, ...]] = []
     forward = functools.partial(_read_in_chunks, read, targets, chunks)
-    with _in_place_of_the_head(owner, call.predicting, forward), unpacked(inputs):
+    with _in_place_of_the_head(owner, call.predicting, forward), packs_known(inputs):
         return chunks, model(**inputs).logits.sum()
 
 

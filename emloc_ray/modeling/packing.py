@@ -21,11 +21,11 @@ _STATELESS = {"full_attention", "sliding_attention"}
 
 
 @contextlib.contextmanager
-def unpacked(inputs: Mapping[str, Any]) -> Iterator[None]:
-    """While it lasts, a model called with ``inputs`` is not asked whether positions begin again in a row, if none are given:
-    transformers' question makes the host wait for a GPU in every pass."""
-    if inputs.get("position_ids") is None:
-        masking_utils.find_packed_sequence_indices = _no_packs
+def packs_known(inputs: Mapping[str, Any]) -> Iterator[None]:
+    """While it lasts, a model called with ``inputs`` is not asked whether positions begin again in a row, for which
+    transformers makes the host wait for a GPU in every pass: they may where they are given, else they do not."""
+    given = inputs.get("position_ids") is not None
+    masking_utils.find_packed_sequence_indices = _number_rows if given else _no_packs
     try:
         yield
     finally:
@@ -36,9 +36,23 @@ def _no_packs(position_ids: Tensor) -> None:
     """Every row is one sequence."""
 
 
-def as_one_row(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The rows of a batch one after another, ``(1, rows · length)``: their padding is rows of its own."""
-    return {key: value.reshape(1, -1) for key, value in batch.items()}
+def _number_rows(position_ids: Tensor) -> Tensor:
+    """Which row of its pack each token is of ``(packs, length)``, counted from 0. transformers' own answer but where no pack
+    has a second row: then that is None, which the mask made of zeros equals."""
+    begins = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
+    return begins.cumsum(-1)
+
+
+def as_one_row(batch: dict[str, Tensor]) -> dict[str, Any]:
+    """The packs of a batch one after another, ``(1, packs · length)``: their padding is rows of its own. With transformers'
+    ``FlashAttentionKwargs``, the bounds of all rows ``(rows + 1,)`` and the longest one's length: a layer that is not given
+    them finds them in the positions, for which the host waits. Made on the CPU, before the batch is on a GPU."""
+    row: dict[str, Any] = {key: value.reshape(1, -1) for key, value in batch.items()}
+    positions = row["position_ids"].flatten()
+    begins = (positions == 0).nonzero().flatten()
+    bounds = torch.cat([begins, begins.new_tensor([len(positions)])]).to(torch.int32)
+    longest = int(bounds.diff().max())
+    return {**row, **{f"cu_seq_lens_{of}": bounds for of in "qk"}, **{f"max_length_{of}": longest for of in "qk"}}
 
 
 def why_rows_mix(model: Any) -> str | None:

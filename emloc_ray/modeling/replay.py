@@ -16,7 +16,7 @@ from emloc_ray.errors import StageError
 from emloc_ray.modeling.block_flow import block_flow
 from emloc_ray.modeling.block_outputs import BlockOutput
 from emloc_ray.modeling.block_weights import BlockWeights
-from emloc_ray.modeling.packing import unpacked
+from emloc_ray.modeling.packing import packs_known
 
 
 class _BlockSkipped(Exception):
@@ -84,7 +84,7 @@ class BlockReplay:
         """
         self._current, self._outputs = position, outputs
         try:
-            with unpacked(inputs):
+            with packs_known(inputs):
                 self.body(**inputs, use_cache=False)
         except _BlockDone as done:
             return BlockOutput.of(done.output, self.flow.order[position])

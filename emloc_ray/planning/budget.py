@@ -66,18 +66,11 @@ def training_bytes(memory: MemoryModel) -> int:
     return max(total(with_base(parts)) for parts in (memory.healing(), memory.finetune()))
 
 
-def check_holding(prepared: Prepared) -> None:
-    """Raises ConfigError where the budget, or a worker's share of a GPU that is here, is below what any pass of the original
-    takes, where the config needs gradients and a calibration worker cannot hold what they take, or where a training is to
-    compile blocks that it cannot; a budget that was left out refuses nothing else."""
-    asks, memory = prepared.config.emulator.asks_for_gradients, MemoryModel(prepared)
-    if is_compiled((training := prepared.config.finetune).model_extra or {}):
-        experts = any(spec.routed_share is not None for spec in prepared.layout.specs)
-        check_compiling(experts, training.deepspeed is not None, memory.finetune_hold() != "resident")
-    is_written, hold = not prepared.config.budget_is_default, prepared.config.model.hold
-    budget = memory.budget if is_written else None
-    least = BASE_BYTES + min(memory.held[held_as] for held_as in allowed(hold))
-    parts = "all weights, as model.hold: resident says" if hold == "resident" else "its largest blocks"
+def check_gpus(prepared: Prepared) -> None:
+    """Raises ConfigError where a worker's share of a GPU that is here is below what any pass of the original takes, whatever
+    else runs here."""
+    memory = MemoryModel(prepared)
+    least, parts = _least_held(memory)
     for section in ("calibration", "evaluation"):
         share, gpus = memory.there(section), getattr(prepared.config, section).gpus
         if gpus and not prepared.config.ray.joins and least > share:
@@ -85,6 +78,27 @@ def check_holding(prepared: Prepared) -> None:
                 f"{section}.gpus_per_worker is {gpus:g}, of which {size_up(int(share))} of memory can be filled, and a worker"
                 f" that holds {parts} takes {size_up(least)} before it reads a row: {'give more' if gpus < 1 else 'set it to 0'}."
             )
+
+
+def _least_held(memory: MemoryModel) -> tuple[int, str]:
+    """The fewest bytes that a pass of the original takes, and of what."""
+    hold = memory.config.model.hold
+    least = BASE_BYTES + min(memory.held[held_as] for held_as in allowed(hold))
+    return least, "all weights, as model.hold: resident says" if hold == "resident" else "its largest blocks"
+
+
+def check_holding(prepared: Prepared) -> None:
+    """Raises ConfigError where the budget, or a worker's share of a GPU that is here (:func:`check_gpus`), is below what any
+    pass of the original takes, where the config needs gradients and a calibration worker cannot hold what they take, or where
+    a training is to compile blocks that it cannot; a budget that was left out refuses nothing else."""
+    asks, memory = prepared.config.emulator.asks_for_gradients, MemoryModel(prepared)
+    if is_compiled((training := prepared.config.finetune).model_extra or {}):
+        experts = any(spec.routed_share is not None for spec in prepared.layout.specs)
+        check_compiling(experts, training.deepspeed is not None, memory.finetune_hold() != "resident")
+    check_gpus(prepared)
+    is_written = not prepared.config.budget_is_default
+    budget = memory.budget if is_written else None
+    least, parts = _least_held(memory)
     if budget is not None and least > budget:
         raise ConfigError(
             f"memory_budget is {size_up(budget)}, and a worker that holds {parts} takes {size_up(least)} before it reads a row:"

@@ -17,7 +17,8 @@ from emloc_ray.planning.prepared import Prepared
 class StageCost:
     """``memory``: bytes of one worker at its peak by part, without what every process holds.
 
-    ``flops``: floating-point operations of all workers. ``disk_bytes``: what the stage leaves, or needs while it runs.
+    ``flops``: floating-point operations of all workers in the model's dtype, ``float32_flops`` those of float32 without TF32.
+    ``disk_bytes``: what the stage leaves, or needs while it runs.
     ``moved_bytes``: what comes to the devices of all workers of weights that do not stay there. ``efficiency``: the share of a
     matrix product's speed that it reaches. ``start_seconds``: starting workers and loading. ``steps``: its optimizer steps.
     ``scores``: what is computed and moved between these, not counted in the others.
@@ -25,6 +26,7 @@ class StageCost:
 
     memory: Parts
     flops: float = 0.0
+    float32_flops: float = 0.0
     disk_bytes: int = 0
     moved_bytes: float = 0.0
     efficiency: float = 0.5
@@ -64,8 +66,10 @@ class Costed(Protocol):
 def busy_seconds(cost: StageCost, asked: StageConfig, speeds: Speeds, weights: float) -> float:
     """Seconds that its workers compute, or move weights if that takes longer, as the two overlap; ``weights``: bytes of the
     original."""
-    flops = asked.gpus * speeds.gpu_flops or max(1.0, asked.cpus_per_worker) * speeds.cpu_flops
-    computing = cost.flops / (flops * asked.num_workers * cost.efficiency)
+    on_cpus = max(1.0, asked.cpus_per_worker) * speeds.cpu_flops
+    computing = cost.flops / (asked.gpus * speeds.gpu_flops or on_cpus)
+    computing += cost.float32_flops / (asked.gpus * speeds.gpu_float32_flops or on_cpus)
+    computing /= asked.num_workers * cost.efficiency
     return max(computing, cost.moved_bytes / (speeds.moving(asked.gpus > 0, weights) * asked.num_workers))
 
 

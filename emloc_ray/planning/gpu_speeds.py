@@ -11,39 +11,44 @@ _REACHED = 0.7  # of a data sheet's figure, as assumed of large matrix products:
 @dataclass(frozen=True)
 class GpuSpeed:
     """The speed of one GPU, as a large piece of work reaches it: operations a second of dense products in bfloat16 (float16 where
-    it has no bfloat16), accumulated in float32, and bytes a second from the host over PCI Express."""
+    it has no bfloat16), accumulated in float32, and of products of float32 without TF32, which take no tensor core; bytes a
+    second from the host over PCI Express."""
 
     flops: float
+    float32_flops: float
     link: float
 
 
-def _sheet(tera: float, generation: int) -> GpuSpeed:
-    """A data sheet's dense TFLOPS, and its generation of PCI Express with 16 lanes: 12.5 GB/s are reached of the third."""
-    return GpuSpeed(_REACHED * tera * 1e12, 12.5e9 * 2.0 ** (generation - 3))
+def _sheet(tera: float, float32: float, generation: int) -> GpuSpeed:
+    """A data sheet's dense TFLOPS, its ``FP32`` ones, and its generation of PCI Express with 16 lanes: 12.5 GB/s are reached of
+    the third."""
+    return GpuSpeed(_REACHED * tera * 1e12, _REACHED * float32 * 1e12, 12.5e9 * 2.0 ** (generation - 3))
 
 
-# By what a name holds, all of it; the first that fits. Data sheets that give figures with sparsity alone are halved.
+# By what a name holds, all of it; the first that fits. Figures are of NVIDIA's data sheets (https://resources.nvidia.com,
+# "... Tensor Core GPU Datasheet", and of GeForce the architectures' whitepapers): rows BFLOAT16 or FP16 Tensor Core, halved
+# where they are given with sparsity alone, and FP32. Of cards in several forms the fastest is meant.
 _SHEETS: tuple[tuple[tuple[str, ...], GpuSpeed], ...] = (
-    (("B200",), _sheet(2250, 5)),
-    (("H200", "NVL"), _sheet(835.5, 5)),
-    (("H200",), _sheet(989, 5)),
-    (("H100", "PCIe"), _sheet(756, 5)),
-    (("H100", "NVL"), _sheet(835.5, 5)),
-    (("H100",), _sheet(989, 5)),
-    (("A100",), _sheet(312, 4)),
-    (("A30",), _sheet(165, 4)),
-    (("A40",), _sheet(149.7, 4)),
-    (("A10G",), _sheet(70, 4)),
-    (("A10",), _sheet(125, 4)),
-    (("L40S",), _sheet(362, 4)),
-    (("L40",), _sheet(181, 4)),
-    (("L4",), _sheet(121, 4)),
-    (("RTX A6000",), _sheet(154.8, 4)),
-    (("RTX 5090",), _sheet(209.5, 5)),
-    (("RTX 4090",), _sheet(165.2, 4)),
-    (("RTX 3090",), _sheet(71, 4)),
-    (("V100",), _sheet(125, 3)),
-    (("T4",), _sheet(65, 3)),
+    (("B200",), _sheet(2250, 75, 5)),
+    (("H200", "NVL"), _sheet(835.5, 60, 5)),
+    (("H200",), _sheet(989, 67, 5)),
+    (("H100", "PCIe"), _sheet(756, 51, 5)),
+    (("H100", "NVL"), _sheet(835.5, 60, 5)),
+    (("H100",), _sheet(989, 67, 5)),
+    (("A100",), _sheet(312, 19.5, 4)),
+    (("A30",), _sheet(165, 10.3, 4)),
+    (("A40",), _sheet(149.7, 37.4, 4)),
+    (("A10G",), _sheet(70, 35, 4)),
+    (("A10",), _sheet(125, 31.2, 4)),
+    (("L40S",), _sheet(362, 91.6, 4)),
+    (("L40",), _sheet(181, 90.5, 4)),
+    (("L4",), _sheet(121, 30.3, 4)),
+    (("RTX A6000",), _sheet(154.8, 38.7, 4)),
+    (("RTX 5090",), _sheet(209.5, 104.8, 5)),
+    (("RTX 4090",), _sheet(165.2, 82.6, 4)),
+    (("RTX 3090",), _sheet(71, 35.6, 4)),
+    (("V100",), _sheet(125, 15.7, 3)),
+    (("T4",), _sheet(65, 8.1, 3)),
 )
 
 

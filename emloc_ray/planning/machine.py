@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 _UNIT = "floating-point operations a second and thread"
 _PROBED = 64 * 2**20  # bytes that a disk is timed by
 _FIRST_WITH_BFLOAT16 = 8.0  # compute capability: Ampere
-_WITH_MODELS = ("calibration", "finetune", "evaluation")  # sections whose workers run one
+WITH_MODELS = ("calibration", "finetune", "evaluation")
+"""The config's sections whose workers run a model."""
 # A control group's files of its limit and its usage, and the key of inactive files in its memory.stat.
 _FIRST_VERSION = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _SECOND_VERSION = ("memory.max", "memory.current", "inactive_file")
@@ -83,11 +84,13 @@ def _left_in_groups(root: Path) -> Iterator[float]:
 
 @dataclass(frozen=True)
 class Speeds:
-    """What stages are timed by: operations a second of a core's and of a GPU's products, bytes a second from the host to a
-    GPU and from disk, and the host's memory, from which weights come that do not stay on a device."""
+    """What stages are timed by: operations a second of a core's and of a GPU's products, of those of float32 without TF32
+    apart, bytes a second from the host to a GPU and from disk, and the host's memory, from which weights come that do not
+    stay on a device."""
 
     cpu_flops: float
     gpu_flops: float = 2e13  # a guess, as the link's: planning needs no GPU
+    gpu_float32_flops: float = 5e12
     link: float = 25e9
     disk: float = 250e6
     host_bytes: float = float("inf")
@@ -104,7 +107,9 @@ class Speeds:
 def assumed_speeds() -> Speeds:
     """This machine's products, timed, and a GPU's by its data sheet; guesses of one that has none here."""
     speeds, sheet = Speeds(cpu_flops(), host_bytes=available_bytes()), slowest_gpu()
-    return speeds if sheet is None else replace(speeds, gpu_flops=sheet.flops, link=sheet.link)
+    if sheet is None:
+        return speeds
+    return replace(speeds, gpu_flops=sheet.flops, gpu_float32_flops=sheet.float32_flops, link=sheet.link)
 
 
 _TIMED_GPU = """
@@ -116,7 +121,9 @@ def rate(amount, work):
     return 5 * amount / (time.perf_counter() - begin)
 a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
 b, c = torch.empty(2**28, dtype=torch.uint8, pin_memory=True), torch.empty(2**28, dtype=torch.uint8, device="cuda")
-print(rate(2 * 4096**3, lambda: a @ a), rate(2**28, lambda: c.copy_(b, non_blocking=True)))
+wide = a.float()
+print(rate(2 * 4096**3, lambda: a @ a), rate(2 * 4096**3, lambda: wide @ wide))
+print(rate(2**28, lambda: c.copy_(b, non_blocking=True)))
 """
 
 
@@ -129,10 +136,10 @@ def measured_speeds() -> Speeds:
     command = (sys.executable, "-c", _TIMED_GPU)
     try:
         printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-        flops, link = map(float, printed.split())
+        flops, float32_flops, link = map(float, printed.split())
     except (OSError, subprocess.SubprocessError, ValueError):  # a GPU that torch cannot use, or that is full
         return speeds
-    return replace(speeds, gpu_flops=flops, link=link, measured=True)
+    return replace(speeds, gpu_flops=flops, gpu_float32_flops=float32_flops, link=link, measured=True)
 
 
 def with_disk_of(speeds: Speeds, files: Sequence[Path], weights: float) -> Speeds:
@@ -204,6 +211,14 @@ def has_bfloat16(capabilities: Mapping[str, Any]) -> bool:
     """Whether a CPU of these ``capabilities`` computes in bfloat16; True for CPUs other than x86_64."""
     native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "avx10_2"))
     return native or capabilities.get("architecture") != "x86_64"
+
+
+def gpu_without_bfloat16() -> tuple[str, float] | None:
+    """The name and the compute capability of this machine's oldest GPU, where that has no instructions for bfloat16."""
+    capability, name = min(
+        zip(of_each_gpu("compute_cap"), ask_gpus("name"), strict=False), default=(_FIRST_WITH_BFLOAT16, "")
+    )
+    return (name, capability) if capability < _FIRST_WITH_BFLOAT16 else None
 
 
 def gpus_expected(config: RunConfig) -> float:
@@ -295,7 +310,7 @@ def check_kernel(config: RunConfig) -> None:
     name = config.model.attn_implementation
     if name is None or not needs_kernel(name):
         return
-    without = next((section for section in _WITH_MODELS if not getattr(config, section).gpus), None)
+    without = next((section for section in WITH_MODELS if not getattr(config, section).gpus), None)
     if without is not None:
         raise ConfigError(
             f"model.attn_implementation: {name} computes on GPUs alone, and {without} has none: leave it out, or set"

@@ -116,7 +116,7 @@ def _planned(stage: Costed, memory: MemoryModel, speeds: Speeds) -> StagePlan:
         stage.name,
         with_base(cost.memory),
         cost.disk_bytes,
-        seconds if cost.flops or cost.disk_bytes else 0.0,
+        seconds if cost.flops or cost.float32_flops or cost.disk_bytes else 0.0,
         asked.num_workers,
         asked.cpus_per_worker,
         asked.gpus,

@@ -4,16 +4,27 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from emloc_ray.config.schema import WORKER_SECTIONS, CorrectionConfig, RunConfig
 from emloc_ray.data.processors import IMAGE_SIDE
 from emloc_ray.io.store.digests import digest
+from emloc_ray.planning.gpu_speeds import speed_of
 from emloc_ray.planning.layout import Layout
-from emloc_ray.planning.machine import available_bytes, cpu_capabilities, has_bfloat16
+from emloc_ray.planning.machine import (
+    WITH_MODELS,
+    available_bytes,
+    cpu_capabilities,
+    gpu_without_bfloat16,
+    has_bfloat16,
+)
 from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.model_bytes import model_dtype
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import num_train_rows, num_train_sequences, rows_trained, steps_trained
 from emloc_ray.text import counted, listed, size, size_up
 
+_FIRST_TENSOR_CORES = 7.0  # compute capability: Volta
 MANY_EPOCHS = 20
 """As often as a row may be read without a remark."""
 
@@ -83,6 +94,33 @@ def emulated_bfloat16(configs: Iterable[RunConfig], capabilities: Mapping[str, A
     return (
         "finetune.bf16 is set, and this machine's CPU has no bfloat16 instructions: on such workers training takes many times"
         " as long as in float32; leave it out."
+    )
+
+
+def bfloat16_beyond_gpus(prepared: Prepared) -> str | None:
+    """Says so where weights are bfloat16 and a GPU of this machine computes that in float32, without its tensor cores; products
+    in it then took twice as long as in float32 on a T4 (https://github.com/openxla/xla/issues/12429)."""
+    config = prepared.config
+    on_gpus = any(getattr(config, section).gpus for section in WITH_MODELS)
+    if (
+        config.ray.joins
+        or not on_gpus
+        or model_dtype(prepared) != torch.bfloat16
+        or (old := gpu_without_bfloat16()) is None
+    ):
+        return None
+    name, capability = old
+    sentence = (
+        f"The model's weights are bfloat16, which {name} (compute capability {capability:.1f}) has no instructions for: products"
+        " are made in float32"
+    )
+    if capability < _FIRST_TENSOR_CORES:
+        return f"{sentence}; set model.dtype: float32, in which weights take twice the memory and nothing is converted."
+    sheet = speed_of(name)
+    times = "several" if sheet is None else f"{sheet.flops / sheet.float32_flops:.0f}"
+    return (
+        f"{sentence}, at {times} times float16's time or more; set model.dtype: float16 with finetune.fp16: true, or model.dtype:"
+        " float32, in which weights take twice the memory."
     )
 
 
@@ -179,6 +217,7 @@ def of_settings(prepared: Prepared, planned: Mapping[str, int]) -> list[str]:
     """The remarks on the config, its model and its rows; ``planned``: bytes of a worker in each stage."""
     config = prepared.config
     remarks = (
+        bfloat16_beyond_gpus(prepared),
         smaller_batches(prepared),
         over_budget(config, planned),
         unread_correction(config.correction),

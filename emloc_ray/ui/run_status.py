@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,12 +23,16 @@ def show_status(console: Console, run: RunDirectory) -> None:
     from emloc_ray.ui.terminal import evaluation_table, result_lines
 
     manifest = run.manifest()
-    stages, asked = manifest["stages"], asked_steps(manifest)
+    stages, asked, metrics = manifest["stages"], asked_steps(manifest), run.metrics()
     for stage in STEP_NAMES:
         if stage in stages:
             usage = stages[stage]["result"]["usage"]
             took, peak = duration(usage["wall_s"]), size(usage["peak_pss_bytes"])
-            gpu = f", {size(usage['peak_gpu_bytes'])} of a GPU" if "peak_gpu_bytes" in usage else ""
+            gpu = (
+                f", {size(usage['peak_gpu_bytes'])} of a GPU{_planned(metrics, stage)}"
+                if "peak_gpu_bytes" in usage
+                else ""
+            )
             console.print(f"[green]✓[/] {stage:<10} {took:>9}  peak {peak}{gpu}")
         elif stage in asked:
             console.print(f"[dim]· {stage:<10} not done[/]")
@@ -35,8 +40,15 @@ def show_status(console: Console, run: RunDirectory) -> None:
         console.print(escape(line), soft_wrap=True)
     if exists(run.path(TRACE)):
         console.print(escape(f"Trace of its workers: {below(run.place, TRACE)}, for ui.perfetto.dev"), soft_wrap=True)
-    metrics = run.metrics()
     if "evaluation" in metrics:
         console.print(evaluation_table(metrics))
         for line in result_lines(metrics, run.place):
             console.print(escape(line), soft_wrap=True)
+
+
+def _planned(metrics: Mapping[str, Any], stage: str) -> str:
+    """What a worker of the stage was planned to take beside its imports, none of which is a GPU's."""
+    from emloc_ray.text import size
+
+    planned = (metrics.get("planned_memory") or {}).get(stage)
+    return "" if planned is None else f" (planned {size(planned - metrics.get('planned_imports_bytes', 0))})"

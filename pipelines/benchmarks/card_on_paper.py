@@ -31,7 +31,7 @@ from emloc_ray.stages.order import STEPS
 from emloc_ray.text import counted, duration
 
 # A card of 165 TFLOPS in bfloat16, of which training is planned to reach a fifth, behind PCIe 4; a host that holds the weights.
-CARD = Speeds(cpu_flops=1e11, gpu_flops=165e12, link=25e9)
+CARD = Speeds(cpu_flops=1e11, gpu_flops=165e12, gpu_float32_flops=82e12, link=25e9)
 BUDGET = "24GiB"
 _OF_32_B = {**SHAPES["full"].model, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
 SIZES = {
@@ -154,7 +154,8 @@ def inference_sentence() -> str:
     costs = []
     for prepared in (bounded, free):
         vars(prepared)["lengths"] = whole.lengths
-        plan = make_plan(STEPS, prepared, Speeds(cpu_flops=1e11, gpu_flops=400e12, link=50e9))
+        speeds = Speeds(cpu_flops=1e11, gpu_flops=400e12, gpu_float32_flops=40e12, link=50e9)
+        plan = make_plan(STEPS, prepared, speeds)
         seconds = {f"{stage.name}_s": f"{stage.seconds:.0f}" for stage in plan.stages}
         costs.append({**seconds, **{name: f"{size / 2**30:.1f}" for name, size in plan.worker_bytes.items()}})
     (ours, none), passes = costs, len(MemoryModel(bounded).gradient_plan().waves)

@@ -12,7 +12,8 @@ from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.batches import shrink_batches
-from emloc_ray.planning.budget import check_holding
+from emloc_ray.planning.budget import check_gpus, check_holding
+from emloc_ray.planning.machine import check_kernel
 from emloc_ray.planning.plan import Plan, StagePlan, make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs.batch.admission import Admission, Amount, Need, Ticket
@@ -85,13 +86,19 @@ class PipelineWork:
         self.actors = FinalActors("a batch" if batch is None else batch.place)
 
     def with_gpus(self, available: float) -> None:
-        """Plans with the GPUs that Ray has or can add: anew where a task's workers use another number, and later tasks."""
+        """Plans with the GPUs that Ray has or can add: anew where a task's workers use another number, and later tasks. Raises
+        ConfigError where tasks name an attention that these GPUs do not compute."""
         self._gpus = available
         for name, (prepared, _) in [*self._ready.items()]:
             changed = prepared.with_gpus(available)
             if changed is not prepared:
                 changed = shrink_batches(changed)
                 self._ready[name] = changed, make_plan(STEPS, changed)
+        problems: dict[str, list[str]] = {}
+        for name, (prepared, _) in self._ready.items():
+            with _collected(problems, name):
+                check_kernel(prepared.config)
+        raise_problems(problems)
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Checks every task against its model and data, and plans it.
@@ -101,11 +108,8 @@ class PipelineWork:
         """
         problems: dict[str, list[str]] = {}
         for number, task in enumerate(tasks):
-            try:
+            with _collected(problems, task.name):
                 self._prepare(task)
-            except EmlocError as error:
-                for line in str(error).split("\n"):
-                    problems.setdefault(line, []).append(task.name)
             progress(number + 1, len(tasks))
         raise_problems(problems)
 
@@ -116,6 +120,10 @@ class PipelineWork:
             check_versions(prepared, accept=self.accept_versions, in_batch=True)
             prepared = prepared if self._gpus is None else shrink_batches(prepared.with_gpus(self._gpus))
             is_written = not task.config.budget_is_default and task.config.memory_budget is not None
+            if self._gpus is not None or not task.config.ray.joins:  # else its GPUs are not known yet
+                check_kernel(prepared.config)
+            if "gradients" not in prepared.run.stages():  # as a run does: what is finished may have run elsewhere
+                check_gpus(prepared)
             if is_written:  # else it depends on free memory, and running tasks hold some
                 check_holding(prepared)
             ready = self._ready[task.name] = prepared, make_plan(STEPS, prepared)
@@ -164,6 +172,16 @@ class PipelineWork:
     def forget(self, task: Task) -> None:
         """Forgets a task that is over: a later try prepares it again."""
         self._ready.pop(task.name, None)
+
+
+@contextlib.contextmanager
+def _collected(problems: dict[str, list[str]], task: str) -> Iterator[None]:
+    """Keeps each sentence of an error with the task."""
+    try:
+        yield
+    except EmlocError as error:
+        for line in str(error).split("\n"):
+            problems.setdefault(line, []).append(task)
 
 
 def raise_problems(problems: Mapping[str, Sequence[str]]) -> None:

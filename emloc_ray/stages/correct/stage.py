@@ -111,7 +111,8 @@ def _cost(memory: MemoryModel) -> StageCost:
     seeing = 2 * tokens_adapted(memory.prepared, memory.lengths) * emulator_work(memory.layout)
     return StageCost(
         memory.correct(),
-        flops=(scoring + seeing) * workers + memory.correction_work(),  # one worker does both
+        flops=(scoring + seeing) * workers,  # one worker does both
+        float32_flops=memory.correction_work(),
         moved_bytes=memory.moved(memory.searching().hold, rows / CANDIDATES, batch_size) * workers,
         disk_bytes=int(4 * memory.corrected_parameters + memory.thin_matrices()),
         start_seconds=15,

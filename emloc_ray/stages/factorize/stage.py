@@ -200,7 +200,7 @@ def _allocate_cost(memory: MemoryModel) -> StageCost:
     values = sum(2 * s.num_parameters * s.in_features for s in layout.specs if s.name in spread)
     spectra = 8 * sum(min(s.out_features, s.in_features) for s in layout.specs)
     # At most what the group that needs most takes to be factorized.
-    return StageCost(memory.factorize(), flops=2.5 * values, disk_bytes=spectra, start_seconds=6)
+    return StageCost(memory.factorize(), float32_flops=2.5 * values, disk_bytes=spectra, start_seconds=6)
 
 
 def _factorize_cost(memory: MemoryModel) -> StageCost:
@@ -208,7 +208,8 @@ def _factorize_cost(memory: MemoryModel) -> StageCost:
     if healing is not None:  # at the lower ranks that healing begins with
         training = healing_training(memory.config, healing, memory.layout)
         files = MemoryModel(memory.prepared, memory.lengths, training).emulator_files
-    return StageCost(memory.factorize(), flops=2.5 * factorize_work(memory.prepared), disk_bytes=files, start_seconds=6)
+    work = 2.5 * factorize_work(memory.prepared)
+    return StageCost(memory.factorize(), float32_flops=work, disk_bytes=files, start_seconds=6)
 
 
 def thin_calibration(config: RunConfig, fewest_tokens: int | None, layout: Layout) -> str | None:

@@ -124,8 +124,9 @@ def run_group(job: FinetuneJob, resources: Resources, tell: Tell, check: Callabl
     with _interruptible():
         while (outcome := _fit(job, resources, losses)) is None:
             check()
+    peaks_of = dict(enumerate(outcome["peaks"]))
     for rank in range(resources.num_workers):
-        peaks = outcome["peaks"] if rank == 0 else {}  # whose outcome it is
+        peaks = peaks_of.get(rank, {})
         tell_span(Span(job.stage, f"rank {rank}", "the training", begun_at, time.time(), **peaks))
     return outcome
 

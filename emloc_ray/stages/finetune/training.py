@@ -43,20 +43,28 @@ from emloc_ray.stages.ray.tasks import set_threads
 
 
 def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each worker of a Ray Train group runs; returns what the driver wants to know, ``peaks`` of its memory too."""
+    """What each worker of a Ray Train group runs; returns what the driver wants to know, and the ``peaks`` of each rank's
+    memory: Ray Train hands on what the first one returns."""
     if settings["device"] == "cpu":  # a Ray that our caller started lets every worker see its node's GPUs
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     set_threads(settings["threads"])
     job: FinetuneJob = settings["job"]
     if exists(job.out_of_memory_path):  # the group was restarted, and would run out once more
-        return {"out_of_memory": True, "peaks": {}}
+        return {"out_of_memory": True, "peaks": []}
     try:
         outcome = timed(train)(job, GroupSession(job.storage_dir / job.name))
     except Exception as error:
         if is_out_of_memory(error):
             write_text(job.out_of_memory_path, "")
         raise
-    return {**outcome.result, "peaks": outcome.peaks}
+    return {**outcome.result, "peaks": of_ranks(outcome.peaks)}
+
+
+def of_ranks(own: dict[str, int]) -> list[dict[str, int]]:
+    """What each rank of this process's group says, by rank. All ranks call it."""
+    said: list[dict[str, int]] = [own] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(said, own)
+    return said
 
 
 def train_alone(job: FinetuneJob) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from tiny import PAD, VOCABULARY, make_model, save_emulator
 from torch import Tensor
 
 from emloc_ray.data.formats import Tokens
+from emloc_ray.data.packing import join
 from emloc_ray.data.token_shards import collate
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.block_outputs import BlockOutput
@@ -31,6 +32,7 @@ from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import teacher_logits, token_loss
+from emloc_ray.modeling.packing import as_one_row
 from emloc_ray.modeling.replay import BlockReplay
 from emloc_ray.modeling.scoring import complete, losses_by_row, score_rows
 from emloc_ray.stages.finetune.batches import RankBatches
@@ -47,6 +49,8 @@ def rows(*lengths: int) -> list[Tokens]:
 
 PADDED, EVEN = collate(rows(13, 5, 16), PAD), collate(rows(16, 16, 16), PAD)
 BATCHES = {"padded": PADDED, "even": EVEN}
+PACKED = collate([join(rows(13, 5)), join(rows(16))], PAD)
+STEPS = {**BATCHES, "packed": PACKED, "in one row": as_one_row(PACKED)}
 
 
 def groups_of(model: Any) -> list[list[str]]:
@@ -119,13 +123,13 @@ def test_an_adapter_s_forward_and_backward_pass(case: str, emulator_dir: Path, d
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("taught", [False, True])
 def test_a_step(
     taught: bool, name: str, checkpointing: bool, emulator_dir: Path, device: torch.device, meter: Meter
 ) -> None:
     """As the Trainer takes it: batches are made on the CPU, tensors are moved, what else is in them is ours to move."""
-    batch = BATCHES[name]
+    batch = STEPS[name]
     job: Any = SimpleNamespace(loss_on="completion")
     losses, found = [], []
     for model in (attached(emulator_dir, "lora", "llama"), moved(attached(emulator_dir, "lora", "llama"))):

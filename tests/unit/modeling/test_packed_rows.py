@@ -8,7 +8,10 @@ import pytest
 import torch
 from tiny import PAD, VOCABULARY, make_config, make_model
 from torch import Tensor, nn
-from transformers import JambaConfig, JambaForCausalLM, LlamaForCausalLM
+from transformers import JambaConfig, JambaForCausalLM, LlamaForCausalLM, masking_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.packing import join, pack_rows
@@ -17,7 +20,7 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter import attach_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.loss import token_loss
-from emloc_ray.modeling.packing import as_one_row, check_rows_apart, why_rows_mix
+from emloc_ray.modeling.packing import as_one_row, check_rows_apart, packs_known, why_rows_mix
 
 LENGTHS = (13, 5, 8, 3, 11, 2)
 
@@ -65,6 +68,41 @@ def test_packed_rows_are_trained_on_as_alone(family: str, loss_on: str, attentio
         for ours, theirs in zip(gradients, alone[2], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
     check_rows_apart(model, torch.float32)
+
+
+def test_packed_rows_are_found_as_transformers_finds_them() -> None:
+    """But where no pack has a second row: that is a mask here, and there None."""
+    packs = collate([join(rows_of((5, 2))), join(rows_of((4, 1, 4)))], PAD, multiple=1)["position_ids"]
+    alone = torch.arange(9).expand(2, -1)
+    for positions in (packs, packs[:1], alone):
+        expected = masking_utils.find_packed_sequence_indices(positions)
+        with packs_known({"position_ids": positions}):
+            found: Any = masking_utils.find_packed_sequence_indices(positions)
+        assert torch.equal(found, torch.zeros_like(found) if expected is None else expected)
+    with packs_known({"position_ids": None}):
+        assert masking_utils.find_packed_sequence_indices(packs) is None
+    assert masking_utils.find_packed_sequence_indices(packs) is not None
+
+
+def test_flash_attention_is_given_the_bounds_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer, so that none looks for them in the positions; as transformers would find them there."""
+    seen: list[dict[str, Any]] = []
+
+    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs)
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attend)
+    batch = as_one_row(collate([join(rows_of((5, 2))), join(rows_of((4, 3)))], PAD, multiple=8))
+    model = make_model("llama", attn_implementation="sdpa")
+    token_loss(model, batch, "all")
+    (expected, _), (longest, _) = prepare_fa_kwargs_from_position_ids(batch["position_ids"])
+    for given in seen[-model.config.num_hidden_layers :]:  # without those of a pass that tries the head
+        for of in "qk":
+            assert given[f"cu_seq_lens_{of}"].dtype == torch.int32
+            assert given[f"cu_seq_lens_{of}"].tolist() == expected.tolist() == [0, 5, 7, 8, 12, 15, 16]
+            assert type(given[f"max_length_{of}"]) is int
+            assert given[f"max_length_{of}"] == int(longest) == 5
 
 
 class Forgetful(LlamaForCausalLM):

@@ -153,7 +153,10 @@ def test_the_slower_of_computing_and_moving_counts() -> None:
     cost = StageCost({}, flops=1e14, moved_bytes=25e9, efficiency=0.5)
     assert busy_seconds(cost, section, FAST, 1e9) == pytest.approx(2)
     assert busy_seconds(dataclasses.replace(cost, moved_bytes=100e9), section, FAST, 1e9) == pytest.approx(4)
+    exact = dataclasses.replace(cost, float32_flops=1e13)
+    assert busy_seconds(exact, section, dataclasses.replace(FAST, gpu_float32_flops=2e13), 1e9) == pytest.approx(3)
     slow = dataclasses.replace(FAST, host_bytes=1e8, disk=1e9)
     assert busy_seconds(cost, section, slow, 1e9) == pytest.approx(25)
     on_cpu = section.model_copy(update={"gpus_per_worker": 0.0})  # computes with what is in memory
     assert busy_seconds(cost, on_cpu, FAST, 1e9) == pytest.approx(2000)
+    assert busy_seconds(exact, on_cpu, FAST, 1e9) == pytest.approx(2200)

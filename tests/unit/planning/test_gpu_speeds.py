@@ -18,30 +18,31 @@ def asked_anew() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("name", "tera"),
+    ("name", "tera", "float32"),
     [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 NVL", 835.5),
-        ("NVIDIA H200", 989),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A100-PCIE-40GB", 312),
-        ("NVIDIA A10", 125),
-        ("NVIDIA A10G", 70),
-        ("NVIDIA L4", 121),
-        ("NVIDIA L40", 181),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA GeForce RTX 4090", 165.2),
-        ("NVIDIA GeForce RTX 3090", 71),
-        ("NVIDIA RTX A6000", 154.8),
-        ("Tesla T4", 65),
-        ("Tesla V100-SXM2-16GB", 125),
+        ("NVIDIA H100 80GB HBM3", 989, 67),
+        ("NVIDIA H100 PCIe", 756, 51),
+        ("NVIDIA H100 NVL", 835.5, 60),
+        ("NVIDIA H200", 989, 67),
+        ("NVIDIA A100-SXM4-80GB", 312, 19.5),
+        ("NVIDIA A100-PCIE-40GB", 312, 19.5),
+        ("NVIDIA A10", 125, 31.2),
+        ("NVIDIA A10G", 70, 35),
+        ("NVIDIA L4", 121, 30.3),
+        ("NVIDIA L40", 181, 90.5),
+        ("NVIDIA L40S", 362, 91.6),
+        ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
+        ("NVIDIA GeForce RTX 3090", 71, 35.6),
+        ("NVIDIA RTX A6000", 154.8, 38.7),
+        ("Tesla T4", 65, 8.1),
+        ("Tesla V100-SXM2-16GB", 125, 15.7),
     ],
 )
-def test_a_data_sheet_s_figure(name: str, tera: float) -> None:
+def test_a_data_sheet_s_figures(name: str, tera: float, float32: float) -> None:
     speed = speed_of(name)
     assert speed is not None
     assert speed.flops == pytest.approx(0.7 * tera * 1e12)
+    assert speed.float32_flops == pytest.approx(0.7 * float32 * 1e12)
     assert 12e9 < speed.link < 51e9
 
 

@@ -275,6 +275,16 @@ def test_a_gpu_s_time_is_not_a_processor_s(plan: Callable[..., Plan]) -> None:
     assert on_cpu / on_gpu == pytest.approx(2e13 / 1e10, rel=1e-2)
 
 
+def test_factors_are_timed_by_a_gpu_s_float32(plan: Callable[..., Plan]) -> None:
+    ready = plan(emulator={"gpus_per_worker": 1}, ray={"num_gpus": 1}).prepared
+    slow, fast, narrow = (
+        stage(make_plan(STEPS, ready, Speeds(1e10, gpu_flops=flops, gpu_float32_flops=wide)), "factorize").seconds
+        for flops, wide in ((1e12, 1e6), (1e12, 1e12), (1e6, 1e12))
+    )
+    assert slow > 10 + fast
+    assert narrow == fast
+
+
 def needed_steps(prepared: Prepared) -> list[str]:
     return [stage.name for stage in STEPS if stage.wanted(prepared) and stage.cost is not None]
 

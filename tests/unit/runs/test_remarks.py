@@ -14,7 +14,14 @@ from emloc_ray.config.schema import CorrectionConfig
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.runs.remarks import emulated_bfloat16, idle_cpus, moved_for_completions, over_budget, unread_correction
+from emloc_ray.runs.remarks import (
+    bfloat16_beyond_gpus,
+    emulated_bfloat16,
+    idle_cpus,
+    moved_for_completions,
+    over_budget,
+    unread_correction,
+)
 from emloc_ray.stages.factorize.stage import thin_calibration
 from emloc_ray.stages.heal.stage import no_healing
 from emloc_ray.stages.order import STEPS
@@ -106,6 +113,33 @@ def test_bfloat16_that_a_cpu_lacks_is_told(
 ) -> None:
     run = prepared(finetune={"gpus_per_worker": 0, **finetune}, ray={"num_gpus": 2})
     assert (emulated_bfloat16([run.config], capabilities) is not None) == is_told
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "words"),
+    [
+        (
+            "Tesla T4",
+            "7.5",
+            "are made in float32, at 8 times float16's time or more; set model.dtype: float16 with finetune.fp16",
+        ),
+        ("Quadro RTX 6000", "7.5", "at several times float16's time"),
+        ("Tesla P100", "6.0", "are made in float32; set model.dtype: float32, in which"),
+        ("NVIDIA L4", "8.9", None),
+    ],
+)
+def test_bfloat16_that_a_gpu_lacks_is_told(
+    prepared: Make, monkeypatch: pytest.MonkeyPatch, name: str, capability: str, words: str | None
+) -> None:
+    asked = {"name": ("NVIDIA L4", name), "compute_cap": ("8.9", capability), "memory.total": ("16384", "16384")}
+    monkeypatch.setattr("emloc_ray.planning.machine.ask_gpus", asked.__getitem__)
+    on_cpus = {section: {"gpus_per_worker": 0} for section in ("calibration", "finetune", "evaluation")}
+    on_gpu: dict[str, Any] = {**on_cpus, "finetune": {"gpus_per_worker": 1}, "ray": {"num_gpus": 1}}
+    said = bfloat16_beyond_gpus(prepared(model={"dtype": "bfloat16"}, **on_gpu))
+    assert (said is None) == (words is None)
+    assert words is None or (words in str(said) and f"which {name} (compute capability {capability}" in str(said))
+    for others in ({"model": {"dtype": "float16"}, **on_gpu}, {"model": {"dtype": "bfloat16"}, **on_cpus}):
+        assert bfloat16_beyond_gpus(prepared(**others)) is None
 
 
 @pytest.mark.parametrize(

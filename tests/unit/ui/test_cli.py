@@ -87,10 +87,12 @@ def test_status_of_no_run_and_of_one_that_has_begun(call: Call, tmp_path: Path) 
     assert result.exit_code == 0, result.output
     done = next(line for line in result.stdout.splitlines() if "data" in line)
     assert "12 s" in done
-    assert "1.00 GiB, 2.00 GiB of a GPU" in done
+    assert done.endswith("1.00 GiB, 2.00 GiB of a GPU")
     assert "merge" in result.stdout
     assert "not done" in result.stdout
     assert "Not running." in result.stdout
+    run.write_metrics({"planned_memory": {"data": 3 * 2**30}, "planned_imports_bytes": 2**29})
+    assert "2.00 GiB of a GPU (planned 2.50 GiB)" in invoke("status", str(call.run_dir)).stdout
     run.lock()
     try:
         assert "Running: process" in invoke("status", str(call.run_dir)).stdout

@@ -18,7 +18,10 @@ from emloc_ray.stages.finetune.failure_log import FailureLog
 from emloc_ray.stages.finetune.finetune import Watcher, mean_loss, run_alone, run_group, runner_of
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.trainer import StepKeeper
+from emloc_ray.stages.finetune.training import of_ranks
+from emloc_ray.stages.ray.spans import listening
 from emloc_ray.stages.ray.tasks import Resources
+from emloc_ray.stages.ray.usage import Usage
 
 JOB = FinetuneJob(Path("e"), Path("t"), Path("o"), Path("s"), "name", {}, None, "base", 4, 1)
 
@@ -145,3 +148,26 @@ def test_several_workers_hear_a_stop_between_logged_steps_and_end_at_the_same_on
     assert first[1:] == second[1:]
     assert 5 <= first[1] < 1999
     assert first[2:] == (float(first[1]), True, True)
+
+
+def _peaks_of_two(rank: int, root: Path, found: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root / 'group'}", rank=rank, world_size=2)
+    found.put(of_ranks({"gpu_peak_bytes": 10 + rank}))
+
+
+def test_a_group_s_peaks_are_those_of_each_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = multiprocessing.get_context("fork")
+    found = context.Queue()
+    ranks = [context.Process(target=_peaks_of_two, args=(rank, tmp_path, found)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    first, second = (found.get(timeout=60) for _ in ranks)
+    for process in ranks:
+        process.join(60)
+    assert first == second == [{"gpu_peak_bytes": 10}, {"gpu_peak_bytes": 11}]
+    trained = SimpleNamespace(fit=lambda: SimpleNamespace(return_value={"peaks": first}))
+    monkeypatch.setattr("emloc_ray.stages.finetune.finetune.TorchTrainer", lambda *_, **__: trained)
+    usage = Usage(JOB.stage)
+    with listening(usage.hear):
+        run_group(dataclasses.replace(JOB, storage_dir=tmp_path), Resources(2), print, lambda: None)
+    assert usage.largest_gpu_bytes == 11
