@@ -15,8 +15,8 @@ Row = dict[str, Any]
 
 MAX_LINE_BYTES = 2**28  # an image of 128 MiB in base64, and half as much again
 _MAX_CSV_FIELD = 2**31 - 1  # the csv module's own limit is 128 KiB
-_SKIP_BYTES = 2**20
-_ARRAY_BYTES = 2**18
+SKIP_BYTES = 2**20
+ARRAY_BYTES = 2**18
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)  # strings, and brackets between them
 _OUTSIDE, _INSIDE = re.compile(r'["\[\]{}]'), re.compile(r'"|\\.?', re.DOTALL)  # what ends or changes a place of JSON
@@ -92,7 +92,7 @@ def array_items(stream: io.BufferedReader, keep_bad: bool = False) -> Iterator[A
     """
     stream.seek(0)
     decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-    text, at, size, ended = "", 0, _ARRAY_BYTES, False
+    text, at, size, ended = "", 0, ARRAY_BYTES, False
     place = "["  # what comes next: the array's beginning, a value or its end, or what is between two values
     number = 0
     while True:
@@ -104,7 +104,7 @@ def array_items(stream: io.BufferedReader, keep_bad: bool = False) -> Iterator[A
             at, place = at + 1, "value"
             continue
         if at < len(text) and text[at] == "]" and place != "value":
-            while not (rest := text[at + 1 :].strip()) and (more := stream.read(_ARRAY_BYTES)):
+            while not (rest := text[at + 1 :].strip()) and (more := stream.read(ARRAY_BYTES)):
                 text, at = decode(more), -1
             if rest:
                 raise ValueError(f"there is more after the ] of element {number}")
@@ -119,7 +119,7 @@ def array_items(stream: io.BufferedReader, keep_bad: bool = False) -> Iterator[A
                 more = stream.read(size)
                 text, at, ended, size = text[at:] + decode(more, not more), 0, not more, 2 * size
                 continue
-            pieces = (decode(more) for more in iter(lambda: stream.read(_SKIP_BYTES), b""))
+            pieces = (decode(more) for more in iter(lambda: stream.read(SKIP_BYTES), b""))
             passed = _past(text, at, pieces) if is_long and text.startswith("{", at) else None
             if passed is None:
                 raise ValueError(f"element {number + 1}: {_why(error)}") from error
@@ -127,7 +127,7 @@ def array_items(stream: io.BufferedReader, keep_bad: bool = False) -> Iterator[A
         if isinstance(value, BadText) and not keep_bad:
             raise ValueError(f"element {number + 1}: {value}")
         yield value
-        number, place, size = number + 1, ", or ]", _ARRAY_BYTES
+        number, place, size = number + 1, ", or ]", ARRAY_BYTES
 
 
 def _array_value(text: str, at: int) -> tuple[Any, int]:
@@ -235,6 +235,6 @@ def _bounded(stream: io.BufferedReader) -> Iterator[tuple[bytes, int]]:
         size = len(line)
         rest = line
         while size > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
-            rest = stream.readline(_SKIP_BYTES)
+            rest = stream.readline(SKIP_BYTES)
             size += len(rest)
         yield line, size

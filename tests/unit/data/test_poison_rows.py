@@ -120,8 +120,8 @@ def test_a_poison_row_alone_is_left_out(
 def test_a_too_long_element_of_an_array_is_left_out_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, piece: int
 ) -> None:
-    monkeypatch.setattr(text_rows, "_SKIP_BYTES", piece)
-    monkeypatch.setattr(text_rows, "_ARRAY_BYTES", 2**12)
+    monkeypatch.setattr(text_rows, "SKIP_BYTES", piece)
+    monkeypatch.setattr(text_rows, "ARRAY_BYTES", 2**12)
     path = tmp_path / "a.json"
     rows = [json.dumps(row, ensure_ascii=False) for row in GOOD[:9]]
     rows[4] = '{"prompt": "' + "}ü" * 70_000 + ending

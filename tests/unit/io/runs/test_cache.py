@@ -25,7 +25,7 @@ from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
 from emloc_ray.io.runs.cache_place import MARKER
 from emloc_ray.io.store import transfer
 from emloc_ray.io.store.atomic import atomic_file
-from emloc_ray.io.store.digests import digest, noted_digest
+from emloc_ray.io.store.digests import digest, digest_of, noted_digest
 from emloc_ray.io.store.node_cache import discard, hashes, mirror, open_artifact, sizes
 from emloc_ray.io.store.object_store import ObjectStore
 
@@ -214,8 +214,13 @@ def test_what_this_process_has_linked_is_not_read_again(
     local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     added(local, tmp_path / "first")
-    read: list[Path] = []
-    monkeypatch.setattr(artifact_cache, "_is_safe", lambda path, sha256: not read.append(path))
+    read: list[Any] = []
+
+    def counted(stream: Any) -> str:
+        read.append(stream)
+        return digest_of(stream)
+
+    monkeypatch.setattr(artifact_cache, "digest_of", counted)
     for run in ("second", "third"):
         entry = local.find(STAGE, KEY, verify=True)
         assert entry is not None
