@@ -47,7 +47,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 129600 else f"{seconds / 86400:.1f} days"
 
 
-class Pace:
+class Rate:
     """How fast units get done, by the newer half of those done so far, as a stage's first ones may be of another kind. It
     leaves out the start, and what a stage that continues had done before."""
 

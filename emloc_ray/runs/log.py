@@ -28,7 +28,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.secret_values import without_secret
 from emloc_ray.io.store.node_cache import ensure, publish
 from emloc_ray.runs.reporter import Reporter
-from emloc_ray.text import Pace
+from emloc_ray.text import Rate
 
 LOG = "log.jsonl"
 RUN_EVENTS = ("run_started", "run_finished", "run_failed", "run_stopped")
@@ -86,7 +86,7 @@ class RunLog(Reporter):
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins."""
         self._stage, self._units, self._detail = stage, {}, ""
-        self._begun, pace = time.monotonic(), Pace()
+        self._begun, pace = time.monotonic(), Rate()
         self._write("started", f"{stage} begins.", stage=stage)
         next_time = 0.0
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 
 from emloc_ray.runs.reporter import Reporter
-from emloc_ray.text import Pace, duration, size
+from emloc_ray.text import Rate, duration, size
 
 if TYPE_CHECKING:
     from emloc_ray.stages.stage import Stage
@@ -65,7 +65,7 @@ class ConsoleReporter(Reporter):
 
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins."""
-        title, pace, self._detail = _stages()[stage].title, Pace(), ""
+        title, pace, self._detail = _stages()[stage].title, Rate(), ""
         said_at = time.monotonic()
         if self.console.is_terminal:
             self.task = self.bars.add_task(title, total=None, said="")

@@ -7,7 +7,7 @@ from typing import Any
 
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.stages.order import STEPS
-from emloc_ray.text import Pace, duration, size
+from emloc_ray.text import Rate, duration, size
 
 _TITLES = {stage.name: stage.title for stage in STEPS}
 _SUMMARIES = {stage.name: stage.summary for stage in STEPS}
@@ -26,7 +26,7 @@ class NotebookReporter(Reporter):
 
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins."""
-        pace, self._detail = Pace(), ""
+        pace, self._detail = Rate(), ""
         self._draw(f"{_TITLES[stage]} …")
 
         def progress(done: int, total: int) -> None:

@@ -60,7 +60,7 @@ def test_control_characters_are_shown() -> None:
 
 
 def test_the_pace_of_a_stage_leaves_out_its_start_and_what_was_done_before() -> None:
-    pace = text.Pace()
+    pace = text.Rate()
     assert pace.rate(40, 0.0) is None
     assert pace.left(40, 100, 10.0) == ""
     assert pace.rate(50, 20.0) == 1.0
@@ -70,7 +70,7 @@ def test_the_pace_of_a_stage_leaves_out_its_start_and_what_was_done_before() -> 
 
 
 def test_the_pace_is_that_of_the_newer_half() -> None:
-    pace = text.Pace()
+    pace = text.Rate()
     assert [pace.rate(done, now) for done, now in ((0, 0.0), (1, 100.0), (2, 101.0))] == [None, None, None]
     assert pace.rate(3, 102.0) == 1.0  # the first, which took 100 times as long, no longer counts
     assert pace.left(3, 13, 102.0) == "about 10 s left"

@@ -1,4 +1,4 @@
-"""Whose turn it is, by the system's lock of a file that names its holder: long waits for others are told, and bounded."""
+"""Locks of files that name their holder. A long wait for another holder is reported, and bounded."""
 
 import errno
 import fcntl

@@ -66,7 +66,7 @@ def _taken(held: collections.deque[T]) -> tuple[T, ...]:
 
 
 class FinalActors:
-    """The final actors of a batch that no run needs now, for to start one takes as long as a short run; ended with the block."""
+    """The final actors of a batch that no run needs now. Starting one takes as long as a short run. They end with the block."""
 
     def __init__(self, batch: str) -> None:
         self.batch = batch

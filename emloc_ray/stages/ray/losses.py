@@ -129,7 +129,7 @@ def is_preempted(error: BaseException) -> bool:
 
 
 def hopeless(error: BaseException) -> str | None:
-    """What is so whoever tries again, and what to do; None where nothing is known to be."""
+    """What will fail again, and what to do about it; None where another try may do."""
     for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" at {cause.filename}" if cause.filename else ""

@@ -27,10 +27,10 @@ def start_slot(
     *arguments: Any,
     node: str | None = None,
 ) -> Any:
-    """A task, by its name in Ray's dashboard, that works off ascending ``units`` in the slot that ``make(*arguments)`` makes:
-    the generator of what :func:`work_off` yields. It goes on to a unit once what it gave before was taken.
+    """Starts a task that works off ascending ``units`` in the slot that ``make(*arguments)`` makes. Returns the generator of
+    what :func:`work_off` yields; a unit begins once the result of the one before was taken.
 
-    ``node``: where it begins, by Ray's id; on any other where that node is gone.
+    ``name``: in Ray's dashboard. ``node``: where it begins, by Ray's id; on any other where that node is gone.
     """
     options: dict[str, Any] = {
         **resources.task_options(),
