@@ -62,7 +62,7 @@ def _watched(loading: subprocess.Popen[bytes], look: Callable[[], None]) -> int 
         except subprocess.TimeoutExpired:
             look()
             before, done = done, _done(loading.pid)
-            looks = looks + 1 if done == before else 0
+            looks = looks + 1 if done and done == before else 0
     return None
 
 
@@ -72,7 +72,7 @@ def _done(process: int) -> str:
         stat = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         written = Path(f"/proc/{process}/io").read_text().split("wchar:")[1].split()[0]
         return f"{written} {sum(map(int, stat[11:13])) // os.sysconf('SC_CLK_TCK')}"
-    except (OSError, IndexError):  # not Linux
+    except (OSError, IndexError):  # not Linux, where it is not known and nothing is ended
         return ""
 
 
