@@ -40,7 +40,8 @@ class Hub(BaseHTTPRequestHandler):
         self._answer(with_content=False)
 
     def do_GET(self) -> None:
-        self.asked.append(self.path.rpartition("/")[2])
+        if not self.path.startswith("/api/"):  # what the client asks of the hub itself, once a day
+            self.asked.append(self.path.rpartition("/")[2])
         self._answer(with_content=True)
 
     def _answer(self, with_content: bool) -> None:
