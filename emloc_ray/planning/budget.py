@@ -73,7 +73,7 @@ def check_gpus(prepared: Prepared) -> None:
     least, parts = _least_held(memory)
     for section in ("calibration", "evaluation"):
         share, gpus = memory.there(section), getattr(prepared.config, section).gpus
-        if gpus and not prepared.config.ray.joins and least > share:
+        if gpus and least > share:
             raise ConfigError(
                 f"{section}.gpus_per_worker is {gpus:g}, of which {size_up(int(share))} of memory can be filled, and a worker"
                 f" that holds {parts} takes {size_up(least)} before it reads a row: {'give more' if gpus < 1 else 'set it to 0'}."

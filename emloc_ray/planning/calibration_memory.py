@@ -157,13 +157,19 @@ class CalibrationMemory(ModelBytes):
         return self.bound("finetune")
 
     def bound(self, section: str) -> float | None:
-        """The bytes of ``memory_budget`` for a worker of a section, at most what fits its share of a GPU that is here; None:
-        no bound."""
+        """The bytes of ``memory_budget`` for a worker of a section, at most what fits its share of a GPU, where its memory is
+        known; None: no bound."""
         asked, gpus = self.config.memory_budget, getattr(self.config, section).gpus
         if asked is None:
             return None
         wanted = self._yardstick if asked == "inference" else float(asked)
-        return wanted if self.config.ray.joins or not gpus else min(wanted, _GPU_SHARE * gpu_bytes() * gpus)
+        return min(wanted, _GPU_SHARE * self._gpu_bytes() * gpus) if gpus else wanted
+
+    def _gpu_bytes(self) -> float:
+        """The memory of the smallest GPU: of the Ray that was joined, or here; infinite where it is not known."""
+        if self.prepared.gpu_bytes is not None:
+            return self.prepared.gpu_bytes
+        return float("inf") if self.config.ray.joins else gpu_bytes()
 
     def worker_bytes(self, section: str) -> float:
         """Bytes that a worker may hold: its :meth:`bound`, and where the budget is the default no more than
@@ -178,7 +184,7 @@ class CalibrationMemory(ModelBytes):
         unbounded."""
         asked = getattr(self.config, section)
         if asked.gpus:
-            return _GPU_SHARE * gpu_bytes() * asked.gpus
+            return _GPU_SHARE * self._gpu_bytes() * asked.gpus
         return float("inf") if self.config.ray.joins else available_bytes() / asked.num_workers
 
     @functools.cached_property

@@ -48,12 +48,16 @@ class Prepared:
     zero_config: dict[str, Any] | None = None
     file_dtype: torch.dtype | None = None  # of the model's files, where they are here and safetensors
     as_written: RunConfig | None = None  # the config before GPUs, and batches within its budget, were decided
+    gpu_bytes: float | None = None  # of the smallest GPU of a Ray that was joined; None where this machine's are meant
 
-    def with_gpus(self, available: float) -> Prepared:
-        """The run as written, planned with the ``available`` GPUs of a Ray; itself where its workers' GPUs stay the same."""
+    def with_gpus(self, available: float, gpu_bytes: float | None = None) -> Prepared:
+        """The run as written, planned with the ``available`` GPUs of a Ray, the smallest of which has ``gpu_bytes`` of memory,
+        None where that is not known; itself where its workers' GPUs and their memory stay the same."""
         config = (self.as_written or self.config).with_gpus(available)
         same = all(getattr(config, name).gpus == getattr(self.config, name).gpus for name in WORKER_SECTIONS)
-        return self if same else dataclasses.replace(self, config=config)
+        if same and gpu_bytes == self.gpu_bytes:
+            return self
+        return dataclasses.replace(self, config=config, gpu_bytes=gpu_bytes)
 
     @property
     def finishes(self) -> bool:

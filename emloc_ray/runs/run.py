@@ -10,7 +10,7 @@ from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.batches import keeps_small, shrink_batches
-from emloc_ray.planning.budget import check_holding
+from emloc_ray.planning.budget import check_gpus, check_holding
 from emloc_ray.planning.machine import check_disk, check_kernel, check_resources
 from emloc_ray.planning.plan import Plan, make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
@@ -28,7 +28,7 @@ from emloc_ray.stages.order import STEPS, up_to
 from emloc_ray.stages.ray.final_actor import FinalActorHandle, FinalActors
 from emloc_ray.stages.ray.losses import explain
 from emloc_ray.stages.ray.nodes import check_workers
-from emloc_ray.stages.ray.session import check_visible, connection, gpus_within_reach, total
+from emloc_ray.stages.ray.session import check_visible, connection, gpus_within_reach, smallest_gpu_bytes, total
 
 
 def run(
@@ -112,8 +112,9 @@ def _checked_plan(prepared: Prepared, begin: str | None, fresh: bool, in_batch: 
 def _within_reach(prepared: Prepared, plan: Plan) -> tuple[Prepared, Plan]:
     """The run and its plan by the GPUs of the Ray that was joined. Raises ConfigError where a stage's workers fit on no node
     that there is or may be added."""
-    reached = prepared.with_gpus(gpus_within_reach())
+    reached = prepared.with_gpus(gpus_within_reach(), smallest_gpu_bytes())
     if reached is not prepared:
+        check_gpus(reached)
         reached = shrink_batches(reached)
         plan = make_plan(STEPS, reached)
     check_workers((stage.name, resources_of(stage, reached)) for stage in STEPS if stage.wanted(reached))

@@ -82,15 +82,16 @@ class PipelineWork:
         self.accept_versions, self.batch = accept_versions, batch
         self.cache, self.reporter = cache, reporter or Reporter()
         self._ready: dict[str, tuple[Prepared, Plan]] = {}
-        self._gpus: float | None = None  # of a Ray that was there already
+        self._gpus: tuple[float, float | None] | None = None  # of a Ray that was there already
         self.actors = FinalActors("a batch" if batch is None else batch.place)
 
-    def with_gpus(self, available: float) -> None:
-        """Plans with the GPUs that Ray has or can add: anew where a task's workers use another number, and later tasks. Raises
-        ConfigError where tasks name an attention that these GPUs do not compute."""
-        self._gpus = available
+    def with_gpus(self, available: float, gpu_bytes: float | None = None) -> None:
+        """Plans with the GPUs that Ray has or can add, the smallest of ``gpu_bytes``, None where that is not known: anew where a
+        task's workers use another number, and later tasks. Raises ConfigError where tasks name an attention that these GPUs do
+        not compute."""
+        self._gpus = available, gpu_bytes
         for name, (prepared, _) in [*self._ready.items()]:
-            changed = prepared.with_gpus(available)
+            changed = prepared.with_gpus(available, gpu_bytes)
             if changed is not prepared:
                 changed = shrink_batches(changed)
                 self._ready[name] = changed, make_plan(STEPS, changed)
@@ -118,7 +119,7 @@ class PipelineWork:
         if ready is None or (ready[0].as_written or ready[0].config) != task.config:
             prepared = shrink_batches(prepare(task.config))
             check_versions(prepared, accept=self.accept_versions, in_batch=True)
-            prepared = prepared if self._gpus is None else shrink_batches(prepared.with_gpus(self._gpus))
+            prepared = prepared if self._gpus is None else shrink_batches(prepared.with_gpus(*self._gpus))
             is_written = not task.config.budget_is_default and task.config.memory_budget is not None
             if self._gpus is not None or not task.config.ray.joins:  # else its GPUs are not known yet
                 check_kernel(prepared.config)

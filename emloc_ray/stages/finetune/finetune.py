@@ -26,7 +26,7 @@ from emloc_ray.stages.finetune.training import train_alone, train_loop
 from emloc_ray.stages.ray.losses import SILENT, Losses, Tell, explain, is_lost, last_line, unheard
 from emloc_ray.stages.ray.spans import Span, tell_span
 from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, silent
-from emloc_ray.text import Pace
+from emloc_ray.text import Rate
 
 _POLL_S = 0.5
 _STORE_POLL_S = 5.0
@@ -214,7 +214,7 @@ class Watcher:
         detail: Tell = unheard,
     ) -> None:
         self.job, self.progress, self.tell, self.detail = job, progress, tell, detail
-        self.pace = Pace()
+        self.pace = Rate()
         self.num_shown = len(_lines(job.failure_path))
         self.stop: EmlocError | None = None
         self.asked = False

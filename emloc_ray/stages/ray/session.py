@@ -8,10 +8,10 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -20,6 +20,8 @@ from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.io.store.lock_file import holder_variables
 from emloc_ray.stages.ray.nodes import most
 from emloc_ray.stages.ray.tasks import NO_GPU_UNASKED, remote_task
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:  # a node that is only asked need not import it
     from emloc_ray.io.runs.directory import RunDirectory
@@ -73,6 +75,15 @@ def total(resource: str) -> float:
 def gpus_within_reach() -> float:
     """The GPUs of all nodes, or of those that an autoscaler may add, where that is more."""
     return most().get("GPU", 0.0)
+
+
+def smallest_gpu_bytes() -> float | None:
+    """The memory of the smallest GPU of all live nodes, by their ``nvidia-smi``; None where none tells of one."""
+    from emloc_ray.planning.machine import gpu_bytes
+
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    said = [value for value in _answers(gpu_bytes, nodes).values() if value < float("inf")]
+    return min(said, default=None)
 
 
 def hardware() -> dict[str, Any]:
@@ -154,15 +165,23 @@ def data_files(prepared: Prepared) -> list[SharedFile]:
 
 
 def _ask(nodes: Sequence[dict[str, Any]], files: Sequence[SharedFile]) -> None:
-    task = remote_task(_unseen, num_cpus=0, max_retries=0)
-    asked = {}
+    for address, unseen in _answers(_unseen, nodes, list(files)).items():
+        if unseen:
+            key, what, advice = unseen[0].key, unseen[0].what, unseen[0].advice
+            raise ConfigError(f"{key}: node {address} does not see {what} as it is here: {advice}.")
+
+
+def _answers(function: Callable[..., T], nodes: Sequence[dict[str, Any]], *arguments: Any) -> dict[str, T]:
+    """What a function returns on each node, by the node's address; without those that die meanwhile, or take too long. Raises
+    ConfigError where one cannot run it."""
+    task, asked, answers = remote_task(function, num_cpus=0, max_retries=0), {}, {}
     for node in nodes:
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked[task.options(scheduling_strategy=strategy).remote(list(files))] = node["NodeManagerAddress"]
-    answers, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
-    for answer in answers:
+        asked[task.options(scheduling_strategy=strategy).remote(*arguments)] = node["NodeManagerAddress"]
+    done = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)[0] if asked else []
+    for answer in done:
         try:
-            unseen = ray.get(answer)
+            answers[asked[answer]] = ray.get(answer)
         except ray.exceptions.RayTaskError as error:
             detail = str(error).strip().splitlines()[-1]
             raise ConfigError(
@@ -171,9 +190,7 @@ def _ask(nodes: Sequence[dict[str, Any]], files: Sequence[SharedFile]) -> None:
             ) from error
         except ray.exceptions.RayError:  # the node died: no work goes there either
             continue
-        if unseen:
-            key, what, advice = unseen[0].key, unseen[0].what, unseen[0].advice
-            raise ConfigError(f"{key}: node {asked[answer]} does not see {what} as it is here: {advice}.")
+    return answers
 
 
 def _unseen(files: list[SharedFile]) -> list[SharedFile]:

@@ -45,5 +45,6 @@ def planned_bytes(config: LlamaConfig, ranks: dict[str, int], rows: int, length:
         model_config=config,
         file_dtype=torch.bfloat16,
         calibration_tokens=lambda mean: 0.0,
+        gpu_bytes=None,
     )
     return total(MemoryModel(prepared, Lengths(length, length)).training())

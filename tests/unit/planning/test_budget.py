@@ -12,7 +12,7 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.compiling import check_compiling
 from emloc_ray.planning import calibration_memory
-from emloc_ray.planning.budget import check_holding, fitting, training_bytes, with_settings
+from emloc_ray.planning.budget import check_gpus, check_holding, fitting, training_bytes, with_settings
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
 from emloc_ray.planning.plan import make_plan, within_budget
@@ -46,6 +46,11 @@ def test_workers_with_a_gpu_go_by_its_memory(
     assert MemoryModel(prepared(**above), LENGTHS).calibration_hold() == "block_by_block"
     elsewhere = {**above, "ray": {"address": "a-cluster:6379"}}
     assert MemoryModel(prepared(**elsewhere), LENGTHS).calibration_hold() == "resident"
+    joined = prepared(**elsewhere).with_gpus(2, BASE_BYTES + 1000)  # as its nodes say
+    assert MemoryModel(joined, LENGTHS).calibration_hold() == "block_by_block"
+    assert joined.with_gpus(4, BASE_BYTES + 1000) is joined
+    with pytest.raises(ConfigError, match=r"calibration.gpus_per_worker is 1, of which .* its largest blocks takes"):
+        check_gpus(joined.with_gpus(2, BASE_BYTES))
     on_half = {**on_gpu, "calibration": {"gpus_per_worker": 0.5}}
     assert MemoryModel(prepared(**on_half), LENGTHS).worker_bytes("calibration") == 0.92 * (BASE_BYTES + 1000) / 2
 

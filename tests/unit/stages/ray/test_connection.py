@@ -69,3 +69,14 @@ def test_gpus_are_those_that_are_there_or_that_an_autoscaler_may_add(
     monkeypatch.setattr(nodes.state, "get_max_resources_from_cluster_config", lambda: grown)
     monkeypatch.setattr(nodes.state, "get_cluster_config", lambda: None)
     assert session.gpus_within_reach() == gpus
+
+
+def test_nodes_say_how_much_the_smallest_gpu_holds(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A joined cluster's, whose head may have none."""
+    assert session.smallest_gpu_bytes() is None
+    with_gpus = [{**node, "Resources": {**node["Resources"], "GPU": 1.0}} for node in session.ray.nodes()]
+    monkeypatch.setattr(session.ray, "nodes", lambda: with_gpus)
+    monkeypatch.setattr("emloc_ray.planning.machine.gpu_bytes", lambda: float("inf"))
+    assert session.smallest_gpu_bytes() is None  # no nvidia-smi there
+    monkeypatch.setattr("emloc_ray.planning.machine.gpu_bytes", lambda: 24 * 2.0**30)
+    assert session.smallest_gpu_bytes() == 24 * 2**30
