@@ -12,17 +12,15 @@ from emloc_ray.planning.training import longest_lengths
 
 
 def shrink_batches(prepared: Prepared) -> Prepared:
-    """The run with the evaluation's batch as small as fits its budget, which changes no figure but in rounding.
-
-    ``memory_budget: inference``, the default, is what inference of the original takes (:meth:`MemoryModel.bound`). Then
-    calibration's batch shrinks too, and the fine-tuning's micro-batch, its rows a step kept by accumulation; blocks are run
-    again in the backward pass where there is no room to keep what they computed. A batch of one row that does not fit stays.
+    """The run with batches as small as fit its ``memory_budget`` (:meth:`MemoryModel.bound`), which change no figure but in
+    rounding: calibration's and the evaluation's, and the fine-tuning's micro-batch, its rows a step kept by accumulation. Blocks
+    are run again in the backward pass where there is no room to keep what they computed. A batch of one row that does not fit
+    stays.
     """
     if prepared.config.memory_budget is None:
         return prepared
-    if prepared.config.memory_budget == "inference":
-        prepared = _trained_within(prepared)
-        prepared = _smaller(prepared, "calibration", lambda memory: [memory.calibrate()])
+    prepared = _trained_within(prepared)
+    prepared = _smaller(prepared, "calibration", lambda memory: [memory.calibrate()])
     return _smaller(prepared, "evaluation", lambda memory: [memory.evaluate(), memory.correct()])
 
 

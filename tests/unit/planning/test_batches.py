@@ -105,12 +105,20 @@ def test_what_fits_stays_as_it_is() -> None:
     assert shrink_batches(large) is large
 
 
-def test_under_any_budget_the_evaluation_s_batch_shrinks_alone() -> None:
+def test_under_any_budget_batches_shrink_to_it() -> None:
     asked = prepared("900MiB")
     ready = shrink_batches(asked)
+    section = ready.config.finetune
     assert ready.config.evaluation.batch_size < asked.config.evaluation.batch_size
-    same = ready.config.model_copy(update={"evaluation": asked.config.evaluation})
-    assert same == asked.config
+    assert ready.config.calibration.batch_size < asked.config.calibration.batch_size
+    assert (
+        section.per_device_train_batch_size
+        < 8
+        == (section.per_device_train_batch_size * section.gradient_accumulation_steps)
+    )
+    assert make_plan(STEPS, ready).worker_bytes["finetune"] <= 900 * 2**20
+    roomy = prepared("64GiB")
+    assert shrink_batches(roomy).config == roomy.config
 
 
 def test_gpus_that_come_later_have_the_batches_worked_out_anew() -> None:
