@@ -53,8 +53,8 @@ def download(
 
 
 def _watched(loading: subprocess.Popen[bytes], look: Callable[[], None]) -> int | None:
-    """The exit code of a process; None where it neither wrote nor computed for too long. By looks rather than a clock: who looks
-    may have been stopped."""
+    """Waits for a process and returns its exit code; None where it neither wrote nor computed for too long. Counts looks, not
+    time: this process itself may have been stopped meanwhile."""
     done, looks = "", 0
     while looks * LOOK_S < SILENT_S:
         try:

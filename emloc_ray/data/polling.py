@@ -1,4 +1,4 @@
-"""Items that may be long in coming, such as what Ray Data gives: who waits for them can be told to stop."""
+"""Iterates over slow items, such as Ray Data's rows, and looks now and then whether to stop."""
 
 import contextlib
 import queue
@@ -16,8 +16,9 @@ _END_S = 5.0  # for tasks to be ended; what hangs is not waited for
 def polled(
     items: Iterable[Item], look: Callable[[], None], end: Callable[[], None] = lambda: None, look_s: float = LOOK_S
 ) -> Iterator[Iterator[Item]]:
-    """The ``items``, which a thread takes. ``look`` is called every ``look_s`` seconds in which none comes, and may raise. Where
-    the block raises, ``end`` ends the work, in a thread too; the next item that comes all the same is the last."""
+    """Gives the ``items``, which a thread iterates over. Calls ``look`` after every ``look_s`` seconds without an item; what it
+    raises leaves the block. Where the block raises, ``end`` is called in a thread, to end the work, and the iteration stops at
+    the next item."""
     given: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     left = threading.Event()
 

@@ -67,8 +67,8 @@ def training_bytes(memory: MemoryModel) -> int:
 
 
 def check_gpus(prepared: Prepared) -> None:
-    """Raises ConfigError where a worker's share of a GPU that is here is below what any pass of the original takes, whatever
-    else runs here."""
+    """Raises ConfigError where a worker's share of a GPU is below what any pass of the original takes. The GPU's whole memory
+    counts, not what is free now."""
     memory = MemoryModel(prepared)
     least, parts = _least_held(memory)
     for section in ("calibration", "evaluation"):

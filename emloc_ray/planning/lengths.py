@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the memory model, which takes lengths, runs without pydanti
 
 PACKED_SHARE = 0.97  # of a sequence's length that the rows packed into it fill
 _CHARACTERS_PER_TOKEN = 3.5  # where there is no tokenizer
-_MOST_CHARACTERS = 32  # of a token: those beyond make no row longer than rows may be
+_MOST_CHARACTERS = 32  # of a token, at most: texts are cut to as many as can count before they are tokenized
 _TURN_TOKENS = 5  # of a chat template around a turn, as in ChatML
 _VQA_TOKENS = 24.0  # of a question and its answer
 _VQA_BYTES = 2000.0  # of its image

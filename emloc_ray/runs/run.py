@@ -10,7 +10,7 @@ from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.batches import keeps_small, shrink_batches
-from emloc_ray.planning.budget import check_gpus, check_holding
+from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.machine import check_disk, check_kernel, check_resources
 from emloc_ray.planning.plan import Plan, make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
@@ -65,7 +65,7 @@ def run(
         lean = keeps_small(prepared.config)
         with connection(config.ray.address, lean_memory=lean, **config.ray.init_options) as started:
             if turns is None and not started:
-                prepared, plan = _within_reach(prepared, plan)
+                prepared, plan = _within_reach(prepared, plan, _gathers(prepared, begin, fresh))
                 config = prepared.config
             if not fresh and config.ray.joins:  # by the GPUs that its Ray has
                 _check_changes(prepared, begin, until, accept_changes)
@@ -100,8 +100,7 @@ def _checked_plan(prepared: Prepared, begin: str | None, fresh: bool, in_batch: 
     """The plan, of a run that this machine's memory and disk have room for, as far as it takes part."""
     if not prepared.config.ray.joins:
         check_kernel(prepared.config)
-    redone = fresh or begin == VERBS[0] or "gradients" not in prepared.run.stages()
-    if not in_batch and redone:  # in a batch other runs hold memory now, and a stage waits until it is free
+    if not in_batch and _gathers(prepared, begin, fresh):  # in a batch a stage waits until others have freed memory
         check_holding(prepared)
     plan = make_plan(STEPS, prepared)
     if prepared.run.store is None:  # a store has room, and a node's cache makes its own
@@ -109,12 +108,18 @@ def _checked_plan(prepared: Prepared, begin: str | None, fresh: bool, in_batch: 
     return plan
 
 
-def _within_reach(prepared: Prepared, plan: Plan) -> tuple[Prepared, Plan]:
-    """The run and its plan by the GPUs of the Ray that was joined. Raises ConfigError where a stage's workers fit on no node
-    that there is or may be added."""
+def _gathers(prepared: Prepared, begin: str | None, fresh: bool) -> bool:
+    """Whether sums of the original's Grams and gradients are still to be gathered, for which it is held."""
+    return fresh or begin == VERBS[0] or "gradients" not in prepared.run.stages()
+
+
+def _within_reach(prepared: Prepared, plan: Plan, gathers: bool) -> tuple[Prepared, Plan]:
+    """The run and its plan by the GPUs of the Ray that was joined. Raises ConfigError where these hold too little for what it
+    ``gathers``, or a stage's workers fit on no node that there is or may be added."""
     reached = prepared.with_gpus(gpus_within_reach(), smallest_gpu_bytes())
     if reached is not prepared:
-        check_gpus(reached)
+        if gathers:
+            check_holding(reached)
         reached = shrink_batches(reached)
         plan = make_plan(STEPS, reached)
     check_workers((stage.name, resources_of(stage, reached)) for stage in STEPS if stage.wanted(reached))

@@ -1,4 +1,5 @@
-"""moto's S3 server, for many objects: moto looks at every key of a bucket to list a few, and for its services at each request.
+"""moto's S3 server, made fast for many objects. moto itself reads all keys of a bucket to list a few of them, and searches its
+services at each request.
 
 ``python s3_server.py PORT`` serves S3 alone, from memory, at 127.0.0.1.
 """

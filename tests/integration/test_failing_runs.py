@@ -18,6 +18,7 @@ from emloc_ray.errors import NumericsError
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.digests import digest
+from emloc_ray.planning.calibration_memory import BASE_BYTES
 from emloc_ray.ui.cli import app
 
 STEPS = 12
@@ -93,3 +94,18 @@ def test_a_number_lost_on_one_rank_stops_all_at_its_step_and_keeps_what_was_done
     assert "finetune" not in stages
     assert not (copied.root / "adapter_emulator").exists()
     assert json.loads((copied.root / "metrics.json").read_text())["emulator"] == copied.metrics["emulator"]
+
+
+def test_a_cluster_whose_gpus_hold_too_little_ends_the_run_before_anything_is_written(
+    ray_session: None, tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's machine has no GPU: only the nodes of the Ray that is joined can say what theirs hold."""
+    monkeypatch.setattr("emloc_ray.runs.run.gpus_within_reach", lambda: 2.0)
+    monkeypatch.setattr("emloc_ray.runs.run.smallest_gpu_bytes", lambda: BASE_BYTES)
+    data, config = write_jsonl(tmp_path / "rows.jsonl", task_rows(60)), tmp_path / "config.yaml"
+    values = make_values(tmp_path / "run", tiny_model_dir("llama"), data, calibration={"gpus_per_worker": "auto"})
+    config.write_text(write_yaml(values))
+    result = CliRunner().invoke(app, ["run", str(config)])
+    assert result.exit_code == 2, result.stderr
+    assert "calibration.gpus_per_worker is 1, of which" in " ".join(result.stderr.split())
+    assert not RunDirectory(tmp_path / "run").stages()

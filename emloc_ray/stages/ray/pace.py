@@ -47,8 +47,8 @@ class Overdue(Exception):
 
 
 class WholePace:
-    """How long work has given nothing of whose tasks one sees no more than what all of them have done. It is looked at every
-    second, and counts its own looks: a process that was stopped for long goes on."""
+    """How long all tasks of a stage together have given nothing, where single tasks cannot be watched. :meth:`check` is called
+    every second; a longer gap counts as two, as this process itself may have been stopped meanwhile."""
 
     def __init__(self, planned_s: float = 0.0) -> None:
         """``planned_s``: as for :class:`Pace`."""
@@ -57,7 +57,7 @@ class WholePace:
         self._took: list[float] = []
 
     def check(self, done: int) -> None:
-        """Notes how many pieces are done. Raises Overdue where no more are since longer than :func:`bound` says."""
+        """Notes how many pieces are done. Raises Overdue where no further one was done for longer than :func:`bound` allows."""
         now = time.monotonic()
         self._waited_s += min(now - self._looked, 2 * _LOOK_S)
         self._looked = now
