@@ -30,6 +30,7 @@ _SECONDS = 240.0  # until a run that does not end counts as lost
 _PAUSE_S = 12.0  # of a stopped process or node: Ray here counts a node as dead after 3 s
 _IN_CHAOS = ("worker", "actor", "node", "driver", "pause-worker")
 _OF_NODES = ("node", "pause-node", "partition")
+_TOO_LATE = "the first driver was over before the second one had begun"
 _DISK_BYTES = 192 * 2**20  # of the file system that is filled
 
 
@@ -126,6 +127,8 @@ class Matrix:
             )
             driver, wrong = self._go_on(cell, driver, run)
             ended = driver.wait(_SECONDS)
+            if wrong == _TOO_LATE:
+                return replace(cell, victim="")
             if cell.kind in _OF_NODES:
                 self.nodes.add()
             lowest = min(driver.progress(cell.stage, since=then), default=reached)
@@ -197,8 +200,14 @@ class Matrix:
         """The driver that is to end the stage, and what was wrong until then."""
         if cell.kind == "two-drivers":
             second = Driver(driver.config, cell.stage, run.parent / "second.jsonl")
-            wrong = "the second driver ended well" if second.wait(_SECONDS) else _error(second)
-            return driver, "" if "in use" in wrong else wrong
+            while second.process.is_alive() and not second.find("start"):
+                time.sleep(0.02)
+            let_in, over = second.find("start"), driver.find("finish", stage=cell.stage)
+            second.kill()
+            if let_in is not None:
+                was_late = over is not None and over["time"] < let_in["time"]
+                return driver, _TOO_LATE if was_late else "the second driver was let in"
+            return driver, "" if "in use" in _error(second) else _error(second)
         if cell.kind == "disk":
             if driver.wait(_SECONDS):
                 return driver, "it ended well on a full disk"
