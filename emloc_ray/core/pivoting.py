@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.factorization import LowRankFactors
+from emloc_ray.core.precision import has_fast_float64
 
 LARGEST = 1.2  # element of T that is left: at 1 rounding could make exchanges endless
 
@@ -43,18 +44,20 @@ class PivotedFactors(NamedTuple):
 
 
 def pivot(factors: LowRankFactors) -> PivotedFactors:
-    """Pivots ``up (out, r)`` and ``down (r, in)``: computed in float64, in the factors' dtype. Raises ValueError where
-    ``r ≥ out``."""
-    up, down = (part.detach().to(torch.float64) for part in factors)
+    """Pivots ``up (out, r)`` and ``down (r, in)``: in the factors' dtype, on their device. Computed in float64, on the CPU where
+    the device is slow in it. Raises ValueError where ``r ≥ out``."""
+    device = factors.up.device
+    place = device if has_fast_float64(device) else torch.device("cpu")
+    up, down = (part.detach().to(place, torch.float64) for part in factors)
     out_features, rank = up.shape
     if rank >= out_features:
         raise ValueError(f"Factors of rank {rank} with {out_features} rows have none to make of the others.")
     rows, made = _eliminated(up)
     _exchange(rows, made)
-    order = torch.empty(out_features, dtype=torch.int32, device=up.device)
-    order[rows] = torch.arange(out_features, dtype=torch.int32, device=up.device)
+    order = torch.empty(out_features, dtype=torch.int32, device=place)
+    order[rows] = torch.arange(out_features, dtype=torch.int32, device=place)
     stored = factors.down.dtype
-    return PivotedFactors(made.to(stored), (up[rows[:rank]] @ down).to(stored), order)
+    return PivotedFactors(made.to(device, stored), (up[rows[:rank]] @ down).to(device, stored), order.to(device))
 
 
 def _eliminated(up: Tensor) -> tuple[Tensor, Tensor]:

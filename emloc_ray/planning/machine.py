@@ -273,6 +273,41 @@ def check_disk(run: RunDirectory, needed: int) -> None:
 
 def check_packages(config: RunConfig) -> None:
     """Raises ConfigError where the config wants what a package brings that is not installed, or this machine's GPU lacks."""
+    _raise(_missing_packages(config) + ([] if config.ray.joins else _too_old(config)))
+
+
+def check_kernel(config: RunConfig) -> None:
+    """Raises ConfigError where the attention that the config names needs a GPU or a package that is not here. A plan needs
+    neither; of a Ray that is joined the machines, and what is installed there, are others: :func:`lacks` is asked of them."""
+    name = config.model.attn_implementation
+    if name is None or not needs_kernel(name):
+        return
+    without = next((section for section in WITH_MODELS if not getattr(config, section).gpus), None)
+    if without is not None:
+        raise ConfigError(
+            f"model.attn_implementation: {name} computes on GPUs alone, and {without} has none: leave it out, or set"
+            f" {without}.gpus_per_worker to 1."
+        )
+    _raise([] if config.ray.joins else _lacks_kernel(name))
+
+
+def lacks(configs: Sequence[RunConfig]) -> list[str]:
+    """What this machine, as a node of a Ray, lacks of what the configs ask for, each thing once: packages; where it has GPUs
+    instructions for bfloat16, and attention's kernel."""
+    problems = [problem for config in configs for problem in _missing_packages(config)]
+    if of_each_gpu("memory.total"):
+        problems += [problem for config in configs for problem in _too_old(config)]
+        names = [config.model.attn_implementation for config in configs]
+        problems += [problem for name in names if name and needs_kernel(name) for problem in _lacks_kernel(name)]
+    return list(dict.fromkeys(problems))
+
+
+def _raise(problems: Sequence[str]) -> None:
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _missing_packages(config: RunConfig) -> list[str]:
     extra, quantization = config.finetune.model_extra or {}, config.emulator.quantization
     optimizer = str(extra.get("optim", ""))
     wanted = {
@@ -288,41 +323,33 @@ def check_packages(config: RunConfig) -> None:
             any(part in optimizer for part in ("bnb", "8bit", "paged")),
         ),
     }
-    problems = [
+    return [
         f"{key} needs the {package} package: pip install {source}."
         for key, (package, source, is_wanted) in wanted.items()
         if is_wanted and importlib.util.find_spec(package) is None
     ]
-    oldest = min(of_each_gpu("compute_cap"), default=_FIRST_WITH_BFLOAT16)
-    section = config.finetune
-    if section.bf16 is True and section.gpus and not config.ray.joins and oldest < _FIRST_WITH_BFLOAT16:
-        problems.append(
-            f"finetune.bf16 needs a GPU of compute capability {_FIRST_WITH_BFLOAT16:g} or higher, this machine has one of"
-            f" {oldest:g}: leave it at auto, or set finetune.fp16."
-        )
-    if problems:
-        raise ConfigError("\n".join(problems))
 
 
-def check_kernel(config: RunConfig) -> None:
-    """Raises ConfigError where the attention that the config names needs a GPU or a package that is not here. A plan needs
-    neither; of a Ray that is joined the machines, and what is installed there, are others."""
-    name = config.model.attn_implementation
-    if name is None or not needs_kernel(name):
-        return
-    without = next((section for section in WITH_MODELS if not getattr(config, section).gpus), None)
-    if without is not None:
-        raise ConfigError(
-            f"model.attn_implementation: {name} computes on GPUs alone, and {without} has none: leave it out, or set"
-            f" {without}.gpus_per_worker to 1."
-        )
-    if config.ray.joins:
-        return
-    oldest = min(of_each_gpu("compute_cap"), default=_FIRST_WITH_BFLOAT16)
-    if oldest < _FIRST_WITH_BFLOAT16:
-        raise ConfigError(
+def _too_old(config: RunConfig) -> list[str]:
+    oldest, section = _oldest_gpu(), config.finetune
+    if section.bf16 is not True or not section.gpus or oldest >= _FIRST_WITH_BFLOAT16:
+        return []
+    return [
+        f"finetune.bf16 needs a GPU of compute capability {_FIRST_WITH_BFLOAT16:g} or higher, this machine has one of"
+        f" {oldest:g}: leave it at auto, or set finetune.fp16."
+    ]
+
+
+def _lacks_kernel(name: str) -> list[str]:
+    if (oldest := _oldest_gpu()) < _FIRST_WITH_BFLOAT16:
+        return [
             f"model.attn_implementation: {name} needs a GPU of compute capability {_FIRST_WITH_BFLOAT16:g} or higher, this"
             f" machine has one of {oldest:g}: leave it out."
-        )
-    if (missing := missing_package(name)) is not None:
-        raise ConfigError(f"model.attn_implementation: {name} needs {missing}.")
+        ]
+    missing = missing_package(name)
+    return [] if missing is None else [f"model.attn_implementation: {name} needs {missing}."]
+
+
+def _oldest_gpu() -> float:
+    """Its compute capability."""
+    return min(of_each_gpu("compute_cap"), default=_FIRST_WITH_BFLOAT16)

@@ -28,7 +28,14 @@ from emloc_ray.stages.order import STEPS, up_to
 from emloc_ray.stages.ray.final_actor import FinalActorHandle, FinalActors
 from emloc_ray.stages.ray.losses import explain
 from emloc_ray.stages.ray.nodes import check_workers
-from emloc_ray.stages.ray.session import check_visible, connection, gpus_within_reach, smallest_gpu_bytes, total
+from emloc_ray.stages.ray.session import (
+    check_nodes,
+    check_visible,
+    connection,
+    gpus_within_reach,
+    smallest_gpu_bytes,
+    total,
+)
 
 
 def run(
@@ -73,6 +80,7 @@ def run(
                 check_resources(config, total("CPU"), total("GPU"))
                 if config.ray.joins:
                     check_kernel(config)
+                    check_nodes([config])
             wanted = [stage.name for stage in STEPS if stage.wanted(prepared)]
             prepared.run.create((prepared.as_written or config).model_dump(mode="json"), fresh=fresh, steps=wanted)
             with _recorded(prepared, reporter) as reporters:

@@ -23,7 +23,7 @@ from emloc_ray.text import duration
 
 RATIO, R, LENGTH, ROWS = 0.5, 8, 512, 8  # of the emulator, the adapter, a row, a batch
 CALIBRATED, STEPS, SCORED, SELECTED = 128, 1000, 256, 0.1  # rows, steps, rows, share of the trained tokens
-HEALED, FINISHED = 100, 3  # steps, where these stages are asked for
+REFINED, HEALED, FINISHED = 25, 100, 3  # steps, of a block and of training, where these stages are asked for
 VARIANTS = (4, 2)  # of the original and of the emulator, that evaluation scores
 _STEPS_OF_A_LAYER = 5  # of subspace iteration, to the first look and one more
 _WIDER = 1.3  # columns a rank there
@@ -45,7 +45,8 @@ class Machine:
 
 
 # A core: two AVX-512 units at 3 GHz are 192 GFLOPS in float32, of which half is reached. An H100 SXM: 989 TFLOPS in bfloat16,
-# 67 in float32 and (tensor cores) in float64, of which 40 % and 60 % are; 50 GB/s by PCIe 5.
+# 67 in float32 and (tensor cores) in float64, of which 40 % and 60 % are; 50 GB/s by PCIe 5. Of eigendecompositions 0.3 and
+# 1 TFLOPS are assumed.
 MACHINES = (
     Machine("16 cores", 1.5e12, 1.5e12, 0.75e12, 0.3e12),
     Machine("one H100", 0.4 * 989e12, 0.6 * 67e12, 0.6 * 67e12, 1e12, transfer=50e9, room=72e9),
@@ -187,6 +188,13 @@ def finetune(model: Model, machine: Machine) -> Work:
     return Work(STEPS * ROWS * LENGTH * 6.0 * (model.kept + model.head / 4), disk=2.0 * (model.kept + model.others))
 
 
+def refine(model: Model, machine: Machine) -> Work:
+    """Both models' rows through each block, the emulator's once more to be scored, and steps on a block's factors alone."""
+    scored = CALIBRATED * LENGTH * 2.0 * (model.dense + 2 * model.kept)
+    steps = REFINED * ROWS * LENGTH * 6.0 * model.kept
+    return Work(scored + steps, disk=model.weights + 2 * 2.0 * (model.kept + model.others), rounds=1)
+
+
 def heal(model: Model, machine: Machine) -> Work:
     """A pass of the original for its top logits, then steps as in fine-tuning on all tokens; the factors written anew."""
     tokens = HEALED * ROWS * LENGTH
@@ -237,6 +245,7 @@ STAGES = (
     gradients,
     allocate,
     factorize,
+    refine,
     heal,
     finetune,
     correct,

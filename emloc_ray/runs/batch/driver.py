@@ -25,7 +25,7 @@ from emloc_ray.runs.gauges import BatchGauges
 from emloc_ray.runs.remarks import of_machines
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.stages.ray.nodes import addable, alive, most
-from emloc_ray.stages.ray.session import connection, gpus_within_reach, smallest_gpu_bytes, total
+from emloc_ray.stages.ray.session import check_nodes, connection, gpus_within_reach, smallest_gpu_bytes, total
 from emloc_ray.text import size
 
 _ADVICE = "ask for less, or name in the batch's limits how far the cluster grows."
@@ -100,6 +100,7 @@ def run_batch(
         with connection(batch.ray.address, lean_memory=lean, **batch.ray.init_options) as started, prepared.work.actors:
             if not started:
                 prepared.work.with_gpus(gpus_within_reach(), smallest_gpu_bytes())
+                check_nodes([prepared.work.config(task) for task in batch.tasks])
             check_fit(prepared)
             for remark in of_machines((prepared.work.config(task) for task in batch.tasks), total("CPU")):
                 tell(remark)

@@ -14,7 +14,7 @@ import numpy as np
 import ray
 import torch
 
-from emloc_ray.core.factorization import Factorization, LowRankFactors, relative_error
+from emloc_ray.core.factorization import Factorization, relative_error
 from emloc_ray.core.factorization import factorize as factorize_layer
 from emloc_ray.core.integer_forms import IntegerForms, factor_bits
 from emloc_ray.core.pivoting import pivot
@@ -194,10 +194,9 @@ def _in_floats(
 
 def _parts(result: Factorization, storage: Storage) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     """A layer's factors by what follows its name, and where they are pivoted the places of their rows, on the CPU."""
-    factors = LowRankFactors(*(factor.cpu() for factor in result.factors))
     if storage == "factors":
-        return {".up": factors.up, ".down": factors.down}, None
-    up, down, order = pivot(factors)
+        return {".up": result.factors.up.cpu(), ".down": result.factors.down.cpu()}, None
+    up, down, order = (part.cpu() for part in pivot(result.factors))
     return {".up": up, ".down": down}, order
 
 

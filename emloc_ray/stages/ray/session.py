@@ -24,6 +24,7 @@ from emloc_ray.stages.ray.tasks import NO_GPU_UNASKED, remote_task
 T = TypeVar("T")
 
 if TYPE_CHECKING:  # a node that is only asked need not import it
+    from emloc_ray.config.schema import RunConfig
     from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.planning.prepared import Prepared
 
@@ -84,6 +85,18 @@ def smallest_gpu_bytes() -> float | None:
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
     said = [value for value in _answers(gpu_bytes, nodes).values() if value < float("inf")]
     return min(said, default=None)
+
+
+def check_nodes(configs: Sequence[RunConfig]) -> None:
+    """Asks every live node that work may go to for the packages that the configs need and, of those with GPUs, what these can
+    compute. Raises ConfigError, naming the first node that lacks something."""
+    from emloc_ray.planning.machine import lacks
+
+    resources = [(node, node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node, has in resources if has.get("CPU") or has.get("GPU")]
+    for address, problems in _answers(lacks, nodes, list(configs)).items():
+        if problems:
+            raise ConfigError("\n".join(f"node {address}: {problem}" for problem in problems))
 
 
 def hardware() -> dict[str, Any]:

@@ -25,6 +25,7 @@ from emloc_ray.planning.machine import (
     check_resources,
     gpu_bytes,
     kept_for_the_day,
+    lacks,
     time_products,
     with_disk_of,
 )
@@ -202,4 +203,10 @@ def test_attention_that_this_machine_cannot_compute_is_told(
     assert words in str(caught.value)
     assert str(caught.value).count("\n") == 0
     check_kernel(of_attention("sdpa", gpus=0))
-    check_kernel(of_attention(FLASH, address="auto"))  # what is installed there is not known here
+    joined = of_attention(FLASH, address="auto")
+    check_kernel(joined)  # what is installed there is not known here
+    nvidia_smi(tmp_path, f"case $1 in *memory*) echo 1;; *) echo {capability};; esac")
+    ask_gpus.cache_clear()
+    found = lacks([config, config, joined])  # as one of its nodes
+    assert len(found) == len({config.model.attn_implementation, FLASH})
+    assert config.model.attn_implementation == FLASH or words in found[0]

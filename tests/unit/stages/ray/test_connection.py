@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from ray.exceptions import AuthenticationError
 
-from emloc_ray.errors import StageError
+from emloc_ray.config.reading import parse_config
+from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.io.store.lock_file import LockFile
 from emloc_ray.stages.ray import nodes, session
 from emloc_ray.stages.ray.session import connection
@@ -80,3 +81,12 @@ def test_nodes_say_how_much_the_smallest_gpu_holds(ray_session: None, monkeypatc
     assert session.smallest_gpu_bytes() is None  # no nvidia-smi there
     monkeypatch.setattr("emloc_ray.planning.machine.gpu_bytes", lambda: 24 * 2.0**30)
     assert session.smallest_gpu_bytes() == 24 * 2**30
+
+
+def test_a_node_that_lacks_a_package_is_named(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A joined cluster's, whose driver's machine may have it."""
+    values = {"run_dir": "x", "model": {"source": "x"}, "data": {"train": {"path": "x"}}}
+    config = parse_config({**values, "finetune": {"use_liger_kernel": True}})
+    session.check_nodes([parse_config(values)])
+    with pytest.raises(ConfigError, match=r"^node [\d.]+: finetune\.use_liger_kernel needs the liger_kernel package"):
+        session.check_nodes([config, config])
