@@ -27,7 +27,8 @@ def _sheet(tera: float, float32: float, generation: int) -> GpuSpeed:
 
 # By what a name holds, all of it; the first that fits. Figures are of NVIDIA's data sheets (https://resources.nvidia.com,
 # "... Tensor Core GPU Datasheet", and of GeForce the architectures' whitepapers): rows BFLOAT16 or FP16 Tensor Core, halved
-# where they are given with sparsity alone, and FP32. Of cards in several forms the fastest is meant.
+# where they are given with sparsity alone, and FP32. Of cards in several forms the fastest is meant. The A10G's:
+# https://d1.awsstatic.com/product-marketing/ec2/NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf
 _SHEETS: tuple[tuple[tuple[str, ...], GpuSpeed], ...] = (
     (("B200",), _sheet(2250, 75, 5)),
     (("H200", "NVL"), _sheet(835.5, 60, 5)),
