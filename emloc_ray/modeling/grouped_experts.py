@@ -14,6 +14,7 @@ from it; it then starts kernels for each expert, which takes it longer than the 
 - Factors of unlike ranks: no product of torch's has groups of rows and of ranks both. Zeros up to the highest rank take
   memory that the emulator is there to save; a grouped product a rank takes a copy of all rows each, kept for the backward pass.
 - Adapters on some experts, or of unlike ranks: zeros would do, as adapters are small. The same ranks for all are what is trained.
+- Weights in few bits: a grouped product reads dense ones. Those of all experts at once take the memory that few bits save.
 - Weights that come and go: the next block's are fetched by the host.
 """
 
