@@ -14,6 +14,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from emloc_ray.errors import EmlocError, NumericsError, StageError, Stopped, TakenOver
 from emloc_ray.io.formats.json_lines import read_objects
@@ -54,7 +55,8 @@ def finetune(
     """
     job = replace(job, planned_s=resources.planned_s)
     job.storage_dir.mkdir(parents=True, exist_ok=True)
-    for left in (job.stop_path, job.step_path, job.begun_path, job.out_of_memory_path, job.last_word_path):
+    of_a_try = job.stop_path, job.step_path, job.begun_path, job.group_path, job.out_of_memory_path, job.last_word_path
+    for left in of_a_try:
         discard(left)
     with Watcher(job, progress, tell, detail=detail) as watcher:
         outcome = (runner or runner_of(job, resources))(job, resources, tell, watcher.check)
@@ -171,7 +173,16 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
         return None
     except (ray.exceptions.RayError, ray.train.ControllerError) as error:
         time.sleep(losses.count("the training", error))
+        _release(job)
         return None
+
+
+def _release(job: FinetuneJob) -> None:
+    """Gives back what the workers of a lost group were granted. Ray Train 2.60 keeps it until the driver ends where one is lost
+    in the moment in which the training is launched; the next group would wait for it for ever."""
+    if held := content(job.group_path).decode():
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(held))))
+        discard(job.group_path)
 
 
 def _checkpoints(job: FinetuneJob) -> set[str]:

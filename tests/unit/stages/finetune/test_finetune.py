@@ -10,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
+import ray.train
 import torch
 
 from emloc_ray.errors import Stopped, TakenOver
@@ -171,3 +173,30 @@ def test_a_group_s_peaks_are_those_of_each_rank(tmp_path: Path, monkeypatch: pyt
     with listening(usage.hear):
         run_group(dataclasses.replace(JOB, storage_dir=tmp_path), Resources(2), print, lambda: None)
     assert usage.largest_gpu_bytes == 11
+
+
+class BrokenGroup:
+    """Ray Train where a worker is lost while the training is launched: its group is left with what it was granted."""
+
+    def __init__(self, job: FinetuneJob) -> None:
+        self.job, self.tries = job, 0
+
+    def fit(self) -> SimpleNamespace:
+        self.tries += 1
+        group = ray.util.placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
+        assert group.wait(30)
+        self.job.group_path.write_text(group.id.hex())
+        if self.tries == 1:
+            raise ray.train.ControllerError(ray.exceptions.ActorDiedError())
+        ray.util.remove_placement_group(group)
+        return SimpleNamespace(return_value={"peaks": [{}, {}]})
+
+
+def test_what_a_lost_group_was_granted_is_given_back(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = dataclasses.replace(JOB, storage_dir=tmp_path)
+    broken = BrokenGroup(job)
+    monkeypatch.setattr("emloc_ray.stages.finetune.finetune.TorchTrainer", lambda *_, **__: broken)
+    run_group(job, Resources(2), print, lambda: None)
+    assert broken.tries == 2
