@@ -100,10 +100,9 @@ class Refiner:
         emulator, name = self.replays["emulator"], self.flow.order[position]
         emulator.load_block(position)
         block, file = emulator.model.get_submodule(name), self.job.block_file(position)
-        if exists(file):
-            _put(block, name, file)
-        else:
+        if not exists(file):
             self._fit(position, block, name, file)
+        _put(block, name, file)
         self._pass("emulator", position)
         (self._hidden(position) / "whole").touch()
         if position:
@@ -123,11 +122,13 @@ class Refiner:
             name=name,
         )
         kept = factorized_in(block) if fit.is_better else {}
-        tensors = {
+        weights = {
             f"{name}.{own}.{part}.weight": getattr(module, part).weight.detach()
             for own, module in kept.items()
             for part in ("up", "down")
         }
+        stored_dtype = self.replays["emulator"].weights.stored_dtype  # which model.dtype need not be
+        tensors = {key: weight.to(stored_dtype(key)) for key, weight in weights.items()}
         write_tensors(file, tensors, {_FIT: json.dumps([fit.before, fit.after])})
 
     def _call(self, number: int) -> ModelCall:
@@ -171,7 +172,7 @@ class Refiner:
 
 
 def _put(block: nn.Module, name: str, file: Path) -> None:
-    """Puts the factors that a killed try has refined into a block."""
+    """Puts the refined factors of a file into a block, as they are stored."""
     for entry in read_shard(file).entries:
         owner, _, attribute = entry.name.removeprefix(f"{name}.").rpartition(".")
         linear: Any = block.get_submodule(owner)

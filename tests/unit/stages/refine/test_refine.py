@@ -112,6 +112,20 @@ def test_other_layers_are_refined_too(family: str, storage: Any, dtype: str, tmp
     assert load_model(job.out_dir).dtype == getattr(torch, dtype)
 
 
+@pytest.mark.parametrize("computed", ["float16", "float32"])
+def test_factors_are_stored_in_the_dtype_of_the_checkpoint(computed: str, tmp_path: Path) -> None:
+    model_dir = save_model(tmp_path / "model", dtype="bfloat16")
+    emulator = save_emulator(model_dir, tmp_path / "emulator")
+    tokens = write_tokens(tmp_path / "tokens", 12, 5)
+    job = job_of(model_dir, emulator, tokens, tmp_path, steps=3, model_options=(("dtype", computed),))
+    refine_blocks(job)
+    before, after = tensors(emulator), tensors(job.out_dir)
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    name = "model.layers.0.mlp.up_proj"
+    one, other = (t[f"{name}.up.weight"].float() @ t[f"{name}.down.weight"].float() for t in (before, after))
+    assert 0 < (other - one).norm() < 0.5 * one.norm()
+
+
 def test_shards_that_are_written_stay(refined: RefinementJob, tmp_path: Path) -> None:
     job = replace(refined, out_dir=shutil.copytree(refined.out_dir, tmp_path / "out"))
     before = {file.name: file.stat().st_ino for file in job.out_dir.glob("*.safetensors")}
