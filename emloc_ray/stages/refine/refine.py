@@ -92,7 +92,9 @@ class Refiner:
         return last + 1 if all(exists(self.job.block_file(k)) for k in range(last + 1)) else 0
 
     def _hidden(self, position: int) -> Path:
-        return local_only(self.job.work_dir) / "hidden" / self.job.inputs / f"block-{position:05d}"
+        # By batches: a memory budget, which is no input, may have a later try take fewer rows at once.
+        folder = local_only(self.job.work_dir) / "hidden" / self.job.inputs / f"rows-{self.job.batch_size}"
+        return folder / f"block-{position:05d}"
 
     def take(self, position: int) -> None:
         """Refines the block at ``position``, unless a killed try has, and passes the rows through it."""

@@ -100,6 +100,16 @@ def test_a_killed_try_is_continued(refined: RefinementJob, tmp_path: Path, keeps
         torch.testing.assert_close(tensors(job.out_dir)[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_a_try_with_other_batches_does_not_take_their_hidden_states(refined: RefinementJob, tmp_path: Path) -> None:
+    job = replace(refined, work_dir=tmp_path / "work", out_dir=tmp_path / "out")
+    Refiner(job).take(0)
+    smaller = replace(job, batch_size=2)
+    assert Refiner(smaller).begin() == 0
+    refine_blocks(smaller)
+    first = "model.layers.0.mlp.up_proj.up.weight"
+    assert torch.equal(tensors(job.out_dir)[first], tensors(refined.out_dir)[first])  # refined once
+
+
 @pytest.mark.parametrize(
     ("family", "storage", "dtype"), [("gpt2", "factors", "float32"), ("qwen2_moe", "pivoted", "bfloat16")]
 )
