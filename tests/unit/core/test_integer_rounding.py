@@ -77,6 +77,15 @@ def test_more_bits_lose_less() -> None:
     assert errors[0] > 1.7 * errors[1] > 1.7**2 * errors[2] > 1.7**3 * errors[3]
 
 
+def test_in_8_bits_no_element_is_clipped() -> None:
+    torch.manual_seed(0)
+    for columns in (64, 8, 1):  # a group each; factors of a few ranks have narrow ones
+        weight = torch.randn(64, columns)
+        errors = (weight - quantize(weight, Whitening(torch.eye(columns)), 8).dense()).abs().amax(dim=1)
+        steps = (weight.amax(dim=1).clamp_min(0) - weight.amin(dim=1).clamp_max(0)) / 255
+        assert (errors < 0.8 * steps).all()
+
+
 @pytest.mark.parametrize(
     ("name", "weight", "gram"),
     [
