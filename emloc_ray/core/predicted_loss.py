@@ -89,9 +89,9 @@ class _Layer:
     @functools.cached_property
     def columns(self) -> Tensor:
         """``L_kk² (in,)`` of every input, in the order in which columns are rounded."""
-        order, ordered = self.whitening.by_energy(DAMPENING_FRAC)
+        order, root = self.whitening.root_by_energy(DAMPENING_FRAC)
         energies = torch.empty_like(self.inputs)
-        energies[order] = ordered.root(torch.float32).diagonal().square()
+        energies[order] = root.diagonal().square()
         return energies
 
     @property

@@ -153,8 +153,7 @@ def _columns(weight: Tensor, grid: IntegerWeight, order: Tensor) -> _Columns:
 
 def _by_planes(weight: Tensor, whitening: Whitening, grid: IntegerWeight) -> Tensor:
     """Codes by Babai's nearest plane, ``(out, in)``."""
-    order, ordered = whitening.by_energy(DAMPENING_FRAC)
-    root = ordered.root(torch.float32)
+    order, root = whitening.root_by_energy(DAMPENING_FRAC)
     gains, columns = root / root.diagonal(), _columns(weight, grid, order)
     differences, codes = torch.empty_like(columns.weight), torch.empty_like(columns.weight, dtype=torch.uint8)
     for end in range(len(codes), 0, -_COLUMNS):

@@ -56,7 +56,7 @@ class Whitening:
         self._roots: dict[torch.dtype, Tensor] = {}
         self._choleskys: dict[torch.dtype, Tensor | None] = {}
         self._on_cpu: Whitening | None = None
-        self._by_energy: dict[float, tuple[Tensor, Whitening]] = {}
+        self._by_energy: dict[float, tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def identity(cls, in_features: int, device: torch.device | str = "cpu") -> Whitening:
@@ -114,11 +114,13 @@ class Whitening:
             self._choleskys[dtype] = None if int(failed) != 0 else lower.to(dtype)
         return self._choleskys[dtype]
 
-    def by_energy(self, dampening_frac: float) -> tuple[Tensor, Whitening]:
-        """The inputs in ascending order of ``G_jj``, ``(in,)``, and the whitening of the inputs in that order."""
+    def root_by_energy(self, dampening_frac: float) -> tuple[Tensor, Tensor]:
+        """The inputs in ascending order of ``G_jj``, ``(in,)``, and the :meth:`root` of the Gram of the inputs in that order,
+        damped so, in float32. These are kept, but not the Gram in that order: it is as large again, twice."""
         if dampening_frac not in self._by_energy:
             order = self._gram.diagonal().argsort(stable=True)
-            self._by_energy[dampening_frac] = order, Whitening(self._gram[order][:, order], dampening_frac)
+            ordered = Whitening(self._gram[order][:, order], dampening_frac)
+            self._by_energy[dampening_frac] = order, ordered.root(torch.float32)
         return self._by_energy[dampening_frac]
 
     def times(self, columns: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Rounding under a Gram: against every rounding there is on tiny layers, against the nearest one, and on ugly layers."""
 
+import gc
 import itertools
 
 import pytest
@@ -75,6 +76,14 @@ def test_more_bits_lose_less() -> None:
     weight, whitening = torch.randn(64, 128), Whitening(_gram(128))
     errors = [_error(weight, quantize(weight, whitening, bits).dense(), whitening) for bits in (2, 3, 4, 8)]
     assert errors[0] > 1.7 * errors[1] > 1.7**2 * errors[2] > 1.7**3 * errors[3]
+
+
+def test_of_a_gram_no_more_is_held_than_its_damped_form_and_a_root() -> None:
+    torch.manual_seed(0)
+    whitening = Whitening(_gram(137))
+    quantize(torch.randn(8, 137), whitening, 4)
+    held = [part for part in gc.get_objects() if type(part) is Tensor and part.shape == (137, 137)]
+    assert len({part.data_ptr() for part in held}) == 3
 
 
 def test_in_8_bits_no_element_is_clipped() -> None:
