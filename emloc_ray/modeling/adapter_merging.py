@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from emloc_ray.io.formats.checkpoint import TensorEntry
 from emloc_ray.io.formats.shards import copy_chunks, row_chunks
 from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.architecture import LinearSpec, Part, StoredRows
+
+if TYPE_CHECKING:
+    from emloc_ray.modeling.block_weights import BlockWeights
 
 _NORM_ROWS = 64  # read at a time for norms, whatever the chunks are: no bit may depend on those
 _ROWS = 1024  # of a weight in memory, merged at a time
@@ -134,27 +137,33 @@ def _merged(entry: TensorEntry, adapter: Adapter, change: Change, chunk_bytes: i
         del merged
 
 
-def compute_as_merged(model: Any, adapter: Adapter, stored_dtype: Callable[[str], torch.dtype]) -> None:
-    """Has the linears of a bare model compute with what the merge makes of their weights, of whatever weights they have then. A
-    weight is made while its linear computes, rounded as a checkpoint of ``stored_dtype(its name)`` rounds it, and not kept."""
+# What a parameter is merged by: whether it is stored transposed, in which dtype, and where it is to be read from.
+_Merging = tuple[_Merge, bool, torch.dtype, Callable[[], Tensor] | None]
+
+
+def compute_as_merged(model: Any, adapter: Adapter, weights: BlockWeights) -> None:
+    """Has the linears of a bare model compute with what the merge makes of the checkpoint that ``weights`` reads. A weight is
+    made while its linear computes, of what the model has then, or where that is rounded (a float32 checkpoint in bfloat16) of
+    what is stored; it is rounded as the merged checkpoint is, then to the model's dtype, and not kept."""
     for name in adapter.names:
         linear = model.get_submodule(name)
-        transposed, dtype = isinstance(linear, Conv1D), stored_dtype(f"{name}.weight")
+        transposed = isinstance(linear, Conv1D)
         outputs, inputs = linear.weight.shape[::-1] if transposed else linear.weight.shape
         spec = LinearSpec(name, outputs, inputs, linear.bias is not None, transposed, "")
         changes = {"weight": Change(spec)}
         if adapter.kind == "scaling" and spec.has_bias and not adapter.scaling(name)[1]:
             changes["bias"] = Change(replace(spec, transposed=False), is_bias=True)
-        merges = {
-            part: (_merge_of(adapter, change).on(linear.weight.device), change.spec.transposed, dtype)
-            for part, change in changes.items()
-        }
+        merges: dict[str, _Merging] = {}
+        for part, change in changes.items():
+            merge, own = _merge_of(adapter, change).on(linear.weight.device), linear.get_parameter(part).dtype
+            dtype = weights.stored_dtype(f"{name}.{part}")
+            is_rounded = torch.promote_types(dtype, own) != own
+            stored = functools.partial(weights.stored, f"{name}.{part}") if is_rounded else None
+            merges[part] = merge, change.spec.transposed, dtype, stored
         linear.forward = functools.partial(_forward_merged, linear, merges, linear.forward)
 
 
-def _forward_merged(
-    linear: nn.Module, merges: dict[str, tuple[_Merge, bool, torch.dtype]], compute: Callable[..., Any], *args: Any
-) -> Any:
+def _forward_merged(linear: nn.Module, merges: dict[str, _Merging], compute: Callable[..., Any], *args: Any) -> Any:
     own = dict(linear._parameters)
     for part, merge in merges.items():
         linear._parameters[part] = nn.Parameter(_by_rows(linear.get_parameter(part), *merge), False)
@@ -165,13 +174,16 @@ def _forward_merged(
 
 
 @exact_float32()
-def _by_rows(weight: Tensor, merge: _Merge, transposed: bool, dtype: torch.dtype) -> Tensor:
-    made = torch.empty_like(weight)
-    stored = dtype if dtype.itemsize < weight.dtype.itemsize else weight.dtype
-    gains = merge.gains(
-        ((begin, weight[begin : begin + _NORM_ROWS]) for begin in range(0, len(weight), _NORM_ROWS)), transposed
-    )
-    for begin in range(0, len(weight), _ROWS):
-        rows = weight[begin : begin + _ROWS].to(stored)
-        made[begin : begin + _ROWS] = merged_rows(rows, merge.update, begin, transposed, gains, merge.along_rows)
+def _by_rows(
+    weight: Tensor, merge: _Merge, transposed: bool, dtype: torch.dtype, stored: Callable[[], Tensor] | None
+) -> Tensor:
+    made, source = torch.empty_like(weight), weight if stored is None else stored()
+
+    def chunks(size: int) -> Iterator[tuple[int, Tensor]]:
+        for begin in range(0, len(source), size):
+            yield begin, source[begin : begin + size].to(weight.device, dtype)
+
+    gains = merge.gains(chunks(_NORM_ROWS), transposed)
+    for begin, rows in chunks(_ROWS):
+        made[begin : begin + len(rows)] = merged_rows(rows, merge.update, begin, transposed, gains, merge.along_rows)
     return made

@@ -89,9 +89,12 @@ class BlockWeights:
     def read(self, names: Sequence[str]) -> Tensor:
         """A parameter, known by any of ``names`` in the checkpoint, in the dtype that the model has it in, on the CPU. Raises
         ArtifactError where the checkpoint lacks it."""
-        name = next((name for name in names if name in self._stored), names[0])
-        weight = require(self._stored, name, self.checkpoint).read(self.checkpoint, self._mapped)
+        weight = self.stored(next((name for name in names if name in self._stored), names[0]))
         return weight.to(self._dtype_of(names)) if weight.is_floating_point() else weight
+
+    def stored(self, name: str) -> Tensor:
+        """A parameter in the dtype that it has in the checkpoint, on the CPU: mapped, where it is one tensor there."""
+        return require(self._stored, name, self.checkpoint).read(self.checkpoint, self._mapped)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype that a parameter has in the checkpoint."""

@@ -138,7 +138,7 @@ def _with_each(
     passes = []
     for model, (name, adapter) in zip(held.models, named, strict=True):
         if name == "merged" and adapter is not None:
-            compute_as_merged(model, Adapter(adapter), held.weights.stored_dtype)
+            compute_as_merged(model, Adapter(adapter), held.weights)
         elif adapter is not None:
             model = load_adapter(model, adapter)
         passes.append(functools.partial(measure, name, model.eval()))

@@ -18,6 +18,7 @@ from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.adapter_merging import changed_tensors, compute_as_merged, merged_chunks
 from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec, StoredRows, block_linears, empty_model
+from emloc_ray.modeling.block_weights import BlockWeights
 from emloc_ray.modeling.loading import load_model
 
 MERGED = [(case, family) for case, family in FITTING if case not in PROMPTS]
@@ -60,10 +61,29 @@ def test_a_model_computes_as_merged(
             expected.get_parameter(entry.name).data = whole.float()
     model = load_model(model_dir, dtype="float32")
     before = logits(model)
-    compute_as_merged(model, adapter, lambda name: getattr(torch, dtype))
+    compute_as_merged(model, adapter, BlockWeights(model_dir))
     torch.testing.assert_close(logits(model), logits(expected), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(logits(model), before, rtol=1e-3)
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in expected.named_parameters()}
+
+
+@pytest.mark.parametrize("case", ["lora", "dora"])
+def test_what_a_narrower_model_rounds_of_a_weight_is_merged_too(
+    case: str, adapter_dir: Callable[[str, str], Path], tiny_model_dir: Callable[..., Path]
+) -> None:
+    """Else updates below half a step of bfloat16 would be lost, which the merged checkpoint holds."""
+    model_dir, adapter, given = tiny_model_dir("llama"), Adapter(adapter_dir(case, "llama")), []
+    model = load_model(model_dir, dtype="bfloat16")
+    name = adapter.names[0]
+    compute_as_merged(model, adapter, BlockWeights(model_dir, dtype="bfloat16"))
+    linear = model.get_submodule(name)
+    linear.register_forward_hook(lambda module, args, output: given.append((args[0], output)))
+    logits(model)
+    entry = Checkpoint(model_dir).entry(f"{name}.weight")
+    changes = changed_tensors(adapter, block_linears(empty_model(AutoConfig.from_pretrained(model_dir))))[entry.name]
+    weight = torch.cat(list(merged_chunks(entry, adapter, changes, 2**20))).bfloat16()
+    read, output = given[0]
+    assert torch.equal(output, torch.nn.functional.linear(read, weight))
 
 
 @pytest.mark.parametrize(
