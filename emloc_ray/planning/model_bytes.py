@@ -164,7 +164,8 @@ class ModelBytes:
     def _cached_per_token(self) -> float:
         config = self.model_config.get_text_config()
         differ = getattr(config, "is_heterogeneous", False)  # then what differs is asked of a layer alone
-        return sum(map(self._cached_in, config.per_layer_config if differ else [config] * config.num_hidden_layers))
+        alike = [config] * getattr(config, "num_hidden_layers", len(self.blocks))  # BLT's counts for each of its parts
+        return sum(map(self._cached_in, config.per_layer_config if differ else alike))
 
     def _cached_in(self, layer: Any) -> float:
         """Numbers that a layer of that config keeps of a token: its keys and values."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from transformers import (
+    BltConfig,
     Gemma4TextConfig,
     InternVLConfig,
     InternVLVisionConfig,
@@ -210,6 +211,15 @@ def test_layers_may_keep_keys_and_values_of_several_sizes() -> None:
     config = Gemma4TextConfig(**sizes)
     memory = MemoryModel(bare(config), Lengths(8.0, 16.0))
     assert memory.inference(1, 64)["kv cache"] == 2 * 2 * (16 + 32) * 64 * 2
+
+
+def test_a_config_that_counts_its_layers_by_parts_has_a_cache_of_every_block() -> None:
+    """BLT's own config gives neither a number of layers nor one of heads."""
+    part = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
+    names = ("patcher_config", "encoder_config", "decoder_config", "global_config")
+    ready = bare(BltConfig(vocab_size=300, encoder_hash_byte_group_vocab=32, **dict.fromkeys(names, part)))
+    memory = MemoryModel(ready, Lengths(8.0, 16.0))
+    assert memory.inference(1, 64)["kv cache"] == 2 * len(memory.blocks) * ready.layout.hidden_size * 64 * 2
 
 
 def test_each_method_counts_its_own_parameters(prepared: Callable[..., Prepared]) -> None:
