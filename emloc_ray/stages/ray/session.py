@@ -57,7 +57,7 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
         address = "local"  # Ray's own default is whatever was last started on this machine, by anybody
     try:
         ray.init(address=address, **settings)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises this type itself, as where a node is slow to start
         detail = " ".join(str(error).split())[:200]
         raise StageError(f"Ray could not be started or reached ({detail}): check the ray section.") from error
     quiet_ray_data()

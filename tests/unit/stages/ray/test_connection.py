@@ -15,7 +15,7 @@ from emloc_ray.stages.ray import nodes, session
 from emloc_ray.stages.ray.session import connection
 
 
-@pytest.mark.parametrize("kind", [AuthenticationError, ConnectionError])
+@pytest.mark.parametrize("kind", [AuthenticationError, ConnectionError, Exception])
 def test_a_cluster_that_lets_nobody_in_is_a_sentence(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**options: Any) -> None:
         raise kind("no authentication token was found")
