@@ -20,7 +20,7 @@ from emloc_ray.modeling.architecture import load_config as read_model
 from emloc_ray.modeling.loading import fetch_weights, resolve_source
 from emloc_ray.ui.publishing import MODEL, result_name
 
-_PLAIN = ("text", "prompt_completion")  # formats whose prompts no chat template wraps
+_PLAIN = {"text", "prompt_completion"}  # formats whose prompts no chat template wraps
 NAMES = ("original", "fine-tuned")
 
 
@@ -42,7 +42,8 @@ class Pair:
         from peft import PeftModel
         from transformers import AutoTokenizer
 
-        adapter, config = root / result_name(run, "adapter"), run.manifest()["config"]
+        adapter, manifest = root / result_name(run, "adapter"), run.manifest()
+        config, rows = manifest["config"], manifest["stages"].get("data", {}).get("result", {})
         options, trusted = config["model"], bool(config["model"].get("trust_remote_code"))
         directory = root / MODEL
         if not directory.is_dir():
@@ -54,7 +55,8 @@ class Pair:
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
         except (OSError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"{directory} with {adapter} does not open ({error}).") from error
-        plain = plain or not tokenizer.chat_template or config["data"].get("format") in _PLAIN
+        formats = rows.get("formats", [config["data"].get("format")])  # those that auto took
+        plain = plain or not tokenizer.chat_template or set(formats) <= _PLAIN
         return cls(adapted.eval(), tokenizer, plain, max_new_tokens)
 
     def answers(self, prompt: str) -> dict[str, str]:

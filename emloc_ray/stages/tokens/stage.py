@@ -68,7 +68,8 @@ def _tokenize(context: Context, inputs: Inputs, granted: Resources, progress: Pr
 
     prepared, out_dir = context.prepared, context.path("data")
     check_unchanged(source for sources in prepared.files.values() for source in sources)
-    return tokenize_data(prepared, context.model_dir, out_dir, progress, inputs, context.note, granted.planned_s)
+    made = tokenize_data(prepared, context.model_dir, out_dir, progress, inputs, context.note, granted.planned_s)
+    return {**made, "formats": _formats(prepared)}
 
 
 def _remarks(context: Context, result: Result) -> list[str | None]:

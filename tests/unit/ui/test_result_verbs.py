@@ -197,6 +197,15 @@ def test_both_models_are_asked_the_same(run: RunDirectory, plain: bool) -> None:
         talk(console, pair, lambda prompt: next(said))
 
 
+@pytest.mark.parametrize(("formats", "plain"), [(["prompt_completion"], True), (["messages", "text"], False)])
+def test_prompts_are_wrapped_as_the_rows_that_auto_took_were(run: RunDirectory, formats: list[str], plain: bool) -> None:
+    manifest = run.manifest()
+    manifest["config"]["data"]["format"] = "auto"
+    manifest["stages"]["data"]["result"]["formats"] = formats
+    run.path("manifest.json").write_text(json.dumps(manifest))
+    assert Pair.of(run, run.root).plain is plain
+
+
 def test_the_adapter_makes_a_difference_in_one_of_them(run: RunDirectory) -> None:
     pair = Pair.of(run, run.root, plain=True, max_new_tokens=8)
     answers = pair.answers("add 3 and 3: ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from emloc_ray.data.tokenizing import TokenizeOptions
 from emloc_ray.demos.python_sources import SourceTask
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.stages.tokens.stage import split_inputs, too_few_rows
+from emloc_ray.stages.context import Context
+from emloc_ray.stages.ray.tasks import Resources
+from emloc_ray.stages.tokens.stage import DATA, split_inputs, too_few_rows
 from emloc_ray.stages.tokens.tokens import split_sources, tokenize_data
 
 Make = Callable[..., Prepared]
@@ -48,6 +51,15 @@ def calibration_tokens(ready: Prepared, out: Path) -> tuple[dict[str, int], list
     counts = tokenize_data(ready, ready.source.directory, out)["splits"]["calibration"]
     shards = TokenShards(out / "tokens" / "calibration")
     return counts, [shards.row(position).input_ids for position in range(len(shards))]
+
+
+def test_the_stage_says_which_formats_auto_took(prepared: Make, ray_session: None) -> None:
+    ready = prepared(num_calibration_samples=4)
+    ready = replace(
+        ready, config=ready.config.model_copy(update={"data": ready.config.data.model_copy(update={"format": "auto"})})
+    )
+    result = DATA.run(Context(ready, ready.source.directory), {}, Resources(), lambda done, total: None)
+    assert result["formats"] == ["prompt_completion"]
 
 
 @pytest.mark.parametrize("wanted", [1, 2000, 9000])
