@@ -44,9 +44,9 @@ def write_cards(run: RunDirectory, copy: Path | None = None) -> None:
                 file.write(card(run.name, folder, manifest["config"], metrics).encode())
 
 
-def card(name: str, folder: str, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    """The card of one folder of a run: base, data, method, figures, how to load it. Of local models and files it names the last
-    part of their paths alone."""
+def card(name: str, folder: str, config: Mapping[str, Any], metrics: Mapping[str, Any], repository: str = "") -> str:
+    """The card of one folder of a run: base, data, method, figures, how to load it, from a ``repository`` of the hub or from
+    the folder itself. Of local models and files it names the last part of their paths alone."""
     from huggingface_hub import ModelCardData
 
     model, is_merged = config.get("model") or {}, folder == "merged"
@@ -75,7 +75,7 @@ def card(name: str, folder: str, config: Mapping[str, Any], metrics: Mapping[str
 ## How to load it
 
 ```python
-{_loading(name, base, str(metrics.get("auto_class", "AutoModelForCausalLM")), is_merged)}
+{_loading(repository, base, is_hub, str(metrics.get("auto_class", "AutoModelForCausalLM")), is_merged)}
 ```
 
 ## How it was made
@@ -103,14 +103,15 @@ def _places(data: Mapping[str, Any]) -> list[str]:
     return [path] if isinstance(path, str) else list(path)
 
 
-def _loading(name: str, base: str, opens: str, is_merged: bool) -> str:
+def _loading(repository: str, base: str, is_hub: bool, opens: str, is_merged: bool) -> str:
+    place = f'"{repository}")' if repository else '".")  # in this folder'
     if is_merged:
-        return f'from transformers import {opens}\n\nmodel = {opens}.from_pretrained("{name}")  # or its own place'
+        return f"from transformers import {opens}\n\nmodel = {opens}.from_pretrained({place}"
     return f"""from peft import PeftModel
 from transformers import {opens}
 
-original = {opens}.from_pretrained("{base}")
-model = PeftModel.from_pretrained(original, "{name}")  # or its own place"""
+original = {opens}.from_pretrained("{base}"){"" if is_hub else "  # where you have it"}
+model = PeftModel.from_pretrained(original, {place}"""
 
 
 def _made(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:

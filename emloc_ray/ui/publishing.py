@@ -8,15 +8,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 
 from emloc_ray.errors import ConfigError, StageError
-from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.runs.directory import CARD, RunDirectory
 from emloc_ray.io.runs.fetch import fetch
 from emloc_ray.text import counted, size
-from emloc_ray.ui.cards import WRITTEN_BY, write_cards
+from emloc_ray.ui.cards import WRITTEN_BY, card
 from emloc_ray.ui.terminal import progress_bar
 
 Part = Literal["adapter", "merged"]
@@ -52,24 +52,32 @@ def at_hand(console: Console, run: RunDirectory, *names: str) -> Iterator[Path]:
 
 def push(console: Console, run: RunDirectory, name: str, part: Part, private: bool) -> None:
     """Uploads one result with its card to a model repository of the hub, which it makes where there is none. Raises ConfigError
-    where the run has not come so far or the name is none of the hub, StageError where the hub refuses or cannot be reached."""
-    from huggingface_hub import HfApi
+    where the run has not come so far, the name is none of the hub, or what is to be ``private`` would be public, StageError
+    where the hub refuses or cannot be reached."""
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     result = result_name(run, part)
     with at_hand(console, run, result) as root:
-        write_cards(run, root)
         folder = root / result
-        files = [file for file in folder.rglob("*") if file.is_file()]
+        files = [file for file in folder.rglob("*") if file.is_file() and file != folder / CARD]
         held = size(sum(file.stat().st_size for file in files))
-        console.print(
-            f"Pushing {folder.name}/ ({counted(len(files), 'file')}, {held}) to {name}", soft_wrap=True, markup=False
-        )
         api = HfApi()
         try:
-            api.create_repo(name, private=private, exist_ok=True)
-            done: Any = api.upload_folder(
-                repo_id=name, folder_path=folder, commit_message=f"{folder.name} of the run {run.name}, by emloc-ray"
+            made = api.create_repo(name, private=private, exist_ok=True).repo_id
+            if private and not api.model_info(made).private:
+                raise ConfigError(f"{made} is there already, and public: name another, or leave --private out.")
+            console.print(
+                f"Pushing {result}/ ({counted(len(files), 'file')} and a card, {held}) to {made}",
+                soft_wrap=True,
+                markup=False,
+            )
+            text = card(run.name, result, run.manifest()["config"], run.metrics(), made)
+            added = {CARD: text.encode(), **{file.relative_to(folder).as_posix(): file for file in files}}
+            done = api.create_commit(
+                made,
+                [CommitOperationAdd(path, content) for path, content in added.items()],
+                commit_message=f"{result} of the run {run.name}, by emloc-ray",
             )
         except HFValidationError as error:
             raise ConfigError(f"{name} is no name of the hub ({error}): write OWNER/NAME.") from error
@@ -78,7 +86,7 @@ def push(console: Console, run: RunDirectory, name: str, part: Part, private: bo
             raise StageError(
                 f"{name} cannot be pushed to ({reason}): log in with hf auth login, or check the name."
             ) from error
-    console.print(f"{folder.name}/ is at {done.commit_url}", soft_wrap=True, markup=False)
+    console.print(f"{result}/ is at {done.commit_url}", soft_wrap=True, markup=False)
 
 
 def export_gguf(console: Console, run: RunDirectory, part: Part, output: Path | None, outtype: str) -> None:

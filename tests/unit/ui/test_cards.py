@@ -36,7 +36,8 @@ def test_a_card_says_base_data_method_figures_and_how_to_load(run: RunDirectory)
     ):
         assert said in adapter.text
         assert said in merged.text
-    assert "PeftModel.from_pretrained(original" in adapter.text
+    assert 'PeftModel.from_pretrained(original, ".")  # in this folder' in adapter.text
+    assert 'from_pretrained("model")  # where you have it' in adapter.text
     loss = run.metrics()["evaluation"]["merged"]["loss"]
     assert f"{loss:.4f}" in merged.text
     assert not run.path("emulator", CARD).exists()

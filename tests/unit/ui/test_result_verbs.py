@@ -41,6 +41,7 @@ class Hub(BaseHTTPRequestHandler):
 
     made: dict[str, Any]
     files: dict[str, bytes]
+    public: bool
 
     def do_POST(self) -> None:
         here = f"http://{self.headers['Host']}"
@@ -61,7 +62,7 @@ class Hub(BaseHTTPRequestHandler):
         self._answer(answer)
 
     def do_GET(self) -> None:
-        self._answer({"id": "me/mine", "sha": "abc", "siblings": []})
+        self._answer({"id": "me/mine", "sha": "abc", "siblings": [], "private": not self.public})
 
     def _answer(self, answer: dict[str, Any]) -> None:
         content = json.dumps(answer).encode()
@@ -77,7 +78,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    Hub.made, Hub.files = {}, {}
+    Hub.made, Hub.files, Hub.public = {}, {}, False
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -98,8 +99,9 @@ def test_a_result_is_pushed_with_its_card(run: RunDirectory, hub: type[Hub], par
     assert f"Pushing {part}/ (" in done.stdout
     assert f"{part}/ is at http://127.0.0.1:" in done.stdout
     assert hub.made["visibility"] == "private"
-    assert hub.files.keys() == {path.name for path in run.path(part).iterdir()} >= {"README.md"}
+    assert hub.files.keys() == {"README.md", *(path.name for path in run.path(part).iterdir())}
     assert hub.files["README.md"].startswith(b"---\n")
+    assert b'"me/mine")' in hub.files["README.md"]  # how to load it
     weights = "adapter_model.safetensors" if part == "adapter" else "model.safetensors"
     assert hub.files[weights] == run.path(part, weights).read_bytes()
 
@@ -126,10 +128,21 @@ def test_a_result_on_an_object_store_comes_with_its_card(stored: RunDirectory, h
     assert "has no merged/: run it up to there, emloc-ray merge CONFIG." in missing.stderr
     fetched = invoke("fetch", stored.place, "home", "--part", "adapter")
     assert fetched.exit_code == 0, (fetched.output, fetched.exception)
-    assert Path("home", "adapter", "README.md").read_bytes() == hub.files["README.md"]
+    card = Path("home", "adapter", "README.md").read_text()
+    assert card.replace('".")  # in this folder', '"me/mine")').encode() == hub.files["README.md"]
     asked = CliRunner().invoke(app, ["chat", stored.place, "--max-new-tokens", "2"], input="add 1: \n\n")
     assert asked.exit_code == 0, (asked.output, asked.exception)
     assert "fine-tuned" in asked.stdout
+
+
+def test_what_is_to_be_private_is_not_pushed_to_what_is_public(run: RunDirectory, hub: type[Hub]) -> None:
+    """The hub leaves a repository that is there as it is, whatever is asked for."""
+    hub.public = True
+    refused = invoke("push", "run", "me/mine", "--private")
+    assert refused.exit_code == 2
+    assert "me/mine is there already, and public: name another, or leave --private out." in refused.stderr
+    assert not hub.files
+    assert invoke("push", "run", "mine").exit_code == 0  # an own repository needs no owner
 
 
 def test_what_cannot_be_pushed_is_told(run: RunDirectory, hub: type[Hub]) -> None:
@@ -198,7 +211,9 @@ def test_both_models_are_asked_the_same(run: RunDirectory, plain: bool) -> None:
 
 
 @pytest.mark.parametrize(("formats", "plain"), [(["prompt_completion"], True), (["messages", "text"], False)])
-def test_prompts_are_wrapped_as_the_rows_that_auto_took_were(run: RunDirectory, formats: list[str], plain: bool) -> None:
+def test_prompts_are_wrapped_as_the_rows_that_auto_took_were(
+    run: RunDirectory, formats: list[str], plain: bool
+) -> None:
     manifest = run.manifest()
     manifest["config"]["data"]["format"] = "auto"
     manifest["stages"]["data"]["result"]["formats"] = formats
