@@ -232,7 +232,7 @@ REMOVED_KEYS = {
 }
 _SHOULD_BE = "Input should be "
 # pydantic's names of a union's members in an error's location.
-_UNION_MEMBER = re.compile(r"str|bool|float|list\[.*|literal\[.*|function-.*|constrained-.*")
+_UNION_MEMBER = re.compile(r"str|bool|float|dict\[.*|list\[.*|literal\[.*|function-.*|constrained-.*")
 
 
 def _sentence(detail: Any, model: type[Section]) -> str:

@@ -17,20 +17,22 @@ from emloc_ray.io.store.places import is_store_uri
 def is_place(rows: Any) -> bool:
     """Whether these are no rows but what a config has in their place: a path, several, or a section."""
     if isinstance(rows, list):
-        return all(isinstance(each, str) for each in rows)
+        return bool(rows) and all(isinstance(each, str) for each in rows)
     return rows is None or isinstance(rows, str | Mapping)
 
 
 def write_rows(rows: Any, name: str, run_dir: str) -> str:
     """Writes rows, mappings or a table that Arrow reads (pandas, polars, pyarrow), into a folder beside the run's directory,
     ``RUN_DIR.rows``, under the hash of their content: the same rows are the same file. Returns its path. Raises ConfigError
-    where a row is none, or holds what is not JSON; where ``run_dir`` is on an object store."""
+    where a row is none, or holds what is not JSON, or there is none; where ``run_dir`` is on an object store."""
     if is_store_uri(run_dir):
         raise ConfigError(
             f"{name} are rows, and run_dir {run_dir} is on an object store: give the path of a file there."
         )
     folder = Path(f"{Path(run_dir).expanduser().absolute()}.rows")
     is_table = hasattr(rows, "__arrow_c_stream__")
+    if hasattr(rows, "__len__") and not len(rows):
+        raise ConfigError(f"{name} has no rows: give at least one.")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         new = Path(temporary, name)

@@ -239,10 +239,24 @@ def test_every_unknown_training_argument_is_told() -> None:
     assert "finetune.seed" in text
 
 
-@pytest.mark.parametrize("size", ["1,5GiB", "24GiB 16GiB", "24GiB/2", "GiB", "-1GiB", 0])
+def test_no_files_are_an_error_of_their_own_key() -> None:
+    assert "data.train.path is []: list should have at least 1 item" in error_of(data={"train": {"path": []}})
+
+
+NO_SIZES = ["1,5GiB", "24GiB 16GiB", "24GiB/2", "GiB", "-1GiB", "24Gi", "24 gigabytes", "8Gbit", True, []]
+
+
+@pytest.mark.parametrize("size", NO_SIZES)
 def test_a_size_is_a_number_and_a_unit(size: Any) -> None:
-    assert "memory_budget" in error_of(memory_budget=size)
+    assert f"memory_budget: {size!r} is no size: give a number and a unit, such as 24GiB" in error_of(
+        memory_budget=size
+    )
     assert config(memory_budget="1.5 GiB").memory_budget == 3 * 2**29
+
+
+@pytest.mark.parametrize(("size", "told"), [(0, "greater than or equal to 1"), (24, "24 is 24 bytes: write 24GiB")])
+def test_a_size_that_is_too_small_is_told(size: int, told: str) -> None:
+    assert told in error_of(memory_budget=size)
 
 
 @pytest.mark.parametrize(

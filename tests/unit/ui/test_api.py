@@ -68,6 +68,7 @@ def test_keywords_are_keys_over_those_of_a_config(tmp_path: Path) -> None:
     [
         ({"train": [1, 2]}, "train, row 1 is int: give a dict for each row"),
         ({"train": [{"a": object()}]}, "train, row 1 cannot be written as JSON"),
+        ({"train": []}, "train has no rows: give at least one"),
         ({"train": 7}, "train is int: give a path, a list of dicts"),
         ({"train": ROWS, "run_dir": "s3://b/run"}, "train are rows, and run_dir s3://b/run is on an object store"),
         ({"train": "a.jsonl", "lr": 3}, "lr is not a key"),
