@@ -1,6 +1,7 @@
 """The formats that people's rows have, and how each becomes text, prompt and completion, or chat messages."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -37,17 +38,24 @@ _ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-# Columns of other names in public data sets: what they hold is a prompt and its completion.
-_LIKELY = (
-    ("question", "answer"),
-    ("query", "response"),
-    ("prompt", "response"),
-    ("instruction", "response"),
-    ("input", "output"),
-    ("input", "target"),
-    ("article", "highlights"),
-    ("document", "summary"),
-    ("source", "target"),
+# Columns of other names in public data sets: what of ours they are.
+_LIKELY: tuple[dict[str, str], ...] = (
+    {"instruction": "instruction", "input": "context", "output": "response"},
+    *(
+        {"prompt": prompt, "completion": completion}
+        for prompt, completion in (
+            ("prompt", "completion"),
+            ("question", "answer"),
+            ("query", "response"),
+            ("prompt", "response"),
+            ("instruction", "response"),
+            ("input", "output"),
+            ("input", "target"),
+            ("article", "highlights"),
+            ("document", "summary"),
+            ("source", "target"),
+        )
+    ),
 )
 # The prompt of Alpaca's own models (tatsu-lab/stanford_alpaca), for a tokenizer without a chat template.
 _ALPACA = (
@@ -71,7 +79,7 @@ def recognized(row: Row, columns: Mapping[str, str]) -> str | None:
         is_meant = not columns or bool({*form.needed, *form.optional} & columns.keys())
         if not is_meant or not given.keys() >= {*form.needed}:
             continue
-        if name == "conversational" and not any(isinstance(given[key], list) for key in form.needed):
+        if name == "conversational" and not any(_is_chat(given[key]) for key in form.needed):
             continue
         return name
     return None
@@ -91,17 +99,43 @@ def unknown_format(row: Row, columns: Mapping[str, str], where: str) -> DataErro
     if missing:
         return DataError(f"{where}: no column {missing[0]!r} (it has {have}): fix data.columns, which names it.")
     if {"chosen", "rejected"} <= row.keys():
+        if "prompt" in row:
+            named, columns = "prompt and chosen are", {"prompt": "prompt", "completion": "chosen"}
+        else:
+            named, columns = "chosen is", {"messages" if _is_chat(row["chosen"]) else "text": "chosen"}
         return DataError(
-            f"{where}: preference data: prompt and chosen are trained on with data.columns: {{prompt: prompt, completion:"
-            " chosen}; preference losses are not here yet."
+            f"{where}: preference data: {named} trained on with data.columns: {_written(columns)}; preference losses are not"
+            " here yet."
         )
-    lowered = {name.lower(): name for name in names}
-    pair = next((pair for pair in _LIKELY if {*pair} <= lowered.keys()), None)
-    prompt, completion = (lowered[name] for name in pair) if pair else ("question", "answer")
     return DataError(
-        f"{where}: its columns ({have}) are of no known format: map them with data.columns, such as {{prompt: {prompt},"
-        f" completion: {completion}}}."
+        f"{where}: its columns ({have}) are of no known format: map them with data.columns, such as {_written(_likely(row))}."
     )
+
+
+def _likely(row: Row) -> dict[str, str]:
+    """Columns of a row that may be ours: by their names, or by what they hold."""
+    names = {str(name).strip().lower(): str(name) for name in row}
+    for likely in _LIKELY:
+        if {*likely.values()} <= names.keys():
+            return {ours: names[theirs] for ours, theirs in likely.items()}
+    if chats := [str(name) for name, value in row.items() if _is_chat(value)]:
+        return {"messages": chats[0]}
+    texts = [str(name) for name, value in row.items() if isinstance(value, str)]
+    if len(texts) == 1:
+        return {"text": texts[0]}
+    return dict(zip(("prompt", "completion"), texts[:2] or ("question", "answer"), strict=True))
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def _written(columns: Mapping[str, str]) -> str:
+    """Columns as a config has them."""
+    texts = {
+        ours: theirs if re.fullmatch(r"[\w.]+", theirs) else json.dumps(theirs) for ours, theirs in columns.items()
+    }
+    return f"{{{', '.join(f'{ours}: {theirs}' for ours, theirs in texts.items())}}}"
 
 
 def converted(row: Row, format: str, columns: Mapping[str, str], where: str, chats: bool = True) -> tuple[Row, str]:
@@ -121,7 +155,10 @@ def converted(row: Row, format: str, columns: Mapping[str, str], where: str, cha
             raise DataError(f"{where}: field {theirs!r} is null: fill it or remove the row.")
         if name not in given:
             have = ", ".join(sorted(map(str, row))) or "none"
-            raise DataError(f"{where}: no field {theirs!r} (it has {have}): data.format {format} needs it.")
+            raise DataError(
+                f"{where}: no field {theirs!r} (it has {have}), which rows of format {format} need: give it, or put rows of"
+                " another format into a file of their own."
+            )
     if format not in _CONVERSIONS:
         return given, format
     return _CONVERSIONS[format](given, where, chats)
@@ -130,7 +167,7 @@ def converted(row: Row, format: str, columns: Mapping[str, str], where: str, cha
 def _messages(row: Row, where: str, chats: bool) -> tuple[Row, str]:
     turns = row["messages"]
     if isinstance(turns, list):
-        turns = [_turn(turn, where) if isinstance(turn, dict) else turn for turn in turns]
+        turns = [_turn(_shared_turn(turn), where) if isinstance(turn, dict) else turn for turn in turns]
     return {**row, "messages": turns, **_tools(row, where)}, "messages"
 
 
@@ -189,12 +226,12 @@ def _sharegpt(row: Row, where: str, chats: bool) -> tuple[Row, str]:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise DataError(f"{where}: field 'conversations' is not a list of turns: give [{{from, value}}, …].")
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    messages = [*system, *(_shared_turn(turn) for turn in turns)]
-    return _messages({**row, "messages": messages}, where, chats)
+    return _messages({**row, "messages": [*system, *turns]}, where, chats)
 
 
 def _shared_turn(turn: dict[str, Any]) -> dict[str, Any]:
-    if "from" not in turn:
+    """A turn of ShareGPT's, whatever its column is called, as a message."""
+    if turn.get("from") is None or "role" in turn:
         return turn
     role, value = turn["from"], turn.get("value")
     rest = {key: turn[key] for key in turn.keys() - {"from", "value"}}

@@ -35,6 +35,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"conversations": [USER, ANSWER]}, "sharegpt", "<|user|>a<eos><|assistant|>[b<eos>]"),
     (
+        {"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        "messages",
+        "<|user|>a<eos><|assistant|>[b<eos>]",
+    ),
+    (
         {"instruction": "a", "input": "c", "output": "b"},
         "alpaca",
         "<|user|>a\nc<eos><|assistant|>[b<eos>]",
@@ -125,6 +130,13 @@ def test_tools_reach_the_template_with_their_arguments_as_objects() -> None:
     [
         ({}, "its columns (none) are of no known format: map them with data.columns"),
         ({"query": "a", "response": "b"}, "such as {prompt: query, completion: response}"),
+        ({" Completion": "b", "Prompt": "a"}, 'such as {prompt: Prompt, completion: " Completion"}'),
+        ({"instruction": "a", "context": "", "response": "b"}, "input: context, output: response}"),
+        ({"chat": [USER, ANSWER]}, "such as {messages: chat}"),
+        ({"id": 3, "body": "a"}, "such as {text: body}"),
+        ({"id": 3, "foo": "a", "bar": "b"}, "such as {prompt: foo, completion: bar}"),
+        ({"chosen": [USER, ANSWER], "rejected": [USER]}, "chosen is trained on with data.columns: {messages: chosen};"),
+        ({"chosen": "a", "rejected": "b"}, "chosen is trained on with data.columns: {text: chosen};"),
         ({"conversations": ["a"]}, "'conversations' is not a list of turns"),
         ({"conversations": [{"from": "human", "value": "a"}]}, "no message has role assistant"),
         ({"messages": [USER, {**ANSWER, "weight": 0}]}, "every assistant message has weight 0"),
@@ -137,6 +149,7 @@ def test_tools_reach_the_template_with_their_arguments_as_objects() -> None:
         ({"instruction": "a", "output": "b", "history": ["x"]}, "'history' is no list of pairs"),
         ({"prompt": [USER], "completion": 3}, "prompt or completion is no list of turns"),
         ({"prompt": "a", "completion": None}, "field 'completion' is null"),
+        ({"prompt": ["a", "c"], "completion": ["b", "d"]}, "field 'prompt' is list: it must be text"),
     ],
 )
 def test_bad_rows(row: dict[str, Any], complaint: str) -> None:
@@ -144,6 +157,13 @@ def test_bad_rows(row: dict[str, Any], complaint: str) -> None:
         written(row)
     assert str(caught.value).startswith("f.jsonl, row 4: ")
     assert complaint in str(caught.value)
+
+
+def test_a_row_of_another_format_than_the_first_is_told_where_it_belongs() -> None:
+    with pytest.raises(
+        DataError, match=r"no field 'messages' \(it has text\), which rows of format messages need: give it, or"
+    ):
+        written({"text": "a"}, "messages")
 
 
 def test_a_text_that_begins_with_the_begin_token_has_it_once() -> None:
