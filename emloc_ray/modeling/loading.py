@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -177,8 +178,13 @@ def read_model_config(source: ModelSource, trust_remote_code: bool = False) -> A
     options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     try:
         config = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code, **options)
-    except (ValueError, OSError, ImportError, KeyError) as error:
+    except (ValueError, OSError, ImportError, KeyError, struct.error) as error:  # the last of a GGUF file that is cut
         detail = _unknown_type(source.directory) or one_line(error)
+        if source.gguf_file is not None:
+            raise ConfigError(
+                f"model.source {source.directory / source.gguf_file}: its header cannot be read ({detail}): copy the file again,"
+                " or name another model."
+            ) from error
         raise ConfigError(f"model.source {source.directory}: its config cannot be read ({detail}).") from error
     return config
 

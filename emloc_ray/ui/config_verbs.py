@@ -206,6 +206,10 @@ def init(
     data = _asked("--data", data, "a file, a glob or hf:DATASET")
     if output.exists():
         raise ConfigError(f"{output} is there already: remove it, or name another with --output.")
+    if not os.access(output.parent, os.W_OK):
+        raise ConfigError(
+            f"{output} cannot be written: --output needs a directory that is there and can be written to."
+        )
     values: dict[str, Any] = {
         "run_dir": f"runs/{output.stem}",
         "model": {"source": model},

