@@ -170,7 +170,23 @@ def _show_images(sources: Sequence[SourceFile], data: DataConfig, count: int = 6
 
 
 def marked(tokens: Tokens, tokenizer: Any) -> Iterator[tuple[bool, list[str]]]:
-    """Runs of tokens as text, each with whether the loss counts them."""
+    """Runs of tokens as text, each with whether the loss counts them. Tokens that are parts of one character are one text."""
     pairs = zip(tokens.completion_mask, tokens.input_ids, strict=True)
     for is_learnt, run in itertools.groupby(pairs, key=lambda pair: pair[0]):
-        yield is_learnt, [tokenizer.decode([token]) for _, token in run]
+        yield is_learnt, list(_texts([token for _, token in run], tokenizer))
+
+
+def _texts(ids: Sequence[int], tokenizer: Any) -> Iterator[str]:
+    """A character has at most four bytes, so at most four tokens."""
+    at = 0
+    while at < len(ids):
+        texts = (tokenizer.decode(ids[at : at + count]) for count in range(1, 5))
+        count, text = next(
+            ((count, text) for count, text in enumerate(texts, 1) if _PART not in text),
+            (1, tokenizer.decode([ids[at]])),
+        )
+        yield text
+        at += count
+
+
+_PART = "\ufffd"  # what a decoder writes for bytes that are no character

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -159,14 +160,17 @@ def preview(
     everything = prepared.config.finetune.loss_on == "all"
     for place, row in first.rows:
         for tokens in row or ():
-            learnt = len(tokens) if everything else sum(tokens.completion_mask)
+            kept = replace(
+                tokens,
+                input_ids=tokens.input_ids[: first.limit],
+                completion_mask=[everything or learnt for learnt in tokens.completion_mask[: first.limit]],
+            )
             cut = f", cut to {first.limit}" if len(tokens) > first.limit else ""
+            learnt = sum(kept.completion_mask)
             text = Text(f"{place} ({listed(first.formats)}): {len(tokens)} tokens{cut}, {learnt} learnt ⟦so⟧\n", "bold")
-            for is_learnt, run in marked(tokens, tokenizer):
+            for is_learnt, run in marked(kept, tokenizer):
                 shown = "·".join(run)
-                text.append(
-                    f"⟦{shown}⟧" if is_learnt or everything else shown, "green" if is_learnt or everything else "dim"
-                )
+                text.append(f"⟦{shown}⟧" if is_learnt else shown, "green" if is_learnt else "dim")
             console.print(text, soft_wrap=True)
         if row is None:
             console.print(Text(f"{place}: bad, and skipped", "red"), soft_wrap=True)

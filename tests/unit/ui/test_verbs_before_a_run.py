@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from cli_calls import Place
+from cli_calls import Place, lines_of
 from gguf_files import write_gguf
 
 from emloc_ray.config.peers import PEERS
@@ -48,6 +48,14 @@ def test_preview_marks_what_is_learnt(place: Place) -> None:
     prompt, completion = result.stdout.split("⟦so⟧")[1].replace("·", "").split("⟧")[0].split("⟦")
     assert (prompt.strip(), completion) == ("add 0:", "it is 0<eos>")
     assert "row 2" in result.stdout
+
+
+def test_preview_shows_what_is_kept_of_a_row_and_whole_characters(place: Place) -> None:
+    place.write("rows.jsonl", lines_of([{"prompt": "ü", "completion": "你好" + "a" * 99}] * 20))
+    cut = place("preview", "my.yaml", "data.max_seq_length=20").stdout
+    assert "cut to 20, 18 learnt ⟦so⟧\nü⟦你·好·a" in cut
+    whole = place("preview", "my.yaml", "data.max_seq_length=20", "finetune.loss_on=all").stdout
+    assert "cut to 20, 20 learnt ⟦so⟧\n⟦ü·你·好·a" in whole
 
 
 def test_keys_shows_one_key(place: Place) -> None:
