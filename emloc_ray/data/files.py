@@ -143,10 +143,11 @@ class _Decompressed(io.RawIOBase):
 
 
 def is_array(place: str, stream: io.BufferedReader) -> bool:
-    """Whether a ``.json`` file holds one array of rows instead of a row a line; leaves the stream at its beginning."""
+    """Whether a JSON file holds one array of rows instead of a row a line; leaves the stream at its beginning. Of a ``.jsonl``
+    file one with objects, as a line of it may be a list by mistake."""
     name = shown(place).removesuffix(".gz").removesuffix(".zst")
     head = stream.peek(STORED_HEADER_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return name.endswith(".json") and head.startswith(b"[")
+    return head.startswith(b"[") and (name.endswith(".json") or head[1:].lstrip().startswith(b"{"))
 
 
 def delimiter_of(place: str, stream: io.BufferedReader) -> str:

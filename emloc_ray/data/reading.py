@@ -29,7 +29,7 @@ from emloc_ray.data.text_rows import (
     csv_records,
     csv_row,
     lines,
-    other_encoding,
+    no_text,
     read_object,
     text_row,
 )
@@ -157,8 +157,8 @@ def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
                 groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
                 source = SourceFile(place, kind, metadata.num_rows, (), max(groups, default=1), version)
             else:
-                if encoding := other_encoding(stream.peek(4)):
-                    raise DataError(f"{shown(place)} is {encoding} text: save it as UTF-8.")
+                if told := no_text(stream.peek(4)):
+                    raise DataError(f"{shown(place)} is {told}.")
                 source = _counted(place, kind, stream, keep_bad, version)
     except _UNREADABLE as error:
         raise DataError(f"{shown(str(path))} cannot be read as {kind} ({one_line(error)}): fix the file.") from error

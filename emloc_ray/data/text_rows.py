@@ -30,9 +30,23 @@ _BOMS = {
     **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16"),
 }
 
+_NO_TEXT = {
+    b"\x1f\x8b": "compressed by gzip: end its name in .gz",
+    b"\x28\xb5\x2f\xfd": "compressed by Zstandard: end its name in .zst",
+    b"PK\3\4": "a zip archive: unpack it",
+    b"PAR1": "a Parquet file: end its name in .parquet",
+}
+
 
 class BadText(ValueError):
     """A row's text is no row; says why."""
+
+
+def no_text(head: bytes) -> str | None:
+    """What a file with this beginning is instead of text, and what to do; None where it may be UTF-8."""
+    told = next((told for mark, told in _NO_TEXT.items() if head.startswith(mark)), None)
+    encoding = None if told else other_encoding(head)
+    return f"{encoding} text: save it as UTF-8" if encoding else told
 
 
 def other_encoding(head: bytes) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -135,6 +136,10 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
     "15 Latin-1": (
         given("a.jsonl", '{"text": "ä"}\n'.encode("latin-1")),
         ["a.jsonl, row 1: not UTF-8", "Latin-1, perhaps"],
+    ),
+    "15 no text": (
+        given("a.jsonl", gzip.compress(lines_of(ROWS).encode())),
+        ["compressed by gzip: end its name in .gz"],
     ),
     "19 broken": (given("a.jsonl", lines_of(ROWS) + "{\n"), ["a.jsonl, row 21: not JSON"]),
     "19 null": (

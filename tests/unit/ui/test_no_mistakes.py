@@ -30,6 +30,7 @@ GOES_ON: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         ["data.train: 20 rows"],
     ),
     "17 array": (given("a.json", json.dumps(ROWS)), ["data.train: 20 rows"]),
+    "17 array of another name": (given("a.jsonl", json.dumps(ROWS, indent=1)), ["data.train: 20 rows"]),
     "17 packed": (given("a.jsonl.gz", gzip.compress(lines_of(ROWS).encode())), ["data.train: 20 rows"]),
     "18 semicolons": (given("a.csv", "prompt;completion\n" + "a;b, c\n" * 20), ["20 rows of format prompt_completion"]),
     "21 Alpaca": (given("a.jsonl", lines_of([{"instruction": "a", "output": "b"}] * 20)), ["20 rows of format alpaca"]),
