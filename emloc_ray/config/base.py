@@ -4,7 +4,7 @@ import re
 import typing
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Patterns = str | typing.Annotated[list[str], Field(min_length=1)]
 
@@ -33,6 +33,14 @@ class Section(BaseModel):
     """Base of every section: frozen; unknown names are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    bare: ClassVar[str] = ""
+    """The key that a text or a list in the section's place sets; none where it has to be a mapping."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_bare(cls, values: Any) -> Any:
+        return {cls.bare: values} if cls.bare and isinstance(values, str | list) else values
 
 
 def section_of(annotation: Any) -> type[Section] | None:

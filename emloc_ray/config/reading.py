@@ -19,6 +19,7 @@ from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.text_rows import other_encoding
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import read_yaml
+from emloc_ray.io.runs.secret_values import without_secrets
 from emloc_ray.io.store.places import looked_in
 from emloc_ray.text import listed
 
@@ -43,7 +44,8 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     if is_batch(values):
         raise ConfigError(f"{name} is a batch of tasks: give it to emloc-ray batch.")
     for override in overrides:
-        put(values, *read_override(override), f"Override {override!r}")
+        keys, value = read_override(override)
+        put(values, keys, value, f"Override {'.'.join(keys)}")
     return parse_config(values, f"{name} and its overrides" if overrides else name)
 
 
@@ -198,11 +200,17 @@ def settings(keys: Mapping[Any, Any], *, dotted: bool = False, above: Keys = ())
 
 
 def put(values: dict[str, Any], keys: Keys, value: Any, what: str) -> None:
-    """Sets one setting; replaces the dicts inside ``values`` instead of changing them, as YAML's aliases may share them. Raises
-    ConfigError where ``what`` reaches into a value."""
+    """Sets one setting; replaces the dicts inside ``values`` instead of changing them, as YAML's aliases may share them. A bare
+    value in a section's place is that of its ``bare`` key. Raises ConfigError where ``what`` reaches into a value."""
     node = values
+    section = _section(keys)
+    if section is not None and section.bare and isinstance(value, str | list):
+        keys = (*keys, section.bare)
     for depth, parent in enumerate(keys[:-1], 1):
         child = node.get(parent)
+        section = _section(keys[:depth])
+        if section is not None and section.bare and isinstance(child, str | list):
+            child = {section.bare: child}
         if child is not None and not isinstance(child, dict):
             prefix = ".".join(map(str, keys[:depth]))
             raise ConfigError(f"{what} reaches into {prefix}, which is a value: override that instead.")
@@ -216,12 +224,15 @@ def read_override(override: str) -> tuple[Keys, Any]:
     if override.startswith("--") and "=" in override:
         raise ConfigError(f"{override}: write {override.lstrip('-')}, without dashes.")
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    keys = tuple(key.strip().split("."))
+    if not equals or not all(keys):
         raise ConfigError(f"Override {override!r} is not key.path=value: write it like finetune.max_steps=20.")
     try:
-        return tuple(key.strip().split(".")), read_yaml(text)
+        return keys, text if text.startswith("*") else read_yaml(
+            text
+        )  # a glob, as there is nothing for an alias to name
     except ValueError as error:
-        raise ConfigError(f"Override {override!r} has a value that is not YAML ({error}).") from error
+        raise ConfigError(f"Override {key} has a value that is not YAML ({error}): write it in quotes.") from error
 
 
 # Keys of earlier versions, or values of a key, with what to do instead.
@@ -250,7 +261,7 @@ def _sentence(detail: Any, model: type[Section]) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{key}: {message}." if key and key not in message else f"{message}."
-    given = detail["input"]
+    given = without_secrets(detail["input"], tuple(location))
     if detail["type"] == "model_type" and (section := _section(location, model)):
         keys = listed(list(section.model_fields), 3)
         return f"{key} is {given!r}: it is a section, give it keys of its own ({keys})."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import typing
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     ConfigDict,
@@ -25,6 +25,8 @@ from emloc_ray.config.steps import VARIANTS, Variant
 class ModelConfig(Section):
     """The original model."""
 
+    bare: ClassVar[str] = "source"
+
     source: str = Field(description="hub id, local directory, .gguf file, or package:NAME/FILE")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -39,17 +41,14 @@ class ModelConfig(Section):
         description="whole in a worker, a block's weights at a time, or so with Grams block by block; auto: what fits",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_source(cls, values: Any) -> Any:
-        return {"source": values} if isinstance(values, str) else values
-
 
 Weight = typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class SplitConfig(Section):
     """One split of the data: files of JSON, Parquet, CSV or text, a directory or glob, local or by URI; or ``hf:DATASET``."""
+
+    bare: ClassVar[str] = "path"
 
     path: Patterns | typing.Annotated[dict[str, Weight], Field(min_length=1)] = Field(
         description="file, directory, glob, URI or hf:DATASET[@SUBSET][:SPLIT]; a list of these, or a map to their shares"
@@ -70,11 +69,6 @@ class SplitConfig(Section):
     def weights(self) -> list[float] | None:
         """The shares of its places in the split; None where all rows of each are taken."""
         return list(self.path.values()) if isinstance(self.path, dict) else None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_path(cls, values: Any) -> Any:
-        return {"path": values} if isinstance(values, str | list) else values
 
 
 class DataConfig(Section):

@@ -52,4 +52,6 @@ def _problem(error: MarkedYAMLError) -> str:
         return problem.replace("found duplicate", "there is a second").partition(" with value ")[0]
     if r"'\t'" in problem:
         return "there is a tab where YAML takes only spaces"
+    if "undefined alias" in problem:
+        return "a text that begins with * names an alias, of which there is none: write it in quotes"
     return " ".join(f"{error.context or ''} {problem}".split())

@@ -119,11 +119,11 @@ def _apply(values: dict[str, Any], overrides: Sequence[str]) -> tuple[list[Overr
                     f"Override {text!r} sets a key that each task has for itself: set it in tasks or grid."
                 )
             if keys[0] not in BatchConfig.model_fields:
-                of_tasks.append((keys, value, f"Override {text!r}"))
+                of_tasks.append((keys, value, f"Override {_dotted(keys)}"))
                 continue
             if keys[0] == "grid" and len(keys) > 1:
                 keys = ("grid", ".".join(keys[1:]))
-            put(values, keys, value, f"Override {text!r}")
+            put(values, keys, value, f"Override {_dotted(keys)}")
         except ConfigError as error:
             errors.append(str(error))
     return of_tasks, errors

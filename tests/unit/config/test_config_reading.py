@@ -109,7 +109,7 @@ def test_the_last_override_wins(path: Path) -> None:
     assert load_config(path, ["seed=1", "seed=2"]).seed == 2
 
 
-@pytest.mark.parametrize("override", ["seed", "=3", " =3"])
+@pytest.mark.parametrize("override", ["seed", "=3", " =3", ".=3", "finetune..max_steps=3"])
 def test_override_without_key_or_value(path: Path, override: str) -> None:
     with pytest.raises(ConfigError, match=r"is not key\.path=value"):
         load_config(path, [override])
@@ -121,7 +121,7 @@ def test_override_reaching_into_a_value(path: Path) -> None:
 
 
 def test_override_that_is_no_yaml(path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"adapter\.target_modules=\[q_proj.*not YAML"):
+    with pytest.raises(ConfigError, match=r"^Override adapter\.target_modules has a value that is not YAML"):
         load_config(path, ["adapter.target_modules=[q_proj"])
 
 
@@ -160,6 +160,7 @@ def test_a_key_that_is_no_string(section: str) -> None:
         ("run_dir: x\nadapter: {r: 4}\nadapter: {r: 8}\n", 3, 'there is a second key "adapter"'),
         ("ray:\n  _redis_password: hush\n  _redis_password: hush\n", 3, 'there is a second key "_redis_password"'),
         ("run_dir: x\nmodel:\n\tsource: y\n", 3, "there is a tab where YAML takes only spaces"),
+        ("run_dir: x\ndata: {train: *.jsonl}\n", 2, "a text that begins with * names an alias, of which there is none"),
         ("run_dir: 2024-13-45\n", None, "month must be in"),
     ],
 )
@@ -187,3 +188,24 @@ def test_a_config_that_is_no_text_or_a_directory_is_told(tmp_path: Path) -> None
         load_config(tmp_path / "a.yaml")
     with pytest.raises(ConfigError, match="is a directory"):
         load_config(tmp_path)
+
+
+def test_a_bare_value_is_its_section_s_own_key(path: Path) -> None:
+    path.write_text("run_dir: r\nmodel: tiny\ndata: {train: a.jsonl}\n")
+    config = load_config(path, ["model.dtype=bfloat16", "data.train.num_samples=4"])
+    assert (config.model.source, config.model.dtype) == ("tiny", "bfloat16")
+    assert config.data.train is not None
+    assert (config.data.train.path, config.data.train.num_samples) == ("a.jsonl", 4)
+    above = path.parent / "above.yaml"
+    above.write_text(f"base: {path.name}\nmodel: {{dtype: float16}}\ndata: {{train: {{num_samples: 3}}}}\n")
+    config = load_config(above, ["model=other", "data.train=*.jsonl"])
+    assert (config.model.source, config.model.dtype) == ("other", "float16")
+    assert config.data.train is not None
+    assert (config.data.train.path, config.data.train.num_samples) == ("*.jsonl", 3)
+
+
+@pytest.mark.parametrize("override", ["seed.token=hf_aaa", "ray.token={hf_aaa", "ray.token=hf_aaa: {"])
+def test_a_refused_override_does_not_show_its_value(path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=r"token|seed is") as caught:
+        load_config(path, [override])
+    assert "hf_aaa" not in str(caught.value)

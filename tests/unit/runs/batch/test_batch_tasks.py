@@ -310,9 +310,9 @@ def test_the_command_line_wins_over_everything(write: Write, tmp_path: Path, mon
     ("override", "complaint"),
     [
         ("seed", "Override 'seed' is not key.path=value: write it like finetune.max_steps=20."),
-        ("adapter.target_modules=[q", "Override 'adapter.target_modules=[q' has a value that is not YAML"),
-        ("data.train.path.x=1", "Override 'data.train.path.x=1' reaches into data.train.path, which is a value"),
-        ("run_dir.x=1", "Override 'run_dir.x=1' reaches into run_dir, which is a value"),
+        ("adapter.target_modules=[q", "Override adapter.target_modules has a value that is not YAML"),
+        ("data.train.path.x=1", "Override data.train.path.x reaches into data.train.path, which is a value"),
+        ("run_dir.x=1", "Override run_dir.x reaches into run_dir, which is a value"),
         ("adapter.rr=1", "all 8 tasks: adapter.rr is not a key: the nearest is r."),
         ("max_concurrent=0", "batch.yaml and its overrides: max_concurrent is 0: input should be greater"),
         ("max_concurrent=129", "max_concurrent is 129: input should be less than or equal to 128."),
