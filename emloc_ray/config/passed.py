@@ -216,14 +216,25 @@ def _ray_init_types() -> dict[str, Any]:
     return {name: p.annotation for name, p in inspect.signature(init).parameters.items() if p.kind is not p.VAR_KEYWORD}
 
 
+def trained_with(name: str) -> str | None:
+    """The key of ``finetune`` with this name; None where there is none."""
+    return f"finetune.{name}" if name in _trainable_keys() else None
+
+
 def no_such_key(key: str, last: str, known: Iterable[str]) -> str:
     """Says that there is no such key, and which of ours means what other tools call so, is called so in another section, or
     is nearest of ``known``."""
-    known, peer = set(known), peer_key(key) or _elsewhere(last) or ""
+    known, meant = set(known), peer_key(key)
+    near = difflib.get_close_matches(last, sorted(known), n=1, cutoff=0.6)
+    peer = meant or ("" if near else _elsewhere(last)) or ""
     above, _, name = peer.rpartition(".")
     is_beside = above == key.rpartition(".")[0]
     if peer and not is_beside and name not in known:
         return f"{key}{NO_KEY}write {peer}"
-    near = [name] if name in known else difflib.get_close_matches(last, sorted(known), n=1, cutoff=0.6)
-    hint = f"the nearest is {near[0]}" if near else f"known are {', '.join(sorted(known)[:30])}"
-    return f"{key}{NO_KEY}{hint}"
+    near = [name] if name in known else near
+    section = key.rpartition(".")[0]
+    rest = f"emloc-ray keys {section} lists them" if len(known) > _MANY else f"known are {', '.join(sorted(known))}"
+    return f"{key}{NO_KEY}{f'the nearest is {near[0]}' if near else rest}"
+
+
+_MANY = 30

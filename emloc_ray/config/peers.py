@@ -1,6 +1,6 @@
 """What other tools call our keys: their names in an unknown key, and their whole configs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # Each of our keys with what other tools call it.
@@ -27,14 +27,17 @@ _OTHER_NAMES = {
     "adapter.lora_dropout": "lora_dropout",
     "adapter.target_modules": "lora_target lora_target_modules",
     "adapter.method": "adapter_type peft_type finetuning_type",
-    "emulator.quantization": "load_in_4bit load_in_8bit quantization_bit",
+    "adapter": "lora peft lora_config peft_config",
+    "emulator.quantization": "load_in_4bit load_in_8bit quantization_bit bits",
+    "emulator.compression_ratio": "ratio",
+    "finetune": "training trainer training_args training_arguments",
     "data.max_seq_length": "cutoff_len sequence_len seq_len max_length max_seq_len max_seq_length model_max_length",
     "finetune.packing": "sample_packing packing",
     "data.train": "dataset datasets dataset_name train_data train_file",
     "data.eval": "validation validation_file val valid dev test test_datasets eval_dataset eval_file",
     "data.train.num_samples": "max_samples",
-    "model.source": "base_model model_name_or_path model_name model_id",
-    "model.attn_implementation": "attn_implementation flash_attn",
+    "model.source": "base_model model_name_or_path model_name model_id name_or_path",
+    "model.attn_implementation": "attn_implementation flash_attn flash_attention",
     "model.trust_remote_code": "trust_remote_code",
     "run_dir": "output_dir",
     "seed": "seed",
@@ -55,15 +58,16 @@ def peer_key(key: str) -> str | None:
     return None if ours == key else ours
 
 
-def config_of_peer(values: Mapping[str, Any]) -> str | None:
-    """Says which tool a config is of, and what its keys are called here; None where it is not recognized as one of those."""
+def config_of_peer(values: Mapping[str, Any], passed_on: Callable[[str], str | None]) -> str | None:
+    """Says which tool a config is of, and what its keys are called here; None where it is not recognized as one of those.
+    ``passed_on``: our key for one that ``finetune`` passes on."""
     tool = next(
         (name for name, needs in _TOOLS.items() if all(any(key in values for key in one) for one in needs)), None
     )
     if tool is None:
         return None
     names = {"adapter": "adapter.method"} if tool == "axolotl" else {}
-    ours = {key: PEERS.get(str(key)) or names.get(str(key)) for key in values}
+    ours = {key: names.get(str(key)) or PEERS.get(str(key)) or passed_on(str(key)) for key in values}
     mapped = ", ".join(f"{key} as {name}" for key, name in ours.items() if name)
     rest = ", ".join(str(key) for key, name in ours.items() if not name)
     return f"this is a config of {tool}: write {mapped}{f'; without a counterpart here: {rest}' if rest else ''}."

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from emloc_ray.config.adapter import AdapterConfig
 from emloc_ray.config.base import Section, section_of
-from emloc_ray.config.passed import NO_KEY, no_such_key, passed_through_errors
+from emloc_ray.config.passed import NO_KEY, no_such_key, passed_through_errors, trained_with
 from emloc_ray.config.peers import config_of_peer
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.text_rows import other_encoding
@@ -109,7 +109,7 @@ def parse_config(values: dict[str, Any], where: str = "the config") -> RunConfig
 
 def check_config(values: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
     """A nested dict as a config, or None and its errors, each a sentence."""
-    if (peer := config_of_peer(values)) is not None:
+    if (peer := config_of_peer(values, trained_with)) is not None:
         return None, [peer]
     # An empty section, with all its keys commented out, has its defaults; no budget is a choice.
     values = {key: value for key, value in values.items() if value is not None or key == "memory_budget"}

@@ -74,7 +74,7 @@ AXOLOTL = {
     "adapter": "lora",
     "strict": False,
 }
-FACTORY = {"model_name_or_path": "x", "stage": "sft", "finetuning_type": "lora", "cutoff_len": 9, "learning_rate": 1e-4}
+FACTORY = {"model_name_or_path": "x", "stage": "sft", "finetuning_type": "lora", "cutoff_len": 9, "eval_steps": 50}
 
 
 def other(values: dict[str, Any]) -> Callable[[Place], None]:
@@ -94,6 +94,10 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
     "2 dev": (set_key("data.dev", "rows.jsonl"), ["the nearest is eval"]),
     "2 compression_ratio": (set_key("compression_ratio", 0.5), ["write emulator.compression_ratio"]),
     "2 weight_decay": (set_key("adapter.weight_decay", 0.1), ["write finetune.weight_decay"]),
+    "2 num_samples": (set_key("calibration.num_samples", 2), ["the nearest is num_calibration_samples"]),
+    "2 ratio": (set_key("emulator.ratio", 0.5), ["the nearest is compression_ratio"]),
+    "2 lora": (set_key("lora", {"r": 2}), ["the nearest is adapter"]),
+    "2 of many": (set_key("finetune.foobarbaz", 2), ["is not a key: emloc-ray keys finetune lists them"]),
     "2 cutoff_len": (set_key("finetune.cutoff_len", 2), ["write data.max_seq_length"]),
     "3 several": (
         other({"run_dir": 3, "sead": 1, "emulator": {"compression_ratio": 2}}),
@@ -108,7 +112,11 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
     ),
     "4 LLaMA-Factory": (
         other(FACTORY),
-        ["a config of LLaMA-Factory:", "cutoff_len as data.max_seq_length", "without a counterpart here: stage"],
+        [
+            "a config of LLaMA-Factory:",
+            "cutoff_len as data.max_seq_length, eval_steps as finetune.eval_steps;",
+            "without a counterpart here: stage",
+        ],
     ),
     "6 a section as a value": (
         set_key("finetune", 3),
