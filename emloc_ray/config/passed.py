@@ -19,6 +19,7 @@ from emloc_ray.config.peers import peer_key
 from emloc_ray.config.schema import RayConfig, RunConfig
 from emloc_ray.io.runs.secret_values import HIDDEN, is_secret, is_variable, leaves
 
+_MANY = 30  # keys that are too many to be listed in a sentence
 NO_KEY = " is not a key: "
 _OWN = "is set by emloc_ray itself: remove it."
 _LOADING = "is not read: batches are streamed from token shards in an order of their own: remove it."
@@ -235,6 +236,3 @@ def no_such_key(key: str, last: str, known: Iterable[str]) -> str:
     section = key.rpartition(".")[0]
     rest = f"emloc-ray keys {section} lists them" if len(known) > _MANY else f"known are {', '.join(sorted(known))}"
     return f"{key}{NO_KEY}{f'the nearest is {near[0]}' if near else rest}"
-
-
-_MANY = 30

@@ -228,9 +228,8 @@ def read_override(override: str) -> tuple[Keys, Any]:
     if not equals or not all(keys):
         raise ConfigError(f"Override {override!r} is not key.path=value: write it like finetune.max_steps=20.")
     try:
-        return keys, text if text.startswith("*") else read_yaml(
-            text
-        )  # a glob, as there is nothing for an alias to name
+        is_glob = text.startswith("*")  # in YAML an alias, which has nothing to name here
+        return keys, text if is_glob else read_yaml(text)
     except ValueError as error:
         raise ConfigError(f"Override {key} has a value that is not YAML ({error}): write it in quotes.") from error
 

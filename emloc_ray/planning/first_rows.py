@@ -24,6 +24,8 @@ from emloc_ray.modeling.loading import tokenizer_dir
 from emloc_ray.planning.data_checks import with_format
 from emloc_ray.planning.prepared import Prepared
 
+_PART = "\ufffd"  # what a decoder writes for bytes that are no character
+
 
 @dataclass(frozen=True)
 class FirstRows:
@@ -188,5 +190,3 @@ def _texts(ids: Sequence[int], tokenizer: Any) -> Iterator[str]:
         yield text
         at += count
 
-
-_PART = "\ufffd"  # what a decoder writes for bytes that are no character
