@@ -189,4 +189,3 @@ def _texts(ids: Sequence[int], tokenizer: Any) -> Iterator[str]:
         )
         yield text
         at += count
-

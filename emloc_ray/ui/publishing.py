@@ -73,10 +73,10 @@ def push(console: Console, run: RunDirectory, name: str, part: Part, private: bo
                 markup=False,
             )
             text = card(run.name, result, run.manifest()["config"], run.metrics(), made)
-            added = {CARD: text.encode(), **{file.relative_to(folder).as_posix(): file for file in files}}
+            added = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
             done = api.create_commit(
                 made,
-                [CommitOperationAdd(path, content) for path, content in added.items()],
+                [CommitOperationAdd(CARD, text.encode()), *added],
                 commit_message=f"{result} of the run {run.name}, by emloc-ray",
             )
         except HFValidationError as error:

@@ -217,7 +217,8 @@ def test_a_config_that_counts_its_layers_by_parts_has_a_cache_of_every_block() -
     """BLT's own config gives neither a number of layers nor one of heads."""
     part = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
     names = ("patcher_config", "encoder_config", "decoder_config", "global_config")
-    ready = bare(BltConfig(vocab_size=300, encoder_hash_byte_group_vocab=32, **dict.fromkeys(names, part)))
+    sizes: dict[str, Any] = {"vocab_size": 300, "encoder_hash_byte_group_vocab": 32, **dict.fromkeys(names, part)}
+    ready = bare(BltConfig(**sizes))
     memory = MemoryModel(ready, Lengths(8.0, 16.0))
     assert memory.inference(1, 64)["kv cache"] == 2 * len(memory.blocks) * ready.layout.hidden_size * 64 * 2
 
