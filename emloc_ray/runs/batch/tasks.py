@@ -78,9 +78,15 @@ def compose_batch(values: dict[str, Any], path: Path, overrides: Sequence[str] =
         if isinstance(values.get(key), str) and values[key].strip():
             values[key] = str(path.parent / os.path.expanduser(values[key]))
     of_tasks, errors = _apply(values, overrides)
-    config, valid, wrong = _check_batch(values)
+    of_runs = [key for key in values if key in RunConfig.model_fields.keys() - BatchConfig.model_fields.keys()]
+    config, valid, wrong = _check_batch({key: value for key, value in values.items() if key not in of_runs})
+    if of_runs:
+        names = listed(of_runs, 9)
+        wrong.insert(
+            0, f"what all tasks begin with is a config of its own: move {names} there, and name its file as base."
+        )
     errors += [f"{where}: {line}" for line in wrong]
-    if config is None:
+    if config is None or of_runs:
         raise ConfigError("\n".join(errors))
     grid, wrong = _check_grid(config.grid)
     errors += [f"{where}: {line}" for line in wrong]
