@@ -18,7 +18,7 @@ from emloc_ray.data.row_formats import columns_of, converted, recognized, unknow
 from emloc_ray.data.splits import SPLITS, hub_split
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.runs.fingerprint import fingerprint
-from emloc_ray.text import listed
+from emloc_ray.text import counted, listed
 
 CHECKED_ROWS = 1000  # of a file
 MAX_CHECKED_ROWS = 16_000  # of a split, but for one of each file
@@ -49,7 +49,7 @@ def check_split(config: RunConfig, name: str, reads_images: bool) -> tuple[Sourc
     rows = sum(source.num_rows for source in sources)
     if name == "train" and rows <= others and not split.hub:
         raise ConfigError(
-            f"data.train.path has {rows} rows, and {others} are held out: give more, or paths of their own to"
+            f"data.train.path has {counted(rows, 'row')}, and {others} are held out: give more, or paths of their own to"
             " data.selection and data.eval."
         )
     return sources

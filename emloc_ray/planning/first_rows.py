@@ -86,9 +86,9 @@ def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> Fir
     except DataError as error:
         raise ConfigError(_named(str(error), names)) from error
     if first.sequences and first.num_emptied == len(first.sequences):
+        rows = f"none of the first {len(first.rows)} rows" if len(first.rows) > 1 else "not even the first row"
         raise ConfigError(
-            f"data.max_seq_length {first.limit} leaves none of the first {len(first.rows)} rows of data.{split} a token to"
-            " learn: raise it."
+            f"data.max_seq_length {first.limit} leaves {rows} of data.{split} a token to learn: raise it."
         )
     return first
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.config.steps import VERBS
-from emloc_ray.errors import DamagedArtifactError
+from emloc_ray.errors import ConfigError, DamagedArtifactError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.batches import keeps_small, shrink_batches
@@ -60,6 +60,11 @@ def run(
     is, ``actors`` that batch's. ``accept_changes``: whether finished stages may be redone or removed where config or files have
     changed, or a function that is asked. Returns the content of metrics.json.
     """
+    named = [begin or until, until]
+    if not {*named} <= {*VERBS} or sorted(named, key=VERBS.index) != named:
+        raise ConfigError(
+            f"From {named[0]} until {until} there is no stage: name them in their order, {', '.join(VERBS)}."
+        )
     prepared = shrink_batches(prepared or prepare(config))
     plan = _checked_plan(prepared, begin, fresh, in_batch=turns is not None)
     reporter = reporter or Reporter()

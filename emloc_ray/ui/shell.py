@@ -38,9 +38,14 @@ class Verbs(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Ends with a sentence where an option is an override."""
+        from emloc_ray.io.runs.secret_values import without_secret
+
         for argument in args:
-            if re.match(r"--\w+\.[\w.]+=", argument):
-                errors.print(f"[red]Error:[/] {escape(argument)}: write {escape(argument[2:])}, without dashes.")
+            if key := re.match(r"--?(\w*[._][\w.]*)(=|$)", argument):
+                written = without_secret(argument.lstrip("-") if key[2] else f"{key[1]}=VALUE")
+                errors.print(
+                    f"[red]Error:[/] --{escape(key[1])} is a key of the config: write {escape(written)}, without dashes."
+                )
                 raise typer.Exit(2)
         return super().parse_args(ctx, args)
 

@@ -124,6 +124,8 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
     ),
     "7 healing": (set_key("emulator.healing", True), ["give steps, such as healing: {steps: 20}"]),
     "11 budget": (set_key("memory_budget", 24), ["24 bytes: write 24GiB"]),
+    "11 no budget": (set_key("memory_budget", True), ["True is no size: give a number and a unit, such as 24GiB"]),
+    "11 a negative budget": (set_key("memory_budget", -3), ["-3 is no size"]),
     "12 a budget that nothing meets": (
         set_key("memory_budget", "1MiB"),
         ["memory_budget is 1.00 MiB, and a worker that holds its largest blocks takes ", ": give it more than that"],
@@ -290,6 +292,15 @@ def test_a_mistake_is_told(place: Place, name: str) -> None:
     ("arguments", "words"),
     [
         (["validate", "my.yaml", "--finetune.max_steps=5"], "write finetune.max_steps=5, without dashes"),
+        (["validate", "my.yaml", "--finetune.max_steps", "5"], "write finetune.max_steps=VALUE, without dashes"),
+        (["validate", "my.yaml", "--memory_budget=9GiB"], "write memory_budget=9GiB, without dashes"),
+        (["run", "my.yaml", "-ray.token=hf_aaa"], "--ray.token is a key of the config: write ray.token=(hidden)"),
+        (["run", "my.yaml", "--from", "merge", "--until", "heal"], "From merge until heal there is no stage"),
+        (["validate", "one.yaml"], "move model, data there, and name its file as base"),
+        (
+            ["preview", "my.yaml", "data.max_seq_length=2"],
+            "leaves not even the first row of data.train a token to learn",
+        ),
         (["validate", "gone.yaml"], "Config gone.yaml does not exist in /"),
         (["run", "many.yaml"], "many.yaml is a batch of tasks: give it to emloc-ray batch"),
         (["report", "my.yaml"], "runs/mine"),
@@ -308,6 +319,7 @@ def test_a_mistake_is_told(place: Place, name: str) -> None:
 )
 def test_a_bad_call_is_told(place: Place, arguments: list[str], words: str) -> None:
     place.write("many.yaml", "base: my.yaml\nrun_dir: runs/many\ngrid: {seed: [1, 2]}\n")
+    place.write("one.yaml", "run_dir: runs/many\nmodel: m\ndata: {train: rows.jsonl}\ntasks: [{name: a}]\n")
     place.write("latin.yaml", "run_dir: ä\n".encode("latin-1"))
     place.write("wide.yaml", "run_dir: a\n".encode("utf-16"))
     place.write("twice.yaml", "run_dir: a\nrun_dir: b\n")
