@@ -1,6 +1,7 @@
 """How much a run reads and computes: its rows, their tokens, and the multiply-adds of a token."""
 
 import math
+from collections import Counter
 from typing import Any
 
 from emloc_ray.core.correction import ADAPTED_ROWS
@@ -27,8 +28,19 @@ def rows_a_step(finetune: Any) -> int:
 
 
 def num_train_rows(prepared: Prepared, split: str = "train") -> int:
-    """Rows to train on, estimated where they are made or downloaded later."""
-    return sum(source.num_rows for source in prepared.files.get(split, ())) or UNKNOWN_ROWS
+    """Rows that a split takes of its files, by its shares and its ``num_samples``, before others are held out of it; estimated
+    where they are made or downloaded later."""
+    section, parts = getattr(prepared.config.data, split), Counter[int]()
+    for source in prepared.files.get(split, ()):
+        parts[source.part] += source.num_rows
+    if not parts:
+        return UNKNOWN_ROWS
+    weights = section.weights
+    if weights is not None and len(weights) == len(parts):
+        most = min(rows / weights[part] for part, rows in parts.items())
+        parts = Counter({part: min(max(1, round(weights[part] * most)), rows) for part, rows in parts.items()})
+    taken = sum(parts.values())
+    return min(taken, section.num_samples or taken)
 
 
 def num_train_sequences(prepared: Prepared, split: str = "train") -> int:

@@ -51,6 +51,23 @@ GOES_ON: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         given("a.jsonl", lines_of([{"prompt": "a", "completion": "long " * 99}, *ROWS])),
         ["of the first 21 rows 1 longer than data.max_seq_length 64"],
     ),
+    "27 a sample": (
+        lambda place: place.values.update(
+            data={"train": {"path": "rows.jsonl", "num_samples": 4}, "max_seq_length": 64},
+            finetune={"num_train_epochs": 2, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1},
+        ),
+        ["; 8 steps on the emulator; training reads 1 row"],
+    ),
+    "27 shares": (
+        lambda place: (
+            place.write("b.jsonl", lines_of(ROWS * 4))
+            or place.values.update(
+                data={"train": {"path": {"rows.jsonl": 2, "b.jsonl": 1}}, "max_seq_length": 64},
+                finetune={"num_train_epochs": 1, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1},
+            )
+        ),
+        ["; 30 steps on the emulator; training reads 1 row"],
+    ),
     "28 a copy": (
         lambda place: place.write("b.jsonl", lines_of(ROWS)) or set_key("data.eval", "b.jsonl")(place),
         ["b.jsonl, a copy of ", "rows.jsonl, which is trained on: give it rows of its own, or leave data.eval out"],
