@@ -34,16 +34,18 @@ def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
     budget = planned.get("inference") if config.memory_budget == "inference" else config.memory_budget
     if budget is None:
         return None
-    above = [f"{name} {size(held)}" for name, held in planned.items() if name != "inference" and held > budget]
+    above = {name: held for name, held in planned.items() if name != "inference" and held > budget}
     if not above:
         return None
     if config.budget_is_default:
+        more = ", ".join(f"{name} by {size(held - budget)}" for name, held in above.items())
         return (
-            f"Inference of the original takes {size(budget)}, and a worker at its smallest batch takes more: {', '.join(above)};"
+            f"Inference of the original takes {size(budget)}, and a worker at its smallest batch takes more: {more};"
             " lower data.max_seq_length, or set memory_budget to what a worker has."
         )
     return (
-        f"memory_budget is {size(budget)} a worker, but the plan says {', '.join(above)}:"
+        f"memory_budget is {size(budget)} a worker, but the plan says"
+        f" {', '.join(f'{name} {size(held)}' for name, held in above.items())}:"
         " see emloc-ray plan --memory-budget for settings that fit."
     )
 

@@ -160,10 +160,17 @@ def test_what_cannot_be_kept_to_is_refused_where_it_was_written_and_told_where_n
     plan = make_plan(STEPS, shrink_batches(of(LEFT_OUT)))
     said = str(over_budget(plan.prepared.config, plan.worker_bytes))
     assert re.match(
-        r"Inference of the original takes \d+ MiB, and a worker at its smallest batch takes more: .*gradients [\d.]+ GiB",
+        r"Inference of the original takes \d+ MiB, and a worker at its smallest batch takes more: .*gradients by [\d.]+ [GM]iB",
         said,
     )
     assert len(MemoryModel(of(LEFT_OUT)).gradient_plan().waves) == 1  # not a pass for every linear
+
+
+def test_a_little_more_than_inference_is_told_as_more() -> None:
+    """Of both rounded, a worker of 451 MiB was said to take more than 451 MiB."""
+    values = {"run_dir": "r", "model": {"source": "m"}, "data": {"train": {"path": "a.jsonl"}}}
+    said = str(over_budget(parse_config(values), {"inference": 451 * 2**20, "heal": 451 * 2**20 + 4096}))
+    assert "takes more: heal by 4.00 KiB;" in said
 
 
 def test_a_card_that_is_smaller_than_inference_bounds_what_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
