@@ -40,7 +40,7 @@ def num_train_rows(prepared: Prepared, split: str = "train") -> int:
         most = min(rows / weights[part] for part, rows in parts.items())
         parts = Counter({part: min(max(1, round(weights[part] * most)), rows) for part, rows in parts.items()})
     taken = sum(parts.values())
-    return min(taken, section.num_samples or taken)
+    return min(taken, section.num_samples or taken) or UNKNOWN_ROWS
 
 
 def num_train_sequences(prepared: Prepared, split: str = "train") -> int:
