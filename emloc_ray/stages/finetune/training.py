@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray.util import get_current_placement_group
 from transformers import TrainingArguments
@@ -50,7 +51,8 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     set_threads(settings["threads"])
     job: FinetuneJob = settings["job"]
-    if (group := get_current_placement_group()) is not None:
+    group = get_current_placement_group() if ray.is_initialized() else None
+    if group is not None:
         write_text(job.group_path, group.id.hex())
     if exists(job.out_of_memory_path):  # the group was restarted, and would run out once more
         return {"out_of_memory": True, "peaks": []}
