@@ -1,9 +1,14 @@
-"""Why a group's workers begin again. Ray Train's controller imports this alone: all of a training would keep it for seconds."""
+"""What Ray Train's controller is to do besides: say why a group's workers begin again, and give back what a lost group held.
+It imports this alone: all of a training would keep it for seconds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import ensure, open_artifact, publish
@@ -52,3 +57,30 @@ class FailureLog(ray.train.UserCallback):
         with path.open("a") as file:
             file.write(f"{self.job.stage}: rank {rank} {why}; {again}.\n")
         publish(path)
+
+
+class GroupRelease(WorkerGroupCallback, ControllerCallback):
+    """Gives back what a group's workers were granted. Ray Train does, but up to 2.60 not where one of them is lost while the
+    training is launched on it: the driver kept that then, and the next group waited for it for ever. By Ray's callbacks for its
+    developers, which ``RunConfig.callbacks`` takes for such ends."""
+
+    def __init__(self) -> None:
+        self.granted: PlacementGroup | None = None
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """Of the group before; a second time does nothing."""
+        self._release()
+
+    def before_init_train_context(self, workers: Sequence[Any]) -> dict[str, list[Any]]:
+        """Notes what this group was granted."""
+        self.granted = ray.get(workers[0].execute_async(get_current_placement_group))
+        return {}
+
+    async def before_controller_shutdown(self) -> None:
+        """Of the last group."""
+        self._release()
+
+    def _release(self) -> None:
+        if self.granted is not None:
+            remove_placement_group(self.granted)
+            self.granted = None

@@ -14,14 +14,13 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from emloc_ray.errors import EmlocError, NumericsError, StageError, Stopped, TakenOver
 from emloc_ray.io.formats.json_lines import read_objects
 from emloc_ray.io.store.arrow_files import arrow_files
 from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.node_cache import discard, exists, is_stored, sizes
-from emloc_ray.stages.finetune.failure_log import FailureLog, content
+from emloc_ray.stages.finetune.failure_log import FailureLog, GroupRelease, content
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.training import train_alone, train_loop
 from emloc_ray.stages.ray.losses import SILENT, Losses, Tell, explain, is_lost, last_line, unheard
@@ -55,8 +54,7 @@ def finetune(
     """
     job = replace(job, planned_s=resources.planned_s)
     job.storage_dir.mkdir(parents=True, exist_ok=True)
-    of_a_try = job.stop_path, job.step_path, job.begun_path, job.group_path, job.out_of_memory_path, job.last_word_path
-    for left in of_a_try:
+    for left in (job.stop_path, job.step_path, job.begun_path, job.out_of_memory_path, job.last_word_path):
         discard(left)
     with Watcher(job, progress, tell, detail=detail) as watcher:
         outcome = (runner or runner_of(job, resources))(job, resources, tell, watcher.check)
@@ -155,7 +153,7 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
             storage_filesystem=None if storage is None else storage[0],
             failure_config=ray.train.FailureConfig(max_failures=job.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            callbacks=[FailureLog(job)],  # type: ignore[list-item]
+            callbacks=[FailureLog(job), GroupRelease()],  # type: ignore[list-item]
         ),
     )
     before = _checkpoints(job)
@@ -173,16 +171,7 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
         return None
     except (ray.exceptions.RayError, ray.train.ControllerError) as error:
         time.sleep(losses.count("the training", error))
-        _release(job)
         return None
-
-
-def _release(job: FinetuneJob) -> None:
-    """Gives back what the workers of a lost group were granted. Ray Train 2.60 keeps it until the driver ends where one is lost
-    in the moment in which the training is launched; the next group would wait for it for ever."""
-    if held := content(job.group_path).decode():
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(held))))
-        discard(job.group_path)
 
 
 def _checkpoints(job: FinetuneJob) -> set[str]:

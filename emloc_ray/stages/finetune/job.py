@@ -113,11 +113,6 @@ class FinetuneJob:
         return self.storage_dir / f"{self.name}.begun"
 
     @property
-    def group_path(self) -> Path:
-        """The placement group that the workers of a Ray Train group hold, by its id."""
-        return self.storage_dir / f"{self.name}.group"
-
-    @property
     def out_of_memory_path(self) -> Path:
         """Its presence says that a worker of a group ran out of memory, as it would again."""
         return self.storage_dir / f"{self.name}.out_of_memory"

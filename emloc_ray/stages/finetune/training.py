@@ -11,9 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
-from ray.util import get_current_placement_group
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
 
@@ -51,9 +49,6 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     set_threads(settings["threads"])
     job: FinetuneJob = settings["job"]
-    group = get_current_placement_group() if ray.is_initialized() else None
-    if group is not None:
-        write_text(job.group_path, group.id.hex())
     if exists(job.out_of_memory_path):  # the group was restarted, and would run out once more
         return {"out_of_memory": True, "peaks": []}
     try:

@@ -13,10 +13,12 @@ import pytest
 import ray
 import ray.train
 import torch
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from emloc_ray.errors import Stopped, TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.stages.finetune.failure_log import FailureLog
+from emloc_ray.stages.finetune.failure_log import FailureLog, GroupRelease
 from emloc_ray.stages.finetune.finetune import Watcher, mean_loss, run_alone, run_group, runner_of
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.trainer import StepKeeper
@@ -175,28 +177,24 @@ def test_a_group_s_peaks_are_those_of_each_rank(tmp_path: Path, monkeypatch: pyt
     assert usage.largest_gpu_bytes == 11
 
 
-class BrokenGroup:
-    """Ray Train where a worker is lost while the training is launched: its group is left with what it was granted."""
-
-    def __init__(self, job: FinetuneJob) -> None:
-        self.job, self.tries = job, 0
-
-    def fit(self) -> SimpleNamespace:
-        self.tries += 1
-        group = ray.util.placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
-        assert group.wait(30)
-        self.job.group_path.write_text(group.id.hex())
-        if self.tries == 1:
-            raise ray.train.ControllerError(ray.exceptions.ActorDiedError())
-        ray.util.remove_placement_group(group)
-        return SimpleNamespace(return_value={"peaks": [{}, {}]})
-
-
-def test_what_a_lost_group_was_granted_is_given_back(
-    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_group_that_loses_a_worker_at_its_launch_gives_back_what_it_was_granted(
+    ray_session: None, tmp_path: Path
 ) -> None:
-    job = dataclasses.replace(JOB, storage_dir=tmp_path)
-    broken = BrokenGroup(job)
-    monkeypatch.setattr("emloc_ray.stages.finetune.finetune.TorchTrainer", lambda *_, **__: broken)
-    run_group(job, Resources(2), print, lambda: None)
-    assert broken.tries == 2
+    class LosesWorker(WorkerGroupCallback):  # here, as Ray Train's controller cannot import this module
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            ray.kill(worker_group.get_workers()[0].actor)
+
+    trainer = TorchTrainer(
+        lambda: None,
+        scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
+        run_config=ray.train.RunConfig(
+            name="lost",
+            storage_path=str(tmp_path),
+            callbacks=[GroupRelease(), LosesWorker()],  # type: ignore[list-item]
+        ),
+    )
+    with pytest.raises(ray.train.ControllerError):
+        trainer.fit()
+    groups = ray.util.placement_group_table().values()
+    assert groups
+    assert {group["state"] for group in groups} == {"REMOVED"}
