@@ -157,8 +157,8 @@ def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
                 groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
                 source = SourceFile(place, kind, metadata.num_rows, (), max(groups, default=1), version)
             else:
-                if told := no_text(stream.peek(4)):
-                    raise DataError(f"{shown(place)} is {told}.")
+                if problem := no_text(stream.peek(4)):
+                    raise DataError(f"{shown(place)} is {problem}.")
                 source = _counted(place, kind, stream, keep_bad, version)
     except _UNREADABLE as error:
         raise DataError(f"{shown(str(path))} cannot be read as {kind} ({one_line(error)}): fix the file.") from error

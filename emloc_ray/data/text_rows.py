@@ -44,9 +44,9 @@ class BadText(ValueError):
 
 def no_text(head: bytes) -> str | None:
     """What a file with this beginning is instead of text, and what to do; None where it may be UTF-8."""
-    told = next((told for mark, told in _NO_TEXT.items() if head.startswith(mark)), None)
-    encoding = None if told else other_encoding(head)
-    return f"{encoding} text: save it as UTF-8" if encoding else told
+    other = next((what for mark, what in _NO_TEXT.items() if head.startswith(mark)), None)
+    encoding = None if other else other_encoding(head)
+    return f"{encoding} text: save it as UTF-8" if encoding else other
 
 
 def other_encoding(head: bytes) -> str | None:
