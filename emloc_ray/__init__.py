@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from emloc_ray.config.schema import RunConfig
     from emloc_ray.core.factorization import Factorization, LowRankFactors, factorize
     from emloc_ray.core.gram import Gram
+    from emloc_ray.errors import EmlocError
     from emloc_ray.modeling.emulator import FactorizedLinear
     from emloc_ray.ui.api import RunResult, plan, run, validate
 
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "RunConfig": "emloc_ray.config.schema",
     "load_config": "emloc_ray.config.reading",
+    "EmlocError": "emloc_ray.errors",
     "Gram": "emloc_ray.core.gram",
     "Factorization": "emloc_ray.core.factorization",
     "LowRankFactors": "emloc_ray.core.factorization",
@@ -34,6 +36,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "EmlocError",
     "Factorization",
     "FactorizedLinear",
     "Gram",
