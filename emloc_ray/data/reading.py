@@ -34,7 +34,7 @@ from emloc_ray.data.text_rows import (
     text_row,
 )
 from emloc_ray.errors import DataError
-from emloc_ray.io.formats.arrow_schemas import check_parquet
+from emloc_ray.io.formats.arrow_schemas import open_parquet
 from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.io.store.places import above, is_store_uri
@@ -151,8 +151,7 @@ def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
         with open_file(place, _STORED_SCAN_BYTES) as stream:
             version = getattr(stream.raw, "version", "")
             if kind == "parquet":
-                with pq.ParquetFile(stream, arrow_extensions_enabled=False) as file:
-                    check_parquet(file, shown(place))
+                with open_parquet(stream, shown(place)) as file:
                     metadata = file.metadata
                 groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
                 source = SourceFile(place, kind, metadata.num_rows, (), max(groups, default=1), version)
@@ -349,12 +348,7 @@ def _parquet(path: str) -> Iterator[pq.ParquetFile]:
     size = STORED_BUFFER_BYTES if is_stored else _BUFFER_BYTES
     with contextlib.ExitStack() as opened:
         place = opened.enter_context(StoredFile(path)) if is_stored else path
-        # Without Parquet's own logical types: UUIDs come as plain bytes.
-        file = opened.enter_context(
-            pq.ParquetFile(place, buffer_size=size, pre_buffer=False, arrow_extensions_enabled=False)
-        )
-        check_parquet(file, shown(path))
-        yield file
+        yield opened.enter_context(open_parquet(place, shown(path), buffer_size=size, pre_buffer=False))
 
 
 def _csv_offsets(stream: io.BufferedReader, name: str, keep_bad: bool, delimiter: str) -> Iterator[int]:

@@ -83,7 +83,7 @@ def written_counts(path: Path) -> dict[str, int] | None:
             metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1).custom_metadata
             counts: dict[str, int] = json.loads(metadata[_COUNTS])
             return counts
-    except (OSError, ValueError, IndexError, KeyError, TypeError, DamagedArtifactError):
+    except (OSError, ValueError, IndexError, KeyError, TypeError, AttributeError, DamagedArtifactError):
         return None
 
 

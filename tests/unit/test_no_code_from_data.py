@@ -110,6 +110,20 @@ def test_parquet_by_metadata_alone(tmp_path: Path, pickled: pa.Array, mark: Path
     assert_refused(lambda: list(read_rows(SourceFile(str(path), "parquet", 1), [0])), mark, str(path))
 
 
+@pytest.mark.parametrize(("column", "said"), [([1], b"[1]"), ([[1]], b"5")])
+def test_a_type_over_which_its_own_code_fails(tmp_path: Path, column: list[Any], said: bytes) -> None:
+    """Ray Data's code asks no storage whether it is the type's: it raises AttributeError and TypeError."""
+    named = {"ARROW:extension:name": "ray.data.arrow_tensor", "ARROW:extension:metadata": said}
+    path = parquet(tmp_path / "a.parquet", pa.array(column), metadata=named)
+    for read in (lambda: scan(path), lambda: list(read_rows(SourceFile(str(path), "parquet", 1), [0]))):
+        with pytest.raises(DataError, match=r"a\.parquet: a column has an extension type that cannot be read \("):
+            read()
+    files = {path.name: {"size": path.stat().st_size, "sha256": digest(path)}}
+    cache = ArtifactCache(str(tmp_path / "cache"))
+    assert cache.add("data", "k" * 64, tmp_path, files, {}, {}) is None
+    assert cache.find("data", "k" * 64, verify=True) is None
+
+
 def test_a_uuid_of_parquet_s_own_is_plain_bytes(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"id": pa.array([b"0" * 16], pa.uuid())}), path, store_schema=False)

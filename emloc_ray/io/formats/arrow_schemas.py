@@ -8,11 +8,13 @@ return the registered ones: so all are refused, by type and by name.
 import base64
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from emloc_ray.errors import DamagedArtifactError, DataError
+from emloc_ray.text import one_line
 
 _EXTENSION_NAME = b"ARROW:extension:name"
 
@@ -27,13 +29,24 @@ def check_no_extensions(schema: pa.Schema, file: str) -> None:
             )
 
 
-def check_parquet(file: pq.ParquetFile, name: str) -> None:
-    """:func:`check_no_extensions` of an open Parquet file: of what is read, and of the Arrow schema that is stored in it,
-    which alone has the names of nested types that are not registered."""
-    stored = (file.metadata.metadata or {}).get(b"ARROW:schema")
-    if stored is not None:
-        check_no_extensions(pa.ipc.read_schema(pa.py_buffer(base64.b64decode(stored))), name)
-    check_no_extensions(file.schema_arrow, name)
+def open_parquet(place: Any, name: str, **options: Any) -> pq.ParquetFile:
+    """Opens a Parquet file with :func:`check_no_extensions` of what is read, and of the Arrow schema that is stored in it, which
+    alone has the names of nested types that are not registered. Raises DataError too where the code that is registered for a
+    type fails over it, and what pyarrow raises for a file that is none."""
+    try:
+        # Without Parquet's own logical types: UUIDs come as plain bytes.
+        file = pq.ParquetFile(place, arrow_extensions_enabled=False, **options)
+        stored = (file.metadata.metadata or {}).get(b"ARROW:schema")
+        if stored is not None:
+            check_no_extensions(pa.ipc.read_schema(pa.py_buffer(base64.b64decode(stored))), name)
+        check_no_extensions(file.schema_arrow, name)
+    except (TypeError, AttributeError, LookupError) as error:
+        detail = one_line(f"{type(error).__name__}: {error}", 120)
+        raise DataError(
+            f"{name}: a column has an extension type that cannot be read ({detail}): write it as text, numbers, bytes, lists"
+            " or structs."
+        ) from error
+    return file
 
 
 def check_as_written(schema: pa.Schema, written: Sequence[pa.Schema], file: Path) -> None:
