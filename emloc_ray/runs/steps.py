@@ -262,7 +262,7 @@ class Steps:
     def _from_cache(self, stage: Stage, context: Context, inputs: Inputs) -> Result | None:
         if self.cache is None or stage.name in self.forced:
             return None
-        entry = self.cache.find(stage.name, cache_key(stage, inputs), verify=True)
+        entry = self.cache.find(stage.name, cache_key(stage, inputs), verify=True, outputs=stage.outputs)
         if entry is None:
             return None
         report = self.reporter.start(stage.name)

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from emloc_ray.errors import ArtifactError, DamagedArtifactError, DataError, EmlocError, Stopped
+from emloc_ray.errors import ArtifactError, DamagedArtifactError, EmlocError, Stopped
 from emloc_ray.io.formats.arrow_schemas import check_no_extensions, open_parquet
 from emloc_ray.io.runs.cache_place import FORMAT, CachePlace
 from emloc_ray.io.store.digests import digest_of
@@ -123,15 +123,19 @@ class ArtifactCache:
                 wait_for_turn(*lock, f"makes the artifact {key[:12]} of {self.place}", patience_s, tell, look)
             yield
 
-    def find(self, stage: str, key: str, verify: bool = False) -> Entry | None:
+    def find(self, stage: str, key: str, verify: bool = False, outputs: Sequence[str] | None = None) -> Entry | None:
         """The entry, where every file of it is there with its size; another is removed. A place that cannot be read holds
         nothing. ``verify``: with its content, read once by this process and again where a file's times or inode changed, but by
-        its own links; and no code in it."""
+        its own links; and no code in it. ``outputs``: the folders of a run that its files may be for: another entry would write
+        over what other stages made, or the run's own files, and is removed too."""
         try:
             used = self._at.used_at(stage, key)
             entry = None if used is None else self._read(stage, key, used)
             now = None if entry is None else self._looks(entry)
-            if entry is not None and not self._is_whole(entry, verify and self._verified.get(key) != now):
+            is_whole = entry is None or (
+                _is_within(entry, outputs) and self._is_whole(entry, verify and self._verified.get(key) != now)
+            )
+            if not is_whole:
                 self._at.remove(stage, key)
                 return None
             if verify and entry is not None:
@@ -285,6 +289,12 @@ def _parsed(content: bytes, used_at: float) -> Entry | None:
         return Entry(**{name: value[name] for name in _WRITTEN}, used_at=used_at)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _is_within(entry: Entry, folders: Sequence[str] | None) -> bool:
+    return folders is None or all(
+        any(PurePosixPath(path).is_relative_to(one) for one in folders) for path in entry.files
+    )
 
 
 def _is_safe(path: Path, sha256: str) -> bool:

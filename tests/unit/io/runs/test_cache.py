@@ -245,6 +245,21 @@ def test_an_entry_that_carries_code_is_refused_and_goes(local: ArtifactCache, tm
     assert not folder(local).exists()
 
 
+def test_an_entry_with_files_of_other_stages_goes(local: ArtifactCache, tmp_path: Path) -> None:
+    added(local, tmp_path / "first")
+    assert local.find(STAGE, KEY, verify=True, outputs=["emulator"]) is not None
+    entry = json.loads((folder(local) / "entry.json").read_text())
+    for path in ("manifest.json", "emulator_healed/a.safetensors"):
+        (folder(local) / "files" / path).parent.mkdir(exist_ok=True)
+        (folder(local) / "files" / path).write_text("x")
+        entry["files"][path] = {"size": 1, "sha256": digest(folder(local) / "files" / path)}
+        (folder(local) / "entry.json").write_text(json.dumps(entry))
+        assert local.find(STAGE, KEY, verify=True, outputs=["emulator"]) is None
+        assert not folder(local).exists()
+        del entry["files"][path]
+        added(local, tmp_path / path.replace("/", "-"))
+
+
 def test_an_entry_that_lost_a_file_goes_for_good(local: ArtifactCache, tmp_path: Path) -> None:
     added(local, tmp_path / "first")
     entry = local.find(STAGE, KEY, verify=True)
