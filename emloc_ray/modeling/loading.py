@@ -10,7 +10,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,18 +105,25 @@ def resolve_source(
     return ModelSource(directory, hub_id=source, revision=revision)
 
 
-def _check_own_code(directory: Path, source: str) -> None:
-    """Raises ConfigError where a model has its code from another repository, at no commit, as ``OTHER/REPO--file.Class``."""
+def own_code(directory: Path, source: str) -> Iterator[tuple[Path, str]]:
+    """What the configs of a model name as its own code, as ``file.Class`` or ``OTHER/REPO--file.Class``, each with the config.
+    Raises ConfigError, naming ``source``, where one is no JSON."""
     for file in sorted(directory.glob("*config.json")):
         try:
             values = list(leaves(json.loads(file.read_text("utf-8"))))
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"model.source {source}: {file.name} is no JSON: name another checkpoint.") from error
-        other = next((code for path, code in values if "auto_map" in path and "--" in str(code)), None)
-        if other is not None:
+            raise ConfigError(f"{source}: {file.name} is no JSON: name another checkpoint.") from error
+        yield from ((file, code) for path, code in values if "auto_map" in path and isinstance(code, str))
+
+
+def _check_own_code(directory: Path, source: str) -> None:
+    """Raises ConfigError where a model has its code from another repository, at no commit, as ``OTHER/REPO--file.Class``."""
+    for file, code in own_code(directory, f"model.source {source}"):
+        other, mark, _ = code.partition("--")
+        if mark:
             raise ConfigError(
-                f"model.source {source}: {file.name} takes code from {other.partition('--')[0]}, at no commit: save model and"
-                f" code in one directory, write auto_map there without {other.partition('--')[0]}--, and name it."
+                f"model.source {source}: {file.name} takes code from {other}, at no commit: save model and code in one"
+                f" directory, write auto_map there without {other}--, and name it."
             )
 
 

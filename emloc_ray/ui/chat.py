@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from emloc_ray.errors import ArtifactError
+from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import auto_class
 from emloc_ray.modeling.architecture import load_config as read_model
@@ -36,15 +36,28 @@ class Pair:
     turns: dict[str, list[dict[str, str]]] = field(default_factory=lambda: {name: [] for name in NAMES})
 
     @classmethod
-    def of(cls, run: RunDirectory, root: Path, plain: bool = False, max_new_tokens: int = 256) -> Pair:
+    def of(
+        cls,
+        run: RunDirectory,
+        root: Path,
+        plain: bool = False,
+        max_new_tokens: int = 256,
+        trust_remote_code: bool = False,
+    ) -> Pair:
         """Opens a run's original, on the GPU where there is one, and its last adapter; ``root`` is where its folders are.
-        Raises ConfigError where the run has no adapter, ArtifactError where these do not open."""
+        Raises ConfigError where the run has no adapter, or, unless ``trust_remote_code``, its model has code of its own: a run
+        may be anybody's. Raises ArtifactError where these do not open."""
         from peft import PeftModel
         from transformers import AutoTokenizer
 
         adapter, manifest = root / result_name(run, "adapter"), run.manifest()
         config, rows = manifest["config"], manifest["stages"].get("data", {}).get("result", {})
         options, trusted = config["model"], bool(config["model"].get("trust_remote_code"))
+        if trusted and not trust_remote_code:
+            raise ConfigError(
+                f"{run.place} was made with code that came with its model, which would run with your rights here: where you trust"
+                " it, add --trust-remote-code."
+            )
         directory = root / MODEL
         if not directory.is_dir():
             directory = fetch_weights(resolve_source(options["source"], options.get("revision"), trusted, True))

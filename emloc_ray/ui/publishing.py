@@ -89,9 +89,12 @@ def push(console: Console, run: RunDirectory, name: str, part: Part, private: bo
     console.print(f"{result}/ is at {done.commit_url}", soft_wrap=True, markup=False)
 
 
-def export_gguf(console: Console, run: RunDirectory, part: Part, output: Path | None, outtype: str) -> None:
+def export_gguf(
+    console: Console, run: RunDirectory, part: Part, output: Path | None, outtype: str, trust_remote_code: bool = False
+) -> None:
     """Has llama.cpp's own converter write one result as a GGUF file. Raises ConfigError where the run has not come so far, the
-    converter is not installed or the file is there, StageError, with its last line, where the converter fails."""
+    converter is not installed or the file is there, or where, unless ``trust_remote_code``, a folder names code, which the
+    converter runs for some kinds of models; StageError, with its last line, where the converter fails."""
     result, converter = result_name(run, part), _converter(_CONVERTERS[part])
     target = output or (run.root if run.store is None else Path.cwd()) / f"{run.name}-{part}-{outtype}.gguf"
     if target.exists():
@@ -99,8 +102,10 @@ def export_gguf(console: Console, run: RunDirectory, part: Part, output: Path | 
     with at_hand(console, run, result, *([MODEL] if part == "adapter" else [])) as root:
         folder = root / result
         command = [sys.executable, str(converter), str(folder), "--outfile", str(target), "--outtype", outtype]
-        if part == "adapter":
-            command += ["--base", _base(run, root)]
+        base = [_base(run, root)] if part == "adapter" else []
+        command += ["--base", *base] if base else []
+        for read in (folder, *map(Path, base)) if not trust_remote_code else ():
+            _check_no_code(read)
         with console.status(f"{converter.name} writes {target} …"):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not target.is_file():
@@ -109,6 +114,16 @@ def export_gguf(console: Console, run: RunDirectory, part: Part, output: Path | 
             f"{converter.name} wrote no GGUF of {folder} ({last.rstrip('.')}): see what it takes with --help."
         )
     console.print(f"{target} is written ({size(target.stat().st_size)})", soft_wrap=True, markup=False)
+
+
+def _check_no_code(folder: Path) -> None:
+    from emloc_ray.modeling.loading import own_code
+
+    for file, code in own_code(folder, str(folder)):
+        raise ConfigError(
+            f"{file} names code that came with the model ({code}), which llama.cpp's converter may run with your rights: where"
+            " you trust it, add --trust-remote-code; else take auto_map out there."
+        )
 
 
 def _converter(name: str) -> Path:

@@ -70,6 +70,7 @@ class Part(str, Enum):
     merged = "merged"
 
 
+Trusting = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that came with the run's model.")]
 Chosen = Annotated[Part, typer.Option("--part", help="The adapter for the original, or the merged model.")]
 
 
@@ -98,12 +99,13 @@ def gguf(
     outtype: Annotated[
         str, typer.Option("--outtype", help="As llama.cpp's converter has it: f16, bf16, q8_0, …")
     ] = "bf16",
+    trust_remote_code: Trusting = False,
 ) -> None:
     """Write a run's merged model or adapter as a GGUF file, by llama.cpp's converter."""
     from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.ui import publishing
 
-    publishing.export_gguf(console, RunDirectory(place_of(run_dir)), part.value, output, outtype)
+    publishing.export_gguf(console, RunDirectory(place_of(run_dir)), part.value, output, outtype, trust_remote_code)
 
 
 @guarded
@@ -111,6 +113,7 @@ def chat(
     run_dir: RunPath,
     plain: Annotated[bool, typer.Option("--plain", help="Prompts as they are, without the chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")] = 256,
+    trust_remote_code: Trusting = False,
 ) -> None:
     """Ask the original and the fine-tuned model the same, side by side."""
     from emloc_ray.io.runs.directory import RunDirectory
@@ -122,5 +125,5 @@ def chat(
     run = RunDirectory(place_of(run_dir))
     with at_hand(console, run, result_name(run, "adapter"), MODEL) as root:
         with console.status("Loading the original and the adapter …"):
-            pair = Pair.of(run, root, plain, max_new_tokens)
+            pair = Pair.of(run, root, plain, max_new_tokens, trust_remote_code)
         talk(console, pair)

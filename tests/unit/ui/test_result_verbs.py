@@ -194,6 +194,35 @@ def test_gguf_of_a_run_on_an_object_store_is_written_here(
     assert words[-2:] == ["--base", f"{Path.cwd()}/model"]
 
 
+def test_code_that_came_with_a_run_is_not_run_unasked(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by chat, whatever the run's own config says, nor by llama.cpp's converter, which trusts some kinds of models."""
+    code = 'open("mark", "w")\nfrom transformers import PreTrainedTokenizerFast as Theirs\n'
+    manifest = run.manifest()
+    manifest["config"]["model"]["trust_remote_code"] = True
+    run.path("manifest.json").write_text(json.dumps(manifest))
+    for folder in (Path("model"), run.path("merged")):
+        (folder / "theirs.py").write_text(code)
+        named = json.loads((folder / "tokenizer_config.json").read_text())
+        named["auto_map"] = {"AutoTokenizer": [None, "theirs.Theirs"]}
+        (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    asked = invoke("chat", "run")
+    assert asked.exit_code == 2
+    assert "was made with code that came with its model" in asked.stderr
+    assert not Path("mark").exists()
+    (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    (tmp_path / "convert_lora_to_gguf.py").write_text(CONVERTER)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    for part, file in (("merged", run.path("merged")), ("adapter", Path("model").absolute())):
+        refused = invoke("gguf", "run", "--part", part)
+        assert refused.exit_code == 2
+        assert f"{file}/tokenizer_config.json names code that came with the model (theirs.Theirs)" in refused.stderr
+        assert invoke("gguf", "run", "--part", part, "--trust-remote-code").exit_code == 0
+    CliRunner().invoke(app, ["chat", "run", "--trust-remote-code"], input="\n")
+    assert Path("mark").exists()
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_both_models_are_asked_the_same(run: RunDirectory, plain: bool) -> None:
     pair = Pair.of(run, run.root, max_new_tokens=4)
