@@ -19,7 +19,7 @@ from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.text_rows import other_encoding
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import read_yaml
-from emloc_ray.io.runs.secret_values import without_secrets
+from emloc_ray.io.runs.secret_values import without_secret, without_secrets
 from emloc_ray.io.store.places import looked_in
 from emloc_ray.text import listed
 
@@ -136,7 +136,8 @@ def with_variables(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             return value
         missing = [name for name in _VARIABLE.findall(value) if name not in os.environ]
         unset.extend(
-            f"{key}: the variable {name} of {value} is not set: export it, or write the path." for name in missing
+            f"{key}: the variable {name} of {without_secrets(value, (key,))} is not set: export it, or write the path."
+            for name in missing
         )
         return _VARIABLE.sub(lambda match: os.environ.get(match[1], match[0]), value)
 
@@ -222,11 +223,14 @@ def put(values: dict[str, Any], keys: Keys, value: Any, what: str) -> None:
 def read_override(override: str) -> tuple[Keys, Any]:
     """The parts of the key and the value of ``key.path=value``; raises ConfigError where it has another form."""
     if override.startswith("--") and "=" in override:
-        raise ConfigError(f"{override}: write {override.lstrip('-')}, without dashes.")
+        written = without_secret(override.lstrip("-"))
+        raise ConfigError(f"--{written.partition('=')[0]} is a key of the config: write {written}, without dashes.")
     key, equals, text = override.partition("=")
     keys = tuple(key.strip().split("."))
     if not equals or not all(keys):
-        raise ConfigError(f"Override {override!r} is not key.path=value: write it like finetune.max_steps=20.")
+        begin = re.split("(?<=[:=])", override, maxsplit=1)[0]  # what follows is a value, which may be a secret
+        written = override if begin == override else f"{begin}…"
+        raise ConfigError(f"Override {written!r} is not key.path=value: write it like finetune.max_steps=20.")
     try:
         is_glob = text.startswith("*")  # in YAML an alias, which has nothing to name here
         return keys, text if is_glob else read_yaml(text)

@@ -12,10 +12,9 @@ HIDDEN = "(hidden)"
 _ENVIRONMENT = "env_vars"
 # Sections whose keys name hardware, or layers: their numbers are no secrets.
 _COUNTS = {"resources", "ratios", "rank_pattern", "alpha_pattern"}
-# A user, whose token may stand alone, or a signature, which lets everyone in: of Azure's SAS, S3 and Google Cloud.
-_SECRET_URL = re.compile(
-    r"https?://[^/\s@]+@|://[^/\s@]+:[^/\s@]+@|[?&](sig|x-amz-signature|x-goog-signature)=", re.IGNORECASE
-)
+# A user, whose token may stand alone; and the names of a URL's options, which may be keys or signatures, as of Azure's SAS.
+_SECRET_USER = re.compile(r"https?://[^/\s@]+@|://[^/\s@]+:[^/\s@]+@", re.IGNORECASE)
+_OPTION = re.compile(r"[?&]([^=&#\s]+)=")
 # The words of https://github.com/Yelp/detect-secrets/blob/master/detect_secrets/plugins/keyword.py and of the rule
 # generic-api-key in https://github.com/gitleaks/gitleaks/blob/master/config/gitleaks.toml, and what clouds call theirs.
 _SECRET_WORD = re.compile(
@@ -72,7 +71,8 @@ def is_secret(path: tuple[str, ...], value: Any) -> bool:
     """Whether the keys that lead to a text or a number say that it is a token, a key or a password, or it is a URL that holds
     one. A number of Ray's resources or a layer's rank is none, whatever that is called."""
     if isinstance(value, str):
-        return value != "" and (bool(_SECRET_URL.search(value)) or any(map(is_secret_name, path)))
+        options = _OPTION.findall(value) if "://" in value else []
+        return value != "" and (bool(_SECRET_USER.search(value)) or any(map(is_secret_name, (*path, *options))))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and _COUNTS.isdisjoint(path) and any(map(is_secret_name, path))
 

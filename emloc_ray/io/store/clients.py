@@ -45,7 +45,9 @@ def open_client(uri: str, key: str, timeout_s: float) -> tuple[Client, str]:
         client = _client(scheme, parts.netloc, tuple(sorted(options.items())), ATTEMPTS, FIRST_PAUSE_S, timeout_s)
     except (BaseError, ValueError) as error:
         detail = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{key} {uri} is no place that obstore can open ({detail}): name another.") from error
+        raise ConfigError(
+            f"{key} {uri.partition('?')[0]} is no place that obstore can open ({detail}): name another."
+        ) from error
     return client, unquote(parts.path).strip("/")
 
 

@@ -204,8 +204,20 @@ def test_a_bare_value_is_its_section_s_own_key(path: Path) -> None:
     assert (config.data.train.path, config.data.train.num_samples) == ("*.jsonl", 3)
 
 
-@pytest.mark.parametrize("override", ["seed.token=hf_aaa", "ray.token={hf_aaa", "ray.token=hf_aaa: {"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed.token=hf_aaa",
+        "ray.token={hf_aaa",
+        "ray.token=hf_aaa: {",
+        "ray.token:hf_aaa",
+        "ray..token=hf_aaa",
+        "--ray.token=hf_aaa",
+        "run_dir=s3://token/${UNSET}?token=hf_aaa",
+        "data.image_roots=s3://token?token=hf_aaa",
+    ],
+)
 def test_a_refused_override_does_not_show_its_value(path: Path, override: str) -> None:
-    with pytest.raises(ConfigError, match=r"token|seed is") as caught:
+    with pytest.raises(ConfigError, match=r"token|seed is|hidden") as caught:
         load_config(path, [override])
     assert "hf_aaa" not in str(caught.value)

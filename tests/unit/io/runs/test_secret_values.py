@@ -86,6 +86,7 @@ def test_numbers_are_secrets_too() -> None:
         ("https://account.blob.core.windows.net/c/d?sig=abc%3D", True),
         ("https://bucket.s3.amazonaws.com/d?X-Amz-Date=1&X-Amz-Signature=abc", True),
         ("https://storage.googleapis.com/b/d?X-Goog-Signature=abc", True),
+        ("s3://bucket/d?region=x&secret_access_key=abc", True),
         ("https://example.org/d?design=x&signal=1", False),
     ],
 )

@@ -109,6 +109,7 @@ def test_a_store_out_of_reach_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("s3://key:secret@bucket/run", "holds credentials"),
         ("s3://bucket/run?regoin=x", "unknown option regoin"),
+        ("az://bucket/run?sas=secret", "unknown option sas"),
         ("what://bucket/run", "no place that obstore can open"),
     ],
 )
