@@ -130,7 +130,7 @@ def array_items(stream: io.BufferedReader, keep_bad: bool = False) -> Iterator[A
             if place == ", or ]" or at == len(text):
                 raise json.JSONDecodeError(f"expected {place}", text, at)
             value, at = _array_value(text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             is_long = len(text) - at > MAX_LINE_BYTES
             if not (ended or is_long or (at < len(text) and place == ", or ]")):
                 more = stream.read(size)
@@ -151,7 +151,7 @@ def _array_value(text: str, at: int) -> tuple[Any, int]:
     """The value that begins at ``at``, or BadText, and where it ends; raises where it is not all there, or has no end."""
     try:
         value, end = _PARSE(text, at)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number of more digits than Python reads
         closing = _closing(text, at)
         if closing is None:
             raise
@@ -163,8 +163,10 @@ def _array_value(text: str, at: int) -> tuple[Any, int]:
     return value, end
 
 
-def _why(error: json.JSONDecodeError | RecursionError) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+def _why(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return error.msg if isinstance(error, json.JSONDecodeError) else "a number has too many digits"
 
 
 def _past(text: str, at: int, pieces: Iterator[str]) -> tuple[str, int] | None:

@@ -34,6 +34,8 @@ def read_yaml(text: str) -> Any:
         raise ValueError(f"{line}{_problem(error)}") from error
     except YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def write_yaml(value: Any) -> str:

@@ -95,6 +95,7 @@ def test_a_broken_array_is_told_by_its_element(tmp_path: Path, content: str, com
         (b'{"a": "x\ny", "b": "}, {"}', "not JSON (Invalid control character at): correct it"),
         (b'{"a": "\\"]" "b": [1, {}]}', "not JSON (Expecting ',' delimiter): correct it"),
         (b'{"a": "caf\xe9"}', "not UTF-8 (byte 0xe9 at 10; Latin-1, perhaps): save the file as UTF-8"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "not JSON (a number has too many digits): correct it"),
         (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "not JSON (nested too deeply): correct it"),
         (b'{"a": ' + b'"\\\\x"' * 100_000 + b"}", "not JSON (Expecting ',' delimiter): correct it"),
     ],

@@ -46,7 +46,9 @@ def test_what_is_written_is_read_again_in_its_order() -> None:
     assert list(read_yaml(write_yaml(value))) == list(value)
 
 
-@pytest.mark.parametrize("text", ["a: [", "!!python/object:os.path 1", "--- 1\n--- 2", "a: \x07", "*.jsonl"])
+@pytest.mark.parametrize(
+    "text", ["a: [", "!!python/object:os.path 1", "--- 1\n--- 2", "a: \x07", "*.jsonl", "[" * 3000]
+)
 def test_what_is_no_yaml_is_a_value_error_of_one_line(text: str) -> None:
     with pytest.raises(ValueError, match=r"\w") as caught:
         read_yaml(text)
