@@ -24,6 +24,7 @@ from emloc_ray.io.formats.arrow_schemas import check_no_extensions, open_parquet
 from emloc_ray.io.runs.cache_place import FORMAT, CachePlace
 from emloc_ray.io.store.digests import digest_of
 from emloc_ray.io.store.node_cache import discard, open_artifact, origin, sizes
+from emloc_ray.io.store.places import leads_out
 from emloc_ray.io.store.transfer import transfer
 from emloc_ray.io.store.turns import wait_for_turn
 
@@ -281,8 +282,7 @@ def _parsed(content: bytes, used_at: float) -> Entry | None:
     try:
         value = json.loads(content)
         for path, file in value["files"].items():
-            parts = PurePosixPath(path).parts
-            if not parts or parts[0] == "/" or ".." in parts or not isinstance(file["size"], int) or not file["sha256"]:
+            if leads_out(path) or not isinstance(file["size"], int) or not file["sha256"]:
                 return None
         if not isinstance(value["result"], dict):
             return None

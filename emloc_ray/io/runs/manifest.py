@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_ray.errors import ArtifactError
+from emloc_ray.io.store.places import leads_out
 
 FORMAT = 2
 
@@ -23,6 +24,11 @@ def parse_manifest(content: bytes, path: Path) -> dict[str, Any]:
             f"{path} has format {manifest.get('format')!r}, and this version reads {FORMAT}: use the version of"
             " emloc_ray that wrote it, or name a new directory."
         )
+    # What is redone is removed, whoever wrote the manifest.
+    named = (name for entry in manifest["stages"].values() for name in entry.get("outputs", ()))
+    outside = next(filter(leads_out, named), None)
+    if outside is not None:
+        raise ArtifactError(f"{path} names {outside!r}, which is outside of its run: name a new or empty directory.")
     return manifest
 
 

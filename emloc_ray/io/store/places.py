@@ -23,3 +23,8 @@ def above(place: str, levels: int) -> str:
 def looked_in(path: Path) -> str:
     """The directory in which a relative path was looked for, for errors: `` in /home/me``."""
     return "" if path.is_absolute() else f" in {Path.cwd()}"
+
+
+def leads_out(path: str) -> bool:
+    """Whether a path that is to lie inside a run is absolute, or has a ``..`` or ``.`` in it."""
+    return not {"", ".", ".."}.isdisjoint(path.split("/"))

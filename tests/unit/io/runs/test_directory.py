@@ -241,6 +241,19 @@ def test_a_dropped_stage_stays_done_without_its_files(run: RunDirectory) -> None
     assert not run.is_dropped("calibrate")
 
 
+@pytest.mark.parametrize("path", ["../theirs/a", "/theirs", "./a", "emulator/../../a"])
+def test_a_manifest_that_names_files_outside_of_its_run_is_none(run: RunDirectory, path: str) -> None:
+    """Whoever wrote it: a stage that is redone, or dropped, takes what it names with it."""
+    kept = artifact(run, "mine")
+    run.commit("factorize", "a", [kept], {})
+    manifest = run.manifest()
+    manifest["stages"]["factorize"]["outputs"] = {path: {"size": 8, "sha256": "0" * 64}}
+    run.path("manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"manifest\.json names '.*', which is outside of its run"):
+        run.drop("factorize")
+    assert kept.is_file()
+
+
 def test_a_moved_parent_keeps_what_is_done(run: RunDirectory, tmp_path: Path) -> None:
     run.commit("merge", "abc", [artifact(run, "merged/a")], {})
     (tmp_path / "elsewhere").mkdir()
