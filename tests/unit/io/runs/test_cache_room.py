@@ -343,7 +343,7 @@ def test_a_store_of_something_else_is_refused(place: Callable[..., str]) -> None
     ObjectStore(place("bucket", "other")).write("notes.txt", b"mine")
     with pytest.raises(ConfigError, match="holds files of something else"):
         ArtifactCache(place("bucket", "other"))
-    with pytest.raises(ConfigError, match=r"artifact cache s3://b/c\?x=1 is no place"):
+    with pytest.raises(ConfigError, match=r"artifact cache s3://b/c is no place"):
         ArtifactCache("s3://b/c?x=1")
 
 
