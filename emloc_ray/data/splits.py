@@ -42,6 +42,12 @@ class HashRange:
         return inside if self.end is None else inside | (rows < self.begin) | (rows >= self.end)
 
 
+def counts_in_shares(rows: Mapping[int, int], weights: Sequence[float]) -> dict[int, int]:
+    """How many ``rows`` of each part are taken, so that they have the shares ``weights``: all of the part that ends first."""
+    most = min(count / weights[part] for part, count in rows.items())
+    return {part: min(max(1, round(weights[part] * most)), count) for part, count in rows.items()}
+
+
 @dataclass(frozen=True)
 class RowSelection:
     """Rows of a list of files, by ascending number in the files' concatenation: those whose hashes are in all ``ranges``. A
@@ -65,16 +71,15 @@ class RowSelection:
         for source in sources:
             spans[source.part] = (spans.get(source.part, (start, 0))[0], start + source.num_rows)
             start += source.num_rows
-        most = min((end - begin) / weights[part] for part, (begin, end) in spans.items())
-        ranges, num_rows = [], 0
+        counts = counts_in_shares({part: end - begin for part, (begin, end) in spans.items()}, weights)
+        ranges = []
         for part, (begin, end) in spans.items():
-            count = min(max(1, round(weights[part] * most)), end - begin)
+            count = counts[part]
             border = int(
                 row_hash(rows_at(functools.partial(whole.chunks, begin, end), seed, count - 1, count), seed)[0]
             )
             ranges.append(HashRange(seed, 0, border, begin, end))
-            num_rows += count
-        return cls(tuple(sources), tuple(ranges), num_rows)
+        return cls(tuple(sources), tuple(ranges), sum(counts.values()))
 
     def __len__(self) -> int:
         return self.num_rows

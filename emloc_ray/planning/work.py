@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any
 
 from emloc_ray.core.correction import ADAPTED_ROWS
+from emloc_ray.data.splits import counts_in_shares
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.first_rows import sequences_a_row
 from emloc_ray.planning.layout import Layout
@@ -30,16 +31,13 @@ def rows_a_step(finetune: Any) -> int:
 def num_train_rows(prepared: Prepared, split: str = "train") -> int:
     """Rows that a split takes of its files, by its shares and its ``num_samples``, before others are held out of it; estimated
     where they are made or downloaded later."""
-    section, parts = getattr(prepared.config.data, split), Counter[int]()
+    section, rows = getattr(prepared.config.data, split), Counter[int]()
     for source in prepared.files.get(split, ()):
-        parts[source.part] += source.num_rows
-    if not parts:
+        rows[source.part] += source.num_rows
+    if not rows:
         return UNKNOWN_ROWS
-    weights = section.weights
-    if weights is not None and len(weights) == len(parts):
-        most = min(rows / weights[part] for part, rows in parts.items())
-        parts = Counter({part: min(max(1, round(weights[part] * most)), rows) for part, rows in parts.items()})
-    taken = sum(parts.values())
+    in_shares = section.weights is not None and len(section.weights) == len(rows)
+    taken = sum((counts_in_shares(rows, section.weights) if in_shares else rows).values())
     return min(taken, section.num_samples or taken) or UNKNOWN_ROWS
 
 

@@ -60,11 +60,7 @@ def run(
     is, ``actors`` that batch's. ``accept_changes``: whether finished stages may be redone or removed where config or files have
     changed, or a function that is asked. Returns the content of metrics.json.
     """
-    named = [begin or until, until]
-    if not {*named} <= {*VERBS} or sorted(named, key=VERBS.index) != named:
-        raise ConfigError(
-            f"From {named[0]} until {until} there is no stage: name them in their order, {', '.join(VERBS)}."
-        )
+    _check_order(begin or until, until)
     prepared = shrink_batches(prepared or prepare(config))
     plan = _checked_plan(prepared, begin, fresh, in_batch=turns is not None)
     reporter = reporter or Reporter()
@@ -99,6 +95,11 @@ def run(
         raise explain(error, "the run") from error
     finally:
         prepared.run.unlock()
+
+
+def _check_order(begin: str, until: str) -> None:
+    if not {begin, until} <= {*VERBS} or VERBS.index(begin) > VERBS.index(until):
+        raise ConfigError(f"There is no stage from {begin} until {until}: name them in order, {', '.join(VERBS)}.")
 
 
 @contextlib.contextmanager

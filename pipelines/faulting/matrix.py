@@ -200,8 +200,9 @@ class Matrix:
         """The driver that is to end the stage, and what was wrong until then."""
         if cell.kind == "two-drivers":
             second = Driver(driver.config, cell.stage, run.parent / "second.jsonl")
-            while second.process.is_alive() and not second.find("start"):
-                time.sleep(0.02)
+            for _ in second.poll(_SECONDS):
+                if second.find("start"):
+                    break
             let_in, over = second.find("start"), driver.find("finish", stage=cell.stage)
             second.kill()
             if let_in is not None:

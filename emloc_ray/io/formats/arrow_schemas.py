@@ -6,6 +6,7 @@ return the registered ones: so all are refused, by type and by name.
 """
 
 import base64
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,18 @@ def check_no_extensions(schema: pa.Schema, file: str) -> None:
 
 
 def open_parquet(place: Any, name: str, **options: Any) -> pq.ParquetFile:
-    """Opens a Parquet file with :func:`check_no_extensions` of what is read, and of the Arrow schema that is stored in it, which
-    alone has the names of nested types that are not registered. Raises DataError too where the code that is registered for a
-    type fails over it, and what pyarrow raises for a file that is none."""
+    """Opens a Parquet file once :func:`check_no_extensions` has passed what is read, and the Arrow schema that is stored in it,
+    which alone names nested types that are not registered. Raises DataError also where the code that is registered for a type
+    fails, and what pyarrow raises for a file that is not Parquet."""
     try:
-        # Without Parquet's own logical types: UUIDs come as plain bytes.
-        file = pq.ParquetFile(place, arrow_extensions_enabled=False, **options)
-        stored = (file.metadata.metadata or {}).get(b"ARROW:schema")
-        if stored is not None:
-            check_no_extensions(pa.ipc.read_schema(pa.py_buffer(base64.b64decode(stored))), name)
-        check_no_extensions(file.schema_arrow, name)
+        with contextlib.ExitStack() as opened:
+            # Without Parquet's own logical types: UUIDs come as plain bytes.
+            file = opened.enter_context(pq.ParquetFile(place, arrow_extensions_enabled=False, **options))
+            stored = (file.metadata.metadata or {}).get(b"ARROW:schema")
+            if stored is not None:
+                check_no_extensions(pa.ipc.read_schema(pa.py_buffer(base64.b64decode(stored))), name)
+            check_no_extensions(file.schema_arrow, name)
+            opened.pop_all()  # it stays open where it is good
     except (TypeError, AttributeError, LookupError) as error:
         detail = one_line(f"{type(error).__name__}: {error}", 120)
         raise DataError(

@@ -20,7 +20,7 @@ from emloc_ray.io.formats.json_lines import read_objects
 from emloc_ray.io.store.arrow_files import arrow_files
 from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.node_cache import discard, exists, is_stored, sizes
-from emloc_ray.stages.finetune.failure_log import FailureLog, GroupRelease, content
+from emloc_ray.stages.finetune.group_callbacks import FailureLog, GroupRelease, content
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.training import train_alone, train_loop
 from emloc_ray.stages.ray.losses import SILENT, Losses, Tell, explain, is_lost, last_line, unheard

@@ -295,7 +295,7 @@ def test_a_mistake_is_told(place: Place, name: str) -> None:
         (["validate", "my.yaml", "--finetune.max_steps", "5"], "write finetune.max_steps=VALUE, without dashes"),
         (["validate", "my.yaml", "--memory_budget=9GiB"], "write memory_budget=9GiB, without dashes"),
         (["run", "my.yaml", "-ray.token=hf_aaa"], "--ray.token is a key of the config: write ray.token=(hidden)"),
-        (["run", "my.yaml", "--from", "merge", "--until", "heal"], "From merge until heal there is no stage"),
+        (["run", "my.yaml", "--from", "merge", "--until", "heal"], "There is no stage from merge until heal"),
         (["validate", "one.yaml"], "move model, data there, and name its file as base"),
         (
             ["preview", "my.yaml", "data.max_seq_length=2"],

@@ -18,8 +18,8 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from emloc_ray.errors import Stopped, TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.stages.finetune.failure_log import FailureLog, GroupRelease
 from emloc_ray.stages.finetune.finetune import Watcher, mean_loss, run_alone, run_group, runner_of
+from emloc_ray.stages.finetune.group_callbacks import FailureLog, GroupRelease
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.trainer import StepKeeper
 from emloc_ray.stages.finetune.training import of_ranks

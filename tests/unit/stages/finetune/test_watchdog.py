@@ -16,7 +16,7 @@ from ray.exceptions import ActorDiedError, WorkerCrashedError
 
 from emloc_ray.errors import StageError
 from emloc_ray.stages.finetune import finetune, watchdog
-from emloc_ray.stages.finetune.failure_log import FailureLog
+from emloc_ray.stages.finetune.group_callbacks import FailureLog
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.watchdog import Watchdog
 from emloc_ray.stages.ray.tasks import Resources

@@ -14,7 +14,7 @@ from ray.exceptions import NodeDiedError, RayActorError, WorkerCrashedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from emloc_ray.errors import StageError
-from emloc_ray.stages.finetune.failure_log import FailureLog
+from emloc_ray.stages.finetune.group_callbacks import FailureLog
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.trainer import StepKeeper
 from emloc_ray.stages.ray import departures, pace, slots, tasks

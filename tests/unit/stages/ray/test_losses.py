@@ -21,7 +21,7 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, Worker
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from emloc_ray.errors import DataError, NumericsError, StageError
-from emloc_ray.stages.finetune.failure_log import FailureLog
+from emloc_ray.stages.finetune.group_callbacks import FailureLog
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.ray import losses as failures
 from emloc_ray.stages.ray.losses import Losses, explain, own_error

@@ -1,5 +1,5 @@
-"""What Ray Train's controller is to do besides: say why a group's workers begin again, and give back what a lost group held.
-It imports this alone: all of a training would keep it for seconds."""
+"""What Ray Train's controller calls: one callback logs why workers begin again, one releases what a lost group held. The
+controller imports this alone: all of a training would keep it for seconds."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,24 +60,24 @@ class FailureLog(ray.train.UserCallback):
 
 
 class GroupRelease(WorkerGroupCallback, ControllerCallback):
-    """Gives back what a group's workers were granted. Ray Train does, but up to 2.60 not where one of them is lost while the
-    training is launched on it: the driver kept that then, and the next group waited for it for ever. By Ray's callbacks for its
-    developers, which ``RunConfig.callbacks`` takes for such ends."""
+    """Removes the placement group of a group's workers. Ray Train 2.60 keeps it until the driver ends where a worker is lost
+    while the training is launched on it; the next group would wait for its CPUs for ever. These callbacks are Ray's for
+    developers, which ``RunConfig.callbacks`` accepts."""
 
     def __init__(self) -> None:
         self.granted: PlacementGroup | None = None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        """Of the group before; a second time does nothing."""
+        """Removes that of the group before; where it is gone already, that does nothing."""
         self._release()
 
     def before_init_train_context(self, workers: Sequence[Any]) -> dict[str, list[Any]]:
-        """Notes what this group was granted."""
+        """Asks a worker for this group's."""
         self.granted = ray.get(workers[0].execute_async(get_current_placement_group))
         return {}
 
     async def before_controller_shutdown(self) -> None:
-        """Of the last group."""
+        """Removes that of the last group."""
         self._release()
 
     def _release(self) -> None:
