@@ -198,7 +198,8 @@ def test_code_that_came_with_a_run_is_not_run_unasked(
     run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither by chat, whatever the run's own config says, nor by llama.cpp's converter, which trusts some kinds of models."""
-    code = 'open("mark", "w")\nfrom transformers import PreTrainedTokenizerFast as Theirs\n'
+    # A class of its own: transformers marks a class that comes as code, and saves that code with every tokenizer of it.
+    code = 'import transformers\nopen("mark", "w")\nclass Theirs(transformers.PreTrainedTokenizerFast): pass\n'
     manifest = run.manifest()
     manifest["config"]["model"]["trust_remote_code"] = True
     run.path("manifest.json").write_text(json.dumps(manifest))
