@@ -20,7 +20,7 @@ from emloc_ray.io.formats.json_lines import read_objects
 from emloc_ray.io.store.arrow_files import arrow_files
 from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.node_cache import discard, exists, is_stored, sizes
-from emloc_ray.stages.finetune.group_callbacks import FailureLog, GroupRelease, content
+from emloc_ray.stages.finetune.group_callbacks import FailureLog, GroupRelease, StopBeforeStart, content
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.training import train_alone, train_loop
 from emloc_ray.stages.ray.losses import SILENT, Losses, Tell, explain, is_lost, last_line, unheard
@@ -153,7 +153,7 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
             storage_filesystem=None if storage is None else storage[0],
             failure_config=ray.train.FailureConfig(max_failures=job.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            callbacks=[FailureLog(job), GroupRelease()],  # type: ignore[list-item]
+            callbacks=[FailureLog(job), StopBeforeStart(job), GroupRelease()],  # type: ignore[list-item]
         ),
     )
     before = _checkpoints(job)
@@ -170,6 +170,8 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
         )
         return None
     except (ray.exceptions.RayError, ray.train.ControllerError) as error:
+        if isinstance(failure := getattr(error, "controller_failure", None), EmlocError):
+            raise failure from error
         time.sleep(losses.count("the training", error))
         return None
 

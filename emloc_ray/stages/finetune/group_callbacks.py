@@ -1,5 +1,5 @@
-"""What Ray Train's controller calls: one callback logs why workers begin again, one releases what a lost group held. The
-controller imports this alone: all of a training would keep it for seconds."""
+"""What Ray Train's controller calls: one callback logs why workers begin again, one ends a group that waits where it is
+stopped, one releases what a lost group held. The controller imports this alone: all of a training would keep it for seconds."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +10,9 @@ import ray.train
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
+from emloc_ray.errors import Stopped
 from emloc_ray.io.store.lock_file import check_lock
-from emloc_ray.io.store.node_cache import ensure, open_artifact, publish
+from emloc_ray.io.store.node_cache import ensure, exists, open_artifact, publish
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.ray.losses import is_lost, is_preempted, last_line, reason
 
@@ -57,6 +58,20 @@ class FailureLog(ray.train.UserCallback):
         with path.open("a") as file:
             file.write(f"{self.job.stage}: rank {rank} {why}; {again}.\n")
         publish(path)
+
+
+class StopBeforeStart(WorkerGroupCallback):
+    """Ends a training that is stopped while its group waits for its resources, which may never come. Ray Train 2.60 asks for
+    them anew after each RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S (60 s), for ever, and goes on after no error but its own."""
+
+    def __init__(self, job: FinetuneJob) -> None:
+        self.job = job
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """Raises Stopped where the driver has asked for it, TakenOver where another process holds the run by now."""
+        check_lock(self.job.stop_path)
+        if exists(self.job.stop_path):
+            raise Stopped(f"{self.job.stage} was stopped before its workers began.")
 
 
 class GroupRelease(WorkerGroupCallback, ControllerCallback):

@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from emloc_ray.errors import Stopped, TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.stages.finetune.finetune import Watcher, mean_loss, run_alone, run_group, runner_of
+from emloc_ray.stages.finetune.finetune import Watcher, finetune, mean_loss, run_alone, run_group, runner_of
 from emloc_ray.stages.finetune.group_callbacks import FailureLog, GroupRelease
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.trainer import StepKeeper
@@ -175,6 +175,23 @@ def test_a_group_s_peaks_are_those_of_each_rank(tmp_path: Path, monkeypatch: pyt
     with listening(usage.hear):
         run_group(dataclasses.replace(JOB, storage_dir=tmp_path), Resources(2), print, lambda: None)
     assert usage.largest_gpu_bytes == 11
+
+
+def test_a_group_that_waits_for_cpus_hears_that_it_is_stopped(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
+    held = ray.util.placement_group([{"CPU": 2}])  # all that there are
+    ray.get(held.ready())
+
+    def progress(done: int, total: int) -> None:
+        raise Stopped("the batch is being stopped")
+
+    try:
+        with pytest.raises(Stopped, match="finetune was stopped before its workers began"):
+            finetune(dataclasses.replace(JOB, storage_dir=tmp_path), Resources(2), progress)
+    finally:
+        ray.util.remove_placement_group(held)
 
 
 def test_a_group_that_loses_a_worker_at_its_launch_gives_back_what_it_was_granted(
