@@ -76,6 +76,25 @@ def _outdated(prepared: Prepared, steps: Sequence[Stage], kept: Mapping[str, Any
     return None
 
 
+def is_finished(prepared: Prepared, forced: Collection[str] = (), until: str = VERBS[-1]) -> bool:
+    """Whether a run up to the verb ``until`` has no stage left to make and none to remove: it needs no Ray."""
+    manifest = prepared.run.manifest() if MANIFEST in prepared.run.names() else {"stages": {}}
+    context = Context(prepared, original_dir(prepared))
+    for stage in up_to(until):
+        entry = manifest["stages"].get(stage.name)
+        if not stage.wanted(prepared):
+            if entry is not None:
+                return False
+            continue
+        if entry is None or stage.name in forced:
+            return False
+        context.made[stage.name] = key = fingerprint(stage.inputs(context))
+        if not prepared.run.is_done(stage.name, key):
+            return False
+        context.results[stage.name] = entry["result"]
+    return True
+
+
 def _changed_keys(old: Any, new: Any, path: str = "") -> dict[str, tuple[str, str]]:
     """Every key that both configs have with other values, or one alone has with a value; each with both as text."""
     if not isinstance(old, dict) or not isinstance(new, dict):

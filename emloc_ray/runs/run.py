@@ -15,7 +15,7 @@ from emloc_ray.planning.machine import check_disk, check_kernel, check_resources
 from emloc_ray.planning.plan import Plan, make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import remarks
-from emloc_ray.runs.changes import Accept, check_accepted, find_changes
+from emloc_ray.runs.changes import Accept, check_accepted, find_changes, is_finished
 from emloc_ray.runs.gauges import RunGauges
 from emloc_ray.runs.log import RunLog
 from emloc_ray.runs.reporter import Reporter, Reporters
@@ -63,13 +63,18 @@ def run(
     _check_order(begin or until, until)
     prepared = shrink_batches(prepared or prepare(config))
     plan = _checked_plan(prepared, begin, fresh, in_batch=turns is not None)
-    reporter = reporter or Reporter()
+    reporter, forced = reporter or Reporter(), redone_from(begin)
     try:
         prepared.run.lock(reporter.note, under=batch)
         if not fresh:
             check_versions(prepared, redone_from(begin), until, accept_versions, in_batch=turns is not None)
         if not fresh and not config.ray.joins:
             _check_changes(prepared, begin, until, accept_changes)
+        if turns is None and not fresh and not config.ray.joins and is_finished(prepared, forced, until):
+            _create(prepared, fresh)
+            with _recorded(prepared, reporter) as reporters:
+                run_stages(Steps(prepared, reporters, AtOnce(), cache, (), plan, accept_versions), until)
+            return prepared.run.metrics()
         lean = keeps_small(prepared.config)
         with connection(config.ray.address, lean_memory=lean, **config.ray.init_options) as started:
             if turns is None and not started:
@@ -82,13 +87,12 @@ def run(
                 if config.ray.joins:
                     check_kernel(config)
                     check_nodes([config])
-            wanted = [stage.name for stage in STEPS if stage.wanted(prepared)]
-            prepared.run.create((prepared.as_written or config).model_dump(mode="json"), fresh=fresh, steps=wanted)
+            _create(prepared, fresh)
             with _recorded(prepared, reporter) as reporters:
                 check_visible(prepared)
                 for remark in remarks.of_machines([config], total("CPU")) if turns is None else ():
                     reporter.note(remark)
-                steps = Steps(prepared, reporters, turns or AtOnce(), cache, redone_from(begin), plan, accept_versions)
+                steps = Steps(prepared, reporters, turns or AtOnce(), cache, forced, plan, accept_versions)
                 run_stages(steps, until, actors)
         return prepared.run.metrics()
     except OSError as error:  # of the run's own small files: stages explain theirs
@@ -100,6 +104,11 @@ def run(
 def _check_order(begin: str, until: str) -> None:
     if not {begin, until} <= {*VERBS} or VERBS.index(begin) > VERBS.index(until):
         raise ConfigError(f"There is no stage from {begin} until {until}: name them in order, {', '.join(VERBS)}.")
+
+
+def _create(prepared: Prepared, fresh: bool) -> None:
+    config = (prepared.as_written or prepared.config).model_dump(mode="json")
+    prepared.run.create(config, fresh=fresh, steps=[stage.name for stage in STEPS if stage.wanted(prepared)])
 
 
 @contextlib.contextmanager
@@ -146,7 +155,8 @@ def _check_changes(prepared: Prepared, begin: str | None, until: str, accept: Ac
 
 
 def run_stages(steps: Steps, until: str = VERBS[-1], actors: FinalActors | None = None) -> None:
-    """Runs every stage up to the last one of the verb ``until``, in order; needs a connection to Ray. ``actors``: its batch's."""
+    """Runs every stage up to the last one of the verb ``until``, in order; needs a connection to Ray where one is left to make.
+    ``actors``: its batch's."""
     prepared, reporter = steps.prepared, steps.reporter
     for remark in remarks.of_settings(prepared, steps.planned):
         reporter.note(remark)

@@ -327,7 +327,8 @@ class Steps:
 
     def write_results(self) -> None:
         """Writes metrics.json from the manifest, and tells the reporter."""
-        self.directory.write_metrics(assemble_metrics(self.directory, self.prepared, self.planned, hardware()))
+        seen = hardware() or self.directory.metrics().get("hardware")  # without Ray what it was when a stage ran
+        self.directory.write_metrics(assemble_metrics(self.directory, self.prepared, self.planned, seen))
         self.reporter.changed(self.directory)
 
     def _outputs(self, stage: Stage, *more: str) -> list[Path]:

@@ -120,13 +120,17 @@ def test_stages_with_damaged_artifacts_are_redone_and_no_others(copied: Finished
     assert {name: (copied.root / name).read_bytes() for name in damaged} == before
 
 
-def test_a_finished_run_is_skipped_whole(copied: FinishedRun) -> None:
+def test_a_finished_run_is_skipped_whole_without_ray(copied: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emloc_ray.runs.run.connection", None)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     before = {path: path.stat().st_mtime_ns for path in copied.root.rglob("*.safetensors")}
     reporter = run_values(copied.values)
     assert reporter.started == []
     assert reporter.skipped == ALL
     assert {path: path.stat().st_mtime_ns for path in copied.root.rglob("*.safetensors")} == before
-    assert json.loads((copied.root / "metrics.json").read_text())["evaluation"] == copied.metrics["evaluation"]
+    metrics = json.loads((copied.root / "metrics.json").read_text())
+    assert metrics["hardware"] == copied.metrics["hardware"]
+    assert metrics["evaluation"] == copied.metrics["evaluation"]
 
 
 def test_a_changed_correction_and_a_cut_shard_are_redone_for_real(copied: FinishedRun) -> None:

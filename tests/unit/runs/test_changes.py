@@ -18,7 +18,7 @@ from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.planning.prepared import Prepared, prepare, splits_of
 from emloc_ray.runs.batch.tasks import Task
 from emloc_ray.runs.batch.work import PipelineWork
-from emloc_ray.runs.changes import check_accepted, find_changes
+from emloc_ray.runs.changes import check_accepted, find_changes, is_finished
 from emloc_ray.runs.run import run as run_pipeline
 from emloc_ray.runs.versions import made_with, redone_from
 from emloc_ray.stages.context import Context
@@ -65,6 +65,20 @@ def test_the_same_config_changes_nothing(values: dict[str, Any]) -> None:
     assert find_changes(changed(values)) is None  # nothing is there yet
     finish(values)
     assert find_changes(changed(values)) is None
+
+
+def test_a_run_is_finished_where_no_stage_is_left(values: dict[str, Any]) -> None:
+    assert not is_finished(changed(values))
+    finish(values, until="finish")
+    assert is_finished(changed(values), until="correct")  # the verb that both belong to
+    assert not is_finished(changed(values))
+    finish(values)
+    assert is_finished(changed(values, evaluation={"num_workers": 1}))
+    assert not is_finished(changed(values), redone_from("merge"))
+    assert not is_finished(changed(values, finetune={"learning_rate": 1e-3}))
+    assert not is_finished(changed(values, finetune={"exact_steps": 0}))  # which removes what they left
+    changed(values).run.path("merged", "a.json").unlink()
+    assert not is_finished(changed(values))
 
 
 def test_what_redoes_nothing_is_not_asked_for(values: dict[str, Any]) -> None:
