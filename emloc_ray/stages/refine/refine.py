@@ -191,18 +191,22 @@ def refine_blocks(job: RefinementJob) -> None:
     shutil.rmtree(local_only(job.work_dir) / "hidden", ignore_errors=True)
 
 
+def written_blocks(job: RefinementJob) -> list[Path]:
+    """The files of the blocks that are done, in order; the hidden states that go on from them lie in a folder beside them."""
+    return sorted(file for file in sizes(job.work_dir) if file.name.startswith("block-"))
+
+
 def fits(job: RefinementJob) -> dict[str, Fit]:
     """How each block's fit ended, by the number of the block."""
-    files = sorted(path for path in sizes(job.work_dir) if path.suffix == ".safetensors")
-    return {file.stem: Fit(*json.loads(json.loads(read_shard(file).header)["__metadata__"][_FIT])) for file in files}
+    headers = {file.stem: json.loads(read_shard(file).header) for file in written_blocks(job)}
+    return {block: Fit(*json.loads(header["__metadata__"][_FIT])) for block, header in headers.items()}
 
 
 def write_refined(job: RefinementJob) -> None:
     """Writes the refined emulator: the emulator's shards with the refined factors in them, its config and tokenizer."""
     checkpoint, refined = Checkpoint(job.emulator_dir), dict[str, TensorEntry]()
-    for file in sizes(job.work_dir):
-        if file.suffix == ".safetensors":
-            refined |= {entry.name: entry for entry in read_shard(file).entries}
+    for file in written_blocks(job):
+        refined |= {entry.name: entry for entry in read_shard(file).entries}
     for shard in checkpoint.shards:
         target = job.out_dir / shard.file.name
         if not exists(target):
@@ -220,7 +224,7 @@ def refine(
     relative to that before. Raises NumericsError where a block gives NaN or Inf, naming it."""
 
     def look(_done: int, _total: int) -> None:
-        progress(sum(file.suffix == ".safetensors" for file in sizes(job.work_dir)), num_blocks)
+        progress(len(written_blocks(job)), num_blocks)
 
     task = resources.task(refine_blocks).options(name="refine: blocks")
     blocks_task = ("the blocks", functools.partial(task.remote, job))

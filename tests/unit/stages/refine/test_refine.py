@@ -21,7 +21,7 @@ from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.stages.correct.stage import correction_job
 from emloc_ray.stages.finetune.session import own_environment
-from emloc_ray.stages.refine.refine import RefinementJob, Refiner, fits, refine_blocks, write_refined
+from emloc_ray.stages.refine.refine import RefinementJob, Refiner, fits, refine_blocks, write_refined, written_blocks
 
 
 def job_of(model_dir: Path, emulator: Path, tokens: Path, root: Path, **changes: Any) -> RefinementJob:
@@ -90,6 +90,7 @@ def test_its_error_is_that_of_the_blocks_on_the_hidden_states_of_both(refined: R
 def test_a_killed_try_is_continued(refined: RefinementJob, tmp_path: Path, keeps_hidden_states: bool) -> None:
     job = replace(refined, work_dir=tmp_path / "work", out_dir=tmp_path / "out")
     Refiner(job).take(0)
+    assert written_blocks(job) == [job.block_file(0)]  # of all that lies there
     written = job.block_file(0).stat().st_ino
     if not keeps_hidden_states:  # of a node that is gone
         shutil.rmtree(job.work_dir / "hidden")
