@@ -30,6 +30,7 @@ from emloc_ray.text import Rate
 
 _POLL_S = 0.5
 _STORE_POLL_S = 5.0
+_BEGIN_S = 300.0  # a worker's imports and a large emulator's loading take less
 
 
 # How a training runs; its last argument raises where it is to be left at once.
@@ -214,13 +215,16 @@ class Watcher:
         tell: Tell,
         poll_s: float | None = None,
         detail: Tell = unheard,
+        begin_s: float = _BEGIN_S,
     ) -> None:
+        """``begin_s``: how long no worker may begin before that is told."""
         self.job, self.progress, self.tell, self.detail = job, progress, tell, detail
         self.pace = Rate()
         self.num_shown = len(_lines(job.failure_path))
         self.stop: EmlocError | None = None
         self.asked = False
         self.failed_looks: set[str] = set()
+        self.begins_by: float | None = time.monotonic() + begin_s  # None once a worker has begun, or its delay was told
         self.poll_s = poll_s or (_STORE_POLL_S if is_stored(job.storage_dir) else _POLL_S)
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -260,10 +264,22 @@ class Watcher:
                 except TakenOver as error:
                     self.stop = error
             self.asked = True
+        if self.begins_by is not None:
+            self._look_for_begin(self.begins_by)
         failures = _lines(self.job.failure_path)
         for text in failures[self.num_shown :]:
             self.tell(text)
         self.num_shown = len(failures)
+
+    def _look_for_begin(self, latest: float) -> None:
+        begun, late = exists(self.job.begun_path), time.monotonic() > latest
+        if late and not begun:
+            self.tell(
+                f"{self.job.stage}: no worker has begun to train yet: it waits for what Ray has to grant, for the emulator's"
+                " files or for a node that does not answer; `ray status` shows the first."
+            )
+        if late or begun:
+            self.begins_by = None
 
     def _step(self) -> int:
         """The steps done, between two lines of the log too."""

@@ -80,6 +80,21 @@ def test_an_unexpected_error_is_told_once_and_a_stop_is_heard_after_it(tmp_path:
     assert notes == ["finetune: a look at the training failed (KeyError: 'a bug of a reporter')."]
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_training_that_does_not_begin_is_told_once(tmp_path: Path, begun: bool) -> None:
+    job = dataclasses.replace(JOB, storage_dir=tmp_path)
+    if begun:
+        job.begun_path.touch()
+    notes: list[str] = []
+    looks: list[int] = []
+    with Watcher(job, lambda done, total: looks.append(done), notes.append, poll_s=0.01, begin_s=0.0):
+        while len(looks) < 3:
+            time.sleep(0.01)
+    assert [note.partition("yet")[0] for note in notes] == (
+        [] if begun else ["finetune: no worker has begun to train "]
+    )
+
+
 def test_steps_between_two_lines_of_the_log_are_seen(tmp_path: Path) -> None:
     job = dataclasses.replace(JOB, storage_dir=tmp_path, tokens_a_step=10.0)
     session: Any = SimpleNamespace(rank=0, world_size=1, is_leaving=lambda: False)
