@@ -294,7 +294,8 @@ def test_auto_chooses_what_gains_most_or_none(llama_run: FinishedRun) -> None:
     assert [found["method"] for found in measured] == ["none", "covariance", "adapted", "adapted"]
     chosen = next(found for found in tried if [found[key] for key in keys] == [choice[key] for key in keys])
     assert chosen["gain"] == max(found["gain"] for found in tried)
-    assert choice["considered"]["certainty"] in [found["certainty"] for found in tried[1:]]
+    own = next(f["certainty"] for f in tried if [f[key] for key in keys] == [choice["considered"][key] for key in keys])
+    assert choice["considered"]["certainty"] == pytest.approx(max(0, 1 - (len(tried) - 1) * (1 - own)))
     assert choice["scored_tokens"] == len(measured) * choice["selection_tokens"]
     assert choice["max_tokens"] is None
 

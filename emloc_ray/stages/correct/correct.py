@@ -193,5 +193,5 @@ def _chosen(plan: _Plan) -> tuple[Candidate, dict[str, Any]]:
         "scored_tokens": tokens * choice.num_measured,
         "max_tokens": job.max_tokens,
         "candidates": choice.records(),
-        "considered": {**asdict(choice.considered), "certainty": choice.certainty(choice.considered)},
+        "considered": {**asdict(choice.considered), "certainty": choice.least_certainty()},
     }

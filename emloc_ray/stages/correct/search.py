@@ -67,9 +67,15 @@ class ScoredChoice:
         return paired_gain(self.losses[candidate], next(iter(self.losses.values())), self.counts)
 
     def certainty(self, candidate: Candidate) -> float | None:
-        """That it is better than ``none``."""
+        """That it is better than ``none``, by its own rows alone."""
         gain = self.gain(candidate)
         return certainty(gain, len(self.counts)) if math.isfinite(gain.mean) else None
+
+    def least_certainty(self) -> float | None:
+        """That ``considered`` is better than ``none``, at least: ``1 − m (1 − p)`` with its own certainty ``p``, as it is the
+        best of ``m`` that were compared with it (Bonferroni's inequality; O. J. Dunn, JASA 56 (1961) 52)."""
+        own, compared = self.certainty(self.considered), len(self.losses) - 1
+        return None if own is None else max(0.0, 1 - compared * (1 - own))
 
 
 def best_choice(measured: Mapping[Candidate, RowLosses]) -> ScoredChoice:

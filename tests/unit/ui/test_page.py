@@ -295,8 +295,13 @@ def test_what_a_choice_was_made_on_is_told(finished: str) -> None:
     assert "(interpolated)" in text
     fix["considered"] = {**fix["candidates"][2], "certainty": 0.931}
     told = told_of_correct(fix)
-    assert "chose covariance, λ = 3, strength 0.5, best of 3 on 11 rows; with 93 % certainty it is better" in told
-    assert "with 93 % certainty covariance, λ = 3, strength 0.5 is better" in told_of_correct({**fix, "method": "none"})
+    assert (
+        "chose covariance, λ = 3, strength 0.5, best of 3 on 11 rows; with at least 93 % certainty it is better" in told
+    )
+    other = told_of_correct({**fix, "method": "none"})
+    assert "with at least 93 % certainty covariance, λ = 3, strength 0.5 is better than none" in other
+    fix["considered"]["certainty"] = 0.2
+    assert "best of 3 on 11 rows; the rows do not tell whether it is better than none" in told_of_correct(fix)
     none = {"method": "none", "clamp": 3.0, "strength": 1.0, "selection_tokens": 0}
     metrics["correction"] = {**none, "candidates": [{**none, "loss": None}], "modules": {}, "note": "Too little."}
     assert "Too little." in Page(report.render("run", manifest(*STAGES), metrics)).text

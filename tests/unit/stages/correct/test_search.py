@@ -75,6 +75,22 @@ def test_it_is_taken_where_it_loses_less(best: Candidate) -> None:
     sure = gains.certainty(gains.chosen)
     assert sure is not None
     assert 0.5 < sure < 0.6
+    assert gains.least_certainty() == 0.0
+
+
+def test_the_best_of_some_is_as_sure_as_all_comparisons_together_leave() -> None:
+    generator, trials, hits = torch.Generator().manual_seed(0), 400, 0
+    for _ in range(trials):  # none of the candidates gains: one is taken for better by chance
+        noise = {candidate: torch.randn(40, generator=generator) for candidate in AUTO}
+        choice = best_choice({c: RowLosses(2 + rows, torch.ones(40)) for c, rows in noise.items()})
+        least, own = choice.least_certainty(), choice.certainty(choice.considered)
+        assert least is not None
+        assert own is not None
+        assert least <= own
+        hits += least > 0.9
+    assert hits / trials <= 0.1
+    surely = best_choice({c: RowLosses(rows - float(c != NONE), torch.ones(40)) for c, rows in noise.items()})
+    assert surely.least_certainty() == pytest.approx(1, abs=1e-2)
 
 
 def test_the_same_losses_make_the_same_choice() -> None:
