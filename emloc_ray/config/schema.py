@@ -20,6 +20,7 @@ from emloc_ray.config.base import Budget, Patterns, Section, Size, StageConfig
 from emloc_ray.config.emulator import EmulatorConfig
 from emloc_ray.config.finetune import FinetuneConfig
 from emloc_ray.config.steps import VARIANTS, Variant
+from emloc_ray.text import is_at_commit
 
 
 class ModelConfig(Section):
@@ -33,13 +34,24 @@ class ModelConfig(Section):
         "auto", description="auto: the checkpoint's; on GPUs that compute it bfloat16 for float32"
     )
     attn_implementation: str | None = Field(
-        None, description="such as sdpa, flash_attention_2 or a hub kernel; transformers' choice where left out"
+        None,
+        description="such as sdpa, flash_attention_2 or a hub kernel, OWNER/REPO@COMMIT; transformers' choice where left out",
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model; of a hub id: at a commit")
     hold: Literal["auto", "resident", "offloaded", "block_by_block"] = Field(
         "auto",
         description="whole in a worker, a block's weights at a time, or so with Grams block by block; auto: what fits",
     )
+
+    @field_validator("attn_implementation")
+    @classmethod
+    def _kernel_at_a_commit(cls, name: str | None) -> str | None:
+        if name is not None and "/" in name and not is_at_commit(name):
+            raise ValueError(
+                f"{name} is compiled code of the hub, which a branch or a tag can change at any time: write OWNER/REPO@COMMIT,"
+                " the commit that you trust (40 hex digits)"
+            )
+        return name
 
 
 Weight = typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.io.store.node_cache import ensure
+from emloc_ray.modeling.checkpoint_config import check_config
 from emloc_ray.modeling.experts import UnfusedExperts, experts_of, owner_of, unfuse
 from emloc_ray.modeling.inputs import Stream, has_encoder
 from emloc_ray.modeling.meta_pass import UNTRACEABLE, MetaPass
@@ -357,7 +358,8 @@ def _grouped(seen: dict[tuple[Any, ...], list[str]], specs: Sequence[LinearSpec]
     return [sorted(names, key=order.__getitem__) for names in groups]
 
 
-def load_config(directory: Path, **options: Any) -> Any:
-    """The transformers config of a model directory."""
+def load_config(directory: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a model directory. Raises ConfigError as :func:`check_config` does."""
     ensure(directory, weights=False)
-    return transformers.AutoConfig.from_pretrained(directory, **options)
+    check_config(directory, trust_remote_code)
+    return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)

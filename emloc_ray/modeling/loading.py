@@ -25,11 +25,11 @@ from emloc_ray.core.precision import computes_bfloat16
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_index
 from emloc_ray.io.runs.fingerprint import content_of
-from emloc_ray.io.runs.secret_values import leaves
 from emloc_ray.io.store.atomic import COPY_BYTES, atomic_file, copy_file
 from emloc_ray.io.store.node_cache import ensure, sizes
 from emloc_ray.io.store.places import looked_in
-from emloc_ray.modeling.architecture import auto_class, block_linears, outside_linears
+from emloc_ray.modeling.architecture import auto_class, block_linears, load_config, outside_linears
+from emloc_ray.modeling.checkpoint_config import check_config, config_leaves
 from emloc_ray.modeling.experts import unfuse
 from emloc_ray.modeling.stored_names import stored_parameters
 from emloc_ray.text import one_line
@@ -108,12 +108,8 @@ def resolve_source(
 def own_code(directory: Path, source: str) -> Iterator[tuple[Path, str]]:
     """What the configs of a model name as its own code, as ``file.Class`` or ``OTHER/REPO--file.Class``, each with the config.
     Raises ConfigError, naming ``source``, where one is no JSON."""
-    for file in sorted(directory.glob("*config.json")):
-        try:
-            values = list(leaves(json.loads(file.read_text("utf-8"))))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{source}: {file.name} is no JSON: name another checkpoint.") from error
-        yield from ((file, code) for path, code in values if "auto_map" in path and isinstance(code, str))
+    values = config_leaves(directory, source)
+    yield from ((file, code) for file, path, code in values if "auto_map" in path and isinstance(code, str))
 
 
 def _check_own_code(directory: Path, source: str) -> None:
@@ -183,6 +179,8 @@ def _download(source: str, revision: str | None, patterns: Sequence[str]) -> Pat
 def read_model_config(source: ModelSource, trust_remote_code: bool = False) -> Any:
     """The transformers config; of a GGUF file from its header, without its weights."""
     options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    if source.gguf_file is None:
+        check_config(source.directory, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code, **options)
     except (ValueError, OSError, ImportError, KeyError, struct.error) as error:  # the last of a GGUF file that is cut
@@ -363,7 +361,7 @@ def load_model(
     read_index(Path(directory))  # its names are checked: transformers opens whatever file one leads to
     transformers.utils.logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    config = load_config(Path(directory), trust_remote_code=trust_remote_code)
     original = config.original() if hasattr(config, "original") else config
     dtype = dtype_on(device, dtype, config)
     options: dict[str, Any] = {"use_safetensors": True}  # no pickles, whatever lies beside

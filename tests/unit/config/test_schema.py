@@ -120,6 +120,15 @@ def test_calibration_rows_are_bounded_by_what_is_set(given: dict[str, Any], samp
     assert again == section
 
 
+def test_a_kernel_of_the_hub_is_named_at_a_commit() -> None:
+    kernel = f"some/one@{'0123456789' * 4}"
+    for name in ("sdpa", kernel, f"{kernel}:f", None):
+        assert config(model={"source": "x", "attn_implementation": name}).model.attn_implementation == name
+    for name in ("kernels-community/flash-attn2", "some/one@main:f"):
+        with pytest.raises(ConfigError, match="write OWNER/REPO@COMMIT, the commit that you trust"):
+            config(model={"source": "x", "attn_implementation": name})
+
+
 def test_every_error_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(

@@ -21,7 +21,8 @@ from transformers import (
 
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint
-from emloc_ray.modeling.architecture import empty_model
+from emloc_ray.modeling.architecture import empty_model, load_config
+from emloc_ray.modeling.checkpoint_config import check_config
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.loading import (
     ModelSource,
@@ -35,6 +36,7 @@ from emloc_ray.modeling.loading import (
     resolve_source,
 )
 
+COMMIT = "0123456789" * 4
 IDS = torch.randint(2, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
@@ -288,6 +290,45 @@ def test_a_model_is_not_loaded_by_names_that_lead_elsewhere(
         ArtifactError, match=r"names '\.\./model/.*' as a file of weights, which leads out of its folder"
     ):
         load_model(place, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("attn_implementation", "kernels-community/flash-attn2", "would run with your rights: take that out"),
+        ("_attn_implementation", {"": "paged|some/one@main:f"}, "would run with your rights: take that out"),
+        ("text_config", {"attn_implementation": f"a/b@{COMMIT}"}, "would run with your rights: take that out"),
+        ("transformers_weights", "other.safetensors.index.json", "names its weights itself"),
+        (None, None, r"holds adapter_config\.json, and transformers would open the model with that adapter"),
+    ],
+)
+def test_a_config_brings_no_code_and_no_other_weights(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, key: str | None, value: Any, words: str
+) -> None:
+    place = tmp_path / "model"
+    shutil.copytree(tiny_model_dir("llama"), place)
+    values = json.loads((place / "config.json").read_text())
+    if key is None:
+        (place / "adapter_config.json").write_text('{"base_model_name_or_path": "some/one"}')
+    else:
+        (place / "config.json").write_text(json.dumps({**values, key: value}))
+    openers: list[Callable[[], Any]] = [
+        lambda: load_model(place, device="cpu"),
+        lambda: read_model_config(ModelSource(place)),
+        lambda: load_config(place),
+    ]
+    for opens in openers:
+        with pytest.raises(ConfigError, match=words):
+            opens()
+
+
+def test_a_trusted_config_s_kernel_is_named_at_a_commit(tmp_path: Path) -> None:
+    for kernel in (f"some/one@{COMMIT}", f"some/one@{COMMIT}:f"):
+        (tmp_path / "config.json").write_text(json.dumps({"attn_implementation": kernel}))
+        check_config(tmp_path, trust_remote_code=True)
+    (tmp_path / "config.json").write_text('{"attn_implementation": "some/one@main"}')
+    with pytest.raises(ConfigError, match="write OWNER/REPO@COMMIT there"):
+        check_config(tmp_path, trust_remote_code=True)
 
 
 def test_what_else_lies_beside_a_model_is_no_part_of_it(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ FLASH = "flash_attention_2"
         (of_attention(FLASH, gpus=0), 9.0, "computes on GPUs alone, and calibration has none: leave it out, or set"),
         (of_attention(FLASH), 7.5, "needs a GPU of compute capability 8 or higher, this machine has one of 7.5: leave"),
         (of_attention(FLASH), 9.0, "flash_attention_2 needs the flash-attn package, or kernels, which fetches it"),
-        (of_attention("kernels-community/flash-attn3"), 9.0, "flash-attn3 needs the kernels package: pip install"),
+        (of_attention(f"a/flash-attn3@{'0123456789' * 4}"), 9.0, "789 needs the kernels package: pip install"),
     ],
 )
 def test_attention_that_this_machine_cannot_compute_is_told(
