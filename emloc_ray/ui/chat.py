@@ -17,8 +17,7 @@ from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import auto_class
 from emloc_ray.modeling.architecture import load_config as read_model
-from emloc_ray.modeling.loading import fetch_weights, resolve_source
-from emloc_ray.ui.publishing import MODEL, result_name
+from emloc_ray.ui.publishing import original, result_name
 
 _PLAIN = {"text", "prompt_completion"}  # formats whose prompts no chat template wraps
 NAMES = ("original", "fine-tuned")
@@ -52,15 +51,13 @@ class Pair:
 
         adapter, manifest = root / result_name(run, "adapter"), run.manifest()
         config, rows = manifest["config"], manifest["stages"].get("data", {}).get("result", {})
-        options, trusted = config["model"], bool(config["model"].get("trust_remote_code"))
+        trusted = bool(config["model"].get("trust_remote_code"))
         if trusted and not trust_remote_code:
             raise ConfigError(
                 f"{run.place} was made with code that came with its model, which would run with your rights here: where you trust"
                 " it, add --trust-remote-code."
             )
-        directory = root / MODEL
-        if not directory.is_dir():
-            directory = fetch_weights(resolve_source(options["source"], options.get("revision"), trusted, True))
+        directory = original(run, root, trusted, needs_weights=True)
         try:
             opens = auto_class(read_model(directory, trust_remote_code=trusted))
             model = opens.from_pretrained(directory, dtype="auto", use_safetensors=True, trust_remote_code=trusted)

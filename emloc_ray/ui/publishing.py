@@ -60,6 +60,7 @@ def push(console: Console, run: RunDirectory, name: str, part: Part, private: bo
     result = result_name(run, part)
     with at_hand(console, run, result) as root:
         folder = root / result
+        _check_files(folder, part)
         files = [file for file in folder.rglob("*") if file.is_file() and file != folder / CARD]
         held = size(sum(file.stat().st_size for file in files))
         api = HfApi()
@@ -102,7 +103,8 @@ def export_gguf(
     with at_hand(console, run, result, *([MODEL] if part == "adapter" else [])) as root:
         folder = root / result
         command = [sys.executable, str(converter), str(folder), "--outfile", str(target), "--outtype", outtype]
-        base = [_base(run, root)] if part == "adapter" else []
+        _check_files(folder, part)
+        base = [str(original(run, root))] if part == "adapter" else []
         command += ["--base", *base] if base else []
         for read in (folder, *map(Path, base)) if not trust_remote_code else ():
             _check_no_code(read)
@@ -138,11 +140,25 @@ def _converter(name: str) -> Path:
     return Path(tool)
 
 
-def _base(run: RunDirectory, root: Path) -> str:
-    """The directory of the original, whose shapes an adapter's conversion reads; ``root`` is where the run's folders are."""
+def original(run: RunDirectory, root: Path, trust_remote_code: bool = False, needs_weights: bool = False) -> Path:
+    """The directory of a run's original: in the run's folders, which are in ``root``, or where its config says. Raises
+    ConfigError where it is not to be had, or names what is not its own, as in all sources of models."""
+    from emloc_ray.modeling.loading import fetch_weights, resolve_source
+
+    model = run.manifest()["config"]["model"]
+    named = str(root / MODEL) if (root / MODEL).is_dir() else model["source"]
+    source = resolve_source(named, model.get("revision"), trust_remote_code, needs_weights)
+    return fetch_weights(source) if needs_weights else source.directory
+
+
+def _check_files(folder: Path, part: Part) -> None:
+    """Raises ConfigError where a result names what is not its own: a run may be anybody's."""
     from emloc_ray.modeling.loading import resolve_source
 
-    if (root / MODEL).is_dir():
-        return str(root / MODEL)
-    model = run.manifest()["config"]["model"]
-    return str(resolve_source(model["source"], model.get("revision"), False, False).directory)
+    if part == "merged":
+        resolve_source(str(folder))
+    link = next((file for file in (folder, *sorted(folder.rglob("*"))) if file.is_symlink()), None)
+    if link is not None:
+        raise ConfigError(
+            f"{link} is a link, to any file of this machine: put a copy of what it is to be in its place."
+        )

@@ -16,6 +16,7 @@ from rich.console import Console
 from s3_server import uri
 from typer.testing import CliRunner, Result
 
+from emloc_ray.io.formats.checkpoint import INDEX_NAME
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.ui.chat import Pair, talk
@@ -222,6 +223,37 @@ def test_code_that_came_with_a_run_is_not_run_unasked(
         assert invoke("gguf", "run", "--part", part, "--trust-remote-code").exit_code == 0
     CliRunner().invoke(app, ["chat", "run", "--trust-remote-code"], input="\n")
     assert Path("mark").exists()
+
+
+def test_a_run_s_files_name_none_outside(
+    run: RunDirectory, hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run may be anybody's: neither an index nor a link in it leads to other files of this machine."""
+    for name in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py"):
+        (tmp_path / name).write_text(CONVERTER)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    verbs = {"chat": ["chat", "run"], "push": ["push", "run", "me/mine"], "gguf": ["gguf", "run"]}
+    shutil.copytree("model", run.path("model"))
+    for folder in (run.path("model"), run.path("merged")):
+        (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+        (folder / INDEX_NAME).write_text('{"weight_map": {"lm_head.weight": "../outside.safetensors"}}')
+    for verb in (
+        verbs["chat"],
+        [*verbs["push"], "--part", "merged"],
+        verbs["gguf"],
+        [*verbs["gguf"], "--part", "adapter"],
+    ):
+        refused = invoke(*verb)
+        assert refused.exit_code == 2, (verb, refused.output, refused.exception)
+        assert "as a file of weights, which leads out of its folder" in refused.stderr
+    run.path("adapter", "key.txt").symlink_to("/etc/hostname")
+    refused = invoke(*verbs["push"])
+    assert refused.exit_code == 2
+    assert "key.txt is a link, to any file of this machine" in refused.stderr
+    run.path("adapter").rename("elsewhere")
+    run.path("adapter").symlink_to(Path("elsewhere").absolute())
+    assert "adapter is a link, to any file of this machine" in invoke(*verbs["push"]).stderr
+    assert not hub.made
 
 
 @pytest.mark.parametrize("plain", [True, False])
