@@ -25,7 +25,7 @@ from typing import Any
 from emloc_ray.errors import EmlocError
 from emloc_ray.io.formats.json_lines import end_last_line, read_objects
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.io.runs.secret_values import without_secret
+from emloc_ray.io.runs.secret_values import hide_secrets, without_secret
 from emloc_ray.io.store.node_cache import ensure, publish
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.text import Rate
@@ -123,7 +123,7 @@ class RunLog(Reporter):
         self._detail = text
 
     def _write(self, event: str, message: str, level: int = logging.INFO, **fields: Any) -> None:
-        fields = {"run": self.run.name, "event": event, **fields}
+        fields, message = {"run": self.run.name, "event": event, **fields}, hide_secrets(message)
         when = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         line = json.dumps({"time": when, **fields, "message": message}, ensure_ascii=False)
         # A disk or a store that fails ends the run at its next own write.

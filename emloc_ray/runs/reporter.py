@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from emloc_ray.io.runs.secret_values import hide_secrets
+
 if TYPE_CHECKING:
     from emloc_ray.io.runs.directory import RunDirectory
 
@@ -59,9 +61,9 @@ class Reporters(Reporter):
             reporter.skip(stage)
 
     def note(self, text: str) -> None:
-        """Calls each."""
+        """Calls each, without secrets."""
         for reporter in self.reporters:
-            reporter.note(text)
+            reporter.note(hide_secrets(text))
 
     def detail(self, text: str) -> None:
         """Calls each."""

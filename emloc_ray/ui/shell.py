@@ -70,7 +70,9 @@ def guarded(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:
         try:
             verb(*arguments, **options)
         except EmlocError as error:
-            for line in str(error).split("\n"):
+            from emloc_ray.io.runs.secret_values import hide_secrets
+
+            for line in hide_secrets(str(error)).split("\n"):
                 errors.print(f"[red]Error:[/] {escape(line)}")
             raise typer.Exit(error.exit_code) from None
         except (KeyboardInterrupt, SystemExit) as error:  # Ray makes a SystemExit of SIGTERM

@@ -13,8 +13,19 @@ _ENVIRONMENT = "env_vars"
 # Sections whose keys name hardware, or layers: their numbers are no secrets.
 _COUNTS = {"resources", "ratios", "rank_pattern", "alpha_pattern"}
 # A user, whose token may stand alone; and the names of a URL's options, which may be keys or signatures, as of Azure's SAS.
-_SECRET_USER = re.compile(r"https?://[^/\s@]+@|://[^/\s@]+:[^/\s@]+@", re.IGNORECASE)
-_OPTION = re.compile(r"[?&]([^=&#\s]+)=")
+_SECRET_USER = re.compile(r"(?<=http://)[^/\s@]+@|(?<=https://)[^/\s@]+@|(?<=://)[^/\s@]+:[^/\s@]+@", re.IGNORECASE)
+_OPTION = re.compile(r"(?<=[?&])([^=&#\s]+)=([^&#\s\"'<>]*)")
+# Tokens that tell what they are, of those in https://github.com/gitleaks/gitleaks/blob/master/config/gitleaks.toml: of hubs, of
+# clouds, of OpenAI, Anthropic and Slack, a JSON web token, and the begin of a private key.
+_TOKEN = re.compile(
+    r"\b(hf_[A-Za-z]{34}|api_org_[A-Za-z]{34}|gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{82}|glpat-[\w-]{20}"
+    r"|(AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}|AIza[\w-]{35}|LTAI[A-Za-z0-9]{20}"
+    r"|sk-(ant|proj|svcacct|admin)-[\w-]{40,}|sk-[A-Za-z0-9]{40,}|xox[abeprs]-[0-9]{10,13}-[\w-]{10,}"
+    r"|ey[A-Za-z0-9]{17,}\.ey[\w/\\-]{17,}\.[\w/\\-]{10,}={0,2})"
+    r"|-----BEGIN[ A-Z0-9_-]{0,100}PRIVATE KEY.*",
+    re.DOTALL,
+)
+_BEARER = re.compile(r"\b(Bearer|Authorization: Basic) +[\w.~+/-]{8,}=*")
 # The words of https://github.com/Yelp/detect-secrets/blob/master/detect_secrets/plugins/keyword.py and of the rule
 # generic-api-key in https://github.com/gitleaks/gitleaks/blob/master/config/gitleaks.toml, and what clouds call theirs.
 _SECRET_WORD = re.compile(
@@ -68,11 +79,12 @@ def is_variable(path: tuple[str, ...]) -> bool:
 
 
 def is_secret(path: tuple[str, ...], value: Any) -> bool:
-    """Whether the keys that lead to a text or a number say that it is a token, a key or a password, or it is a URL that holds
-    one. A number of Ray's resources or a layer's rank is none, whatever that is called."""
+    """Whether the keys that lead to a text or a number say that it is a token, a key or a password, or it looks like one, or
+    is a URL that holds one. A number of Ray's resources or a layer's rank is none, whatever that is called."""
     if isinstance(value, str):
-        options = _OPTION.findall(value) if "://" in value else []
-        return value != "" and (bool(_SECRET_USER.search(value)) or any(map(is_secret_name, (*path, *options))))
+        options = [name for name, _ in _OPTION.findall(value)] if "://" in value else []
+        shown = _TOKEN.search(value) or _SECRET_USER.search(value)
+        return value != "" and (shown is not None or any(map(is_secret_name, (*path, *options))))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and _COUNTS.isdisjoint(path) and any(map(is_secret_name, path))
 
@@ -100,7 +112,7 @@ def without_secret(word: str) -> str:
     """A word of a command line; of ``key.path=value``, the value as :func:`without_secrets` shows it."""
     key, equals, text = word.partition("=")
     if not equals:
-        return word
+        return hide_secrets(word)
     try:
         value = read_yaml(text)
     except ValueError:
@@ -109,3 +121,11 @@ def without_secret(word: str) -> str:
     if shown == value:
         return word
     return f"{key}={shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False, default=str)}"
+
+
+def hide_secrets(text: str) -> str:
+    """A text, such as an error's, with :data:`HIDDEN` for what looks like a token, and for what is secret in its URLs."""
+    text = _SECRET_USER.sub(f"{HIDDEN}@", _BEARER.sub(rf"\1 {HIDDEN}", _TOKEN.sub(HIDDEN, text)))
+    if "://" not in text:
+        return text
+    return _OPTION.sub(lambda found: f"{found[1]}={HIDDEN}" if is_secret_name(found[1]) else found[0], text)

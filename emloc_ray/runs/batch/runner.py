@@ -7,6 +7,7 @@ from typing import Protocol
 
 from emloc_ray.errors import EmlocError, Stopped
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.runs.secret_values import hide_secrets
 from emloc_ray.runs.batch.admission import Admission, Amount
 from emloc_ray.runs.batch.config import MAX_CONCURRENT
 from emloc_ray.runs.batch.state import (
@@ -179,5 +180,5 @@ def concurrency(max_concurrent: int | None, capacity: Amount) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split("\n"))
+    text = hide_secrets(" ".join(str(error).split("\n")))
     return text if isinstance(error, EmlocError) else f"{type(error).__name__}: {text}"

@@ -12,6 +12,7 @@ import torch
 from ray.util.metrics import Counter
 
 from emloc_ray.errors import EmlocError, StageError
+from emloc_ray.io.runs.secret_values import hide_secrets
 from emloc_ray.stages.ray.departures import Departures
 
 Tell = Callable[[str], None]
@@ -211,9 +212,9 @@ def explain(error: BaseException, stage: str) -> EmlocError:
 
 
 def last_line(error: BaseException) -> str:
-    """The last line that an error says, in which tracebacks end; its kind where it says nothing."""
+    """The last line that an error says, in which tracebacks end, without secrets; its kind where it says nothing."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__).strip()[:300]
+    return hide_secrets(lines[-1] if lines else type(error).__name__).strip()[:300]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

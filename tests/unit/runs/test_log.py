@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from s3_server import uri
 
-from emloc_ray.errors import NumericsError
+from emloc_ray.errors import DataError, NumericsError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs import log as run_log
 from emloc_ray.runs.log import LOG, RunLog, read_events
-from emloc_ray.runs.reporter import Reporters
+from emloc_ray.runs.reporter import Reporter, Reporters
 from emloc_ray.stages.ray.spans import timed
 
 USAGE = {"wall_s": 2.5, "peak_pss_bytes": 10}
@@ -112,6 +112,19 @@ def test_a_failure_is_told_with_its_stage_and_layer(run: RunDirectory) -> None:
     failed = read_events(run)[-1]
     assert (failed["event"], failed["stage"], failed["layer"]) == ("run_failed", "factorize", LAYER)
     assert failed["message"] == f"{LAYER}: the Gram holds NaN: fix the data."
+
+
+def test_no_secret_is_told(run: RunDirectory) -> None:
+    class Heard(Reporter):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    notes: list[str] = []
+    token = "hf_" + "aBcDeFgHiJkLmNoPq" * 2
+    Reporters(Heard()).note(f"{token} is refused.")
+    assert notes == ["(hidden) is refused."]
+    fail(run, "tokens", DataError(f"https://host/a.png?sig=aBc of {token}: fix it."))
+    assert read_events(run)[-1]["message"] == "https://host/a.png?sig=(hidden) of (hidden): fix it."
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(15)], ids=["Ctrl-C", "SIGTERM"])

@@ -117,6 +117,13 @@ def test_code_of_another_repository_is_refused(call: Call, verb: str) -> None:
     assert len(assert_refused(call(verb), call.run_dir, words)) == 1
 
 
+def test_no_secret_is_shown_by_a_refusal(call: Call) -> None:
+    source = "/none/" + "hf_" + "aBcDeFgHiJkLmNoPq" * 2
+    assert_refused(
+        call("run", f"model.source={source}"), call.run_dir, "model.source /none/(hidden) is no model directory"
+    )
+
+
 def test_code_of_the_hub_at_no_commit_is_refused(call: Call) -> None:
     call.values["model"] = {"source": "someone/model", "revision": "main", "trust_remote_code": True}
     words = "code of someone/model on the hub, which a branch or a tag can change"

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from transformers import TrainingArguments
 
 from emloc_ray.config.keys import config_keys
-from emloc_ray.io.runs.secret_values import HIDDEN, is_secret, is_secret_name, without_secret, without_secrets
+from emloc_ray.io.runs.secret_values import (
+    HIDDEN,
+    hide_secrets,
+    is_secret,
+    is_secret_name,
+    without_secret,
+    without_secrets,
+)
 from emloc_ray.modeling.adapter_methods import fields_of_all
 
 # Those of https://github.com/Yelp/detect-secrets/blob/master/detect_secrets/plugins/keyword.py, and of clouds and hubs.
@@ -92,6 +99,59 @@ def test_numbers_are_secrets_too() -> None:
 )
 def test_urls_that_let_in_whoever_reads_them(url: str, is_so: bool) -> None:
     assert is_secret(("run_name",), url) == is_so
+
+
+TOKENS = [
+    "hf_" + "aBcDeFgHiJkLmNoPqR" + "sTuVwXyZaBcDeFgH",  # in parts, for those who look for tokens in code
+    "AKIA" + "ABCDEFGH234567IJ",
+    "ghp_" + "0123456789abcdefghij" + "0123456789ABCDEF",
+    "github_pat_" + "0123456789A" * 7 + "01234",
+    "glpat-" + "0123456789abcdefghij",
+    "AIza" + "0123456789_-abcde" * 2 + "x",
+    "sk-" + "0123456789abcdef" * 3,
+    "sk-proj-" + "0123456789_-abcdef" * 4,
+    "sk-ant-api03-" + "0123456789_-abcdef" * 4,
+    "xoxb-" + "0123456789-0123456789-abcdef",
+    "eyJhbGciOiJIUzI1NiIsInR5cCI6" + "." + "eyJzdWIiOiIxMjM0NTY3ODkwIiwi" + "." + "SflKxwRJSMeKKF2QT4",
+]
+
+
+@pytest.mark.parametrize("token", TOKENS)
+def test_a_token_is_hidden_whatever_it_is_called(token: str) -> None:
+    assert without_secrets({"run_name": f"of {token}"}) == {"run_name": HIDDEN}
+    assert without_secret(f"finetune.run_name={token}") == f"finetune.run_name={HIDDEN}"
+    assert without_secret(token) == HIDDEN
+    assert hide_secrets(f"401: {token}, which is none.") == f"401: {HIDDEN}, which is none."
+
+
+def test_a_text_without_its_secrets() -> None:
+    said = "GET https://me:word@host/a?sv=1&sig=aBc%3D&part=2 failed (https://host/b?x=1 https://me@host/, Bearer aBc.d-efgh)"
+    shown = (
+        f"GET https://{HIDDEN}@host/a?sv=1&sig={HIDDEN}&part=2 failed (https://host/b?x=1 https://{HIDDEN}@host/,"
+        f" Bearer {HIDDEN})"
+    )
+    assert hide_secrets(said) == shown
+    key = "-----BEGIN OPENSSH " + "PRIVATE KEY-----\nb3Bl\n"
+    assert hide_secrets(f"it holds {key}") == f"it holds {HIDDEN}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf_hub_download",
+        "hf:some/data@subset:train",
+        "sk-learn-contrib-and-what-else-there-is-in-it",
+        "eyes.and.ears",
+        "someone@example.org",
+        "s3://bucket/run?region=eu-west-1",
+        "0123456789abcdef" * 4,
+        "Authorization: Basic is not taken",
+        "",
+    ],
+)
+def test_what_is_no_token(text: str) -> None:
+    assert not is_secret(("run_name",), text)
+    assert hide_secrets(text) == without_secret(text) == text
 
 
 def test_of_all_keys_that_a_config_takes_the_hub_s_tokens_alone_are_secrets() -> None:

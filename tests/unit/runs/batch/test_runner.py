@@ -84,7 +84,7 @@ def test_a_failed_task_ends_alone_with_its_reason(tmp_path: Path) -> None:
         raise StageError("finetune: the loss is NaN: lower the learning rate.")
 
     def break_down() -> None:
-        raise ZeroDivisionError("division by zero")
+        raise ZeroDivisionError("division by zero at https://host/a?sig=aBc")
 
     work = Waits({"b": fail, "c": break_down})
     run = batch_run(tmp_path, work, *"abcd")
@@ -92,7 +92,7 @@ def test_a_failed_task_ends_alone_with_its_reason(tmp_path: Path) -> None:
     assert statuses(state) == {"a": "done", "b": "failed", "c": "failed", "d": "done"}
     by_name = {task.name: task for task in state.tasks}
     assert by_name["b"].reason == "finetune: the loss is NaN: lower the learning rate."
-    assert by_name["c"].reason == "ZeroDivisionError: division by zero"
+    assert by_name["c"].reason == "ZeroDivisionError: division by zero at https://host/a?sig=(hidden)"
     assert by_name["b"].stage == "calibrate"
     assert by_name["a"].train_loss == 2.0
     assert (by_name["a"].planned_seconds, by_name["a"].planned_bytes) == (2.0, 100)

@@ -49,6 +49,8 @@ def test_anything_else_names_the_stage_and_the_last_line() -> None:
     told = explain(ValueError("a long story\n\nits end\n"), "merge")
     assert isinstance(told, StageError)
     assert str(told) == "merge: ValueError: its end"
+    signed = ValueError("GET https://host/rows?sig=aBc%3D failed")
+    assert str(explain(signed, "tokens")) == "tokens: ValueError: GET https://host/rows?sig=(hidden) failed"
     assert "ran out of memory" in str(explain(OutOfMemoryError("node"), "finetune"))
     assert own_error(ValueError("x")) is None
 
