@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from tiny import make_tokenizer
 
+from emloc_ray.data import chats
 from emloc_ray.data.formats import encode, sequences
 from emloc_ray.errors import DataError
 
@@ -124,3 +128,16 @@ def test_an_answer_that_cannot_be_told_is_refused() -> None:
     scattered = "{% for m in messages[::-1] %}{{ m.content }};{% endfor %}{% if add_generation_prompt %}:{% endif %}"
     with pytest.raises(DataError, match=r"^row 1: the chat template writes an answer in another place"):
         learnt([turn("user", "a"), turn("assistant", "b")], scattered)
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_loops_for_ever_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chats, "cpu_limit", functools.partial(chats.cpu_limit, seconds=0.05))
+    with pytest.raises(DataError, match=r"row 1: the model's chat template has taken over 60 s of a CPU for this row"):
+        learnt([turn("user", "x"), turn("assistant", "y")], LOOP)
+    assert learnt(CHAT, QWEN3)
+    assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL
+    with ThreadPoolExecutor() as pool:  # where no signal is heard
+        assert pool.submit(learnt, CHAT, QWEN3).result() == learnt(CHAT, QWEN3)
