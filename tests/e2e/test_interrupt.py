@@ -47,7 +47,7 @@ def logged(training: Path) -> list[int]:
 
 def saved(training: Path) -> int:
     """The newest checkpoint's step."""
-    return max(int(place.name.removeprefix("checkpoint-")) for place in training.glob("finetune-*/checkpoint-*"))
+    return max(int(place.name.removeprefix("checkpoint-")) for place in training.glob("*/finetune-*/checkpoint-*"))
 
 
 def interrupt(sent: signal.Signals, arguments: list[str], log: Path, run: Path) -> int:

@@ -22,6 +22,7 @@ from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.node_cache import discard, exists, is_stored, sizes
 from emloc_ray.stages.finetune.group_callbacks import FailureLog, GroupRelease, StopBeforeStart, content
 from emloc_ray.stages.finetune.job import FinetuneJob
+from emloc_ray.stages.finetune.session import own_folder
 from emloc_ray.stages.finetune.training import train_alone, train_loop
 from emloc_ray.stages.ray.losses import SILENT, Losses, Tell, explain, is_lost, last_line, unheard
 from emloc_ray.stages.ray.spans import Span, tell_span
@@ -53,8 +54,8 @@ def finetune(
     loss or gradients stop being numbers, naming the step, StageError where memory ran out, which a restart would not change,
     and what ``progress`` raised to stop the training; a checkpoint of where it was is there then.
     """
-    job = replace(job, planned_s=resources.planned_s)
     job.storage_dir.mkdir(parents=True, exist_ok=True)
+    job = replace(job, planned_s=resources.planned_s, folder=own_folder(job.storage_dir))
     for left in (job.stop_path, job.step_path, job.begun_path, job.out_of_memory_path, job.last_word_path):
         discard(left)
     with Watcher(job, progress, tell, detail=detail) as watcher:
@@ -150,7 +151,7 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
         ),
         run_config=ray.train.RunConfig(
             name=job.name,
-            storage_path=str(job.storage_dir) if storage is None else storage[1],
+            storage_path=str(job.storage_dir / job.folder) if storage is None else storage[1],
             storage_filesystem=None if storage is None else storage[0],
             failure_config=ray.train.FailureConfig(max_failures=job.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
@@ -179,7 +180,7 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
 
 def _checkpoints(job: FinetuneJob) -> set[str]:
     """What there is now to go on from."""
-    place = job.storage_dir / job.name
+    place = job.place
     return {file.relative_to(place).parts[0] for file in sizes(place)}
 
 

@@ -81,6 +81,12 @@ class FinetuneJob:
     tokens_a_step: float = 0.0
     images: ImageInputs | None = None
     planned_s: float = 0.0
+    folder: str = ""
+
+    @property
+    def place(self) -> Path:
+        """Where its checkpoints are: in ``folder``, which is this try's own."""
+        return self.storage_dir / self.folder / self.name
 
     @property
     def log_path(self) -> Path:

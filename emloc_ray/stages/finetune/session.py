@@ -16,7 +16,7 @@ import ray.train
 
 from emloc_ray.io.store.atomic import atomic_directory, write_json
 from emloc_ray.io.store.lock_file import check_lock
-from emloc_ray.io.store.node_cache import discard, ensure, sizes
+from emloc_ray.io.store.node_cache import discard, ensure, is_stored, sizes
 from emloc_ray.stages.ray.departures import Departures
 
 _NEWEST = "newest.json"
@@ -105,6 +105,23 @@ class LoneSession:
         for name in {file.relative_to(self.directory).parts[0] for file in sizes(self.directory)}:
             if name not in (target.name, _NEWEST):
                 discard(self.directory / name)
+
+
+def own_folder(storage_dir: Path) -> str:
+    """The name of a new try's own folder in ``storage_dir``: the next number. What was trained so far is in it, for it is the
+    last try's folder, renamed: a process that held the run before finds that gone, and nobody reads what it makes in its place.
+    Raises TakenOver where another process holds the run. On an object store, "": its keys name the lease."""
+    while not is_stored(storage_dir):
+        check_lock(storage_dir)
+        last = max((int(entry.name) for entry in storage_dir.iterdir() if entry.name.isdigit()), default=0)
+        own = storage_dir / str(last + 1)
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # another process was faster, and holds the run
+            if last:
+                (storage_dir / str(last)).rename(own)
+            else:
+                own.mkdir()
+            return own.name
+    return ""
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     if exists(job.out_of_memory_path):  # the group was restarted, and would run out once more
         return {"out_of_memory": True, "peaks": []}
     try:
-        outcome = timed(train)(job, GroupSession(job.storage_dir / job.name))
+        outcome = timed(train)(job, GroupSession(job.place))
     except Exception as error:
         if is_out_of_memory(error):
             write_text(job.out_of_memory_path, "")
@@ -71,7 +71,7 @@ def train_alone(job: FinetuneJob) -> dict[str, Any]:
     """The same in a Ray task, whose process may have trained before and may train again."""
     with own_environment():
         try:
-            return train(job, LoneSession(job.storage_dir / job.name))
+            return train(job, LoneSession(job.place))
         finally:
             gc.collect()
 

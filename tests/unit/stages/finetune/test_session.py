@@ -12,7 +12,7 @@ import pytest
 from emloc_ray.errors import TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.stages.finetune import session as training_session
-from emloc_ray.stages.finetune.session import GroupSession, LoneSession, own_environment
+from emloc_ray.stages.finetune.session import GroupSession, LoneSession, own_environment, own_folder
 
 
 class Killed(Exception):
@@ -70,6 +70,48 @@ def test_a_group_whose_run_was_taken_hands_in_no_checkpoint(tmp_path: Path, monk
             session.save(folder, 4)
     run.unlock()
     assert reported == [{"step": 2}]
+
+
+def test_each_try_has_a_folder_of_its_own_with_what_was_trained_so_far(tmp_path: Path) -> None:
+    """Paused inside a save, a process that held the run before writes late, where nobody looks."""
+    run = RunDirectory(tmp_path / "mine")
+    run.lock()
+    training = run.path("training")
+    training.mkdir()
+    late = training / own_folder(training) / "name"
+    LoneSession(late).save(checkpoint(tmp_path / "first", 2), 2)
+    own = training / own_folder(training) / "name"
+    assert found(own) == ("2", "ww")
+    assert not late.exists()
+    checkpoint(late / "checkpoint-9", 9)
+    (late / "newest.json").write_text('{"folder": "checkpoint-9"}')
+    assert found(own) == ("2", "ww")
+    assert found(training / own_folder(training) / "name") == ("2", "ww")
+    (tmp_path / "mine" / ".lock").write_text("process 2 on here\nanother\n")
+    before = sorted(training.iterdir())
+    with pytest.raises(TakenOver):
+        own_folder(training)
+    assert sorted(training.iterdir()) == before
+    run.unlock()
+
+
+@pytest.mark.parametrize("call", ["rename", "mkdir"])
+def test_of_two_that_begin_at_once_one_has_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    if call == "rename":
+        assert own_folder(tmp_path) == "1"
+
+    def slow(path: Path, *rest: Path) -> object:
+        monkeypatch.undo()
+        others.append(own_folder(tmp_path))
+        return getattr(path, call)(*rest)
+
+    others: list[str] = []
+    monkeypatch.setattr(Path, call, slow)
+    own = own_folder(tmp_path)
+    assert int(own) == int(others[0]) + 1
+    assert [place.name for place in tmp_path.iterdir()] == [own]
 
 
 @pytest.mark.parametrize(("call", "kept"), [("atomic_directory", 2), ("write_json", 2), ("discard", 4)])
