@@ -1,14 +1,17 @@
 """YAML 1.2, as configs are written: ``yes``, ``no``, ``on`` and ``off`` are text, ``1e-4`` is a number."""
 
 import io
+import math
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import BaseConstructor, DuplicateKeyError, SafeConstructor
+from ruamel.yaml.constructor import BaseConstructor, ConstructorError, DuplicateKeyError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode
 
 _MERGE = "tag:yaml.org,2002:merge"  # <<, which brings another mapping's keys
+_MOST = 1_000_000  # values, where each alias counts as what it stands for
+_TOO_MANY = f"with its aliases written out it holds over {_MOST:,} values"
 
 
 class _Constructor(SafeConstructor):
@@ -19,6 +22,8 @@ class _Constructor(SafeConstructor):
         if len(own) < len(node.value):
             BaseConstructor.construct_mapping(self, MappingNode(node.tag, own, node.start_mark))
         super().flatten_mapping(node)
+        if len(node.value) > _MOST:
+            raise ConstructorError(problem=_TOO_MANY, problem_mark=node.start_mark)
 
 
 def read_yaml(text: str) -> Any:
@@ -27,7 +32,10 @@ def read_yaml(text: str) -> Any:
     yaml = YAML(typ="safe", pure=True, plug_ins=[])
     yaml.Constructor = _Constructor
     try:
-        return yaml.load(text)
+        value = yaml.load(text)
+        if _written_out(value, {}) > _MOST:
+            raise ValueError(_TOO_MANY)
+        return value
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
@@ -46,6 +54,17 @@ def write_yaml(value: Any) -> str:
     stream = io.StringIO()
     yaml.dump(value, stream)
     return stream.getvalue()
+
+
+def _written_out(value: Any, known: dict[int, float]) -> float:
+    """How many values a value holds; infinitely many where an alias in it is the value itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        items = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_written_out(item, known) for item in items)
+    return known[id(value)]
 
 
 def _problem(error: MarkedYAMLError) -> str:

@@ -47,6 +47,20 @@ def test_what_is_written_is_read_again_in_its_order() -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)),
+        "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 40)),
+        "a: &a [*a]",
+    ],
+    ids=["lists", "merged", "itself"],
+)
+def test_aliases_of_aliases_are_not_written_out_without_end(text: str) -> None:
+    with pytest.raises(ValueError, match="with its aliases written out it holds over 1,000,000 values"):
+        read_yaml(text)
+
+
+@pytest.mark.parametrize(
     "text", ["a: [", "!!python/object:os.path 1", "--- 1\n--- 2", "a: \x07", "*.jsonl", "[" * 3000]
 )
 def test_what_is_no_yaml_is_a_value_error_of_one_line(text: str) -> None:
