@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -129,11 +130,11 @@ def in_memory(shard: Shard) -> Shard:
 
 
 def _entry(file: Path, name: str, item: dict[str, Any], base: int, version: str | None) -> TensorEntry:
-    start, stop = item["data_offsets"]
+    start, stop = map(operator.index, item["data_offsets"])
     if item["dtype"] not in DTYPES:
         raise ArtifactError(f"{file}: tensor {name} has dtype {item['dtype']}, which is not supported.")
-    dtype, shape = DTYPES[item["dtype"]], tuple(item["shape"])
-    if stop - start != math.prod(shape) * dtype.itemsize:
+    dtype, shape = DTYPES[item["dtype"]], tuple(map(operator.index, item["shape"]))
+    if min((start, *shape)) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
         raise ArtifactError(f"{file}: tensor {name} has {stop - start} bytes for shape {list(shape)}: copy it again.")
     return TensorEntry(name, file, dtype, shape, base + start, base + stop, version)
 

@@ -143,6 +143,7 @@ def with_header(file: Path, header: bytes, data: bytes = b"") -> Path:
         b'{"t": {"dtype": "F32", "shape": [1]}}',
         b'{"t": {"dtype": "F32", "shape": [1], "data_offsets": [0, "x"]}}',
         b'{"t": {"dtype": "F32", "shape": "a", "data_offsets": [0, 4]}}',
+        b'{"t": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
     ],
 )
 def test_bad_header(tmp_path: Path, header: bytes) -> None:
@@ -150,6 +151,16 @@ def test_bad_header(tmp_path: Path, header: bytes) -> None:
     with pytest.raises(ArtifactError, match="header") as caught:
         Checkpoint(tmp_path)
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(("shape", "offsets"), [([1], [-4, 0]), ([-1, -1], [0, 4])])
+def test_no_tensor_begins_before_the_data_or_has_a_negative_side(
+    tmp_path: Path, shape: list[int], offsets: list[int]
+) -> None:
+    header = json.dumps({"t": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+    (tmp_path / SINGLE_NAME).write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ArtifactError, match=r"tensor t has 4 bytes for shape \["):
+        Checkpoint(tmp_path)
 
 
 def test_sizes_that_disagree(tmp_path: Path) -> None:
