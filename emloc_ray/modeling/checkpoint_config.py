@@ -1,6 +1,7 @@
 """What a checkpoint's own configs name beside the checkpoint: code, kernels, other weights."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from emloc_ray.text import is_at_commit
 
 _KERNELS = {"attn_implementation", "_attn_implementation"}
 _ADAPTER = "adapter_config.json"
+_REPEATED = re.compile(r"(layers?|experts)$")  # keys that say how often a module is made
+_MOST = 4096
 
 
 def config_leaves(directory: Path, source: str) -> Iterator[tuple[Path, tuple[str, ...], Any]]:
@@ -26,7 +29,8 @@ def config_leaves(directory: Path, source: str) -> Iterator[tuple[Path, tuple[st
 
 def check_config(directory: Path, trust_remote_code: bool = False) -> None:
     """Raises ConfigError where a checkpoint would have transformers open something else than its own files: compiled code of
-    the hub, which it may name with ``trust_remote_code`` at a commit, weights of another name, or an adapter."""
+    the hub, which it may name with ``trust_remote_code`` at a commit, weights of another name, or an adapter; and where it asks
+    for layers without end."""
     if (directory / _ADAPTER).is_file():
         raise ConfigError(
             f"{directory} holds {_ADAPTER}, and transformers would open the model with that adapter, which its weights do not"
@@ -36,6 +40,11 @@ def check_config(directory: Path, trust_remote_code: bool = False) -> None:
         if "transformers_weights" in path:
             raise ConfigError(
                 f"{file} names its weights itself (transformers_weights): take that out, and call them as transformers does."
+            )
+        if path and _REPEATED.search(path[-1]) and type(value) is int and value > _MOST:
+            raise ConfigError(
+                f"{file} asks for {value:,} of {path[-1]}, which would be made one after another; there are models of up to"
+                f" {_MOST:,}: correct it."
             )
         if _KERNELS.isdisjoint(path) or "/" not in str(value) or (trust_remote_code and is_at_commit(str(value))):
             continue
