@@ -26,6 +26,7 @@ from emloc_ray.planning.emulator_budget import spend_evenly
 from emloc_ray.planning.holding import blocks_share
 from emloc_ray.planning.layout import Layout, adapter_settings, make_layout
 from emloc_ray.planning.skeleton import Skeleton, skeleton_of
+from emloc_ray.text import one_line
 
 
 def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
@@ -191,9 +192,12 @@ def _skeleton(
     kernel = attn_implementation if needs_kernel(attn_implementation) else None
     try:
         model = empty_model(model_config, trust_remote_code, attn_implementation if kernel is None else None)
-    except (ValueError, ImportError) as error:
-        detail = " ".join(str(error).split())[:200]
-        raise ConfigError(f"model: transformers cannot build it ({detail}): fix the model section.") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # a model's class takes its config's numbers for good ones
+        raise ConfigError(
+            f"model: transformers cannot build it ({one_line(error)}): fix the model section, or the model's config.json."
+        ) from error
     if kernel is not None:
         check_takes_kernel(model, kernel)
     check_source(source, model, trust_remote_code)

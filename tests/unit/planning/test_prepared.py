@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -107,6 +108,31 @@ def test_what_would_only_fail_on_a_worker_is_told_before(
     refused: Callable[..., str], sections: dict[str, Any], words: str
 ) -> None:
     assert words in refused(**sections)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_hidden_layers": "x"},
+        {"hidden_size": -4},
+        {"vocab_size": 0},
+        {"num_attention_heads": 0},
+        {"rope_parameters": {"rope_type": "zzz"}},
+        {"head_dim": 0},
+        {"pad_token_id": 10**9},
+        {"layer_types": ["x"]},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_model_s_config_may_hold_anything(
+    refused: Callable[..., str], tmp_path: Path, tiny_model_dir: Callable[..., Path], wrong: dict[str, Any]
+) -> None:
+    shutil.copytree(tiny_model_dir("llama"), tmp_path / "odd")
+    config = tmp_path / "odd" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **wrong}))
+    said = refused(tmp_path / "odd")
+    assert re.match("model: transformers cannot build it|model.source .*: its config cannot be read", said), said
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize(
