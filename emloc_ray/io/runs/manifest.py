@@ -3,21 +3,24 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.store.places import leads_out
 
 FORMAT = 2
+_PARTS: dict[str, Any] = {"stages": dict, "config": dict, "steps": list, "begun": dict, "adopted": dict, "lease": int}
+_CONFIG: dict[str, Any] = {"model": dict, "data": dict}
+_ENTRY: dict[str, Any] = {"finished_at": int | float, "confirmed_at": int | float, "outputs": dict, "result": dict}
 
 
 def parse_manifest(content: bytes, path: Path) -> dict[str, Any]:
     """The manifest that the file at ``path`` holds; raises ArtifactError where it is none of this format."""
     try:
         manifest: Any = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not JSON: restore it, or remove {path.parent}.") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
+    if not _is_one(manifest):
         raise ArtifactError(f"{path} is no manifest of a run: name a new or empty directory.")
     if manifest.get("format") != FORMAT:
         raise ArtifactError(
@@ -30,6 +33,22 @@ def parse_manifest(content: bytes, path: Path) -> dict[str, Any]:
     if outside is not None:
         raise ArtifactError(f"{path} names {outside!r}, which is outside of its run: name a new or empty directory.")
     return manifest
+
+
+def _is_one(manifest: Any) -> TypeGuard[dict[str, Any]]:
+    if not _holds(manifest, _PARTS) or "stages" not in manifest:
+        return False
+    is_run = manifest.get("kind", "run") == "run"
+    entries = manifest["stages"].values()
+    return (not is_run or _holds(manifest.get("config", {}), _CONFIG)) and all(
+        _holds(entry, _ENTRY) and all(isinstance(file, dict) for file in entry.get("outputs", {}).values())
+        for entry in entries
+    )
+
+
+def _holds(value: Any, kinds: Mapping[str, Any]) -> bool:
+    """Whether a value is a mapping in which each of these keys that is there has a value of its kind."""
+    return isinstance(value, dict) and all(isinstance(value[key], kind) for key, kind in kinds.items() if key in value)
 
 
 def confirmed_at(entry: Mapping[str, Any]) -> float:

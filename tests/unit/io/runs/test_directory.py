@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from s3_server import uri
@@ -252,6 +253,31 @@ def test_a_manifest_that_names_files_outside_of_its_run_is_none(run: RunDirector
     with pytest.raises(ArtifactError, match=r"manifest\.json names '.*', which is outside of its run"):
         run.drop("factorize")
     assert kept.is_file()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"config": None},
+        {"config": {"model": "x"}},
+        {"config": {"data": None}},
+        {"steps": 5},
+        {"lease": "x"},
+        {"stages": {"merge": "x"}},
+        {"stages": {"merge": {"outputs": None}}},
+        {"stages": {"merge": {"outputs": {"a": 1}}}},
+        {"stages": {"merge": {"finished_at": "x"}}},
+        {"stages": {"merge": {"result": None}}},
+    ],
+    ids=str,
+)
+def test_a_manifest_s_parts_are_of_their_kinds(run: RunDirectory, wrong: dict[str, Any]) -> None:
+    run.path("manifest.json").write_text(json.dumps({**run.manifest(), **wrong}))
+    with pytest.raises(ArtifactError, match=r"manifest\.json is no manifest of a run: name a new or empty directory"):
+        run.manifest()
+    run.path("manifest.json").write_text("[" * 100_000)
+    with pytest.raises(ArtifactError, match="is not JSON"):
+        run.manifest()
 
 
 def test_a_moved_parent_keeps_what_is_done(run: RunDirectory, tmp_path: Path) -> None:
