@@ -60,6 +60,13 @@ class Prepared:
         return dataclasses.replace(self, config=config, gpu_bytes=gpu_bytes)
 
     @property
+    def original_name(self) -> str:
+        """How files of the run name the original: its hub id, or a path that holds from any directory."""
+        if self.source.gguf_file is None:
+            return self.source.hub_id or str(self.source.directory)
+        return f"{self.run.place.partition('?')[0]}/model"
+
+    @property
     def finishes(self) -> bool:
         """Whether the corrected adapter is trained on, on the original."""
         return self.config.finetune.exact_steps > 0 and self.layout.differs

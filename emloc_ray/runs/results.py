@@ -33,6 +33,7 @@ def assemble_metrics(
         "disk_bytes": _disk_bytes(manifest),
     }
     metrics["auto_class"] = auto_class(prepared.model_config).__name__  # of transformers: what opens the model
+    metrics["base_model"] = prepared.original_name
     if hardware:
         metrics["hardware"] = dict(hardware)
     if planned:

@@ -50,7 +50,7 @@ def card(name: str, folder: str, config: Mapping[str, Any], metrics: Mapping[str
     from huggingface_hub import ModelCardData
 
     model, is_merged = config.get("model") or {}, folder == "merged"
-    base, is_hub = _base(str(model.get("source", "")))
+    base, is_hub = base_name(str(model.get("source", "")))
     datasets = [re.split("[@:]", place)[1] for place in _places(config.get("data") or {}) if place.startswith("hf:")]
     method = METHOD_NAMES.get(str((config.get("adapter") or {}).get("method", "lora")), "LoRA")
     data = ModelCardData(
@@ -91,7 +91,7 @@ def describe_task(data: Mapping[str, Any]) -> str | None:
     return listed([path if path.startswith("hf:") else Path(shown(path)).name for path in paths]) or None
 
 
-def _base(source: str) -> tuple[str, bool]:
+def base_name(source: str) -> tuple[str, bool]:
     """What a base is called, and whether that is its name on the hub."""
     if Path(source).expanduser().exists() or source.startswith(("/", ".", "~", "package:")) or source.count("/") != 1:
         return source.rstrip("/").rpartition("/")[2], False

@@ -160,6 +160,7 @@ def page_view(
         "timeline": draw(run_lines(manifest), "the stages of the run"),
         **_memory_view(metrics, stages),
         "disk": metrics.get("disk_bytes") or {},
+        "base_model": metrics.get("base_model"),
         "auto_class": metrics.get("auto_class", "AutoModelForCausalLM"),
         "hardware": describe_hardware(metrics.get("hardware") or {}),
         "versions": metrics.get("versions") or {},

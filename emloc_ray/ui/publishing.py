@@ -1,6 +1,7 @@
 """Where results go: the Hugging Face hub, and files for llama.cpp."""
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.io.runs.directory import CARD, RunDirectory
 from emloc_ray.io.runs.fetch import fetch
 from emloc_ray.text import counted, size
-from emloc_ray.ui.cards import WRITTEN_BY, card
+from emloc_ray.ui.cards import WRITTEN_BY, base_name, card
 from emloc_ray.ui.terminal import progress_bar
 
 Part = Literal["adapter", "merged"]
@@ -74,7 +75,7 @@ def push(console: Console, run: RunDirectory, name: str, part: Part, private: bo
                 markup=False,
             )
             text = card(run.name, result, run.manifest()["config"], run.metrics(), made)
-            added = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
+            added = [CommitOperationAdd(file.relative_to(folder).as_posix(), _pushed(file)) for file in files]
             done = api.create_commit(
                 made,
                 [CommitOperationAdd(CARD, text.encode()), *added],
@@ -88,6 +89,19 @@ def push(console: Console, run: RunDirectory, name: str, part: Part, private: bo
                 f"{name} cannot be pushed to ({reason}): log in with hf auth login, or check the name."
             ) from error
     console.print(f"{result}/ is at {done.commit_url}", soft_wrap=True, markup=False)
+
+
+def _pushed(file: Path) -> Path | bytes:
+    """A file as it is pushed: an adapter's config names a local original by the last part of its path alone, as its card."""
+    from emloc_ray.modeling.adapter_files import CONFIG_NAME
+
+    if file.name != CONFIG_NAME:
+        return file
+    config = json.loads(file.read_text())
+    for key in ("base_model_name_or_path", "tokenizer_name_or_path"):
+        if config.get(key):
+            config[key], _ = base_name(config[key])
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
 def export_gguf(

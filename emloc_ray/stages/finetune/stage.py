@@ -93,7 +93,7 @@ def finetune_job(context: Context, name: str, training: Training | None = None) 
         name=name,
         adapter=_adapter_settings(context, training),
         portable_targets=targets if isinstance(targets, str) else list(targets),
-        base_model=_base_model(context),
+        base_model=context.prepared.original_name,
         max_steps=num_steps(section, _sequences(context, training)),
         batch_size=section.per_device_train_batch_size,
         seed=prepared.config.seed,
@@ -130,15 +130,6 @@ def _validation_job(context: Context, section: FinetuneConfig, memory: MemoryMod
         section.early_stopping_threshold,
         original,
     )
-
-
-def _base_model(context: Context) -> str:
-    """How the adapter's config names the original."""
-    prepared = context.prepared
-    if prepared.source.gguf_file is None:
-        return prepared.config.model.source
-    run = prepared.run
-    return str(context.model_dir) if run.store is None else f"{run.place.partition('?')[0]}/model"
 
 
 def _adapter_settings(context: Context, training: Training) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def test_a_run_that_has_only_begun_has_what_its_stages_left(prepared: Prepared) 
     metrics = assemble_metrics(prepared.run, prepared)
     assert metrics["stages"] == {}
     assert metrics["disk_bytes"] == {}
+    assert metrics["base_model"] == str(prepared.source.directory)  # the config names it from where the run was started
     assert {"python", "ray", "torch", "transformers", "peft"} <= set(metrics["versions"])
     artifact = prepared.run.path("data", "rows")
     artifact.parent.mkdir()

@@ -108,6 +108,7 @@ def test_workers_bring_a_model_of_the_hub_file_by_file(context: Context, hub: ty
     source, told = context.prepared.source, list[tuple[int, int]]()
     inputs = IMPORT.inputs(context)
     assert inputs == {"hub": ["org/tiny", COMMIT]} == context.weights
+    assert context.prepared.original_name == "org/tiny"
     IMPORT.run(context, inputs, Resources(), lambda done, total: told.append((done, total)))
     files = weight_files(source)
     assert hub.asked == files

@@ -173,6 +173,8 @@ def test_how_to_load_the_result_is_code(finished: str) -> None:
     assert code
     assert 'AutoModelForCausalLM.from_pretrained("merged")' in html.unescape(code[1])
     compile(html.unescape(code[1]), "page", "exec")
+    elsewhere = report.render("run", manifest(*STAGES), {**finished_metrics(), "base_model": "/models/mine"})
+    assert 'from_pretrained("/models/mine")' in html.unescape(elsewhere)
 
 
 def test_variants_of_the_same_figures_are_one_row() -> None:

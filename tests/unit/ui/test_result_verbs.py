@@ -34,6 +34,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     """A finished run, and its model beside it."""
     shutil.copytree(RELEASED, tmp_path / "all")
     monkeypatch.chdir(tmp_path / "all")
+    written = Path("run", "adapter", "adapter_config.json")
+    written.write_text(json.dumps({**json.loads(written.read_text()), "base_model_name_or_path": "/home/me/model"}))
     return RunDirectory("run")
 
 
@@ -105,6 +107,7 @@ def test_a_result_is_pushed_with_its_card(run: RunDirectory, hub: type[Hub], par
     assert b'"me/mine")' in hub.files["README.md"]  # how to load it
     weights = "adapter_model.safetensors" if part == "adapter" else "model.safetensors"
     assert hub.files[weights] == run.path(part, weights).read_bytes()
+    assert b"/home/me" not in b"".join(hub.files.values())
 
 
 @pytest.fixture
