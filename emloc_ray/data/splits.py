@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ CALIBRATION_SEED = 3
 """Added to the run's seed to draw calibration rows."""
 MIXTURE_SEED = 6
 """Added to the run's seed to draw the rows of several sources."""
+_HELD_OUT_SEEDS = {"eval": 1, "selection": 2, "validation": 6}  # added to the run's seed to draw them from train
 
 _LARGEST = 2**64 - 1
 
@@ -140,6 +141,25 @@ class RowSelection:
             start = stop
 
 
+def held_out(
+    num_rows: int,
+    given: Container[str],
+    *,
+    num_selection_samples: int,
+    num_eval_samples: int | None,
+    num_validation_samples: int | None = None,
+) -> dict[str, int]:
+    """How many of ``num_rows`` rows to train on are taken out for each split that is not ``given``: at most a tenth for each.
+    None are taken for validation where no number is asked for."""
+    tenth = max(1, num_rows // 10)
+    asked = {
+        "eval": num_eval_samples or tenth,
+        "selection": num_selection_samples,
+        **({} if num_validation_samples is None else {"validation": num_validation_samples}),
+    }
+    return {name: min(count, tenth) for name, count in asked.items() if name not in given}
+
+
 def assign_splits(
     given: dict[str, RowSelection],
     *,
@@ -151,29 +171,27 @@ def assign_splits(
 ) -> dict[str, RowSelection]:
     """Makes the splits that were not given from the training rows.
 
-    Held-out and selection rows are taken *out of* train (at most a tenth of it each), so that nothing is chosen or reported
-    on a trained row; so are validation rows, where a number of them is given. Calibration rows are sampled from the rest of
-    train. Other splits stay as given.
+    Rows of :func:`held_out` are taken *out of* train, so that nothing is chosen or reported on a trained row. Calibration rows
+    are sampled from the rest of train. Other splits stay as given.
     """
-    train = given["train"]
-    tenth = max(1, len(train) // 10)
-    evaluation, selection, calibration = given.get("eval"), given.get("selection"), given.get("calibration")
-    if evaluation is None:
-        evaluation, train = train.split(min(num_eval_samples or tenth, tenth), seed + 1)
-    if selection is None:
-        selection, train = train.split(min(num_selection_samples, tenth), seed + 2)
-    validation = {}
-    if num_validation_samples is not None and "validation" not in given:
-        validation["validation"], train = train.split(min(num_validation_samples, tenth), seed + 6)
-    if calibration is None:
-        calibration = train
+    splits = dict(given)
+    counts = held_out(
+        len(given["train"]),
+        given,
+        num_selection_samples=num_selection_samples,
+        num_eval_samples=num_eval_samples,
+        num_validation_samples=num_validation_samples,
+    )
+    for name, count in counts.items():
+        splits[name], splits["train"] = splits["train"].split(count, seed + _HELD_OUT_SEEDS[name])
     return {
-        "train": train,
-        "calibration": calibration.sample(num_calibration_samples, seed + CALIBRATION_SEED),
-        "selection": selection.sample(num_selection_samples, seed + 4),
-        "eval": evaluation.sample(num_eval_samples, seed + 5),
-        **validation,
-        **{name: rows for name, rows in given.items() if name not in SPLITS},
+        "train": splits["train"],
+        "calibration": splits.get("calibration", splits["train"]).sample(
+            num_calibration_samples, seed + CALIBRATION_SEED
+        ),
+        "selection": splits["selection"].sample(num_selection_samples, seed + 4),
+        "eval": splits["eval"].sample(num_eval_samples, seed + 5),
+        **{name: rows for name, rows in splits.items() if name not in SPLITS},
     }
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from emloc_ray.data.image_places import ImagePlaces
 from emloc_ray.data.images import has_images, look
 from emloc_ray.data.reading import BadRow, Place, Row, SourceFile, each, read_rows, scan, value_errors
 from emloc_ray.data.row_formats import columns_of, converted, recognized, unknown_format
-from emloc_ray.data.splits import SPLITS, hub_split
+from emloc_ray.data.splits import SPLITS, counts_in_shares, hub_split
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.text import counted, listed
@@ -46,13 +47,25 @@ def check_split(config: RunConfig, name: str, reads_images: bool) -> tuple[Sourc
         raise ConfigError(f"data.{name}.path: {error}") from error
     held_out = ("selection", "eval", *(["validation"] if config.finetune.validates else []))
     others = sum(getattr(config.data, other) is None for other in held_out)  # taken out of train
-    rows = sum(source.num_rows for source in sources)
+    rows = rows_taken(split, sources)
     if name == "train" and rows <= others and not split.hub:
         raise ConfigError(
-            f"data.train.path has {counted(rows, 'row')}, and {others} are held out: give more, or paths of their own to"
+            f"data.train has {counted(rows, 'row')}, and {others} are held out: give more, or paths of their own to"
             " data.selection and data.eval."
         )
     return sources
+
+
+def rows_taken(split: SplitConfig | None, sources: Sequence[SourceFile]) -> int:
+    """Rows that a split takes of its files, by its shares and its ``num_samples``; 0 where none are known."""
+    rows = Counter[int]()
+    for source in sources:
+        rows[source.part] += source.num_rows
+    if split is None or not rows:
+        return 0
+    in_shares = split.weights is not None and len(split.weights) == len(rows)
+    taken = sum((counts_in_shares(rows, split.weights or ()) if in_shares else rows).values())
+    return min(taken, split.num_samples or taken)
 
 
 def _in_parts(sources: tuple[SourceFile, ...], split: SplitConfig, key: str) -> tuple[SourceFile, ...]:

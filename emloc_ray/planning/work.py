@@ -1,17 +1,17 @@
 """How much a run reads and computes: its rows, their tokens, and the multiply-adds of a token."""
 
 import math
-from collections import Counter
 from typing import Any
 
 from emloc_ray.core.correction import ADAPTED_ROWS
-from emloc_ray.data.splits import counts_in_shares
+from emloc_ray.data.splits import held_out
 from emloc_ray.planning.costs import StageCost
+from emloc_ray.planning.data_checks import rows_taken
 from emloc_ray.planning.first_rows import sequences_a_row
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import PACKED_SHARE, Lengths
 from emloc_ray.planning.memory import CANDIDATES, Held, MemoryModel
-from emloc_ray.planning.prepared import UNKNOWN_ROWS, Prepared
+from emloc_ray.planning.prepared import UNKNOWN_ROWS, Prepared, splits_of
 
 WITH_BACKWARD = 2  # times that offloaded weights come where a pass is run back: a block is run again there
 
@@ -28,17 +28,30 @@ def rows_a_step(finetune: Any) -> int:
     return int(finetune.per_device_train_batch_size * finetune.gradient_accumulation_steps * finetune.num_workers)
 
 
+def rows_held_out(prepared: Prepared) -> dict[str, int]:
+    """Rows that are taken out of train for each split that the config does not name; none where those of train are made or
+    downloaded later."""
+    config = prepared.config
+    if not prepared.files.get("train"):
+        return {}
+    return held_out(
+        _rows_taken(prepared, "train"),
+        [name for name in splits_of(config) if getattr(config.data, name) is not None],
+        num_selection_samples=config.correction.num_selection_samples,
+        num_eval_samples=config.evaluation.num_samples,
+        num_validation_samples=config.finetune.num_validation_samples if config.finetune.validates else None,
+    )
+
+
 def num_train_rows(prepared: Prepared, split: str = "train") -> int:
-    """Rows that a split takes of its files, by its shares and its ``num_samples``, before others are held out of it; estimated
-    where they are made or downloaded later."""
-    section, rows = getattr(prepared.config.data, split), Counter[int]()
-    for source in prepared.files.get(split, ()):
-        rows[source.part] += source.num_rows
-    if not rows:
-        return UNKNOWN_ROWS
-    in_shares = section.weights is not None and len(section.weights) == len(rows)
-    taken = sum((counts_in_shares(rows, section.weights) if in_shares else rows).values())
-    return min(taken, section.num_samples or taken) or UNKNOWN_ROWS
+    """Rows of a split to train or to heal on, without those that are held out of train; estimated where they are made or
+    downloaded later."""
+    others = rows_held_out(prepared) if split == "train" else {}
+    return _rows_taken(prepared, split) - sum(others.values())
+
+
+def _rows_taken(prepared: Prepared, split: str) -> int:
+    return rows_taken(getattr(prepared.config.data, split), prepared.files.get(split, ())) or UNKNOWN_ROWS
 
 
 def num_train_sequences(prepared: Prepared, split: str = "train") -> int:

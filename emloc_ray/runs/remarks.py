@@ -171,7 +171,7 @@ def repeated_rows(prepared: Prepared) -> str | None:
     rows, times = num_train_rows(prepared), rows_trained(prepared) / num_train_sequences(prepared)
     if "train" not in prepared.files or times < MANY_EPOCHS:
         return None
-    return f"Training reads each of the {rows} rows about {times:.0f} times: give more rows, or fewer steps."
+    return f"Training reads {counted(rows, 'row')} about {times:.0f} times each: give more rows, or fewer steps."
 
 
 def copied_rows(prepared: Prepared) -> str | None:

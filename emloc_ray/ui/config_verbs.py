@@ -71,7 +71,11 @@ def validation_lines(prepared: Prepared, name: str) -> Iterator[str]:
     plan = make_plan(STEPS, prepared)
     yield f"{name} is valid: {_linears(prepared)}; {_training(prepared, plan)}."
     for first in rows:
-        yield _of_rows(first)
+        yield (
+            _of_rows(first)
+            + (_held_out(prepared) if first.split == "train" and first.num_rows is not None else "")
+            + "."
+        )
     yield from _unchecked(prepared, splits)
     yield from of_settings(prepared, plan.worker_bytes)
     cpus = 0 if prepared.config.ray.joins else os.cpu_count() or 1  # of a Ray that is joined none are known yet
@@ -126,7 +130,17 @@ def _of_rows(first: FirstRows) -> str:
         f"{several} sequences more, as the chat template rewrites earlier turns" if several > 0 else "",
     ]
     said = ", ".join(filter(None, counts))
-    return f"{text}; {seen} {said}." if said else f"{text}."
+    return f"{text}; {seen} {said}" if said else text
+
+
+def _held_out(prepared: Prepared) -> str:
+    """How many rows of train are trained on, and for what others are held out; nothing where all are trained on."""
+    from emloc_ray.planning.work import num_train_rows, rows_held_out
+
+    if not (counts := rows_held_out(prepared)):
+        return ""
+    others = ", ".join(f"{count:,} for {split}" for split, count in counts.items())
+    return f"; {num_train_rows(prepared):,} are trained on, and held out are {others}"
 
 
 @guarded

@@ -151,7 +151,7 @@ def test_the_plan_counts_the_teachers_logits_and_a_second_emulator(
     few, many, all_of_them = ({"steps": steps, "num_teacher_logits": 64} for steps in (5, 25, 1000))
     sizes = [stage(prepared(healing), "heal").disk_bytes for healing in (few, many, all_of_them)]
     assert sizes[1] - sizes[0] == pytest.approx(20 * 8 * 20 * 64 * 6, abs=8)  # steps · rows · tokens · k · bytes
-    assert sizes[2] - sizes[0] == pytest.approx((300 - 40) * 20 * 64 * 6, abs=8)  # each row is cached once
+    assert sizes[2] - sizes[0] == pytest.approx((240 - 40) * 20 * 64 * 6, abs=8)  # each row is cached once
     assert stage(prepared(many), "heal").seconds > stage(prepared(few), "heal").seconds
     plain, found = prepared(None), prepared(few)
     assert stage(found, "factorize").disk_bytes < stage(plain, "factorize").disk_bytes < sizes[0]
@@ -177,7 +177,7 @@ def test_it_may_have_rows_of_its_own(
     assert [source.path for source in found.files[healed(found).split]] == [str(others)]
     # Rows · tokens · k · bytes of the teacher's logits.
     sizes = [stage(entry, "heal").disk_bytes for entry in (plain, found)]
-    assert sizes[0] - sizes[1] == pytest.approx((300 * 20 - 60 * 40) * 64 * 6, abs=8)
+    assert sizes[0] - sizes[1] == pytest.approx((240 * 20 - 60 * 40) * 64 * 6, abs=8)
     longer, shorter = (total(stage(entry, "heal").memory) for entry in (found, plain))
     assert longer > shorter
     assert stage(found, "finetune").memory == stage(plain, "finetune").memory

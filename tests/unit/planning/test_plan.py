@@ -21,7 +21,7 @@ from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import Plan, make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.planning.work import num_steps, rows_trained, steps_trained
+from emloc_ray.planning.work import num_steps, num_train_rows, rows_trained, steps_trained
 from emloc_ray.stages.order import STEPS
 from emloc_ray.text import size
 from emloc_ray.ui.terminal import disk_line, gradients_line, plan_tables, scores_line, step_lines
@@ -162,7 +162,8 @@ def test_more_steps_take_longer_and_checkpointing_takes_less_memory(plan: Callab
 
 def test_packs_are_fewer_and_longer_than_rows(prepared: Callable[..., Prepared]) -> None:
     data = {**prepared().config.data.model_dump(exclude_none=True), "max_seq_length": 120}
-    rows, packs = (MemoryModel(prepared(data=data, finetune={"packing": on})) for on in (False, True))
+    one = {"per_device_train_batch_size": 1}
+    rows, packs = (MemoryModel(prepared(data=data, finetune={"packing": on, **one})) for on in (False, True))
     assert packs.trained_lengths.longest == 120 > rows.trained_lengths.longest
     assert rows_trained(packs.prepared) < rows_trained(rows.prepared)
     assert total(packs.finetune()) > total(rows.finetune())
@@ -197,7 +198,13 @@ def test_chats_whose_template_rewrites_turns_are_planned_as_the_sequences_they_b
         steps_trained(prepared(data=data, finetune={"per_device_train_batch_size": 4}, model={"source": str(place)}))
         for place in (tiny_model_dir("llama"), model)
     ]
-    assert steps == [4, 6]  # of 16 rows, of which every second becomes two sequences
+    assert steps == [4, 5]  # of 14 rows, as two are held out; every second becomes two sequences
+
+
+def test_rows_that_are_held_out_are_not_trained_on(prepared: Callable[..., Prepared]) -> None:
+    validating = {"eval_strategy": "steps", "eval_steps": 1}
+    found = prepared(finetune={**validating, "num_train_epochs": 1, "per_device_train_batch_size": 1})
+    assert num_train_rows(found) == steps_trained(found) == 12 - 3
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,9 @@ def test_what_transformers_takes_is_passed_whatever_we_set_ourselves(
 
 def test_a_file_that_leaves_nothing_to_train_on_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
     rows = {"path": str(write_rows(tmp_path / "two.jsonl", 2))}
-    assert "data.train.path has 2 rows, and 2 are held out" in refused(data={"train": rows})
+    assert "data.train has 2 rows, and 2 are held out" in refused(data={"train": rows})
+    sample = {"path": str(write_rows(tmp_path / "many.jsonl", 30)), "num_samples": 2}
+    assert "data.train has 2 rows, and 2 are held out" in refused(data={"train": sample})
     assert "held out" not in refused(
         data={"train": {"path": str(write_rows(tmp_path / "three.jsonl", 3))}}, adapter={"r": 9999}
     )

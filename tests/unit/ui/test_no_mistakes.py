@@ -56,7 +56,7 @@ GOES_ON: dict[str, tuple[Callable[[Place], None], list[str]]] = {
             data={"train": {"path": "rows.jsonl", "num_samples": 4}, "max_seq_length": 64},
             finetune={"num_train_epochs": 2, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1},
         ),
-        ["; 8 steps on the emulator; training reads 1 row"],
+        ["; 4 steps on the emulator; training reads 1 row", "; 2 are trained on, and held out are 1 for eval, 1 for"],
     ),
     "27 shares": (
         lambda place: (
@@ -66,7 +66,7 @@ GOES_ON: dict[str, tuple[Callable[[Place], None], list[str]]] = {
                 finetune={"num_train_epochs": 1, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1},
             )
         ),
-        ["; 30 steps on the emulator; training reads 1 row"],
+        ["; 24 steps on the emulator; training reads 1 row"],
     ),
     "28 a copy": (
         lambda place: place.write("b.jsonl", lines_of(ROWS)) or set_key("data.eval", "b.jsonl")(place),
@@ -87,12 +87,12 @@ GOES_ON: dict[str, tuple[Callable[[Place], None], list[str]]] = {
             "Not checked: all but the first rows of data.generate docstrings, which the run makes.",
         ],
     ),
-    "27 three rows": (
+    "27 four rows": (
         lambda place: (
-            rows(place, "a.jsonl", lines_of(ROWS[:3])),
+            rows(place, "a.jsonl", lines_of(ROWS[:4])),
             place.values.update(finetune={"max_steps": 50, "warmup_steps": 60}),
         )[0],
-        ["reads each of the 3 rows about 133 times", "warmup_steps is 60, and there are 50 steps"],
+        ["reads 2 rows about 200 times each", "warmup_steps is 60, and there are 50 steps"],
     ),
 }
 
