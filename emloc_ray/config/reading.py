@@ -23,7 +23,7 @@ from emloc_ray.io.runs.secret_values import without_secret, without_secrets
 from emloc_ray.io.store.places import looked_in
 from emloc_ray.text import listed
 
-_VARIABLE = re.compile(r"\$\{(\w+)\}")
+_VARIABLE = re.compile(r"\$\{(\w+)\}|(?:(?<=/)|^)\$([A-Za-z_]\w*)")  # a file's name may have a $ in it
 # The keys that hold paths, of a config and of a batch.
 _PATHS = re.compile(
     r"run_dir|model(\.source)?|data\.(\w+\.path|train|calibration|selection|eval|validation|healing|image_roots)"
@@ -81,7 +81,7 @@ def read_mapping(path: Path, name: str, needs: str) -> dict[str, Any]:
         raise ConfigError(f"{name} is a directory: give the path of a YAML file in it.")
     if not path.is_file():
         raise ConfigError(
-            f"{name} does not exist{looked_in(path)}: give the path of a YAML file, such as configs/quickstart.yaml."
+            f"{name} does not exist{looked_in(str(path))}: give the path of a YAML file, such as configs/quickstart.yaml."
         )
     try:
         values = read_yaml(path.read_text("utf-8"))
@@ -125,8 +125,8 @@ def is_batch(values: Mapping[str, Any]) -> bool:
 
 
 def with_variables(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A config or a batch with the ``${NAME}`` in its paths replaced from the environment, and a sentence for each that is
-    not set. A split's map of paths to shares has them in its keys."""
+    """A config or a batch with the ``${NAME}``, and each ``$NAME`` that begins a part, in its paths replaced from the
+    environment, and a sentence for each that is not set. A split's map of paths to shares has them in its keys."""
     unset: list[str] = []
 
     def replaced(key: str, value: Any) -> Any:
@@ -134,12 +134,12 @@ def with_variables(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             return [replaced(key, each) for each in value]
         if not isinstance(value, str):
             return value
-        missing = [name for name in _VARIABLE.findall(value) if name not in os.environ]
+        missing = [name for pair in _VARIABLE.findall(value) if (name := pair[0] or pair[1]) not in os.environ]
         unset.extend(
             f"{key}: the variable {name} of {without_secrets(value, (key,))} is not set: export it, or write the path."
             for name in missing
         )
-        return _VARIABLE.sub(lambda match: os.environ.get(match[1], match[0]), value)
+        return _VARIABLE.sub(lambda match: os.environ.get(match[1] or match[2], match[0]), value)
 
     def walk(node: Any, above: str) -> Any:
         if isinstance(node, dict):

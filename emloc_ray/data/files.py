@@ -74,11 +74,12 @@ def _local(pattern: str) -> list[Path]:
 
 def _looked_in(pattern: str) -> str:
     """The directory where a relative path of this machine was looked for, and where a link leads that leads nowhere."""
-    path = Path(os.path.expanduser(pattern.removeprefix("file://")))
     if is_store_uri(pattern):
         return ""
+    place = pattern.removeprefix("file://")
+    path = Path(os.path.expanduser(place))
     leads = f" (it is a link to {path.readlink()}, which is not there)" if path.is_symlink() else ""
-    return f"{looked_in(path)}{leads}"
+    return f"{looked_in(place)}{leads}"
 
 
 def open_file(path: str, stored_bytes: int) -> io.BufferedReader:

@@ -89,7 +89,7 @@ def resolve_source(
         return _check_directory(path.absolute(), source, needs_weights)
     if path.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise ConfigError(
-            f"model.source {source} is no model directory and no .gguf file{looked_in(path)}: fix the path."
+            f"model.source {source} is no model directory and no .gguf file{looked_in(source)}: fix the path."
         )
     if trust_remote_code and not re.fullmatch("[0-9a-f]{40}", revision or ""):
         raise ConfigError(
@@ -170,7 +170,7 @@ def _download(source: str, revision: str | None, patterns: Sequence[str]) -> Pat
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         detail = str(error).split("\n")[0].split(". ")[0][:150]
         raise ConfigError(
-            f"model.source {source} is no directory{looked_in(Path(source))}, and cannot be had from the hub ({detail}): check"
+            f"model.source {source} is no directory{looked_in(source)}, and cannot be had from the hub ({detail}): check"
             " the name, and the network."
         ) from error
 

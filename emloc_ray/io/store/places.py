@@ -1,5 +1,6 @@
 """Places of runs and data: paths, and URIs of object stores."""
 
+import os
 from pathlib import Path
 
 
@@ -20,9 +21,12 @@ def above(place: str, levels: int) -> str:
     return path.rstrip("/").rsplit("/", levels)[0] + mark + query
 
 
-def looked_in(path: Path) -> str:
-    """The directory in which a relative path was looked for, for errors: `` in /home/me``."""
-    return "" if path.is_absolute() else f" in {Path.cwd()}"
+def looked_in(place: str) -> str:
+    """Where a path was looked for, for errors: a relative one `` in /home/me``, one with a ``~`` as `` (that is /home/me/x)``."""
+    path = Path(os.path.expanduser(place))
+    if path.is_absolute():
+        return f" (that is {path})" if place.startswith("~") else ""
+    return f" in {Path.cwd()}"
 
 
 def leads_out(path: str) -> bool:

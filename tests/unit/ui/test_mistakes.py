@@ -138,6 +138,15 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         set_key("model", "./deep/model"),
         ["model.source ./deep/model is no model directory and no .gguf file in /", "fix the path"],
     ),
+    "13 home": (set_key("data.train", "~/deep/x.jsonl"), ["~/deep/x.jsonl names no file (that is /"]),
+    "13 home of a model": (
+        set_key("model", "~/deep/model"),
+        ["no .gguf file (that is /", "/deep/model): fix the path"],
+    ),
+    "14 unset without braces": (
+        set_key("data.train", "$NOWHERE/a$b.jsonl"),
+        ["the variable NOWHERE of $NOWHERE/a$b.jsonl is not set"],
+    ),
     "14 unset": (
         set_key("data.train", "${NOWHERE}/x.jsonl"),
         ["the variable NOWHERE of ${NOWHERE}/x.jsonl is not set"],

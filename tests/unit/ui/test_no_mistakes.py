@@ -21,6 +21,7 @@ GOES_ON: dict[str, tuple[Callable[[Place], None], list[str]]] = {
     ),
     "9 YAML 1.2": (set_key("finetune.save_strategy", "no"), ["is valid"]),
     "14 variable": (set_key("data.train", "${ROWS}/rows.jsonl"), ["is valid"]),
+    "14 without braces": (set_key("data.train", "$ROWS/rows.jsonl"), ["is valid"]),
     "16 BOM, CRLF, names": (
         given("ä ö.jsonl", ("\ufeff" + lines_of(ROWS).replace("\n", "\r\n\r\n")).encode()),
         ["data.train: 20 rows"],
