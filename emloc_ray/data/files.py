@@ -27,14 +27,19 @@ _KINDS = "a .jsonl, .json, .parquet, .csv, .tsv or .txt file (also .gz, .zst)"
 _DELIMITERS = ";\t|"
 
 
+def _lowered(place: Path | str) -> PurePosixPath:
+    """A place by whose name its kind is known, whose ending may be in capitals."""
+    return PurePosixPath(shown(str(place)).lower())
+
+
 def codec_of(place: Path | str) -> str | None:
     """The compression of a file, by how its name ends."""
-    return _CODECS.get(PurePosixPath(shown(str(place))).suffix)
+    return _CODECS.get(_lowered(place).suffix)
 
 
 def kind_of(place: Path | str) -> str:
     """``jsonl``, ``parquet``, ``csv`` or ``text``, by how a file's name ends."""
-    path = PurePosixPath(shown(str(place)))
+    path = _lowered(place)
     return _ALL[path.with_suffix("").suffix if path.suffix in _CODECS else path.suffix]
 
 
@@ -55,7 +60,7 @@ def list_files(patterns: str | Sequence[str], key: str) -> list[Path | str]:
             whole = place if isinstance(place, str) else Path(os.path.normpath(place.absolute()))
             files.setdefault(str(whole), whole)
     for place in files.values():
-        if not shown(str(place)).endswith(ENDINGS):
+        if not str(_lowered(place)).endswith(ENDINGS):
             ending = PurePosixPath(shown(str(place))).suffix or "nothing"
             raise DataError(f"{key}: {shown(str(place))} ends in {ending}: give {_KINDS}.")
     return list(files.values())
@@ -64,7 +69,7 @@ def list_files(patterns: str | Sequence[str], key: str) -> list[Path | str]:
 def _local(pattern: str) -> list[Path]:
     path = Path(os.path.expanduser(pattern.removeprefix("file://")))
     if path.is_dir():
-        inside = (file for file in path.rglob("*") if file.name.endswith(ROWS) and file.is_file())
+        inside = (file for file in path.rglob("*") if file.name.lower().endswith(ROWS) and file.is_file())
         return sorted(file for file in inside if not is_hidden(file.relative_to(path).parts))
     if path.is_file():
         return [path]
@@ -146,14 +151,14 @@ class _Decompressed(io.RawIOBase):
 def is_array(place: str, stream: io.BufferedReader) -> bool:
     """Whether a JSON file holds one array of rows instead of a row a line; leaves the stream at its beginning. Of a ``.jsonl``
     file one with objects, as a line of it may be a list by mistake."""
-    name = shown(place).removesuffix(".gz").removesuffix(".zst")
+    name = str(_lowered(place)).removesuffix(".gz").removesuffix(".zst")
     head = stream.peek(STORED_HEADER_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
     return head.startswith(b"[") and (name.endswith(".json") or head[1:].lstrip().startswith(b"{"))
 
 
 def delimiter_of(place: str, stream: io.BufferedReader) -> str:
     """What separates a CSV file's values, by its header; leaves the stream at its beginning."""
-    if shown(place).removesuffix(".gz").removesuffix(".zst").endswith(".tsv"):
+    if str(_lowered(place)).removesuffix(".gz").removesuffix(".zst").endswith(".tsv"):
         return "\t"
     header = stream.readline(MAX_LINE_BYTES).decode("utf-8", "replace")
     stream.seek(0)

@@ -19,7 +19,7 @@ _ESCAPED = re.compile(r"[%?#\x00-\x1f]")
 
 
 def find_stored(pattern: str, key: str, suffixes: Collection[str]) -> list[str]:
-    """The URIs of the file, the files of the glob, or the files below the directory with ``suffixes``, that a URI names.
+    """The URIs of the file, the files of the glob, or the files below the directory with ``suffixes`` that a URI names.
 
     A glob is read as ``glob.glob(recursive=True)`` reads it, but for ``?``, which has to be ``%3F``. The order is that of
     sorted :class:`pathlib.Path` s. Raises ConfigError, naming the config's ``key``, where the URI holds credentials or names no
@@ -45,7 +45,7 @@ def _matching_files(store: Objects, path: str, suffixes: Collection[str]) -> lis
     if plain is None and store.find(path) is not None:
         return [path]
     if plain is None:
-        inside = [file for file in store.files(path) if file.endswith(tuple(suffixes))]
+        inside = [file for file in store.files(path) if file.lower().endswith(tuple(suffixes))]
         return [file for file in inside if not is_hidden(PurePosixPath(file).relative_to(path).parts)]
     inside = store.files("/".join(parts[:plain]), recursive="**" in parts or plain + 1 < len(parts))
     return [file for file in inside if _fits(file.split("/"), parts)]

@@ -45,7 +45,7 @@ def _read(path: Path) -> Iterator[TaskRow | str]:
         yield from _files(path)
     elif not path.is_file():
         yield f"tasks {path} does not exist: give a {_kinds()} file, or a directory of YAML files."
-    elif path.suffix not in KINDS:
+    elif path.suffix.lower() not in KINDS:
         yield f"tasks {path} is no table: give a {_kinds()} file, or a directory of YAML files."
     else:
         yield from _table(path)

@@ -30,6 +30,15 @@ GOES_ON: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         lambda place: (place.root / "a.jsonl").symlink_to("rows.jsonl") or set_key("data.train", "a.jsonl")(place),
         ["data.train: 20 rows"],
     ),
+    "17 capitals": (
+        lambda place: [
+            (place.root / "packed").mkdir(),
+            place.write("packed/A.JSONL.GZ", gzip.compress(lines_of(ROWS).encode())),
+            place.write("packed/B.Tsv", "prompt\tcompletion\n" + "a\tb\n" * 20),
+            set_key("data.train", "packed")(place),
+        ][0],
+        ["data.train: 40 rows of format prompt_completion"],
+    ),
     "17 array": (given("a.json", json.dumps(ROWS)), ["data.train: 20 rows"]),
     "17 array of another name": (given("a.jsonl", json.dumps(ROWS, indent=1)), ["data.train: 20 rows"]),
     "17 packed": (given("a.jsonl.gz", gzip.compress(lines_of(ROWS).encode())), ["data.train: 20 rows"]),
