@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import typing
 from typing import Any, ClassVar, Literal
 
@@ -66,6 +67,15 @@ class SplitConfig(Section):
         description="file, directory, glob, URI or hf:DATASET[@SUBSET][:SPLIT]; a list of these, or a map to their shares"
     )
     num_samples: int | None = Field(None, ge=1, description="rows to sample; all by default")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shares_below_path(cls, values: Any) -> Any:
+        places = values if isinstance(values, dict) and values.keys().isdisjoint(cls.model_fields) else {}
+        if any(re.search("[./:*]", str(place)) for place in places):
+            shares = ", ".join(f"{place}: {share}" for place, share in places.items())
+            raise ValueError(f"sources and their shares go below path: write {{path: {{{shares}}}}}")
+        return values
 
     @property
     def places(self) -> list[str]:

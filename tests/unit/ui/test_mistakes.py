@@ -201,6 +201,10 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         )[0],
         ["no row is left: ", "row 1: field 'prompt' is int", "row 2: not JSON"],
     ),
+    "27 shares without path": (
+        set_key("data.train", {"a.jsonl": 3, "b.jsonl": 1}),
+        ["data.train: sources and their shares go below path: write {path: {a.jsonl: 3, b.jsonl: 1}}."],
+    ),
     "28 eval is train": (
         set_key("data.eval", "rows.jsonl"),
         ["data.eval and data.train both read ", "held-out rows must not be trained on; leave data.eval out"],
