@@ -39,6 +39,11 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     A file may name another as its ``base``, by a path from its own directory: its keys override that one's. Raises ConfigError
     with every error at once, one sentence a line.
     """
+    if not isinstance(config, str | os.PathLike | Mapping):
+        given = type(config).__name__
+        raise ConfigError(
+            f"A config of the type {given} cannot be read: give a YAML file's path, or a mapping of its keys."
+        )
     name = "the config" if isinstance(config, Mapping) else str(config)
     values = dict(config) if isinstance(config, Mapping) else read_values(Path(config))
     if is_batch(values):

@@ -157,7 +157,7 @@ def as_config(
 ) -> RunConfig:
     """A config of what :func:`run` takes; rows that a program holds are written beside the run's directory."""
     given = {name: _without_paths(rows) for name, rows in (("train", train), ("eval", eval)) if rows is not None}
-    if isinstance(config, str | Path):
+    if not isinstance(config, RunConfig | Mapping | None):
         config = load_config(config)
     if isinstance(config, RunConfig) and not given and not keys:
         return config

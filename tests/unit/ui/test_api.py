@@ -74,6 +74,7 @@ def test_keywords_are_keys_over_those_of_a_config(tmp_path: Path) -> None:
         ({"train": "a.jsonl", "lr": 3}, "lr is not a key"),
         ({"train": "a.jsonl", "model": 3}, "model"),
         ({}, "data is missing"),
+        ({"config": 3}, "A config of the type int cannot be read: give a YAML file's path, or a mapping of its keys"),
     ],
 )
 def test_a_bad_call_is_our_error(
