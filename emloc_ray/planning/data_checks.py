@@ -143,7 +143,7 @@ def _checked_row(row: Row, where: Place, data: DataConfig, reads_images: bool) -
 
 
 def _nothing_left(source: SourceFile, reasons: Sequence[str]) -> DataError:
-    return DataError(f"{source.name}: no row is left: {'; '.join(reasons[:3])}.")
+    return DataError(f"{source.name}: no row is left: {'; '.join(reasons[:3])}.".replace(f"{source.name}, row", "row"))
 
 
 def with_format(source: SourceFile, data: DataConfig) -> SourceFile:

@@ -199,7 +199,7 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
             rows(place, "a.jsonl", '{"prompt": 3, "completion": "b"}\n{\n' * 10),
             place.values["data"].update(on_error="skip"),
         )[0],
-        ["no row is left: ", "row 1: field 'prompt' is int", "row 2: not JSON"],
+        ["a.jsonl: no row is left: row 1: field 'prompt' is int", "row 2: not JSON"],
     ),
     "27 shares without path": (
         set_key("data.train", {"a.jsonl": 3, "b.jsonl": 1}),
