@@ -11,6 +11,7 @@ from emloc_ray.data.text_rows import Row
 from emloc_ray.errors import DataError
 from emloc_ray.text import one_line
 
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXTS = {"text": ("text",), "prompt_completion": ("prompt", "completion")}
 
 
@@ -60,6 +61,9 @@ def _check_messages(messages: Any, where: str) -> None:
     for turn in messages:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or turn.get("content") is None:
             raise DataError(f"{where}: a message lacks role or content: give [{{role, content}}, …].")
+        meant = turn["role"].strip().lower()
+        if meant in _ROLES and turn["role"] != meant:
+            raise DataError(f"{where}: a message's role is {turn['role']!r}: write {meant}, of {', '.join(_ROLES)}.")
         if not isinstance(turn["content"], str | list):
             kind = type(turn["content"]).__name__
             raise DataError(f"{where}: a message's content is {kind}: give a text, or a list of parts.")
@@ -71,9 +75,23 @@ def _check_messages(messages: Any, where: str) -> None:
                 _check_unicode(text, f"{where}: a message")
     answers = [turn for turn in messages if turn["role"] == "assistant"]
     if not answers:
-        raise DataError(f"{where}: no message has role assistant: there is nothing to learn from it.")
+        have = ", ".join(dict.fromkeys(turn["role"] for turn in messages))
+        raise DataError(
+            f"{where}: no message has role assistant (they have {have}): there is nothing to learn from it; roles are"
+            f" {', '.join(_ROLES)}."
+        )
+    if any(is_trained(turn) and not _says(turn) for turn in answers):
+        raise DataError(f"{where}: an assistant's message is empty: fill it, give it weight: 0, or remove the row.")
     if not any(is_trained(turn) for turn in answers):
         raise DataError(f"{where}: every assistant message has weight 0: there is nothing to learn from it.")
+
+
+def _says(turn: dict[str, Any]) -> bool:
+    """Whether a turn has anything beside its role: a text, another part, a call, a thought."""
+    parts = turn["content"] if isinstance(turn["content"], list) else [turn["content"]]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    others = turn.keys() - {"role", "content", "weight", "name"}
+    return any(turn[key] for key in others) or not all(isinstance(text, str) and not text.strip() for text in texts)
 
 
 def _check_unicode(text: str, where: str) -> None:

@@ -190,6 +190,18 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         given("a.jsonl", lines_of([{"messages": [*TURNS, {"role": "assistant", "content": {}}]}] * 20)),
         ["a.jsonl, row 1: a message's content is dict"],
     ),
+    "24 a role in capitals": (
+        given("a.jsonl", lines_of([{"messages": [TURNS[0], {"role": "Assistant", "content": "b"}]}] * 20)),
+        ["row 1: a message's role is 'Assistant': write assistant, of system, developer, user, assistant, tool."],
+    ),
+    "24 other roles": (
+        given("a.jsonl", lines_of([{"messages": [TURNS[0], {"role": "bot", "content": "b"}]}] * 20)),
+        ["row 1: no message has role assistant (they have user, bot)", "roles are system, developer, user, assistant,"],
+    ),
+    "24 an empty answer": (
+        given("a.jsonl", lines_of([{"messages": [*TURNS, TURNS[0], {"role": "assistant", "content": " "}]}] * 20)),
+        ["row 1: an assistant's message is empty: fill it, give it weight: 0, or remove the row."],
+    ),
     "25 nothing left": (
         given("a.jsonl", lines_of([{"prompt": "long " * 99, "completion": "b"}] * 20)),
         ["data.max_seq_length 64 leaves none of the first 20 rows of data.train a token to learn: raise it"],
