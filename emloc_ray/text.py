@@ -89,8 +89,8 @@ def listed(items: Sequence[str], most: int = 3) -> str:
 
 
 def one_line(text: object, most: int = 200) -> str:
-    """A text, such as an error's, in one line of ``most`` characters at most."""
-    return " ".join(str(text).split())[:most]
+    """A text, such as an error's, in one line of ``most`` characters at most, without its last stop: a sentence goes on."""
+    return re.sub(r"(?<!\.)\.$", "", " ".join(str(text).split())[:most].rstrip())
 
 
 def version_changes(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:

@@ -46,7 +46,7 @@ def download(
             detail = (said.read().strip().splitlines() or [f"exit code {code}"])[-1]
             if code != _REFUSED:
                 advice = _NO_NETWORK if "Couldn't reach" in detail else _WRONG_NAME
-                detail = f"data.{split}.path {place} cannot be loaded ({detail[:400]}): {advice}."
+                detail = f"data.{split}.path {place} cannot be loaded ({one_line(detail, 400)}): {advice}."
             raise DataError(detail)
         with rows.open("rb") as written, atomic_file(path) as file:
             shutil.copyfileobj(written, file)

@@ -201,5 +201,5 @@ def update_rank(method: str, settings: dict[str, Any], spec: LinearSpec) -> int:
 
 
 def _refusal(method: str, error: Exception) -> str:
-    detail = one_line(error).rstrip(".")
+    detail = one_line(error)
     return f"adapter: {method} with these settings does not fit the model ({detail}): change them, or adapter.method."

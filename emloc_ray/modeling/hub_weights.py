@@ -13,6 +13,7 @@ from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import origin
 from emloc_ray.io.store.transfer import transfer
 from emloc_ray.modeling.loading import ModelSource
+from emloc_ray.text import one_line
 
 
 def weight_files(source: ModelSource) -> list[str]:
@@ -45,7 +46,7 @@ def import_weights(shared: tuple[ModelSource, Path], name: str) -> None:
                 f"model.source {source.hub_id} has no {name} on the hub: name a checkpoint with all of its safetensors files."
             ) from error
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            detail = str(error).strip().split("\n")[0][:150]
+            detail = one_line(str(error).strip().split("\n")[0], 150)
             raise ArtifactError(
                 f"{name} of {source.hub_id} cannot be had from the hub ({detail}): check the node's network, and HF_TOKEN in"
                 " its environment."

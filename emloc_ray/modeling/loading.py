@@ -168,7 +168,7 @@ def _download(source: str, revision: str | None, patterns: Sequence[str]) -> Pat
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        detail = str(error).split("\n")[0].split(". ")[0][:150]
+        detail = one_line(str(error).split("\n")[0].split(". ")[0], 150)
         raise ConfigError(
             f"model.source {source} is no directory{looked_in(source)}, and cannot be had from the hub ({detail}): check"
             " the name, and the network."

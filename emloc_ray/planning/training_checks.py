@@ -6,6 +6,7 @@ from typing import Any
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.zero_config import check_zero_config, read_zero_config
+from emloc_ray.text import one_line
 
 _BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
 
@@ -27,7 +28,7 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
         try:
             arguments = TrainingArguments(output_dir=folder, **given)
         except (ValueError, TypeError, ImportError, OSError) as error:
-            detail = " ".join(str(error).split())[:200]
+            detail = one_line(error)
             raise ConfigError(f"finetune: transformers refuses its settings ({detail}): fix them.") from error
     if extra.get("use_liger_kernel") and not section.gpus and not config.ray.joins:
         raise ConfigError("finetune.use_liger_kernel is of kernels for GPUs, and finetune has none: remove it.")

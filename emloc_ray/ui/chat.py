@@ -17,6 +17,7 @@ from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import auto_class
 from emloc_ray.modeling.architecture import load_config as read_model
+from emloc_ray.text import one_line
 from emloc_ray.ui.publishing import original, result_name
 
 _PLAIN = {"text", "prompt_completion"}  # formats whose prompts no chat template wraps
@@ -64,7 +65,7 @@ class Pair:
             adapted = PeftModel.from_pretrained(model.to("cuda" if torch.cuda.is_available() else "cpu"), str(adapter))
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
         except (OSError, ValueError, RuntimeError) as error:
-            raise ArtifactError(f"{directory} with {adapter} does not open ({error}).") from error
+            raise ArtifactError(f"{directory} with {adapter} does not open ({one_line(error)}).") from error
         formats = rows.get("formats", [config["data"].get("format")])  # those that auto took
         plain = plain or not tokenizer.chat_template or set(formats) <= _PLAIN
         return cls(adapted.eval(), tokenizer, plain, max_new_tokens)

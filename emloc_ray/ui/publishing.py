@@ -16,7 +16,7 @@ from rich.console import Console
 from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.io.runs.directory import CARD, RunDirectory
 from emloc_ray.io.runs.fetch import fetch
-from emloc_ray.text import counted, size
+from emloc_ray.text import counted, one_line, size
 from emloc_ray.ui.cards import WRITTEN_BY, base_name, card
 from emloc_ray.ui.terminal import progress_bar
 
@@ -82,9 +82,9 @@ def push(console: Console, run: RunDirectory, name: str, part: Part, private: bo
                 commit_message=f"{result} of the run {run.name}, by emloc-ray",
             )
         except HFValidationError as error:
-            raise ConfigError(f"{name} is no name of the hub ({error}): write OWNER/NAME.") from error
+            raise ConfigError(f"{name} is no name of the hub ({one_line(error)}): write OWNER/NAME.") from error
         except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-            reason = str(error).strip().split("\n")[0].rstrip(".")
+            reason = one_line(str(error).strip().split("\n")[0])
             raise StageError(
                 f"{name} cannot be pushed to ({reason}): log in with hf auth login, or check the name."
             ) from error

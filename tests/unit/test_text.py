@@ -75,3 +75,9 @@ def test_the_pace_is_that_of_the_newer_half() -> None:
     assert pace.rate(3, 102.0) == 1.0  # the first, which took 100 times as long, no longer counts
     assert pace.left(3, 13, 102.0) == "about 10 s left"
     assert pace.rate(3, 106.0) == pytest.approx(1 / 3)  # nothing has been done since
+
+
+def test_an_errors_text_in_a_sentence_has_no_stop_of_its_own() -> None:
+    assert text.one_line(ValueError("The hub is\n overloaded.")) == "The hub is overloaded"
+    assert text.one_line("it waits ...") == "it waits ..."
+    assert text.one_line("Fix it. Then go", 7) == "Fix it"

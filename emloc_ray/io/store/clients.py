@@ -16,6 +16,7 @@ from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.text import one_line
 
 ATTEMPTS = 5
 FIRST_PAUSE_S = 0.5
@@ -44,7 +45,7 @@ def open_client(uri: str, key: str, timeout_s: float) -> tuple[Client, str]:
         scheme = _checked(parts, options)
         client = _client(scheme, parts.netloc, tuple(sorted(options.items())), ATTEMPTS, FIRST_PAUSE_S, timeout_s)
     except (BaseError, ValueError) as error:
-        detail = " ".join(str(error).split())[:200]
+        detail = one_line(error)
         raise ConfigError(
             f"{key} {uri.partition('?')[0]} is no place that obstore can open ({detail}): name another."
         ) from error

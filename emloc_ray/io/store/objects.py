@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError, PreconditionError
 
 from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.text import one_line
 
 ATTEMPTS = 5  # of a request whose answer breaks off; obstore tries those that are refused
 FIRST_PAUSE_S = 0.5
@@ -199,7 +200,7 @@ class Objects:
                 if attempt + 1 < ATTEMPTS:
                     time.sleep(FIRST_PAUSE_S * 2**attempt)
                     continue
-                detail = " ".join(str(error).partition("Debug source")[0].split())[:200]
+                detail = one_line(str(error).partition("Debug source")[0])
                 raise ArtifactError(
                     f"{self.uri} does not {what} {path or 'anything'} ({detail}): see that the store can be reached and its"
                     " credentials are valid, then run the same command again."

@@ -22,6 +22,7 @@ from emloc_ray.runs.batch.state import (
 )
 from emloc_ray.runs.batch.tasks import Task
 from emloc_ray.runs.batch.work import TaskPlan, TaskTurns
+from emloc_ray.text import one_line
 
 _MIN_CONCURRENT = 4
 _TICK_S = 0.5
@@ -164,7 +165,7 @@ class BatchRun:
             self._failing.discard(action)
         except (OSError, EmlocError) as error:
             if action not in self._failing:
-                self.tell(f"{self.directory.place}: {_one_line(error)}: trying again.")
+                self.tell(f"{self.directory.place}: {one_line(_one_line(error), 2000)}: trying again.")
             self._failing.add(action)
 
     def _end(self) -> None:

@@ -20,6 +20,7 @@ from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.io.store.lock_file import holder_variables
 from emloc_ray.stages.ray.nodes import most
 from emloc_ray.stages.ray.tasks import NO_GPU_UNASKED, remote_task
+from emloc_ray.text import one_line
 
 T = TypeVar("T")
 
@@ -58,7 +59,7 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
     try:
         ray.init(address=address, **settings)
     except Exception as error:  # Ray raises this type itself, as where a node is slow to start
-        detail = " ".join(str(error).split())[:200]
+        detail = one_line(error)
         raise StageError(f"Ray could not be started or reached ({detail}): check the ray section.") from error
     quiet_ray_data()
     try:
@@ -196,7 +197,7 @@ def _answers(function: Callable[..., T], nodes: Sequence[dict[str, Any]], *argum
         try:
             answers[asked[answer]] = ray.get(answer)
         except ray.exceptions.RayTaskError as error:
-            detail = str(error).strip().splitlines()[-1]
+            detail = one_line(str(error).strip().splitlines()[-1])
             raise ConfigError(
                 f"ray: node {asked[answer]} cannot run emloc_ray ({detail}): install the same version of it, and of what"
                 " it needs, on every node."
