@@ -58,16 +58,17 @@ def peer_key(key: str) -> str | None:
     return None if ours == key else ours
 
 
-def config_of_peer(values: Mapping[str, Any], passed_on: Callable[[str], str | None]) -> str | None:
-    """Says which tool a config is of, and what its keys are called here; None where it is not recognized as one of those.
+def config_of_peer(values: Mapping[str, Any], passed_on: Callable[[str], str | None]) -> list[str]:
+    """Says which tool a config is of, and what each key is called here, a sentence a key; nothing where it is none of those.
     ``passed_on``: our key for one that ``finetune`` passes on."""
     tool = next(
         (name for name, needs in _TOOLS.items() if all(any(key in values for key in one) for one in needs)), None
     )
     if tool is None:
-        return None
+        return []
     names = {"adapter": "adapter.method"} if tool == "axolotl" else {}
     ours = {key: names.get(str(key)) or PEERS.get(str(key)) or passed_on(str(key)) for key in values}
-    mapped = ", ".join(f"{key} as {name}" for key, name in ours.items() if name)
+    mapped = [f"write {key} as {name}." for key, name in ours.items() if name]
     rest = ", ".join(str(key) for key, name in ours.items() if not name)
-    return f"this is a config of {tool}: write {mapped}{f'; without a counterpart here: {rest}' if rest else ''}."
+    others = [f"these have no counterpart here: {rest}."] if rest else []
+    return [f"this is a config of {tool}: its keys have other names here.", *mapped, *others]

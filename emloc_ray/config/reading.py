@@ -114,8 +114,8 @@ def parse_config(values: dict[str, Any], where: str = "the config") -> RunConfig
 
 def check_config(values: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
     """A nested dict as a config, or None and its errors, each a sentence."""
-    if (peer := config_of_peer(values, trained_with)) is not None:
-        return None, [peer]
+    if peer := config_of_peer(values, trained_with):
+        return None, peer
     # An empty section, with all its keys commented out, has its defaults; no budget is a choice.
     values = {key: value for key, value in values.items() if value is not None or key == "memory_budget"}
     values, unset = with_variables(values)

@@ -106,16 +106,18 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
     "4 axolotl": (
         other(AXOLOTL),
         [
-            "a config of axolotl: write base_model as model.source, datasets as data.train",
-            "without a counterpart here: strict",
+            "my.yaml: this is a config of axolotl: its keys have other names here.\n",
+            "my.yaml: write base_model as model.source.\n",
+            "my.yaml: these have no counterpart here: strict.\n",
         ],
     ),
     "4 LLaMA-Factory": (
         other(FACTORY),
         [
             "a config of LLaMA-Factory:",
-            "cutoff_len as data.max_seq_length, eval_steps as finetune.eval_steps;",
-            "without a counterpart here: stage",
+            "write cutoff_len as data.max_seq_length.",
+            "write eval_steps as finetune.eval_steps.",
+            "these have no counterpart here: stage",
         ],
     ),
     "6 a section as a value": (
