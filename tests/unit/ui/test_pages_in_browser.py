@@ -100,6 +100,16 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Open]:
     assert said == []
 
 
+def test_tables_need_no_scrolling_on_a_small_screen(show: Open) -> None:
+    metrics = finished_metrics()
+    for usage in metrics["stages"].values():
+        usage |= {"peak_above_imports_bytes": 2**28, "peak_gpu_bytes": 2**29}
+    metrics |= {"planned_memory": dict.fromkeys([*STAGES, "inference"], 2**31), "planned_imports_bytes": 2**28}
+    page = show(report.render("run", manifest(*STAGES), metrics), {"width": 1000, "height": 900})
+    tables = page.evaluate("() => [...document.querySelectorAll('.scroll')].map(s => [s.scrollWidth, s.clientWidth])")
+    assert [(whole, seen) for whole, seen in tables if whole > seen] == []
+
+
 @pytest.mark.parametrize("kind", PAGES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pages_fit_a_phone_and_are_readable(show: Open, kind: str, scheme: str) -> None:
