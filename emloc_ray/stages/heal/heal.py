@@ -4,8 +4,9 @@ The original's top logits are cached (``teacher.py``), a LoRA on the emulator is
 the factors (``fold.py``). Each of the three resumes from what it had finished.
 """
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,23 +48,41 @@ def heal(
     Returns what :func:`finetune` does, with ``train_loss`` the divergence in nats a label, and what was cached. Raises
     NumericsError where the original's logits, the loss or gradients are no numbers.
     """
-    parts = (len(job.teacher.shards()), job.training.max_steps, 1)  # all folding takes no longer than a few steps
-
-    def part(number: int) -> Callable[[int, int], None]:
-        return lambda done, total: progress(sum(parts[:number]) + done * parts[number] // max(total, 1), sum(parts))
-
+    parts = {
+        "pieces of the original's predictions": len(job.teacher.shards()),
+        "training steps": job.training.max_steps,
+        "folded pieces": 1,  # all folding takes no longer than a few steps
+    }
+    (taught, learnt, folded), said = in_parts(parts, progress, detail)
     outcome, cached_before = _outcome(job), bool(sizes(job.teacher.out_dir))
     resumed = outcome is not None or cached_before
     if outcome is None:
-        teach(job.teacher, resources, part(0), tell)
+        teach(job.teacher, resources, taught, tell)
         cached = sum(size for file, size in sizes(job.teacher.out_dir).items() if file.suffix == ".safetensors")
-        trained = finetune(job.training, resources, part(1), tell, detail=detail)
+        trained = finetune(job.training, resources, learnt, tell, detail=said)
         rows = sum(map(len, job.teacher.shards()))
         outcome = {**trained, "teacher_rows": rows, "teacher_bytes": cached}
         write_json(job.outcome_path, outcome)
-    total_size = fold(job.fold, base_config, replace(resources, gpus_per_worker=0), part(2), tell)
+    total_size = fold(job.fold, base_config, replace(resources, gpus_per_worker=0), folded, tell)
     resumed = resumed or outcome.get("resumed", False)
     return {**outcome, "resumed": resumed, "healed_layers": len(job.fold.healed), "bytes": total_size}
+
+
+def in_parts(parts: Mapping[str, int], progress: Progress, detail: Tell) -> tuple[list[Progress], Tell]:
+    """A callback for each part of a stage, by its units and their number, which moves the stage's bar and details how many of
+    these units are done; and one for what else there is to say of the part that runs."""
+    said: list[str] = []
+
+    def told(before: int, units: str) -> Progress:
+        def tell(done: int, total: int) -> None:
+            detail(", ".join([f"{done:,} of {total:,} {units}", *said]))
+            progress(before + done * parts[units] // max(total, 1), sum(parts.values()))
+            said.clear()
+
+        return tell
+
+    starts = itertools.accumulate(parts.values(), initial=0)
+    return [told(before, units) for before, units in zip(starts, parts, strict=False)], said.append
 
 
 def _outcome(job: HealingJob) -> dict[str, Any] | None:

@@ -40,6 +40,7 @@ from emloc_ray.stages.finetune.session import LoneSession, own_environment
 from emloc_ray.stages.finetune.trainer import EmulatorTrainer
 from emloc_ray.stages.finetune.training import train
 from emloc_ray.stages.heal.fold import FoldJob, pieces, write_piece
+from emloc_ray.stages.heal.heal import in_parts
 from emloc_ray.stages.heal.teacher import TeacherJob, teach_part, teach_shard
 
 RANK, R, STEPS = 8, 4, 24
@@ -74,6 +75,16 @@ def training_job(emulator: Path, tokens: Path, root: Path, healed: tuple[str, ..
         teacher_dir=root / "teacher",
         stage="heal",
     )
+
+
+def test_the_bar_says_what_it_counts() -> None:
+    moved, details = list[tuple[int, int]](), list[str]()
+    parts, said = in_parts({"pieces": 2, "steps": 8}, lambda *counts: moved.append(counts), details.append)
+    parts[0](1, 2)
+    said("loss 1.2")
+    parts[1](4, 8)
+    assert moved == [(1, 10), (6, 10)]
+    assert details == ["1 of 2 pieces", "4 of 8 steps, loss 1.2"]
 
 
 def taught(job: TeacherJob) -> TeacherJob:
