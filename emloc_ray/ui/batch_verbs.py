@@ -15,7 +15,7 @@ from rich.text import Text
 
 from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.text import counted, duration, size
-from emloc_ray.ui.shell import AcceptVersions, Overrides, Yes, agrees, console, guarded
+from emloc_ray.ui.shell import AcceptVersions, Overrides, Yes, agrees, console, flag, guarded
 
 if TYPE_CHECKING:
     from emloc_ray.io.runs.cache import ArtifactCache
@@ -35,7 +35,7 @@ cache_app = typer.Typer(help="List or shrink the cache that runs of a batch shar
 def batch(
     config: BatchPath,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every task and stop.")] = False,
+    dry_run: Annotated[bool, flag("--dry-run", help="Check every task and stop.")] = False,
     accept_versions: AcceptVersions = False,
     yes: Yes = False,
 ) -> None:
@@ -125,7 +125,7 @@ def show_batch(run: Any, watch: bool) -> None:
 def cancel(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The batch's run_dir.")],
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="The tasks' names.")],
-    undo: Annotated[bool, typer.Option("--undo", help="Have the next emloc-ray batch run them.")] = False,
+    undo: Annotated[bool, flag("--undo", help="Have the next emloc-ray batch run them.")] = False,
 ) -> None:
     """End tasks of a batch; the others continue."""
     from emloc_ray.io.runs.directory import RunDirectory

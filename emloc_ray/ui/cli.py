@@ -20,7 +20,7 @@ from emloc_ray.ui.batch_verbs import KEYS, asking, batch, cache_app, cancel, sho
 from emloc_ray.ui.config_verbs import ConfigPath, init, prepare_config, preview, schema, validate
 from emloc_ray.ui.result_verbs import RunPath, chat, fetch, gguf, place_of, push, report
 from emloc_ray.ui.run_status import show_status
-from emloc_ray.ui.shell import AcceptVersions, Overrides, Verbs, Yes, agrees, console, guarded
+from emloc_ray.ui.shell import AcceptVersions, Overrides, Verbs, Yes, agrees, console, flag, guarded
 
 app = typer.Typer(
     cls=Verbs,
@@ -42,9 +42,7 @@ _LAST = Verb(VERBS[-1])
 def _options(
     shows_version: Annotated[
         bool,
-        typer.Option(
-            "--version", help="Print the version and exit.", is_eager=True, callback=lambda asked: _version(asked)
-        ),
+        flag("--version", help="Print the version and exit.", is_eager=True, callback=lambda asked: _version(asked)),
     ] = False,
 ) -> None:
     pass
@@ -56,8 +54,8 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in run_dir, then start.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")]
+Fresh = Annotated[bool, flag("--fresh", help="Delete what an earlier run left in run_dir, then start.")]
+Quiet = Annotated[bool, flag("--quiet", "-q", help="Print errors alone.")]
 
 
 def _run(
@@ -181,7 +179,7 @@ def run(
 @guarded
 def status(
     run_dir: RunPath,
-    watch: Annotated[bool, typer.Option("--watch", help="Refresh every second until the run is over.")] = False,
+    watch: Annotated[bool, flag("--watch", help="Refresh every second until the run is over.")] = False,
 ) -> None:
     """Show a run's finished stages, state and results so far; for a batch, its tasks."""
     from emloc_ray.io.runs.directory import RunDirectory

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from emloc_ray.ui.batch_verbs import asking, state_now
-from emloc_ray.ui.shell import console, guarded
+from emloc_ray.ui.shell import console, flag, guarded
 
 
 def place_of(run_dir: str) -> str:
@@ -70,7 +70,7 @@ class Part(str, Enum):
     merged = "merged"
 
 
-Trusting = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that came with the run's model.")]
+Trusting = Annotated[bool, flag("--trust-remote-code", help="Run code that came with the run's model.")]
 Chosen = Annotated[Part, typer.Option("--part", help="The adapter for the original, or the merged model.")]
 
 
@@ -79,7 +79,7 @@ def push(
     run_dir: RunPath,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The repository on the hub: OWNER/NAME.")],
     part: Chosen = Part.adapter,
-    private: Annotated[bool, typer.Option("--private", help="Where it is made: for you alone.")] = False,
+    private: Annotated[bool, flag("--private", help="Where it is made: for you alone.")] = False,
 ) -> None:
     """Upload a run's adapter or merged model, with its card, to the Hugging Face hub."""
     from emloc_ray.io.runs.directory import RunDirectory
@@ -111,7 +111,7 @@ def gguf(
 @guarded
 def chat(
     run_dir: RunPath,
-    plain: Annotated[bool, typer.Option("--plain", help="Prompts as they are, without the chat template.")] = False,
+    plain: Annotated[bool, flag("--plain", help="Prompts as they are, without the chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")] = 256,
     trust_remote_code: Trusting = False,
 ) -> None:

@@ -15,9 +15,16 @@ from typer.core import TyperGroup
 from emloc_ray.errors import ConfigError, EmlocError
 
 Arguments = ParamSpec("Arguments")
+
+
+def flag(*names: str, help: str, **options: Any) -> Any:
+    """An option without a value, beside which ``--help`` names no type."""
+    return typer.Option(*names, help=help, metavar="", **options)
+
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Config keys to override.")]
-AcceptVersions = Annotated[bool, typer.Option("--accept-versions", help="Keep what other versions finished.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Redo and remove what a changed config says, without asking.")]
+AcceptVersions = Annotated[bool, flag("--accept-versions", help="Keep what other versions finished.")]
+Yes = Annotated[bool, flag("--yes", "-y", help="Redo and remove what a changed config says, without asking.")]
 
 
 class _Console(Console):

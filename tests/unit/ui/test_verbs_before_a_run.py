@@ -116,3 +116,10 @@ def test_no_key_of_a_peer_leads_to_one_that_is_refused() -> None:
         assert unknown_key(ours) is None, name
     with pytest.raises(ConfigError, match=r"write finetune\.optim"):
         parse_config({"run_dir": "r", "model": "m", "data": {"train": "x"}, "optimizer": "adamw"})
+
+
+@pytest.mark.parametrize("verb", ["run", "batch", "status", "push", "chat"])
+def test_help_names_no_type_beside_a_switch(place: Place, verb: str) -> None:
+    lines = [line for line in place(verb, "--help").stdout.splitlines() if "--help" not in line]
+    assert any("--" in line for line in lines)
+    assert not [line for line in lines if "bool" in line.lower()]
