@@ -124,12 +124,17 @@ class _Chat:
         """What generation of an assistant's turn starts from, the text through this turn, and its marked spans. Where a
         template opens the thinking of the turn to be generated, which the turn itself does not have, the prompt is what both
         begin with."""
+        if turn == 0:
+            raise DataError(
+                f"{self.where}: its first message is the assistant's, which answers nothing: put a user's before it, or remove"
+                " it."
+            )
         prompt = self._text(self.messages[:turn], add_generation_prompt=True)
         through = self._text(self.messages[: turn + 1])
         if not through.startswith(prompt):
             same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, through, strict=False))
             shared = prompt[: len(list(same))]
-            if not self.is_marked and len(shared) <= len(self._text(self.messages[:turn]) if turn else ""):
+            if not self.is_marked and len(shared) <= len(self._text(self.messages[:turn])):
                 raise DataError(
                     f"{self.where}: the chat template writes an answer in another place than it asks for one, so that"
                     " completion tokens cannot be found: mark them with {% generation %} in the template."

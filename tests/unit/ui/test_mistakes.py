@@ -200,6 +200,10 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         given("a.jsonl", lines_of([{"messages": [TURNS[0], {"role": "bot", "content": "b"}]}] * 20)),
         ["row 1: no message has role assistant (they have user, bot)", "roles are system, developer, user, assistant,"],
     ),
+    "24 nothing is asked": (
+        given("a.jsonl", lines_of([{"messages": TURNS[1:]}] * 20)),
+        ["row 1: its first message is the assistant's, which answers nothing: put a user's before it, or remove it."],
+    ),
     "24 an empty answer": (
         given("a.jsonl", lines_of([{"messages": [*TURNS, TURNS[0], {"role": "assistant", "content": " "}]}] * 20)),
         ["row 1: an assistant's message is empty: fill it, give it weight: 0, or remove the row."],
