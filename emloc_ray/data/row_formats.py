@@ -107,6 +107,12 @@ def unknown_format(row: Row, columns: Mapping[str, str], where: str) -> DataErro
             f"{where}: preference data: {named} trained on with data.columns: {_written(columns)}; preference losses are not"
             " here yet."
         )
+    if not any(isinstance(value, str) for value in row.values()):
+        for name, value in row.items():
+            if _is_chat(value) and not {"role", "from", "content", "value"} & value[0].keys():
+                return DataError(
+                    f"{where}: its column {name!r} holds rows: write these alone, an object a line or one array."
+                )
     return DataError(
         f"{where}: its columns ({have}) are of no known format: map them with data.columns, such as {_written(_likely(row))}."
     )

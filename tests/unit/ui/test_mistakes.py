@@ -187,6 +187,10 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
             "map them with data.columns, such as {prompt: question, completion: answer}",
         ],
     ),
+    "23 rows below a key": (
+        given("a.json", json.dumps({"version": 1, "data": ROWS})),
+        ["a.json, row 1: its column 'data' holds rows: write these alone, an object a line or one array."],
+    ),
     "23 mapped wrong": (set_key("data.columns", {"question": "prompt"}), ["data.columns", "write OURS: YOURS"]),
     "24 template": (
         given("a.jsonl", lines_of([{"messages": [*TURNS, {"role": "assistant", "content": {}}]}] * 20)),
