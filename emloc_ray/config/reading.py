@@ -266,7 +266,9 @@ def _sentence(detail: Any, model: type[Section]) -> str:
         return f"{no_such_key(key, location[-1], section.model_fields if section else ())}."
     if detail["type"] == "missing":
         return f"{key} is missing: set it."
-    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "invalid_key":
+        return f"{key} is no text, as keys are: write the name of a key."
+    message = detail["msg"].removeprefix("Value error, ").replace(" after validation, not 0", "")
     if detail["type"] == "value_error":
         return f"{key}: {message}." if key and key not in message else f"{message}."
     given = without_secrets(detail["input"], tuple(location))

@@ -151,7 +151,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("section", ["model", "finetune", "ray"])
 def test_a_key_that_is_no_string(section: str) -> None:
-    assert f"{section}.1 is 1: keys should be strings." in error_of(**{section: {1: 1}})
+    assert f"{section}.1 is no text, as keys are: write the name of a key." in error_of(**{section: {1: 1}})
 
 
 @pytest.mark.parametrize(
