@@ -128,4 +128,4 @@ def hide_secrets(text: str) -> str:
     text = _SECRET_USER.sub(f"{HIDDEN}@", _BEARER.sub(rf"\1 {HIDDEN}", _TOKEN.sub(HIDDEN, text)))
     if "://" not in text:
         return text
-    return _OPTION.sub(lambda found: f"{found[1]}={HIDDEN}" if is_secret_name(found[1]) else found[0], text)
+    return _OPTION.sub(lambda option: f"{option[1]}={HIDDEN}" if is_secret_name(option[1]) else option[0], text)

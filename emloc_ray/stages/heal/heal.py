@@ -73,7 +73,7 @@ def in_parts(parts: Mapping[str, int], progress: Progress, detail: Tell) -> tupl
     these units are done; and one for what else there is to say of the part that runs."""
     said: list[str] = []
 
-    def told(before: int, units: str) -> Progress:
+    def report_of(before: int, units: str) -> Progress:
         def tell(done: int, total: int) -> None:
             detail(", ".join([f"{done:,} of {total:,} {units}", *said]))
             progress(before + done * parts[units] // max(total, 1), sum(parts.values()))
@@ -82,7 +82,7 @@ def in_parts(parts: Mapping[str, int], progress: Progress, detail: Tell) -> tupl
         return tell
 
     starts = itertools.accumulate(parts.values(), initial=0)
-    return [told(before, units) for before, units in zip(starts, parts, strict=False)], said.append
+    return [report_of(before, units) for before, units in zip(starts, parts, strict=False)], said.append
 
 
 def _outcome(job: HealingJob) -> dict[str, Any] | None:
