@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from emloc_ray.io.formats.yaml_text import read_yaml
-
 HIDDEN = "(hidden)"
 _ENVIRONMENT = "env_vars"
 # Sections whose keys name hardware, or layers: their numbers are no secrets.
@@ -110,6 +108,8 @@ def without_secrets(value: Any, path: tuple[str, ...] = ()) -> Any:
 
 def without_secret(word: str) -> str:
     """A word of a command line; of ``key.path=value``, the value as :func:`without_secrets` shows it."""
+    from emloc_ray.io.formats.yaml_text import read_yaml  # the GPU's benchmark does without ruamel.yaml
+
     key, equals, text = word.partition("=")
     if not equals:
         return hide_secrets(word)
