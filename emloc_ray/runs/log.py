@@ -128,10 +128,10 @@ class RunLog(Reporter):
         line = json.dumps({"time": when, **fields, "message": message}, ensure_ascii=False)
         # A disk or a store that fails ends the run at its next own write.
         with contextlib.suppress(EmlocError, OSError):
+            self.run.check_held()
             with self.run.path(LOG).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
             if event != "layer":  # the stage's end follows, and publishes them
-                self.run.check_held()
                 publish(self.run.path(LOG))
         _LOGGER.log(level, "%s", message, extra={"fields": fields})
 

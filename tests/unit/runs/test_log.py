@@ -114,6 +114,16 @@ def test_a_failure_is_told_with_its_stage_and_layer(run: RunDirectory) -> None:
     assert failed["message"] == f"{LAYER}: the Gram holds NaN: fix the data."
 
 
+def test_who_lost_the_run_adds_no_line(run: RunDirectory) -> None:
+    run.lock()
+    with RunLog(run) as log:
+        log.note("mine")
+        (run.root / ".lock").write_text("process 2 on here\nanother\n")
+        log.note("late")
+    assert [event["message"] for event in read_events(run) if event["event"] == "note"] == ["mine"]
+    run.unlock()
+
+
 def test_no_secret_is_told(run: RunDirectory) -> None:
     class Heard(Reporter):
         def note(self, text: str) -> None:
