@@ -17,18 +17,23 @@ from emloc_ray.io.store.node_cache import origin
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.io.store.objects import ObjectFile, Stored
 
+_WHOLE = "whole-"  # and a lease's number: the name of what says that its folder has all that the holder before had
+
 
 def arrow_files(path: Path) -> tuple[PyFileSystem, str] | None:
     """The file system and the path in it of a folder that mirrors a store; None in a file system. What the holder before had
-    there is copied first, by the store itself, where this one has nothing yet."""
+    there is copied first, by the store itself, where this one has nothing yet; of a holder that was killed while it copied,
+    what the one before that had."""
     here = origin(path)
     if here is None:
         return None
     store, name = here.store, str(here.store.lease or 0)
-    begun = [number for number in store.names(here.path) if number.isdigit()]
-    earlier = max((number for number in begun if int(number) < int(name)), key=int, default=None)
-    if earlier is not None and name not in begun:
-        _copy(store, f"{here.path}/{earlier}", f"{here.path}/{name}")
+    whole = {mark.removeprefix(_WHOLE) for mark in store.names(here.path) if mark.startswith(_WHOLE)}
+    if name not in whole:
+        earlier = max((number for number in whole if int(number) < int(name)), key=int, default=None)
+        if earlier is not None:
+            _copy(store, f"{here.path}/{earlier}", f"{here.path}/{name}")
+        store.write(f"{here.path}/{_WHOLE}{name}", b"")
     return PyFileSystem(StoreFiles(store.uri, store.lease)), f"{here.path}/{name}"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import ray.train
+from pyarrow.fs import FileSelector
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from emloc_ray.errors import EmlocError, NumericsError, StageError, Stopped, TakenOver
@@ -121,7 +122,7 @@ def run_alone(job: FinetuneJob, resources: Resources, tell: Tell, check: Callabl
 
 def run_group(job: FinetuneJob, resources: Resources, tell: Tell, check: Callable[[], None]) -> dict[str, Any]:
     """Trains in a Ray Train group; where its leading process is lost, in another."""
-    losses = Losses(job.stage, tell, reached=lambda: _checkpoints(job))
+    losses = Losses(job.stage, tell, reached=lambda: group_checkpoints(job))
     begun_at = time.time()
     with _interruptible():
         while (outcome := _fit(job, resources, losses)) is None:
@@ -158,11 +159,11 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
             callbacks=[FailureLog(job), StopBeforeStart(job), GroupRelease()],  # type: ignore[list-item]
         ),
     )
-    before = _checkpoints(job)
+    before = group_checkpoints(job)
     try:
         return dict(trainer.fit().return_value)
     except ray.train.WorkerGroupError as error:  # what workers raise, or are lost more often than max_failures
-        came_on = job.max_failures > 0 and _checkpoints(job) != before
+        came_on = job.max_failures > 0 and group_checkpoints(job) != before
         if not came_on or not is_lost(error):
             if word := _last_word(job):
                 raise StageError(f"{job.stage}: a worker was lost because {word}: {SILENT}.") from error
@@ -182,6 +183,16 @@ def _checkpoints(job: FinetuneJob) -> set[str]:
     """What there is now to go on from."""
     place = job.place
     return {file.relative_to(place).parts[0] for file in sizes(place)}
+
+
+def group_checkpoints(job: FinetuneJob) -> set[str]:
+    """What there is now for a group to go on from, whose files Ray Train puts into a store under their own names."""
+    stored = arrow_files(job.storage_dir)
+    if stored is None:
+        return _checkpoints(job)
+    files, place = stored
+    inside = files.get_file_info(FileSelector(f"{place}/{job.name}", allow_not_found=True))
+    return {info.base_name for info in inside}
 
 
 def _last_word(job: FinetuneJob) -> str:

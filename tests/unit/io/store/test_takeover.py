@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from emloc_ray.io.store.arrow_files import arrow_files
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.node_cache import discard, ensure, hashes, open_artifact, sizes
 from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.stages.finetune.finetune import group_checkpoints
+from emloc_ray.stages.finetune.job import FinetuneJob
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -226,3 +229,31 @@ def test_a_training_group_writes_below_its_lease_and_goes_on_from_the_last(
         stream.write(b"late")
     following.delete_dir(f"{there}/t/checkpoint")
     assert [info.base_name for info in following.get_file_info(pf.FileSelector(f"{there}/t"))] == ["newest.json"]
+
+
+def test_a_training_group_goes_on_from_whole_copies_alone(
+    begin: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver may be killed while it copies what the one before had."""
+
+    def put(run: RunDirectory, *names: str) -> None:
+        found = arrow_files(run.path("training"))
+        assert found is not None
+        for name in names:
+            with found[0].open_output_stream(f"{found[1]}/t/{name}/state") as stream:
+                stream.write(b"x")
+
+    job = FinetuneJob(Path("e"), Path("t"), Path("o"), Path("s"), "t", {}, None, "base", 4, 1)
+    put(begin(), "checkpoint-1", "checkpoint-2")
+    killed = begin()
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "write", lambda *_: pytest.fail("after a copy that was cut short"))
+        with pytest.raises(pytest.fail.Exception):
+            arrow_files(killed.path("training"))
+    assert killed.store is not None
+    killed.store.delete(killed.store.below(f"training/{killed.store.lease}/t/checkpoint-2"))
+    following = begin()
+    training = dataclasses.replace(job, storage_dir=following.path("training"))
+    assert group_checkpoints(training) == {"checkpoint-1", "checkpoint-2"}
+    put(following, "checkpoint-3")
+    assert group_checkpoints(training) == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
