@@ -16,7 +16,7 @@ from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import trained_tokens
 from emloc_ray.stages.stage import Stage
-from emloc_ray.text import describe_choice
+from emloc_ray.text import counted, describe_choice
 
 if TYPE_CHECKING:
     from emloc_ray.stages.correct.job import CorrectionJob
@@ -133,7 +133,7 @@ def _summary(result: Result) -> str:
         is_likely = considered["certainty"] >= 0.5
         sure = f"; with at least {100 * considered['certainty']:.0f} % certainty {named} is better than none"
         sure = sure if is_likely else f"; the rows do not tell whether {named} is better than none"
-    return f"{chosen}, best of {len(result['candidates'])} on {result['selection_rows']} rows{sure}"
+    return f"{chosen}, best of {len(result['candidates'])} on {counted(result['selection_rows'], 'row')}{sure}"
 
 
 def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
