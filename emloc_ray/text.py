@@ -31,11 +31,6 @@ def _in_unit(num_bytes: float) -> tuple[float, int, str]:
     return num_bytes, 0, "B"
 
 
-def is_at_commit(kernel: str) -> bool:
-    """Whether a kernel of the hub, ``OWNER/REPO@REVISION:NAME``, is named at a commit, which nobody can change."""
-    return re.search("@[0-9a-f]{40}(:|$)", kernel) is not None
-
-
 def described_bits(quantization: str) -> str:
     """``4 bits (NF4)``, ``2 bits``; nothing where weights are stored as floats."""
     if quantization == "none":

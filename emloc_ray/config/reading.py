@@ -21,7 +21,7 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import read_yaml
 from emloc_ray.io.runs.secret_values import without_secret, without_secrets
 from emloc_ray.io.store.places import looked_in
-from emloc_ray.text import listed
+from emloc_ray.text import counted, listed
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}|(?:(?<=/)|^)\$([A-Za-z_]\w*)")  # a file's name may have a $ in it
 # The keys that hold paths, of a config and of a batch.
@@ -268,7 +268,9 @@ def _sentence(detail: Any, model: type[Section]) -> str:
         return f"{key} is missing: set it."
     if detail["type"] == "invalid_key":
         return f"{key} is no text, as keys are: write the name of a key."
-    message = detail["msg"].removeprefix("Value error, ").replace(" after validation, not 0", "")
+    if detail["type"] == "too_short":
+        return f"{key} is empty: give at least {counted(detail['ctx']['min_length'], 'item')}."
+    message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{key}: {message}." if key and key not in message else f"{message}."
     given = without_secrets(detail["input"], tuple(location))

@@ -21,7 +21,7 @@ from emloc_ray.config.base import Budget, Patterns, Section, Size, StageConfig
 from emloc_ray.config.emulator import EmulatorConfig
 from emloc_ray.config.finetune import FinetuneConfig
 from emloc_ray.config.steps import VARIANTS, Variant
-from emloc_ray.text import is_at_commit
+from emloc_ray.modeling.checkpoint_config import is_at_commit
 
 
 class ModelConfig(Section):

@@ -39,8 +39,8 @@ def is_trained(turn: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def cpu_limit(error: DataError, seconds: float = ROW_S) -> Iterator[None]:
-    """Raises ``error`` in a block that computes for longer, as a template that loops for ever: in a process's main thread, where
-    Python hears of it, and not within one operation of C's."""
+    """Raises ``error`` where the block takes more than ``seconds`` of CPU, as a template that loops for ever does. Python hears
+    of that in its main thread alone, and between two operations: elsewhere nothing is bounded."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -77,16 +77,16 @@ def _check_messages(messages: Any, where: str) -> None:
     if not answers:
         have = ", ".join(dict.fromkeys(turn["role"] for turn in messages))
         raise DataError(
-            f"{where}: no message has role assistant (they have {have}): there is nothing to learn from it; roles are"
+            f"{where}: no message has role assistant, but {have}: there is nothing to learn from it; roles are"
             f" {', '.join(_ROLES)}."
         )
-    if any(is_trained(turn) and not _says(turn) for turn in answers):
+    if any(is_trained(turn) and not _has_content(turn) for turn in answers):
         raise DataError(f"{where}: an assistant's message is empty: fill it, give it weight: 0, or remove the row.")
     if not any(is_trained(turn) for turn in answers):
         raise DataError(f"{where}: every assistant message has weight 0: there is nothing to learn from it.")
 
 
-def _says(turn: dict[str, Any]) -> bool:
+def _has_content(turn: dict[str, Any]) -> bool:
     """Whether a turn has anything beside its role: a text, another part, a call, a thought."""
     parts = turn["content"] if isinstance(turn["content"], list) else [turn["content"]]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]

@@ -8,12 +8,16 @@ from typing import Any
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.secret_values import leaves
-from emloc_ray.text import is_at_commit
 
 _KERNELS = {"attn_implementation", "_attn_implementation"}
 _ADAPTER = "adapter_config.json"
 _REPEATED = re.compile(r"(layers?|experts)$")  # keys that say how often a module is made
 _MOST = 4096
+
+
+def is_at_commit(kernel: str) -> bool:
+    """Whether a kernel of the hub, ``OWNER/REPO@REVISION:NAME``, is named at a commit, which nobody can change."""
+    return re.search("@[0-9a-f]{40}(:|$)", kernel) is not None
 
 
 def config_leaves(directory: Path, source: str) -> Iterator[tuple[Path, tuple[str, ...], Any]]:
@@ -43,8 +47,7 @@ def check_config(directory: Path, trust_remote_code: bool = False) -> None:
             )
         if path and _REPEATED.search(path[-1]) and type(value) is int and value > _MOST:
             raise ConfigError(
-                f"{file} asks for {value:,} of {path[-1]}, which would be made one after another; there are models of up to"
-                f" {_MOST:,}: correct it."
+                f"{file} has {path[-1]} {value:,}, and at most {_MOST:,} are made, one after another: correct it."
             )
         if _KERNELS.isdisjoint(path) or "/" not in str(value) or (trust_remote_code and is_at_commit(str(value))):
             continue

@@ -67,7 +67,7 @@ def run(
     try:
         prepared.run.lock(reporter.note, under=batch)
         if not fresh:
-            check_versions(prepared, redone_from(begin), until, accept_versions, in_batch=turns is not None)
+            check_versions(prepared, forced, until, accept_versions, in_batch=turns is not None)
         if not fresh and not config.ray.joins:
             _check_changes(prepared, begin, until, accept_changes)
         if turns is None and not fresh and not config.ray.joins and is_finished(prepared, forced, until):

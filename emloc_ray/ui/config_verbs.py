@@ -71,11 +71,8 @@ def validation_lines(prepared: Prepared, name: str) -> Iterator[str]:
     plan = make_plan(STEPS, prepared)
     yield f"{name} is valid: {_linears(prepared)}; {_training(prepared, plan)}."
     for first in rows:
-        yield (
-            _of_rows(first)
-            + (_held_out(prepared) if first.split == "train" and first.num_rows is not None else "")
-            + "."
-        )
+        kept = _held_out(prepared) if first.split == "train" and first.num_rows is not None else ""
+        yield f"{_of_rows(first)}{kept}."
     yield from _unchecked(prepared, splits)
     yield from of_settings(prepared, plan.worker_bytes)
     cpus = 0 if prepared.config.ray.joins else os.cpu_count() or 1  # of a Ray that is joined none are known yet
@@ -140,7 +137,7 @@ def _held_out(prepared: Prepared) -> str:
     if not (counts := rows_held_out(prepared)):
         return ""
     others = ", ".join(f"{count:,} for {split}" for split, count in counts.items())
-    return f"; {num_train_rows(prepared):,} are trained on, and held out are {others}"
+    return f"; training reads {num_train_rows(prepared):,} and holds out {others}"
 
 
 @guarded

@@ -174,5 +174,5 @@ def _check_files(folder: Path, part: Part) -> None:
     link = next((file for file in (folder, *sorted(folder.rglob("*"))) if file.is_symlink()), None)
     if link is not None:
         raise ConfigError(
-            f"{link} is a link, to any file of this machine: put a copy of what it is to be in its place."
+            f"{link} is a link, which may lead to any file of this machine: put a copy of that file in its place."
         )

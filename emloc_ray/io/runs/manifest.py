@@ -20,14 +20,14 @@ def parse_manifest(content: bytes, path: Path) -> dict[str, Any]:
         manifest: Any = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not JSON: restore it, or remove {path.parent}.") from error
-    if not _is_one(manifest):
+    if not _is_manifest(manifest):
         raise ArtifactError(f"{path} is no manifest of a run: name a new or empty directory.")
     if manifest.get("format") != FORMAT:
         raise ArtifactError(
             f"{path} has format {manifest.get('format')!r}, and this version reads {FORMAT}: use the version of"
             " emloc_ray that wrote it, or name a new directory."
         )
-    # What is redone is removed, whoever wrote the manifest.
+    # A stage that is redone removes the files that are named here, and the manifest may be anybody's.
     named = (name for entry in manifest["stages"].values() for name in entry.get("outputs", ()))
     outside = next(filter(leads_out, named), None)
     if outside is not None:
@@ -35,7 +35,7 @@ def parse_manifest(content: bytes, path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _is_one(manifest: Any) -> TypeGuard[dict[str, Any]]:
+def _is_manifest(manifest: Any) -> TypeGuard[dict[str, Any]]:
     if not _holds(manifest, _PARTS) or "stages" not in manifest:
         return False
     is_run = manifest.get("kind", "run") == "run"

@@ -17,7 +17,7 @@ from emloc_ray.io.store.node_cache import origin
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.io.store.objects import ObjectFile, Stored
 
-_WHOLE = "whole-"  # and a lease's number: the name of what says that its folder has all that the holder before had
+_WHOLE = "whole-"  # whole-3 is there once folder 3 has all that the holder before had
 
 
 def arrow_files(path: Path) -> tuple[PyFileSystem, str] | None:

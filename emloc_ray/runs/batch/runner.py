@@ -126,7 +126,7 @@ class BatchRun:
             else:
                 self.board.change(name, status="waiting", active=False)
         except (Exception, SystemExit) as error:  # noqa: BLE001  a task's exit is not the batch's
-            self.board.end(name, "failed", _one_line(error))
+            self.board.end(name, "failed", _reason(error))
         finally:
             self.work.forget(task)
             del self._running[name]
@@ -165,7 +165,7 @@ class BatchRun:
             self._failing.discard(action)
         except (OSError, EmlocError) as error:
             if action not in self._failing:
-                self.tell(f"{self.directory.place}: {one_line(_one_line(error), 2000)}: trying again.")
+                self.tell(f"{self.directory.place}: {one_line(_reason(error), 2000)}: trying again.")
             self._failing.add(action)
 
     def _end(self) -> None:
@@ -180,6 +180,6 @@ def concurrency(max_concurrent: int | None, capacity: Amount) -> int:
     return min(max_concurrent or max(_MIN_CONCURRENT, 2 * int(max(capacity.cpus, capacity.gpus))), MAX_CONCURRENT)
 
 
-def _one_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     text = hide_secrets(" ".join(str(error).split("\n")))
     return text if isinstance(error, EmlocError) else f"{type(error).__name__}: {text}"

@@ -130,9 +130,10 @@ def _summary(result: Result) -> str:
     sure, considered = "", result.get("considered", {})
     if considered.get("certainty") is not None:
         named = "it" if considered["method"] == result["method"] else describe_choice(considered)
-        is_likely = considered["certainty"] >= 0.5
-        sure = f"; with at least {100 * considered['certainty']:.0f} % certainty {named} is better than none"
-        sure = sure if is_likely else f"; the rows do not tell whether {named} is better than none"
+        if considered["certainty"] >= 0.5:
+            sure = f"; with at least {100 * considered['certainty']:.0f} % certainty {named} is better than none"
+        else:
+            sure = f"; the rows do not tell whether {named} is better than none"
     return f"{chosen}, best of {len(result['candidates'])} on {counted(result['selection_rows'], 'row')}{sure}"
 
 

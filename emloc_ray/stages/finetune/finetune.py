@@ -287,8 +287,8 @@ class Watcher:
         begun, late = exists(self.job.begun_path), time.monotonic() > latest
         if late and not begun:
             self.tell(
-                f"{self.job.stage}: no worker has begun to train yet: it waits for what Ray has to grant, for the emulator's"
-                " files or for a node that does not answer; `ray status` shows the first."
+                f"{self.job.stage}: no worker has begun to train yet: it may wait for CPUs, GPUs or memory (`ray status` shows"
+                " them), for the emulator's files, or for a node that does not answer."
             )
         if late or begun:
             self.begins_by = None

@@ -108,9 +108,9 @@ class LoneSession:
 
 
 def own_folder(storage_dir: Path) -> str:
-    """The name of a new try's own folder in ``storage_dir``: the next number. What was trained so far is in it, for it is the
-    last try's folder, renamed: a process that held the run before finds that gone, and nobody reads what it makes in its place.
-    Raises TakenOver where another process holds the run. On an object store, "": its keys name the lease."""
+    """Gives a new try a folder of its own in ``storage_dir``, named by the next number, and returns the name. It is the last
+    try's folder, renamed, and so has what was trained so far. A late write of the last try makes that folder anew, where nobody
+    reads. Raises TakenOver where another process holds the run. Returns "" on an object store, whose keys name the lease."""
     while not is_stored(storage_dir):
         check_lock(storage_dir)
         last = max((int(entry.name) for entry in storage_dir.iterdir() if entry.name.isdigit()), default=0)

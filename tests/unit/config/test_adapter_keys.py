@@ -84,7 +84,7 @@ def test_a_prompt_s_beginning_is_peft_s_own() -> None:
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
-        ([], "adapter.target_modules is []: list should have at least 1 item."),
+        ([], "adapter.target_modules is empty: give at least 1 item."),
         (3, "adapter.target_modules is 3: input should be a valid string or a valid list."),
         ([3], "adapter.target_modules.0 is 3: input should be a valid string."),
     ],

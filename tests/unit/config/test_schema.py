@@ -249,7 +249,7 @@ def test_every_unknown_training_argument_is_told() -> None:
 
 
 def test_no_files_are_an_error_of_their_own_key() -> None:
-    assert "data.train.path is []: list should have at least 1 item" in error_of(data={"train": {"path": []}})
+    assert "data.train.path is empty: give at least 1 item" in error_of(data={"train": {"path": []}})
 
 
 NO_SIZES = ["1,5GiB", "24GiB 16GiB", "24GiB/2", "GiB", "-1GiB", "24Gi", "24 gigabytes", "8Gbit", True, []]

@@ -298,7 +298,7 @@ def test_a_model_is_not_loaded_by_names_that_lead_elsewhere(
         ("attn_implementation", "kernels-community/flash-attn2", "would run with your rights: take that out"),
         ("_attn_implementation", {"": "paged|some/one@main:f"}, "would run with your rights: take that out"),
         ("text_config", {"attn_implementation": f"a/b@{COMMIT}"}, "would run with your rights: take that out"),
-        ("num_hidden_layers", 10**7, "asks for 10,000,000 of num_hidden_layers, which would be made one after another"),
+        ("num_hidden_layers", 10**7, "has num_hidden_layers 10,000,000, and at most 4,096 are made"),
         ("transformers_weights", "other.safetensors.index.json", "names its weights itself"),
         (None, None, r"holds adapter_config\.json, and transformers would open the model with that adapter"),
     ],

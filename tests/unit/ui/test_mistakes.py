@@ -202,7 +202,7 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
     ),
     "24 other roles": (
         given("a.jsonl", lines_of([{"messages": [TURNS[0], {"role": "bot", "content": "b"}]}] * 20)),
-        ["row 1: no message has role assistant (they have user, bot)", "roles are system, developer, user, assistant,"],
+        ["row 1: no message has role assistant, but user, bot", "roles are system, developer, user, assistant,"],
     ),
     "24 nothing is asked": (
         given("a.jsonl", lines_of([{"messages": TURNS[1:]}] * 20)),

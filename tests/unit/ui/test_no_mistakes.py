@@ -66,7 +66,7 @@ GOES_ON: dict[str, tuple[Callable[[Place], None], list[str]]] = {
             data={"train": {"path": "rows.jsonl", "num_samples": 4}, "max_seq_length": 64},
             finetune={"num_train_epochs": 2, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1},
         ),
-        ["; 4 steps on the emulator; training reads 1 row", "; 2 are trained on, and held out are 1 for eval, 1 for"],
+        ["; 4 steps on the emulator; training reads 1 row", "; training reads 2 and holds out 1 for eval, 1 for"],
     ),
     "27 shares": (
         lambda place: (

@@ -250,7 +250,7 @@ def test_values_that_read_alike_have_names_of_their_own() -> None:
         ({"finetune.max_stps": [5]}, "grid.finetune.max_stps is not a key: the nearest is max_steps."),
         ({"sead": [5]}, "grid.sead is not a key: the nearest is seed."),
         ({"seed": 3}, "grid.seed is 3: input should be a valid list."),
-        ({"seed": []}, "grid.seed is []: list should have at least 1 item."),
+        ({"seed": []}, "grid.seed is empty: give at least 1 item."),
         ({"adapter": {"r": [1]}}, "grid.adapter is {'r': [1]}: input should be a valid list."),
         ({"seed": [1, 2, 1]}, "grid.seed holds 1 twice: each once makes the same tasks."),
         ({"name": ["a"]}, "grid.name: the grid makes names itself: take it out."),
