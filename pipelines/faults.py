@@ -2,7 +2,7 @@
 
     python pipelines/faults.py --out runs/faults                                  # all of it: more than an hour
     python pipelines/faults.py --out runs/faults --stages merge --kinds node --moments 1
-    python pipelines/faults.py --out runs/faults --chaos 30
+    python pipelines/faults.py --out runs/faults --chaos 30 --store 0.03
     python pipelines/faults.py --out runs/faults --config configs/low_rank.yaml \\
         emulator.allocation=uniform emulator.objective=activations model.hold=block_by_block
 
@@ -18,7 +18,8 @@ by one. Kinds of faults:
     head                            SIGKILL to Ray's control store; a new cluster, and the driver started again
 
 --chaos SECONDS instead runs all stages asked for at once, with a random one of the first five every so many seconds;
---batch kills the driver of two tasks and starts it again; both may be asked for at once. A partition is this machine's own,
+--batch kills the driver of two tasks and starts it again; --store SHARE runs them on an S3 server of which a share of the
+requests is slow, answered 503, or cut off halfway. All three may be asked for at once. A partition is this machine's own,
 and Ray keeps to it, in
 
     unshare --net sh -c "ip link set lo up; python pipelines/faults.py --kinds partition --stages merge --moments 1"
@@ -31,6 +32,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import sys
 import tempfile
@@ -85,6 +87,11 @@ def chaos(matrix: Matrix, last: str, every_s: float, seed: int) -> Iterator[Cell
     yield matrix.chaos(last, every_s, seed)
 
 
+def faulty_stores(matrix: Matrix, last: str, share: float, seed: int) -> Iterator[Cell]:
+    """One whole run on a store of which a share of the requests fails."""
+    yield matrix.faulty_store(last, share, seed)
+
+
 def write(out: Path, cells: Sequence[Cell]) -> None:
     """Both files, whole, after every cell."""
     (out / "faults.json").write_text(json.dumps([asdict(cell) for cell in cells], indent=2) + "\n")
@@ -103,6 +110,7 @@ def main() -> int:
     parser.add_argument("--moments", type=int, default=3)
     parser.add_argument("--batch", action="store_true", help="kill the driver of two whole runs at each moment")
     parser.add_argument("--chaos", type=float, metavar="SECONDS", help="between two faults of one whole run")
+    parser.add_argument("--store", type=float, metavar="SHARE", help="of the requests to an S3 server that fail")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     out: Path = arguments.out.absolute()
@@ -110,6 +118,8 @@ def main() -> int:
     known = out / "faults.json"
     done = [Cell(**cell) for cell in json.loads(known.read_text())] if known.is_file() else []
     first = len(done)
+    if arguments.store is not None:
+        os.environ.update(AWS_ACCESS_KEY_ID="any", AWS_SECRET_ACCESS_KEY="any")  # the server takes all
     with tempfile.TemporaryDirectory(dir=out) as folder, Nodes() as nodes:
         config = load_config(arguments.config or make_config(Path(folder) / "task"), arguments.overrides)
         matrix = Matrix(nodes, config, Path(folder) / "runs")
@@ -120,6 +130,8 @@ def main() -> int:
             found.append(batches(matrix, arguments.moments, arguments.seed))
         if arguments.chaos is not None:
             found.append(chaos(matrix, stages[-1], arguments.chaos, arguments.seed))
+        if arguments.store is not None:
+            found.append(faulty_stores(matrix, stages[-1], arguments.store, arguments.seed))
         if not found:
             found.append(cells(matrix, stages, arguments.kinds, arguments.moments, arguments.seed))
         for cell in itertools.chain(*found):

@@ -17,11 +17,13 @@ from pathlib import Path
 import psutil
 
 from emloc_ray.config.schema import RayConfig, RunConfig
-from emloc_ray.io.runs.directory import CARD
+from emloc_ray.io.runs.directory import CARD, RunDirectory
+from emloc_ray.io.runs.fetch import fetch
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.order import STEPS
 from faulting.driver import TASKS, Drive, Driver, drive, drive_batch
 from faulting.nodes import Nodes, kill, pause
+from faulting.s3 import faulty_store, s3_server, uri
 
 _BY_FILE = ("data", "factorize", "merge")  # whose pieces of work are files; others tell how far they are
 _RUN = "run"
@@ -93,10 +95,13 @@ class Matrix:
             shutil.copytree(self._snapshot(stage), run)
         return run
 
-    def _driver(self, place: Path, until: str, snapshots: Path | None = None, run: Drive = drive) -> Driver:
+    def _driver(
+        self, place: Path, until: str, snapshots: Path | None = None, run: Drive = drive, run_dir: str | None = None
+    ) -> Driver:
+        """A driver of the run at ``place``, or at ``run_dir`` where that is an object store."""
         place.parent.mkdir(parents=True, exist_ok=True)
         ray = RayConfig(address=self.nodes.cluster.address)
-        config = self.config.model_copy(update={"run_dir": str(place), "ray": ray})
+        config = self.config.model_copy(update={"run_dir": run_dir or str(place), "ray": ray})
         return Driver(config, until, place.parent / "events.jsonl", snapshots, run)
 
     def cell(self, stage: str, kind: str, moment: float, seed: int) -> Cell:
@@ -265,6 +270,22 @@ class Matrix:
         outcome = "lost" if not ended else "changed" if detail else "survived"
         cell = Cell("all", "chaos", 0.0, outcome, f"{len(hit)} times", seconds=round(time.monotonic() - begin, 1))
         return replace(cell, notes=tuple(hit), detail=detail)
+
+    def faulty_store(self, last: str, share: float, seed: int) -> Cell:
+        """A run up to a stage on an S3 server that answers a ``share`` of its requests late, with 503, or cut off halfway; its
+        files are fetched and compared."""
+        begin = time.monotonic()
+        with self._place("store") as run, s3_server() as port, faulty_store(port, share, seed=seed) as faulty:
+            driver = self._driver(run, last, run_dir=uri(faulty.port, "faulty/run"))
+            ended = driver.wait(2 * len(self.stages) * _SECONDS)
+            if ended:
+                fetch(RunDirectory(uri(port, "faulty/run")), run)
+            detail = self._difference(run, last) if ended else _error(driver)
+            faults = faulty.counts()
+        outcome = "lost" if not ended else "changed" if detail else "survived"
+        cell = Cell("all", "store", 0.0, outcome, f"{sum(faults.values())} requests")
+        notes = tuple(f"{kind} {count} times" for kind, count in faults.items())
+        return replace(cell, seconds=round(time.monotonic() - begin, 1), notes=notes, detail=detail)
 
     def _difference(self, run: Path, stage: str) -> str:
         """The first file, of this stage and those before it, that is not as in the undisturbed run; empty where all are."""

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from s3_server import uri
+from faulting.s3 import uri
 from small_runs import make_values, task_rows, write_jsonl
 
 from emloc_ray.config.reading import parse_config

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from faulting.s3 import uri
 from peft import PeftModel
 from run_samples import healing_metrics, metric_keys
-from s3_server import uri
 from safetensors.torch import load_file
 from small_runs import (
     HEALING,

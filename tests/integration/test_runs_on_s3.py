@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import ray
 import torch
+from faulting.s3 import faulty_store, uri
 from peft import PeftModel
-from s3_server import faulty_store, uri
 from safetensors.torch import load_file
 from small_runs import GROUP, FinishedRun, Stopping, run_values
 from test_calibration import assert_same_grams

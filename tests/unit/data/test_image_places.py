@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from s3_server import uri
+from faulting.s3 import uri
 from test_images import HERE, place, png, row
 
 from emloc_ray.data import downloads

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from faulting.s3 import uri
 from PIL import Image
-from s3_server import uri
 from small_runs import write_jsonl
 
 from emloc_ray.data import downloads, image_places, reading

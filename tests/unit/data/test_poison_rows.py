@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from faulting.s3 import uri
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from s3_server import uri
 from small_runs import task_rows, write_jsonl
 
 from emloc_ray.config.reading import parse_config

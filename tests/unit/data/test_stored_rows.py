@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from faulting.s3 import BUCKET, faulty_store, uri
 from hypothesis import given
 from hypothesis import strategies as st
-from s3_server import BUCKET, faulty_store, uri
 from small_runs import write_jsonl
 from test_reading import WRITERS
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from dense_weights import dense_weight
+from faulting.s3 import uri
 from peft import PeftModel
-from s3_server import uri
 from safetensors.torch import load_file
 from tiny import FAMILIES, VOCABULARY
 from transformers import AutoModelForCausalLM

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from s3_server import uri
+from faulting.s3 import uri
 from tiny import VOCABULARY, make_model
 from transformers import (
     AutoModelForCausalLM,

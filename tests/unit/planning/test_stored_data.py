@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3_server import uri
+from faulting.s3 import uri
 from small_runs import make_values, task_rows, write_jsonl
 from typer.testing import CliRunner
 

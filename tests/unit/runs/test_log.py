@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
-from s3_server import uri
+from faulting.s3 import uri
 
 from emloc_ray.errors import DataError, NumericsError
 from emloc_ray.io.runs.directory import RunDirectory

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3_server import uri
+from faulting.s3 import uri
 from tiny import make_config
 
 from emloc_ray.config.reading import parse_config

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faulting.s3 import uri
 from rich.console import Console
-from s3_server import uri
 from typer.testing import CliRunner, Result
 
 from emloc_ray.io.formats.checkpoint import INDEX_NAME

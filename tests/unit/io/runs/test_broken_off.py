@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from faulting.s3 import uri
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from s3_server import uri
 from small_runs import make_values
 
 from emloc_ray.config.reading import parse_config

@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from faulting.s3 import uri
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from s3_server import uri
 
 from emloc_ray.io.runs import cache as artifact_cache
 from emloc_ray.io.runs.cache import ArtifactCache, EntryGone

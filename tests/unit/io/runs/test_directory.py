@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3_server import uri
+from faulting.s3 import uri
 
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs import directory as run_directory

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faulting.s3 import deaf_store, uri
 from obstore.store import S3Store
-from s3_server import deaf_store, uri
 
 from emloc_ray.errors import ArtifactError, ConfigError, StageError, TakenOver
 from emloc_ray.io.runs.directory import RunDirectory

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from s3_server import uri
+from faulting.s3 import uri
 
 from emloc_ray.data.reading import scan
 from emloc_ray.errors import ArtifactError, ConfigError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from faulting.s3 import faulty_store, uri
 from obstore.store import S3Store
-from s3_server import faulty_store, uri
 
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.store import clients, objects

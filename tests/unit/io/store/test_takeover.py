@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.fs as pf
 import pytest
-from s3_server import uri
+from faulting.s3 import uri
 from test_lease import cut_off, quick  # noqa: F401
 
 from emloc_ray.errors import ArtifactError, TakenOver

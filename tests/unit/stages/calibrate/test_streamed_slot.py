@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from s3_server import uri
+from faulting.s3 import uri
 from slot_files import read_slot
 from stage_artifacts import Artifacts
 

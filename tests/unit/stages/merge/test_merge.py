@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from s3_server import uri
+from faulting.s3 import uri
 from stage_artifacts import Artifacts, write_lora
 from transformers import AutoConfig, AutoModelForCausalLM
 
