@@ -7,9 +7,11 @@ whom it names, is compared before every write in the run, by its workers too.
 import contextlib
 import fcntl
 import os
+import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 from emloc_ray.errors import ConfigError, TakenOver
 from emloc_ray.io.store.turns import HELD, own_name
@@ -19,7 +21,7 @@ _TOKEN = uuid.uuid4().hex  # of this process: it may give a run back and take it
 _PATIENCE_S = 1.0  # who asks whether a run is held has its lock for a moment
 _FILE_S = 0.05
 _WORKER = "RAY_RAYLET_PID"  # which Ray gives to workers
-_HOLDER = "EMLOC_RAY_HOLDER"  # and we to those of a Ray that is joined by whoever holds a run: its token
+_LEFT = "emloc_ray"  # where Ray keeps the tokens of a job's processes that hold runs
 _known: dict[Path, tuple[int, str]] = {}
 
 
@@ -80,20 +82,37 @@ class LockFile:
         return True
 
 
-def holder_variables() -> dict[str, str]:
-    """What tells workers of Ray's that this process holds the runs that they write to; nothing where it holds none."""
-    return {_HOLDER: _TOKEN} if _known else {}
+def tell_workers() -> None:
+    """Leaves with Ray, to which this process is connected, its name in the locks that it takes: so its job's workers know it
+    from their first write on, whoever started Ray."""
+    ray = sys.modules["ray"]
+    put = ray.experimental.internal_kv._internal_kv_put  # noqa: SLF001  the driver's side of a Ray Client has no other
+    put(f"{_job(ray)}{_TOKEN}", b"", namespace=_LEFT)
+
+
+def _is_ours(lock: str) -> bool:
+    """Whether a lock names a process of this worker's job that told its workers; True where none did."""
+    ray = sys.modules.get("ray")  # which io does without elsewhere
+    if ray is None or not ray.is_initialized():
+        return True
+    job, names = _job(ray), ray.experimental.internal_kv._internal_kv_list  # noqa: SLF001  see above
+    left = names(job, namespace=_LEFT)
+    return not left or any(name.decode().removeprefix(job) in lock for name in left)
+
+
+def _job(ray: Any) -> str:
+    return f"{ray.get_runtime_context().get_job_id()} "
 
 
 def check_lock(path: Path) -> None:
     """Raises TakenOver where ``path`` lies in a run whose lock is another file, or names another process, than when this
     process took it; in a worker of Ray's, than the one that began it or, where that is not known, than at its first write."""
-    holder = os.environ.get(_HOLDER, "")
     for root in path.parents:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             now = _identity(root / NAME)
-            if _WORKER in os.environ and holder in now[1]:  # others may write reports whoever holds the run
-                _known.setdefault(root, now)
+            # Others than workers may write reports whoever holds the run.
+            if _WORKER in os.environ and root not in _known and _is_ours(now[1]):
+                _known[root] = now
             if _known.get(root, None if _WORKER in os.environ else now) != now:
                 break
             return

@@ -17,7 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from emloc_ray.errors import ConfigError, StageError
-from emloc_ray.io.store.lock_file import holder_variables
+from emloc_ray.io.store.lock_file import tell_workers
 from emloc_ray.stages.ray.nodes import most
 from emloc_ray.stages.ray.tasks import NO_GPU_UNASKED, remote_task
 from emloc_ray.text import one_line
@@ -45,11 +45,12 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
     grows by fragments: a training step of 4 rows of 512 tokens peaked at 0.65 GiB for 1.70, in half as much time again.
     """
     if ray.is_initialized():
+        tell_workers()
         yield False
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     settings = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False, **options}
-    variables = {**NO_GPU_UNASKED, **(LEAN_MEMORY if lean_memory else {}), **holder_variables()}
+    variables = {**NO_GPU_UNASKED, **(LEAN_MEMORY if lean_memory else {})}
     given = dict(settings.get("runtime_env") or {})
     settings["runtime_env"] = {**given, "env_vars": {**variables, **given.get("env_vars", {})}}
     if address is not None:
@@ -61,8 +62,9 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
     except Exception as error:  # Ray raises this type itself, as where a node is slow to start
         detail = one_line(error)
         raise StageError(f"Ray could not be started or reached ({detail}): check the ray section.") from error
-    quiet_ray_data()
     try:
+        tell_workers()
+        quiet_ray_data()
         yield address == "local"
     finally:
         ray.shutdown()

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
 import emloc_ray
 from emloc_ray.errors import ConfigError, TakenOver
@@ -19,9 +21,9 @@ from emloc_ray.io.formats.json_lines import append_object
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.io.store.digests import digest
-from emloc_ray.io.store.lock_file import holder_variables
 from emloc_ray.io.store.node_cache import discard
 from emloc_ray.io.store.transfer import transfer
+from emloc_ray.stages.ray.session import connection
 
 # The package's folders without their __init__, and no torch: importing those would cost seconds.
 HOLD = """
@@ -97,23 +99,19 @@ def test_a_worker_writes_for_whom_it_wrote_first(tmp_path: Path, monkeypatch: py
     assert (json.loads(file.read_text()), list(file.parent.iterdir())) == (2, [file])
 
 
-def test_a_worker_whose_first_write_comes_after_a_takeover_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, file = RunDirectory(tmp_path / "mine"), tmp_path / "mine" / "slots" / "a"
+def test_a_worker_whose_first_write_comes_after_a_takeover_writes_nothing(ray_session: None, tmp_path: Path) -> None:
+    """Also where the caller started Ray, as here."""
+    run, taken = RunDirectory(tmp_path / "mine"), tmp_path / "taken"
     run.lock()
-    for name, value in {"RAY_RAYLET_PID": "1", **holder_variables()}.items():
-        monkeypatch.setenv(name, value)
-    other = tmp_path / "other" / ".lock"  # no run that this process took
-    other.parent.mkdir()
-    other.write_text((tmp_path / "mine" / ".lock").read_text())
-    write_json(tmp_path / "other" / "a", 1)
-    other.parent.rename(tmp_path / "taken")  # which it has not written to yet
-    (tmp_path / "taken" / ".lock").write_text("process 2 on here\nanother\n")
-    with pytest.raises(TakenOver):
-        write_json(tmp_path / "taken" / "a", 2)
-    assert (tmp_path / "taken" / "a").read_text().strip() == "1"
-    write_json(file, 3)
+    taken.mkdir()
+    (taken / ".lock").write_text("process 2 on here\nanother\n")
+    write: Any = ray.remote(write_json)
+    with connection():
+        ray.get(write.remote(run.path("slots", "a"), 1))
+        with pytest.raises(TakenOver, match=r"taken was taken over by another process: leave it to that, or stop"):
+            ray.get(write.remote(taken / "a", 1))
+    assert run.path("slots", "a").read_text().strip() == "1"
+    assert [*taken.iterdir()] == [taken / ".lock"]
     run.unlock()
 
 

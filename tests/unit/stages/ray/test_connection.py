@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ from ray.exceptions import AuthenticationError
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError, StageError
-from emloc_ray.io.store.lock_file import LockFile
 from emloc_ray.stages.ray import nodes, session
 from emloc_ray.stages.ray.session import connection
 
@@ -41,23 +39,11 @@ def test_a_ray_that_somebody_else_started_here_is_not_joined_unasked(
     monkeypatch.setenv("RAY_ADDRESS", variable)
     monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(session.ray, "init", lambda address, **options: asked.append(address))
+    monkeypatch.setattr(session, "tell_workers", lambda: None)
     monkeypatch.setattr(session.ray, "shutdown", lambda: None)
     with connection(given) as started:
         assert started == (address == "local")
     assert asked == [address]
-
-
-def test_workers_are_told_who_holds_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, str]] = []
-    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(session.ray, "init", lambda runtime_env, **options: asked.append(runtime_env["env_vars"]))
-    monkeypatch.setattr(session.ray, "shutdown", lambda: None)
-    lock = LockFile(tmp_path)
-    lock.take()
-    with connection():
-        pass
-    lock.give_back()
-    assert asked[0]["EMLOC_RAY_HOLDER"] in lock.path.read_text()
 
 
 @pytest.mark.parametrize(
