@@ -43,8 +43,7 @@ def calibrate(
     num_shards = job.shards[1] - job.shards[0]
     num_slots = min(resources.num_workers, num_shards)
     if not exists(out_dir / INDEX):
-        losses = Losses(job.step, tell)
-        gather = functools.partial(_gather, resources=resources, progress=progress, losses=losses)
+        gather = functools.partial(_gather, resources=resources, progress=progress, tell=tell)
         job, first = gather_as_fits(job, out_dir, gather, tell)
         (counts, weight_map), routed = gather_thin(job, out_dir, first, gather)
         write_gram_index(out_dir, job.groups, weight_map, counts, routed_tokens=routed)
@@ -77,24 +76,23 @@ def gather_as_fits(
     return job, gather(job, out_dir)
 
 
-def _gather(
-    job: CalibrationJob, out_dir: Path, *, resources: Resources, progress: Progress, losses: Losses
-) -> Gathered:
+def _gather(job: CalibrationJob, out_dir: Path, *, resources: Resources, progress: Progress, tell: Tell) -> Gathered:
     """The Grams of the job's groups; an index is not written."""
     num_slots = min(resources.num_workers, job.shards[1] - job.shards[0])
     gather = _stream if job.hold == BLOCKS else _reside
-    return gather(job, out_dir, num_slots, resources, progress, losses)
+    return gather(job, out_dir, num_slots, resources, progress, tell)
 
 
 def _reside(
-    job: CalibrationJob, out_dir: Path, num_slots: int, resources: Resources, progress: Progress, losses: Losses
+    job: CalibrationJob, out_dir: Path, num_slots: int, resources: Resources, progress: Progress, tell: Tell
 ) -> Gathered:
-    """One pass over the shards for each wave of Grams."""
+    """One pass over the shards for each wave of Grams, with a budget of losses of its own."""
     counts: dict[str, int] = {}
     weight_map: dict[str, str] = {}
     waves = job.waves or (job.groups,)
     work = [job.shards_of(slot, num_slots) for slot in range(num_slots)]
     for number, groups in enumerate(waves):
+        losses = Losses(job.step, tell)
         part = dataclasses.replace(job, groups=groups)
         folder = out_dir / "slots" / f"wave-{number:04d}-of-{len(waves):04d}"
         slots = [folder / f"slot-{slot:04d}-of-{num_slots:04d}.safetensors" for slot in range(num_slots)]
@@ -114,7 +112,7 @@ def _reside(
             run_slots(start, work, "token shard", losses, of_all_waves, safe=safe, planned_s=resources.planned_s)
         for slot, file in enumerate(slots):
             if rows := smaller_batch(file):
-                losses.tell(
+                tell(
                     f"{job.step}: slot {slot} ran out of memory with {job.batch_size} rows a batch and went on with {rows}."
                 )
         names = [group[0] for group in groups]
@@ -145,9 +143,10 @@ def _reduce_part(slots: list[Path], names: list[str], path: Path) -> dict[str, i
 
 
 def _stream(
-    job: CalibrationJob, out_dir: Path, num_slots: int, resources: Resources, progress: Progress, losses: Losses
+    job: CalibrationJob, out_dir: Path, num_slots: int, resources: Resources, progress: Progress, tell: Tell
 ) -> Gathered:
     """Every slot at its own pace through the blocks; a block's Grams are summed once all slots have passed it."""
+    losses = Losses(job.step, tell)
     options = dict(job.model_options)
     trusted = options.get("trust_remote_code", False)
     config, shown = load_config(job.model_dir, trust_remote_code=trusted), example(job.model_dir, trusted)

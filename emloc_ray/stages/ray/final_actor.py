@@ -93,6 +93,7 @@ class FinalActorHandle:
         self._actor: Any = None
         self._asked: Any = None  # the report that was asked for and not heard yet
         self._position, self._heard_at = (0, 1), time.monotonic()
+        self._furthest = 0
 
     def __enter__(self) -> FinalActorHandle:
         return self
@@ -110,7 +111,8 @@ class FinalActorHandle:
         if self._actor is None:
             idle = self.actors is not None and self.actors.idle
             self._actor = idle.pop() if idle else actor_kind().options(name=self.name).remote()
-        losses = Losses(stage, tell)
+        self._furthest = 0
+        losses = Losses(stage, tell, reached=lambda: self._furthest)
         while True:
             answer, self._heard_at = self._actor.work.remote(step, job, resources), time.monotonic()
             try:
@@ -135,6 +137,7 @@ class FinalActorHandle:
         asked, self._asked = self._asked, None
         report = ray.get(asked)
         self._position, self._heard_at = (report.done, report.total), time.monotonic()
+        self._furthest = max(self._furthest, report.done)
         for span in report.spans:
             tell_span(span)
         for note in report.notes:

@@ -58,8 +58,8 @@ class Losses:
         reached: Callable[[], object] = lambda: None,
         last_word: Callable[[], str] = lambda: "",
     ) -> None:
-        """``reached``: how far pieces have come that take long; one that has come on since its last loss is counted anew.
-        ``last_word``: why a worker ended itself, for it did no more; empty where none did."""
+        """``reached``: how far pieces have come that do not say so when they are lost. ``last_word``: why a worker ended
+        itself, for it did no more; empty where none did."""
         self.stage, self.tell, self.bound, self.reached, self.last_word = stage, tell, bound, reached, last_word
         self._at: dict[str, object] = {}  # where each piece was at its last loss
         self.counts: collections.Counter[str] = collections.Counter()
@@ -71,9 +71,10 @@ class Losses:
         """Looks for nodes that are about to leave; to be called while work is waited for."""
         self._departures.look()
 
-    def count(self, piece: str, error: BaseException) -> float:
-        """Counts and reports a loss; returns the seconds to wait before the piece is restarted. Raises StageError where it has
-        lost its worker more than ``bound`` times, naming it and what to do, and ``error`` itself where no worker was lost."""
+    def count(self, piece: str, error: BaseException, at: object = None) -> float:
+        """Counts and reports a loss; returns the seconds to wait before the piece is restarted. One that has come on since its
+        last loss, which ``at`` says, is counted anew. Raises StageError where it has lost its worker more than ``bound`` times,
+        naming it and what to do, and ``error`` itself where no worker was lost."""
         if not is_lost(error):
             raise error
         self.look()
@@ -83,23 +84,23 @@ class Losses:
             self.tell(f"{self.stage}: {piece} lost its worker because its node was taken back; restarted elsewhere.")
             return self.delays[0]
         if word := self.last_word():
-            return self.give_up_waiting(piece, word, error)
+            return self.give_up_waiting(piece, word, error, at)
         before, self._kernel_kills = self._kernel_kills, kernel_kills()
         why, what_to_do = reason(error, kernel_killed=self._kernel_kills > before)
         self._measure(why)
-        return self._add(piece, why, what_to_do, error)
+        return self._add(piece, why, what_to_do, error, at)
 
-    def give_up_waiting(self, piece: str, why: str, error: BaseException | None = None) -> float:
+    def give_up_waiting(self, piece: str, why: str, error: BaseException | None = None, at: object = None) -> float:
         """As :meth:`count`, of a piece whose worker was ended, for it gave nothing for too long."""
         self._measure("it gave nothing for too long")
-        return self._add(piece, why, SILENT, error)
+        return self._add(piece, why, SILENT, error, at)
 
     def _measure(self, cause: str) -> None:
         if ray.is_initialized():
             _lost_workers().inc(1, {"stage": self.stage, "cause": cause})
 
-    def _add(self, piece: str, why: str, what_to_do: str, error: BaseException | None = None) -> float:
-        at = self.reached()
+    def _add(self, piece: str, why: str, what_to_do: str, error: BaseException | None, at: object) -> float:
+        at = self.reached() if at is None else at
         if self._at.get(piece, at) != at:
             self.counts[piece] = 0
         self._at[piece] = at

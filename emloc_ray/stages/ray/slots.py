@@ -82,8 +82,8 @@ def run_slots(
 
     ``done(slot, unit)`` is called with every finished unit, after a resume with the last one alone. A lost task is restarted
     and says how far it had come. ``safe[slot]``, where known: the last unit of an earlier try; a slot that is at its end is not
-    begun. ``planned_s``: as for :class:`Pace`. Raises StageError where a slot is lost at one unit more often than ``losses``
-    allows.
+    begun. ``planned_s``: as for :class:`Pace`. Raises StageError where a slot is lost at one unit, or before it begins with no
+    further unit done meanwhile, more often than ``losses`` allows.
     """
     slots = [
         _Slot(number, units, last, start, unit_name, done)
@@ -117,7 +117,7 @@ class _Slot(Piece):
     ) -> None:
         super().__init__(f"slot {number}", self._start)
         self.number, self.units, self.start, self.unit_name, self.done = number, units, start, unit_name, done
-        self.count = bisect.bisect_right(units, safe)
+        self.count = self.reached = bisect.bisect_right(units, safe)
         self._at = "its start"
 
     def _start(self) -> Any:
@@ -136,6 +136,7 @@ class _Slot(Piece):
             )
             return "again"
         self.count = bisect.bisect_right(self.units, unit)
+        self.reached = max(self.reached or 0, self.count)  # a unit that is done again is none
         if unit >= 0:
             self.done(self.number, unit)
         self._at = f"{self.unit_name} {self.units[self.count]}" if self.count < len(self.units) else "its end"

@@ -123,12 +123,13 @@ def set_threads(count: int) -> None:
 
 @dataclass(eq=False)
 class Piece:
-    """A task of a flight: how it is called, what starts it, from when on it may start (monotonic clock), what came out.
-    ``submit`` starts one of :meth:`Resources.task`, so that its begin, its time and its memory are known."""
+    """A task of a flight: how it is called, what starts it, from when on it may start (monotonic clock), how far it has come,
+    what came out. ``submit`` starts one of :meth:`Resources.task`, so that its begin, its time and its memory are known."""
 
     name: str
     submit: Callable[[], Any]
     begin: float = 0.0
+    reached: int | None = None
     result: Any = None
 
     def take(self, given: Timed, losses: Losses) -> Next:
@@ -169,7 +170,7 @@ class Flight:
         self.losses.look()
         for task, why in self._pace.end_overdue():
             piece = self._flying.pop(task)
-            self._again(piece, self.losses.give_up_waiting(piece.name, why))
+            self._again(piece, self.losses.give_up_waiting(piece.name, why, at=piece.reached))
         now = time.monotonic()
         ready = [piece for piece in self._waiting if piece.begin <= now]
         for piece in ready[: self.limit - len(self._flying)]:
@@ -205,7 +206,7 @@ class Flight:
             given: Timed | None = ray.get(next(task))
         except ray.exceptions.RayError as error:
             self._over(task)  # its worker may be at another's work, which a cancel would kill
-            self._again(piece, self.losses.count(piece.name, error))
+            self._again(piece, self.losses.count(piece.name, error, piece.reached))
             return
         self._pace.gave(task)
         if given is None or (follows := piece.take(given, self.losses)) == "more":  # it has begun, or goes on

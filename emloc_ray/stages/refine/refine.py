@@ -228,7 +228,8 @@ def refine(
 
     task = resources.task(refine_blocks).options(name="refine: blocks")
     blocks_task = ("the blocks", functools.partial(task.remote, job))
-    bounded([blocks_task], 1, Losses("refine", tell), look, planned_s=resources.planned_s)
+    losses = Losses("refine", tell, reached=lambda: len(written_blocks(job)))
+    bounded([blocks_task], 1, losses, look, planned_s=resources.planned_s)
     every_fit = list(fits(job).values())
     errors = [[fit.before, min(fit)] for fit in every_fit]
     blocks = [fit for fit in every_fit if fit.before > 0]

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 
-from emloc_ray.errors import Stopped
+from emloc_ray.errors import StageError, Stopped
 from emloc_ray.stages.ray import final_actor
 from emloc_ray.stages.ray.final_actor import FinalActorHandle, Report
+from emloc_ray.stages.ray.losses import MAX_RESTARTS, Losses
 from emloc_ray.stages.ray.tasks import Resources
 
 
@@ -79,3 +81,37 @@ def test_a_run_that_waits_for_it_can_be_stopped(monkeypatch: pytest.MonkeyPatch)
 
     with pytest.raises(Stopped):
         FinalActorHandle("run").work("merge", lambda *_: {}, None, Resources(), stop, lambda text: None)
+
+
+@pytest.mark.parametrize("comes_on", [True, False])
+def test_an_actor_that_is_lost_often_is_given_up_where_it_comes_no_further(
+    comes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = iter(range(2 * MAX_RESTARTS))
+
+    def get(reference: str) -> Any:
+        if reference == "report":
+            return Report(fake.asked if comes_on else 1, 99, (), ())
+        if next(tries, None) is None:
+            return {"done": True}
+        raise ActorDiedError
+
+    fake = SilentRay(0)
+    fake.get = get  # type: ignore[method-assign]
+    fake.wait = lambda references, timeout: (references, [])  # type: ignore[method-assign]
+    monkeypatch.setattr(final_actor, "ray", fake)
+    monkeypatch.setattr(Losses, "delays", (0.0,))
+    actor = SimpleNamespace(work=fake, report=SimpleNamespace(remote=fake.ask))
+    monkeypatch.setattr(
+        final_actor, "actor_kind", lambda: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: actor))
+    )
+    handle = FinalActorHandle("run")
+
+    def work() -> Any:
+        return handle.work("merge", lambda *_: {}, None, Resources(), lambda done, total: None, lambda text: None)
+
+    if comes_on:
+        assert work() == {"done": True}
+    else:
+        with pytest.raises(StageError, match=f"^merge: the final actor lost its worker {MAX_RESTARTS + 1} times"):
+            work()

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayTaskError, WorkerCrashedError
 
+from emloc_ray.errors import StageError
 from emloc_ray.stages.ray import slots, tasks
 from emloc_ray.stages.ray.losses import Losses
+from emloc_ray.stages.ray.spans import Timed
 
 
 def test_a_slot_that_failed_is_not_cancelled_for_its_worker_may_be_at_other_work(
@@ -31,3 +33,40 @@ def test_a_slot_that_failed_is_not_cancelled_for_its_worker_may_be_at_other_work
     with pytest.raises(RayTaskError):
         slots.run_slots(start, [[0], [1]], "shard", Losses("calibrate"))
     assert cancelled == started[1:]
+
+
+LOST = WorkerCrashedError()
+NO_UNIT = -1
+
+
+def work_off(tries: list[list[Any]], monkeypatch: pytest.MonkeyPatch, bound: int) -> int:
+    """Has a slot of eight shards go through these tries, each what it gives, and returns how many there were."""
+    given = iter(tries)
+
+    def get(unit: Any) -> Timed:
+        if unit is LOST:
+            raise LOST
+        return Timed(unit, "process 1 on here", 0.0, 1.0, 0)
+
+    monkeypatch.setattr(tasks.ray, "wait", lambda tasks, **_: (tasks[:1], tasks[1:]))
+    monkeypatch.setattr(tasks.ray, "get", get)
+    monkeypatch.setattr(Losses, "delays", (0.0,))
+    slots.run_slots(lambda slot: iter(next(given)), [range(8)], "shard", Losses("calibrate", bound=bound))
+    return len(tries) - len([*given])
+
+
+def test_a_slot_that_finishes_shards_between_losses_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its workers is lost before it begins, or after a shard."""
+    tries = [try_ for unit in range(7) for try_ in ([LOST], [unit - 1, unit, LOST])]
+    assert work_off([*tries, [LOST], [6, 7, None]], monkeypatch, bound=1) == 16
+
+
+@pytest.mark.parametrize(
+    ("losing", "at"),
+    [([LOST], "slot 0"), ([2, 3, 4, LOST], "slot 0 at shard 5")],
+    ids=["before it begins", "at a shard, after some that are done again"],
+)
+def test_a_slot_that_comes_no_further_is_given_up(losing: list[Any], at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = [NO_UNIT, 0, 1, 2, 3, 4, LOST]
+    with pytest.raises(StageError, match=f"^calibrate: {at} lost its worker 3 times"):
+        work_off([begun, *[losing] * 3], monkeypatch, bound=2)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from plain_runs import plain_run
+from ray.exceptions import WorkerCrashedError
 from safetensors.torch import load_file
 from small_runs import make_values
 from stage_artifacts import Artifacts, write_tokens
@@ -21,6 +22,9 @@ from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.stages.correct.stage import correction_job
 from emloc_ray.stages.finetune.session import own_environment
+from emloc_ray.stages.ray.losses import MAX_RESTARTS, Losses
+from emloc_ray.stages.ray.tasks import Resources
+from emloc_ray.stages.refine import refine as refining
 from emloc_ray.stages.refine.refine import RefinementJob, Refiner, fits, refine_blocks, write_refined, written_blocks
 
 
@@ -99,6 +103,22 @@ def test_a_killed_try_is_continued(refined: RefinementJob, tmp_path: Path, keeps
     assert job.block_file(0).stat().st_ino == written
     for name, tensor in tensors(refined.out_dir).items():
         torch.testing.assert_close(tensors(job.out_dir)[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_blocks_that_are_done_between_losses_are_progress(
+    refined: RefinementJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, losing = replace(refined, work_dir=tmp_path / "work"), [0, 0, 0, 1, 1, 1]
+
+    def bounded(pieces: list[Any], limit: int, losses: Losses, *rest: Any, **more: Any) -> None:
+        for position in losing:
+            shutil.copy(refined.block_file(0), job.block_file(position))
+            losses.count(pieces[0][0], WorkerCrashedError())
+
+    job.work_dir.mkdir()
+    monkeypatch.setattr(refining, "bounded", bounded)
+    assert len(losing) > MAX_RESTARTS
+    assert refining.refine(job, 2, Resources())["blocks"] == 2
 
 
 def test_a_try_with_other_batches_does_not_take_their_hidden_states(refined: RefinementJob, tmp_path: Path) -> None:
