@@ -30,6 +30,7 @@ class StagePlan:
     cpus_per_worker: float
     gpus_per_worker: float
     divisible: bool = False  # fewer workers than asked for can do it
+    together: bool = False  # all of them have to be there at once
     steps: tuple[int, str] | None = None  # its optimizer steps, and of what
     step_seconds: float = 0.0  # of an optimizer step, where it has any
     step_bytes: float = 0.0  # of weights that come to its workers in one
@@ -121,6 +122,7 @@ def _planned(stage: Costed, memory: MemoryModel, speeds: Speeds) -> StagePlan:
         asked.cpus_per_worker,
         asked.gpus,
         stage.divisible,
+        asked.together,
         stage.steps and stage.steps(memory.prepared),
         busy / steps if cost.steps else 0.0,
         cost.moved_bytes / steps if cost.steps else 0.0,

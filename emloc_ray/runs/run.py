@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from emloc_ray.config.schema import RunConfig
@@ -138,14 +139,19 @@ def _gathers(prepared: Prepared, begin: str | None, fresh: bool) -> bool:
 
 def _within_reach(prepared: Prepared, plan: Plan, gathers: bool) -> tuple[Prepared, Plan]:
     """The run and its plan by the GPUs of the Ray that was joined. Raises ConfigError where these hold too little for what it
-    ``gathers``, or a stage's workers fit on no node that there is or may be added."""
+    ``gathers``, or a stage's workers do not fit on the nodes that there are or may be added."""
     reached = prepared.with_gpus(gpus_within_reach(), smallest_gpu_bytes())
     if reached is not prepared:
         if gathers:
             check_holding(reached)
         reached = shrink_batches(reached)
         plan = make_plan(STEPS, reached)
-    check_workers((stage.name, resources_of(stage, reached)) for stage in STEPS if stage.wanted(reached))
+    holding = plan.host_bytes
+    asked = [(stage, resources_of(stage, reached)) for stage in STEPS if stage.wanted(reached)]
+    check_workers(
+        (stage.name, replace(each, memory_per_worker=holding.get(stage.name, 0)), stage.asks(reached.config).together)
+        for stage, each in asked
+    )
     return reached, plan
 
 

@@ -43,6 +43,21 @@ def take_as_written(root: Path, stage: str) -> None:
     (root / "manifest.json").write_text(json.dumps(manifest))
 
 
+def test_a_group_that_the_joined_cluster_never_holds_is_refused_before_anything_is_written(
+    ray_session: None, tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
+) -> None:
+    values = make_values(tmp_path / "run", tiny_model_dir("llama"), task_file, finetune={"num_workers": 3})
+    config = tmp_path / "config.yaml"
+    config.write_text(write_yaml({**values, "ray": {"address": "auto"}}))
+    result = CliRunner().invoke(app, ["run", str(config)])
+    assert result.exit_code == 2
+    assert (
+        "finetune starts 3 workers at once, with 1 CPUs and 0 GPUs a worker, and the cluster's nodes hold 2 of them: lower"
+        in (" ".join(result.stderr.split()))
+    )
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
 def test_a_bad_row_past_the_checked_ones_fails_the_run_by_file_and_row(
     ray_session: None, tmp_path: Path, tiny_model_dir: Callable[..., Path]
 ) -> None:

@@ -11,6 +11,8 @@ from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.text import size
 
 _ROUND = 2**28  # tasks that ask for other amounts are other kinds of tasks to Ray, which keeps each
+_ROUNDING = 1e-9  # of shares of GPUs
+_LAUNCHED = "ray.io/node-group"
 Node = Mapping[str, float]
 
 
@@ -20,10 +22,44 @@ def alive() -> list[Node]:
 
 
 def addable() -> list[Node]:
-    """The resources of a node of each kind that an autoscaler may add; none where there is no autoscaler."""
+    """The resources of a node of each kind that an autoscaler says it may add."""
+    return [node for node, _ in _kinds()]
+
+
+def within_reach() -> list[tuple[Node, float]]:
+    """The nodes, and one of each kind that an autoscaler says it may add, with how many of each there may be."""
+    return [*((node, 1.0) for node in alive()), *_kinds()]
+
+
+def _kinds() -> list[tuple[Node, float]]:
     config = state.get_cluster_config()
-    groups = config.node_group_configs if config is not None else ()
-    return [dict(group.resources) for group in groups if group.max_count]
+    groups = () if config is None else config.node_group_configs
+    return [(dict(g.resources), math.inf if g.max_count < 0 else g.max_count) for g in groups if g.max_count]
+
+
+def may_grow() -> bool:
+    """Whether nodes may be added of which nobody tells Ray: KubeRay and Ray's cluster launcher label theirs, and their
+    autoscaler leaves its limits nowhere."""
+    labelled = (node["Alive"] and _LAUNCHED in node.get("Labels", ()) for node in ray.nodes())
+    return state.get_cluster_config() is None and any(labelled)
+
+
+def room(wanted: Node, nodes: Iterable[tuple[Node, float]]) -> float:
+    """How many workers that each ask for ``wanted`` so many of the nodes hold at once, node by node; what Ray's object store
+    takes of a node counts as its memory."""
+    return sum(number * held for node, number in nodes if (held := _held(wanted, node)))
+
+
+def _held(wanted: Node, node: Node) -> float:
+    """How many of these workers one node holds; any number by its memory where it does not say that."""
+    has = {**node, "memory": _whole(node)} if "memory" in node else node
+    asked = {kind: amount for kind, amount in wanted.items() if amount and (kind != "memory" or "memory" in node)}
+    return min((int(has.get(kind, 0.0) / amount + _ROUNDING) for kind, amount in asked.items()), default=math.inf)
+
+
+def _whole(node: Node) -> float:
+    """A node's memory with its object store."""
+    return node["memory"] + node.get("object_store_memory", 0.0)
 
 
 def most() -> dict[str, float]:
@@ -36,23 +72,43 @@ def most() -> dict[str, float]:
     return {name: max(now.get(name, 0.0), float(grown.get(name, 0.0))) for name in {*now, *grown}}
 
 
-def check_workers(stages: Iterable[tuple[str, Resources]]) -> None:
-    """Raises ConfigError where a worker of a stage asks for more CPUs or GPUs than any node has, or an autoscaler may add: the
-    stage would wait for ever."""
-    nodes, problems = [*alive(), *addable()], []
-    for stage, asked in stages:
+def check_workers(stages: Iterable[tuple[str, Resources, bool]]) -> None:
+    """Raises ConfigError where a worker of a stage asks for more CPUs or GPUs than any node has, or is planned to hold more than
+    any node's memory, or where workers that have to be there together, which the flag says, do not fit on all nodes at once;
+    nor with what an autoscaler may add: the stage would wait for ever. On a single node memory decides nothing. Where nodes may
+    be added that nobody knows of, a stage waits, and :func:`shortage` tells."""
+    if may_grow():
+        return
+    reach, problems = within_reach(), []
+    nodes = [node for node, _ in reach]
+    for stage, asked, together in stages:
         wanted = {"CPU": asked.cpus_per_worker, "GPU": asked.gpus_per_worker}
-        if any(all(node.get(kind, 0) >= amount for kind, amount in wanted.items()) for node in nodes):
-            continue
-        largest = " or ".join(
-            f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in _largest(nodes)
-        )
-        problems.append(
-            f"{stage} asks for {wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs a worker, and the cluster's largest nodes have"
-            f" {largest}: ask for less, or add a node first."
-        )
+        able = [node for node in nodes if _held(wanted, node)]
+        if len(nodes) > 1:
+            wanted["memory"] = asked.memory_per_worker
+        each = f"{wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs a worker"
+        if not able:
+            largest = " or ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in _largest(nodes))
+            problems.append(
+                f"{stage} asks for {each}, and the cluster's largest nodes have {largest}: ask for less, or add a node first."
+            )
+        elif not any(_held(wanted, node) for node in able):
+            problems.append(_too_large(stage, asked.memory_per_worker, able))
+        elif together and (there := room(wanted, reach)) < asked.num_workers:
+            memory = f" in {size(wanted['memory'])} of memory" if wanted.get("memory") else ""
+            problems.append(
+                f"{stage} starts {asked.num_workers} workers at once, with {each}{memory}, and the cluster's nodes hold"
+                f" {there:g} of them: lower its num_workers, ask for less, or add nodes first."
+            )
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _too_large(stage: str, planned: float, able: Sequence[Node]) -> str:
+    return (
+        f"{stage} is planned to hold {size(planned)} a worker, the largest node that could take one has"
+        f" {size(max(map(_whole, able)))}: add a larger one, or set memory_budget to what it has."
+    )
 
 
 def _largest(nodes: Sequence[Node]) -> list[Node]:
@@ -80,12 +136,8 @@ def memory_to_ask(
         return 0, None
     ours = math.ceil(planned / _ROUND) * _ROUND
     largest = int(max(node["memory"] for node in able))
-    whole = int(max(node["memory"] + node.get("object_store_memory", 0) for node in able))
-    if planned > whole:
-        raise StageError(
-            f"{stage} is planned to hold {size(planned)} a worker, the largest node that could take one has {size(whole)}: add a"
-            " larger one, or set memory_budget to what it has."
-        )
+    if planned > max(map(_whole, able)):
+        raise StageError(_too_large(stage, planned, able))
     remark = None
     if ours > largest:
         ours = largest
@@ -114,4 +166,10 @@ def shortage(stage: str, asked: Resources, together: bool) -> str | None:
                 f"{stage} asks for {wanted * asked.num_workers:g} {kind}s at once, the cluster has {whole:g}: it waits until"
                 " more nodes have joined."
             )
+    each = {"CPU": asked.cpus_per_worker, "GPU": asked.gpus_per_worker}
+    if together and (there := sum(_held(each, node) for node in nodes)) < asked.num_workers:
+        return (
+            f"{stage} starts {asked.num_workers} workers at once, the nodes hold {there:g} of them: it waits until more have"
+            " joined."
+        )
     return None

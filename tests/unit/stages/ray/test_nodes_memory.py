@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,16 +73,91 @@ def test_all_that_a_cluster_may_have(added: dict[str, float], memory: float, mon
     assert most() == {"CPU": 32.0, "memory": memory, "node:1": 1.0}
 
 
-def test_a_worker_that_no_node_can_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "alive", lambda: [HEAD, SMALL, {"CPU": 2.0, "GPU": 1.0}])
-    monkeypatch.setattr(nodes, "addable", lambda: [{"CPU": 6.0}])
-    check_workers([("merge", Resources(99, 6)), ("finetune", Resources(4, 2, 1))])
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``cluster(nodes, kinds, labels)``: makes Ray say that it has these nodes, and an autoscaler these kinds of them."""
+
+    def make(there: list[Any], kinds: list[tuple[Any, int]] | None = None, labels: tuple[str, ...] = ()) -> None:
+        groups = [SimpleNamespace(resources=node, max_count=count) for node, count in kinds or ()]
+        config = None if kinds is None else SimpleNamespace(node_group_configs=groups)
+        monkeypatch.setattr(nodes.state, "get_cluster_config", lambda: config)
+        monkeypatch.setattr(
+            nodes.ray,
+            "nodes",
+            lambda: [{"Alive": True, "Resources": n, "Labels": dict.fromkeys(labels)} for n in there],
+        )
+
+    return make
+
+
+def test_a_worker_that_no_node_can_take_is_refused(cluster: Callable[..., None]) -> None:
+    there = [HEAD, SMALL, {"CPU": 2.0, "GPU": 1.0}]
+    cluster(there, [({"CPU": 6.0}, 1)])
+    check_workers([("merge", Resources(99, 6), False), ("finetune", Resources(4, 2, 1), False)])
     with pytest.raises(ConfigError) as refused:
-        check_workers([("calibrate", Resources(1, 1)), ("merge", Resources(1, 7)), ("finetune", Resources(1, 3, 1))])
-    there = "and the cluster's largest nodes have 6 CPUs and 0 GPUs or 2 CPUs and 1 GPUs: ask for less, or add a node first."
+        check_workers(
+            [
+                ("calibrate", Resources(1, 1), False),
+                ("merge", Resources(1, 7), False),
+                ("finetune", Resources(1, 3, 1), False),
+            ]
+        )
+    largest = "and the cluster's largest nodes have 6 CPUs and 0 GPUs or 2 CPUs and 1 GPUs: ask for less, or add a node first."
     assert str(refused.value).splitlines() == [
-        f"merge asks for 7 CPUs and 0 GPUs a worker, {there}",
-        f"finetune asks for 3 CPUs and 1 GPUs a worker, {there}",
+        f"merge asks for 7 CPUs and 0 GPUs a worker, {largest}",
+        f"finetune asks for 3 CPUs and 1 GPUs a worker, {largest}",
     ]
-    monkeypatch.setattr(nodes, "addable", lambda: [{"CPU": 8.0, "GPU": 1.0}])
-    check_workers([("merge", Resources(1, 7)), ("finetune", Resources(1, 3, 1))])
+    cluster(there, [({"CPU": 8.0, "GPU": 1.0}, 1)])
+    check_workers([("merge", Resources(1, 7), False), ("finetune", Resources(1, 3, 1), False)])
+
+
+def test_a_worker_that_no_node_s_memory_holds_is_refused_where_there_are_several(cluster: Callable[..., None]) -> None:
+    asked = [("merge", Resources(1, 1, memory_per_worker=41 * GIB), False)]
+    cluster([SMALL, LARGE])
+    with pytest.raises(
+        ConfigError, match=r"^merge is planned to hold 41.0 GiB a worker, the largest node .* has 40.0 GiB"
+    ):
+        check_workers(asked)
+    cluster([SMALL])
+    check_workers(asked)
+
+
+GPUS = {"CPU": 8.0, "GPU": 2.0, "memory": 28.0 * GIB, "object_store_memory": 12.0 * GIB}
+CPUS = {"CPU": 64.0, "memory": 90.0 * GIB}
+
+
+@pytest.mark.parametrize(
+    ("asked", "kinds", "held"),
+    [
+        (Resources(4, 2, 1), None, None),
+        (Resources(5, 2, 1), None, 4),
+        (Resources(4, 5, 1), None, 2),  # the CPUs that are left are on nodes without GPUs
+        (Resources(4, 2, 1, 21 * GIB), None, 2),
+        (Resources(8, 2, 0.5), None, None),
+        (Resources(9, 2, 0.5), None, 8),
+        (Resources(7, 2, 1), [(GPUS, 1)], 6),
+        (Resources(99, 2, 1), [(GPUS, -1), (CPUS, -1)], None),
+        (Resources(9, 2, 1, 90 * GIB), [({"CPU": 8.0, "GPU": 1.0}, 9)], None),  # which do not say their memory
+    ],
+)
+def test_a_group_that_the_nodes_never_hold_at_once_is_refused(
+    asked: Resources, kinds: list[Any] | None, held: int | None, cluster: Callable[..., None]
+) -> None:
+    cluster([HEAD, GPUS, GPUS, CPUS], kinds)
+    check_workers([("evaluate", asked, False)])
+    if held is None:
+        check_workers([("finetune", asked, True)])
+        return
+    with pytest.raises(
+        ConfigError, match=rf"^finetune starts {asked.num_workers} workers at once, .* hold {held} of them"
+    ):
+        check_workers([("finetune", asked, True)])
+
+
+def test_where_nobody_tells_ray_how_far_a_cluster_grows_a_stage_waits(cluster: Callable[..., None]) -> None:
+    asked = [("factorize", Resources(1, 4), False), ("finetune", Resources(99, 2, 1), True)]
+    cluster([HEAD], labels=("ray.io/node-group",))
+    check_workers(asked)
+    cluster([HEAD], labels=("ray.io/node-id",))
+    with pytest.raises(ConfigError):
+        check_workers(asked)

@@ -76,6 +76,9 @@ def test_what_no_node_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "2 GPUs at once, the cluster has 1: it waits until more" in str(
         shortage("f", Resources(2, 1, 1), together=True)
     )
+    assert shortage("finetune", Resources(4, 3), together=True) == (
+        "finetune starts 4 workers at once, the nodes hold 3 of them: it waits until more have joined."
+    )
 
 
 def test_lost_tasks_start_again_and_results_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
