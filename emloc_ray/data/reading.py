@@ -20,11 +20,13 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from emloc_ray.data import text_rows
 from emloc_ray.data.files import STORED_HEADER_BYTES, codec_of, delimiter_of, is_array, kind_of, open_file
 from emloc_ray.data.text_rows import (
     BadText,
     Row,
     array_items,
+    check_length,
     check_object,
     csv_records,
     csv_row,
@@ -231,7 +233,7 @@ def _read_groups(
     row = next(wanted, None)
     start = stop = 0
     try:
-        with _parquet(source.path) as file:
+        with _parquet(source.path) as (file, stream):
             there = file.schema_arrow.names
             wanted_names = [*(fields or ()), *(name for name in extra if name in there)]
             columns = wanted_names if fields and set(fields) <= set(there) else None
@@ -240,16 +242,14 @@ def _read_groups(
                 if row is None or row >= stop:
                     continue
                 begin = start
-                row_bytes = file.metadata.row_group(group).total_byte_size / max(1, stop - start)
-                size = int(min(max(1, BATCH_BYTES // max(row_bytes, 1)), _ROWS_PER_BATCH))
+                size = _rows_a_batch(file.metadata.row_group(group), columns, stream)
                 for batch in file.iter_batches(size, [group], columns, use_threads=False):
                     inside = []
                     while row is not None and row < begin + batch.num_rows:
                         inside.append(row)
                         row = next(wanted, None)
                     if inside:
-                        taken = batch.take(pa.array([number - begin for number in inside]))
-                        yield from zip(inside, _python_rows(taken, source, inside, keep_bad), strict=True)
+                        yield from zip(inside, _python_rows(batch, begin, source, inside, keep_bad), strict=True)
                     begin += batch.num_rows
                     if row is None or row >= stop:
                         break
@@ -262,21 +262,53 @@ def _read_groups(
         raise DataError(f"{source.name} is shorter than when it was counted: run again.")
 
 
-def _python_rows(batch: pa.RecordBatch, source: SourceFile, numbers: Sequence[int], keep_bad: bool) -> Iterable[Row]:
-    """A batch's rows; one by one where one holds what Arrow does not check, as text that is not UTF-8, or what Python has no
-    value for, as a date after the year 9999."""
-    try:
-        rows: list[Row] = batch.to_pylist()
-        return rows
-    except _BY_VALUES:
-        return (_python_row(batch.slice(at, 1), source, row, keep_bad) for at, row in enumerate(numbers))
+def _rows_a_batch(group: pq.RowGroupMetaData, columns: Sequence[str] | None, stream: Any) -> int:
+    """How many rows of a group are read at once: about :data:`BATCH_BYTES` of them. Rows may repeat a dictionary's values, of
+    each column as many as make a value too long at most."""
+    names = None if columns is None else tuple(f"{name}." for name in columns)
+    every = (group.column(number) for number in range(group.num_columns))
+    chunks = [chunk for chunk in every if names is None or f"{chunk.path_in_schema}.".startswith(names)]
+    whole = sum(chunk.total_uncompressed_size for chunk in chunks)
+    large = [chunk for chunk in chunks if chunk.total_uncompressed_size * _ROWS_PER_BATCH > text_rows.MAX_LINE_BYTES]
+    most = [text_rows.MAX_LINE_BYTES // _dictionary_bytes(chunk, stream) for chunk in large]
+    return max(1, min(_ROWS_PER_BATCH, BATCH_BYTES * group.num_rows // max(whole, 1), *most))
+
+
+def _dictionary_bytes(chunk: pq.ColumnChunkMetaData, stream: Any) -> int:
+    """The bytes of a column's dictionary, by the header of its first page: 1 where it has none. The header begins with the
+    page's kind, 2 for a dictionary, and its size, each as a byte 0x15 and a zigzag varint (Thrift's compact protocol)."""
+    stream.seek(chunk.dictionary_page_offset or chunk.data_page_offset)
+    head = stream.read(8)
+    if not head.startswith(b"\x15\x04\x15"):
+        return 1 if head.startswith(b"\x15") else int(chunk.total_uncompressed_size)
+    size = 0
+    for place, byte in enumerate(head[3:]):
+        size |= (byte & 127) << 7 * place
+        if byte < 128:
+            break
+    return max(1, size >> 1)
+
+
+def _python_rows(
+    batch: pa.RecordBatch, begin: int, source: SourceFile, numbers: Sequence[int], keep_bad: bool
+) -> Iterable[Row]:
+    """Rows of a batch whose first is ``begin``; one by one where they are large, or one holds what Arrow does not check, as
+    text that is not UTF-8, or what Python has no value for, as a date after the year 9999."""
+    with contextlib.suppress(*_BY_VALUES):
+        if batch.nbytes <= min(2 * BATCH_BYTES, text_rows.MAX_LINE_BYTES):
+            rows: list[Row] = batch.take(pa.array([number - begin for number in numbers])).to_pylist()
+            return rows
+    return (_python_row(batch.slice(number - begin, 1), source, number, keep_bad) for number in numbers)
 
 
 def _python_row(batch: pa.RecordBatch, source: SourceFile, row: int, keep_bad: bool) -> Row:
     values: Row = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
+            check_length((column.dictionary_decode() if pa.types.is_dictionary(column.type) else column).nbytes)
             values[name] = column[0].as_py()
+        except BadText as error:
+            return _bad(f"column {name!r} is {error}", source, row, keep_bad)
         except UnicodeDecodeError as error:
             return _bad(f"column {name!r} is not UTF-8 ({error.reason}): write it so", source, row, keep_bad)
         except _BY_VALUES as error:
@@ -341,14 +373,15 @@ def _parser(source: SourceFile) -> Callable[[Any], Row]:
 
 
 @contextlib.contextmanager
-def _parquet(path: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file, buffered: so a row group is read page by page instead of by whole columns. Checks its schema each time,
-    as the file may have changed since it was counted."""
-    is_stored = is_store_uri(path)
-    size = STORED_BUFFER_BYTES if is_stored else _BUFFER_BYTES
-    with contextlib.ExitStack() as opened:
-        place = opened.enter_context(StoredFile(path)) if is_stored else path
-        yield opened.enter_context(open_parquet(place, shown(path), buffer_size=size, pre_buffer=False))
+def _parquet(path: str) -> Iterator[tuple[pq.ParquetFile, Any]]:
+    """A Parquet file, buffered: so a row group is read page by page instead of by whole columns; and its bytes. Checks its schema
+    each time, as the file may have changed since it was counted."""
+    size = STORED_BUFFER_BYTES if is_store_uri(path) else _BUFFER_BYTES
+    with (
+        StoredFile(path) if is_store_uri(path) else pa.OSFile(path) as stream,
+        open_parquet(stream, shown(path), buffer_size=size, pre_buffer=False) as file,
+    ):
+        yield file, stream
 
 
 def _csv_offsets(stream: io.BufferedReader, name: str, keep_bad: bool, delimiter: str) -> Iterator[int]:

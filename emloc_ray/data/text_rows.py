@@ -1,6 +1,6 @@
 """Rows of JSON, CSV and text files: their offsets, their values, and the errors of each alone.
 
-A line longer than :data:`MAX_LINE_BYTES` is a bad row; its rest is skipped.
+A line longer than :data:`MAX_LINE_BYTES` is a bad row; its rest is skipped. So is a row of a Parquet file with such a value.
 """
 
 import codecs
@@ -92,9 +92,14 @@ def text_row(line: bytes) -> Row:
     return {"text": _decoded(line).rstrip("\r\n")}
 
 
-def _decoded(line: bytes) -> str:
-    if len(line) > MAX_LINE_BYTES:
+def check_length(size: int) -> None:
+    """Raises BadText for a line or a value of more than :data:`MAX_LINE_BYTES`."""
+    if size > MAX_LINE_BYTES:
         raise BadText(f"longer than {MAX_LINE_BYTES} bytes: split it")
+
+
+def _decoded(line: bytes) -> str:
+    check_length(len(line))
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:

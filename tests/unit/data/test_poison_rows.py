@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +156,39 @@ def test_text_of_a_parquet_file_that_is_not_utf8(tmp_path: Path, nested: bool) -
     assert isinstance(rows.pop(BAD), BadRow)
     assert len(rows) == len(GOOD) - 1
     assert all(row["prompt"] == f"p{number}" for number, row in rows.items())
+
+
+@pytest.mark.parametrize("kind", ["text", "nested", "dictionary"])
+def test_a_too_long_value_of_a_parquet_file_is_named_or_left_out(tmp_path: Path, kind: str) -> None:
+    texts = [str(row["completion"]) for row in GOOD]
+    texts[BAD] = "x" * 70_000
+    column = pa.array([[text] for text in texts] if kind == "nested" else texts)
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"prompt": [row["prompt"] for row in GOOD], "completion": column}), path)
+    source = scan(path)
+    with pytest.raises(DataError) as caught:
+        list(read_rows(source, range(len(GOOD))))
+    told = f"{path}, row {BAD + 1}: column 'completion' is longer than 65536 bytes: split it."
+    assert str(caught.value) == told
+    rows = dict(read_rows(source, range(len(GOOD)), keep_bad=True))
+    bad = rows.pop(BAD)
+    assert isinstance(bad, BadRow)
+    assert str(bad.error) == told
+    assert [row["prompt"] for row in rows.values()] == [f"p{number}" for number in rows]
+
+
+def test_few_rows_are_read_at_once_that_repeat_a_long_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parquet stores it once; read as text it is there once a row."""
+    monkeypatch.setattr(text_rows, "MAX_LINE_BYTES", 2**21)
+    path = tmp_path / "a.parquet"
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 500, pa.int32()), pa.array(["x" * 2**20]))
+    pq.write_table(pa.table({"text": text}), path, store_schema=False)
+    source, before = scan(path), pa.total_allocated_bytes()
+    for _, row in itertools.islice(read_rows(source, range(500)), 9):
+        assert len(row["text"]) == 2**20
+        assert pa.total_allocated_bytes() - before < 2**24
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
