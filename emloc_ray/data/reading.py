@@ -385,17 +385,26 @@ def _parquet(path: str) -> Iterator[tuple[pq.ParquetFile, Any]]:
 
 
 def _csv_offsets(stream: io.BufferedReader, name: str, keep_bad: bool, delimiter: str) -> Iterator[int]:
-    """Where each row begins, in bytes."""
-    records = csv_records(stream, delimiter=delimiter)
-    names = next(records, (0, []))[1]
+    """Where each row begins, in bytes. Raises DataError, naming the row, where the rows after it cannot be told apart."""
+    names: list[str] = []
+    row = -1  # the header
+    try:
+        for row, (offset, record) in enumerate(csv_records(stream, delimiter=delimiter)):
+            if row == 0:
+                names = record
+                _check_header(names)
+                continue
+            if not keep_bad:
+                csv_row(names, record)
+            yield offset
+    except BadText as error:
+        raise DataError(f"{name}, {f'row {row}' if row else 'header'}: {error}.") from error
+    except csv.Error as error:
+        raise DataError(f"{name}, {f'row {row + 1}' if row >= 0 else 'header'}: {error}.") from error
+
+
+def _check_header(names: Sequence[str]) -> None:
     repeated = next((column for place, column in enumerate(names) if column in names[:place]), None)
     if repeated is not None:
-        raise csv.Error(f"its header names {repeated!r} twice")
+        raise BadText(f"it names {repeated!r} twice: rename one")
     csv_row(names, names)
-    for number, (offset, record) in enumerate(records):
-        if not keep_bad:
-            try:
-                csv_row(names, record)
-            except BadText as error:
-                raise DataError(f"{name}, row {number + 1}: {error}.") from error
-        yield offset

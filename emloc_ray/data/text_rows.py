@@ -24,6 +24,7 @@ _OUTSIDE, _INSIDE = (
     re.compile(r'"|\\.?', re.DOTALL),
 )  # the marks that count outside JSON's strings, and inside
 _PARSE = json.JSONDecoder().raw_decode
+_OPEN_QUOTE = "a quote is opened that is never closed"
 _TOO_LONG = "\udcfftoo long"  # replaces a too long line of a CSV file; no UTF-8 decodes to it
 _BOMS = {
     **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32"),  # first: the one begins as UTF-16's does
@@ -208,14 +209,15 @@ def _closing(text: str, at: int) -> int | None:
 
 def csv_records(stream: io.BufferedReader, offset: int = 0, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
     """The records of a CSV file that are not blank, each with its offset; reads no further than asked. A quoted value may hold
-    newlines: the csv module finds a record's end. Raises csv.Error where it has none, as with a quote that is never closed."""
+    newlines: the csv module finds a record's end. Raises csv.Error where it has none, as with a quote that is never closed: where
+    the next record begins is not known then."""
     csv.field_size_limit(_MAX_CSV_FIELD)
     stream.seek(offset)
     begin = consumed = offset
-    held = 0
+    held, ended = 0, False
 
     def parts() -> Iterator[str]:
-        nonlocal consumed, held
+        nonlocal consumed, held, ended
         for line, size in _bounded(stream):
             # As with newline="": a lone carriage return ends a line too.
             for part in [line] if size > MAX_LINE_BYTES else line.splitlines(keepends=True):
@@ -224,15 +226,17 @@ def csv_records(stream: io.BufferedReader, offset: int = 0, delimiter: str = ","
                 consumed += size if size > MAX_LINE_BYTES else len(part)
                 held += len(text)
                 if held > MAX_LINE_BYTES:
-                    raise csv.Error(
-                        f"the row at byte {begin} is longer than {MAX_LINE_BYTES} bytes, or a quote is open"
-                    )
+                    raise csv.Error(f"longer than {MAX_LINE_BYTES} bytes, or {_OPEN_QUOTE}")
                 yield text
+        ended = True
 
-    for record in csv.reader(parts(), delimiter=delimiter, strict=True):
-        if record:
-            yield begin, record
-        begin, held = consumed, 0
+    try:
+        for record in csv.reader(parts(), delimiter=delimiter, strict=True):
+            if record:
+                yield begin, record
+            begin, held = consumed, 0
+    except csv.Error as error:
+        raise csv.Error(f"{_OPEN_QUOTE if ended else error} (from byte {begin} on): correct its quotes") from error
 
 
 def csv_row(names: Sequence[str], record: Sequence[str]) -> Row:

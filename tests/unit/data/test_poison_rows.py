@@ -201,11 +201,33 @@ def test_files_of_other_encodings_say_which(tmp_path: Path, suffix: str, encodin
     assert str(caught.value) == f"{path} is {encoding[:6].upper()} text: save it as UTF-8."
 
 
-def test_a_quote_that_is_never_closed_is_not_read_to_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep_bad", [False, True])
+@pytest.mark.parametrize(
+    ("rest", "complaint"),
+    [
+        (b"", "a quote is opened that is never closed"),
+        (b"a,b\n" * 30_000, "longer than 65536 bytes, or a quote is opened that is never closed"),
+        (b'a,"b"\n', "',' expected after '\"'"),
+    ],
+)
+def test_the_row_is_named_whose_quote_is_never_closed(
+    tmp_path: Path, keep_bad: bool, rest: bytes, complaint: str
+) -> None:
+    """Where its row ends is not known, so that it is not left out alone."""
     path = tmp_path / "a.csv"
-    path.write_bytes(csv(b'"a,b') + b"a,b\n" * 30_000)
-    with pytest.raises(DataError, match=r"the row at byte \d+ is longer than 65536 bytes, or a quote is open"):
-        scan(path, keep_bad=True)
+    content = csv(b'"a,b') + rest
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        scan(path, keep_bad)
+    begin = content.index(b'"a,b')
+    assert str(caught.value) == f"{path}, row {BAD + 1}: {complaint} (from byte {begin} on): correct its quotes."
+
+
+def test_a_quote_of_a_header_that_is_never_closed(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_bytes(b'prompt\t"completion\na\tb\n')
+    with pytest.raises(DataError, match=r"a\.tsv, header: a quote is opened that is never closed \(from byte 0 on\)"):
+        scan(path)
 
 
 def test_a_csv_of_carriage_returns_alone(tmp_path: Path) -> None:
