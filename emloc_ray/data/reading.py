@@ -37,7 +37,7 @@ from emloc_ray.data.text_rows import (
 )
 from emloc_ray.errors import DataError
 from emloc_ray.io.formats.arrow_schemas import open_parquet
-from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
+from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files, look_of
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.io.store.places import above, is_store_uri
 from emloc_ray.io.store.stored_files import StoredFile, shown
@@ -107,8 +107,8 @@ class SourceFile:
     ``group_rows`` is the size of a Parquet file's largest row group, where alone reading can begin. ``version`` identifies a
     stored file's content; it is empty for a local file. ``images`` is a hash of the images that its first rows name: their
     names, and for local files their sizes and times. ``format`` is that of its rows, empty until its first ones were
-    read. ``part``: the number of the place in a split's shares that names it. ``looked`` is what a local file was when it
-    was counted.
+    read. ``part``: the number of the place in a split's shares that names it. ``looked`` is what a local file was when it was
+    counted.
     """
 
     path: str
@@ -121,7 +121,7 @@ class SourceFile:
     format: str = ""
     delimiter: str = ","
     part: int = 0
-    looked: tuple[int, ...] = ()
+    looked: str = ""
 
     @property
     def is_stored(self) -> bool:
@@ -149,7 +149,7 @@ def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
         ensure(path)
     kind, place = kind_of(path), str(path)
     try:
-        looked = _look(path) if isinstance(path, Path) else ()
+        looked = look_of(path) if isinstance(path, Path) else ""
         with open_file(place, _STORED_SCAN_BYTES) as stream:
             version = getattr(stream.raw, "version", "")
             if kind == "parquet":
@@ -166,18 +166,6 @@ def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
     if source.num_rows == 0:
         raise DataError(f"{source.name} is empty: give a file with rows.")
     return dataclasses.replace(source, looked=looked)
-
-
-def _look(file: Path) -> tuple[int, ...]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def check_unchanged(sources: Iterable[SourceFile]) -> None:
-    """Raises DataError naming the first local file that has changed since its rows were counted."""
-    for source in sources:
-        if source.looked and (not Path(source.path).is_file() or _look(Path(source.path)) != source.looked):
-            raise DataError(f"{source.name} was changed after its rows were counted: run the same command again.")
 
 
 def _counted(place: str, kind: str, stream: io.BufferedReader, keep_bad: bool, version: str) -> SourceFile:
@@ -199,7 +187,11 @@ def _counted(place: str, kind: str, stream: io.BufferedReader, keep_bad: bool, v
 
 def fingerprint_sources(sources: Sequence[SourceFile]) -> str:
     """A hash of counted files: of local ones as :func:`fingerprint_large_files`, of stored ones by name and version; and of
-    the images that they name."""
+    the images that they name. Raises DataError naming the first local file that has changed since its rows were counted."""
+    for source in sources:
+        path = Path(source.path)
+        if source.looked and (not path.is_file() or look_of(path) != source.looked):
+            raise DataError(f"{source.name} was changed after its rows were counted: run the same command again.")
     local = fingerprint_large_files(Path(source.path) for source in sources if not source.is_stored)
     stored = [[PurePosixPath(source.name).name, source.version] for source in sources if source.is_stored]
     images = [source.images for source in sources if source.images]

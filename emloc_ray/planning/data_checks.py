@@ -18,7 +18,7 @@ from emloc_ray.data.reading import BadRow, Place, Row, SourceFile, each, read_ro
 from emloc_ray.data.row_formats import columns_of, converted, recognized, unknown_format
 from emloc_ray.data.splits import SPLITS, counts_in_shares, hub_split
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
-from emloc_ray.io.runs.fingerprint import fingerprint
+from emloc_ray.io.runs.fingerprint import fingerprint, look_of
 from emloc_ray.text import counted, listed
 
 CHECKED_ROWS = 1000  # of a file
@@ -119,10 +119,12 @@ _CHECKED: dict[Any, tuple[SourceFile, ...]] = {}
 _MOST_CHECKED = 64
 
 
-def _looks(places: Sequence[Path | str]) -> tuple[tuple[str, int, int], ...]:
-    """Names, sizes and times of files."""
-    stats = [(str(place), Path(place).stat()) for place in places]
-    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in stats)
+def _looks(places: Sequence[Path | str]) -> tuple[tuple[str, str], ...]:
+    """Names and looks of files. Raises DataError where one cannot be read."""
+    try:
+        return tuple((str(place), look_of(Path(place))) for place in places)
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}): fix the file.") from error
 
 
 def _checked_row(row: Row, where: Place, data: DataConfig, reads_images: bool) -> list[Any]:

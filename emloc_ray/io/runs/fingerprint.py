@@ -47,12 +47,25 @@ def _part(file: Path) -> list[Any]:
     return [file.name, [_sampled(file), _known_digest(file, *_look(file))]]
 
 
+def look_of(file: Path) -> str:
+    """What tells a file from what it was: its time, and a hash of its size, header, end, and blocks at equal distances. These are
+    read each time of a large file, of a small one where its times or inode changed."""
+    status = file.stat()
+    blocks = _sampled(file) if status.st_size >= _LARGE else _small_sampled(file, *_look(file))
+    return f"{status.st_mtime_ns} {blocks}"
+
+
+@functools.lru_cache(maxsize=65536)
+def _small_sampled(file: Path, *look: int) -> str:
+    return _sampled(file)
+
+
 def _sampled(file: Path) -> str:
-    """A hash of a large file's size, header, end, and blocks at equal distances."""
+    """A hash of a file's size, header, end, and blocks at equal distances."""
     with file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         total = hashlib.sha256(str(size).encode() + stream.read(_HEADER))
-        for number in range(1, _BLOCKS + 1):
+        for number in range(1, _BLOCKS + 1) if size > _HEADER else ():
             stream.seek(min(number * size // _BLOCKS, size - _BLOCK))
             total.update(stream.read(_BLOCK))
     return total.hexdigest()

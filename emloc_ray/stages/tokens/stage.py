@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emloc_ray.config.schema import RunConfig
-from emloc_ray.data.reading import check_unchanged, fingerprint_sources
+from emloc_ray.data.reading import fingerprint_sources
+from emloc_ray.errors import DataError
 from emloc_ray.io.runs.fingerprint import content_of
 from emloc_ray.planning.prepared import Prepared, splits_of
 from emloc_ray.stages.context import Context, Inputs, Result
@@ -26,7 +27,7 @@ def split_inputs(prepared: Prepared) -> Inputs:
     return {
         # What auto took counts: a config that names it gives the same tokens.
         "data": data | ({"format": formats[0]} if len(formats) == 1 else {"formats": formats}),
-        "files": {name: fingerprint_sources(sources) for name, sources in prepared.files.items()},
+        "files": _row_files(prepared),
         "counts": [
             config.calibration.num_calibration_samples,
             config.calibration.num_calibration_tokens,
@@ -37,6 +38,17 @@ def split_inputs(prepared: Prepared) -> Inputs:
         "rows_per_shard": config.calibration.rows_per_shard,
         "seed": config.seed,
     }
+
+
+def _row_files(prepared: Prepared) -> dict[str, str]:
+    return {name: fingerprint_sources(sources) for name, sources in prepared.files.items()}
+
+
+def _check_rows(prepared: Prepared, files: dict[str, str]) -> None:
+    """Raises DataError where the splits' files are others than when they gave the fingerprints ``files``."""
+    for name, now in _row_files(prepared).items():
+        if files[name] != now:
+            raise DataError(f"Files of data.{name} were changed while the run read them: run the same command again.")
 
 
 def _formats(prepared: Prepared) -> list[str]:
@@ -67,8 +79,9 @@ def _tokenize(context: Context, inputs: Inputs, granted: Resources, progress: Pr
     from emloc_ray.stages.tokens.tokens import tokenize_data
 
     prepared, out_dir = context.prepared, context.path("data")
-    check_unchanged(source for sources in prepared.files.values() for source in sources)
+    _check_rows(prepared, inputs["files"])  # after the wait for its turn
     made = tokenize_data(prepared, context.model_dir, out_dir, progress, inputs, context.note, granted.planned_s)
+    _check_rows(prepared, inputs["files"])  # for they may have changed between two workers
     return {**made, "formats": _formats(prepared)}
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import RecordingReporter, make_values, write_jsonl
+from small_runs import RecordingReporter, make_values, task_rows, write_jsonl
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.errors import ArtifactError, ConfigError, Stopped
+from emloc_ray.errors import ArtifactError, ConfigError, DataError, Stopped
 from emloc_ray.io.runs.cache import ArtifactCache
-from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import steps as runs_steps
 from emloc_ray.runs import versions
@@ -175,15 +174,39 @@ def test_accepted_work_stands_is_told_and_is_not_shared(
         go()
 
 
-def test_data_that_changed_since_its_rows_were_counted_is_refused(prepared: Prepared, task_file: Path) -> None:
-    rows = task_file.read_text()
-    try:
-        write_jsonl(task_file, [{"prompt": "a", "completion": "b"}] * 3)
-        with pytest.raises(Exception, match=r"was changed after its rows were counted: run the same command again"):
-            DATA.run(Context(prepared, prepared.source.directory), {}, None, None)  # type: ignore[arg-type]
-    finally:
-        task_file.write_text(rows)
-    assert not RunDirectory(prepared.run.root).path("data").exists()
+def rewritten(path: Path) -> None:
+    """Changes a byte, and leaves the size and the time as they were."""
+    before = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"a", b"b", 1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+@pytest.fixture
+def own_rows(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> tuple[Context, Path]:
+    """A run that has not begun, and its rows."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", task_rows(40))
+    prepared = prepare(parse_config(make_values(tmp_path / "run", tiny_model_dir(), rows)))
+    return Context(prepared, prepared.source.directory), rows
+
+
+def test_data_that_changed_since_its_rows_were_counted_is_refused(own_rows: tuple[Context, Path]) -> None:
+    context, rows = own_rows
+    inputs = DATA.inputs(context)
+    rewritten(rows)
+    for look in (lambda: DATA.inputs(context), lambda: DATA.run(context, inputs, None, None)):  # type: ignore[arg-type]
+        with pytest.raises(DataError, match=r"was changed after its rows were counted: run the same command again"):
+            look()
+    assert not context.path("data").exists()
+
+
+def test_data_that_changes_while_it_is_read_is_refused(
+    own_rows: tuple[Context, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, rows = own_rows
+    monkeypatch.setattr("emloc_ray.stages.tokens.tokens.tokenize_data", lambda *_: rewritten(rows))
+    with pytest.raises(DataError, match=r"was changed after its rows were counted: run the same command again"):
+        DATA.run(context, DATA.inputs(context), Resources(), None)  # type: ignore[arg-type]
 
 
 def test_a_model_that_changes_between_two_steps_ends_the_run(

@@ -58,7 +58,8 @@ def test_the_stage_says_which_formats_auto_took(prepared: Make, ray_session: Non
     ready = replace(
         ready, config=ready.config.model_copy(update={"data": ready.config.data.model_copy(update={"format": "auto"})})
     )
-    result = DATA.run(Context(ready, ready.source.directory), {}, Resources(), lambda done, total: None)
+    context = Context(ready, ready.source.directory)
+    result = DATA.run(context, DATA.inputs(context), Resources(), lambda done, total: None)
     assert result["formats"] == ["prompt_completion"]
 
 
