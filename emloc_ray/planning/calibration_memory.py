@@ -185,7 +185,11 @@ class CalibrationMemory(ModelBytes):
         asked = getattr(self.config, section)
         if asked.gpus:
             return _GPU_SHARE * self._gpu_bytes() * asked.gpus
-        return float("inf") if self.config.ray.joins else available_bytes() / asked.num_workers
+        return float("inf") if self.config.ray.joins else self._left / asked.num_workers
+
+    @functools.cached_property
+    def _left(self) -> float:
+        return available_bytes()
 
     @functools.cached_property
     def _yardstick(self) -> int:

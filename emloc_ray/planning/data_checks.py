@@ -1,11 +1,12 @@
 """Checks a split's files before anything starts: counts their rows, and reads the first ones."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +20,63 @@ from emloc_ray.data.row_formats import columns_of, converted, recognized, unknow
 from emloc_ray.data.splits import SPLITS, counts_in_shares, hub_split
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.runs.fingerprint import fingerprint, look_of
+from emloc_ray.io.store.shared import Shared
+from emloc_ray.io.store.stored_files import StoredFile
 from emloc_ray.text import counted, listed
 
 CHECKED_ROWS = 1000  # of a file
 MAX_CHECKED_ROWS = 16_000  # of a split, but for one of each file
 
 
-def check_split(config: RunConfig, name: str, reads_images: bool) -> tuple[SourceFile, ...]:
-    """The files of a split, with counted rows and checked first rows; none where the run makes or downloads the split.
+Looks = tuple[tuple[Path | str, Any], ...]
+"""Files, each with what tells its content from another's."""
 
-    ``reads_images``: whether the model has a processor for images. Raises ConfigError where a store does not answer, or train
-    has no more rows than are held out; DataError, naming file and row, where a file is unreadable or a row bad.
-    """
+
+def places_here(config: RunConfig, name: str) -> tuple[str, ...]:
+    """The places of a split but for those of the hub; none where the run makes the split."""
     split: SplitConfig | None = getattr(config.data, name)
     is_made = config.data.generate is not None and name in SPLITS
-    if split is None or is_made:
+    return () if split is None or is_made else tuple(place for place in split.places if place not in split.hub)
+
+
+def look_at_files(places: Sequence[str], key: str) -> Looks:
+    """The files at places, local ones as :func:`~emloc_ray.io.runs.fingerprint.look_of` sees them, stored ones with their
+    version. Raises what :func:`emloc_ray.data.files.list_files` raises."""
+    files = list_files(places, key)
+    stored = any(isinstance(file, str) for file in files)
+    return tuple(zip(files, each(_look, files, stored), strict=True))
+
+
+def _look(file: Path | str) -> Any:
+    with contextlib.suppress(OSError):  # whoever reads it says why it cannot be read
+        if isinstance(file, str):
+            with StoredFile(file) as stored:
+                return stored.version
+        return look_of(file)
+    return object()  # like no other
+
+
+def check_split(
+    config: RunConfig, name: str, reads_images: bool, look: Callable[[], Looks] | None = None
+) -> tuple[SourceFile, ...]:
+    """The files of a split, with counted rows and checked first rows; none where the run makes or downloads the split.
+
+    ``reads_images``: whether the model has a processor for images; ``look``: :func:`look_at_files` of its places. Raises
+    ConfigError where a store does not answer, or train has no more rows than are held out; DataError, naming file and row,
+    where a file is unreadable or a row bad.
+    """
+    split: SplitConfig | None = getattr(config.data, name)
+    files = places_here(config, name)
+    if split is None:
         return ()
     if split.hub and importlib.util.find_spec("datasets") is None:
         raise ConfigError(f"{split.hub[0]} needs the datasets package: pip install 'emloc-ray[hub]'.")
-    files = [place for place in split.places if place not in split.hub]
     if not files:
         return ()
+    key = f"data.{name}.path"
     try:
-        sources = _checked_sources(files, f"data.{name}.path", config.data, reads_images)
-        sources = _in_parts(sources, split, f"data.{name}.path")
+        looks = look_at_files(files, key) if look is None else look()
+        sources = _in_parts(_checked_sources(looks, config.data, reads_images), split, key)
     except ArtifactError as error:  # a store that does not answer
         raise ConfigError(f"data.{name}.path: {error}") from error
     held_out = ("selection", "eval", *(["validation"] if config.finetune.validates else []))
@@ -79,14 +113,23 @@ def _in_parts(sources: tuple[SourceFile, ...], split: SplitConfig, key: str) -> 
     return tuple(dataclasses.replace(source, part=parts[source.path]) for source in sources)
 
 
-def _checked_sources(patterns: Sequence[str], key: str, data: DataConfig, reads_images: bool) -> tuple[SourceFile, ...]:
-    places = list_files(patterns, key)
-    stored = any(isinstance(place, str) for place in places)
+def _checked_sources(looks: Looks, data: DataConfig, reads_images: bool) -> tuple[SourceFile, ...]:
     columns = tuple(data.columns.items())
     options = (data.format, columns, data.on_error, data.packing, reads_images, tuple(data.image_roots))
-    cached = None if stored else (_looks(places), *options)
-    if cached in _CHECKED:
-        return _CHECKED[cached]
+
+    def check() -> tuple[SourceFile, ...]:
+        return _read_sources([place for place, _ in looks], data, reads_images)
+
+    # Image files may change by themselves.
+    return _CHECKED.get((looks, *options), check, keeps=lambda sources: not any(source.images for source in sources))
+
+
+# Many of a batch's tasks read the same files: these are counted once, and held once.
+_CHECKED = Shared[tuple[SourceFile, ...]](64)
+
+
+def _read_sources(places: Sequence[Path | str], data: DataConfig, reads_images: bool) -> tuple[SourceFile, ...]:
+    stored = any(isinstance(place, str) for place in places)
     sources = each(functools.partial(scan, keep_bad=data.on_error == "skip"), places, stored)
     checked = max(1, min(CHECKED_ROWS, MAX_CHECKED_ROWS // len(sources)))
 
@@ -106,25 +149,7 @@ def _checked_sources(patterns: Sequence[str], key: str, data: DataConfig, reads_
             raise _nothing_left(source, reasons)
         return dataclasses.replace(source, images=fingerprint(images) if images else "")
 
-    result = tuple(each(check, sources, stored))
-    if cached is not None and not any(source.images for source in result):  # image files may change by themselves
-        while len(_CHECKED) >= _MOST_CHECKED:
-            _CHECKED.pop(next(iter(_CHECKED)))
-        _CHECKED[cached] = result
-    return result
-
-
-# Many of a batch's tasks read the same files: these are counted once, and held once.
-_CHECKED: dict[Any, tuple[SourceFile, ...]] = {}
-_MOST_CHECKED = 64
-
-
-def _looks(places: Sequence[Path | str]) -> tuple[tuple[str, str], ...]:
-    """Names and looks of files. Raises DataError where one cannot be read."""
-    try:
-        return tuple((str(place), look_of(Path(place))) for place in places)
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be read ({error.strerror}): fix the file.") from error
+    return tuple(each(check, sources, stored))
 
 
 def _checked_row(row: Row, where: Place, data: DataConfig, reads_images: bool) -> list[Any]:

@@ -19,6 +19,7 @@ from emloc_ray.data.row_formats import CHATS, columns_of, converted
 from emloc_ray.data.tokenizing import TokenizeOptions
 from emloc_ray.demos.tasks import write_generated
 from emloc_ray.errors import ConfigError, DataError, EmlocError
+from emloc_ray.io.store.shared import Shared
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loading import tokenizer_dir
 from emloc_ray.planning.data_checks import with_format
@@ -101,18 +102,19 @@ def sequences_a_row(prepared: Prepared, split: str = "train") -> float:
     chats = bool({source.format for source in files} & CHATS)
     if not chats or data.packing or section is None or section.hub or any(source.images for source in files):
         return 1.0
-    key = repr((prepared.source.directory, files, data))
-    if key not in _SEQUENCES:
+
+    def count() -> float:
         try:
             first = None if _show_images(files, data) else first_rows(prepared, split)
         except EmlocError:  # of a bad row, which is told where rows are read
             first = None
         good = 0 if first is None else sum(row is not None for _, row in first.rows)
-        _SEQUENCES[key] = len(first.sequences) / good if first is not None and good else 1.0
-    return _SEQUENCES[key]
+        return len(first.sequences) / good if first is not None and good else 1.0
+
+    return _SEQUENCES.get((prepared.source, files, data.model_dump_json()), count)
 
 
-_SEQUENCES: dict[str, float] = {}  # by model and rows, which are asked about several times while a run is planned
+_SEQUENCES = Shared[float](64)  # which are asked about several times while a run is planned
 
 
 def tokenize_options(prepared: Prepared, tokenizer: Path, files: Sequence[SourceFile]) -> TokenizeOptions:

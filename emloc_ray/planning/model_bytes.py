@@ -32,6 +32,7 @@ class ModelBytes:
         self.prepared, self.lengths = prepared, lengths or prepared.lengths
         self.trained = training or prepared.finetuning
         self.config, self.layout = prepared.config, self.trained.layout
+        self._adapter_settings = self.trained.adapter.settings  # of pydantic, too slow for every linear
         self.model_config = prepared.model_config
         self.calibration_tokens = prepared.calibration_tokens(self.lengths.mean)
         self.itemsize, self.file_itemsize = model_dtype(prepared).itemsize, file_dtype(prepared).itemsize
@@ -107,7 +108,7 @@ class ModelBytes:
 
     def _rank(self, spec: LinearSpec) -> int:
         """The rank of the adapter's update of this linear, as it is corrected: at most the smaller side."""
-        return update_rank(self.trained.adapter.method, self.trained.adapter.settings, spec)
+        return update_rank(self.trained.adapter.method, self._adapter_settings, spec)
 
     def _calibration_tokens(self) -> float:
         return self.config.calibration.batch_size * self.lengths.longest

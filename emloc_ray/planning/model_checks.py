@@ -1,9 +1,8 @@
 """Checks a config against its model, before a weight moves."""
 
 import dataclasses
-import functools
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from emloc_ray.data.row_formats import CHATS
 from emloc_ray.data.token_shards import PAD_MULTIPLE, padded_length
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.checkpoint import SINGLE_NAME, read_index, read_shard
+from emloc_ray.io.store.shared import Shared
 from emloc_ray.modeling.adapter_methods import count_parameters
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.attention import check_takes_kernel, needs_kernel
@@ -33,7 +33,9 @@ def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
     """The model's transformers config and its layout under this config, from its files' headers alone. Raises ConfigError where
     the model does not go with the config."""
     options = config.model
-    skeleton = _skeleton(source, options.trust_remote_code, options.attn_implementation, _looks(source))
+    looks = _looks(source)
+    opened = source, options.trust_remote_code, options.attn_implementation
+    skeleton = _SKELETONS.get((*opened, looks), lambda: _skeleton(*opened))
     if has_encoder(skeleton.config):
         _check_encoder_decoder(config)
     if skeleton.image.row_tokens and config.adapter.is_prompt:
@@ -43,7 +45,7 @@ def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
         )
     _check_length(config, skeleton)
     if config.finetune.packing:
-        mixing = _why_rows_mix(source, options.trust_remote_code, _looks(source))
+        mixing = _MIXING.get((source, options.trust_remote_code, looks), lambda: _why_rows_mix(*opened[:2]))
         mixing = "shows images beside the text" if skeleton.image.row_tokens else mixing
         if mixing is not None:
             raise ConfigError(
@@ -56,8 +58,11 @@ def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
     _check_healing(config, layout)
     _check_refinement(config, skeleton)
     if not config.adapter.is_lora:
-        settings = json.dumps(adapter_settings(config.adapter, layout, skeleton.config), sort_keys=True)
-        parameters = _adapter_parameters(source, options.trust_remote_code, settings, _looks(source))
+        settings = adapter_settings(config.adapter, layout, skeleton.config)
+        parameters = _PARAMETERS.get(
+            (source, options.trust_remote_code, json.dumps(settings, sort_keys=True), looks),
+            lambda: _adapter_parameters(source, options.trust_remote_code, settings),
+        )
         layout = dataclasses.replace(layout, adapter_parameters=parameters)
     return skeleton.config, layout
 
@@ -116,18 +121,17 @@ def _check_length(config: RunConfig, skeleton: Skeleton) -> None:
     raise ConfigError(f"data.max_seq_length is {length}, the model has {positions} positions: lower it to {fits}.")
 
 
-@functools.lru_cache(maxsize=8)
-def _adapter_parameters(
-    source: ModelSource, trust_remote_code: bool, settings: str, files: tuple[tuple[str, int, int], ...]
-) -> int:
+# Most tasks of a batch have the same model.
+_SKELETONS, _MIXING, _PARAMETERS = Shared[Skeleton](8), Shared[str | None](8), Shared[int](8)
+
+
+def _adapter_parameters(source: ModelSource, trust_remote_code: bool, settings: Mapping[str, Any]) -> int:
     """The number of parameters that an adapter trains; raises ConfigError where it does not fit the model."""
-    named = json.loads(settings)
     model = empty_model(read_model_config(source, trust_remote_code), trust_remote_code)
-    return count_parameters(model, named.pop("method"), named)
+    return count_parameters(model, settings["method"], {name: settings[name] for name in settings if name != "method"})
 
 
-@functools.lru_cache(maxsize=8)
-def _why_rows_mix(source: ModelSource, trust_remote_code: bool, files: tuple[tuple[str, int, int], ...]) -> str | None:
+def _why_rows_mix(source: ModelSource, trust_remote_code: bool) -> str | None:
     return why_rows_mix(empty_model(read_model_config(source, trust_remote_code), trust_remote_code))
 
 
@@ -181,13 +185,7 @@ def _looks(source: ModelSource) -> tuple[tuple[str, int, int], ...]:
     return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in named if file.is_file())
 
 
-@functools.lru_cache(maxsize=8)  # most tasks of a batch have the same model
-def _skeleton(
-    source: ModelSource,
-    trust_remote_code: bool,
-    attn_implementation: str | None,
-    files: tuple[tuple[str, int, int], ...],
-) -> Skeleton:
+def _skeleton(source: ModelSource, trust_remote_code: bool, attn_implementation: str | None) -> Skeleton:
     model_config = read_model_config(source, trust_remote_code)
     kernel = attn_implementation if needs_kernel(attn_implementation) else None
     try:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 
@@ -21,8 +21,9 @@ from emloc_ray.data.reading import SourceFile
 from emloc_ray.data.splits import SPLITS
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store.shared import Shared
 from emloc_ray.modeling.loading import ModelSource, resolve_source, token_counter
-from emloc_ray.planning.data_checks import check_held_out, check_split
+from emloc_ray.planning.data_checks import Looks, check_held_out, check_split, look_at_files, places_here
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths, row_lengths
 from emloc_ray.planning.machine import check_packages, check_resources, gpus_expected
@@ -31,6 +32,7 @@ from emloc_ray.planning.training_checks import check_training
 from emloc_ray.planning.training_spec import Training
 
 UNKNOWN_ROWS = 8000  # the guess for a split that is made or downloaded later
+Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 Settings = TypeVar("Settings", bound=StageConfig)
 
@@ -98,8 +100,13 @@ class Prepared:
 
     def lengths_of(self, split: str) -> Lengths:
         """How long the rows of a split are."""
-        count = token_counter(self.source, self.config.model.trust_remote_code)
-        return row_lengths(self.config.data, self.files.get(split, ()), self.layout.image.row_tokens, count)
+        data, trust, image = self.config.data, self.config.model.trust_remote_code, self.layout.image.row_tokens
+        first = self.files.get(split, ())[:1]
+
+        def count() -> Lengths:
+            return row_lengths(data, first, image, token_counter(self.source, trust))
+
+        return _LENGTHS.get((self.source, trust, image, first, data.model_dump_json()), count)
 
     def calibration_tokens(self, tokens_per_row: float) -> float:
         """The tokens that calibration reads, at a mean of so many a row: the smallest of the config's bounds."""
@@ -110,6 +117,7 @@ class Prepared:
         return min(tokens, section.num_calibration_tokens or tokens)
 
 
+_LENGTHS = Shared[Lengths](64)  # to tokenize a few hundred rows takes longer than all else of a plan
 _OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
 
 
@@ -129,9 +137,41 @@ def splits_of(config: RunConfig) -> tuple[str, ...]:
     return (*SPLITS, *(["healing"] if heals else []), *(["validation"] if config.finetune.validates else []))
 
 
-def prepare(config: RunConfig, needs_weights: bool = True) -> Prepared:
-    """Checks the whole config against the model, the data and the disk; a plan does not need the model's weights. Raises
-    ConfigError with every error at once, one sentence a line; nothing was written."""
+class Later(Protocol):
+    """Takes a call; what it gives gives the call's result, or raises what it raises."""
+
+    def __call__(
+        self, function: Callable[Parameters, Result], /, *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> Callable[[], Result]:
+        """``functools.partial`` calls the function each time that the result is asked for."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a preparation waits for: a run's directory, its model and its data may be on an object store or the hub."""
+
+    manifest: Callable[[], dict[str, Any]]  # of the run directory, without what stages made
+    source: Callable[[], ModelSource]
+    files: Mapping[str, Callable[[], Looks]]
+    upper_bound: Callable[[], None]
+
+
+def ask(config: RunConfig, needs_weights: bool = True, later: Later = functools.partial) -> Asked:
+    """Asks for all that :func:`prepare` waits for; ``later`` may call it in other threads."""
+    model = config.model
+    places = {name: places_here(config, name) for name in splits_of(config)}
+    return Asked(
+        later(_check_run, config.run_dir),
+        later(resolve_source, model.source, model.revision, model.trust_remote_code, needs_weights),
+        {name: later(look_at_files, here, f"data.{name}.path") for name, here in places.items() if here},
+        later(_check_upper_bound, config.evaluation.upper_bound),
+    )
+
+
+def prepare(config: RunConfig, needs_weights: bool = True, asked: Asked | None = None) -> Prepared:
+    """Checks the whole config against the model, the data and the disk; a plan does not need the model's weights. ``asked``:
+    :func:`ask` of the same. Raises ConfigError with every error at once, one sentence a line; nothing was written."""
+    asked = asked or ask(config, needs_weights)
     as_written, config = config, config.with_gpus(gpus_expected(config))
     errors: list[str] = []
 
@@ -143,22 +183,24 @@ def prepare(config: RunConfig, needs_weights: bool = True) -> Prepared:
             return None
 
     run = RunDirectory(config.run_dir)
-    attempt(run.check)
-    options = config.model
-    source = attempt(lambda: resolve_source(options.source, options.revision, options.trust_remote_code, needs_weights))
+    attempt(asked.manifest)
+    source = attempt(asked.source)
     model = None if source is None else attempt(lambda: read_model(config, source))
     reads_images = model is None or model[1].image.row_tokens > 0
     if config.data.generate == "vqa" and not reads_images:
         errors.append(
             "data.generate: vqa shows images, and the model has no processor for images: choose one that has."
         )
-    files = {name: attempt(lambda name=name: check_split(config, name, reads_images)) for name in splits_of(config)}  # type: ignore[misc]
+    files = {
+        name: attempt(functools.partial(check_split, config, name, reads_images, asked.files.get(name)))
+        for name in splits_of(config)
+    }
     formats = {source.format for sources in files.values() for source in sources or ()}
     formats |= {config.data.row_format} - {"auto"}
     if source is not None and model is not None:
         attempt(functools.partial(check_formats, config, source, model[0], formats))
     attempt(lambda: check_held_out(config, files))
-    attempt(lambda: _check_upper_bound(config))
+    attempt(asked.upper_bound)
     attempt(lambda: check_resources(config))
     attempt(lambda: check_packages(config))
     zero_config = attempt(lambda: check_training(config))
@@ -169,8 +211,14 @@ def prepare(config: RunConfig, needs_weights: bool = True) -> Prepared:
     return Prepared(config, run, source, *model, known, zero_config, file_dtype, as_written)
 
 
-def _check_upper_bound(config: RunConfig) -> None:
-    bound = config.evaluation.upper_bound
+def _check_run(place: str) -> dict[str, Any]:
+    manifest = RunDirectory(place).check()
+    large = ("outputs", "result")  # hundreds of tasks' are held at once
+    stages = manifest.get("stages", {}).items()
+    return {**manifest, "stages": {name: {k: v for k, v in entry.items() if k not in large} for name, entry in stages}}
+
+
+def _check_upper_bound(bound: str | None) -> None:
     if bound is None:
         return
     metrics = RunDirectory(bound).existing().metrics()

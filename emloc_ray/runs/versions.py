@@ -39,10 +39,13 @@ def check_versions(
     until: str = VERBS[-1],
     accept: bool = False,
     in_batch: bool = False,
+    manifest: Mapping[str, Any] | None = None,
 ) -> None:
     """Raises ConfigError where a stage up to the verb ``until`` was finished or begun with other versions, unless it is
-    ``forced``, which redoes it; with ``accept`` only where these versions write another format."""
-    done, begun = prepared.run.stages(), prepared.run.begun()
+    ``forced``, which redoes it; with ``accept`` only where these versions write another format. ``manifest``: by default the
+    run's as it is now."""
+    manifest = {"stages": prepared.run.stages(), "begun": prepared.run.begun()} if manifest is None else manifest
+    done, begun = manifest["stages"], manifest.get("begun", {})
     kept = [stage for stage in up_to(until) if stage.name not in forced and stage.wanted(prepared)]
     foreign: dict[Stage, Any] = {}
     for stage in kept:

@@ -71,9 +71,9 @@ class RunDirectory:
         """A place inside the run."""
         return self.root.joinpath(*parts)
 
-    def check(self, kind: Kind = "run") -> None:
-        """Raises ConfigError where it cannot be written, or holds files without our manifest, or another run's name, or
-        what is of another kind."""
+    def check(self, kind: Kind = "run") -> dict[str, Any]:
+        """Returns the manifest, {} where there is none yet. Raises ConfigError where it cannot be written, or holds files
+        without our manifest, or another run's name, or what is of another kind."""
         check_folder(self.root, "run_dir") if self.store is None else check_store(self.store)
         if self._manifest_content() is None:
             # A run killed while it wrote its first manifest left no more than these.
@@ -84,7 +84,7 @@ class RunDirectory:
                     f"run_dir {self.place} holds files of something else ({', '.join(sorted(others)[:3])}) and no"
                     f" {MANIFEST}: name a new or empty directory."
                 )
-            return
+            return {}
         try:
             manifest = self.manifest()
         except ArtifactError as error:  # --fresh must never remove what may be somebody else's
@@ -96,6 +96,7 @@ class RunDirectory:
             raise ConfigError(
                 f"run_dir {self.place} holds the {kind} {name!r}: name a new directory, or rename this one to {name}."
             )
+        return manifest
 
     def names(self) -> list[str]:
         """What lies directly in it."""

@@ -1,7 +1,6 @@
 """Short content hashes: of values, of files, of checkpoints."""
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ from typing import Any
 
 from emloc_ray.io.store.digests import digest, noted_digest
 from emloc_ray.io.store.replacing import replacing
+from emloc_ray.io.store.shared import Shared
 
 _LARGE = 2**26
 _READERS = 4
@@ -43,21 +43,16 @@ def fingerprint_large_files(files: Iterable[Path]) -> str:
 
 def _part(file: Path) -> list[Any]:
     if file.stat().st_size < _LARGE:
-        return [file.name, _small_digest(file, *_look(file))]
-    return [file.name, [_sampled(file), _known_digest(file, *_look(file))]]
+        return [file.name, _SMALL.get((file, *_look(file)), lambda: fingerprint_files([file]))]
+    return [file.name, [_sampled(file), _digest_of(file)]]
 
 
 def look_of(file: Path) -> str:
     """What tells a file from what it was: its time, and a hash of its size, header, end, and blocks at equal distances. These are
     read each time of a large file, of a small one where its times or inode changed."""
     status = file.stat()
-    blocks = _sampled(file) if status.st_size >= _LARGE else _small_sampled(file, *_look(file))
+    blocks = _sampled(file) if status.st_size >= _LARGE else _SAMPLED.get((file, *_look(file)), lambda: _sampled(file))
     return f"{status.st_mtime_ns} {blocks}"
-
-
-@functools.lru_cache(maxsize=65536)
-def _small_sampled(file: Path, *look: int) -> str:
-    return _sampled(file)
 
 
 def _sampled(file: Path) -> str:
@@ -79,12 +74,15 @@ def content_of(files: Iterable[Path]) -> str:
 
 def _content(file: Path) -> list[str]:
     sampled = [_sampled(file)] if file.stat().st_size >= _LARGE else []
-    return [file.name, _known_digest(file, *_look(file)), *sampled]
+    return [file.name, _digest_of(file), *sampled]
 
 
-@functools.lru_cache(maxsize=65536)  # hundreds of tasks may ask for the same
-def _small_digest(file: Path, *look: int) -> str:
-    return fingerprint_files([file])
+_SMALL, _WHOLE, _SAMPLED = (Shared[str](65536) for _ in range(3))  # hundreds of tasks may ask for the same
+
+
+def _digest_of(file: Path) -> str:
+    look = _look(file)
+    return _WHOLE.get((file, *look), lambda: _known_digest(file, *look))
 
 
 def _look(file: Path) -> tuple[int, ...]:
@@ -92,7 +90,6 @@ def _look(file: Path) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-@functools.lru_cache(maxsize=65536)
 def _known_digest(file: Path, *look: int) -> str:
     named = hub_digest(file) if file.stat().st_size >= _LARGE else None  # a small one is read faster than trusted
     return named or noted_digest(file) or _digest_once(file, " ".join(map(str, look)))

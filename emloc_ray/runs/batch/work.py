@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError, EmlocError
@@ -15,7 +17,7 @@ from emloc_ray.planning.batches import shrink_batches
 from emloc_ray.planning.budget import check_gpus, check_holding
 from emloc_ray.planning.machine import check_kernel
 from emloc_ray.planning.plan import Plan, StagePlan, make_plan
-from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.planning.prepared import Asked, Later, Prepared, ask, prepare
 from emloc_ray.runs.batch.admission import Admission, Amount, Need, Ticket
 from emloc_ray.runs.batch.state import TaskReporter
 from emloc_ray.runs.batch.tasks import Task
@@ -26,6 +28,8 @@ from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.ray.final_actor import FinalActors
 from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.text import listed
+
+_WAITING = 8  # threads that wait for stores and the hub
 
 
 @dataclass(frozen=True)
@@ -102,28 +106,33 @@ class PipelineWork:
         raise_problems(problems)
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Checks every task against its model and data, and plans it.
+        """Checks every task against its model and data, and plans it; threads ask for all that tasks wait for meanwhile. What
+        computes stays in this one: Python computes in one thread at a time, and here alone a template's time is bounded
+        (:func:`emloc_ray.data.chats.cpu_limit`).
 
         Raises:
             ConfigError: with every error of every task, each once, with its tasks.
         """
         problems: dict[str, list[str]] = {}
-        for number, task in enumerate(tasks):
-            with _collected(problems, task.name):
-                self._prepare(task)
-            progress(number + 1, len(tasks))
+        with _ahead() as later:
+            asked = [ask(task.config, later=later) for task in tasks]
+            for number, task in enumerate(tasks):
+                with _collected(problems, task.name):
+                    self._prepare(task, asked[number])
+                progress(number + 1, len(tasks))
         raise_problems(problems)
 
-    def _prepare(self, task: Task) -> tuple[Prepared, Plan]:
+    def _prepare(self, task: Task, asked: Asked | None = None) -> tuple[Prepared, Plan]:
         ready = self._ready.get(task.name)
         if ready is None or (ready[0].as_written or ready[0].config) != task.config:
-            prepared = shrink_batches(prepare(task.config))
-            check_versions(prepared, accept=self.accept_versions, in_batch=True)
+            asked = asked or ask(task.config)
+            prepared, manifest = shrink_batches(prepare(task.config, asked=asked)), asked.manifest()
+            check_versions(prepared, accept=self.accept_versions, in_batch=True, manifest=manifest)
             prepared = prepared if self._gpus is None else shrink_batches(prepared.with_gpus(*self._gpus))
             is_written = not task.config.budget_is_default and task.config.memory_budget is not None
             if self._gpus is not None or not task.config.ray.joins:  # else its GPUs are not known yet
                 check_kernel(prepared.config)
-            if "gradients" not in prepared.run.stages():  # as a run does: what is finished may have run elsewhere
+            if "gradients" not in manifest["stages"]:  # as a run does: what is finished may have run elsewhere
                 check_gpus(prepared)
             if is_written:  # else it depends on free memory, and running tasks hold some
                 check_holding(prepared)
@@ -133,10 +142,11 @@ class PipelineWork:
     def changes(self, tasks: Sequence[Task]) -> list[str]:
         """What the tasks would redo or remove of their finished stages: one sentence for all tasks with the same answer."""
         sentences: dict[str, list[str]] = {}
-        for task in tasks:
-            changes = find_changes(self._prepare(task)[0])
-            if changes is not None:
-                sentences.setdefault(changes, []).append(task.name)
+        with ThreadPoolExecutor(_WAITING) as pool:
+            found = pool.map(find_changes, [self._prepare(task)[0] for task in tasks])
+            for task, changes in zip(tasks, found, strict=True):
+                if changes is not None:
+                    sentences.setdefault(changes, []).append(task.name)
         return [f"task {listed(names)}: {sentence}" for sentence, names in sentences.items()]
 
     def config(self, task: Task) -> RunConfig:
@@ -173,6 +183,23 @@ class PipelineWork:
     def forget(self, task: Task) -> None:
         """Forgets a task that is over: a later try prepares it again."""
         self._ready.pop(task.name, None)
+
+
+@contextlib.contextmanager
+def _ahead() -> Iterator[Later]:
+    """Calls functions in a few threads, in the order asked, and each with the same arguments once."""
+    pool, begun = ThreadPoolExecutor(_WAITING), dict[Any, Future[Any]]()
+
+    def later(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+        key = function, args, *kwargs.items()
+        if key not in begun:
+            begun[key] = pool.submit(function, *args, **kwargs)
+        return begun[key].result
+
+    try:
+        yield later
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager

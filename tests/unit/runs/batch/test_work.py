@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from small_runs import make_values, task_rows, write_jsonl
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
-from emloc_ray.planning import calibration_memory
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.planning import calibration_memory, data_checks, prepared
 from emloc_ray.runs.batch.tasks import Task
 from emloc_ray.runs.batch.work import PipelineWork
 
@@ -56,3 +58,44 @@ def test_an_attention_that_a_joined_ray_cannot_compute_is_told_once_its_gpus_are
     work.prepare([task("kernel", ray={"address": "a-cluster:6379"}, model=FLASH)])
     with pytest.raises(ConfigError, match=r"task kernel: .* computes on GPUs alone, and calibration has none"):
         work.with_gpus(0)
+
+
+def test_what_tasks_wait_for_is_asked_for_at_once_and_what_they_share_once(
+    task: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_at_once, checking = threading.Barrier(3, timeout=60), RunDirectory.check
+
+    def check(run: RunDirectory) -> dict[str, Any]:
+        all_at_once.wait()
+        return checking(run)
+
+    monkeypatch.setattr(RunDirectory, "check", check)
+    calls = list[tuple[str, bool]]()
+
+    def count(module: Any, name: str) -> None:
+        plain = getattr(module, name)
+
+        def call(*args: Any, **how: Any) -> Any:
+            calls.append((name, threading.current_thread() is threading.main_thread()))
+            return plain(*args, **how)
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in ("resolve_source", "look_at_files", "row_lengths"):
+        count(prepared, name)
+    count(data_checks, "scan")
+    tasks = [task(str(ratio), emulator={"compression_ratio": ratio}) for ratio in (0.3, 0.4, 0.5)]
+    work = PipelineWork(None)
+    work.prepare(tasks)
+    assert sorted(calls) == [("look_at_files", False), ("resolve_source", False), ("row_lengths", True), ("scan", True)]
+    assert [work.config(task).emulator.compression_ratio for task in tasks] == [0.3, 0.4, 0.5]
+
+
+def test_a_task_that_is_refused_ends_alone_and_in_order(task: Callable[..., Task], tmp_path: Path) -> None:
+    for name in ("c", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "something").touch()
+    with pytest.raises(ConfigError) as caught:
+        PipelineWork(None).prepare([task(name) for name in "cba"])
+    assert [line.partition(": run_dir ")[0] for line in str(caught.value).split("\n")] == ["task c", "task a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c", "rows.jsonl"]
