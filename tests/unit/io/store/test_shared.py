@@ -36,11 +36,11 @@ def test_what_is_raised_is_no_value_and_the_next_one_tries_again() -> None:
 def test_what_was_asked_for_longest_ago_goes() -> None:
     shared = Shared[str](2)
     for key in "abac":
-        shared.get(key, lambda key=key: key)  # type: ignore[misc]
+        shared.get(key, lambda key=key: key)
     assert shared.get("a", lambda: "again") == "a"
     assert shared.get("b", lambda: "again") == "again"
 
 
 def test_what_is_not_for_others_is_made_for_each() -> None:
     shared = Shared[int](4)
-    assert [shared.get("a", lambda n=n: n, keeps=lambda value: value > 0) for n in (0, 1, 2)] == [0, 1, 1]  # type: ignore[misc]
+    assert [shared.get("a", lambda n=n: n, keeps=lambda value: value > 0) for n in (0, 1, 2)] == [0, 1, 1]
