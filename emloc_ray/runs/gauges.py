@@ -17,6 +17,7 @@ from ray.util.metrics import Counter, Gauge
 from emloc_ray.errors import EmlocError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store.stored_files import shown
 from emloc_ray.runs.batch.state import BatchState
 from emloc_ray.runs.reporter import Reporter
 
@@ -24,12 +25,27 @@ _KEYS = ("run", "stage")
 _LOOK_S = 5.0  # between two looks at the lease and the disk
 
 
+class _CacheGauge:
+    """Sets the gauge of a cache, if there is one, that a run or a batch shares: by its place, as several may."""
+
+    def __init__(self, cache: ArtifactCache | None) -> None:
+        self.cache = cache
+        self._bytes = Gauge("emloc_ray_cache_bytes", "Bytes that a cache holds.", ("cache",))
+        if cache is not None and cache.held_bytes is None:
+            cache.weigh()
+
+    def show(self) -> None:
+        if self.cache is not None and (held := self.cache.held_bytes) is not None:
+            self._bytes.set(held, {"cache": shown(self.cache.place)})
+
+
 class RunGauges(Reporter):
     """Sets the gauges of one run, in the stage's own units; needs a connection to Ray. Gauges stay where a stage left them. As
     a context it says that the run has failed, and by which kind of error: ``NumericsError`` is a NaN or an Inf."""
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, cache: ArtifactCache | None = None) -> None:
         self.run, self._looked_at = run, 0.0
+        self._cache = _CacheGauge(cache)
         self._done = Gauge("emloc_ray_units_done", "Units of a stage that are done.", _KEYS)
         self._total = Gauge("emloc_ray_units_total", "Units of a stage in all.", _KEYS)
         self._seconds = Gauge("emloc_ray_stage_seconds", "Seconds that a stage has run.", _KEYS)
@@ -62,6 +78,7 @@ class RunGauges(Reporter):
         """A stage has finished."""
         tags, seconds = {"run": self.run.name, "stage": stage}, usage["wall_s"]
         self._seconds.set(seconds, tags)
+        self._cache.show()
         if result.get("taken_from"):
             self._taken.inc(1, tags)
         elif seconds and (tokens := tokens_of(result)):
@@ -71,6 +88,7 @@ class RunGauges(Reporter):
         if time.monotonic() - self._looked_at < _LOOK_S:
             return
         self._looked_at, tags = time.monotonic(), {"run": self.run.name}
+        self._cache.show()
         if (age := self.run.lease_age_s) is not None:
             self._lease.set(age, tags)
         with contextlib.suppress(OSError):  # nothing of an object store has been read here yet
@@ -87,12 +105,9 @@ class BatchGauges:
     """Sets the gauges of a batch; needs a connection to Ray."""
 
     def __init__(self, batch: str, cache: ArtifactCache | None) -> None:
-        self.batch, self.cache = batch, cache
+        self.batch, self._cache = batch, _CacheGauge(cache)
         self._tasks = Gauge("emloc_ray_tasks", "Tasks of a batch by status.", ("batch", "status"))
         self._queue = Gauge("emloc_ray_stages_queued", "Stages of running tasks that wait for resources.", ("batch",))
-        self._bytes = Gauge("emloc_ray_cache_bytes", "Bytes that the batch's cache holds.", ("batch",))
-        if cache is not None:
-            cache.weigh()
 
     def show(self, state: BatchState) -> None:
         """Sets them to a batch's state."""
@@ -100,5 +115,4 @@ class BatchGauges:
             self._tasks.set(state.count(status), {"batch": self.batch, "status": status})
         queued = sum(task.status == "running" and task.stage is not None and not task.active for task in state.tasks)
         self._queue.set(queued, {"batch": self.batch})
-        if self.cache is not None and (held := self.cache.held_bytes) is not None:
-            self._bytes.set(held, {"batch": self.batch})
+        self._cache.show()

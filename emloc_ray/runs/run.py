@@ -73,7 +73,7 @@ def run(
             _check_changes(prepared, begin, until, accept_changes)
         if turns is None and not fresh and not config.ray.joins and is_finished(prepared, forced, until):
             _create(prepared, fresh)
-            with _recorded(prepared, reporter) as reporters:
+            with _recorded(prepared, reporter, cache) as reporters:
                 run_stages(Steps(prepared, reporters, AtOnce(), cache, (), plan, accept_versions), until)
             return prepared.run.metrics()
         lean = keeps_small(prepared.config)
@@ -89,7 +89,7 @@ def run(
                     check_kernel(config)
                     check_nodes([config])
             _create(prepared, fresh)
-            with _recorded(prepared, reporter) as reporters:
+            with _recorded(prepared, reporter, cache) as reporters:
                 check_visible(prepared)
                 for remark in remarks.of_machines([config], total("CPU")) if turns is None else ():
                     reporter.note(remark)
@@ -113,10 +113,14 @@ def _create(prepared: Prepared, fresh: bool) -> None:
 
 
 @contextlib.contextmanager
-def _recorded(prepared: Prepared, reporter: Reporter) -> Iterator[Reporters]:
+def _recorded(prepared: Prepared, reporter: Reporter, cache: ArtifactCache | None) -> Iterator[Reporters]:
     """The reporter, with those that write the run's log, trace and gauges."""
     linears = [spec.name for spec in prepared.layout.specs]
-    with RunLog(prepared.run, linears) as log, WorkerTrace(prepared.run) as trace, RunGauges(prepared.run) as gauges:
+    with (
+        RunLog(prepared.run, linears) as log,
+        WorkerTrace(prepared.run) as trace,
+        RunGauges(prepared.run, cache) as gauges,
+    ):
         yield Reporters(reporter, log, trace, gauges)
 
 

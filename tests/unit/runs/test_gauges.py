@@ -49,7 +49,7 @@ def use_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(folder / "mine")
     run.root.mkdir()
     monkeypatch.setattr(RunDirectory, "lease_age_s", property(lambda run: 7.0))
-    gauges = RunGauges(run)
+    gauges = RunGauges(run, ArtifactCache(str(folder / "shared")))
     with contextlib.suppress(NumericsError), gauges:
         gauges.start("calibrate")(3, 5)
         gauges.finish("calibrate", {"num_tokens": 80}, {"wall_s": 4.0})
@@ -84,7 +84,8 @@ def test_what_is_set(values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert values["ray_emloc_ray_lease_age_seconds mine"] == 7
     assert values["ray_emloc_ray_tasks many running"] == 2
     assert values["ray_emloc_ray_stages_queued many"] == 1
-    assert values["ray_emloc_ray_cache_bytes many"] == 0
+    for owner in ("shared", "cache"):  # of a run by itself, of a batch
+        assert values[f"ray_emloc_ray_cache_bytes {tmp_path / owner}"] == 0
 
 
 @pytest.mark.parametrize("name", ["dashboard.json", "alerts.yaml"])
