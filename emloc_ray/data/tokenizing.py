@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from emloc_ray.data.chats import Segment
 from emloc_ray.data.formats import Tokens, check_row, encode, pack, sequences, truncate
 from emloc_ray.data.image_places import NOWHERE_ELSE, ImagePlaces, is_remote
-from emloc_ray.data.images import load_images, sources
+from emloc_ray.data.images import decode, load_images, sources
 from emloc_ray.data.polling import polled
 from emloc_ray.data.processors import open_processor
 from emloc_ray.data.reading import BadRow, Row, each, value_errors
@@ -61,20 +61,22 @@ class TokenizeOptions:
         """Whether rows' images are read: the model has a processor for them, and messages show some."""
         return self.format in {*CHATS, "auto"} and open_processor(self.tokenizer, self.trust_remote_code) is not None
 
-    def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[list[Tokens] | None]:
+    def tokens(
+        self, rows: Iterable[tuple[str, Row]], decoder: Callable[[bytes], Any] = decode
+    ) -> Iterator[list[Tokens] | None]:
         """Checks rows, each with the place that errors name, and gives their whole tokens: one sequence a row, several of a
         chat whose template rewrites earlier turns; None for a bad row that is skipped. Holds at most 256 rows, or 32 with their
-        images."""
+        images, which ``decoder`` opens."""
         tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
         stream = iter(rows)
         size = _IMAGE_ROWS_PER_BATCH if self.may_show_images else ROWS_PER_BATCH
         while batch := list(itertools.islice(stream, size)):
             asks = self.may_show_images and any(_asks_a_server(row, where) for where, row in batch)
-            parts = each(self._sequences, batch, asks)
+            parts = each(functools.partial(self._sequences, decoder), batch, asks)
             encoded = iter(encode([segments for row in parts for segments in row or ()], tokenizer))
             yield from (None if row is None else list(itertools.islice(encoded, len(row))) for row in parts)
 
-    def _sequences(self, item: tuple[str, Row]) -> list[list[Segment]] | None:
+    def _sequences(self, decoder: Callable[[bytes], Any], item: tuple[str, Row]) -> list[list[Segment]] | None:
         where, row = item
         tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
         processor = open_processor(self.tokenizer, self.trust_remote_code)
@@ -86,8 +88,8 @@ class TokenizeOptions:
             with value_errors(where):
                 row, kind = converted(row, form, dict(self.columns), where, chats)
                 check_row(row, kind, where, self.packing)
-                images = load_images(row, where, self.image_places) if self.may_show_images else []
-                return sequences(row, kind, tokenizer, where, self.has_encoder, processor, images)
+                images = load_images(row, where, self.image_places, decoder) if self.may_show_images else []
+                return sequences(row, kind, tokenizer, where, self.has_encoder, processor, images, decoder)
         except DataError:
             if self.skip_bad_rows:
                 return None
