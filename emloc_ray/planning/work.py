@@ -43,11 +43,18 @@ def rows_held_out(prepared: Prepared) -> dict[str, int]:
     )
 
 
-def num_train_rows(prepared: Prepared, split: str = "train") -> int:
-    """Rows of a split to train or to heal on, without those that are held out of train; estimated where they are made or
-    downloaded later."""
+def num_rows(prepared: Prepared, split: str = "train") -> int:
+    """Rows of a split that are read: as many as the config asks for, and without those that are held out of train; estimated
+    where they are made or downloaded later."""
+    config = prepared.config
+    asked = {
+        "calibration": config.calibration.num_calibration_samples,
+        "selection": config.correction.num_selection_samples,
+        "eval": config.evaluation.num_samples,
+    }
+    rows = _rows_taken(prepared, split)
     others = rows_held_out(prepared) if split == "train" else {}
-    return _rows_taken(prepared, split) - sum(others.values())
+    return min(rows - sum(others.values()), asked.get(split) or rows)
 
 
 def _rows_taken(prepared: Prepared, split: str) -> int:
@@ -56,7 +63,7 @@ def _rows_taken(prepared: Prepared, split: str) -> int:
 
 def num_train_sequences(prepared: Prepared, split: str = "train") -> int:
     """What these rows become: more where a chat template rewrites earlier turns, by as many as the first rows tell."""
-    return round(num_train_rows(prepared, split) * sequences_a_row(prepared, split))
+    return round(num_rows(prepared, split) * sequences_a_row(prepared, split))
 
 
 def rows_trained(prepared: Prepared) -> int:
@@ -132,7 +139,7 @@ def steps_cost(memory: MemoryModel, steps: float, held: Held, work: float, again
 
 def rows_validated(prepared: Prepared) -> int:
     """Rows that a score while training reads, at most."""
-    given = sum(source.num_rows for source in prepared.files.get("validation", ()))
+    given = rows_taken(prepared.config.data.validation, prepared.files.get("validation", ()))
     return given or prepared.config.finetune.num_validation_samples
 
 

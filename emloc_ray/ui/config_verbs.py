@@ -71,8 +71,7 @@ def validation_lines(prepared: Prepared, name: str) -> Iterator[str]:
     plan = make_plan(STEPS, prepared)
     yield f"{name} is valid: {_linears(prepared)}; {_training(prepared, plan)}."
     for first in rows:
-        kept = _held_out(prepared) if first.split == "train" and first.num_rows is not None else ""
-        yield f"{_of_rows(first)}{kept}."
+        yield f"{_of_rows(first)}{_read_of(prepared, first)}."
     yield from _unchecked(prepared, splits)
     yield from of_settings(prepared, plan.worker_bytes)
     cpus = 0 if prepared.config.ray.joins else os.cpu_count() or 1  # of a Ray that is joined none are known yet
@@ -130,14 +129,22 @@ def _of_rows(first: FirstRows) -> str:
     return f"{text}; {seen} {said}" if said else text
 
 
-def _held_out(prepared: Prepared) -> str:
-    """How many rows of train are trained on, and for what others are held out; nothing where all are trained on."""
-    from emloc_ray.planning.work import num_train_rows, rows_held_out
+_READERS = {"train": "training", "eval": "evaluation"}  # of the splits that are not called by what reads them
 
-    if not (counts := rows_held_out(prepared)):
+
+def _read_of(prepared: Prepared, first: FirstRows) -> str:
+    """How many of a split's rows are read, and for what others are held out; nothing where that is all of them."""
+    from emloc_ray.planning.work import num_rows, rows_held_out
+
+    if first.num_rows is None:
         return ""
-    others = ", ".join(f"{count:,} for {split}" for split, count in counts.items())
-    return f"; training reads {num_train_rows(prepared):,} and holds out {others}"
+    rows, held_out = num_rows(prepared, first.split), rows_held_out(prepared) if first.split == "train" else {}
+    tokens = prepared.config.calibration.num_calibration_tokens if first.split == "calibration" else None
+    counts = [f"{rows:,}" if rows < first.num_rows else "", f"at most {tokens:,} tokens" if tokens else ""]
+    said = ", ".join(filter(None, counts))
+    others = ", ".join(f"{count:,} for {split}" for split, count in held_out.items())
+    reads = f"; {_READERS.get(first.split, first.split)} reads {said}" if said else ""
+    return f"{reads} and holds out {others}" if others else reads
 
 
 @guarded

@@ -21,7 +21,7 @@ from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import Plan, make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.planning.work import num_steps, num_train_rows, rows_trained, steps_trained
+from emloc_ray.planning.work import num_rows, num_steps, rows_trained, steps_trained
 from emloc_ray.stages.order import STEPS
 from emloc_ray.text import size
 from emloc_ray.ui.terminal import disk_line, gradients_line, plan_tables, scores_line, step_lines
@@ -204,7 +204,7 @@ def test_chats_whose_template_rewrites_turns_are_planned_as_the_sequences_they_b
 def test_rows_that_are_held_out_are_not_trained_on(prepared: Callable[..., Prepared]) -> None:
     validating = {"eval_strategy": "steps", "eval_steps": 1}
     found = prepared(finetune={**validating, "num_train_epochs": 1, "per_device_train_batch_size": 1})
-    assert num_train_rows(found) == steps_trained(found) == 12 - 3
+    assert num_rows(found) == steps_trained(found) == 12 - 3
 
 
 @pytest.mark.parametrize(

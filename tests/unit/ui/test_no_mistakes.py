@@ -68,6 +68,28 @@ GOES_ON: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         ),
         ["; 4 steps on the emulator; training reads 1 row", "; training reads 2 and holds out 1 for eval, 1 for"],
     ),
+    "27 parts": (
+        lambda place: [
+            place.values.update(
+                data={
+                    "train": {"path": "rows.jsonl", "num_samples": 15},
+                    "eval": "a.jsonl",
+                    "selection": {"path": "b.jsonl", "num_samples": 6},
+                    "calibration": "c.jsonl",
+                    "max_seq_length": 64,
+                },
+                evaluation={"num_samples": 7},
+                calibration={"num_calibration_samples": 9, "num_calibration_tokens": 500},
+            ),
+            *(place.write(f"{name}.jsonl", lines_of(ROWS)) for name in "abc"),
+        ][0],
+        [
+            "; training reads 15.",
+            "; evaluation reads 7.",
+            "; selection reads 6.",
+            "; calibration reads 9, at most 500 tokens.",
+        ],
+    ),
     "27 shares": (
         lambda place: (
             place.write("b.jsonl", lines_of(ROWS * 4))
