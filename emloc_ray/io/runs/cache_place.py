@@ -14,7 +14,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 from emloc_ray.errors import ArtifactError, ConfigError, EmlocError
 from emloc_ray.io.runs.run_places import check_folder
@@ -22,7 +21,7 @@ from emloc_ray.io.store.atomic import atomic_directory, atomic_file
 from emloc_ray.io.store.node_cache import discard, mirror, origin
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.io.store.places import is_store_uri
-from emloc_ray.io.store.turns import try_lock
+from emloc_ray.io.store.turns import holder_of, try_lock
 
 MARKER = "emloc-ray-cache.json"
 FORMAT = 1
@@ -30,7 +29,35 @@ _ENTRY, _USED, _LOCKS = "entry.json", "used", ".locks"
 # What a writer left counts as left for good when nothing in it has changed for so long.
 LEFT_S = 3600.0
 
-_held: dict[tuple[str, str], threading.Lock] = {}
+
+class ThreadTurn:
+    """The turn of a key at a place among the threads of this process; others know the one that has it by its ``name``."""
+
+    def __init__(self, place: str, key: str, name: str) -> None:
+        self._key, self.name = (place, key), name
+
+    def holder(self) -> str:
+        """The name of the one that has it, "" where nobody has."""
+        held = _held.get(self._key)
+        return "" if held is None else held.name
+
+    def take(self, from_others: bool = False) -> bool:
+        """Takes it where nobody has it, or ``from_others``; whether it was taken."""
+        with _guard:
+            if self._key in _held and not from_others:
+                return False
+            _held[self._key] = self
+            return True
+
+    def give_back(self) -> None:
+        """Gives it back, unless another one has taken it."""
+        with _guard:
+            if _held.get(self._key) is self:
+                del _held[self._key]
+
+
+_held: dict[tuple[str, str], ThreadTurn] = {}
+_guard = threading.Lock()  # of the above
 
 
 class CachePlace:
@@ -108,21 +135,9 @@ class CachePlace:
             ) from None
         return True
 
-    def own_turn(self, key: str, stack: contextlib.ExitStack) -> Callable[[], bool]:
-        """A call that tries to take the turn of a key from the other threads of this process; ``stack`` then gives it back."""
-        lock = _held.setdefault((self.name, key), threading.Lock())
-
-        def acquire() -> bool:
-            taken = lock.acquire(blocking=False)
-            if taken:
-                stack.callback(lock.release)
-            return taken
-
-        return acquire
-
-    def lock(self, key: str, stack: contextlib.ExitStack) -> tuple[IO[str], Callable[[], bool]] | None:
-        """A key's file, and a call that tries to take its lock from other processes, which ``stack`` then gives back; None on
-        an object store. Raises ConfigError where the place cannot be written."""
+    def lock(self, key: str, stack: contextlib.ExitStack) -> tuple[Callable[[], str], Callable[[], bool]] | None:
+        """A call that names who has the lock of a key's file, and one that tries to take it from other processes, which ``stack``
+        then gives back; None on an object store. Raises ConfigError where the place cannot be written."""
         if self.store is not None:
             return None
         try:
@@ -146,7 +161,7 @@ class CachePlace:
             stack.callback(fcntl.flock, file, fcntl.LOCK_UN)
             return True
 
-        return file, acquire
+        return lambda: holder_of(file), acquire
 
     def used_at(self, stage: str, key: str) -> float | None:
         """When an entry was last used, in s since 1970; None where there is none."""

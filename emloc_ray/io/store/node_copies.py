@@ -20,7 +20,7 @@ from urllib.parse import quote
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.store.digests import digest_of
 from emloc_ray.io.store.replacing import replacing
-from emloc_ray.io.store.turns import try_lock, wait_for_turn
+from emloc_ray.io.store.turns import holder_of, try_lock, wait_for_turn
 
 MARK = "store="
 _VERSIONS = ".versions"
@@ -124,7 +124,7 @@ def alone(root: Path, key: str, waits: bool = True, patience_s: float = PATIENCE
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a+") as file:
         if waits:
-            wait_for_turn(file, lambda: try_lock(file), f"is at {key} in {root}", patience_s)
+            wait_for_turn(lambda: holder_of(file), lambda: try_lock(file), f"is at {key} in {root}", patience_s)
         elif not try_lock(file):
             raise BlockingIOError(f"{lock} is another's")
         yield

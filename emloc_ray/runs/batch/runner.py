@@ -116,7 +116,13 @@ class BatchRun:
         try:
             plan = self.work.planned(task)
             turns = TaskTurns(
-                name, self._order[name], self.admission, plan, lambda: self._is_stopped(name), reporter.wait
+                name,
+                self._order[name],
+                self.admission,
+                plan,
+                lambda: self._is_stopped(name),
+                reporter.wait,
+                self.board.moves,
             )
             self.work.do(task, turns, reporter)
             self.board.end(name, "done")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import ray
 
+from emloc_ray.io.store.turns import Still
 from emloc_ray.text import duration
 
 _LOOK_S = 1.0
@@ -33,8 +34,13 @@ def bound(took: Sequence[float], planned_s: float) -> tuple[float, str] | None:
         return max(PATIENCE_S, _TIMES_USUAL * usual), f"{duration(usual)} is usual"
     if planned_s:
         against = f"{duration(planned_s)} was planned for all of the stage"
-        return max(_PATIENCE_WITH_PLANS_S, _TIMES_PLANNED * planned_s), against
+        return patience(planned_s), against
     return None
+
+
+def patience(planned_s: float) -> float:
+    """The seconds that what was planned to take ``planned_s`` in all may give nothing."""
+    return max(_PATIENCE_WITH_PLANS_S, _TIMES_PLANNED * planned_s)
 
 
 def silence(waited_s: float, against: str, after: str = "") -> str:
@@ -48,25 +54,21 @@ class Overdue(Exception):
 
 class WholePace:
     """How long all tasks of a stage together have given nothing, where single tasks cannot be watched. :meth:`check` is called
-    every second; a longer gap counts as two, as this process itself may have been stopped meanwhile."""
+    every second."""
 
     def __init__(self, planned_s: float = 0.0) -> None:
         """``planned_s``: as for :class:`Pace`."""
-        self._planned_s, self._done, self._waited_s = planned_s, 0, 0.0
-        self._looked = time.monotonic()
+        self._planned_s, self._still = planned_s, Still(0)
         self._took: list[float] = []
 
     def check(self, done: int) -> None:
         """Notes how many pieces are done. Raises Overdue where no further one was done for longer than :func:`bound` allows."""
-        now = time.monotonic()
-        self._waited_s += min(now - self._looked, 2 * _LOOK_S)
-        self._looked = now
-        if done != self._done:
-            self._took.append(self._waited_s)
-            self._done, self._waited_s = done, 0.0
+        took = self._still.look(done)
+        if took is not None:
+            self._took.append(took)
         known = bound(self._took, self._planned_s)
-        if known is not None and self._waited_s > known[0]:
-            raise Overdue(silence(self._waited_s, known[1]))
+        if known is not None and self._still.seconds > known[0]:
+            raise Overdue(silence(self._still.seconds, known[1]))
 
 
 class Pace:
