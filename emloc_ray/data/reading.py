@@ -122,6 +122,7 @@ class SourceFile:
     delimiter: str = ","
     part: int = 0
     looked: str = ""
+    columns: tuple[str, ...] = ()
 
     @property
     def is_stored(self) -> bool:
@@ -154,9 +155,9 @@ def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
             version = getattr(stream.raw, "version", "")
             if kind == "parquet":
                 with open_parquet(stream, shown(place)) as file:
-                    metadata = file.metadata
+                    metadata, names = file.metadata, tuple(file.schema_arrow.names)
                 groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-                source = SourceFile(place, kind, metadata.num_rows, (), max(groups, default=1), version)
+                source = SourceFile(place, kind, metadata.num_rows, (), max(groups, default=1), version, columns=names)
             else:
                 if problem := no_text(stream.peek(4)):
                     raise DataError(f"{shown(place)} is {problem}.")

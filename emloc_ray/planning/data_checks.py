@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.runs.fingerprint import fingerprint, look_of
 from emloc_ray.io.store.shared import Shared
 from emloc_ray.io.store.stored_files import StoredFile
-from emloc_ray.text import counted, listed
+from emloc_ray.text import counted, listed, one_line
 
 CHECKED_ROWS = 1000  # of a file
 MAX_CHECKED_ROWS = 16_000  # of a split, but for one of each file
@@ -138,7 +139,9 @@ def _read_sources(places: Sequence[Path | str], data: DataConfig, reads_images: 
         skips, numbers = data.on_error == "skip", range(min(source.num_rows, checked))
         images: list[Any] = []
         reasons: list[str] = []
+        columns = dict.fromkeys(source.columns)
         for number, row in read_rows(source, numbers, *columns_of(source.format, data.columns), keep_bad=skips):
+            columns |= dict.fromkeys(map(str, row)) if data.columns else {}
             try:
                 images += _checked_row(row, Place.of(source, number), data, reads_images)
             except DataError as error:
@@ -147,7 +150,7 @@ def _read_sources(places: Sequence[Path | str], data: DataConfig, reads_images: 
                 reasons.append(str(error).rstrip("."))
         if len(reasons) == source.num_rows:
             raise _nothing_left(source, reasons)
-        return dataclasses.replace(source, images=fingerprint(images) if images else "")
+        return dataclasses.replace(source, images=fingerprint(images) if images else "", columns=tuple(columns))
 
     return tuple(each(check, sources, stored))
 
@@ -211,6 +214,21 @@ def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...]
                     f"data.{held_out} and data.{other} both read {listed(both, 1)}: held-out rows must not be trained on;"
                     f" leave data.{held_out} out to have rows of train kept for it, or name other files."
                 )
+
+
+def check_columns(data: DataConfig, files: Mapping[str, tuple[SourceFile, ...] | None]) -> None:
+    """Raises ConfigError where ``data.columns`` names a column that no first row of any file has, whose rows are all known."""
+    sections = [getattr(data, name) for name in files]
+    if None in files.values() or any(section is not None and section.hub for section in sections):
+        return
+    there = {name for sources in files.values() for source in sources or () for name in source.columns}
+    for ours, theirs in data.columns.items():
+        if there and theirs not in there:
+            near = sorted(sorted(there), key=lambda name: -SequenceMatcher(None, name, theirs).ratio())
+            raise ConfigError(
+                f"data.columns.{ours} names {theirs!r}, a column that none of the first rows has: name one that they have"
+                f" ({listed([one_line(name, 80) for name in near], 8)}), or take {ours} out."
+            )
 
 
 def _place(source: SourceFile) -> str:

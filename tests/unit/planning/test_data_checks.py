@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from emloc_ray.config.reading import parse_config
+from emloc_ray.errors import ConfigError
 from emloc_ray.planning import data_checks
 
 
@@ -28,3 +31,18 @@ def test_the_same_files_are_counted_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(counted) == 1
     write_rows(path, 6)
     assert [source.num_rows for source in data_checks.check_split(config, "train", False)] == [6]
+
+
+def test_a_mapped_column_is_there_where_any_file_of_any_split_has_it(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", 5)
+    pq.write_table(pa.table({"text": ["a"], "functions": ["b"]}), tmp_path / "a.parquet")
+
+    def check(column: str) -> None:
+        data = {"train": f"{tmp_path}/a.jsonl", "eval": f"{tmp_path}/a.parquet", "columns": {"tools": column}}
+        config = parse_config({"run_dir": "run", "model": "unused", "data": {**data, "format": "text"}})
+        files = {name: data_checks.check_split(config, name, False) for name in ("train", "eval")}
+        data_checks.check_columns(config.data, files)
+
+    check("functions")
+    with pytest.raises(ConfigError, match=r"data\.columns\.tools names 'function', .* they have \(functions, text\)"):
+        check("function")

@@ -192,6 +192,16 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         ["a.json, row 1: its column 'data' holds rows: write these alone, an object a line or one array."],
     ),
     "23 mapped wrong": (set_key("data.columns", {"question": "prompt"}), ["data.columns", "write OURS: YOURS"]),
+    "23 a column that is not there": (
+        lambda place: [
+            set_key("data.columns", {"prompt": "prompt", "completion": "anwser"})(place),
+            rows(place, "a.jsonl", lines_of([{"completion": "a", "prompt": "b", "answer": "c"}] * 20)),
+        ][0],
+        [
+            "data.columns.completion names 'anwser', a column that none of the first rows has: name one that they have"
+            " (answer, prompt, completion), or take completion out."
+        ],
+    ),
     "24 template": (
         given("a.jsonl", lines_of([{"messages": [*TURNS, {"role": "assistant", "content": {}}]}] * 20)),
         ["a.jsonl, row 1: a message's content is dict"],
