@@ -155,12 +155,18 @@ def _converter(name: str) -> Path:
 
 
 def original(run: RunDirectory, root: Path, trust_remote_code: bool = False, needs_weights: bool = False) -> Path:
-    """The directory of a run's original: in the run's folders, which are in ``root``, or where its config says. Raises
-    ConfigError where it is not to be had, or names what is not its own, as in all sources of models."""
+    """The directory of a run's original: in the run's folders, which are in ``root``, where the run found it, or else where its
+    config says, a relative path in the present directory. Raises ConfigError where it is not to be had, or names what is not its
+    own, as in all sources of models."""
     from emloc_ray.modeling.loading import fetch_weights, resolve_source
 
     model = run.manifest()["config"]["model"]
-    named = str(root / MODEL) if (root / MODEL).is_dir() else model["source"]
+    written, noted = model["source"], run.metrics().get("base_model")
+    if noted is None or written.startswith("package:"):
+        noted = written
+    places = (str(root / MODEL), noted, written)
+    # A relative path whose directory is gone is not asked of the hub.
+    named = next((place for place in places if Path(place).expanduser().is_dir()), noted)
     source = resolve_source(named, model.get("revision"), trust_remote_code, needs_weights)
     return fetch_weights(source) if needs_weights else source.directory
 

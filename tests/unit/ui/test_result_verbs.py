@@ -186,6 +186,28 @@ def test_llama_cpps_converter_writes_gguf(run: RunDirectory, tmp_path: Path, mon
     assert "(this model is not known): see what it takes" in failed.stderr
 
 
+def test_the_original_is_found_where_the_run_found_it(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "convert_lora_to_gguf.py").write_text(CONVERTER)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    home = Path.cwd()
+    run.write_metrics({**run.metrics(), "base_model": str(home / "model")})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    written = ["gguf", str(home / "run"), "--part", "adapter", "--output"]
+    done = invoke(*written, "a.gguf")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert Path("a.gguf").read_text().endswith(f"--base {home}/model")
+    (home / "model").rename("model")  # moved to where the config says
+    assert invoke(*written, "b.gguf").exit_code == 0
+    assert Path("b.gguf").read_text().endswith(f"--base {Path.cwd()}/model")
+    Path("model").rename("other")
+    lost = invoke("chat", str(home / "run"))
+    assert lost.exit_code == 2
+    assert f"model.source {home}/model is no model directory" in lost.stderr
+
+
 def test_gguf_of_a_run_on_an_object_store_is_written_here(
     stored: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
