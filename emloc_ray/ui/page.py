@@ -82,11 +82,11 @@ def render(
 
 def render_page(template: str, view: dict[str, Any]) -> str:
     """A page's HTML; ``template`` is the name of a file in ``templates/``."""
-    return _environment().get_template(template).render(view)
+    return _environment(STEP_NAMES).get_template(template).render(view)
 
 
 @functools.cache  # to compile a template takes longer than to fill it
-def _environment() -> jinja2.Environment:
+def _environment(step_names: tuple[str, ...]) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -98,7 +98,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {"choice": describe_choice, "headings": headings}
     functions = (bar, before_after, share, grids, column_tops)
     environment.globals |= {
-        "STEP_NAMES": STEP_NAMES,
+        "STEP_NAMES": step_names,
         "COLOURS": COLOURS,
         **{function.__name__: function for function in functions},
     }
