@@ -74,7 +74,10 @@ def run(
         if turns is None and not fresh and not config.ray.joins and is_finished(prepared, forced, until):
             _create(prepared, fresh)
             with _recorded(prepared, reporter, cache) as reporters:
-                run_stages(Steps(prepared, reporters, AtOnce(), cache, (), plan, accept_versions), until)
+                steps = Steps(prepared, reporters, AtOnce(), cache, (), plan, accept_versions)
+                run_stages(steps, until)
+                if not prepared.run.metrics():  # who reads a damaged one is told to remove it
+                    steps.write_results()
             return prepared.run.metrics()
         lean = keeps_small(prepared.config)
         with connection(config.ray.address, lean_memory=lean, **config.ray.init_options) as started:

@@ -329,10 +329,15 @@ class RunDirectory:
         write_json(self.path(METRICS), metrics)
 
     def metrics(self) -> dict[str, Any]:
-        """``metrics.json``, empty where there is none yet."""
+        """``metrics.json``, empty where there is none yet. Raises ArtifactError where it is not JSON, or no mapping."""
         path = self.path(METRICS)
         ensure(path)
-        metrics: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            metrics: Any = json.loads(path.read_text()) if path.is_file() else {}
+        except (ValueError, RecursionError) as error:
+            raise _damaged(path, "is not JSON") from error
+        if not isinstance(metrics, dict):
+            raise _damaged(path, "holds no mapping")
         return metrics
 
     def lock(self, tell: Callable[[str], None] = lambda text: None, under: RunDirectory | None = None) -> None:
@@ -383,3 +388,7 @@ class RunDirectory:
         if self._lock_file is not None:
             self._lock_file.give_back()
             self._lock_file = None
+
+
+def _damaged(metrics: Path, what: str) -> ArtifactError:
+    return ArtifactError(f"{metrics} {what}: remove it, and give the run's command again, which writes it anew.")

@@ -297,6 +297,15 @@ def test_metrics_are_replaced_whole(run: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "what"), [("{", "is not JSON"), ("[" * 10**6, "is not JSON"), ("[]", "holds no mapping")]
+)
+def test_damaged_metrics_are_told(run: RunDirectory, content: str, what: str) -> None:
+    run.path("metrics.json").write_text(content)
+    with pytest.raises(ArtifactError, match=f"metrics.json {what}: remove it, and give the run's command again"):
+        run.metrics()
+
+
+@pytest.mark.parametrize(
     "content", ['{"name": "PLACE", "icons": []}', "[]", '"x"', '{"name": "PLACE", "stages": {}, "format": 99}']
 )
 def test_another_program_s_manifest_is_not_ours_and_fresh_removes_nothing(tmp_path: Path, content: str) -> None:
