@@ -132,6 +132,10 @@ def test_a_finished_run_is_skipped_whole_without_ray(copied: FinishedRun, monkey
     assert metrics["hardware"] == copied.metrics["hardware"]
     assert metrics["evaluation"] == copied.metrics["evaluation"]
 
+    (copied.root / "metrics.json").unlink()
+    assert run_values(copied.values).skipped == ALL
+    assert json.loads((copied.root / "metrics.json").read_text())["evaluation"] == copied.metrics["evaluation"]
+
 
 def test_a_changed_correction_and_a_cut_shard_are_redone_for_real(copied: FinishedRun) -> None:
     shard = next((copied.root / "merged").glob("model-00001-*"))
