@@ -24,7 +24,7 @@ from emloc_ray.io.store.node_cache import ensure, open_artifact
 _INDEX = "index.json"
 _COUNTS = b"counts"
 _ROWS_PER_BATCH = 256
-_BATCH_BYTES = 2**25  # of images
+BATCH_BYTES = 2**25  # of images
 _TYPES = {
     "input_ids": pa.list_(pa.int32()),
     "completion_mask": pa.list_(pa.bool_()),
@@ -44,7 +44,7 @@ def write_shard(
     rows: Iterable[Tokens],
     counts: Mapping[str, int] | None = None,
     with_images: bool = False,
-    batch_bytes: int = _BATCH_BYTES,
+    batch_bytes: int = BATCH_BYTES,
 ) -> int:
     """Writes rows as one Arrow IPC file, atomically, with ``counts``; returns the number of rows.
 

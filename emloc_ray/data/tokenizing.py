@@ -36,7 +36,7 @@ _COUNTS = (
     "image_bytes",
 )
 ROWS_PER_BATCH = 256
-_IMAGE_ROWS_PER_BATCH = 32
+IMAGE_ROWS_PER_BATCH = 32
 _READS_PER_GROUP = 16
 
 Unit = dict[str, Any]
@@ -69,7 +69,7 @@ class TokenizeOptions:
         images, which ``decoder`` opens."""
         tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
         stream = iter(rows)
-        size = _IMAGE_ROWS_PER_BATCH if self.may_show_images else ROWS_PER_BATCH
+        size = IMAGE_ROWS_PER_BATCH if self.may_show_images else ROWS_PER_BATCH
         while batch := list(itertools.islice(stream, size)):
             asks = self.may_show_images and any(_asks_a_server(row, where) for where, row in batch)
             parts = each(functools.partial(self._sequences, decoder), batch, asks)
@@ -210,20 +210,21 @@ def tokenize_splits(
     rows_per_shard: dict[str, int],
     num_workers: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    memory: int = 0,
 ) -> dict[str, dict[str, int]]:
     """Writes ``out_dir/SPLIT/shard-*.arrow`` and an index for each split; returns the counts of each split.
 
     Keeps whole shards that are in ``out_dir`` already: the caller knows that they are of these rows. The driver holds a few
-    numbers a shard, never a row's; workers hold a batch of rows and a shard's tokens. Raises DataError for the first bad row,
-    with file, row and field; or where a split keeps no row. ``progress`` hears how many shards are done, and every second in
-    which none is; what it raises ends the work.
+    numbers a shard, never a row's; workers hold a batch of rows and their tokens, for which each asks Ray for ``memory`` bytes.
+    Raises DataError for the first bad row, with file, row and field; or where a split keeps no row. ``progress`` hears how many
+    shards are done, and every second in which none is; what it raises ends the work.
     """
     work = [
         unit for split, selection in splits.items() for unit in shard_units(split, selection, rows_per_shard[split])
     ]
     total = sum(len(unit["bounds"]) - 1 for unit in work)
     results: list[dict[str, Any]] = []
-    dataset = mapped(work, ShardTokenizer(options, splits, out_dir), num_workers)
+    dataset = mapped(work, ShardTokenizer(options, splits, out_dir), num_workers, memory)
     end = functools.partial(_end_tasks, dataset)
     with polled(dataset.iter_rows(), lambda: progress(len(results), total), end) as rows:
         for result in rows:
@@ -237,11 +238,12 @@ def row_lengths(
     options: TokenizeOptions,
     num_workers: int,
     look: Callable[[int], None] = lambda done: None,
+    memory: int = 0,
 ) -> NDArray[np.int64]:
     """The tokens that are kept of every row of the selection, in its order. ``look`` hears how many blocks of rows are done, and
-    every second in which none is; what it raises ends the work."""
+    every second in which none is; what it raises ends the work. ``memory``: as for :func:`tokenize_splits`."""
     work = list(shard_units("", selection, ROWS_PER_BATCH))
-    dataset = mapped(work, RowLengths(options, selection), num_workers)
+    dataset = mapped(work, RowLengths(options, selection), num_workers, memory)
     blocks: list[Any] = []
     batches = dataset.iter_batches(batch_size=None, batch_format="numpy")
     with polled(batches, lambda: look(len(blocks)), functools.partial(_end_tasks, dataset)) as given:
@@ -266,8 +268,11 @@ def shard_units(split: str, selection: RowSelection, rows_per_shard: int) -> Ite
             first = shard
 
 
-def mapped(work: Sequence[Unit], function: Callable[[dict[str, Any]], dict[str, Any]], num_workers: int) -> Any:
-    """The Ray data set of what ``function`` makes of each unit, in tasks of one unit, ``num_workers`` at a time."""
+def mapped(
+    work: Sequence[Unit], function: Callable[[dict[str, Any]], dict[str, Any]], num_workers: int, memory: int = 0
+) -> Any:
+    """The Ray data set of what ``function`` makes of each unit, in tasks of one unit, ``num_workers`` at a time, each of which
+    asks for a CPU and ``memory`` bytes of its node."""
     import ray.data
 
     # Ray Data would wrap our exception in its own, which loses it.
@@ -275,7 +280,7 @@ def mapped(work: Sequence[Unit], function: Callable[[dict[str, Any]], dict[str, 
     workers = ray.data.TaskPoolStrategy(size=min(num_workers, len(work)))
     # No retries: a row that kills its worker would kill one after another. The caller counts tries.
     return ray.data.from_items([{"unit": json.dumps(unit)} for unit in work]).map_batches(
-        function, batch_size=1, num_cpus=1, compute=workers, max_retries=0
+        function, batch_size=1, num_cpus=1, memory=memory or None, compute=workers, max_retries=0
     )
 
 

@@ -23,6 +23,11 @@ from emloc_ray.planning.sizes import DOUBLE, FLOAT, gradient_bytes, gram_bytes
 _HALF = 2
 _HEADER_BYTES = 4000  # of Python's objects for a token of the vocabulary and its merges: 3,560 for SmolLM2's
 CANDIDATES = 4  # corrections that auto scores, in one pass where weights come and go
+# Of the data: rows that are tokenized at once, rows with images, and bytes of images that are written at once.
+TOKENIZED_ROWS, IMAGE_ROWS, WRITTEN_IMAGE_BYTES = 256, 32, 2**25
+# As measured: of a byte-level tokenizer a token of its vocabulary, and a token of a row as text, as it is encoded and in lists.
+_TOKENIZER_BYTES, _TOKEN_BYTES = 1200, 256
+_DECODED = 32  # pixels' bytes for a byte of a photograph
 
 
 class Held(NamedTuple):
@@ -45,6 +50,17 @@ class MemoryModel(CalibrationMemory):
 
         weights = self.weight_files if needs_whole(self.model_config) else 0
         return {"header": _HEADER_BYTES * self._vocabulary(), "weights": weights, "tensor": FLOAT * largest}
+
+    def tokenize(self) -> Parts:
+        """The tokenizer; a batch of rows from their texts to lists of tokens; of images those of a batch as read and as parts of
+        its rows, with one decoded, and those that are written at once, as a group, as a table and in the writer."""
+        image = self.lengths.image_bytes
+        return {
+            "tokenizer": _TOKENIZER_BYTES * self._vocabulary(),
+            "rows": TOKENIZED_ROWS * self.lengths.longest * _TOKEN_BYTES,
+            "images": (2 * IMAGE_ROWS + _DECODED) * image
+            + 3 * min(WRITTEN_IMAGE_BYTES + image, TOKENIZED_ROWS * image),
+        }
 
     def factorize(self) -> Parts:
         """The group that needs most, with one of its layers computed once more in float64, as rounding may ask. A worker with a
@@ -217,18 +233,25 @@ class MemoryModel(CalibrationMemory):
 
     def correct(self) -> Parts:
         """The largest of: the emulator with the adapter on some rows; the linears that share a Gram, a task each; the original,
-        unless there is nothing to choose between, with the adapter and every module's thin matrices."""
+        unless there is nothing to choose between, with the adapter and every module's thin matrices; what writes the adapter."""
         if not self.config.adapter.is_additive:
             return {}
-        reading: Parts = {"correction": max((self._difference(spec) for spec in self.adapted), default=0.0)}
+        needed: list[Parts] = [
+            {"correction": max((self._difference(spec) for spec in self.adapted), default=0.0)},
+            self.corrected(),
+        ]
         if not self.layout.differs:
-            return reading
-        needed = [reading]
+            return max(needed, key=total)
         if self.config.correction.reads_adapted:
             needed.append(self._seeing_inputs())
         if self.config.correction.method == "auto":
             needed.append(self.searching().parts)
         return max(needed, key=total)
+
+    def corrected(self) -> Parts:
+        """The adapter as corrected, with one module's thin matrices as read and while it is corrected."""
+        module = max(map(self._thin, self.adapted), default=0.0)
+        return {"adapter": FLOAT * self.corrected_parameters, "correction": 2 * module}
 
     def _seeing_inputs(self) -> Parts:
         """The emulator with the adapter on a batch, without its head, and every module's directions with their sums."""
@@ -251,13 +274,13 @@ class MemoryModel(CalibrationMemory):
 
     def thin_matrices(self) -> float:
         """Bytes of all that the adapter's modules see of the difference: in memory to score them, and on disk."""
+        return sum(map(self._thin, self.adapted))
+
+    def _thin(self, spec: LinearSpec) -> float:
         # What DoRA's magnitudes follow from, and what the directions see of the inputs in the emulator.
         wide = 3 + (self.config.adapter.method == "dora") + self.config.correction.reads_adapted
-        return sum(
-            self._rank(s)
-            * (DOUBLE * (s.in_features + wide * s.out_features) + FLOAT * (s.in_features + s.out_features))
-            for s in self.adapted
-        )
+        width, height = spec.in_features, spec.out_features
+        return self._rank(spec) * (DOUBLE * (width + wide * height) + FLOAT * (width + height))
 
     def correction_work(self) -> float:
         """Floating-point operations of ``G Q``, ``W [Q, G Q]`` and ``W_E [Q, G Q]`` for all adapted linears, whose own Q has

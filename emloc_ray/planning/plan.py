@@ -59,6 +59,7 @@ class Plan:
     parameters: int
     emulator_parameters: int
     inference: Parts
+    tokenizing: Parts
     calibration_hold: str
     speeds: Speeds
     choice: Choice | None = None
@@ -82,8 +83,8 @@ class Plan:
 
     @property
     def host_bytes(self) -> dict[str, int]:
-        """What one worker holds of its node's memory in every stage."""
-        return {stage.name: stage.host_bytes for stage in self.stages}
+        """What one worker holds of its node's memory in every stage, and in ``data``, which makes the token shards before."""
+        return {"data": total(self.tokenizing), **{stage.name: stage.host_bytes for stage in self.stages}}
 
     @property
     def seconds(self) -> float:
@@ -102,6 +103,7 @@ def make_plan(stages: Sequence[Costed], prepared: Prepared, speeds: Speeds | Non
         layout.num_parameters,
         layout.num_parameters - saved,
         memory.inference(),
+        with_base(memory.tokenize()),
         memory.calibration_hold(),
         speeds,
     )

@@ -3,7 +3,7 @@ scores the candidates, and the best is written."""
 
 import functools
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, get_args
 
 import ray
@@ -78,7 +78,8 @@ def correct(
 
     paths = {group.path for group in plan.groups}
     if work:
-        run_tasks(read_groups, plan.opened, work, resources, Losses("correct", tell), by_groups)
+        # Opened for the tasks alone, as the adapter is in it.
+        run_tasks(read_groups, Opened(job), work, resources, Losses("correct", tell), by_groups)
     if plan.num_scored:
         units = range(plan.num_scored)
         arguments = ray.put(job), resources.threads
@@ -90,7 +91,9 @@ def correct(
             lambda done, _: progress(plan.num_read + done, plan.total),
             planned_s=resources.planned_s,
         )
-    return {"num_workers": resources.num_workers, **finish(plan)}
+    here = replace(resources, gpus_per_worker=0)
+    [result] = run_tasks(finish_adapter, job, [("the adapter", ())], here, Losses("correct", tell))
+    return {"num_workers": resources.num_workers, **result}
 
 
 class _Plan:
@@ -135,6 +138,11 @@ def read_groups(opened: Opened, groups: Sequence[ModuleGroup], device: str) -> N
     for group in groups:
         if not exists(group.path):
             write_modules(group.path, see_differences(opened, group, torch.device(device)))
+
+
+def finish_adapter(job: CorrectionJob) -> dict[str, Any]:
+    """:func:`finish` as a task, which holds the adapter as corrected."""
+    return finish(_Plan(job))
 
 
 @exact_float32()

@@ -84,14 +84,15 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell
     """
     shards = Checkpoint(job.model_dir).shards
     job.out_dir.mkdir(parents=True, exist_ok=True)
-    adapter = Adapter(job.adapter_dir, whole=True)
+    adapter = Adapter(job.adapter_dir)
     named = sorted(
         output_shards(shards, job.max_shard_size),
         key=lambda item: sum(entry.num_bytes for entry in item[1].entries),
         reverse=True,
     )
     work = [(f"shard {name}", (shard, job.out_dir / name)) for name, shard in named]
-    changed = run_tasks(_merge_task, (job, adapter), work, resources, Losses("merge", tell), progress)
+    losses = Losses("merge", tell)
+    changed = run_tasks(_merge_task, (job, Adapter(job.adapter_dir, whole=True)), work, resources, losses, progress)
     known = {spec.name for spec in job.specs}
     expected = sum(map(len, changed_tensors(adapter, job.specs).values()))
     expected += sum(name not in known for name in adapter.names)

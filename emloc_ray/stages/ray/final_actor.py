@@ -1,6 +1,8 @@
 """The final actor: one Ray actor a run, which corrects the adapter and has it merged. In a batch a run hands it on.
 
-It takes no CPU: what is heavy are tasks that it fans out. Its state is on disk: a lost actor is started again and goes on.
+It takes no CPU, and asks for no memory: what is heavy are tasks that it fans out, which ask for theirs. An actor that held
+some while its tasks wait for more could wait for another run's, which waits for this one's, for ever. Its state is on disk: a
+lost actor is started again and goes on.
 """
 
 from __future__ import annotations

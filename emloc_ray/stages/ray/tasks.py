@@ -245,10 +245,11 @@ def run_tasks(
     progress: Progress = silent,
 ) -> list[Any]:
     """:func:`bounded` of a task ``function(shared, *arguments)`` for each of the ``pieces``, a name and arguments; ``shared``
-    is sent once."""
+    is sent once, and not held here meanwhile."""
     if not pieces:
         return []
     task, reference = resources.task(function), ray.put(shared)
+    del shared
 
     def submit(name: str, arguments: tuple[Any, ...]) -> Any:
         return task.options(name=f"{losses.stage}: {name}").remote(reference, *arguments)

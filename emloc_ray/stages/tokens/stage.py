@@ -80,7 +80,7 @@ def _tokenize(context: Context, inputs: Inputs, granted: Resources, progress: Pr
 
     prepared, out_dir = context.prepared, context.path("data")
     _check_rows(prepared, inputs["files"])  # after the wait for its turn
-    made = tokenize_data(prepared, context.model_dir, out_dir, progress, inputs, context.note, granted.planned_s)
+    made = tokenize_data(prepared, context.model_dir, out_dir, progress, inputs, context.note, granted)
     _check_rows(prepared, inputs["files"])  # for they may have changed between two workers
     return {**made, "formats": _formats(prepared)}
 

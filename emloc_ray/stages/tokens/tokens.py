@@ -24,10 +24,11 @@ from emloc_ray.planning.first_rows import tokenize_options
 from emloc_ray.planning.prepared import Prepared, splits_of
 from emloc_ray.stages.ray.losses import Losses, Tell, is_lost, unheard
 from emloc_ray.stages.ray.pace import Overdue, WholePace
-from emloc_ray.stages.ray.tasks import Progress, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, silent
 
 _ROWS_PER_SHARD = 1024
 _IMAGE_ROWS_PER_SHARD = 256
+_ONE_WORKER = Resources()
 Result = TypeVar("Result")
 
 
@@ -38,11 +39,12 @@ def tokenize_data(
     progress: Progress = silent,
     inputs: Any = None,
     tell: Tell = unheard,
-    planned_s: float = 0.0,
+    resources: Resources = _ONE_WORKER,
 ) -> dict[str, Any]:
     """Makes or finds the rows, splits them and writes ``out_dir/tokens/SPLIT``; returns the counts of each split. Shards that a
     killed run of the same ``inputs`` and rows finished are kept; with ``inputs`` left out, none are. Raises DataError, naming
-    file, row and field of the first bad row. ``planned_s``: as for :class:`~emloc_ray.stages.ray.pace.Pace`."""
+    file, row and field of the first bad row. ``resources``: the memory of each of the calibration's workers, and the seconds
+    that are planned."""
     config = prepared.config
     sources = split_sources(prepared, out_dir, progress)
     local = [Path(source.path) for files in sources.values() for source in files if not source.is_stored]
@@ -53,7 +55,7 @@ def tokenize_data(
     options = tokenize_options(prepared, tokenizer, every)
     losses = Losses("data", tell)
     splits = retried(
-        lambda: rows_of_splits(config, sources, options, progress, planned_s), losses, lambda: "counting tokens"
+        lambda: rows_of_splits(config, sources, options, progress, resources), losses, lambda: "counting tokens"
     )
     # Rows that may show images are of 100 KB rather than a few.
     rows_per_shard = _IMAGE_ROWS_PER_SHARD if options.may_show_images else _ROWS_PER_SHARD
@@ -65,7 +67,8 @@ def tokenize_data(
             out_dir / "tokens",
             rows_per_shard=sizes,
             num_workers=config.calibration.num_workers,
-            progress=watched(progress, planned_s),
+            progress=watched(progress, resources.planned_s),
+            memory=resources.memory_per_worker,
         ),
         losses,
         lambda: first_unwritten(splits, out_dir / "tokens", sizes),
@@ -101,7 +104,7 @@ def rows_of_splits(
     sources: dict[str, tuple[SourceFile, ...]],
     options: TokenizeOptions,
     progress: Progress = silent,
-    planned_s: float = 0.0,
+    resources: Resources = _ONE_WORKER,
 ) -> dict[str, RowSelection]:
     """The rows of every split; those of the calibration are counted in tokens where the config asks for that."""
     given = {name: RowSelection.all_rows(files) for name, files in sources.items()}
@@ -128,8 +131,10 @@ def rows_of_splits(
         workers = config.calibration.num_workers
 
         def lengths(part: RowSelection) -> NDArray[np.int64]:
-            look = watched(lambda done, total: progress(0, 1), planned_s)  # none of what the stage makes is done
-            return row_lengths(part, options, workers, lambda done: look(done, 1))
+            look = watched(
+                lambda done, total: progress(0, 1), resources.planned_s
+            )  # none of what the stage makes is done
+            return row_lengths(part, options, workers, lambda done: look(done, 1), resources.memory_per_worker)
 
         rows = rows_within(splits["calibration"], num_tokens, seed, lengths)
         splits["calibration"] = splits["calibration"].sample(rows, seed)

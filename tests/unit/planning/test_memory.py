@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,11 @@ from transformers import (
 )
 
 from emloc_ray.config.reading import parse_config
+from emloc_ray.data import token_shards, tokenizing
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import ImageShape, empty_model
 from emloc_ray.modeling.loading import ModelSource
+from emloc_ray.planning import memory as planned
 from emloc_ray.planning.budget import with_settings
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.layout import make_layout
@@ -30,6 +35,7 @@ from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.sizes import gram_bytes
 from emloc_ray.planning.skeleton import skeleton_of
+from emloc_ray.stages.ray.session import LEAN_MEMORY
 
 LENGTHS = Lengths(mean=40.0, longest=64.0)
 ROW = Lengths(2048.0, 2048.0)
@@ -140,6 +146,40 @@ def test_correcting_70_b_takes_less_than_ten_tflop() -> None:
     wide = sum(2 * spec.num_parameters * spec.in_features for spec in prepared.layout.specs)
     assert wide == pytest.approx(1.9e14, rel=0.02)  # the product Δ G of all layers
     assert MemoryModel(prepared, ROW).correction_work() == pytest.approx(4.86e11, rel=0.02)
+
+
+def held(*arguments: object) -> int:
+    """The most that a worker takes for itself: see tests/measured_worker.py."""
+    tests = Path(__file__).parents[2]
+    places = os.pathsep.join(map(str, (tests.parent, tests.parent / "pipelines", tests)))
+    variables = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1", **LEAN_MEMORY}
+    command = [sys.executable, str(tests / "measured_worker.py"), *map(str, arguments)]
+    return int(subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [64, 1024])
+def test_a_worker_that_tokenizes_holds_its_tokenizer_and_two_batches_of_rows(tokens: int, tmp_path: Path) -> None:
+    small = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=30000
+    )
+    plan = total(MemoryModel(bare(small), Lengths(tokens, tokens)).tokenize())
+    assert plan / 2 < held("data", 30000, tokens, tmp_path) < plan
+
+
+@pytest.mark.slow
+def test_a_worker_that_writes_the_corrected_adapter_holds_that_and_a_module(tmp_path: Path) -> None:
+    block = LlamaConfig(num_hidden_layers=1, vocab_size=300)
+    parts = MemoryModel(bare(block, adapter={"r": 64}, correction={"method": "adapted"})).corrected()
+    assert parts["adapter"] == 4 * 64 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    assert 0.7 * total(parts) < held("correct", 4096, 11008, 64, tmp_path) < 1.1 * total(parts)
+
+
+def test_batches_of_the_data_are_those_that_are_planned() -> None:
+    rows = tokenizing.ROWS_PER_BATCH, tokenizing.IMAGE_ROWS_PER_BATCH, token_shards.BATCH_BYTES
+    assert rows == (planned.TOKENIZED_ROWS, planned.IMAGE_ROWS, planned.WRITTEN_IMAGE_BYTES)
+    photos = Lengths(100.0, 100.0, images=1.0, image_bytes=1e5)
+    assert MemoryModel(bare(LlamaConfig()), photos).tokenize()["images"] == 96 * 1e5 + 3 * 256 * 1e5
 
 
 def test_correction_opens_the_original_only_to_choose(llama_7b: Prepared) -> None:

@@ -17,6 +17,8 @@ from small_runs import RecordingReporter, make_values, task_rows, write_jsonl
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ArtifactError, ConfigError, DataError, Stopped
 from emloc_ray.io.runs.cache import ArtifactCache
+from emloc_ray.planning.memory import BASE_BYTES
+from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import steps as runs_steps
 from emloc_ray.runs import versions
@@ -27,6 +29,7 @@ from emloc_ray.runs.versions import check_versions, installed
 from emloc_ray.stages.calibrate.stage import CALIBRATE
 from emloc_ray.stages.context import Context, Inputs
 from emloc_ray.stages.factorize.stage import FACTORIZE
+from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.stages.tokens.stage import DATA
 
@@ -172,6 +175,28 @@ def test_accepted_work_stands_is_told_and_is_not_shared(
     libraries.update(torch="2.8.0")
     with pytest.raises(ConfigError, match=r"calibrate were made with torch 2\.6 \(now 2\.8\); torch 2\.7 \(now 2\.8\)"):
         go()
+
+
+def test_workers_ask_for_the_memory_that_is_planned_where_there_are_several_nodes(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes, asked, plan = [{"CPU": 8.0, "memory": 2.0**35}], list[int](), make_plan(STEPS, prepared)
+    monkeypatch.setattr(runs_steps, "shortage", lambda *asked: None)
+    monkeypatch.setattr(runs_steps, "addable", lambda: [])
+    monkeypatch.setattr(runs_steps, "alive", lambda: nodes)
+
+    def make(context: Context, inputs: Inputs, granted: Resources, *others: Any) -> dict[str, Any]:
+        asked.append(granted.memory_per_worker)
+        return {"splits": {}}
+
+    stage = replace(DATA, inputs=lambda context: {}, run=make, outputs=(), remarks=lambda *_: ())
+    for _ in range(2):
+        steps = Steps(prepared, RecordingReporter(), AtOnce(), forced=["data"], plan=plan)
+        steps.run(stage, Context(prepared, prepared.source.directory))
+        nodes.append(nodes[0])
+    planned = plan.host_bytes["data"]
+    assert asked[0] == 0
+    assert BASE_BYTES < planned <= asked[1] < planned + 2**28
 
 
 def rewritten(path: Path) -> None:

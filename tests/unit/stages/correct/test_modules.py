@@ -25,7 +25,7 @@ from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.stored_names import stored_parameters, stored_specs
 from emloc_ray.stages.correct import modules as stage
-from emloc_ray.stages.correct.correct import correct, read_groups
+from emloc_ray.stages.correct.correct import correct, finish_adapter, read_groups
 from emloc_ray.stages.correct.job import CorrectionJob, module_groups
 from emloc_ray.stages.correct.modules import CorrectableModule, Opened, read_modules, see_differences, write_modules
 from emloc_ray.stages.factorize.factorize import finish_emulator
@@ -137,17 +137,21 @@ def test_a_worker_with_a_gpu_reads_its_groups_in_one_task(
     groups = module_groups(job, Adapter(job.adapter_dir).names)
     read_groups(Opened(job), groups[:1], "cpu")  # as a try that was killed has left it
     written = groups[0].path.stat().st_mtime_ns
-    shares, heard = [], []
+    shares, heard = list[Any](), list[tuple[int, int]]()
 
-    def here(function: Any, shared: Any, work: Any, resources: Any, losses: Any, progress: Any) -> None:
+    def here(function: Any, shared: Any, work: Any, resources: Any, losses: Any, *progress: Any) -> list[Any]:
+        if function is finish_adapter:  # as a task of the stage's memory, which the final actor has none of
+            assert resources == replace(granted, gpus_per_worker=0)
+            return [function(shared)]
         for number, (_, (share, device)) in enumerate(work):
             assert device == "cuda"
             shares.append(share)
             function(shared, share, "cpu")
-            progress(number + 1, len(work))
+            progress[0](number + 1, len(work))
+        return []
 
     monkeypatch.setattr("emloc_ray.stages.correct.correct.run_tasks", here)
-    granted = Resources(num_workers=2, gpus_per_worker=1)
+    granted = Resources(num_workers=2, gpus_per_worker=1, memory_per_worker=2**30)
     correct(job, granted, lambda done, of: heard.append((done, of)))
     assert len(shares) == 2 < sum(map(len, shares)) == len(groups)
     assert heard[-1] == (len(groups), len(groups))
@@ -239,9 +243,8 @@ def test_what_all_groups_are_read_from_is_opened_once_and_can_be_sent(
     groups = module_groups(job, Adapter(job.adapter_dir).names)
     monkeypatch.setattr(stage, "Checkpoint", lambda folder: (opened.append(folder), Checkpoint(folder))[1])
 
-    def here(function: Any, shared: Any, work: Any, *others: Any) -> None:
-        for _, arguments in work:
-            function(pickle.loads(pickle.dumps(shared)), *arguments)  # as Ray does
+    def here(function: Any, shared: Any, work: Any, *others: Any) -> list[Any]:
+        return [function(pickle.loads(pickle.dumps(shared)), *arguments) for _, arguments in work]  # as Ray does
 
     monkeypatch.setattr("emloc_ray.stages.correct.correct.run_tasks", here)
     correct(job, Resources())

@@ -13,14 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from small_runs import make_values, task_rows, write_jsonl
 
 from emloc_ray.config.reading import parse_config
+from emloc_ray.data import tokenizing
 from emloc_ray.data.hash_order import row_hash
 from emloc_ray.data.reading import scan
 from emloc_ray.data.splits import CALIBRATION_SEED, SPLITS, RowSelection
 from emloc_ray.data.token_shards import TokenShards
-from emloc_ray.data.tokenizing import TokenizeOptions
+from emloc_ray.data.tokenizing import ShardTokenizer, TokenizeOptions
 from emloc_ray.demos.python_sources import SourceTask
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.planning.prepared import Prepared, prepare
@@ -61,6 +63,23 @@ def test_the_stage_says_which_formats_auto_took(prepared: Make, ray_session: Non
     context = Context(ready, ready.source.directory)
     result = DATA.run(context, DATA.inputs(context), Resources(), lambda done, total: None)
     assert result["formats"] == ["prompt_completion"]
+
+
+def test_its_workers_ask_for_the_memory_that_is_granted(
+    prepared: Make, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tmp_path / "asked"
+
+    class Telling(ShardTokenizer):
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            asked.write_text(json.dumps(ray.get_runtime_context().get_assigned_resources()))
+            return super().__call__(batch)
+
+    monkeypatch.setattr(tokenizing, "ShardTokenizer", Telling)
+    ready = prepared(num_calibration_samples=4)
+    granted = Resources(memory_per_worker=2**28)
+    DATA.run(Context(ready, ready.source.directory), {}, granted, lambda done, total: None)
+    assert json.loads(asked.read_text()) == {"CPU": 1.0, "memory": 2.0**28}
 
 
 @pytest.mark.parametrize("wanted", [1, 2000, 9000])
