@@ -78,7 +78,8 @@ def test_its_workers_ask_for_the_memory_that_is_granted(
     monkeypatch.setattr(tokenizing, "ShardTokenizer", Telling)
     ready = prepared(num_calibration_samples=4)
     granted = Resources(memory_per_worker=2**28)
-    DATA.run(Context(ready, ready.source.directory), {}, granted, lambda done, total: None)
+    context = Context(ready, ready.source.directory)
+    DATA.run(context, DATA.inputs(context), granted, lambda done, total: None)
     assert json.loads(asked.read_text()) == {"CPU": 1.0, "memory": 2.0**28}
 
 
