@@ -7,6 +7,7 @@ whom it names, is compared before every write in the run, by its workers too.
 import contextlib
 import fcntl
 import os
+import re
 import sys
 import time
 import uuid
@@ -22,6 +23,7 @@ _PATIENCE_S = 1.0  # who asks whether a run is held has its lock for a moment
 _FILE_S = 0.05
 _WORKER = "RAY_RAYLET_PID"  # which Ray gives to workers
 _LEFT = "emloc_ray"  # where Ray keeps the tokens of a job's processes that hold runs
+_NAMED = re.compile(r"[^\n]+\n[0-9a-f]{32}\n")  # a holder's name and its token
 _known: dict[Path, tuple[int, str]] = {}
 
 
@@ -110,6 +112,8 @@ def check_lock(path: Path) -> None:
     for root in path.parents:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             now = _identity(root / NAME)
+            if root not in _known and not _NAMED.fullmatch(now[1]):
+                continue  # another program's
             # Others than workers may write reports whoever holds the run.
             if _WORKER in os.environ and root not in _known and _is_ours(now[1]):
                 _known[root] = now

@@ -262,7 +262,8 @@ def _stored(here: Origin, path: Path) -> dict[Path, Any]:
 
 
 def _files(path: Path) -> list[Path]:
-    below = path.rglob("*") if path.is_dir() else [path]
+    """As they are found: what another process removes meanwhile is left out."""
+    below = [Path(folder, name) for folder, _, names in os.walk(path) for name in names] if path.is_dir() else [path]
     return sorted(file for file in below if file.is_file())
 
 

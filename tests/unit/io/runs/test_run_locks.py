@@ -89,25 +89,27 @@ def test_who_lost_its_lock_writes_nothing_more(tmp_path: Path) -> None:
 def test_a_worker_writes_for_whom_it_wrote_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock, file = tmp_path / "mine" / ".lock", tmp_path / "mine" / "slots" / "a"
     lock.parent.mkdir()
-    lock.write_text("process 1 on here\ntoken\n")
+    lock.write_text(f"process 1 on here\n{1:032x}\n")
     write_json(file, 1)
     monkeypatch.setenv("RAY_RAYLET_PID", "1")
     write_json(file, 2)
-    lock.write_text("process 2 on here\nanother\n")
+    lock.write_text(f"process 2 on here\n{2:032x}\n")
     with pytest.raises(TakenOver):
         write_json(file, 3)
     assert (json.loads(file.read_text()), list(file.parent.iterdir())) == (2, [file])
 
 
 def test_a_worker_whose_first_write_comes_after_a_takeover_writes_nothing(ray_session: None, tmp_path: Path) -> None:
-    """Also where the caller started Ray, as here."""
+    """Also where the caller started Ray, as here. A lock file of another program, further up, is none of a run."""
+    (tmp_path / ".lock").write_text("4711")
     run, taken = RunDirectory(tmp_path / "mine"), tmp_path / "taken"
     run.lock()
     taken.mkdir()
-    (taken / ".lock").write_text("process 2 on here\nanother\n")
+    (taken / ".lock").write_text(f"process 2 on here\n{2:032x}\n")
     write: Any = ray.remote(write_json)
     with connection():
         ray.get(write.remote(run.path("slots", "a"), 1))
+        ray.get(write.remote(tmp_path / "elsewhere" / "a", 1))
         with pytest.raises(TakenOver, match=r"taken was taken over by another process: leave it to that, or stop"):
             ray.get(write.remote(taken / "a", 1))
     assert run.path("slots", "a").read_text().strip() == "1"
