@@ -36,7 +36,9 @@ Batch = dict[str, Any]
 class Inline:
     """Stands for Ray Data's result: the function, called here, on one unit after the other."""
 
-    def __init__(self, work: list[Batch], function: Callable[[Batch], Batch], num_workers: int) -> None:
+    def __init__(
+        self, work: list[Batch], function: Callable[[Batch], Batch], num_workers: int, memory: int = 0
+    ) -> None:
         self.batches = [function({"unit": np.array([json.dumps(unit)])}) for unit in work]
 
     def iter_rows(self) -> list[Batch]:

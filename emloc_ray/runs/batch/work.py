@@ -146,8 +146,8 @@ class PipelineWork:
         """What the tasks would redo or remove of their finished stages: one sentence for all tasks with the same answer."""
         sentences: dict[str, list[str]] = {}
         with ThreadPoolExecutor(_WAITING) as pool:
-            found = pool.map(find_changes, [self._prepare(task)[0] for task in tasks])
-            for task, changes in zip(tasks, found, strict=True):
+            answers = pool.map(find_changes, [self._prepare(task)[0] for task in tasks])
+            for task, changes in zip(tasks, answers, strict=True):
                 if changes is not None:
                     sentences.setdefault(changes, []).append(task.name)
         return [f"task {listed(names)}: {sentence}" for sentence, names in sentences.items()]
