@@ -2,8 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# Two processes of tests, each with a Ray of its own: much of the time one waits for processes to start. In tests/conftest.py's order.
-PYTEST := $(BIN)/python -m pytest -q --durations=25 -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -q --durations=25
 
 # What is imported again and again, by Ray's workers too, is compiled once.
 unexport PYTHONDONTWRITEBYTECODE
@@ -13,12 +12,12 @@ unexport PYTHONDONTWRITEBYTECODE
 quickstart: $(VENV)/installed
 	$(BIN)/emloc-ray run configs/quickstart.yaml
 
-# Two to three minutes on two cores: to run while making a change.
+# Two to three minutes on two cores: to run while making a change. It leaves pytest's cache alone, by which .ci/run knows whether the next tier came to its end.
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -m quick tests/unit tests/compat
+	$(PYTEST) -p no:cacheprovider -n 2 --dist loadfile -m quick tests/unit tests/compat
 
 # Twenty minutes: that, and all that is not deep.
 test: check

@@ -31,8 +31,6 @@ os.environ.update(
 )
 # A Ray Train group looks at its workers every two seconds, and gives one that hangs half a minute to end.
 os.environ.update(RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2", TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S="3")
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # so that a Ray of one is not taken for that of the other
-    os.environ["RAY_TMPDIR"] = f"{os.environ.get('RAY_TMPDIR', '/tmp/ray')}-{worker}"
 # Ray's workers inherit what a store asks for.
 os.environ.update(AWS_ACCESS_KEY_ID="tests", AWS_SECRET_ACCESS_KEY="tests", AWS_EC2_METADATA_DISABLED="true")
 
@@ -82,13 +80,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 pytest.mark.filterwarnings("default", "ignore::DeprecationWarning", "ignore::FutureWarning")
             )
     # Tests that start a Ray of their own, or none, must not meet the shared one; some families are run on it.
-    items.sort(key=_on_shared_ray)
-    for item in items:  # what one process of tests runs in one go
-        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0] + " on Ray" * _on_shared_ray(item)))
-
-
-def _on_shared_ray(item: pytest.Item) -> bool:
-    return bool({"ray_session", "family_run"} & set(item.fixturenames))  # type: ignore[attr-defined]
+    items.sort(key=lambda item: bool({"ray_session", "family_run"} & set(item.fixturenames)))  # type: ignore[attr-defined]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
