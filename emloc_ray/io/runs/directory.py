@@ -7,6 +7,7 @@ anywhere resumes from it. On an object store ``root`` is this node's copy (:mod:
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -324,12 +325,14 @@ class RunDirectory:
             raise self._taken_over()
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
-        """Writes ``metrics.json``, whole: what it held of stages that are to be redone does not stay."""
+        """Writes ``metrics.json``, whole: what it held of stages that are to be redone does not stay. Its ``sha256`` is that of
+        the rest."""
         self.check_held()
-        write_json(self.path(METRICS), metrics)
+        write_json(self.path(METRICS), {**metrics, "sha256": hashlib.sha256(json_bytes(metrics)).hexdigest()})
 
     def metrics(self) -> dict[str, Any]:
-        """``metrics.json``, empty where there is none yet. Raises ArtifactError where it is not JSON, or no mapping."""
+        """``metrics.json``, empty where there is none yet. Raises ArtifactError where it is not JSON, no mapping, or not what was
+        written."""
         path = self.path(METRICS)
         ensure(path)
         try:
@@ -338,6 +341,9 @@ class RunDirectory:
             raise _damaged(path, "is not JSON") from error
         if not isinstance(metrics, dict):
             raise _damaged(path, "holds no mapping")
+        written = metrics.pop("sha256", None)  # which the first versions did not write
+        if written is not None and written != hashlib.sha256(json_bytes(metrics)).hexdigest():
+            raise _damaged(path, "was changed after it was written")
         return metrics
 
     def lock(self, tell: Callable[[str], None] = lambda text: None, under: RunDirectory | None = None) -> None:

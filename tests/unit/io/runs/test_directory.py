@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,27 @@ def test_damaged_metrics_are_told(run: RunDirectory, content: str, what: str) ->
     run.path("metrics.json").write_text(content)
     with pytest.raises(ArtifactError, match=f"metrics.json {what}: remove it, and give the run's command again"):
         run.metrics()
+
+
+def test_metrics_are_what_was_written(run: RunDirectory) -> None:
+    metrics = {"evaluation": {"merged": {"loss": 0.1 + 0.2}}, "é": [math.inf, (1, None)], "ranks": {8: 1}}
+    run.write_metrics(metrics)
+    place = run.path("metrics.json")
+    written = place.read_text()
+    kept = run.metrics()
+    assert kept == {**metrics, "é": [math.inf, [1, None]], "ranks": {"8": 1}}
+    place.write_text(json.dumps(json.loads(written), separators=(",", ":")))  # laid out by another program
+    assert run.metrics() == kept
+    for changed in (
+        written.replace("merged", "mergee"),
+        written.replace('"loss": 0.3', '"loss": 0.4'),
+        written.replace("1,", '"1",'),
+    ):
+        place.write_text(changed)
+        with pytest.raises(
+            ArtifactError, match=r"metrics\.json was changed after it was written: remove it, and give the run's"
+        ):
+            run.metrics()
 
 
 @pytest.mark.parametrize(
