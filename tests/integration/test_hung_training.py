@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stage_artifacts import write_tokens
 
 from emloc_ray.stages.finetune.finetune import finetune
+from emloc_ray.stages.finetune.group_callbacks import StopBeforeStart
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.ray import pace
 from emloc_ray.stages.ray.losses import Losses
@@ -82,3 +84,29 @@ def test_a_training_that_hangs_goes_on_from_its_checkpoint(
     )
     for file in job.out_dir.iterdir():
         assert (hung.out_dir / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.deep
+def test_a_group_of_which_one_is_frozen_before_it_trains_is_begun_again(
+    ray_session: None, job: FinetuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker, told = tmp_path / "frozen", list[str]()
+
+    class Freezing(StopBeforeStart):
+        def after_worker_group_start(self, worker_group: Any) -> None:  # Ray Train's controller waits for it next
+            if not marker.exists():
+                marker.touch()
+                os.kill(worker_group.get_workers()[0].metadata.pid, signal.SIGSTOP)
+
+    def tell(text: str) -> None:
+        told.append(text)
+        monkeypatch.setattr(pace, "PATIENCE_S", 1800.0)
+
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    monkeypatch.setattr(Losses, "delays", (0.0,))
+    monkeypatch.setattr(pace, "PATIENCE_S", 60.0)
+    monkeypatch.setattr("emloc_ray.stages.finetune.finetune.StopBeforeStart", Freezing)
+    assert finetune(job, Resources(2, planned_s=60.0), tell=tell)["steps"] == 8
+    assert told == [
+        "finetune: the training lost its worker because its workers did not start within 60 s; restarted (1 of 3)."
+    ]

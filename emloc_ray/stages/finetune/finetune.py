@@ -21,10 +21,11 @@ from emloc_ray.io.formats.json_lines import read_objects
 from emloc_ray.io.store.arrow_files import arrow_files
 from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.node_cache import discard, exists, is_stored, sizes
-from emloc_ray.stages.finetune.group_callbacks import FailureLog, GroupRelease, StopBeforeStart, content
+from emloc_ray.stages.finetune.group_callbacks import FailureLog, GroupRelease, StartWatch, StopBeforeStart, content
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.session import own_folder
 from emloc_ray.stages.finetune.training import train_alone, train_loop
+from emloc_ray.stages.ray import pace
 from emloc_ray.stages.ray.losses import SILENT, Losses, Tell, explain, is_lost, last_line, unheard
 from emloc_ray.stages.ray.spans import Span, tell_span
 from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, silent
@@ -122,7 +123,7 @@ def run_alone(job: FinetuneJob, resources: Resources, tell: Tell, check: Callabl
 
 def run_group(job: FinetuneJob, resources: Resources, tell: Tell, check: Callable[[], None]) -> dict[str, Any]:
     """Trains in a Ray Train group; where its leading process is lost, in another."""
-    losses = Losses(job.stage, tell, reached=lambda: group_checkpoints(job))
+    losses = Losses(job.stage, tell, reached=lambda: group_checkpoints(job), last_word=lambda: _last_word(job))
     begun_at = time.time()
     with _interruptible():
         while (outcome := _fit(job, resources, losses)) is None:
@@ -156,7 +157,7 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
             storage_filesystem=None if storage is None else storage[0],
             failure_config=ray.train.FailureConfig(max_failures=job.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            callbacks=[FailureLog(job), StopBeforeStart(job), GroupRelease()],  # type: ignore[list-item]
+            callbacks=[FailureLog(job), StopBeforeStart(job), StartWatch(job, pace.PATIENCE_S), GroupRelease()],  # type: ignore[list-item]
         ),
     )
     before = group_checkpoints(job)
@@ -176,6 +177,7 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
         if isinstance(failure := getattr(error, "controller_failure", None), EmlocError):
             raise failure from error
         time.sleep(losses.count("the training", error))
+        discard(job.last_word_path)  # told by now
         return None
 
 

@@ -1,6 +1,11 @@
 """What Ray Train's controller calls: one callback logs why workers begin again, one ends a group that waits where it is
-stopped, one releases what a lost group held. The controller imports this alone: all of a training would keep it for seconds."""
+stopped, one a group that does not start, one releases what a lost group held. The controller imports this alone: all of a
+training would keep it for seconds."""
 
+import gc
+import os
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,13 +13,18 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import ReschedulingState
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
-from emloc_ray.errors import Stopped
+from emloc_ray.errors import StageError, Stopped
 from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import ensure, exists, open_artifact, publish
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.ray.losses import is_lost, is_preempted, last_line, reason
+from emloc_ray.stages.ray.pace import end_process
+from emloc_ray.text import duration
+
+_LOOK_S, _FOR_PLACES_S = 1.0, 60.0  # the latter is Ray Train's default
 
 
 def content(path: Path) -> bytes:
@@ -24,6 +34,17 @@ def content(path: Path) -> bytes:
             return stream.read()
     except FileNotFoundError:
         return b""
+
+
+def _note(job: FinetuneJob, text: str) -> None:
+    """Adds a line to what the driver reads of a group's failures."""
+    path = job.failure_path
+    check_lock(path)  # which ends a group that is late, rather than have it begin again
+    ensure(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(f"{job.stage}: {text}\n")
+    publish(path)
 
 
 class FailureLog(ray.train.UserCallback):
@@ -51,13 +72,7 @@ class FailureLog(ray.train.UserCallback):
                 "lost its worker because its node was taken back",
                 "restarted elsewhere from the last checkpoint",
             )
-        path = self.job.failure_path
-        check_lock(path)  # which ends a group that is late, rather than have it begin again
-        ensure(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(f"{self.job.stage}: rank {rank} {why}; {again}.\n")
-        publish(path)
+        _note(self.job, f"rank {rank} {why}; {again}.")
 
 
 class StopBeforeStart(WorkerGroupCallback):
@@ -72,6 +87,74 @@ class StopBeforeStart(WorkerGroupCallback):
         check_lock(self.job.stop_path)
         if exists(self.job.stop_path):
             raise Stopped(f"{self.job.stage} was stopped before its workers began.")
+
+
+class StartWatch(WorkerGroupCallback, ControllerCallback):
+    """Tells of workers that are lost before they train, which Ray Train 2.60 begins again for ever and without a word. Ends the
+    controller's process, and with it its workers, where they do not start in time: one that hangs then is asked for ever, as
+    Ray Train bounds how long it waits for their places, and once they train for their answers (600 s), and nothing between.
+    They load nothing by then, so that the bound need not know how large a model is."""
+
+    def __init__(self, job: FinetuneJob, within_s: float) -> None:
+        self.job, self.within_s = job, within_s
+        self.failures, self.ends = 0, False
+        self.started: threading.Event | None = None  # of the group that is being started
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """Watches for as long as it may wait for places and ``within_s`` beside."""
+        while self.ends:  # its workers are gone, and it shall ask for no places for others
+            time.sleep(_LOOK_S)
+        self._over()
+        self.started = threading.Event()
+        threading.Thread(target=self._watch, args=(self.started,), daemon=True).start()
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        """All have started, which is progress."""
+        self._over()
+        self.failures = 0
+
+    async def before_controller_shutdown(self) -> None:
+        """There is nothing to watch any more."""
+        self._over()
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Writes down why a group begins again of which a worker was lost while it started. Raises StageError where that
+        happened more than ``max_failures`` times in a row."""
+        error = current_state.training_failed_error if isinstance(current_state, ReschedulingState) else None
+        if error is None or not is_lost(error):  # as where it waits for places
+            return
+        self.failures += not is_preempted(error)
+        why, what_to_do = reason(error)
+        if self.failures > self.job.max_failures:
+            raise StageError(
+                f"{self.job.stage}: a worker was lost before it began {self.failures} times, the last time because {why}:"
+                f" {what_to_do}."
+            )
+        again = f"restarted ({self.failures} of {self.job.max_failures})"
+        _note(self.job, f"a worker was lost before it began because {why}; {again}.")
+
+    def _over(self) -> None:
+        if self.started is not None:
+            self.started.set()
+
+    def _watch(self, started: threading.Event) -> None:
+        """By counting its looks, for this process may have been stopped itself."""
+        for_places_s = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _FOR_PLACES_S))
+        for _ in range(round((for_places_s + self.within_s) / _LOOK_S)):
+            if started.wait(_LOOK_S):
+                return
+        self.ends = True
+        why = f"its workers did not start within {duration(self.within_s)}"
+        end_process(self.job.last_word_path, why, _release_own)
+
+
+def _release_own() -> None:
+    """Removes the placement groups that this process made, and with them the workers there. Ray keeps them until the driver
+    ends, and nothing but the frame that waits knows of one whose workers do not start."""
+    around = get_current_placement_group()
+    for made in gc.get_objects():
+        if type(made) is PlacementGroup and made != around:
+            remove_placement_group(made)
 
 
 class GroupRelease(WorkerGroupCallback, ControllerCallback):

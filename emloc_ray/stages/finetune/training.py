@@ -35,9 +35,10 @@ from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.session import GroupSession, LoneSession, TrainingSession, own_environment
 from emloc_ray.stages.finetune.trainer import EmulatorTrainer, StepKeeper, publish_events
 from emloc_ray.stages.finetune.validation import Validation
-from emloc_ray.stages.finetune.watchdog import Watchdog, end_process
+from emloc_ray.stages.finetune.watchdog import Watchdog
 from emloc_ray.stages.finetune.zero import join_as_deepspeed_rank, scattered_in
 from emloc_ray.stages.ray.losses import is_out_of_memory
+from emloc_ray.stages.ray.pace import end_process
 from emloc_ray.stages.ray.spans import timed
 from emloc_ray.stages.ray.tasks import set_threads
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import collections
-import faulthandler
-import os
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
-from emloc_ray.io.store.atomic import write_text
 from emloc_ray.stages.ray.pace import bound, silence
 
 _RECENT_STEPS = 100
-_WRITE_S = 60.0  # for the word that is left: a store may be what does not answer
 
 
 class _At(NamedTuple):
@@ -72,16 +67,3 @@ class Watchdog(TrainerCallback):
     def __exit__(self, *error: object) -> None:
         self.over.set()
         self.thread.join()
-
-
-def end_process(word: Path, why: str) -> None:
-    """Leaves ``why`` in a file, and in this worker's log where each thread is, and ends this process, which hears nothing."""
-
-    def leave() -> None:
-        write_text(word, why)
-
-    writing = threading.Thread(target=leave, daemon=True)
-    writing.start()
-    writing.join(_WRITE_S)
-    faulthandler.dump_traceback(file=2)
-    os._exit(1)

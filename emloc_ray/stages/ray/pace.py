@@ -1,16 +1,22 @@
 """How long pieces of a stage's work take, and the end of those that take much longer: they may hang for ever."""
 
+import faulthandler
+import os
 import statistics
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
 
+from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.turns import Still
 from emloc_ray.text import duration
 
 _LOOK_S = 1.0
+_WRITE_S = 60.0  # for the word that is left: a store may be what does not answer
 # A piece is ended where it takes so many times the median of a few, and not before so many seconds, in which
 # a slot's sums, which it writes now and then within a unit, reach a slow disk.
 _TIMES_USUAL, _FEW_PIECES, PATIENCE_S = 20, 5, 1800.0
@@ -109,3 +115,18 @@ class Pace:
                 ray.cancel(task, force=True)
                 ended.append(Ended(task, silence(time.monotonic() - self._since.pop(task), known[1])))
         return ended
+
+
+def end_process(word: Path, why: str, release: Callable[[], None] = lambda: None) -> None:
+    """Leaves ``why`` in a file, and in this worker's log where each thread is, calls ``release``, and ends this process, which
+    hears nothing."""
+
+    def leave() -> None:
+        write_text(word, why)
+
+    writing = threading.Thread(target=leave, daemon=True)
+    writing.start()
+    writing.join(_WRITE_S)
+    faulthandler.dump_traceback(file=2)
+    release()
+    os._exit(1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,20 +16,33 @@ import ray
 import ray.train
 import torch
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import ReschedulingState
 
-from emloc_ray.errors import Stopped, TakenOver
+from emloc_ray.errors import StageError, Stopped, TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.stages.finetune import finetune as stage
 from emloc_ray.stages.finetune.finetune import Watcher, finetune, mean_loss, run_alone, run_group, runner_of
-from emloc_ray.stages.finetune.group_callbacks import FailureLog, GroupRelease
+from emloc_ray.stages.finetune.group_callbacks import FailureLog, GroupRelease, StartWatch
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.trainer import StepKeeper
 from emloc_ray.stages.finetune.training import of_ranks
+from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.spans import listening
 from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.stages.ray.usage import Usage
 
 JOB = FinetuneJob(Path("e"), Path("t"), Path("o"), Path("s"), "name", {}, None, "base", 4, 1)
+OUTCOME = {
+    "stopped": False,
+    "failure": "",
+    "steps": 4,
+    "resumed": True,
+    "train_loss": 1.0,
+    "trainable_parameters": 1,
+    "peaks": [],
+}
 
 
 def test_one_worker_runs_alone_unless_deepspeed_wants_a_group() -> None:
@@ -230,3 +245,86 @@ def test_a_group_that_loses_a_worker_at_its_launch_gives_back_what_it_was_grante
     groups = ray.util.placement_group_table().values()
     assert groups
     assert {group["state"] for group in groups} == {"REMOVED"}
+
+
+def test_a_group_that_does_not_start_ends_with_its_controller_and_gives_back_what_it_was_granted(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    job = dataclasses.replace(JOB, storage_dir=tmp_path)
+
+    class FreezesWorker(WorkerGroupCallback):
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            os.kill(worker_group.get_workers()[0].metadata.pid, signal.SIGSTOP)
+
+    trainer = TorchTrainer(
+        lambda: None,
+        scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
+        run_config=ray.train.RunConfig(
+            name="frozen",
+            storage_path=str(tmp_path),
+            callbacks=[StartWatch(job, 15.0), FreezesWorker()],  # type: ignore[list-item]
+        ),
+    )
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        trainer.fit()
+    assert job.last_word_path.read_text() == "its workers did not start within 15 s"
+    groups = ray.util.placement_group_table().values()
+    assert {group["state"] for group in groups} == {"REMOVED"}
+    again = ray.util.placement_group([{"CPU": 2}])
+    assert again.wait(120)
+    ray.util.remove_placement_group(again)
+
+
+def test_workers_that_are_lost_before_they_train_are_told_of_and_given_up_in_the_end(tmp_path: Path) -> None:
+    job = dataclasses.replace(JOB, storage_dir=tmp_path, max_failures=2)
+    watch = StartWatch(job, 1800.0)
+
+    def begin_again(kind: type[Exception], cause: Exception | None = None) -> None:
+        failure = kind("started badly") if cause is not None else WorkerGroupStartupTimeoutError(2)
+        failure.__cause__ = cause
+        watch.after_controller_state_update(None, ReschedulingState(ray.train.ControllerError(failure)))
+
+    silent = ray.exceptions.ActorUnavailableError("keepalive watchdog timeout", None)
+    begin_again(WorkerGroupStartupTimeoutError)  # it waits for places
+    begin_again(WorkerGroupStartupFailedError, silent)
+    begin_again(WorkerGroupStartupFailedError, ray.exceptions.ActorDiedError())
+    watch.after_worker_group_training_start(None)
+    begin_again(WorkerGroupStartupFailedError, silent)
+    assert job.failure_path.read_text().splitlines() == [
+        "finetune: a worker was lost before it began because it does not answer; restarted (1 of 2).",
+        "finetune: a worker was lost before it began because its process crashed or was killed; restarted (2 of 2).",
+        "finetune: a worker was lost before it began because it does not answer; restarted (1 of 2).",
+    ]
+    begin_again(WorkerGroupStartupFailedError, silent)
+    with pytest.raises(
+        StageError, match="a worker was lost before it began 3 times, the last time because it does not answer"
+    ):
+        begin_again(WorkerGroupStartupFailedError, silent)
+
+
+def test_a_group_that_was_ended_for_it_did_not_start_is_told_and_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, told, watched = dataclasses.replace(JOB, storage_dir=tmp_path), list[str](), list[float]()
+    losses = iter([ray.exceptions.ActorDiedError(), ray.exceptions.ActorDiedError()])
+
+    def fit(loss: Exception | None) -> Any:
+        if loss is None:
+            return SimpleNamespace(return_value=OUTCOME)
+        if len(watched) == 1:  # the second time it was something else
+            job.last_word_path.write_text("its workers did not start within 30 min")
+        raise loss
+
+    def make(*_: Any, run_config: Any, **__: Any) -> Any:
+        watched.extend(callback.within_s for callback in run_config.callbacks if isinstance(callback, StartWatch))
+        return SimpleNamespace(fit=lambda: fit(next(losses, None)))
+
+    monkeypatch.setattr(Losses, "delays", (0.0,))
+    monkeypatch.setattr(stage, "TorchTrainer", make)
+    finetune(job, Resources(2), tell=told.append)
+    assert watched == [1800.0] * 3
+    assert told == [
+        "finetune: the training lost its worker because its workers did not start within 30 min; restarted (1 of 3).",
+        "finetune: the training lost its worker because its process crashed or was killed; restarted (2 of 3).",
+    ]
