@@ -4,19 +4,20 @@ The tables are private names, and of some architectures a tensor is made of seve
 are gone, the model is opened whole.
 """
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from emloc_ray.io.formats.checkpoint import SINGLE_NAME, TensorEntry, write_index
 from emloc_ray.io.formats.shards import make_header, stream_shard
 from emloc_ray.io.store.atomic import atomic_directory
 from emloc_ray.modeling.architecture import auto_class, empty_model
-from emloc_ray.modeling.loading import ModelSource, read_model_config
+from emloc_ray.modeling.loading import ModelSource, read_model_config, tokenizer_dir
 from emloc_ray.modeling.stored_names import stored_parameters
 
 _CHUNK_ROWS = 1024  # dequantized at a time, and written at a time
@@ -27,14 +28,33 @@ class NeedsWhole(Exception):
     """The model cannot be converted tensor by tensor."""
 
 
-def import_gguf(source: ModelSource, directory: Path, dtype: str = "auto", max_shard_bytes: int = 2 * 10**9) -> None:
+class Header(NamedTuple):
+    """What a file says before its weights: the config, and the files of the tokenizer by name. Reading either takes seconds."""
+
+    config: Any
+    tokenizer: dict[str, bytes]
+
+
+def read_header(source: ModelSource, config: Any = None) -> Header:
+    """A file's header; ``config`` where that is read already. Raises ConfigError where there is no tokenizer that opens."""
+    files = tokenizer_dir(source).iterdir()
+    return Header(config or read_model_config(source), {file.name: file.read_bytes() for file in files})
+
+
+def import_gguf(
+    source: ModelSource,
+    directory: Path,
+    dtype: str = "auto",
+    header: Header | None = None,
+    max_shard_bytes: int = 2 * 10**9,
+) -> None:
     """Writes a GGUF file as a plain sharded safetensors checkpoint with tokenizer and chat template, atomically.
 
     Weights are dequantized once, into float32 by default, tensor by tensor where :func:`write_weights` can; no trace of
     quantization stays in the config.
     """
     wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    config = read_model_config(source)
+    config, tokenizer = header or read_header(source)
     with atomic_directory(directory) as temporary:
         try:
             model = empty_model(config)
@@ -47,7 +67,8 @@ def import_gguf(source: ModelSource, directory: Path, dtype: str = "auto", max_s
         model.config.save_pretrained(temporary)
         model.generation_config.save_pretrained(temporary)
         del model
-        AutoTokenizer.from_pretrained(source.directory, gguf_file=source.gguf_file).save_pretrained(temporary)
+        for name, content in tokenizer.items():
+            (temporary / name).write_bytes(content)
 
 
 def _save_whole(source: ModelSource, config: Any, directory: Path, dtype: torch.dtype, max_shard_bytes: int) -> Any:
@@ -69,19 +90,25 @@ def converted_names(model: Any) -> dict[str, str]:
 
         if model.config.model_type in _TRANSPOSED:
             raise NeedsWhole
-        names: dict[str, str] = get_gguf_hf_weights_map(model, TensorProcessor())
-    except (ImportError, NotImplementedError) as error:
+    except ImportError as error:
         raise NeedsWhole from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = dict(model.all_tied_weights_keys)
-    names = {theirs: ours for theirs, ours in names.items() if ours not in tied}
     stored = stored_parameters(model, shapes)
     kept = [name for name in shapes if name not in tied]
-    if sorted(names.values()) != sorted(kept) or any(
-        name not in stored or stored[name].own_name != name for name in kept
-    ):
+    if any(name not in stored or stored[name].own_name != name for name in kept):
         raise NeedsWhole
-    return names
+    # By the model's own names first: for each module that it is asked about, the loader makes its table of all names anew.
+    alone = SimpleNamespace(config=model.config, state_dict=lambda: shapes, named_children=tuple)
+    for asked in (alone, model):
+        try:
+            names: dict[str, str] = get_gguf_hf_weights_map(asked, TensorProcessor())
+        except NotImplementedError as error:
+            raise NeedsWhole from error
+        names = {theirs: ours for theirs, ours in names.items() if ours not in tied}
+        if sorted(names.values()) == sorted(kept):
+            return names
+    raise NeedsWhole
 
 
 def needs_whole(model_config: Any) -> bool:
@@ -135,17 +162,38 @@ def write_weights(file: Path, model: Any, directory: Path, dtype: torch.dtype, m
 
 def _opened(file: Path, model: Any) -> tuple[Any, dict[str, Any]]:
     """What lays out the tensors of a file as the model has them, and the tensors by name."""
-    from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, read_field
 
-    reader = GGUFReader(file)
+    reader = _reader(file)
     architecture = read_field(reader, "general.architecture")[0]
     # The loader lays out queries by it, or not at all.
     if f"{architecture}.attention.head_count_kv" not in reader.fields:
         raise NeedsWhole
-    reader.fields.clear()  # the vocabulary, an array for each of its tokens
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
     return processor, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _reader(file: Path) -> Any:
+    """A GGUFReader that passes over lists, such as the vocabulary: it makes an array of each token, in 5 s of 50,000 tokens."""
+    from gguf import GGUFReader, GGUFValueType
+
+    class Reader(GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+            content, size = self.data.data, struct.calcsize("<IQ")
+            kind, count = (
+                struct.unpack_from("<IQ", content, orig_offs) if raw_type == GGUFValueType.ARRAY else (None, 0)
+            )
+            if self.byte_order != "S" and kind in self.gguf_scalar_to_np:
+                size += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
+            elif self.byte_order != "S" and kind == GGUFValueType.STRING:
+                for _ in range(count):
+                    size += struct.calcsize("<Q") + struct.unpack_from("<Q", content, orig_offs + size)[0]
+            else:
+                whole: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(orig_offs, raw_type)
+                return whole
+            return size, [], [], [GGUFValueType.ARRAY]
+
+    return Reader(file)
 
 
 def _rows(processor: Any, tensor: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:

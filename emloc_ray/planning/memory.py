@@ -41,15 +41,17 @@ class MemoryModel(CalibrationMemory):
     """Predicts from a layout, a config and row lengths; every method gives bytes by part, ``total`` adds them up."""
 
     def importing(self) -> Parts:
-        """Of a GGUF file its header, and one tensor in float32, a linear's twice, as it may be laid out otherwise; the whole
-        model where its tensors are made of several. Else a chunk that is copied."""
+        """Of a GGUF file one tensor in float32, a linear's twice, as it may be laid out otherwise; the whole model and the file's
+        header where its tensors are made of several. Else a chunk that is copied."""
         if self.prepared.source.gguf_file is None:
             return {"chunks": COPY_BYTES}
         largest = max([self.layout.head_parameters, *(2 * spec.num_parameters for spec in self.layout.specs)])
         from emloc_ray.modeling.gguf_import import needs_whole  # which reads YAML: the rest plans from shapes alone
 
-        weights = self.weight_files if needs_whole(self.model_config) else 0
-        return {"header": _HEADER_BYTES * self._vocabulary(), "weights": weights, "tensor": FLOAT * largest}
+        tensor: Parts = {"tensor": FLOAT * largest}
+        if not needs_whole(self.model_config):
+            return tensor
+        return {"header": _HEADER_BYTES * self._vocabulary(), "weights": self.weight_files, **tensor}
 
     def tokenize(self) -> Parts:
         """The tokenizer; a batch of rows from their texts to lists of tokens; of images those of a batch as read and as parts of

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.io.store.node_cache import discard, sizes
-from emloc_ray.modeling.gguf_import import import_gguf
+from emloc_ray.modeling.gguf_import import import_gguf, read_header
 from emloc_ray.modeling.hub_weights import import_weights, weight_files
 from emloc_ray.modeling.loading import copy_checkpoint
 from emloc_ray.planning.costs import StageCost
@@ -40,7 +40,9 @@ def _import(context: Context, inputs: Inputs, granted: Resources, progress: Prog
     losses = Losses("import", context.note)
     if source.gguf_file is not None:
         discard(target)  # a killed conversion leaves shards that nothing vouches for
-        work = [("the model", (target, context.prepared.config.model.dtype))]
+        prepared = context.prepared
+        header = read_header(source, prepared.model_config)
+        work = [("the model", (target, prepared.config.model.dtype, header))]
         run_tasks(import_gguf, source, work, granted, losses)
         return {}
     discard_unless(target, inputs)
