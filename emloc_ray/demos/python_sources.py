@@ -56,7 +56,8 @@ class SourceTask:
 
     ``max_prompt_chars`` bounds the whole prompt, its closing line included: 280 make rows of about 100 tokens. The caps on
     packages and modules keep any from taking over. Fewer rows than ``min_rows``, or than a smaller ``max_rows``, are an error.
-    Where ``max_share`` is set, completions are labels, which rows share: none is on more than that share of ``max_rows``.
+    Where ``max_share`` is set, completions are labels, which rows share: none is on more than that share of ``max_rows``. Files
+    in which nothing ``matches`` make no row, and are not parsed.
     """
 
     row_of: RowOf
@@ -67,6 +68,7 @@ class SourceTask:
     max_rows_per_package: int = 1_200
     max_rows_per_module: int = 12
     max_share: float | None = None
+    matches: re.Pattern[str] | None = None
 
 
 def write_task(out_dir: Path, task: SourceTask, roots: Sequence[Path] | None = None) -> dict[str, int]:
@@ -140,7 +142,7 @@ def _rows_of_file(path: Path, module: str, task: SourceTask) -> list[SourceRow]:
         if path.stat().st_size > _MAX_FILE_BYTES:
             return []
         source = importlib.util.decode_source(path.read_bytes())
-        if _GENERATED.search(source, 0, 2_000):
+        if _GENERATED.search(source, 0, 2_000) or (task.matches and not task.matches.search(source)):
             return []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

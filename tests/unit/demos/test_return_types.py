@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from emloc_ray.demos.python_sources import write_task
 from emloc_ray.demos.return_types import LEAD, TASK
@@ -55,6 +56,11 @@ def test_what_is_no_row(tmp_path: Path) -> None:
 
 def test_what_returns_nothing_is_a_row(tmp_path: Path) -> None:
     assert [row["completion"] for row in _rows(tmp_path, "async def put(x) -> None:\n    x.put()\n")] == ["None"]
+
+
+@pytest.mark.parametrize("written", ["->int", "->  (int)", "-> \\\n  int", "-> (\n  int\n)"])
+def test_a_file_whose_annotations_are_written_otherwise_makes_rows_too(tmp_path: Path, written: str) -> None:
+    assert [row["completion"] for row in _rows(tmp_path, f"def put(x) {written}:\n    return x.put()\n")] == ["int"]
 
 
 def test_no_type_is_on_more_than_its_share(tmp_path: Path) -> None:
