@@ -103,7 +103,7 @@ def converted_names(model: Any) -> dict[str, str]:
     for asked in (alone, model):
         try:
             names: dict[str, str] = get_gguf_hf_weights_map(asked, TensorProcessor())
-        except NotImplementedError as error:
+        except (ImportError, NotImplementedError) as error:
             raise NeedsWhole from error
         names = {theirs: ours for theirs, ours in names.items() if ours not in tied}
         if sorted(names.values()) == sorted(kept):

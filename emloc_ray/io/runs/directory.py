@@ -336,13 +336,17 @@ class RunDirectory:
         path = self.path(METRICS)
         ensure(path)
         try:
-            metrics: Any = json.loads(path.read_text()) if path.is_file() else {}
+            metrics: Any = json.loads(path.read_bytes()) if path.is_file() else {}
         except (ValueError, RecursionError) as error:
             raise _damaged(path, "is not JSON") from error
         if not isinstance(metrics, dict):
             raise _damaged(path, "holds no mapping")
         written = metrics.pop("sha256", None)  # which the first versions did not write
-        if written is not None and written != hashlib.sha256(json_bytes(metrics)).hexdigest():
+        try:
+            held = hashlib.sha256(json_bytes(metrics)).hexdigest()
+        except (ValueError, RecursionError):  # half of a pair of UTF-16, which JSON can escape and UTF-8 not write
+            held = ""
+        if written is not None and written != held:
             raise _damaged(path, "was changed after it was written")
         return metrics
 

@@ -24,7 +24,8 @@ from emloc_ray.stages.ray.losses import is_lost, is_preempted, last_line, reason
 from emloc_ray.stages.ray.pace import end_process
 from emloc_ray.text import duration
 
-_LOOK_S, _FOR_PLACES_S = 1.0, 60.0  # the latter is Ray Train's default
+_LOOK_S = 1.0
+_FOR_PLACES_S, _MOST_FOR_PLACES_S = 60.0, 24 * 3600.0  # Ray Train's default; of more, infinity too, so much
 
 
 def content(path: Path) -> bytes:
@@ -130,7 +131,7 @@ class StartWatch(WorkerGroupCallback, ControllerCallback):
                 f"{self.job.stage}: a worker was lost before it began {self.failures} times, the last time because {why}:"
                 f" {what_to_do}."
             )
-        again = f"restarted ({self.failures} of {self.job.max_failures})"
+        again = "restarted" if is_preempted(error) else f"restarted ({self.failures} of {self.job.max_failures})"
         _note(self.job, f"a worker was lost before it began because {why}; {again}.")
 
     def _over(self) -> None:
@@ -139,7 +140,8 @@ class StartWatch(WorkerGroupCallback, ControllerCallback):
 
     def _watch(self, started: threading.Event) -> None:
         """By counting its looks, for this process may have been stopped itself."""
-        for_places_s = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _FOR_PLACES_S))
+        asked_s = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _FOR_PLACES_S))
+        for_places_s = min(asked_s, _MOST_FOR_PLACES_S)
         for _ in range(round((for_places_s + self.within_s) / _LOOK_S)):
             if started.wait(_LOOK_S):
                 return

@@ -16,7 +16,7 @@ from emloc_ray.io.store.turns import Still
 from emloc_ray.text import duration
 
 _LOOK_S = 1.0
-_WRITE_S = 60.0  # for the word that is left: a store may be what does not answer
+_LAST_S = 60.0  # for each of the last things that a process does
 # A piece is ended where it takes so many times the median of a few, and not before so many seconds, in which
 # a slot's sums, which it writes now and then within a unit, reach a slow disk.
 _TIMES_USUAL, _FEW_PIECES, PATIENCE_S = 20, 5, 1800.0
@@ -124,9 +124,9 @@ def end_process(word: Path, why: str, release: Callable[[], None] = lambda: None
     def leave() -> None:
         write_text(word, why)
 
-    writing = threading.Thread(target=leave, daemon=True)
-    writing.start()
-    writing.join(_WRITE_S)
     faulthandler.dump_traceback(file=2)
-    release()
+    for last in (leave, release):  # what they ask may not answer
+        asking = threading.Thread(target=last, daemon=True)
+        asking.start()
+        asking.join(_LAST_S)
     os._exit(1)

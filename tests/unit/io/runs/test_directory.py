@@ -319,6 +319,7 @@ def test_metrics_are_what_was_written(run: RunDirectory) -> None:
         written.replace("merged", "mergee"),
         written.replace('"loss": 0.3', '"loss": 0.4'),
         written.replace("1,", '"1",'),
+        written.replace("merged", "\\ud800"),
     ):
         place.write_text(changed)
         with pytest.raises(
