@@ -97,7 +97,7 @@ def _pushed(file: Path) -> Path | bytes:
 
     if file.name != CONFIG_NAME:
         return file
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_bytes())
     for key in ("base_model_name_or_path", "tokenizer_name_or_path"):
         if config.get(key):
             config[key], _ = base_name(config[key])

@@ -7,8 +7,6 @@ anywhere resumes from it. On an object store ``root`` is this node's copy (:mod:
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import math
 import os
 import time
@@ -20,6 +18,7 @@ from typing import Any, Literal
 from emloc_ray.errors import ArtifactError, ConfigError, TakenOver
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.manifest import FORMAT, confirmed_at, parse_manifest
+from emloc_ray.io.runs.metrics import METRICS, read_metrics, write_metrics
 from emloc_ray.io.runs.run_places import check_folder, check_store
 from emloc_ray.io.runs.secret_values import without_secrets
 from emloc_ray.io.store.atomic import atomic_file, json_bytes, write_json
@@ -37,7 +36,6 @@ from emloc_ray.io.store.turns import own_name
 CONFIG = "config.yaml"
 CARD = "README.md"  # in the folder of an adapter or a merged model: about it, no part of it
 SPECTRA = "spectra.json"  # in an emulator's folder: a few of each layer's eigenvalues
-METRICS = "metrics.json"
 _READERS = 4
 Kind = Literal["run", "batch"]
 
@@ -325,30 +323,15 @@ class RunDirectory:
             raise self._taken_over()
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
-        """Writes ``metrics.json``, whole: what it held of stages that are to be redone does not stay. Its ``sha256`` is that of
-        the rest."""
+        """Writes ``metrics.json``, whole: what it held of stages that are to be redone does not stay."""
         self.check_held()
-        write_json(self.path(METRICS), {**metrics, "sha256": hashlib.sha256(json_bytes(metrics)).hexdigest()})
+        write_metrics(self.path(METRICS), metrics)
 
     def metrics(self) -> dict[str, Any]:
-        """``metrics.json``, empty where there is none yet. Raises ArtifactError where it is not JSON, no mapping, or not what was
-        written."""
+        """``metrics.json``, empty where there is none yet. Raises ArtifactError, as :func:`read_metrics`."""
         path = self.path(METRICS)
         ensure(path)
-        try:
-            metrics: Any = json.loads(path.read_bytes()) if path.is_file() else {}
-        except (ValueError, RecursionError) as error:
-            raise _damaged(path, "is not JSON") from error
-        if not isinstance(metrics, dict):
-            raise _damaged(path, "holds no mapping")
-        written = metrics.pop("sha256", None)  # which the first versions did not write
-        try:
-            held = hashlib.sha256(json_bytes(metrics)).hexdigest()
-        except (ValueError, RecursionError):  # half of a pair of UTF-16, which JSON can escape and UTF-8 not write
-            held = ""
-        if written is not None and written != held:
-            raise _damaged(path, "was changed after it was written")
-        return metrics
+        return read_metrics(path)
 
     def lock(self, tell: Callable[[str], None] = lambda text: None, under: RunDirectory | None = None) -> None:
         """Takes the run for this process, until it ends, however it ends: a lock of the operating system, on an object store a
@@ -398,7 +381,3 @@ class RunDirectory:
         if self._lock_file is not None:
             self._lock_file.give_back()
             self._lock_file = None
-
-
-def _damaged(metrics: Path, what: str) -> ArtifactError:
-    return ArtifactError(f"{metrics} {what}: remove it, and give the run's command again, which writes it anew.")

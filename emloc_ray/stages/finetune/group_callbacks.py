@@ -91,10 +91,15 @@ class StopBeforeStart(WorkerGroupCallback):
 
 
 class StartWatch(WorkerGroupCallback, ControllerCallback):
-    """Tells of workers that are lost before they train, which Ray Train 2.60 begins again for ever and without a word. Ends the
-    controller's process, and with it its workers, where they do not start in time: one that hangs then is asked for ever, as
-    Ray Train bounds how long it waits for their places, and once they train for their answers (600 s), and nothing between.
-    They load nothing by then, so that the bound need not know how large a model is."""
+    """Bounds how long a group may take to start.
+
+    Ray Train 2.60 waits for a group's places for 60 s a try, and asks a training worker for an answer for 600 s. In between it
+    waits for ever: a worker that freezes there is never given up. This callback ends the controller's process, and with it the
+    workers; the driver starts another. Workers load no model by then, so one bound does for every size.
+
+    A worker that is lost there is replaced by Ray Train for ever, and without a word. This callback tells of each, and gives up
+    after ``max_failures`` in a row.
+    """
 
     def __init__(self, job: FinetuneJob, within_s: float) -> None:
         self.job, self.within_s = job, within_s
@@ -151,8 +156,10 @@ class StartWatch(WorkerGroupCallback, ControllerCallback):
 
 
 def _release_own() -> None:
-    """Removes the placement groups that this process made, and with them the workers there. Ray keeps them until the driver
-    ends, and nothing but the frame that waits knows of one whose workers do not start."""
+    """Removes the placement groups that this process made, and with them their workers. Ray keeps them until the driver ends.
+
+    Ray Train shows a group's placement group to its callbacks only once all workers have started; until then the garbage
+    collector alone can find it."""
     around = get_current_placement_group()
     for made in gc.get_objects():
         if type(made) is PlacementGroup and made != around:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # a node that is only asked need not import it
 LEAN_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**20),
     "MALLOC_ARENA_MAX": "2",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # blocks given by pages of 2 MiB: clearing them takes half as long
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # pages of 2 MiB: large blocks are cleared twice as fast
 }
 _SHARED = "put it on a file system that all nodes share under this path"
 _ANSWER_SECONDS = 120.0  # a node's first worker may have to start; what answers later is left to the stages

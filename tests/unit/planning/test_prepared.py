@@ -173,6 +173,10 @@ def test_a_model_without_a_tokenizer_or_of_other_shapes_is_told(
     (model_dir / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
     assert "the two are not of one model" in refused(model_dir)
     (model_dir / "config.json").write_text(json.dumps(config))
+    # A merge of tokens that the vocabulary lacks, for which tokenizers raises a bare Exception.
+    broken = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["x y"]}}
+    (model_dir / "tokenizer.json").write_text(json.dumps(broken))
+    assert "has no tokenizer that opens" in refused(model_dir)
     for file in model_dir.glob("tokenizer*"):
         file.unlink()
     assert "has no tokenizer that opens" in refused(model_dir)
