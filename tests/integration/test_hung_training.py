@@ -110,3 +110,29 @@ def test_a_group_of_which_one_is_frozen_before_it_trains_is_begun_again(
     assert told == [
         "finetune: the training lost its worker because its workers did not start within 60 s; restarted (1 of 3)."
     ]
+
+
+@pytest.mark.deep
+def test_a_group_whose_controller_is_frozen_is_begun_again(
+    ray_session: None, job: FinetuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker, told = tmp_path / "frozen", list[str]()
+
+    class Freezing(StopBeforeStart):
+        def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+            if not marker.exists() and job.begun_path.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    monkeypatch.setattr(Losses, "delays", (0.0,))
+    monkeypatch.setattr(pace, "PATIENCE_S", 60.0)
+    monkeypatch.setattr("emloc_ray.stages.finetune.finetune.StopBeforeStart", Freezing)
+    outcome = finetune(job, Resources(2, planned_s=60.0), tell=told.append)
+    assert outcome["steps"] == 8
+    [sentence] = told
+    assert re.fullmatch(
+        r"finetune: the training lost its worker because Ray Train's controller gave no sign of life for 60 s; restarted"
+        r" \(1 of 3\)\.",
+        sentence,
+    )
+    assert not job.last_word_path.exists()

@@ -22,6 +22,7 @@ from emloc_ray.io.store.arrow_files import arrow_files
 from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.node_cache import discard, exists, is_stored, sizes
 from emloc_ray.stages.finetune.group_callbacks import FailureLog, GroupRelease, StartWatch, StopBeforeStart, content
+from emloc_ray.stages.finetune.heartbeat import HeartbeatWatch
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.session import own_folder
 from emloc_ray.stages.finetune.training import train_alone, train_loop
@@ -138,6 +139,8 @@ def run_group(job: FinetuneJob, resources: Resources, tell: Tell, check: Callabl
 def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, Any] | None:
     """What rank 0 returns; None where the process that leads the workers was lost, and another may go on."""
     storage = arrow_files(job.storage_dir)
+    watch = HeartbeatWatch(job, pace.PATIENCE_S)
+    own = [FailureLog(job), StopBeforeStart(job), StartWatch(job, pace.PATIENCE_S), GroupRelease(), watch.heartbeat]
     trainer: Any = TorchTrainer(
         train_loop,  # type: ignore[arg-type]
         train_loop_config={"job": job, "threads": resources.threads, "device": resources.device},
@@ -157,12 +160,13 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
             storage_filesystem=None if storage is None else storage[0],
             failure_config=ray.train.FailureConfig(max_failures=job.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            callbacks=[FailureLog(job), StopBeforeStart(job), StartWatch(job, pace.PATIENCE_S), GroupRelease()],  # type: ignore[list-item]
+            callbacks=own,  # type: ignore[arg-type]
         ),
     )
     before = group_checkpoints(job)
     try:
-        return dict(trainer.fit().return_value)
+        with watch:
+            return dict(trainer.fit().return_value)
     except ray.train.WorkerGroupError as error:  # what workers raise, or are lost more often than max_failures
         came_on = job.max_failures > 0 and group_checkpoints(job) != before
         if not came_on or not is_lost(error):
@@ -176,6 +180,7 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
     except (ray.exceptions.RayError, ray.train.ControllerError) as error:
         if isinstance(failure := getattr(error, "controller_failure", None), EmlocError):
             raise failure from error
+        watch.release()
         time.sleep(losses.count("the training", error))
         discard(job.last_word_path)  # told by now
         return None

@@ -2,7 +2,6 @@
 stopped, one a group that does not start, one releases what a lost group held. The controller imports this alone: all of a
 training would keep it for seconds."""
 
-import gc
 import os
 import threading
 import time
@@ -18,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 from emloc_ray.errors import StageError, Stopped
 from emloc_ray.io.store.lock_file import check_lock
-from emloc_ray.io.store.node_cache import ensure, exists, open_artifact, publish
+from emloc_ray.io.store.node_cache import discard, ensure, exists, open_artifact, publish
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.ray.losses import is_lost, is_preempted, last_line, reason
 from emloc_ray.stages.ray.pace import end_process
@@ -74,6 +73,7 @@ class FailureLog(ray.train.UserCallback):
                 "restarted elsewhere from the last checkpoint",
             )
         _note(self.job, f"rank {rank} {why}; {again}.")
+        discard(self.job.last_word_path)  # told by now
 
 
 class StopBeforeStart(WorkerGroupCallback):
@@ -152,18 +152,7 @@ class StartWatch(WorkerGroupCallback, ControllerCallback):
                 return
         self.ends = True
         why = f"its workers did not start within {duration(self.within_s)}"
-        end_process(self.job.last_word_path, why, _release_own)
-
-
-def _release_own() -> None:
-    """Removes the placement groups that this process made, and with them their workers. Ray keeps them until the driver ends.
-
-    Ray Train shows a group's placement group to its callbacks only once all workers have started; until then the garbage
-    collector alone can find it."""
-    around = get_current_placement_group()
-    for made in gc.get_objects():
-        if type(made) is PlacementGroup and made != around:
-            remove_placement_group(made)
+        end_process(self.job.last_word_path, why)
 
 
 class GroupRelease(WorkerGroupCallback, ControllerCallback):

@@ -5,7 +5,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from emloc_ray.io.store.turns import Still
 from emloc_ray.text import duration
 
 _LOOK_S = 1.0
-_LAST_S = 60.0  # for each of the last things that a process does
+_LAST_S = 60.0  # for the last thing that a process does
 # A piece is ended where it takes so many times the median of a few, and not before so many seconds, in which
 # a slot's sums, which it writes now and then within a unit, reach a slow disk.
 _TIMES_USUAL, _FEW_PIECES, PATIENCE_S = 20, 5, 1800.0
@@ -117,16 +117,10 @@ class Pace:
         return ended
 
 
-def end_process(word: Path, why: str, release: Callable[[], None] = lambda: None) -> None:
-    """Leaves ``why`` in a file, and in this worker's log where each thread is, calls ``release``, and ends this process, which
-    hears nothing."""
-
-    def leave() -> None:
-        write_text(word, why)
-
+def end_process(word: Path, why: str) -> None:
+    """Leaves ``why`` in a file, and in this worker's log where each thread is, and ends this process, which hears nothing."""
     faulthandler.dump_traceback(file=2)
-    for last in (leave, release):  # what they ask may not answer
-        asking = threading.Thread(target=last, daemon=True)
-        asking.start()
-        asking.join(_LAST_S)
+    leaving = threading.Thread(target=write_text, args=(word, why), daemon=True)  # a store may not answer
+    leaving.start()
+    leaving.join(_LAST_S)
     os._exit(1)

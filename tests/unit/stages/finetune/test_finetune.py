@@ -25,6 +25,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.stages.finetune import finetune as stage
 from emloc_ray.stages.finetune.finetune import Watcher, finetune, mean_loss, run_alone, run_group, runner_of
 from emloc_ray.stages.finetune.group_callbacks import FailureLog, GroupRelease, StartWatch
+from emloc_ray.stages.finetune.heartbeat import HeartbeatWatch
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.trainer import StepKeeper
 from emloc_ray.stages.finetune.training import of_ranks
@@ -257,17 +258,22 @@ def test_a_group_that_does_not_start_ends_with_its_controller_and_gives_back_wha
         def after_worker_group_start(self, worker_group: Any) -> None:
             os.kill(worker_group.get_workers()[0].metadata.pid, signal.SIGSTOP)
 
+    watch = HeartbeatWatch(job, 1800.0)
     trainer = TorchTrainer(
         lambda: None,
         scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
         run_config=ray.train.RunConfig(
             name="frozen",
             storage_path=str(tmp_path),
-            callbacks=[StartWatch(job, 15.0), FreezesWorker()],  # type: ignore[list-item]
+            callbacks=[StartWatch(job, 15.0), watch.heartbeat, FreezesWorker()],  # type: ignore[list-item]
         ),
     )
-    with pytest.raises(ray.exceptions.ActorDiedError):
+    with pytest.raises(ray.exceptions.ActorDiedError), watch:
         trainer.fit()
+    others = ray.util.placement_group([{"CPU": 0.5}])
+    watch.release()
+    assert ray.util.placement_group_table(others)["state"] != "REMOVED"
+    ray.util.remove_placement_group(others)
     assert job.last_word_path.read_text() == "its workers did not start within 15 s"
     groups = ray.util.placement_group_table().values()
     assert {group["state"] for group in groups} == {"REMOVED"}
