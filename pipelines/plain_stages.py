@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
-
 from emloc_ray.core.gram import Gram
 from emloc_ray.data import tokenizing
 from emloc_ray.data.processors import example
@@ -34,20 +32,17 @@ Batch = dict[str, Any]
 
 
 class Inline:
-    """Stands for Ray Data's result: the function, called here, on one unit after the other."""
+    """Stands for what Ray makes: the function, called here, on one unit after the other."""
 
-    def __init__(
-        self, work: list[Batch], function: Callable[[Batch], Batch], num_workers: int, memory: int = 0
-    ) -> None:
-        self.batches = [function({"unit": np.array([json.dumps(unit)])}) for unit in work]
+    def __init__(self, work: list[Batch], function: Callable[[Batch], Batch], *others: Any) -> None:
+        self.made = [function({"unit": [json.dumps(unit)]}) for unit in work]
 
-    def iter_rows(self) -> list[Batch]:
-        """Every row of what was made."""
-        return [dict(zip(b, values, strict=True)) for b in self.batches for values in zip(*b.values(), strict=True)]
+    def blocks(self) -> list[Batch]:
+        """What was made, in another order: it comes in any."""
+        return self.made[::-1]
 
-    def iter_batches(self, **options: Any) -> list[Batch]:
-        """What was made, in another order: results come in any."""
-        return self.batches[::-1]
+    def end(self) -> None:
+        """Nothing is at work."""
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""Ray Data reads, formats and tokenizes every split into token shards with fixed boundaries."""
+"""Ray Data, or for small data one task after the other, reads, formats and tokenizes every split into token shards with fixed
+boundaries."""
 
 import functools
 import itertools
@@ -37,9 +38,12 @@ _COUNTS = (
 )
 ROWS_PER_BATCH = 256
 IMAGE_ROWS_PER_BATCH = 32
+# Of text that one process tokenizes in some 10 s: another takes as long to import transformers, and Ray Data 3 s to start.
+SMALL_BYTES, SMALL_ROWS = 2**23, 2**15
 _READS_PER_GROUP = 16
 
 Unit = dict[str, Any]
+Work = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -224,11 +228,10 @@ def tokenize_splits(
     ]
     total = sum(len(unit["bounds"]) - 1 for unit in work)
     results: list[dict[str, Any]] = []
-    dataset = mapped(work, ShardTokenizer(options, splits, out_dir), num_workers, memory)
-    end = functools.partial(_end_tasks, dataset)
-    with polled(dataset.iter_rows(), lambda: progress(len(results), total), end) as rows:
-        for result in rows:
-            results.append(result)
+    made = mapped(work, ShardTokenizer(options, splits, out_dir), splits.values(), num_workers, memory)
+    with polled(made.blocks(), lambda: progress(len(results), total), made.end) as blocks:
+        for block in blocks:
+            results += (dict(zip(block, values, strict=True)) for values in zip(*block.values(), strict=True))
             progress(len(results), total)
     return {split: _write_split_index(split, results, options, out_dir / split) for split in splits}
 
@@ -243,10 +246,9 @@ def row_lengths(
     """The tokens that are kept of every row of the selection, in its order. ``look`` hears how many blocks of rows are done, and
     every second in which none is; what it raises ends the work. ``memory``: as for :func:`tokenize_splits`."""
     work = list(shard_units("", selection, ROWS_PER_BATCH))
-    dataset = mapped(work, RowLengths(options, selection), num_workers, memory)
+    made = mapped(work, RowLengths(options, selection), [selection], num_workers, memory)
     blocks: list[Any] = []
-    batches = dataset.iter_batches(batch_size=None, batch_format="numpy")
-    with polled(batches, lambda: look(len(blocks)), functools.partial(_end_tasks, dataset)) as given:
+    with polled(made.blocks(), lambda: look(len(blocks)), made.end) as given:
         for block in given:
             blocks.append(block)
             look(len(blocks))
@@ -268,28 +270,83 @@ def shard_units(split: str, selection: RowSelection, rows_per_shard: int) -> Ite
             first = shard
 
 
+class InOneProcess:
+    """What ``function`` makes of each unit, one after the other, in tasks that Ray runs in one process, an idle one that has
+    imported what they need if there is one."""
+
+    def __init__(self, work: Sequence[Unit], function: Work, memory: int) -> None:
+        self._work, self._function, self._memory = work, function, memory
+        self._at_work: Any = None
+
+    def blocks(self) -> Iterator[dict[str, Any]]:
+        """What is made, by unit."""
+        import ray
+
+        function = ray.put(self._function)
+        options = {"num_cpus": 1, "max_retries": 0, **({"memory": self._memory} if self._memory else {})}
+        task: Any = ray.remote(_made).options(name=type(self._function).__name__, **options)
+        for unit in self._work:
+            self._at_work = task.remote(function, unit)
+            try:
+                yield ray.get(self._at_work)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+
+    def end(self) -> None:
+        """Ends the process of the task at work."""
+        import ray
+
+        if self._at_work is not None:
+            ray.cancel(self._at_work, force=True)
+
+
+def _made(function: Work, unit: Unit) -> dict[str, Any]:
+    return function({"unit": [json.dumps(unit)]})
+
+
+class ByRayData:
+    """What ``function`` makes of each unit, in tasks of one unit, some at a time."""
+
+    def __init__(self, work: Sequence[Unit], function: Work, num_workers: int, memory: int) -> None:
+        import ray.data
+
+        # Ray Data would wrap our exception in its own, which loses it.
+        ray.data.DataContext.get_current().raise_original_map_exception = True
+        workers = ray.data.TaskPoolStrategy(size=min(num_workers, len(work)))
+        # No retries: a row that kills its worker would kill one after another. The caller counts tries.
+        self._dataset: Any = ray.data.from_items([{"unit": json.dumps(unit)} for unit in work]).map_batches(
+            function, batch_size=1, num_cpus=1, memory=memory or None, compute=workers, max_retries=0
+        )
+
+    def blocks(self) -> Iterator[dict[str, Any]]:
+        """What is made, by unit, in any order."""
+        yield from self._dataset.iter_batches(batch_size=None, batch_format="numpy")
+
+    def end(self) -> None:
+        """Ends the processes of the tasks: Ray Data itself does so only where one that takes its rows leaves, and that one may be
+        waiting for ever."""
+        executor = getattr(self._dataset, "_current_executor", None)  # known from the first row on
+        if executor is not None:
+            executor.shutdown(force=True)
+
+
 def mapped(
-    work: Sequence[Unit], function: Callable[[dict[str, Any]], dict[str, Any]], num_workers: int, memory: int = 0
-) -> Any:
-    """The Ray data set of what ``function`` makes of each unit, in tasks of one unit, ``num_workers`` at a time, each of which
-    asks for a CPU and ``memory`` bytes of its node."""
-    import ray.data
-
-    # Ray Data would wrap our exception in its own, which loses it.
-    ray.data.DataContext.get_current().raise_original_map_exception = True
-    workers = ray.data.TaskPoolStrategy(size=min(num_workers, len(work)))
-    # No retries: a row that kills its worker would kill one after another. The caller counts tries.
-    return ray.data.from_items([{"unit": json.dumps(unit)} for unit in work]).map_batches(
-        function, batch_size=1, num_cpus=1, memory=memory or None, compute=workers, max_retries=0
-    )
+    work: Sequence[Unit], function: Work, selections: Iterable[RowSelection], num_workers: int, memory: int
+) -> InOneProcess | ByRayData:
+    """What ``function`` makes of each unit of the selections, in tasks that ask for a CPU and ``memory`` bytes of their node;
+    ``num_workers`` at a time, but for small data, which are done sooner by one."""
+    if is_small(selections):
+        return InOneProcess(work, function, memory)
+    return ByRayData(work, function, num_workers, memory)
 
 
-def _end_tasks(dataset: Any) -> None:
-    """Ends the processes of a data set's tasks: Ray Data itself does so only where one that takes its rows leaves, and that one
-    may be waiting for ever."""
-    executor = getattr(dataset, "_current_executor", None)  # known from the first row on
-    if executor is not None:
-        executor.shutdown(force=True)
+def is_small(selections: Iterable[RowSelection]) -> bool:
+    """Whether the local files of these rows are small, and show no images, which are other files."""
+    sources = {source for selection in selections for source in selection.sources}
+    if any(source.is_stored or source.images for source in sources):
+        return False
+    rows, size = sum(source.num_rows for source in sources), sum(Path(source.path).stat().st_size for source in sources)
+    return rows <= SMALL_ROWS and size <= SMALL_BYTES
 
 
 def _write_split_index(

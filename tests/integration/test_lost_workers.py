@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from small_runs import task_rows, write_jsonl
 
+from emloc_ray.data import tokenizing
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.reading import Row, scan
 from emloc_ray.data.splits import RowSelection
@@ -98,6 +99,14 @@ def test_a_slot_that_was_at_its_end_is_not_begun(tmp_path: Path) -> None:
     assert shown[-1] == (7, 7)
 
 
+@pytest.fixture(params=["small data", "large data"])
+def data_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small data are tokenized by one process, large ones by Ray Data's."""
+    if request.param == "large data":
+        monkeypatch.setattr(tokenizing, "SMALL_ROWS", 0)
+
+
+@pytest.mark.usefixtures("data_size")
 def test_a_row_that_kills_its_worker_names_its_shard_and_keeps_the_others(
     tmp_path: Path,
 ) -> None:
@@ -130,6 +139,7 @@ def test_a_row_that_kills_its_worker_names_its_shard_and_keeps_the_others(
     assert (out_dir / "train" / "shard-00000.arrow").stat().st_ino == kept
 
 
+@pytest.mark.usefixtures("data_size")
 def test_tokenizing_that_hangs_is_ended_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out_dir, hung = tmp_path / "tokens", tmp_path / "hung"
 

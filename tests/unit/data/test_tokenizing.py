@@ -22,6 +22,7 @@ from emloc_ray.data.reading import scan
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.token_shards import TokenShards, shard_name, written_counts
 from emloc_ray.data.tokenizing import TokenizeOptions, row_lengths, tokenize_splits
+from emloc_ray.errors import DataError
 
 
 @pytest.fixture
@@ -106,6 +107,38 @@ def test_row_lengths_are_those_of_the_rows_that_are_kept(tmp_path: Path, options
     assert lengths.count(0) == shards.index["dropped_rows"] == 1
 
 
+def test_small_data_are_tokenized_by_one_process_as_large_ones_by_ray_data(
+    tmp_path: Path, options: TokenizeOptions, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = {name: selected(write_jsonl(tmp_path / f"{name}.jsonl", task_rows()), 40) for name in ("train", "eval")}
+    sizes = {"train": 8, "eval": 50}
+    results = []
+    for most in (tokenizing.SMALL_ROWS, 0):
+        monkeypatch.setattr(tokenizing, "SMALL_ROWS", most)
+        assert tokenizing.is_small(splits.values()) is (most > 0)
+        out = tmp_path / str(most)
+        counts = tokenize_splits(splits, options, out, rows_per_shard=sizes, num_workers=2)
+        shards = [shards_of(out / name) for name in splits]
+        results.append((counts, shards, row_lengths(splits["train"], options, 2).tolist()))
+        bad = {"bad": selected(write_jsonl(tmp_path / "bad.jsonl", [*task_rows(3), {"prompt": 1, "completion": "x"}]))}
+        with pytest.raises(DataError, match="row 4"):
+            tokenize_splits(bad, options, tmp_path / f"bad-{most}", rows_per_shard={"bad": 8}, num_workers=1)
+    assert results[0] == results[1]
+
+
+def test_what_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = selected(write_jsonl(tmp_path / "rows.jsonl", task_rows(20)))
+    [source] = rows.sources
+    assert tokenizing.is_small([rows, rows])
+    assert not tokenizing.is_small([replace(rows, sources=(replace(source, images="hash"),))])
+    assert not tokenizing.is_small([replace(rows, sources=(replace(source, path="s3://bucket/rows.jsonl"),))])
+    size = (tmp_path / "rows.jsonl").stat().st_size
+    monkeypatch.setattr(tokenizing, "SMALL_BYTES", size)
+    assert tokenizing.is_small([rows, rows])  # splits of the same file
+    monkeypatch.setattr(tokenizing, "SMALL_BYTES", size - 1)
+    assert not tokenizing.is_small([rows])
+
+
 class PeakAnonymous(threading.Thread):
     """The most memory that one of some processes held itself, mapped files and shared memory aside."""
 
@@ -142,7 +175,10 @@ def _tokenizers() -> list[psutil.Process]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is told by Linux alone")
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_memory_is_flat_in_the_rows(tmp_path: Path, options: TokenizeOptions, ray_session: None, kind: str) -> None:
+def test_memory_is_flat_in_the_rows(
+    tmp_path: Path, options: TokenizeOptions, ray_session: None, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizing, "SMALL_ROWS", 0)  # as many rows are
     options = replace(options, format="text")
     peaks: dict[str, list[int]] = {"driver": [], "worker": []}
     for count in (16_000, 64_000):
