@@ -15,14 +15,14 @@ from emloc_ray.core.gram import Gram
 from emloc_ray.data import tokenizing
 from emloc_ray.data.processors import example
 from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint
-from emloc_ray.io.formats.grams import GramStore, reduce_slots
+from emloc_ray.io.formats.grams import GramStore, StoredGram
 from emloc_ray.io.store.atomic import copy_file
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.block_flow import block_flow
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.stages.calibrate.job import CalibrationJob
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
-from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, part_file
+from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file
 from emloc_ray.stages.factorize.factorize import factorize_group, finish_emulator
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
@@ -73,7 +73,8 @@ def streamed(job: CalibrationJob, out_dir: Path) -> Iterator[dict[str, Gram]]:
     slot = StreamedSlot(job, out_dir, 0, 1, num_blocks, 1)
     for position in range(num_blocks):
         slot.accumulate(position)
-        yield reduce_slots([part_file(out_dir, 0, 1, position)], names[position])
+        stored = [StoredGram(grams_file(out_dir, position, num_blocks), name) for name in names[position]]
+        yield {gram.name: Gram(gram.read(), gram.num_tokens) for gram in stored}
 
 
 def build(job: FactorizationJob, grams: GramStore, base_config: Any, device: str = "cpu") -> None:

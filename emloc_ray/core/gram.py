@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -99,18 +99,18 @@ def not_finite(grams: Mapping[str, TokenSum]) -> str | None:
     return next((name for name, is_finite in zip(grams, finite, strict=True) if not is_finite), None)
 
 
-def pack_triangle(matrix: Tensor) -> Tensor:
-    """The lower triangle of a symmetric ``(n, n)`` matrix, row by row, as ``(n (n + 1) / 2,)``: half the bytes."""
+def packed_triangle(matrix: Tensor, chunk_bytes: int = 2**24) -> Iterator[Tensor]:
+    """The lower triangle of a symmetric ``(n, n)`` matrix, row by row, in parts on the host that together are
+    ``(n (n + 1) / 2,)``: half the bytes. A part is made of at most about ``chunk_bytes``."""
     n = matrix.shape[0]
-    packed = matrix.new_empty(n * (n + 1) // 2)
-    # Row by row: an index of all elements would take four times the triangle's memory.
-    for row in range(n):
-        packed[_triangle(row) : _triangle(row + 1)] = matrix[row, : row + 1]
-    return packed
+    step = max(1, chunk_bytes // max(1, n * matrix.itemsize))
+    for begin in range(0, n, step):
+        rows = matrix[begin : begin + step].cpu()
+        yield torch.cat([row[: begin + offset + 1] for offset, row in enumerate(rows)])
 
 
 def unpack_triangle(packed: Tensor) -> Tensor:
-    """The symmetric ``(n, n)`` matrix of :func:`pack_triangle`'s ``(n (n + 1) / 2,)``."""
+    """The symmetric ``(n, n)`` matrix of :func:`packed_triangle`'s ``(n (n + 1) / 2,)``."""
     n = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
     matrix = packed.new_empty(n, n)
     for row in range(n):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc_ray.core.gram import Gram, pack_triangle, unpack_triangle
+from emloc_ray.core.gram import Gram, packed_triangle, unpack_triangle
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import TensorEntry, check_inside, read_shard
 from emloc_ray.io.formats.shards import make_header, row_chunks, stream_shard, write_tensors
@@ -92,7 +92,7 @@ def _write_packed(
     sizes = {name: order * (order + 1) // 2 for name, order in orders.items()}
     entries = [TensorEntry(name, path, torch.float32, (size,), 0, 4 * size) for name, size in sorted(sizes.items())]
     header = make_header(entries, {"num_tokens": json.dumps(counts)})
-    stream_shard(path, header, ((e, iter([pack_triangle(matrix(e.name)).float().cpu()])) for e in entries))
+    stream_shard(path, header, ((e, map(Tensor.float, packed_triangle(matrix(e.name)))) for e in entries))
 
 
 def gram_counts(path: Path) -> dict[str, int]:

@@ -126,11 +126,12 @@ def _reside(
 def _reduce(
     slots: Sequence[Path], names: Sequence[str], out_dir: Path, prefix: str, resources: Resources, losses: Losses
 ) -> Gathered:
-    """Sums the slots, a file of a few Grams a task; as many tasks at once as the stage has workers, without their GPUs."""
+    """Sums the slots, a file of a few Grams a task, without GPUs; as many tasks at once as slots have left processes idle."""
     parts = [list(names[start : start + _GRAMS_PER_FILE]) for start in range(0, len(names), _GRAMS_PER_FILE)]
     files = [f"{prefix}-{number + 1:05d}-of-{len(parts):05d}.safetensors" for number in range(len(parts))]
     pieces = [(f"the sum {file}", (part, out_dir / file)) for file, part in zip(files, parts, strict=True)]
-    results = run_tasks(_reduce_part, list(slots), pieces, dataclasses.replace(resources, gpus_per_worker=0), losses)
+    own = dataclasses.replace(resources, num_workers=len(slots), gpus_per_worker=0)
+    results = run_tasks(_reduce_part, list(slots), pieces, own, losses)
     counts: dict[str, int] = {name: count for result in results for name, count in result.items()}
     return counts, {name: file for file, part in zip(files, parts, strict=True) for name in part}
 
@@ -170,7 +171,8 @@ def _stream(
             sums.append(Piece(f"the sum of block {block}", submit))
             flight.add(sums[-1])
         passed[slot] = position
-        flight.pump()
+        if num_slots > 1:  # what a single one wrote is only looked at, by its process once that is idle
+            flight.pump()
 
     sums: list[Piece] = []
     with Flight(num_slots, losses, resources.planned_s) as flight:

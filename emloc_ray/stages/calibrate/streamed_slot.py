@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emloc_ray.data.ahead import made_batches
 from emloc_ray.data.token_shards import TokenShards, length_batches
-from emloc_ray.io.formats.grams import write_slot
+from emloc_ray.io.formats.grams import write_gram_shard, write_slot
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.node_cache import ensure, exists, is_stored, local_only
 from emloc_ray.modeling.block_outputs import BlockOutput, read_outputs, write_outputs
@@ -26,7 +26,7 @@ def grams_file(out_dir: Path, position: int, num_blocks: int) -> Path:
 
 
 def part_file(out_dir: Path, slot: int, num_slots: int, position: int) -> Path:
-    """Where a slot's Grams of a block wait to be summed."""
+    """Where a slot's Grams of a block wait to be summed; those of a single slot are the sums."""
     return out_dir / "slots" / f"slot-{slot:04d}-of-{num_slots:04d}" / f"block-{position:05d}.safetensors"
 
 
@@ -104,7 +104,10 @@ class StreamedSlot:
             self._pass_shard(position, number, hooks)
         hooks.remove()
         hooks.check_finite()
-        write_slot(self._part(position), hooks.grams, position)
+        if self.num_slots == 1:
+            write_gram_shard(grams_file(self.out_dir, position, self.num_blocks), hooks.grams)
+        else:
+            write_slot(self._part(position), hooks.grams, position)
         for number in self.numbers if position else ():
             self._outputs(position - 1, number).unlink(missing_ok=True)
         return position

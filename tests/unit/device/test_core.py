@@ -26,7 +26,7 @@ from emloc_ray.core.correction import (
 from emloc_ray.core.distillation import divergence, top_log_probs
 from emloc_ray.core.factorization import LowRankFactors, factorize, relative_error
 from emloc_ray.core.forms import Form
-from emloc_ray.core.gram import Gram, pack_triangle, unpack_triangle
+from emloc_ray.core.gram import Gram, packed_triangle, unpack_triangle
 from emloc_ray.core.healing import added_factors
 from emloc_ray.core.krylov import leading_vectors
 from emloc_ray.core.merging import merged_rows
@@ -83,7 +83,7 @@ def summed(t: dict[str, Tensor]) -> Any:
     gram = Gram.zero(IN, device=t["x"].device)
     gram.update(t["x"])
     whole = gram.symmetric()
-    return whole, gram.num_tokens, unpack_triangle(pack_triangle(whole))
+    return whole, gram.num_tokens, unpack_triangle(torch.cat([*packed_triangle(whole, 1000)]).to(whole.device))
 
 
 def corrected(t: dict[str, Tensor]) -> Any:

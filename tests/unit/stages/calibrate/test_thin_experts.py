@@ -14,13 +14,13 @@ from transformers import AutoConfig
 from emloc_ray.core.correction import canonical_form, correction, difference, shortfall
 from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
-from emloc_ray.io.formats.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
+from emloc_ray.io.formats.grams import GramStore, gram_counts, reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.stored_names import stored_parameters, stored_specs
 from emloc_ray.stages.calibrate.job import CalibrationJob
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
 from emloc_ray.stages.calibrate.stage import thin_experts
-from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, part_file
+from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file
 from emloc_ray.stages.calibrate.thin_experts import Gathered, describe, gather_thin, thin_names
 from emloc_ray.stages.factorize.factorize import factorize_group
 from emloc_ray.stages.factorize.job import FactorizationJob
@@ -69,14 +69,12 @@ def streamed(job: CalibrationJob, folder: Path) -> Gathered:
     slot = StreamedSlot(replace(job, hold="block_by_block"), folder, 0, 1, BLOCKS, 1)
     for block in range(BLOCKS):
         slot.accumulate(block)
-    parts = [part_file(folder, 0, 1, block) for block in range(BLOCKS)]
-    found: Gathered = ({}, {})
-    for block, part in enumerate(parts):
-        inside = tuple(group for group in job.groups if f"layers.{block}." in group[0])
-        counts, files = written(replace(job, groups=inside), folder, [part], f"grams-{block}.safetensors")
-        found[0].update(counts)
-        found[1].update(files)
-    return found
+    files = [grams_file(folder, block, BLOCKS) for block in range(BLOCKS)]
+    counts = [gram_counts(file) for file in files]
+    return (
+        {name: count for each in counts for name, count in each.items()},
+        {name: file.name for file, each in zip(files, counts, strict=True) for name in each},
+    )
 
 
 def written(job: CalibrationJob, folder: Path, slots: list[Path], file: str = "grams.safetensors") -> Gathered:
