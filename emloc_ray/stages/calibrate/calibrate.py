@@ -146,7 +146,8 @@ def _reduce_part(slots: list[Path], names: list[str], path: Path) -> dict[str, i
 def _stream(
     job: CalibrationJob, out_dir: Path, num_slots: int, resources: Resources, progress: Progress, tell: Tell
 ) -> Gathered:
-    """Every slot at its own pace through the blocks; a block's Grams are summed once all slots have passed it."""
+    """Every slot at its own pace through the blocks; a block's Grams are summed once all slots have passed it. Those of a single
+    slot are the sums."""
     losses = Losses(job.step, tell)
     options = dict(job.model_options)
     trusted = options.get("trust_remote_code", False)
@@ -164,31 +165,28 @@ def _stream(
         return start_slot(resources, f"calibrate: slot {slot}", range(num_blocks), StreamedSlot, *arguments, node=node)
 
     def done(slot: int, position: int) -> None:
+        if num_slots == 1:
+            return
         for block in range(min(passed.values()) + 1, min((passed | {slot: position}).values()) + 1):
             parts = [part_file(out_dir, s, num_slots, block) for s in range(num_slots)]
             task = reduce.options(name=f"calibrate: {files[block].name}")
             submit = functools.partial(task.remote, parts, names[block], files[block])
-            sums.append(Piece(f"the sum of block {block}", submit))
-            flight.add(sums[-1])
+            flight.add(Piece(f"the sum of block {block}", submit))
         passed[slot] = position
-        if num_slots > 1:  # what a single one wrote is only looked at, by its process once that is idle
-            flight.pump()
+        flight.pump()
 
-    sums: list[Piece] = []
-    with Flight(num_slots, losses, resources.planned_s) as flight:
-        run_slots(
-            start, [range(num_blocks)] * num_slots, "block", losses, progress, done, planned_s=resources.planned_s
-        )
+    work, planned_s = [range(num_blocks)] * num_slots, resources.planned_s
+    with Flight(num_slots, losses, planned_s) as flight:
+        run_slots(start, work, "block", losses, progress, done, planned_s=planned_s)
         while flight.pump(LOOK_S):
             pass
-    counts = {name: count for block in sums for name, count in block.result.items()}
+    counts = {name: count for file in files for name, count in gram_counts(file).items()}
     return counts, {name: files[block].name for block in range(num_blocks) for name in names[block]}
 
 
-def _reduce_block(parts: list[Path], names: list[str], path: Path) -> dict[str, int]:
+def _reduce_block(parts: list[Path], names: list[str], path: Path) -> None:
     """Sums a block's Grams over the slots and removes what they were summed from; done once, however often it is asked."""
     if not exists(path):
         _reduce_part(parts, names, path)
     for part in parts:
         discard(part)
-    return gram_counts(path)

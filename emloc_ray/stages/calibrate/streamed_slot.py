@@ -74,19 +74,16 @@ class StreamedSlot:
 
     def position(self) -> int:
         """The last block whose Grams are written, by this slot or summed over all, or -1."""
-        last = max(
-            (
-                k
-                for k in range(self.num_blocks)
-                if exists(self._part(k)) or exists(grams_file(self.out_dir, k, self.num_blocks))
-            ),
-            default=-1,
-        )
+        last = max(filter(self._is_done, range(self.num_blocks)), default=-1)
         if 0 <= last < self.num_blocks - 1 and not all(
             self._outputs(last, number).is_file() for number in self.numbers
         ):
             return -1  # the node that held the hidden states is gone, and they with it
         return last
+
+    def _is_done(self, position: int) -> bool:
+        summed = exists(grams_file(self.out_dir, position, self.num_blocks))
+        return summed or (self.num_slots > 1 and exists(self._part(position)))
 
     def _part(self, position: int) -> Path:
         return part_file(self.out_dir, self.slot, self.num_slots, position)
