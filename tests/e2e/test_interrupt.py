@@ -19,7 +19,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.status import status_lines
 
 SECONDS = 240
-STEPS, SAVE_STEPS = 400, 100  # in a process that is there already, a few take no time
+STEPS, SAVE_STEPS = 200, 50  # in a process that is there already, a few take no time
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -37,6 +37,14 @@ def _heed_interrupts() -> None:
 
 def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
+
+
+def works(process: psutil.Process) -> bool:
+    """Whether it has not ended; one that has may stay a zombie, as who adopted it may not wait for it."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def logged(training: Path) -> list[int]:
@@ -71,8 +79,10 @@ def interrupt(sent: signal.Signals, arguments: list[str], log: Path, run: Path) 
         process.kill()
     assert log.read_text().splitlines()[-1] == ("Stopped. Finished stages stay; the same command continues from there.")
     assert "Traceback" not in log.read_text()
-    _, alive = psutil.wait_procs(own, timeout=15)
-    assert [p.name() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+    deadline = time.monotonic() + 15
+    while (alive := [process.name() for process in own if works(process)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert alive == []
     assert RunDirectory(run).holder() is None
     told = status_lines(RunDirectory(run))
     assert told[0].startswith("Not running: stopped, in finetune, ")
