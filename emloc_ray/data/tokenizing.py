@@ -4,7 +4,9 @@ boundaries."""
 import functools
 import itertools
 import json
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -310,8 +312,12 @@ class ByRayData:
     def __init__(self, work: Sequence[Unit], function: Work, num_workers: int, memory: int) -> None:
         import ray.data
 
-        # Ray Data would wrap our exception in its own, which loses it.
-        ray.data.DataContext.get_current().raise_original_map_exception = True
+        context = ray.data.DataContext.get_current()
+        context.raise_original_map_exception = True  # its own, around ours, would lose it
+        context.enable_progress_bars = context.print_on_execution_start = False  # our progress shows it
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would log of an error it also raises
+        # Its tasks' retries can be bounded in no other way.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         workers = ray.data.TaskPoolStrategy(size=min(num_workers, len(work)))
         # No retries: a row that kills its worker would kill one after another. The caller counts tries.
         self._dataset: Any = ray.data.from_items([{"unit": json.dumps(unit)} for unit in work]).map_batches(

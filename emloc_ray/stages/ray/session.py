@@ -7,7 +7,6 @@ import logging
 import os
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +67,7 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
         raise StageError(f"Ray could not be started or reached ({detail}): check the ray section.") from error
     try:
         tell_workers()
-        quiet_ray_data()
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what it would log of an error it also raises
         yield address == "local"
     finally:
         ray.shutdown()
@@ -113,19 +112,6 @@ def hardware() -> dict[str, Any]:
     kinds = [name.partition(":")[2] for name in ray.cluster_resources() if name.startswith("accelerator_type:")]
     nodes = sum(node["Alive"] for node in ray.nodes())
     return {"nodes": nodes, "cpus": total("CPU"), "gpus": total("GPU"), "accelerators": sorted(kinds)}
-
-
-def quiet_ray_data() -> None:
-    """Silences Ray Data's own progress: ours shows it."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    for name in ("ray.data", "ray.train"):  # what they would log of an error they also raise
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    # Its tasks' retries can be bounded in no other way.
-    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
 
 
 @dataclass(frozen=True)
