@@ -351,8 +351,9 @@ def is_small(selections: Iterable[RowSelection]) -> bool:
     sources = {source for selection in selections for source in selection.sources}
     if any(source.is_stored or source.images for source in sources):
         return False
-    rows, size = sum(source.num_rows for source in sources), sum(Path(source.path).stat().st_size for source in sources)
-    return rows <= SMALL_ROWS and size <= SMALL_BYTES
+    files = {Path(source.path) for source in sources}
+    size = sum(size for file in files for size in sizes(file).values())  # of a file of the run, a store may have the only copy
+    return sum(source.num_rows for source in sources) <= SMALL_ROWS and size <= SMALL_BYTES
 
 
 def _write_split_index(

@@ -14,6 +14,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from faulting.s3 import uri
 from plain_stages import tokenized_here
 from small_runs import task_rows, worker_processes, write_jsonl
 
@@ -23,6 +24,8 @@ from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.token_shards import TokenShards, shard_name, written_counts
 from emloc_ray.data.tokenizing import TokenizeOptions, row_lengths, tokenize_splits
 from emloc_ray.errors import DataError
+from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.node_cache import mirror
 
 
 @pytest.fixture
@@ -137,6 +140,25 @@ def test_what_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tokenizing.is_small([rows, rows])  # splits of the same file
     monkeypatch.setattr(tokenizing, "SMALL_BYTES", size - 1)
     assert not tokenizing.is_small([rows])
+
+
+def test_a_file_that_is_gone_is_named_as_every_unreadable_one_is(
+    tmp_path: Path, options: TokenizeOptions, inline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = {"train": selected(write_jsonl(tmp_path / "rows.jsonl", task_rows(9)), 9)}
+    (tmp_path / "rows.jsonl").unlink()
+    assert tokenizing.is_small(splits.values())
+    with pytest.raises(DataError, match="rows.jsonl"):
+        tokenize_splits(splits, options, tmp_path / "out", rows_per_shard={"train": 4}, num_workers=1)
+
+
+def test_a_file_of_the_run_may_have_left_this_node(s3_port: int, node_cache: Path) -> None:
+    path = mirror(uri(s3_port, "small/run")) / "rows" / "train.jsonl"
+    with atomic_file(path) as file:
+        file.write(b'{"text": "a"}\n')
+    rows = RowSelection.all_rows([scan(path)])
+    path.unlink()  # as where the cache is full
+    assert tokenizing.is_small([rows])
 
 
 class PeakAnonymous(threading.Thread):
