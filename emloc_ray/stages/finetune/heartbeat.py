@@ -95,7 +95,8 @@ class HeartbeatWatch:
             still.look(self._heard)
             if self._heard and still.seconds > self.within_s:
                 why = f"Ray Train's controller gave no sign of life for {duration(still.seconds)}"
-                write_text(self.job.last_word_path, why)
+                with contextlib.suppress(Exception):  # a store that does not answer shall not keep it alive
+                    write_text(self.job.last_word_path, why)
                 _, node, pid, created, _ = self._heard.split()
                 _run(_kill, int(pid), float(created), node=node)
                 still = Still(self._heard)
@@ -112,7 +113,7 @@ def _run(work: Any, *arguments: Any, node: str | None = None) -> None:
     """Has Ray run it, on a ``node`` or on any; does nothing where no node does so in time."""
     there = NodeAffinitySchedulingStrategy(node, soft=False) if node else "DEFAULT"
     task = ray.remote(work).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-    with contextlib.suppress(ray.exceptions.RayError):
+    with contextlib.suppress(Exception):
         ray.get(task.remote(*arguments), timeout=_TASK_S)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 
+from emloc_ray.stages.finetune import heartbeat
 from emloc_ray.stages.finetune.heartbeat import Heartbeat, HeartbeatWatch
 from emloc_ray.stages.finetune.job import FinetuneJob
 
@@ -40,6 +41,18 @@ def test_a_frozen_controller_is_killed_and_the_reason_left(ray_session: None, jo
         ray.get(controller().run.remote(watch.heartbeat, freezes=True), timeout=60)
     said = job.last_word_path.read_text()
     assert said.startswith("Ray Train's controller gave no sign of life for ")
+
+
+def test_a_frozen_controller_is_killed_where_the_reason_cannot_be_left(
+    ray_session: None, job: FinetuneJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("the store does not answer")
+
+    monkeypatch.setattr(heartbeat, "write_text", fail)
+    with HeartbeatWatch(job, within_s=8.0) as watch, pytest.raises(ray.exceptions.RayActorError):
+        ray.get(controller().run.remote(watch.heartbeat, freezes=True), timeout=60)
+    assert not job.last_word_path.exists()
 
 
 def test_a_controller_that_beats_is_left_alone_and_leaves_nothing(ray_session: None, job: FinetuneJob) -> None:
