@@ -136,6 +136,7 @@ def test_a_group_s_log_says_why_a_worker_ended_itself(tmp_path: Path) -> None:
     assert log.job.failure_path.read_text() == (
         f"finetune: rank 0 lost its worker because {WORD}; restarted from the last checkpoint (1 of 1).\n"
     )
+    assert not log.job.last_word_path.exists()  # told once
 
 
 def test_what_hangs_too_often_is_given_up_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
