@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -279,6 +280,7 @@ class InOneProcess:
     def __init__(self, work: Sequence[Unit], function: Work, memory: int) -> None:
         self._work, self._function, self._memory = work, function, memory
         self._at_work: Any = None
+        self._turn, self._ended = threading.Lock(), False
 
     def blocks(self) -> Iterator[dict[str, Any]]:
         """What is made, by unit."""
@@ -288,16 +290,21 @@ class InOneProcess:
         options = {"num_cpus": 1, "max_retries": 0, **({"memory": self._memory} if self._memory else {})}
         task: Any = ray.remote(_made).options(name=type(self._function).__name__, **options)
         for unit in self._work:
-            self._at_work = task.remote(function, unit)
+            with self._turn:
+                if self._ended:
+                    return
+                self._at_work = task.remote(function, unit)
             try:
                 yield ray.get(self._at_work)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from error
 
     def end(self) -> None:
-        """Ends the process of the task at work."""
+        """Ends the process of the task at work, and begins no other."""
         import ray
 
+        with self._turn:
+            self._ended = True
         if self._at_work is not None:
             ray.cancel(self._at_work, force=True)
 

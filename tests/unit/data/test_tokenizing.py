@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -127,6 +129,17 @@ def test_small_data_are_tokenized_by_one_process_as_large_ones_by_ray_data(
         with pytest.raises(DataError, match="row 4"):
             tokenize_splits(bad, options, tmp_path / f"bad-{most}", rows_per_shard={"bad": 8}, num_workers=1)
     assert results[0] == results[1]
+
+
+def test_one_process_begins_no_task_once_it_is_ended(ray_session: None) -> None:
+    def number(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"number": [json.loads(batch["unit"][0])["number"]]}
+
+    made = tokenizing.InOneProcess([{"number": 1}, {"number": 2}], number, 0)
+    blocks = made.blocks()
+    assert next(blocks) == {"number": [1]}
+    made.end()
+    assert list(blocks) == []
 
 
 def test_what_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
