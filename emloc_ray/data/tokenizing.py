@@ -1,5 +1,4 @@
-"""Ray Data, or for small data one task after the other, reads, formats and tokenizes every split into token shards with fixed
-boundaries."""
+"""Reads, formats and tokenizes every split into token shards with fixed boundaries: by Ray Data, small data by one process."""
 
 import functools
 import itertools
@@ -110,7 +109,7 @@ def _asks_a_server(row: Row, where: str) -> bool:
 
 @dataclass(frozen=True)
 class ShardTokenizer:
-    """Turns units of work into shard files: a Ray Data function without state, which may run again anywhere. A unit is a few
+    """Turns units of work into shard files: a function without state, which may run again anywhere. A unit is a few
     neighbouring shards of a split: the number of the first, the rows a shard, and where each begins."""
 
     options: TokenizeOptions
@@ -274,8 +273,8 @@ def shard_units(split: str, selection: RowSelection, rows_per_shard: int) -> Ite
 
 
 class InOneProcess:
-    """What ``function`` makes of each unit, one after the other, in tasks that Ray runs in one process, an idle one that has
-    imported what they need if there is one."""
+    """Calls ``function`` on one unit after the other, in a task each. Ray runs them in one process: in one that is idle and has
+    imported what they need, if there is one."""
 
     def __init__(self, work: Sequence[Unit], function: Work, memory: int) -> None:
         self._work, self._function, self._memory = work, function, memory
@@ -314,7 +313,7 @@ def _made(function: Work, unit: Unit) -> dict[str, Any]:
 
 
 class ByRayData:
-    """What ``function`` makes of each unit, in tasks of one unit, some at a time."""
+    """Calls ``function`` on all units, in a task each, some at a time."""
 
     def __init__(self, work: Sequence[Unit], function: Work, num_workers: int, memory: int) -> None:
         import ray.data
@@ -346,8 +345,8 @@ class ByRayData:
 def mapped(
     work: Sequence[Unit], function: Work, selections: Iterable[RowSelection], num_workers: int, memory: int
 ) -> InOneProcess | ByRayData:
-    """What ``function`` makes of each unit of the selections, in tasks that ask for a CPU and ``memory`` bytes of their node;
-    ``num_workers`` at a time, but for small data, which are done sooner by one."""
+    """Calls ``function`` on each unit of the selections, in tasks that ask for a CPU and ``memory`` bytes of their node. It runs
+    ``num_workers`` tasks at a time; of small data one, which is done sooner."""
     if is_small(selections):
         return InOneProcess(work, function, memory)
     return ByRayData(work, function, num_workers, memory)
@@ -359,7 +358,9 @@ def is_small(selections: Iterable[RowSelection]) -> bool:
     if any(source.is_stored or source.images for source in sources):
         return False
     files = {Path(source.path) for source in sources}
-    size = sum(size for file in files for size in sizes(file).values())  # of a file of the run, a store may have the only copy
+    size = sum(
+        size for file in files for size in sizes(file).values()
+    )  # of a file of the run, a store may have the only copy
     return sum(source.num_rows for source in sources) <= SMALL_ROWS and size <= SMALL_BYTES
 
 

@@ -88,7 +88,7 @@ def watched(progress: Progress, planned_s: float) -> Progress:
 
 
 def retried(work: Callable[[], Result], losses: Losses, piece: Callable[[], str]) -> Result:
-    """Calls ``work``, and again where Ray Data loses a worker, or gives nothing for too long: finished shards are kept."""
+    """Calls ``work``, and again where Ray loses a worker, or gives nothing for too long: finished shards are kept."""
     while True:
         try:
             return work()

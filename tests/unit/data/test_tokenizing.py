@@ -161,7 +161,7 @@ def test_a_file_that_is_gone_is_named_as_every_unreadable_one_is(
     splits = {"train": selected(write_jsonl(tmp_path / "rows.jsonl", task_rows(9)), 9)}
     (tmp_path / "rows.jsonl").unlink()
     assert tokenizing.is_small(splits.values())
-    with pytest.raises(DataError, match="rows.jsonl"):
+    with pytest.raises(DataError, match=r"rows\.jsonl"):
         tokenize_splits(splits, options, tmp_path / "out", rows_per_shard={"train": 4}, num_workers=1)
 
 
