@@ -173,6 +173,9 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
             if word := _last_word(job):
                 raise StageError(f"{job.stage}: a worker was lost because {word}: {SILENT}.") from error
             raise
+        if word := _last_word(job):
+            losses.tell(f"{job.stage}: a worker was lost because {word}; restarted from the last checkpoint.")
+            discard(job.last_word_path)
         losses.tell(
             f"{job.stage}: it has made progress since it first failed, so failures are counted from zero again."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from emloc_ray.stages.finetune import finetune, watchdog
 from emloc_ray.stages.finetune.group_callbacks import FailureLog
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.watchdog import Watchdog
+from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.tasks import Resources
 
 MINUTE, HOUR = 60.0, 3600.0
@@ -137,6 +139,34 @@ def test_a_group_s_log_says_why_a_worker_ended_itself(tmp_path: Path) -> None:
         f"finetune: rank 0 lost its worker because {WORD}; restarted from the last checkpoint (1 of 1).\n"
     )
     assert not log.job.last_word_path.exists()  # told once
+
+
+def test_a_word_of_a_group_that_came_on_is_not_told_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, told = dataclasses.replace(JOB, storage_dir=tmp_path, max_failures=1), list[str]()
+    tries = iter(range(3))
+
+    def fit() -> Any:
+        number = next(tries)
+        if number == 0:
+            job.last_word_path.write_text(WORD)
+            raise ray.train.WorkerGroupError("failed", {1: ActorDiedError()})
+        if number == 1:
+            raise ActorDiedError()
+        raise InterruptedError
+
+    checkpoints = itertools.chain([set[str]()], itertools.repeat({"a"}))
+    monkeypatch.setattr(finetune, "group_checkpoints", lambda _: next(checkpoints))
+    monkeypatch.setattr(Losses, "delays", (0.0,))
+    monkeypatch.setattr(finetune, "TorchTrainer", lambda *_, **__: SimpleNamespace(fit=fit))
+    with pytest.raises(InterruptedError):
+        finetune.finetune(job, Resources(2), tell=told.append)
+    assert told == [
+        f"finetune: a worker was lost because {WORD}; restarted from the last checkpoint.",
+        "finetune: it has made progress since it first failed, so failures are counted from zero again.",
+        "finetune: the training lost its worker because its process crashed or was killed; restarted (1 of 3).",
+    ]
 
 
 def test_what_hangs_too_often_is_given_up_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
