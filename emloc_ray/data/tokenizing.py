@@ -41,7 +41,8 @@ _COUNTS = (
 ROWS_PER_BATCH = 256
 IMAGE_ROWS_PER_BATCH = 32
 # Of text that one process tokenizes in some 10 s: another takes as long to import transformers, and Ray Data 3 s to start.
-SMALL_BYTES, SMALL_ROWS = 2**23, 2**15
+SMALL_BYTES, SMALL_ROWS = 2**23, 2**14
+_UNPACKED = 8  # times a compressed file's bytes, or more where its rows are much alike
 _READS_PER_GROUP = 16
 
 Unit = dict[str, Any]
@@ -294,9 +295,12 @@ class InOneProcess:
                     return
                 self._at_work = task.remote(function, unit)
             try:
-                yield ray.get(self._at_work)
+                block = ray.get(self._at_work)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from error
+            finally:
+                self._at_work = None
+            yield block
 
     def end(self) -> None:
         """Ends the process of the task at work, and begins no other."""
@@ -304,8 +308,9 @@ class InOneProcess:
 
         with self._turn:
             self._ended = True
-        if self._at_work is not None:
-            ray.cancel(self._at_work, force=True)
+        # To cancel a task whose result has just come ends this process: a check of Ray's fails (2.60).
+        if (task := self._at_work) is not None and not ray.wait([task], timeout=0)[0]:
+            ray.cancel(task, force=True)
 
 
 def _made(function: Work, unit: Unit) -> dict[str, Any]:
@@ -357,11 +362,11 @@ def is_small(selections: Iterable[RowSelection]) -> bool:
     sources = {source for selection in selections for source in selection.sources}
     if any(source.is_stored or source.images for source in sources):
         return False
-    files = {Path(source.path) for source in sources}
-    size = sum(
-        size for file in files for size in sizes(file).values()
-    )  # of a file of the run, a store may have the only copy
-    return sum(source.num_rows for source in sources) <= SMALL_ROWS and size <= SMALL_BYTES
+    rows, text = sum(source.num_rows for source in sources), 0
+    for source in sources:
+        packed = _UNPACKED if source.path.lower().endswith((".parquet", ".gz", ".zst")) else 1
+        text += packed * sum(sizes(Path(source.path)).values())  # of a file of the run, a store may have the only copy
+    return rows <= SMALL_ROWS and text <= SMALL_BYTES
 
 
 def _write_split_index(

@@ -101,10 +101,11 @@ class StreamedSlot:
             self._pass_shard(position, number, hooks)
         hooks.remove()
         hooks.check_finite()
-        if self.num_slots == 1:
-            write_gram_shard(grams_file(self.out_dir, position, self.num_blocks), hooks.grams)
-        else:
+        summed = grams_file(self.out_dir, position, self.num_blocks)
+        if self.num_slots > 1:
             write_slot(self._part(position), hooks.grams, position)
+        elif not exists(summed):  # not by a task that counted as lost, over what its successor wrote
+            write_gram_shard(summed, hooks.grams)
         for number in self.numbers if position else ():
             self._outputs(position - 1, number).unlink(missing_ok=True)
         return position

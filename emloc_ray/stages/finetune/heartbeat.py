@@ -18,9 +18,9 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.turns import Still
 from emloc_ray.stages.finetune.job import FinetuneJob
+from emloc_ray.stages.ray.pace import leave_word
 from emloc_ray.text import duration
 
 _BEAT_S, _LOOK_S, _TASK_S = 5.0, 1.0, 60.0
@@ -95,8 +95,7 @@ class HeartbeatWatch:
             still.look(self._heard)
             if self._heard and still.seconds > self.within_s:
                 why = f"Ray Train's controller gave no sign of life for {duration(still.seconds)}"
-                with contextlib.suppress(Exception):  # a store that does not answer shall not keep it alive
-                    write_text(self.job.last_word_path, why)
+                leave_word(self.job.last_word_path, why)
                 _, node, pid, created, _ = self._heard.split()
                 _run(_kill, int(pid), float(created), node=node)
                 still = Still(self._heard)

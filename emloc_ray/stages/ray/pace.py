@@ -1,5 +1,6 @@
 """How long pieces of a stage's work take, and the end of those that take much longer: they may hang for ever."""
 
+import contextlib
 import faulthandler
 import os
 import statistics
@@ -16,7 +17,7 @@ from emloc_ray.io.store.turns import Still
 from emloc_ray.text import duration
 
 _LOOK_S = 1.0
-_LAST_S = 60.0  # for the last thing that a process does
+_LAST_S = 60.0  # for a last word
 # A piece is ended where it takes so many times the median of a few, and not before so many seconds, in which
 # a slot's sums, which it writes now and then within a unit, reach a slow disk.
 _TIMES_USUAL, _FEW_PIECES, PATIENCE_S = 20, 5, 1800.0
@@ -120,7 +121,17 @@ class Pace:
 def end_process(word: Path, why: str) -> None:
     """Leaves ``why`` in a file, and in this worker's log where each thread is, and ends this process, which hears nothing."""
     faulthandler.dump_traceback(file=2)
-    leaving = threading.Thread(target=write_text, args=(word, why), daemon=True)  # a store may not answer
+    leave_word(word, why)
+    os._exit(1)
+
+
+def leave_word(word: Path, why: str) -> None:
+    """Writes ``why`` to a file; does without where that cannot be done within a minute, as where a store does not answer."""
+
+    def leave() -> None:
+        with contextlib.suppress(Exception):
+            write_text(word, why)
+
+    leaving = threading.Thread(target=leave, daemon=True)
     leaving.start()
     leaving.join(_LAST_S)
-    os._exit(1)

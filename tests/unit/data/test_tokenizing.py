@@ -153,6 +153,12 @@ def test_what_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tokenizing.is_small([rows, rows])  # splits of the same file
     monkeypatch.setattr(tokenizing, "SMALL_BYTES", size - 1)
     assert not tokenizing.is_small([rows])
+    pq.write_table(pa.Table.from_pylist(task_rows(20)), tmp_path / "rows.parquet")
+    packed, size = selected(tmp_path / "rows.parquet"), (tmp_path / "rows.parquet").stat().st_size
+    monkeypatch.setattr(tokenizing, "SMALL_BYTES", 8 * size)
+    assert tokenizing.is_small([packed])
+    monkeypatch.setattr(tokenizing, "SMALL_BYTES", 8 * size - 1)
+    assert not tokenizing.is_small([packed])
 
 
 def test_a_file_that_is_gone_is_named_as_every_unreadable_one_is(

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import ray
 
-from emloc_ray.stages.finetune import heartbeat
 from emloc_ray.stages.finetune.heartbeat import Heartbeat, HeartbeatWatch
 from emloc_ray.stages.finetune.job import FinetuneJob
+from emloc_ray.stages.ray import pace
 
 
 def controller() -> Any:
@@ -49,7 +49,7 @@ def test_a_frozen_controller_is_killed_where_the_reason_cannot_be_left(
     def fail(*_: Any) -> None:
         raise OSError("the store does not answer")
 
-    monkeypatch.setattr(heartbeat, "write_text", fail)
+    monkeypatch.setattr(pace, "write_text", fail)
     with HeartbeatWatch(job, within_s=8.0) as watch, pytest.raises(ray.exceptions.RayActorError):
         ray.get(controller().run.remote(watch.heartbeat, freezes=True), timeout=60)
     assert not job.last_word_path.exists()
