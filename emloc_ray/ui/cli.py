@@ -68,6 +68,9 @@ def _run(
     yes: bool,
     quiet: bool,
 ) -> None:
+    shown = Console(quiet=True) if quiet else console
+    prepared = prepare_config(path, overrides, shown)  # says that it is at work, also while the rest is imported
+
     from emloc_ray.planning.plan import make_plan
     from emloc_ray.stages.order import STEPS
     from emloc_ray.text import duration, size
@@ -75,8 +78,6 @@ def _run(
     from emloc_ray.ui.console_reporter import ConsoleReporter
     from emloc_ray.ui.terminal import evaluation_table, result_lines
 
-    shown = Console(quiet=True) if quiet else console
-    prepared = prepare_config(path, overrides, shown)
     plan = make_plan(STEPS, prepared)
     shown.print(
         f"[bold]{escape(prepared.run.name)}[/]: {plan.parameters:,} parameters, emulator {plan.emulator_parameters:,};"

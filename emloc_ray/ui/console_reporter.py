@@ -42,7 +42,7 @@ class ConsoleReporter(Reporter):
             console=console,
             transient=True,
         )
-        self.task: TaskID | None = None
+        self.task: TaskID | None = self.bars.add_task("Waiting for Ray", total=None, said="")
 
     def __enter__(self) -> ConsoleReporter:
         if self.console.is_terminal:
@@ -67,6 +67,7 @@ class ConsoleReporter(Reporter):
         """A stage begins."""
         title, pace, self._detail = _stages()[stage].title, Rate(), ""
         said_at = time.monotonic()
+        self._remove()
         if self.console.is_terminal:
             self.task = self.bars.add_task(title, total=None, said="")
         else:
@@ -93,16 +94,20 @@ class ConsoleReporter(Reporter):
 
     def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
         """Shows a stage's result, wall time and peak memory."""
-        if self.task is not None:
-            self.bars.remove_task(self.task)
-            self.task = None
+        self._remove()
         outcome = f"from the cache, made by {result['taken_from']}" if result.get("taken_from") else None
         outcome = outcome or _stages()[stage].summary(result)
         line = f"[green]✓[/] {_stages()[stage].title:<20} {duration(usage['wall_s']):>8}  {size(usage['peak_pss_bytes']):>8}"
         self.console.print(f"{line}  {escape(outcome)}".rstrip(), highlight=False, soft_wrap=True)
 
+    def _remove(self) -> None:
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+            self.task = None
+
     def skip(self, stage: str) -> None:
         """Says that a stage was done before."""
+        self._remove()
         self.console.print(f"[dim]· {_stages()[stage].title:<20} done before, inputs unchanged[/]", highlight=False)
 
     def note(self, text: str) -> None:

@@ -45,6 +45,16 @@ def test_a_terminal_shows_it_beside_the_bar() -> None:
     assert "loss 1.234 [x]" in told
 
 
+def test_a_terminal_shows_that_ray_is_waited_for_until_a_stage_begins_or_was_done_before() -> None:
+    for begin in (lambda reporter: reporter.start("data"), lambda reporter: reporter.skip("data")):
+        console = Console(file=io.StringIO(), width=160, force_terminal=True)
+        with ConsoleReporter(console) as reporter:
+            reporter.bars.refresh()
+            assert "Waiting for Ray" in str(console.file.getvalue())  # type: ignore[attr-defined]
+            begin(reporter)
+            assert "Waiting for Ray" not in [task.description for task in reporter.bars.tasks]
+
+
 def test_brackets_in_what_is_told_are_no_markup() -> None:
     console = Console(file=io.StringIO(), width=200)
     text = "training begins again: RuntimeError: [/src/gloo/pair.cc:534] closed [1]"
