@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 import ray
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -79,7 +78,7 @@ class HeartbeatWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        self._thread.join()
+        self._thread.join(_TASK_S)  # Ray may not answer it
 
     def release(self) -> None:
         """Removes the placement groups of a controller that was lost, once the block is over. Ray keeps them until the driver
@@ -126,6 +125,8 @@ def _kill(pid: int, created: float) -> None:
 
 def _release(actor: str) -> None:
     """Removes the placement groups that an actor made, which Ray's own table alone names, to its workers alone."""
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+
     table = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()  # noqa: SLF001  see above
     for row in map(PlacementGroupTableData.FromString, table):
         if row.creator_actor_id.hex() == actor:
