@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-PYTEST := $(BIN)/python -m pytest -q --durations=25 $(OPTIONS)
+PYTEST := $(BIN)/python -m pytest -q --durations=25
 
 # What is imported again and again, by Ray's workers too, is compiled once.
 unexport PYTHONDONTWRITEBYTECODE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,5 @@ def test_the_readmes_batch_is_valid(tmp_path: Path) -> None:
 
 
 def test_ci_runs_the_readmes_test_commands() -> None:
-    made = re.findall(r"\bmake (\S+)", (ROOT / ".ci" / "run").read_text())
-    assert sorted(made) == [".venv/installed", "test", "test-deep"]
-    assert {"make test", "make test-deep"} <= {line.partition("#")[0].strip() for line in README.splitlines()}
+    lines = [shlex.split(line, comments=True) for line in (ROOT / ".ci" / "run").read_text().splitlines()]
+    assert [line[1] for line in lines if line[:1] == ["make"]] == ["test", "test-deep"]
