@@ -23,7 +23,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from emloc_ray.core.correction import Candidate, Difference, canonical_form
 from emloc_ray.data.reading import scan
 from emloc_ray.data.splits import RowSelection
-from emloc_ray.data.tokenizing import ShardTokenizer, TokenizeOptions, shard_units
+from emloc_ray.data.tokenizing import ShardTokenizer, TokenizeOptions
+from emloc_ray.data.units import shard_units
 from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.stages.correct.correct import finish_adapter

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from small_runs import task_rows, write_jsonl
 
-from emloc_ray.data import tokenizing
+from emloc_ray.data import units
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.reading import Row, scan
 from emloc_ray.data.splits import RowSelection
@@ -103,7 +103,7 @@ def test_a_slot_that_was_at_its_end_is_not_begun(tmp_path: Path) -> None:
 def data_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small data are tokenized by one process, large ones by Ray Data's."""
     if request.param == "large data":
-        monkeypatch.setattr(tokenizing, "SMALL_ROWS", 0)
+        monkeypatch.setattr(units, "SMALL_ROWS", 0)
 
 
 @pytest.mark.usefixtures("data_size")

@@ -126,7 +126,8 @@ def _reside(
 def _reduce(
     slots: Sequence[Path], names: Sequence[str], out_dir: Path, prefix: str, resources: Resources, losses: Losses
 ) -> Gathered:
-    """Sums the slots, a file of a few Grams a task, without GPUs; as many tasks at once as slots have left processes idle."""
+    """Sums the slots, a file of a few Grams a task, without GPUs. As many tasks run at once as there are slots: their processes
+    are idle by then."""
     parts = [list(names[start : start + _GRAMS_PER_FILE]) for start in range(0, len(names), _GRAMS_PER_FILE)]
     files = [f"{prefix}-{number + 1:05d}-of-{len(parts):05d}.safetensors" for number in range(len(parts))]
     pieces = [(f"the sum {file}", (part, out_dir / file)) for file, part in zip(files, parts, strict=True)]

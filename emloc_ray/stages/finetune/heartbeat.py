@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from emloc_ray.io.store.turns import Still
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.ray.pace import leave_word
+from emloc_ray.stages.ray.tasks import remote_task
 from emloc_ray.text import duration
 
 _BEAT_S, _LOOK_S, _TASK_S = 5.0, 1.0, 60.0
@@ -90,7 +91,8 @@ class HeartbeatWatch:
     def _watch(self) -> None:
         still = Still("")
         while not self._over.wait(_LOOK_S):
-            self._look()
+            if not self._look():
+                continue  # the silence may be Ray's
             still.look(self._heard)
             if self._heard and still.seconds > self.within_s:
                 why = f"Ray Train's controller gave no sign of life for {duration(still.seconds)}"
@@ -99,18 +101,22 @@ class HeartbeatWatch:
                 _run(_kill, int(pid), float(created), node=node)
                 still = Still(self._heard)
         self._look()
-        with contextlib.suppress(Exception):  # as above
+        with contextlib.suppress(Exception):  # what is left is a line
             self.heartbeat.forget()
 
-    def _look(self) -> None:
-        with contextlib.suppress(Exception):  # as above
+    def _look(self) -> bool:
+        """Whether Ray answered."""
+        try:
             self._heard = self.heartbeat.heard() or self._heard
+        except Exception:  # noqa: BLE001  whatever it is, Ray is asked again
+            return False
+        return True
 
 
 def _run(work: Any, *arguments: Any, node: str | None = None) -> None:
     """Has Ray run it, on a ``node`` or on any; does nothing where no node does so in time."""
     there = NodeAffinitySchedulingStrategy(node, soft=False) if node else "DEFAULT"
-    task = ray.remote(work).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+    task = remote_task(work, num_cpus=0, max_retries=0).options(scheduling_strategy=there)
     with contextlib.suppress(Exception):
         ray.get(task.remote(*arguments), timeout=_TASK_S)
 

@@ -24,7 +24,8 @@ from emloc_ray.data.images import load_images
 from emloc_ray.data.reading import BadRow, Place, SourceFile, read_rows, scan
 from emloc_ray.data.row_formats import FORMATS
 from emloc_ray.data.splits import RowSelection
-from emloc_ray.data.tokenizing import ShardTokenizer, TokenizeOptions, shard_units
+from emloc_ray.data.tokenizing import ShardTokenizer, TokenizeOptions
+from emloc_ray.data.units import shard_units
 from emloc_ray.errors import DataError
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.planning.data_checks import check_split

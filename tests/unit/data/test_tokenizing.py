@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from faulting.s3 import uri
 from plain_stages import tokenized_here
 from small_runs import task_rows, worker_processes, write_jsonl
 
-from emloc_ray.data import tokenizing
+from emloc_ray.data import tokenizing, units
 from emloc_ray.data.reading import scan
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.token_shards import TokenShards, shard_name, written_counts
 from emloc_ray.data.tokenizing import TokenizeOptions, row_lengths, tokenize_splits
 from emloc_ray.errors import DataError
-from emloc_ray.io.store.atomic import atomic_file
-from emloc_ray.io.store.node_cache import mirror
 
 
 @pytest.fixture
@@ -65,16 +60,6 @@ def test_shards_do_not_depend_on_the_file_s_kind_or_its_row_groups(
     assert counts[0] == counts[1]
     assert counts[0]["train"]["rows"] + counts[0]["train"]["dropped_rows"] == 90
     assert shards_of(tmp_path / "parquet" / "train") == shards_of(tmp_path / "jsonl" / "train")
-
-
-@pytest.mark.usefixtures("inline")
-def test_a_huge_row_group_is_read_by_few_units(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": ["x"] * 100_000}), path)
-    units = list(tokenizing.shard_units("train", RowSelection.all_rows([scan(path)]), 1024))
-    assert len(units) <= 16
-    assert [unit["first"] for unit in units] == [7 * number for number in range(len(units))]
-    assert sum(len(unit["bounds"]) - 1 for unit in units) == 98
 
 
 @pytest.mark.usefixtures("inline")
@@ -118,9 +103,9 @@ def test_small_data_are_tokenized_by_one_process_as_large_ones_by_ray_data(
     splits = {name: selected(write_jsonl(tmp_path / f"{name}.jsonl", task_rows()), 40) for name in ("train", "eval")}
     sizes = {"train": 8, "eval": 50}
     results = []
-    for most in (tokenizing.SMALL_ROWS, 0):
-        monkeypatch.setattr(tokenizing, "SMALL_ROWS", most)
-        assert tokenizing.is_small(splits.values()) is (most > 0)
+    for most in (units.SMALL_ROWS, 0):
+        monkeypatch.setattr(units, "SMALL_ROWS", most)
+        assert units.is_small(splits.values()) is (most > 0)
         out = tmp_path / str(most)
         counts = tokenize_splits(splits, options, out, rows_per_shard=sizes, num_workers=2)
         shards = [shards_of(out / name) for name in splits]
@@ -131,53 +116,14 @@ def test_small_data_are_tokenized_by_one_process_as_large_ones_by_ray_data(
     assert results[0] == results[1]
 
 
-def test_one_process_begins_no_task_once_it_is_ended(ray_session: None) -> None:
-    def number(batch: dict[str, Any]) -> dict[str, Any]:
-        return {"number": [json.loads(batch["unit"][0])["number"]]}
-
-    made = tokenizing.InOneProcess([{"number": 1}, {"number": 2}], number, 0)
-    blocks = made.blocks()
-    assert next(blocks) == {"number": [1]}
-    made.end()
-    assert list(blocks) == []
-
-
-def test_what_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = selected(write_jsonl(tmp_path / "rows.jsonl", task_rows(20)))
-    [source] = rows.sources
-    assert tokenizing.is_small([rows, rows])
-    assert not tokenizing.is_small([replace(rows, sources=(replace(source, images="hash"),))])
-    assert not tokenizing.is_small([replace(rows, sources=(replace(source, path="s3://bucket/rows.jsonl"),))])
-    size = (tmp_path / "rows.jsonl").stat().st_size
-    monkeypatch.setattr(tokenizing, "SMALL_BYTES", size)
-    assert tokenizing.is_small([rows, rows])  # splits of the same file
-    monkeypatch.setattr(tokenizing, "SMALL_BYTES", size - 1)
-    assert not tokenizing.is_small([rows])
-    pq.write_table(pa.Table.from_pylist(task_rows(20)), tmp_path / "rows.parquet")
-    packed, size = selected(tmp_path / "rows.parquet"), (tmp_path / "rows.parquet").stat().st_size
-    monkeypatch.setattr(tokenizing, "SMALL_BYTES", 8 * size)
-    assert tokenizing.is_small([packed])
-    monkeypatch.setattr(tokenizing, "SMALL_BYTES", 8 * size - 1)
-    assert not tokenizing.is_small([packed])
-
-
 def test_a_file_that_is_gone_is_named_as_every_unreadable_one_is(
     tmp_path: Path, options: TokenizeOptions, inline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     splits = {"train": selected(write_jsonl(tmp_path / "rows.jsonl", task_rows(9)), 9)}
     (tmp_path / "rows.jsonl").unlink()
-    assert tokenizing.is_small(splits.values())
+    assert units.is_small(splits.values())
     with pytest.raises(DataError, match=r"rows\.jsonl"):
         tokenize_splits(splits, options, tmp_path / "out", rows_per_shard={"train": 4}, num_workers=1)
-
-
-def test_a_file_of_the_run_may_have_left_this_node(s3_port: int, node_cache: Path) -> None:
-    path = mirror(uri(s3_port, "small/run")) / "rows" / "train.jsonl"
-    with atomic_file(path) as file:
-        file.write(b'{"text": "a"}\n')
-    rows = RowSelection.all_rows([scan(path)])
-    path.unlink()  # as where the cache is full
-    assert tokenizing.is_small([rows])
 
 
 class PeakAnonymous(threading.Thread):
@@ -219,7 +165,7 @@ def _tokenizers() -> list[psutil.Process]:
 def test_memory_is_flat_in_the_rows(
     tmp_path: Path, options: TokenizeOptions, ray_session: None, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizing, "SMALL_ROWS", 0)  # as many rows are
+    monkeypatch.setattr(units, "SMALL_ROWS", 0)  # as many rows are
     options = replace(options, format="text")
     peaks: dict[str, list[int]] = {"driver": [], "worker": []}
     for count in (16_000, 64_000):
