@@ -181,7 +181,7 @@ class EmulatorConfig(StageConfig):
         """The setting that needs gradients of the model's predictions; None where none does."""
         if self.budget is not None:
             return "emulator.budget"
-        if self.compression_ratio == 1:
+        if self.compression_ratio == 1 and self.bits is None:
             return None
         if self.objective == "predictions":
             return "emulator.objective: predictions"
