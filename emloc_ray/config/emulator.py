@@ -92,7 +92,7 @@ class EmulatorConfig(StageConfig):
         "uniform", description="ranks: all alike, or by their effect on predictions"
     )
     objective: Literal["activations", "predictions", "weights"] = Field(
-        "activations", description="what factors keep: their layer's outputs, the model's predictions, or its weights"
+        "activations", description="what factors and integers keep: their layer's outputs, the model's predictions; or factors the weights"
     )
     storage: Literal["factors", "pivoted"] = Field(
         "factors", description="pivoted: the same product in fewer numbers, so that ranks are higher at a ratio"
@@ -100,7 +100,9 @@ class EmulatorConfig(StageConfig):
     rank_multiple: Literal["auto"] | typing.Annotated[int, Field(ge=1)] = Field(
         "auto", description="what ranks are multiples of; auto: 64 in large linears, 8 in small ones, 1 in tiny ones"
     )
-    gradient_dampening_frac: float = Field(1e-2, gt=0, lt=1, description="as dampening_frac, for the sums of gradients")
+    gradient_dampening_frac: float = Field(
+        1.0, gt=0, le=100, description="as dampening_frac, for the sums of gradients, which few tokens say little of"
+    )
     refinement: RefinementConfig | None = Field(
         None, description="each block's factors fitted together to the original's block"
     )
