@@ -92,7 +92,8 @@ class EmulatorConfig(StageConfig):
         "uniform", description="ranks: all alike, or by their effect on predictions"
     )
     objective: Literal["activations", "predictions", "weights"] = Field(
-        "activations", description="what factors and integers keep: layers' outputs, the model's predictions, or weights"
+        "activations",
+        description="what factors and integers keep: layers' outputs, the model's predictions, or weights",
     )
     storage: Literal["factors", "pivoted"] = Field(
         "factors", description="pivoted: the same product in fewer numbers, so that ranks are higher at a ratio"

@@ -57,8 +57,8 @@ def form_losses(
 
     ``outputs`` is the whitening of ``S``, ``group_size`` that of integers; ``plain``: factors keep the layer's outputs, not
     predictions. On 21 linears of a real model it is, over what was measured, 0.7 to 1.3 for integers, alone and with factors
-    beside them, 1.0 for factors in 8 and 4 bits, 1.0 to 1.2 in 3 bits. Raises NumericsError where the weight holds a NaN or an Inf, ValueError
-    where shapes do not fit.
+    beside them, 1.0 for factors in 8 and 4 bits, 1.0 to 1.2 in 3 bits. Raises NumericsError where the weight holds a NaN or an
+    Inf, ValueError where shapes do not fit.
     """
     scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
     layer = _Layer(scaled, whitening, outputs, group_size, plain)
