@@ -101,9 +101,7 @@ class EmulatorConfig(StageConfig):
     rank_multiple: Literal["auto"] | typing.Annotated[int, Field(ge=1)] = Field(
         "auto", description="what ranks are multiples of; auto: 64 in large linears, 8 in small ones, 1 in tiny ones"
     )
-    gradient_dampening_frac: float = Field(
-        1.0, gt=0, le=100, description="as dampening_frac, for the sums of gradients, which few tokens say little of"
-    )
+    gradient_dampening_frac: float = Field(1e-2, gt=0, lt=1, description="as dampening_frac, for the sums of gradients")
     refinement: RefinementConfig | None = Field(
         None, description="each block's factors fitted together to the original's block"
     )

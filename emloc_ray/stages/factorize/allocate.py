@@ -54,7 +54,7 @@ class AllocationJob:
     ranks: dict[str, int]
     plain_factors: bool = False
     dampening_frac: float = 1e-6
-    gradient_dampening_frac: float = 1.0
+    gradient_dampening_frac: float = 1e-2
     never_dense: tuple[str, ...] = ()
     storage: Storage = "factors"
     rank_multiple: int | Literal["auto"] = "auto"

@@ -32,7 +32,7 @@ class FactorizationJob:
     without_gram: tuple[str, ...] = ()
     kept_wide: tuple[str, ...] = ()
     gradients_dir: Path | None = None
-    gradient_dampening_frac: float = 1.0
+    gradient_dampening_frac: float = 1e-2
     by_weights: bool = False
     storage: Storage = "factors"
     integers: IntegerForms = field(default_factory=IntegerForms)
