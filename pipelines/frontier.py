@@ -25,8 +25,6 @@ KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
     "low rank, refined": (("factors_refined",), True),
     "low rank, refined and healed": (("factors_refined_healed",), True),
     "2 bits and rank 8": (("int2_rank8",), True),
-    "2 bits and rank 8, by predictions": (("int2_rank8_predictions",), True),
-    "2 and 3 bits, by predictions": (("int2_predictions", "int3_predictions"), True),
     "2, 3, 4 and 8 bits (GPTQ)": (("int2", "int3", "int4", "int8"), True),
     "NF4 (QLoRA)": (("nf4",), False),
     "LoRA on the original": (("lora",), False),

@@ -92,8 +92,7 @@ class EmulatorConfig(StageConfig):
         "uniform", description="ranks: all alike, or by their effect on predictions"
     )
     objective: Literal["activations", "predictions", "weights"] = Field(
-        "activations",
-        description="what factors and integers keep: layers' outputs, the model's predictions, or weights",
+        "activations", description="what factors keep: their layer's outputs, the model's predictions, or its weights"
     )
     storage: Literal["factors", "pivoted"] = Field(
         "factors", description="pivoted: the same product in fewer numbers, so that ranks are higher at a ratio"
@@ -182,7 +181,7 @@ class EmulatorConfig(StageConfig):
         """The setting that needs gradients of the model's predictions; None where none does."""
         if self.budget is not None:
             return "emulator.budget"
-        if self.compression_ratio == 1 and self.bits is None:
+        if self.compression_ratio == 1:
             return None
         if self.objective == "predictions":
             return "emulator.objective: predictions"

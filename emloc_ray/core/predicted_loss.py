@@ -28,7 +28,6 @@ from emloc_ray.core.forms import Form
 from emloc_ray.core.integer_forms import GROUP_SIZE, factor_bits, group_size_of, num_groups
 from emloc_ray.core.quantization import DAMPENING_FRAC
 from emloc_ray.core.two_sided import weighed
-from emloc_ray.core.two_sided_rounding import fed_back, row_weights
 from emloc_ray.core.whitening import Whitening
 
 # Mean squared errors of the best uniform quantizers of a normal distribution of variance 1.
@@ -36,9 +35,6 @@ _NORMAL = {2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 0.000087}
 # What rounding gave beside that in the mean over five linears of SmolLM2-135M, in 8 bits over normal and heavy-tailed weights:
 # descent lowers it, scales in steps of 9 % raise it.
 _MEASURED = {2: 1.0, 3: 0.87, 4: 0.77, 8: 1.0}
-# What rounding by both sides gave beside its own estimate, in the mean over 21 linears of SmolLM2-135M: no descent follows it,
-# and targets that two sides are fed to leave the range of few bits more often.
-_BY_BOTH_SIDES = {2: 1.37, 3: 1.33, 4: 1.33, 8: 1.08}
 _DRAWN_BITS = 3  # of the errors that are drawn, whose spectrum differs between widths by a factor alone
 
 
@@ -56,9 +52,10 @@ def form_losses(
     ``(len(forms),)``, float64, on the CPU, not negative.
 
     ``outputs`` is the whitening of ``S``, ``group_size`` that of integers; ``plain``: factors keep the layer's outputs, not
-    predictions. On 21 linears of a real model it is, over what was measured, 0.6 to 1.4 for integers, alone and with factors
-    beside them, 0.6 to 1.1 for factors in 4 and 3 bits, 1.0 in 8 bits. Raises NumericsError where the weight holds a NaN or an
-    Inf, ValueError where shapes do not fit.
+    predictions. On linears of a real model it is, over what was measured, 0.7 to 1.5 for integers, 0.6 to 1.6 with factors
+    beside them, 1.0 to 1.2 for factors in 8 and 4 bits, 1.1 to 1.6 in 3 bits; only factors of the first block's queries, whose
+    ``S`` is most skewed, lost up to 4 times as much. Raises NumericsError where the weight holds a NaN or an Inf, ValueError
+    where shapes do not fit.
     """
     scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
     layer = _Layer(scaled, whitening, outputs, group_size, plain)
@@ -101,15 +98,10 @@ class _Layer:
     def inputs(self) -> Tensor:
         return self.whitening.matrix(torch.float32).diagonal()
 
-    @functools.cached_property
-    def rows(self) -> Tensor:
-        """What the rounding errors of each row count by, ``(out,)``: ``S_ii``, where they are not fed to other rows."""
-        return row_weights(self.outputs) if self.weighs else self.outputs.matrix(torch.float32).diagonal().double()
-
     @property
-    def weighs(self) -> bool:
-        """Whether outputs are weighed in what is stored."""
-        return not self.plain and not self.outputs.is_identity
+    def rows(self) -> Tensor:
+        """``S_ii (out,)``."""
+        return self.outputs.matrix(torch.float32).diagonal()
 
     @functools.cached_property
     def inside(self) -> Tensor:
@@ -127,7 +119,7 @@ class _Layer:
         noise = rounding_noise(self.weight, self.inputs, _DRAWN_BITS, self.group_size)
         drawn = torch.randn(noise.shape, generator=torch.Generator().manual_seed(0)).to(noise.device)
         errors = drawn * (noise * self.columns).sqrt()
-        inside = weighed(fed_back(errors, self.outputs), self.outputs) if self.weighs else errors
+        inside = errors if self.plain else weighed(errors, self.outputs)
         energies, _, weights = self._directions(inside, Whitening.identity(inside.shape[1], inside.device))
         saved = (energies * weights).cumsum(0)
         return saved / saved[-1].clamp_min(torch.finfo(torch.float64).tiny)
@@ -142,8 +134,7 @@ class _Layer:
 
     def whole(self, bits: int) -> float:
         """What the weight loses in integers."""
-        lost = float(self.rows @ self._rounded_rows(self.weight, bits))
-        return lost * _BY_BOTH_SIDES[bits] if self.weighs else lost
+        return float(self.rows.double() @ self._rounded_rows(self.weight, bits))
 
     def by_rank(self, bits: int | None) -> Tensor:
         """The loss of factors of every rank from 1 on, float64."""
@@ -153,10 +144,10 @@ class _Layer:
         if bits is None:
             return left
         up = directions
-        if self.weighs:
+        if not self.plain and not self.outputs.is_identity:
             up = torch.linalg.solve_triangular(self.outputs.root(up.dtype).T, up, upper=True)
         in_down = self._rounded_rows(directions.T @ self.inside, bits) * weights
-        in_up = (rounding_noise(up, energies, bits, self.group_size).T.double() @ self.rows) * energies
+        in_up = (rounding_noise(up, energies, bits, self.group_size).T @ self.rows).double() * energies
         return left + (in_down + in_up).cumsum(0)
 
     def _rounded_rows(self, matrix: Tensor, bits: int) -> Tensor:

@@ -10,11 +10,8 @@ derives it, which needs no inverse of ``G``. Columns of more energy come first (
 up for earlier ones; scales are fixed before, so that the order costs no index. ``G`` is damped by GPTQ's 1 % there: at
 less, targets leave the range of few bits, and what is clipped is never made up for.
 
-Where outputs are weighed too, by the gradients of the predictions, errors are fed back by rows as well
-(:mod:`emloc_ray.core.two_sided_rounding`), which gives less of ``tr(S Δ G Δᵀ)``.
-
-Else coordinate descent follows (QuantEase, https://arxiv.org/abs/2309.01885): each column anew, all others given, which can
-only lower ``tr(Δ G Δᵀ)``; here without that damping.
+Then coordinate descent (QuantEase, https://arxiv.org/abs/2309.01885): each column anew, all others given, which can only
+lower ``tr(Δ G Δᵀ)``; here without that damping.
 
 ``W ≈ Q + up down``: the best factors are those of ``W − Q`` under ``G``, in closed form (QERA,
 https://arxiv.org/abs/2410.06040; CLoQ, https://arxiv.org/abs/2501.18475; LQER, https://arxiv.org/abs/2402.02446, weighs by the
@@ -31,7 +28,6 @@ from emloc_ray.core.factorization import LowRankFactors, factorize, scaled_weigh
 from emloc_ray.core.integer_forms import BITS, GROUP_SIZE, group_size_of, num_groups
 from emloc_ray.core.integers import SCALE_STEPS, IntegerWeight, exponent_for, scale_values, zero_steps, zero_values
 from emloc_ray.core.two_sided import factorize_two_sided
-from emloc_ray.core.two_sided_rounding import by_planes_of_both
 from emloc_ray.core.whitening import Whitening
 
 # Ranges that are tried for a group, as shares of its own; each is then fitted once to the integers that it gives. In 8 bits
@@ -45,16 +41,9 @@ _PASSES = 2  # of the descent: two more lower the error by another 1 %
 
 
 def quantize(
-    weight: Tensor,
-    whitening: Whitening,
-    bits: int,
-    group_size: int = GROUP_SIZE,
-    *,
-    outputs: Whitening | None = None,
-    name: str = "the layer",
+    weight: Tensor, whitening: Whitening, bits: int, group_size: int = GROUP_SIZE, *, name: str = "the layer"
 ) -> IntegerWeight:
     """``weight (out, in)`` in integers of ``bits`` bits that lose little of ``tr(Δ G Δᵀ)``: no row more than by rounding it.
-    With ``outputs``, the whitening of ``S (out, out)``, little of ``tr(S Δ G Δᵀ)``: no more in all than by rounding it.
 
     Scales and zero points, of groups of ``group_size`` columns or a little less, minimise ``Σ_j G_jj Δ_j²`` of their group over
     some ranges. What is lost is measured on ``Δ`` itself, in float32. Raises NumericsError where the weight holds a NaN or an
@@ -67,11 +56,7 @@ def quantize(
     scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
     grid = _grid(scaled, whitening, bits, group_size)
     codes = _rounded(scaled, grid)
-    if outputs is not None and not outputs.is_identity:
-        planes = by_planes_of_both(scaled, whitening, outputs, grid, DAMPENING_FRAC)
-        lost, better = (_energy(scaled - grid.with_codes(c).dense(), whitening, outputs) for c in (codes, planes))
-        codes = planes if better < lost else codes
-    elif not whitening.is_identity:
+    if not whitening.is_identity:
         lost = _row_energies(scaled - grid.with_codes(codes).dense(), whitening)
         planes = _by_planes(scaled, whitening, grid)
         better = _row_energies(scaled - grid.with_codes(planes).dense(), whitening) < lost
@@ -87,14 +72,12 @@ def quantize_factors(
     bits: int,
     group_size: int = GROUP_SIZE,
     *,
-    outputs: Whitening | None = None,
     name: str = "the layer",
 ) -> tuple[IntegerWeight, IntegerWeight]:
     """``up`` and ``down`` of ``weight ≈ up down`` in integers, rounded in turn.
 
-    ``down`` first, under ``G``: with orthonormal columns of ``up``, or where ``outputs`` is the whitening of ``S`` with
-    ``upᵀ S up = I``, what it loses is what the layer loses. Then ``up`` is fitted anew to what became of it,
-    ``W G dᵀ (d G dᵀ)⁻¹``, the best for each ``S``, and rounded under ``d G dᵀ (r, r)`` and ``S``.
+    ``down`` first, under ``G``: with orthonormal columns of ``up`` what it loses is what the layer loses. Then ``up`` is fitted
+    anew to what became of it, ``W G dᵀ (d G dᵀ)⁻¹``, and rounded under ``d G dᵀ (r, r)``.
     """
     down = quantize(factors.down, whitening, bits, group_size, name=name)
     kept = down.dense()
@@ -102,7 +85,7 @@ def quantize_factors(
     inner = Whitening(seen @ kept.T, whitening.dampening_frac, name=name)
     root, cross = inner.root(torch.float32), weight.float() @ seen.T / inner.scale
     up = torch.cholesky_solve(cross.T, root).T
-    return quantize(up, inner, bits, group_size, outputs=outputs, name=name), down
+    return quantize(up, inner, bits, group_size, name=name), down
 
 
 def quantize_with_factors(
@@ -120,29 +103,22 @@ def quantize_with_factors(
     """``weight ≈ Q + up down``: ``Q`` in integers, and the factors ``up (out, r)`` and ``down (r, in)`` of what it leaves, in
     ``factor_bits``.
 
-    With ``outputs`` all three keep predictions (:mod:`emloc_ray.core.two_sided`); ``seed`` is that of the factorization's
+    With ``outputs`` the factors keep predictions (:mod:`emloc_ray.core.two_sided`); ``seed`` is that of the factorization's
     start.
     """
     wide = weight.detach().to(torch.float32)
-    whole = quantize(wide, whitening, bits, group_size, outputs=outputs, name=name)
+    whole = quantize(wide, whitening, bits, group_size, name=name)
     residual = wide - whole.dense()
     if outputs is None:
         factors = factorize(residual, whitening, rank, seed=seed, name=name).factors
     else:
         factors = factorize_two_sided(residual, whitening, outputs, rank, seed=seed, name=name).factors
-    beside = quantize_factors(factors, residual, whitening, factor_bits, group_size, outputs=outputs, name=name)
-    return whole, *beside
+    return whole, *quantize_factors(factors, residual, whitening, factor_bits, group_size, name=name)
 
 
 def _row_energies(difference: Tensor, whitening: Whitening) -> Tensor:
     """``Δ_i G' Δ_iᵀ`` of every row, ``(out,)``, float64."""
     return (difference @ whitening.matrix(torch.float32)).mul_(difference).sum(dim=1, dtype=torch.float64)
-
-
-def _energy(difference: Tensor, whitening: Whitening, outputs: Whitening) -> Tensor:
-    """``tr(S' Δ G' Δᵀ)``, float64."""
-    weighed = outputs.matrix(torch.float32) @ difference
-    return (difference @ whitening.matrix(torch.float32)).mul_(weighed).sum(dtype=torch.float64)
 
 
 def _rounded(weight: Tensor, grid: IntegerWeight) -> Tensor:

@@ -68,7 +68,7 @@ class Layout:
     def weighed(self) -> tuple[str, ...]:
         """The linears whose outputs need gradients."""
         if self.objective == "predictions" and self.budget is None:
-            return tuple(name for name in self.compressed if name in self.ranks or name in self.bits)
+            return tuple(self.ranks)
         return self.allocated
 
     def may_be_dense(self, name: str) -> bool:

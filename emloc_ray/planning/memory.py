@@ -90,12 +90,9 @@ class MemoryModel(CalibrationMemory):
         weight = max(spec.num_parameters for spec in group) * (stored + FLOAT + DOUBLE)
         factors = sum(self.layout.kept(spec) for spec in group) * self.file_itemsize
         weighed = set(self.layout.weighed)
-        # A sum of gradients: as summed, damped, its root; of integers the root by energy too, and what it feeds to other
-        # rows; and the weight that it weighs.
-        in_integers = self.layout.budget is not None or bool(self.layout.bits)
-        matrices = 5 if in_integers else 3
+        # A sum of gradients: as summed, damped, its root; and the weight that it weighs.
         sums = max(
-            (matrices * gradient_bytes(spec) + FLOAT * spec.num_parameters for spec in group if spec.name in weighed),
+            (3 * gradient_bytes(spec) + FLOAT * spec.num_parameters for spec in group if spec.name in weighed),
             default=0,
         )
         damped += sums

@@ -25,13 +25,7 @@ from emloc_ray.planning.prepared import prepare
 FORMS: tuple[dict[str, object], ...] = (
     {"quantization": "nf4", "compression_ratio": 0.25},
     {"quantization": "nf4", "compression_ratio": 1.0},
-    {
-        "quantization": "int4",
-        "ratios": {"v_proj": 1.0},
-        "residual_rank": 4,
-        "group_size": 16,
-        "objective": "predictions",
-    },
+    {"quantization": "int4", "ratios": {"v_proj": 1.0}, "residual_rank": 4, "group_size": 16},
 )
 
 
@@ -106,8 +100,7 @@ def test_the_adapter_loads_on_the_original_and_is_what_was_merged(quantized_run:
 
 def test_the_quantization_is_among_the_inputs(quantized_run: FinishedRun) -> None:
     assert redone(quantized_run.values) == []
-    plain = {"quantization": "none", "residual_rank": 0, "objective": "activations"}
-    changed = quantized_run.changed(emulator={**plain, "compression_ratio": 0.25})
+    changed = quantized_run.changed(emulator={"quantization": "none", "residual_rank": 0, "compression_ratio": 0.25})
     assert redone(changed)[:2] == ["factorize", "finetune"]
 
 

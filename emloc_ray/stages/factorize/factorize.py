@@ -165,7 +165,7 @@ def _in_integers(
     """What is stored of a linear in integers, by what follows its name: its factors, or itself, with factors of the rest."""
     bits, size, rank = job.integers.bits[spec.name], job.integers.group_size, job.integers.residual_ranks.get(spec.name)
     if result is not None:
-        up, down = quantize_factors(result.factors, weight, inputs, bits, size, outputs=outputs, name=spec.name)
+        up, down = quantize_factors(result.factors, weight, inputs, bits, size, name=spec.name)
         made = {".up": up, ".down": down}
     elif rank is not None:
         beside = factor_bits(bits)
@@ -174,7 +174,7 @@ def _in_integers(
         )
         made = {".base": whole, ".up": up, ".down": down}
     else:
-        made = {"": quantize_integers(weight, inputs, bits, size, outputs=outputs, name=spec.name)}
+        made = {"": quantize_integers(weight, inputs, bits, size, name=spec.name)}
     return {part: {key: tensor.cpu() for key, tensor in stored.tensors(dtype).items()} for part, stored in made.items()}
 
 

@@ -16,9 +16,10 @@ class FactorizationJob:
     ``groups`` are the linears that share an input; those without a rank in ``ranks`` stay dense. ``renamed`` are the tensors
     whose names in the checkpoint are not the model's own, which the emulator's are. ``in_4bit`` are the linears stored in 4
     bits, as factors or dense, ``without_gram`` those of them that have no Gram; ``kept_wide`` are linears elsewhere in the
-    model that stay wide. ``gradients_dir`` holds the sums of gradients that weigh outputs, where factors and integers are to
-    keep the model's predictions instead of each layer's outputs. ``by_weights``: factors are the weights' own truncated SVD,
-    whose errors alone are measured under the Grams. ``storage`` is how they are stored, ``integers`` which linears in integers.
+    model that stay wide. ``gradients_dir`` holds the sums of gradients that weigh outputs, where factors are to keep the
+    model's predictions instead of each layer's outputs. ``by_weights``: factors are the weights' own truncated SVD, whose
+    errors alone are measured under the Grams. ``storage`` is how they are stored, ``integers`` which linears in integers;
+    ``weighs_residuals``: outputs are weighed for the factors beside these too.
     """
 
     model_dir: Path
@@ -36,10 +37,11 @@ class FactorizationJob:
     by_weights: bool = False
     storage: Storage = "factors"
     integers: IntegerForms = field(default_factory=IntegerForms)
+    weighs_residuals: bool = False
 
     def weighs(self, name: str) -> bool:
-        """Whether sums of gradients weigh what a linear's factors and integers lose, where there are any."""
-        return name in self.ranks or (name in self.integers.bits and name not in self.without_gram)
+        """Whether a linear has factors that sums of gradients weigh, where there are any."""
+        return name in self.ranks or (self.weighs_residuals and name in self.integers.residual_ranks)
 
     @property
     def packed(self) -> frozenset[str]:

@@ -84,21 +84,16 @@ def factorization_job(context: Context, layout: Layout | None = None) -> Factori
         by_weights=layout.objective == "weights",
         storage=layout.storage,
         integers=layout.forms,
+        weighs_residuals=layout.budget is not None and _reads_gradients(layout),
     )
 
 
 def _reads_gradients(layout: Layout) -> bool:
-    return layout.objective == "predictions" and bool(layout.weighed)
+    return layout.objective == "predictions" and (bool(layout.ranks) or layout.budget is not None)
 
 
 def _storage(layout: Layout) -> Inputs:
     return {"storage": layout.storage} if layout.storage != "factors" else {}
-
-
-def _rounding(layout: Layout) -> Inputs:
-    """By what integers are rounded, where not by Grams alone."""
-    stored = bool(layout.bits) or layout.budget is not None
-    return {"rounding": "both sides"} if stored and _reads_gradients(layout) else {}
 
 
 def _weighing(context: Context) -> Inputs:
@@ -131,7 +126,7 @@ def _budget(context: Context) -> Inputs:
     if layout.budget is None:
         return {"budget": {name: layout.ranks[name] for name in layout.allocated}}
     storing = dataclasses.asdict(layout.storing(file_dtype(context.prepared).itemsize))
-    return {"budget": layout.budget, "linears": layout.allocated, "storing": storing, **_rounding(layout)}
+    return {"budget": layout.budget, "linears": layout.allocated, "storing": storing}
 
 
 def _factorize_inputs(context: Context) -> Inputs:
@@ -150,7 +145,6 @@ def _factorize_inputs(context: Context) -> Inputs:
             else {}
         ),
         **({"integers": [layout.group_size, config.emulator.residual_rank]} if layout.bits else {}),
-        **_rounding(layout),
         **_storage(layout),
         "calibrate": context.made.get(CALIBRATE.name, ""),
         "model": context.model_key,

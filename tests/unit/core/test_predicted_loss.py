@@ -42,19 +42,17 @@ def lost(weight: torch.Tensor, made: torch.Tensor, inputs: Whitening, outputs: W
 
 
 def made(weight: torch.Tensor, inputs: Whitening, outputs: Whitening, form: Form, plain: bool) -> torch.Tensor:
-    weighing = None if plain else outputs
-
     def factors(matrix: torch.Tensor, rank: int, bits: int | None) -> torch.Tensor:
         found = factorize(matrix, inputs, rank) if plain else factorize_two_sided(matrix, inputs, outputs, rank)
         if bits is None:
             return found.factors.up @ found.factors.down
-        up, down = quantize_factors(found.factors, matrix, inputs, bits, GROUP, outputs=weighing)
+        up, down = quantize_factors(found.factors, matrix, inputs, bits, GROUP)
         return up.dense() @ down.dense()
 
     if form.rank is not None:
         return factors(weight, form.rank, form.bits)
     assert form.bits is not None
-    whole = quantize(weight, inputs, form.bits, GROUP, outputs=weighing).dense()
+    whole = quantize(weight, inputs, form.bits, GROUP).dense()
     return whole + (factors(weight - whole, form.residual_rank, max(form.bits, 4)) if form.residual_rank else 0)
 
 
@@ -64,9 +62,7 @@ def test_each_form_loses_about_what_is_expected(layer: tuple[torch.Tensor, White
     expected = form_losses(weight, inputs, outputs, FORMS, GROUP, plain=plain)
     for form, loss in zip(FORMS, expected.tolist(), strict=True):
         measured = lost(weight, made(weight, inputs, outputs, form, plain), inputs, outputs)
-        within = (
-            1.02 if form.rank is not None and form.bits is None else 2.2 if form.bits == 8 else 1.35 if plain else 1.45
-        )
+        within = 1.02 if form.rank is not None and form.bits is None else 2.2 if form.bits == 8 else 1.35
         assert measured / within < loss < measured * within, (form, loss / measured)
 
 

@@ -116,11 +116,9 @@ def in_integers(t: dict[str, Tensor]) -> Any:
     whitening = Whitening(t["gram"], 1e-2)
     alone, inside = quantize(t["weight"], whitening, 3, 16), quantize_factors(plain(t)[0], t["weight"], whitening, 4, 8)
     found, *beside = quantize_with_factors(t["weight"], whitening, 2, R, 4, 16)
-    weighing = Whitening(t["gradients"], 1e-2)
-    both = quantize(t["weight"], whitening, 3, 16, outputs=weighing).dense()
     weights = [weight.dense() for weight in (alone, *inside, found, *beside)]
-    lost = [whitening.energy(t["weight"] - made) for made in (weights[0], both, weights[3] + weights[4] @ weights[5])]
-    return weights[0], both, lost, (weights[1] @ weights[2]).norm().item()
+    lost = [whitening.energy(t["weight"] - made) for made in (weights[0], weights[3] + weights[4] @ weights[5])]
+    return weights[0], lost, (weights[1] @ weights[2]).norm().item()
 
 
 def through_integers(t: dict[str, Tensor]) -> Any:

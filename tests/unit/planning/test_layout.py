@@ -185,11 +185,6 @@ def test_ranks_that_follow_from_data_are_those_whose_ratio_no_pattern_names() ->
     assert layout(emulator={**options, "objective": "predictions"}).weighed == tuple(found.ranks)
     whole = layout(emulator={"allocation": "sensitivity", "objective": "predictions", "compression_ratio": 1.0})
     assert whole.allocated == whole.weighed == ()
-    rounded = {"quantization": "int3", "compression_ratio": 1.0, "exclude_modules": ["down_proj"]}
-    assert layout(emulator=rounded).weighed == ()
-    by_predictions = layout(emulator={**rounded, "objective": "predictions"})
-    assert by_predictions.weighed == by_predictions.compressed  # and not the linears without a Gram
-    assert set(by_predictions.weighed) < set(by_predictions.bits)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
