@@ -63,8 +63,7 @@ def draw(models: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) -> Non
 
     size = (6 * len(models), 5)
     figure, panels = pyplot.subplots(1, len(models), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    palette = matplotlib.colormaps["tab20"]
-    colours = {kind: palette(number) for number, kind in enumerate(KINDS)}
+    colours = {kind: f"C{number}" for number, kind in enumerate(KINDS)}
     for axes, (model, lines) in zip(panels[0], models.items(), strict=True):
         for kind, line in lines.items():
             ours = KINDS[kind][1]
