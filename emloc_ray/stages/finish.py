@@ -23,10 +23,21 @@ if TYPE_CHECKING:
     from emloc_ray.stages.ray.tasks import Progress, Resources
 
 
+# Of the fine-tuning's learning rate: Adam knows no gradients yet, and few steps follow that make up for a wide one. Six steps of
+# the 135M took a task of short answers from 2.66 to 2.76 nats with all of it, to 2.59 with 0.3 of it.
+LEARNING_RATE_SHARE = 0.3
+
+
 def finishing_job(context: Context, name: str) -> FinetuneJob:
-    """Goes on with the rows that the fine-tuning would read next; ``name`` is what a later try goes on from."""
+    """Goes on with the rows that the fine-tuning would read next, at a learning rate that falls to zero from
+    :data:`LEARNING_RATE_SHARE` of the fine-tuning's; ``name`` is what a later try goes on from."""
     config, job = context.prepared.config, finetune_job(context, name)
-    falls = {"lr_scheduler_type": "linear", "warmup_steps": 0, "logging_steps": 1}
+    falls = {
+        "learning_rate": LEARNING_RATE_SHARE * config.finetune.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "logging_steps": 1,
+    }
     checkpoints = {"gradient_checkpointing": runs_again(config)}
     return replace(
         job,
@@ -54,6 +65,7 @@ def _inputs(context: Context) -> Inputs:
         "options": context.model_options,
         "finetune": learned(context.prepared.as_asked.config.finetune),
         "steps": [steps_of(context), config.finetune.exact_steps],
+        "learning_rate_share": LEARNING_RATE_SHARE,
         "seed": config.seed,
     }
 

@@ -68,10 +68,11 @@ def test_the_finished_adapter_is_better_and_is_what_is_merged(runs: dict[str, Pl
     assert any(not torch.equal(corrected[name], finished[name]) for name in corrected)
 
 
-def test_it_reads_the_rows_that_come_next(runs: dict[str, PlainRun]) -> None:
+def test_it_reads_the_rows_that_come_next_at_a_lower_learning_rate(runs: dict[str, PlainRun]) -> None:
     job = finishing_job(runs["offloaded"].context, "x")
     assert (job.steps_before, job.max_steps) == (4, STEPS)
     assert job.training_arguments["lr_scheduler_type"] == "linear"
+    assert job.training_arguments["learning_rate"] == pytest.approx(0.3 * 2e-3)
 
 
 def test_without_steps_there_is_no_such_stage(runs: dict[str, PlainRun]) -> None:
