@@ -19,11 +19,9 @@ MODELS = {"SmolLM2 135M": "frontier", "Gemma 3 270M": "frontier_gemma"}  # and t
 # What joins a kind's methods, and whether the kind is ours.
 KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
     "one budget over ranks and bits": (("budget_1.1", "budget_2.4"), True),
-    "low rank, refined and healed, in NF4": (("quarter_nf4_healed", "quarter_nf4_refined_healed"), True),
     "low rank in NF4": (("quarter_nf4", "factors_nf4"), True),
     "low rank": (("quarter", "factors"), True),
     "low rank, refined": (("factors_refined",), True),
-    "low rank, refined and healed": (("factors_refined_healed",), True),
     "2 bits and rank 8": (("int2_rank8",), True),
     "2, 3, 4 and 8 bits (GPTQ)": (("int2", "int3", "int4", "int8"), True),
     "NF4 (QLoRA)": (("nf4",), False),
