@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def test_blocks_are_refined(artifacts: Artifacts, emulator_dir: Path, tmp_path: 
         job = RefinementJob(
             artifacts.model_dir, emulator_dir, artifacts.tokens_dir, root / "work", root / "out", 10, 0.01
         )
+        gc.collect()  # what earlier tests left on the device would be freed on the way
         METER.restart()
         refine_blocks(replace(job, batch_size=4, model_options=options))
         found.append(fits(job))
