@@ -81,7 +81,7 @@ PUBLISHED = {
     "gpu": "gpu.json",
 }
 TABLES = {
-    "speed.json": ("factorization", "layers", "calibration", "step", "growth", "ray"),
+    "speed.json": ("factorization", "layers", "calibration", "step", "growth", "ray", "offloading"),
     "tasks.json": ("tasks", "scheduling", "training"),
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 import benchmark
 import pytest
 from ablations.tables import render
-from benchmarks import allocation, figures, many_tasks, memory, whole_runs, within_inference
+from benchmarks import allocation, figures, many_tasks, memory, offloading, whole_runs, within_inference
 from faulting.task import make_config
 from gguf_files import write_gguf
 from small_runs import task_rows, write_jsonl
@@ -32,6 +32,8 @@ SMALL = {
     "merge": {"cpus_per_worker": 1},
     "evaluation": {"num_workers": 1, "num_samples": 16, "num_exact_match": 0, "num_generations": 0},
 }
+
+LITTLE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 @pytest.fixture
@@ -109,6 +111,9 @@ def test_speed(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -
         "SIZES": {"small": (8, 1, 8), "large": (16, 4, 16)},
     }.items():
         monkeypatch.setattr(whole_runs, name, few)
+    monkeypatch.setattr(offloading, "LARGE", LITTLE)
+    monkeypatch.setattr(offloading, "DEPTH", 2)
+    monkeypatch.setattr(offloading, "SHAPE", (1, 16))
     published, found = publish(" ".join(benchmark.TABLES["speed.json"]))
     assert header(published) == header(committed("speed.json"))
     lines = {what: line for part in published["parts"].values() for what, line in part.items()}
@@ -151,9 +156,7 @@ def test_better_ranks(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyP
 
 
 def test_memory(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        memory, "LARGE", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    )
+    monkeypatch.setattr(memory, "LARGE", LITTLE)
     monkeypatch.setattr(memory, "BATCHES", (1,))
     published, found = publish("memory")
     large = "bfloat16" if has_bfloat16(cpu_capabilities()) else "float32"
