@@ -29,7 +29,6 @@ _DECIDED: dict[str, tuple[Any, ...]] = {
     "quantization": ("none",),
     "residual_rank": (0,),
     "refinement": (False,),
-    "healing": (False,),
     "allocation": ("sensitivity",),
 }
 
@@ -154,11 +153,6 @@ class EmulatorConfig(StageConfig):
             raise ValueError(
                 f"residual_rank: {self.residual_rank} is of factors beside integers: set quantization to int2, int3, int4"
                 " or int8, or remove it"
-            )
-        if self.bits is not None and self.heals is not None:
-            raise ValueError(
-                f"healing grows factors, which quantization: {self.quantization} has rounded by then: take nf4 or none, or"
-                " remove healing"
             )
         if self.bits is not None and self.storage == "pivoted":
             raise ValueError(

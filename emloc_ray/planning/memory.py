@@ -136,12 +136,16 @@ class MemoryModel(CalibrationMemory):
         }
 
     def heal(self) -> Parts:
-        """The training, or the original's pass over its batches before it; the larger."""
+        """The training, the original's pass over its batches before it, or the rounding of grown factors under their Grams after
+        it; the largest."""
         healing, training = self.config.emulator.heals, self.healing()
         if healing is None:
             return training
+        from emloc_ray.planning.training import rounded_late  # as below
+
         rows = healing.per_device_train_batch_size or self.config.finetune.per_device_train_batch_size
-        return max(training, self.teaching(rows).parts, key=total)
+        rounding = self.factorize() if rounded_late(self.layout, healing) else {}
+        return max(training, self.teaching(rows).parts, rounding, key=total)
 
     def teaching(self, rows: int) -> Held:
         """The original's pass over a batch of so many rows for its top logits, and a shard of these, put together."""

@@ -138,6 +138,11 @@ def _why_rows_mix(source: ModelSource, trust_remote_code: bool) -> str | None:
 def _check_healing(config: RunConfig, layout: Layout) -> None:
     healing = config.emulator.heals
     if healing is not None and not healed_layers(layout.ranks, healing.r):
+        if config.emulator.budget is not None:
+            raise ConfigError(
+                f"emulator.healing grows factors of a rank above healing.r ({healing.r}), and emulator.budget:"
+                f" {config.emulator.budget} is planned without: remove healing, or give a smaller budget."
+            )
         highest = max(layout.ranks.values(), default=0)
         raise ConfigError(
             f"emulator.healing.r is {healing.r}, and no linear's rank is above it (the highest is {highest}): lower it, or"

@@ -18,10 +18,18 @@ def factor_ranks(prepared: Prepared) -> dict[str, int]:
     return prepared.layout.ranks if healing is None else ranks_before_healing(prepared.layout.ranks, healing.r)
 
 
-def packs_late(prepared: Prepared) -> bool:
-    """Whether linears are put into 4 bits after healing: factors that grow have other blocks of 64 elements with a common
-    scale, so that packing them before would round weights twice."""
-    return prepared.layout.quantized and prepared.config.emulator.heals is not None
+def packed_late(layout: Layout, healing: HealingConfig | None) -> tuple[str, ...]:
+    """The linears that are put into few bits after healing: in NF4 all, in integers those that it grows. Grown factors have
+    other groups of weights with a common scale, so that packing them before would round weights twice."""
+    if healing is None:
+        return ()
+    grown = {*layout.in_4bit, *healed_layers(layout.ranks, healing.r)}
+    return tuple(name for name in layout.packed if name in grown)
+
+
+def rounded_late(layout: Layout, healing: HealingConfig | None) -> tuple[str, ...]:
+    """Those of :func:`packed_late` that are stored in integers, rounded under their Grams."""
+    return tuple(name for name in packed_late(layout, healing) if name in layout.bits)
 
 
 def healing_split(config: RunConfig) -> str:
@@ -41,7 +49,7 @@ def healing_training(config: RunConfig, healing: HealingConfig, layout: Layout) 
         "learning_rate": healing.learning_rate or finetune.learning_rate,
         "per_device_train_batch_size": healing.per_device_train_batch_size or finetune.per_device_train_batch_size,
     }
-    healed = healed_layers(layout.ranks, healing.r)
+    healed, late = healed_layers(layout.ranks, healing.r), set(packed_late(layout, healing))
     return Training(
         finetune.model_copy(update=learned),
         AdapterConfig(r=healing.r, lora_alpha=healing.lora_alpha),
@@ -52,6 +60,8 @@ def healing_training(config: RunConfig, healing: HealingConfig, layout: Layout) 
             portable_targets=healed,
             adapter_parameters=None,
             quantization="none",
+            bits={name: bits for name, bits in layout.bits.items() if name not in late},
+            budget=None,
         ),
         healing_split(config),
     )

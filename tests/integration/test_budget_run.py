@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from layer_differences import assert_covariance_corrects
-from small_runs import FinishedRun, redone
+from small_runs import FinishedRun, redone, run_values
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.config.reading import parse_config
@@ -89,3 +89,31 @@ def test_the_page_tells_of_it_and_a_changed_budget_is_spent_anew(budget_run: Fin
     assert redone(changed)[:2] == ["allocate", "factorize"]
     manifest = json.loads((budget_run.root / "manifest.json").read_text())
     assert "compression_ratio" not in manifest["config"]["emulator"]
+
+
+def test_factors_that_healing_grows_are_rounded_after_it(budget_run: FinishedRun, tmp_path: Path) -> None:
+    run = budget_run.copy(tmp_path)
+    values = run.changed(emulator={"budget": "2.6 bits", "storage": "factors", "healing": {"steps": 4, "r": 1}})
+    reporter = run_values(values)
+    assert reporter.started[:4] == ["allocate", "factorize", "heal", "finetune"]
+    forms, metrics = read_forms(run.root / "allocation"), json.loads((run.root / "metrics.json").read_text())
+    before, after = (Checkpoint(run.root / place) for place in ("emulator", "emulator_healed"))
+    grown = [name for name, form in forms.items() if form.bits is not None and (form.rank or 0) > 1]
+    assert grown
+    for name in grown:
+        assert before.entry(f"{name}.down.weight").shape[0] == forms[name].rank - 1
+        assert f"{name}.down.weight" not in after
+        assert f"{name}.down.int{forms[name].bits}" in after
+    whole = [name for name, form in forms.items() if form.bits is not None and form.rank is None]
+    assert all(f"{name}.int{forms[name].bits}" in before for name in whole if not forms[name].residual_rank)
+    assert metrics["emulator"]["bytes"] == after.num_bytes
+    assert metrics["emulator"]["bits_per_weight"] <= 2.6
+    assert metrics["evaluation"]["emulator_adapter"]["loss"] < metrics["evaluation"]["emulator"]["loss"]
+    trained, corrected = Adapter(run.root / "adapter_emulator"), Adapter(run.root / "adapter")
+    for name in set(trained.names) & set(grown):
+        weight = Checkpoint(run.model_dir).read(f"{name}.weight").double()
+        held = emulator_weight(after, name, weight.shape[1])
+        assert held is not None
+        gram = GramStore(run.root / "calibration").read(name)
+        modules = trained.module(name), corrected.module(name)
+        assert_covariance_corrects(weight, held.rows().double(), *modules, gram, name)

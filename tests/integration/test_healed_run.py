@@ -128,6 +128,7 @@ def test_the_adapter_is_trained_corrected_and_measured_on_the_healed_one(healed_
         ("emulator", {"healing": {**HEALING, "num_teacher_logits": 5}}, ["heal", *AFTER]),
         ("emulator", {"healing": {**HEALING, "r": 3}}, ["factorize", "heal", *AFTER]),
         ("emulator", {"quantization": "nf4"}, ["heal", *AFTER]),
+        ("emulator", {"quantization": "int4"}, ["factorize", "heal", *AFTER]),
     ],
 )
 def test_a_changed_config_redoes_what_depends_on_it(

@@ -10,7 +10,7 @@ from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import CANDIDATES, MemoryModel
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.training import packs_late
+from emloc_ray.planning.training import packed_late
 from emloc_ray.planning.work import block_work, emulator_work, head_work, rows_selected_on, tokens_adapted
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS
 from emloc_ray.stages.context import Context, Inputs, Result
@@ -60,7 +60,7 @@ def correction_job(context: Context) -> CorrectionJob:
 def _residuals(context: Context) -> dict[str, Any]:
     """What the factorization measured of weights that are stored so still, but for what healing joined to their factors.
 
-    Refined factors are others, as are those that are put into 4 bits or pivoted once they are healed, and dense weights put
+    Refined factors are others, as are those that are put into few bits or pivoted once they are healed, and dense weights put
     into 4 bits then.
     """
     prepared, layers = context.prepared, context.results.get("factorize", {}).get("layers", {})
@@ -71,7 +71,7 @@ def _residuals(context: Context) -> dict[str, Any]:
     if healing is not None:
         layout = context.layout_made
         healed = dict.fromkeys(healed_layers(layout.ranks, healing.r), healing.r)
-        anew = {*(layout.packed if packs_late(prepared) else ()), *(healed if layout.storage == "pivoted" else ())}
+        anew = {*packed_late(layout, healing), *(healed if layout.storage == "pivoted" else ())}
         residuals = {name: energy for name, energy in residuals.items() if name not in anew}
     return {
         "residuals": {name: energy for name, energy in residuals.items() if energy is not None},

@@ -68,7 +68,7 @@ def factorize_group(
     Inf, naming the layer.
     """
     checkpoint = Checkpoint(job.model_dir)
-    whitening = functools.cache(functools.partial(_whitening, gram, job.dampening_frac, device, tensors_read))
+    whitening = functools.cache(functools.partial(whitening_of, gram, job.dampening_frac, device, tensors_read))
     alike = functools.cache(functools.partial(Whitening.identity, specs[0].in_features, device))
     inputs = alike if job.by_weights else whitening
     gradients = None if job.gradients_dir is None else GramStore(job.gradients_dir)
@@ -114,8 +114,11 @@ def _weight(
     return (tensors_read.weights[spec.name] if tensors_read else spec.read_weight(checkpoint)).to(device)
 
 
-def _whitening(
-    gram: StoredGram | None, dampening_frac: float, device: torch.device | str, tensors_read: GroupTensors | None
+def whitening_of(
+    gram: StoredGram | None,
+    dampening_frac: float,
+    device: torch.device | str = "cpu",
+    tensors_read: GroupTensors | None = None,
 ) -> Whitening:
     """The whitening of a group's Gram; the identity of linears without a calibration token, such as a vision tower's without
     images: their best factors are then those of the weight alone."""

@@ -19,7 +19,7 @@ from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.model_bytes import file_dtype
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.training import factor_ranks, factorize_work, healing_training, packs_late
+from emloc_ray.planning.training import factor_ranks, factorize_work, healing_training, packed_late
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS, gradient_inputs
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.factorize.job import FactorizationJob
@@ -67,7 +67,9 @@ def factorization_job(context: Context, layout: Layout | None = None) -> Factori
     prepared = context.prepared if layout is None else replace(context.prepared, layout=layout)
     emulator, layout = prepared.config.emulator, prepared.layout
     placed = {spec.name: spec for spec in context.specs()}
-    in_4bit, targeted = () if packs_late(prepared) else layout.in_4bit, set(layout.compressed)
+    late, targeted = set(packed_late(layout, emulator.heals)), set(layout.compressed)
+    in_4bit = tuple(name for name in layout.in_4bit if name not in late)
+    early = {name: bits for name, bits in layout.bits.items() if name not in late}
     return FactorizationJob(
         model_dir=context.model_dir,
         out_dir=context.path("emulator"),
@@ -83,7 +85,7 @@ def factorization_job(context: Context, layout: Layout | None = None) -> Factori
         gradient_dampening_frac=emulator.gradient_dampening_frac,
         by_weights=layout.objective == "weights",
         storage=layout.storage,
-        integers=layout.forms,
+        integers=replace(layout.forms, bits=early),
         weighs_residuals=layout.budget is not None and _reads_gradients(layout),
     )
 
@@ -141,7 +143,7 @@ def _factorize_inputs(context: Context) -> Inputs:
         **(_weighing(context) if objective == "predictions" else {}),
         **(
             {"quantization": config.emulator.quantization}
-            if config.emulator.quantization != "none" and not packs_late(context.prepared)
+            if config.emulator.quantization != "none" and not (heals is not None and layout.in_4bit)
             else {}
         ),
         **({"integers": [layout.group_size, config.emulator.residual_rank]} if layout.bits else {}),

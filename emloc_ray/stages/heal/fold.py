@@ -1,6 +1,6 @@
 """Fold: a LoRA trained on an emulator becomes part of its factors; one Ray task a shard, the other tensors byte for byte."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +8,19 @@ import torch
 
 from emloc_ray.core.factorization import LowRankFactors
 from emloc_ray.core.healing import added_factors
+from emloc_ray.core.integer_forms import IntegerForms
 from emloc_ray.core.pivoting import PivotedFactors, pivot
 from emloc_ray.core.precision import exact_float32
+from emloc_ray.core.quantization import quantize_factors
 from emloc_ray.core.ranks import Storage
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
+from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.io.formats.shards import copy_chunks, make_header, stream_shard, write_tensors
 from emloc_ray.io.store.node_cache import exists
 from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.quantization import quantize
-from emloc_ray.stages.factorize.factorize import finish_emulator
+from emloc_ray.stages.factorize.factorize import finish_emulator, whitening_of
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, run_tasks, silent
 
@@ -32,7 +35,8 @@ class FoldJob:
     ``ranks`` are those that the layers end with, ``healed`` the layers that the adapter in ``adapter_dir`` adapts.
     ``in_4bit`` are the linears, factors and dense ones, that are put into 4 bits on the way; the ``transposed`` of them are
     stored ``(in, out)``. ``kept_wide`` are linears elsewhere in the model that stay wide. ``storage`` is that of the
-    factors, before and after.
+    factors, before and after. ``integers`` are those of the emulator that is written: the healed linears among them are
+    rounded on the way, under their Grams in ``calibration_dir``, damped by ``dampening_frac``.
     """
 
     emulator_dir: Path
@@ -44,10 +48,13 @@ class FoldJob:
     transposed: tuple[str, ...] = ()
     kept_wide: tuple[str, ...] = ()
     storage: Storage = "factors"
+    integers: IntegerForms = field(default_factory=IntegerForms)
+    calibration_dir: Path | None = None
+    dampening_frac: float = 1e-6
 
     @property
     def changed(self) -> frozenset[str]:
-        """The linears that are healed or put into 4 bits."""
+        """The linears that are healed or put into few bits."""
         return frozenset(self.in_4bit) | frozenset(self.healed)
 
 
@@ -105,12 +112,14 @@ def _grown(job: FoldJob, name: str, factors: LowRankFactors) -> LowRankFactors:
 
 
 def make_linear(job: FoldJob, name: str, entries: dict[str, TensorEntry]) -> dict[str, torch.Tensor]:
-    """The tensors of a linear: its factors grown where it is healed, and pivoted anew where they were; in 4 bits. ``entries``
+    """The tensors of a linear: its factors grown where it is healed, and pivoted anew where they were; in few bits. ``entries``
     are the emulator's tensors of the linear, by the part that each is."""
     weights = {part: entry.read_rows() for part, entry in entries.items()}
     order = weights.pop(".order", None)
     if name in job.healed:
         factors = LowRankFactors(weights[".up"], weights[".down"])
+        if name in job.integers.bits:
+            return _in_integers(job, name, _grown(job, name, factors), entries[".up"].dtype)
         if order is None:
             weights[".up"], weights[".down"] = _grown(job, name, factors)
         else:
@@ -124,6 +133,20 @@ def make_linear(job: FoldJob, name: str, entries: dict[str, TensorEntry]) -> dic
             stored = quantize(weight.T if turned else weight, entries[part].dtype, name)
         tensors |= {f"{name}{part}.{key}": tensor for key, tensor in stored.items()}
     return tensors
+
+
+def _in_integers(job: FoldJob, name: str, factors: LowRankFactors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Grown factors rounded under the Gram of their inputs, with orthonormal columns of ``up`` as they are rounded best."""
+    assert job.calibration_dir is not None
+    q, upper = torch.linalg.qr(factors.up.double())
+    plain = LowRankFactors(q.float(), (upper @ factors.down.double()).float())
+    whitening = whitening_of(GramStore(job.calibration_dir).stored(name), job.dampening_frac)
+    bits, group_size = job.integers.bits[name], job.integers.group_size
+    up, down = quantize_factors(plain, plain.up @ plain.down, whitening, bits, group_size, name=name)
+    parts = {".up": up, ".down": down}
+    return {
+        f"{name}{part}.{key}": tensor for part, stored in parts.items() for key, tensor in stored.tensors(dtype).items()
+    }
 
 
 @exact_float32()
@@ -150,4 +173,4 @@ def fold(
     run_tasks(write_piece, job, work, resources, Losses("heal", tell), progress)
     kept_wide = job.kept_wide if job.in_4bit else None
     files = [piece.file for piece in shards]
-    return finish_emulator(files, base_config, job.emulator_dir, job.ranks, job.storage, kept_wide)
+    return finish_emulator(files, base_config, job.emulator_dir, job.ranks, job.storage, kept_wide, job.integers)

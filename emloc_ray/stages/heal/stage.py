@@ -15,8 +15,9 @@ from emloc_ray.io.runs.resume import discard_both_unless
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.training import healing_training
+from emloc_ray.planning.training import factorize_work, healing_training, rounded_late
 from emloc_ray.planning.work import block_work, emulator_work, head_work, num_train_sequences, passes, rows_a_step
+from emloc_ray.stages.calibrate.stage import CALIBRATE
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import finetune_job, learned
 from emloc_ray.stages.stage import Stage, by_weights, part
@@ -72,6 +73,9 @@ def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJ
         tuple(s.name for s in layout.specs if s.transposed and s.routed_share is None),
         layout.kept_wide,
         layout.storage,
+        layout.forms,
+        context.path("calibration"),
+        config.emulator.dampening_frac,
     )
     return HealingJob(teacher, training, fold)
 
@@ -123,11 +127,18 @@ def _cost(memory: MemoryModel) -> StageCost:
     return StageCost(
         own.heal(),
         flops=learning + taught * 2 * (block_work(layout) + 4 * head),
+        float32_flops=factorize_work(prepared) if rounded_late(layout, healing) else 0,
         moved_bytes=memory.moved(hold, taught / lengths.mean, batch_size),
         disk_bytes=int(memory.emulator_files + taught * healing.num_teacher_logits * BYTES_PER_LOGIT + 4 * 4 * lora),
         efficiency=0.2,
         start_seconds=30,
     )
+
+
+def _rounds(context: Context) -> bool:
+    """Whether it rounds what it grew, which takes Grams."""
+    healing = context.prepared.config.emulator.heals
+    return bool(rounded_late(context.layout_made, healing))
 
 
 def no_healing(config: RunConfig) -> str | None:
@@ -154,6 +165,7 @@ HEAL = Stage(
     run=_heal,
     cost=_cost,
     steps=_steps,
+    reads=lambda context: (CALIBRATE.name,) if _rounds(context) else (),
     shares=by_weights,
     resumes=True,
     summary=lambda result: f"{result['steps']} steps, mean divergence from the original {result['train_loss']:.3f}",

@@ -407,10 +407,6 @@ def test_a_lone_worker_may_share_a_gpu_and_checkpointing_needs_no_reentrance() -
             "residual_rank: 8 is of factors beside integers: set quantization to int2, int3, int4 or int8",
         ),
         (
-            {"quantization": "int2", "healing": {"steps": 5}},
-            "healing grows factors, which quantization: int2 has rounded",
-        ),
-        (
             {"quantization": "int4", "refinement": {"steps": 5}},
             "refinement fits factors in floats, which quantization: int4 has rounded",
         ),

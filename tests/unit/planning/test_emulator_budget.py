@@ -20,6 +20,7 @@ from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.planning.training import healing_training, rounded_late
 from emloc_ray.stages.factorize.stage import uneven_groups
 
 
@@ -59,6 +60,18 @@ def test_bytes_are_those_of_the_whole_emulator(values: dict[str, Any]) -> None:
     assert prepared.layout.budget + rest == 200 * 2**10
 
 
+def test_what_a_budget_gives_is_healed_in_floats_where_it_grows(values: dict[str, Any]) -> None:
+    prepared = of(values, "1.2 bits", healing={"steps": 3, "r": 1})
+    healing, layout = prepared.config.emulator.heals, prepared.layout
+    assert healing is not None
+    assert set(rounded_late(layout, healing)) == {name for name, rank in layout.ranks.items() if rank > 1}
+    trained = healing_training(prepared.config, healing, layout).layout
+    assert {name for name in trained.ranks if name in trained.bits} == {n for n, r in layout.ranks.items() if r == 1}
+    assert trained.stored_bytes(2) > layout.stored_bytes(2)
+    with pytest.raises(ConfigError, match=r"emulator.budget: 2.9 bits is planned without: remove healing"):
+        of(values, "2.9 bits", healing={"steps": 3, "r": 1})
+
+
 def test_linears_that_are_left_out_are_not_counted(values: dict[str, Any]) -> None:
     layout = of(values, "4 bits", exclude_modules=["down_proj"]).layout
     names = {spec.name for spec in layout.specs} - set(layout.compressed)
@@ -89,7 +102,6 @@ def test_what_holds_every_linear_as_it_is_is_refused(values: dict[str, Any], bud
         ({"budget": "0 bits"}, "'0 bits' is no budget"),
         ({"budget": "2 bits", "compression_ratio": 0.5}, "compression_ratio is given too: remove one of them"),
         ({"budget": "2 bits", "quantization": "int4"}, "quantization is given too"),
-        ({"budget": "2 bits", "healing": {"steps": 3}}, "healing is given too"),
         ({"budget": "2 bits", "allocation": "uniform"}, "allocation is given too"),
         ({"budget": "2 bits", "objective": "weights"}, "objective: weights reads no data"),
     ],

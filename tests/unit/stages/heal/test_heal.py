@@ -19,20 +19,24 @@ from tiny import make_emulator, save_emulator
 from transformers import AutoConfig, AutoModelForCausalLM
 from vlms import save_vlm
 
+from emloc_ray.core.gram import Gram
 from emloc_ray.core.healing import ranks_before_healing
+from emloc_ray.core.integer_forms import IntegerForms
 from emloc_ray.data.ingest import SampleOrder
 from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.reading import Place
 from emloc_ray.data.token_shards import TokenShards, collate, shard_name, write_index, write_shard
 from emloc_ray.data.tokenizing import TokenizeOptions
 from emloc_ray.errors import ArtifactError, NumericsError
+from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.formats.grams import write_gram_index, write_gram_shard
 from emloc_ray.io.formats.teacher_shards import TeacherShards, teacher_shard, write_teacher_index
 from emloc_ray.modeling.adapter import load_adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.emulator import FactorizedLinear, PivotedLinear, write_emulator_config
 from emloc_ray.modeling.loading import copy_tokenizer, load_model
 from emloc_ray.modeling.loss import TopLogProbs, token_loss
-from emloc_ray.modeling.quantization import dequantize, quantize
+from emloc_ray.modeling.quantization import dequantize, emulator_weight, quantize
 from emloc_ray.stages.factorize.factorize import finish_emulator
 from emloc_ray.stages.finetune import training
 from emloc_ray.stages.finetune.job import FinetuneJob
@@ -99,7 +103,8 @@ def fold_alone(job: FoldJob, model_dir: Path) -> None:
         write_piece(job, piece)
     kept_wide = job.kept_wide if job.in_4bit else None
     files = [piece.file for piece in pieces(job)]
-    finish_emulator(files, AutoConfig.from_pretrained(model_dir), job.emulator_dir, job.ranks, job.storage, kept_wide)
+    base = AutoConfig.from_pretrained(model_dir)
+    finish_emulator(files, base, job.emulator_dir, job.ranks, job.storage, kept_wide, job.integers)
 
 
 class Healing:
@@ -351,6 +356,45 @@ def test_4_bits_are_those_of_the_grown_factors(healing: Callable[..., Healing], 
     with torch.no_grad():
         ours, theirs = model(input_ids=ids).logits, load_model(found.fold.out_dir)(input_ids=ids).logits
     assert float((ours - theirs).norm() / theirs.norm()) < 0.5
+
+
+def write_grams(directory: Path, matrices: dict[str, torch.Tensor]) -> Path:
+    directory.mkdir()
+    write_gram_shard(directory / "grams.safetensors", {name: Gram(matrix, 99) for name, matrix in matrices.items()})
+    places = dict.fromkeys(matrices, "grams.safetensors")
+    write_gram_index(directory, [[name] for name in matrices], places, dict.fromkeys(matrices, 99))
+    return directory
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_integers_are_those_of_the_grown_factors(healing: Callable[..., Healing], tmp_path: Path, family: str) -> None:
+    found = healing(family)
+    wide, generator, lost = tensors(found.fold.out_dir), torch.Generator().manual_seed(0), list[float]()
+    grown = {name: wide[f"{name}.up.weight"] @ wide[f"{name}.down.weight"] for name in found.healed}
+    inputs = {name: torch.randn(200, w.shape[1], generator=generator) for name, w in grown.items()}
+    scaled = {name: x * torch.logspace(0, 2, x.shape[1]) for name, x in inputs.items()}
+    seen = {name: x.T @ x for name, x in scaled.items()}
+    forms = IntegerForms(dict.fromkeys(found.healed, 4), {}, 16)
+    for matrices in (seen, {name: torch.eye(len(gram)) for name, gram in seen.items()}):
+        out = tmp_path / f"{len(lost)}"
+        grams = write_grams(tmp_path / f"grams-{len(lost)}", matrices)
+        fold_alone(replace(found.fold, out_dir=out, integers=forms, calibration_dir=grams), found.model_dir)
+        stored, error = tensors(out), 0.0
+        for name, whole in grown.items():
+            weight = emulator_weight(Checkpoint(out), name, whole.shape[1])
+            assert weight is not None
+            difference = weight.rows() - whole
+            error += float((difference @ seen[name] * difference).sum() / (whole @ seen[name] * whole).sum())
+        lost.append(error / len(grown))
+        assert not {f"{name}.up.weight" for name in grown} & stored.keys()
+        assert torch.equal(stored[f"{found.small}.up.weight"], wide[f"{found.small}.up.weight"])
+    assert lost[0] < 0.1**2
+    assert lost[0] < 0.7 * lost[1]
+    ids = torch.tensor([TokenShards(found.tokens).row(8).input_ids])
+    with torch.no_grad():
+        theirs = load_model(found.fold.out_dir)(input_ids=ids).logits
+        ours = load_model(tmp_path / "1")(input_ids=ids).logits
+    assert 0 < float((ours - theirs).norm() / theirs.norm()) < 0.5
 
 
 @pytest.mark.deep
