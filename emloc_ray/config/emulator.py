@@ -23,7 +23,7 @@ from emloc_ray.config.base import Patterns, Section, Size, StageConfig
 _BITS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*bits?\s*")
 _SIZE: TypeAdapter[int] = TypeAdapter(Size)
 # What a budget decides, each with the values that do not contradict it.
-_DECIDED: dict[str, tuple[Any, ...]] = {
+DECIDED: dict[str, tuple[Any, ...]] = {
     "compression_ratio": (),
     "ratios": ({},),
     "quantization": ("none",),
@@ -117,19 +117,19 @@ class EmulatorConfig(StageConfig):
     def _budget_alone_decides(cls, values: Any) -> Any:
         if not isinstance(values, dict) or values.get("budget") is None:
             return values
-        values = {key: value for key, value in values.items() if value is not None or key not in _DECIDED}
-        given = [key for key in _DECIDED if key in values and values[key] not in _DECIDED[key]]
+        values = {key: value for key, value in values.items() if value is not None or key not in DECIDED}
+        given = [key for key in DECIDED if key in values and values[key] not in DECIDED[key]]
         if given:
             raise ValueError(
                 f"budget: {values['budget']} decides every linear's ranks and bits, and {given[0]} is given too: remove one of"
                 f" them, or set {given[0]}: null where a base has it"
             )
-        return {key: value for key, value in values.items() if key not in _DECIDED}
+        return {key: value for key, value in values.items() if key not in DECIDED}
 
     @model_serializer(mode="wrap")
     def _without_what_a_budget_decides(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
-        return {k: v for k, v in values.items() if k not in _DECIDED} if values.get("budget") is not None else values
+        return {k: v for k, v in values.items() if k not in DECIDED} if values.get("budget") is not None else values
 
     @property
     def budget_bits(self) -> float | None:

@@ -5,20 +5,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from emloc_ray.config.emulator import DECIDED, EmulatorConfig
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
 from emloc_ray.planning.budget import RATIOS, fitting, training_bytes, with_config
 from emloc_ray.planning.costs import busy_seconds
+from emloc_ray.planning.emulator_budget import spend_evenly
+from emloc_ray.planning.layout import layout_under
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.measured import Measured, measured_for
 from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.model_bytes import file_dtype
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import training_cost
 from emloc_ray.text import described_bits, duration, size, size_up
 
 _WHOLE = {"compression_ratio": 1.0, "residual_rank": 0, "storage": "factors"}
 _FEW_BITS = ("nf4", "int3", "int2")
+# Below those of int2.
+_BUDGETS = tuple(f"{tenths / 10:g} bits" for tenths in (22, 20, 18, 16, 14, 12, 11, 10, 9, 8))
 _ALIKE = 0.03  # of the gap closed: what three seeds hardly tell apart
 _SLOWER = 10.0  # times the fastest: what nobody waits for
 
@@ -77,7 +83,9 @@ class Choice:
     def overrides(self) -> list[str]:
         """The overrides on the command line that make the recommended run."""
         old, new = (_settings(config) for config in (self.asked, self.recommended.config))
-        changed = [f"{key}={value}" for key, value in new.items() if value != old[key]]
+        changed = [f"{key}={value}" for key, value in new.items() if value != old.get(key)]
+        if new["emulator.budget"] not in ("null", old["emulator.budget"]):  # which decides these
+            changed += [f"emulator.{key}=null" for key in DECIDED if key in self.asked.emulator.model_fields_set]
         asked: Any = self.asked.memory_budget
         if asked != "inference":
             asked = f"{asked // 2**30}GiB" if asked % 2**30 == 0 else int(asked)
@@ -116,7 +124,10 @@ def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Spe
     def at(
         name: str, ratios: Sequence[float], emulator: dict[str, Any], hold: str = hold, largest_batch: int | None = None
     ) -> Alternative:
-        memory = fitting(_changed(prepared, emulator, hold), budget, lengths, ratios, largest_batch)
+        return of(name, _changed(prepared, emulator, hold), ratios, largest_batch)
+
+    def of(name: str, changed: Prepared, ratios: Sequence[float], largest_batch: int | None = None) -> Alternative:
+        memory = fitting(changed, budget, lengths, ratios, largest_batch)
         step = busy_seconds(training_cost(memory, 1), section, speeds, memory.weights)
         asks = memory.config.emulator.asks_for_gradients is not None and memory.layout.weighed
         gradients = int(memory.least_for_gradients()) if asks else 0
@@ -142,19 +153,26 @@ def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Spe
     yield from whole.values()
     if (asked_for := prepared.config.emulator.budget) is not None:
         own = at(f"an emulator of {asked_for}", RATIOS, {"budget": asked_for})
-        yield dataclasses.replace(own, unneeded=resident.fits, measured=None)
+        yield dataclasses.replace(own, unneeded=resident.fits)
     own = at("an emulator", RATIOS, {**in_all_bits, "residual_rank": 0})
     yield dataclasses.replace(own, unneeded=resident.fits)
-    if "nf4" in whole:
-        own = at(f"an emulator in {described_bits('nf4')}", RATIOS, {"quantization": "nf4", "residual_rank": 0})
-        yield dataclasses.replace(own, unneeded=resident.fits or whole["nf4"].fits)
+    if "int2" in whole and asked_for is None:
+        unneeded = resident.fits or whole["int2"].fits
+        least = None
+        for bits, changed in _of_budgets(prepared):
+            least = of(f"an emulator of {bits}", changed, RATIOS)
+            if least.fits or unneeded:
+                break
+        if least is not None:
+            yield dataclasses.replace(least, unneeded=unneeded)
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """What alternatives differ in, beside what is solved for."""
-    keys = ("quantization", "storage", "residual_rank")
-    named = {f"emulator.{key}": getattr(config.emulator, key) for key in keys}
-    return {"model.hold": config.model.hold, "emulator.budget": config.emulator.budget or "null", **named}
+    emulator = config.emulator
+    settings = {"model.hold": config.model.hold, "emulator.budget": emulator.budget or "null"}
+    keys = ("storage", "objective", *(("quantization", "residual_rank") if emulator.budget is None else ()))
+    return settings | {f"emulator.{key}": getattr(emulator, key) for key in keys}
 
 
 def _solved(config: RunConfig) -> list[str]:
@@ -168,6 +186,24 @@ def _solved(config: RunConfig) -> list[str]:
         f"finetune.gradient_accumulation_steps={finetune.gradient_accumulation_steps}",
         f"finetune.gradient_checkpointing={str(finetune.gradient_checkpointing).lower()}",
     ]
+
+
+def _of_budgets(prepared: Prepared) -> Iterator[tuple[str, Prepared]]:
+    """Each of the budgets that its linears have forms for, the largest first, with the run under it: by predictions, whose
+    gradients every budget asks for."""
+    config, itemsize = prepared.config, file_dtype(prepared).itemsize
+    own = config.emulator.model_dump(exclude=DECIDED.keys())
+    for bits in _BUDGETS:
+        emulator = EmulatorConfig.model_validate({**own, "objective": "predictions", "budget": bits})
+        dense = config.model_copy(update={"emulator": emulator.model_copy(update={"budget": None})})
+        try:
+            layout = spend_evenly(layout_under(prepared.layout, dense), emulator, itemsize)
+        except ConfigError:
+            continue
+        yield (
+            bits,
+            dataclasses.replace(prepared, config=config.model_copy(update={"emulator": emulator}), layout=layout),
+        )
 
 
 def _changed(prepared: Prepared, emulator: dict[str, Any], hold: str) -> Prepared:

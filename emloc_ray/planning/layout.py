@@ -337,7 +337,7 @@ def _check_no_experts(method: str, adapted: Sequence[str], skeleton: Skeleton) -
 
 
 def layout_under(layout: Layout, config: RunConfig) -> Layout:
-    """The same linears with the ratio, the bits and the storage of another config."""
+    """The same linears with the ratio, the bits, the objective and the storage of another config."""
     emulator = config.emulator
     if emulator.budget is not None:  # what it gives was found with the layout
         return layout
@@ -345,6 +345,7 @@ def layout_under(layout: Layout, config: RunConfig) -> Layout:
         layout,
         budget=None,
         allocation=emulator.allocation,
+        objective=emulator.objective,
         ranks=ranks_at(config, layout.specs, layout.compressed),
         quantization=emulator.quantization,
         bits={} if emulator.bits is None else {spec.name: emulator.bits for spec in layout.specs},

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_BY_PREDICTIONS = {"allocation": "sensitivity", "objective": "predictions"}
+_PREDICTIONS = {"objective": "predictions"}
+_BY_PREDICTIONS = {"allocation": "sensitivity", **_PREDICTIONS}
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,19 @@ class Measured:
 
     file: str
     method: str
-    ratio: float
+    ratio: float | None
     gap_closed: float
     quantization: str = "none"
     healed: bool = False
     made: Mapping[str, str] = field(default_factory=dict)  # other settings of the emulator than the defaults
+    bits: float | None = None  # a weight, of a budget in place of a ratio
+
+    @property
+    def where(self) -> str:
+        """The size of its emulator, in words that follow the figure; nothing where the original is trained."""
+        if self.bits is not None:
+            return f" at {self.bits:g} bits"
+        return "" if self.ratio in (None, 1) else f" at {self.ratio:g}"
 
 
 MEASURED = (
@@ -38,17 +47,25 @@ MEASURED = (
     Measured("allocation", "healed", 0.25, 0.812, healed=True, made=_BY_PREDICTIONS),
     Measured("storage", "pivoted", 0.5, 0.915, made={**_BY_PREDICTIONS, "storage": "pivoted"}),
     Measured("baselines", "emloc_nf4", 0.5, 0.800, "nf4", True, _BY_PREDICTIONS),
+    Measured("frontier", "budget_2.4", None, 0.941, made=_PREDICTIONS, bits=2.4),
+    Measured("one_bit", "budget", None, 0.736, made=_PREDICTIONS, bits=1.1),
+    Measured("one_bit", "budget_healed", None, 0.778, healed=True, made=_PREDICTIONS, bits=1.1),
 )
 
 _MADE = {"allocation": "uniform", "objective": "activations", "storage": "factors"}
 
 
 def measured_for(emulator: Any) -> Measured | None:
-    """What was measured of such an emulator at its ratio, or at the next smaller one; None where nothing was."""
+    """What was measured of such an emulator at its ratio, or at the next smaller one, or at its budget of bits or the next
+    smaller one; None where nothing was."""
     ratio, made = emulator.compression_ratio, {key: getattr(emulator, key) for key in _MADE}
-    rows = [row for row in MEASURED if row.quantization == emulator.quantization]
+    healed = emulator.heals is not None
+    if emulator.budget is not None:
+        of_budgets = [row for row in MEASURED if row.bits is not None and row.bits <= (emulator.budget_bits or 0)]
+        fewer = [row for row in of_budgets if row.healed == healed and {**_MADE, **row.made} == made]
+        return max(fewer, key=lambda row: row.bits or 0, default=None)
+    rows = [row for row in MEASURED if row.quantization == emulator.quantization and row.ratio is not None]
     if ratio == 1:
         return next((row for row in rows if row.ratio == 1), None)
-    healed = emulator.heals is not None
-    alike = [row for row in rows if row.healed == healed and {**_MADE, **row.made} == made and row.ratio <= ratio]
-    return max(alike, key=lambda row: row.ratio, default=None)
+    alike = [row for row in rows if row.healed == healed and {**_MADE, **row.made} == made]
+    return max((row for row in alike if (row.ratio or 0) <= ratio), key=lambda row: row.ratio or 0, default=None)

@@ -269,12 +269,13 @@ _COMMENTS = {
 def _commented(values: dict[str, Any], path: Path, prepared: Prepared) -> str:
     from emloc_ray.io.formats.yaml_text import write_yaml
 
-    defaults = prepared.config
+    defaults, emulator = prepared.config, values.get("emulator", {})
+    ratio = {} if emulator.get("budget") else {"compression_ratio": defaults.emulator.compression_ratio}
     values = {
         **values,
         "data": {**values["data"], "max_seq_length": defaults.data.max_seq_length},
         "adapter": {"r": defaults.adapter.r, "lora_alpha": defaults.adapter.lora_alpha},
-        "emulator": {"compression_ratio": defaults.emulator.compression_ratio, **values.get("emulator", {})},
+        "emulator": {**ratio, **emulator},
         "finetune": {
             "num_train_epochs": defaults.finetune.num_train_epochs,
             "learning_rate": defaults.finetune.learning_rate,

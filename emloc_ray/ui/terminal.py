@@ -251,11 +251,11 @@ def _choice_table(choice: Choice) -> Table:
             continue
         finetune, measured = one.config.finetune, one.measured
         rows = f"{finetune.gradient_accumulation_steps} × {finetune.per_device_train_batch_size}"
-        closed = "not measured" if measured is None else f"{100 * measured.gap_closed:.0f} % at {measured.ratio:g}"
+        closed = "not measured" if measured is None else f"{100 * measured.gap_closed:.0f} %{measured.where}"
         needed = size(one.needed) if one.fits else f"{size(one.needed)}: too much"
         table.add_row(
             name,
-            f"{one.config.emulator.compression_ratio:g}",
+            "" if one.config.emulator.budget else f"{one.config.emulator.compression_ratio:g}",
             rows,
             needed,
             duration(one.step_seconds) if one.fits else "",

@@ -82,8 +82,9 @@ def choices_table(choices: dict[str, Choice]) -> str:
     for row in zip(*(choice.alternatives for choice in choices.values()), strict=True):
         cells = [cell for one, choice in zip(row, choices.values(), strict=True) for cell in _cells(one, choice)]
         shown = [one.measured for one in row if one.fits and not one.unneeded]
-        known = {f"{100 * m.gap_closed:.0f} %{'' if m.ratio == 1 else f' at {m.ratio:g}'}": None for m in shown if m}
-        lines.append(f"| {row[0].name} | {' | '.join(cells)} | {', '.join(known) or 'not measured'} |")
+        known = {f"{100 * m.gap_closed:.0f} %{m.where}": None for m in shown if m}
+        name = row[0].name if row[0].config.emulator.budget is None else "an emulator by one budget"
+        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(known) or 'not measured'} |")
     return "\n".join(lines)
 
 
@@ -124,13 +125,14 @@ def _gradients(memory: MemoryModel) -> str:
 
 
 def _cells(one: Alternative, choice: Choice) -> tuple[str, str]:
-    """Memory, with an emulator's ratio, and seconds; the recommended one's in bold."""
+    """Memory, with an emulator's ratio or bits, and seconds; the recommended one's in bold."""
     if one.unneeded:
         return "not needed", ""
-    ratio, needed = one.config.emulator.compression_ratio, f"{one.needed / 2**30:.1f}"
+    emulator, needed = one.config.emulator, f"{one.needed / 2**30:.1f}"
+    size = emulator.budget or ("" if emulator.compression_ratio == 1 else f"{emulator.compression_ratio:g}")
     if not one.fits:
         return f"needs {needed}", ""
-    cells = f"{needed}{'' if ratio == 1 else f' at {ratio:g}'}", duration(one.step_seconds)
+    cells = f"{needed}{size and f' at {size}'}", duration(one.step_seconds)
     return (f"**{cells[0]}**", f"**{cells[1]}**") if one is choice.recommended else cells
 
 

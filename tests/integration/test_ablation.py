@@ -56,6 +56,7 @@ FEWER = {
     "exact": [EIGHT, "methods=[lora, tuned_60, tuned_57_exact_3]"],
     "frontier": [EIGHT, "unrounded=false", "methods=[lora, factors_nf4, int2_rank8, budget_2.4]"],
     "healing": [EIGHT, "methods=[lora, tuned_60, healed_15_tuned_45]"],
+    "one_bit": [EIGHT, "unrounded=false", "methods=[lora, quarter_nf4, budget_exact]"],
     "storage": [EIGHT, "methods=[lora, factors, pivoted]"],
 }
 CONSOLE = Console(quiet=True)

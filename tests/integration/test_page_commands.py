@@ -38,9 +38,8 @@ ELSEWHERE = {
 SMALLER = {
     "Qwen/Qwen2.5-7B-Instruct": "MODEL",
     "max_seq_length: 2048": "max_seq_length: 64",
-    "healing: {steps: 100}": "healing: {steps: 2}",
     "finetune: {": "finetune: {max_steps: 8, ",
-    "gradient_accumulation_steps: 8}": "gradient_accumulation_steps: 2}\n"
+    "gradient_accumulation_steps: 8, exact_steps: 20}": "gradient_accumulation_steps: 2, exact_steps: 2}\n"
     "evaluation: {num_samples: 16, num_exact_match: 2, num_generations: 2, max_new_tokens: 4}",
 }
 

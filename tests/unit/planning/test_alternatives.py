@@ -77,7 +77,7 @@ def test_what_fits_whole_needs_no_emulator() -> None:
     choice = chosen(1000)
     assert choice.recommended.name == "the original"
     assert "no emulator is needed" in choice.sentence
-    assert [one.name for one in choice.alternatives if one.unneeded] == ["an emulator", "an emulator in 4 bits (NF4)"]
+    assert [one.name for one in choice.alternatives if one.unneeded] == ["an emulator", "an emulator of 2.2 bits"]
     finetune = choice.recommended.memory.prepared.config.finetune
     assert (finetune.per_device_train_batch_size, finetune.gradient_accumulation_steps) == (4, 2)
     assert choice.recommended.memory.prepared.config.model.hold == "auto"
@@ -101,7 +101,7 @@ def test_what_does_not_fit_goes_by_its_blocks_where_the_link_allows() -> None:
     assert from_disk.recommended.name == "the original in 4 bits (NF4)"
 
 
-@pytest.mark.parametrize("megabytes", [1000, 330, 200])
+@pytest.mark.parametrize("megabytes", [1000, 330, 200, 140])
 def test_the_overrides_make_the_recommended_run(tmp_path: Path, megabytes: int) -> None:
     choice = chosen(megabytes, dataclasses.replace(FAST, link=1e6))
     file = tmp_path / "config.yaml"
@@ -122,6 +122,24 @@ def test_an_emulator_is_as_large_as_fits_and_says_what_was_measured() -> None:
     assert emulator.fits
     assert emulator.measured is not None
     assert emulator.measured.ratio <= ratio
+
+
+def test_where_2_bits_do_not_fit_a_budget_of_fewer_is_spent() -> None:
+    choice = chosen(140, dataclasses.replace(FAST, link=1e6))
+    assert not by_name(choice)[" in 2 bits"].fits
+    best = choice.recommended
+    assert re.fullmatch(r"an emulator of [12](\.\d)? bits", best.name)
+    assert (best.fits, best.config.emulator.objective) == (True, "predictions")
+    assert best.measured is not None
+    assert best.measured.bits is not None
+    assert best.measured.bits <= float(best.name.split()[-2])
+    assert {"emulator.budget=2 bits", "emulator.allocation=null"} <= set(choice.overrides)
+    # Its own stays, and no other budget beside it.
+    own = {"budget": "1.4 bits", "objective": "predictions"}
+    asked = chosen(140, dataclasses.replace(FAST, link=1e6), emulator=own)
+    assert [one.name for one in asked.alternatives if "bits" in one.name and "emulator" in one.name] == [
+        "an emulator of 1.4 bits"
+    ]
 
 
 def test_a_budget_for_nothing_is_told_with_one_that_would_do() -> None:

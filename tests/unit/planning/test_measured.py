@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parents[3] / "pipelines" / "results"
 DEFAULTS = {"allocation": "uniform", "objective": "activations", "storage": "factors"}
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row.method}, {row.ratio:g}")
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row.method}{row.where}")
 def test_a_figure_is_the_published_one(row: Measured) -> None:
     published: dict[str, Any] = json.loads((RESULTS / f"{row.file}.json").read_text())
     label = {"method": row.method, "emulator.compression_ratio": row.ratio}
@@ -25,6 +25,7 @@ def test_a_figure_is_the_published_one(row: Measured) -> None:
     emulator = method.get("emulator", {})
     assert {key: emulator.get(key, default) for key, default in DEFAULTS.items()} == {**DEFAULTS, **row.made}
     assert (emulator.get("quantization", "none"), "healing" in emulator) == (row.quantization, row.healed)
+    assert emulator.get("budget") == (None if row.bits is None else f"{row.bits:g} bits")
 
 
 def test_a_ratio_has_the_figure_of_the_next_smaller_one() -> None:
@@ -37,4 +38,14 @@ def test_a_ratio_has_the_figure_of_the_next_smaller_one() -> None:
     assert (figure(0.5, **best), figure(0.5, **best, healing={"steps": 20})) == (0.887, 0.903)
     assert (figure(1.0, quantization="nf4"), figure(1.0, quantization="int2")) == (0.98, 0.922)
     assert figure(1.0, quantization="int8") is None
+
+    def of_budget(budget: str, **settings: Any) -> float | None:
+        found = measured_for(EmulatorConfig.model_validate({"budget": budget, **settings}))
+        return None if found is None else found.gap_closed
+
+    by_predictions = {"objective": "predictions"}
+    bits = ("3 bits", "2.4 bits", "2 bits", "1.1 bits", "1 bits", "2GiB")
+    assert [of_budget(each, **by_predictions) for each in bits] == [0.941, 0.941, 0.736, 0.736, None, None]
+    assert of_budget("2 bits", **by_predictions, healing={"steps": 20}) == 0.778
+    assert of_budget("2 bits") is None
     assert figure(1.0, **best, healing={"steps": 20}) == 1.0  # where nothing is healed or compressed
