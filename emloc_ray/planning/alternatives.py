@@ -159,8 +159,8 @@ def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Spe
     if "int2" in whole and asked_for is None:
         unneeded = resident.fits or whole["int2"].fits
         least = None
-        for bits, changed in _of_budgets(prepared):
-            least = of(f"an emulator of {bits}", changed, RATIOS)
+        for bits, under_it in _of_budgets(prepared):
+            least = of(f"an emulator of {bits}", under_it, RATIOS)
             if least.fits or unneeded:
                 break
         if least is not None:
@@ -192,7 +192,7 @@ def _of_budgets(prepared: Prepared) -> Iterator[tuple[str, Prepared]]:
     """Each of the budgets that its linears have forms for, the largest first, with the run under it: by predictions, whose
     gradients every budget asks for."""
     config, itemsize = prepared.config, file_dtype(prepared).itemsize
-    own = config.emulator.model_dump(exclude=DECIDED.keys())
+    own = config.emulator.model_dump(exclude=set(DECIDED))
     for bits in _BUDGETS:
         emulator = EmulatorConfig.model_validate({**own, "objective": "predictions", "budget": bits})
         dense = config.model_copy(update={"emulator": emulator.model_copy(update={"budget": None})})
