@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 from small_runs import make_values
 
 from emloc_ray.io.formats.yaml_text import write_yaml
@@ -91,6 +92,7 @@ def interrupt(sent: signal.Signals, arguments: list[str], log: Path, run: Path) 
     return step
 
 
+@pytest.mark.deep  # three starts of Ray
 def test_an_interrupted_training_goes_on_with_the_same_command(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
 ) -> None:
