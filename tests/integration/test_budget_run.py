@@ -93,7 +93,7 @@ def test_the_page_tells_of_it_and_a_changed_budget_is_spent_anew(budget_run: Fin
 
 def test_factors_that_healing_grows_are_rounded_after_it(budget_run: FinishedRun, tmp_path: Path) -> None:
     run = budget_run.copy(tmp_path)
-    values = run.changed(emulator={"budget": "2.6 bits", "storage": "factors", "healing": {"steps": 4, "r": 1}})
+    values = run.changed(emulator={"budget": "2.6 bits", "healing": {"steps": 4, "r": 1}})
     reporter = run_values(values)
     assert reporter.started[:4] == ["allocate", "factorize", "heal", "finetune"]
     forms, metrics = read_forms(run.root / "allocation"), json.loads((run.root / "metrics.json").read_text())

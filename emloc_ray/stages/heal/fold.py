@@ -25,7 +25,8 @@ from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, run_tasks, silent
 
 _CHUNK_BYTES = 2**25
-_PARTS = {".up.weight": ".up", ".down.weight": ".down", ".order": ".order", ".weight": ""}
+# ``.bias`` is that of pivoted factors: plain ones have it in ``.up``.
+_PARTS = {".up.weight": ".up", ".down.weight": ".down", ".order": ".order", ".bias": ".bias", ".weight": ""}
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def pieces(job: FoldJob) -> list[FoldPiece]:
 
 
 def _linear(job: FoldJob, entry: TensorEntry) -> tuple[str, str]:
-    """The linear whose weight, or factor of one, a tensor is, and which: ``.up``, ``.down``, their ``.order`` or nothing. By
-    the names of factorized layers: an expert's dense linear may itself be called ``down``."""
+    """The linear whose weight, or factor of one, a tensor is, and which: ``.up``, ``.down``, their ``.order`` and ``.bias``, or
+    nothing. By the names of factorized layers: an expert's dense linear may itself be called ``down``."""
     for ending, part in _PARTS.items():
         name = entry.name.removesuffix(ending)
         if name != entry.name and (not part or name in job.ranks):
@@ -115,17 +116,19 @@ def make_linear(job: FoldJob, name: str, entries: dict[str, TensorEntry]) -> dic
     """The tensors of a linear: its factors grown where it is healed, and pivoted anew where they were; in few bits. ``entries``
     are the emulator's tensors of the linear, by the part that each is."""
     weights = {part: entry.read_rows() for part, entry in entries.items()}
-    order = weights.pop(".order", None)
+    order, bias = weights.pop(".order", None), weights.pop(".bias", None)
     if name in job.healed:
         factors = LowRankFactors(weights[".up"], weights[".down"])
+        grown = _grown(job, name, factors if order is None else PivotedFactors(*factors, order).plain())
         if name in job.integers.bits:
-            return _in_integers(job, name, _grown(job, name, factors), entries[".up"].dtype)
+            held = {} if bias is None else {f"{name}.up.bias": bias}
+            return held | _in_integers(job, name, grown, entries[".up"].dtype)
         if order is None:
-            weights[".up"], weights[".down"] = _grown(job, name, factors)
+            weights[".up"], weights[".down"] = grown
         else:
-            plain = PivotedFactors(*factors, order).plain()
-            weights[".up"], weights[".down"], order = pivot(_grown(job, name, plain))
-    tensors = {} if order is None else {f"{name}.order": order}
+            weights[".up"], weights[".down"], order = pivot(grown)
+    beside = {"order": order, "bias": bias}
+    tensors = {f"{name}.{key}": tensor for key, tensor in beside.items() if tensor is not None}
     for part, weight in weights.items():
         stored = {"weight": weight}
         if name in job.in_4bit:

@@ -22,6 +22,7 @@ from vlms import save_vlm
 from emloc_ray.core.gram import Gram
 from emloc_ray.core.healing import ranks_before_healing
 from emloc_ray.core.integer_forms import IntegerForms
+from emloc_ray.core.ranks import Storage
 from emloc_ray.data.ingest import SampleOrder
 from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.reading import Place
@@ -366,9 +367,15 @@ def write_grams(directory: Path, matrices: dict[str, torch.Tensor]) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_integers_are_those_of_the_grown_factors(healing: Callable[..., Healing], tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "storage"), [("llama", "factors"), ("qwen2", "pivoted"), ("gpt2", "factors"), ("mixtral", "factors")]
+)
+def test_integers_are_those_of_the_grown_factors(
+    healing: Callable[..., Healing], tmp_path: Path, family: str, storage: Storage
+) -> None:
     found = healing(family)
+    emulator = save_emulator(found.model_dir, tmp_path / "emulator", RANK, storage)
+    fold = replace(found.fold, emulator_dir=emulator, storage=storage)
     wide, generator, lost = tensors(found.fold.out_dir), torch.Generator().manual_seed(0), list[float]()
     grown = {name: wide[f"{name}.up.weight"] @ wide[f"{name}.down.weight"] for name in found.healed}
     inputs = {name: torch.randn(200, w.shape[1], generator=generator) for name, w in grown.items()}
@@ -378,7 +385,7 @@ def test_integers_are_those_of_the_grown_factors(healing: Callable[..., Healing]
     for matrices in (seen, {name: torch.eye(len(gram)) for name, gram in seen.items()}):
         out = tmp_path / f"{len(lost)}"
         grams = write_grams(tmp_path / f"grams-{len(lost)}", matrices)
-        fold_alone(replace(found.fold, out_dir=out, integers=forms, calibration_dir=grams), found.model_dir)
+        fold_alone(replace(fold, out_dir=out, integers=forms, calibration_dir=grams), found.model_dir)
         stored, error = tensors(out), 0.0
         for name, whole in grown.items():
             weight = emulator_weight(Checkpoint(out), name, whole.shape[1])
@@ -387,7 +394,7 @@ def test_integers_are_those_of_the_grown_factors(healing: Callable[..., Healing]
             error += float((difference @ seen[name] * difference).sum() / (whole @ seen[name] * whole).sum())
         lost.append(error / len(grown))
         assert not {f"{name}.up.weight" for name in grown} & stored.keys()
-        assert torch.equal(stored[f"{found.small}.up.weight"], wide[f"{found.small}.up.weight"])
+        assert torch.equal(stored[f"{found.small}.up.weight"], tensors(emulator)[f"{found.small}.up.weight"])
     assert lost[0] < 0.1**2
     assert lost[0] < 0.7 * lost[1]
     ids = torch.tensor([TokenShards(found.tokens).row(8).input_ids])
