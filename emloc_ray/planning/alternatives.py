@@ -17,6 +17,7 @@ from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.measured import Measured, measured_for
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.model_bytes import file_dtype
+from emloc_ray.planning.model_checks import check_healing
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import training_cost
 from emloc_ray.text import described_bits, duration, size, size_up
@@ -151,16 +152,18 @@ def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Spe
     names = {bits: f"the original in {described_bits(bits)}" for bits in few_bits}
     whole = {bits: at(names[bits], (1.0,), {**_WHOLE, "quantization": bits}) for bits in few_bits}
     yield from whole.values()
+    is_met = False
     if (asked_for := prepared.config.emulator.budget) is not None:
         own = at(f"an emulator of {asked_for}", RATIOS, {"budget": asked_for})
+        is_met = own.fits
         yield dataclasses.replace(own, unneeded=resident.fits)
     own = at("an emulator", RATIOS, {**in_all_bits, "residual_rank": 0})
     yield dataclasses.replace(own, unneeded=resident.fits)
-    if "int2" in whole and asked_for is None:
+    if "int2" in whole and not is_met:
         unneeded = resident.fits or whole["int2"].fits
         least = None
-        for bits, under_it in _of_budgets(prepared):
-            least = of(f"an emulator of {bits}", under_it, RATIOS)
+        for bits, run in _of_budgets(prepared):
+            least = of(f"an emulator of {bits}", run, RATIOS)
             if least.fits or unneeded:
                 break
         if least is not None:
@@ -189,21 +192,20 @@ def _solved(config: RunConfig) -> list[str]:
 
 
 def _of_budgets(prepared: Prepared) -> Iterator[tuple[str, Prepared]]:
-    """Each of the budgets that its linears have forms for, the largest first, with the run under it: by predictions, whose
-    gradients every budget asks for."""
+    """Each budget that its linears have forms for, and its healing factors to grow, the largest first, with the run under it: by
+    predictions, whose gradients every budget asks for."""
     config, itemsize = prepared.config, file_dtype(prepared).itemsize
     own = config.emulator.model_dump(exclude=set(DECIDED))
     for bits in _BUDGETS:
         emulator = EmulatorConfig.model_validate({**own, "objective": "predictions", "budget": bits})
+        changed = config.model_copy(update={"emulator": emulator})
         dense = config.model_copy(update={"emulator": emulator.model_copy(update={"budget": None})})
         try:
             layout = spend_evenly(layout_under(prepared.layout, dense), emulator, itemsize)
+            check_healing(changed, layout)
         except ConfigError:
             continue
-        yield (
-            bits,
-            dataclasses.replace(prepared, config=config.model_copy(update={"emulator": emulator}), layout=layout),
-        )
+        yield bits, dataclasses.replace(prepared, config=changed, layout=layout)
 
 
 def _changed(prepared: Prepared, emulator: dict[str, Any], hold: str) -> Prepared:

@@ -55,7 +55,7 @@ def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
     layout = make_layout(config, skeleton)
     if config.emulator.budget is not None:
         layout = spend_evenly(layout, config.emulator, _file_itemsize(config, source, skeleton))
-    _check_healing(config, layout)
+    check_healing(config, layout)
     _check_refinement(config, skeleton)
     if not config.adapter.is_lora:
         settings = adapter_settings(config.adapter, layout, skeleton.config)
@@ -135,13 +135,14 @@ def _why_rows_mix(source: ModelSource, trust_remote_code: bool) -> str | None:
     return why_rows_mix(empty_model(read_model_config(source, trust_remote_code), trust_remote_code))
 
 
-def _check_healing(config: RunConfig, layout: Layout) -> None:
+def check_healing(config: RunConfig, layout: Layout) -> None:
+    """Raises ConfigError where the healing has no factors to grow."""
     healing = config.emulator.heals
     if healing is not None and not healed_layers(layout.ranks, healing.r):
         if config.emulator.budget is not None:
             raise ConfigError(
                 f"emulator.healing grows factors of a rank above healing.r ({healing.r}), and emulator.budget:"
-                f" {config.emulator.budget} is planned without: remove healing, or give a smaller budget."
+                f" {config.emulator.budget} leaves room for whole weights instead: remove healing, or give a smaller budget."
             )
         highest = max(layout.ranks.values(), default=0)
         raise ConfigError(

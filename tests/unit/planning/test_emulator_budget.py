@@ -68,7 +68,9 @@ def test_what_a_budget_gives_is_healed_in_floats_where_it_grows(values: dict[str
     trained = healing_training(prepared.config, healing, layout).layout
     assert {name for name in trained.ranks if name in trained.bits} == {n for n, r in layout.ranks.items() if r == 1}
     assert trained.stored_bytes(2) > layout.stored_bytes(2)
-    with pytest.raises(ConfigError, match=r"emulator.budget: 2.9 bits is planned without: remove healing"):
+    with pytest.raises(
+        ConfigError, match=r"emulator.budget: 2.9 bits leaves room for whole weights instead: remove healing"
+    ):
         of(values, "2.9 bits", healing={"steps": 3, "r": 1})
 
 
