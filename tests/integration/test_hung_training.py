@@ -104,11 +104,11 @@ def test_a_group_of_which_one_is_frozen_before_it_trains_is_begun_again(
 
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     monkeypatch.setattr(Losses, "delays", (0.0,))
-    monkeypatch.setattr(pace, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(pace, "PATIENCE_S", 30.0)
     monkeypatch.setattr("emloc_ray.stages.finetune.finetune.StopBeforeStart", Freezing)
     assert finetune(job, Resources(2, planned_s=60.0), tell=tell)["steps"] == 8
     assert told == [
-        "finetune: the training lost its worker because its workers did not start within 60 s; restarted (1 of 3)."
+        "finetune: the training lost its worker because its workers did not start within 30 s; restarted (1 of 3)."
     ]
 
 
@@ -118,6 +118,10 @@ def test_a_group_whose_controller_is_frozen_is_begun_again(
 ) -> None:
     marker, told = tmp_path / "frozen", list[str]()
 
+    def tell(text: str) -> None:
+        told.append(text)
+        monkeypatch.setattr(pace, "PATIENCE_S", 1800.0)
+
     class Freezing(StopBeforeStart):
         def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
             if not marker.exists() and job.begun_path.exists():
@@ -125,13 +129,13 @@ def test_a_group_whose_controller_is_frozen_is_begun_again(
                 os.kill(os.getpid(), signal.SIGSTOP)
 
     monkeypatch.setattr(Losses, "delays", (0.0,))
-    monkeypatch.setattr(pace, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(pace, "PATIENCE_S", 30.0)
     monkeypatch.setattr("emloc_ray.stages.finetune.finetune.StopBeforeStart", Freezing)
-    outcome = finetune(job, Resources(2, planned_s=60.0), tell=told.append)
+    outcome = finetune(job, Resources(2, planned_s=60.0), tell=tell)
     assert outcome["steps"] == 8
     [sentence] = told
     assert re.fullmatch(
-        r"finetune: the training lost its worker because Ray Train's controller gave no sign of life for 60 s; restarted"
+        r"finetune: the training lost its worker because Ray Train's controller gave no sign of life for 30 s; restarted"
         r" \(1 of 3\)\.",
         sentence,
     )

@@ -221,6 +221,7 @@ def test_teacher_shards(tmp_path: Path, mark: Path) -> None:
     assert_refused(lambda: TeacherShards(tmp_path).row(0), mark, f"{path}", "'ids'", error=DamagedArtifactError)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rows", "images"])
 def test_a_data_set_of_the_hub(tmp_path: Path, pickled: pa.Array, mark: Path, kind: str) -> None:
     """What ``datasets`` makes of such a column is plain bytes, for its process knows no Ray."""

@@ -31,6 +31,7 @@ def test_help_and_keys_import_nothing_heavy(verb: str) -> None:
     assert said(code).endswith("[]\n")
 
 
+@pytest.mark.slow
 def test_importing_transformers_stays_as_light_as_it_is() -> None:
     assert said("import sys, emloc_ray, transformers; print('torch' in sys.modules)") == "False\n"
 

@@ -103,6 +103,7 @@ def test_a_start_that_misses_a_direction_is_found_out(monkeypatch: pytest.Monkey
     assert float(top.vectors[0].abs().max()) == 0.0
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**31 - 1), st.integers(0, 29))
 def test_the_probe_finds_any_missing_direction_and_no_other(seed: int, missing: int) -> None:

@@ -48,6 +48,7 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(found))
 
 
+@pytest.mark.slow
 def test_an_image_ends_no_process_but_its_decoder_s(hostile: None) -> None:
     complaints = {
         "crash": r"it ended its decoder \(SIGSEGV\)",

@@ -41,6 +41,7 @@ def test_silence_has_an_end_with_a_sentence(loader: Path, monkeypatch: pytest.Mo
     assert list((loader / "out").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_goes_on_writing_may_take_longer(loader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (loader / "work").write_text(
         "for i in 1 2 3 4 5 6 7 8; do echo some; sleep 0.25; done; echo 'all of it' ; exit 3\n"

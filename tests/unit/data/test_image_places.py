@@ -102,6 +102,7 @@ def test_addresses_that_are_public(address: str) -> None:
     assert is_public(address)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "localhost", "LOCALHOST", "2130706433", "0x7f.1", "[::1]", "[::ffff:127.0.0.1]"]
 )

@@ -46,6 +46,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, meter: Meter) -> list[Counter[str]]:
     return waits
 
 
+@pytest.mark.slow
 def test_the_host_waits_once_a_step_and_once_more_where_it_logs(
     steps: list[Counter[str]],
     device: torch.device,

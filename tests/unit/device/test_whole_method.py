@@ -10,6 +10,7 @@ from method_on_device import trained_alone, trained_by_group, whole_method
 from pretend_device import moved
 
 
+@pytest.mark.slow
 def test_the_whole_method_gives_what_the_cpu_does(device: torch.device) -> None:
     here, there = whole_method(lambda module: module), whole_method(moved)
     assert here["emulator_adapter"] < here["emulator"]

@@ -57,6 +57,7 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 ALL = ["q_proj", "o_proj", "gate_up", "down", "up_proj", "down_proj"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", EXPERT_FAMILIES)
 @pytest.mark.parametrize("targets", [ALL, ["down"], ["q_proj", "gate_up"]], ids=["all", "down", "gate_up"])
 def test_plain_peft_loads_what_was_trained_on_experts_apart(

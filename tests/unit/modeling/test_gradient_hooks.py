@@ -139,6 +139,7 @@ def test_nan_names_the_layer(bad: float) -> None:
         hooks.check_finite()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*FAMILIES, *VLMS])
 def test_gradients_reach_every_linear_of_every_family(family: str, tmp_path: Path) -> None:
     if family in VLMS:

@@ -142,6 +142,7 @@ def test_completions_and_emulators(
         assert found[0] == found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Qwen2", "Mixtral", "T5"])
 def test_passes_in_step_are_those_one_after_another(
     family: str, saved: Callable[[str], Path], tmp_path: Path, tokenizer: Any

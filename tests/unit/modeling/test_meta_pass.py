@@ -36,6 +36,7 @@ def test_values_that_depend_on_no_weight_stay() -> None:
         assert weight.sum().item() == 0  # only weights could tell
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", VLMS)
 def test_a_real_pass_reads_what_the_traced_one_does(family: str, tmp_path: Path) -> None:
     save_vlm(family, tmp_path)

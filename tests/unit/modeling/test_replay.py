@@ -55,6 +55,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "completion_mask": mask.bool()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(models()))
 def test_grams_block_by_block_are_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
     models()[family].save_pretrained(tmp_path, max_shard_size="100KB")

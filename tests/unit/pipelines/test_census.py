@@ -11,6 +11,7 @@ from census import row_here, row_of, write_results
 from censusing.tiny_configs import tiny_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "outcome"), [("jamba", "works"), ("rwkv", "refused")])
 def test_a_row_says_what_comes_of_a_type(model_type: str, outcome: str) -> None:
     row = row_here(model_type)

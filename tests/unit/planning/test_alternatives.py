@@ -162,6 +162,7 @@ def test_no_budget_is_offered_that_leaves_the_healing_nothing_to_grow() -> None:
     assert chosen(1000, emulator={**BEST, "group_size": 128}).alternatives[-1].name == "an emulator of 2.2 bits"
 
 
+@pytest.mark.slow
 def test_a_budget_for_nothing_is_told_with_one_that_would_do() -> None:
     with pytest.raises(ConfigError, match=r"Nothing can be trained within 460 MiB: .*: give that much, or") as refused:
         chosen(10)

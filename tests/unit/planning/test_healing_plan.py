@@ -247,6 +247,7 @@ def test_integers_come_after_healing_where_it_grows_them() -> None:
     assert total(memory.heal()) >= total(memory.factorize()) > 0
 
 
+@pytest.mark.slow
 def test_a_budget_is_for_the_healing_too() -> None:
     budget = 12 * 2**30
     found = large({"steps": 100, "per_device_train_batch_size": 4})
@@ -257,6 +258,7 @@ def test_a_budget_is_for_the_healing_too() -> None:
     assert healed.compression_ratio < plain.compression_ratio
 
 
+@pytest.mark.slow
 def test_a_budget_leaves_the_healing_its_rows_a_step() -> None:
     found = large({"steps": 100, "per_device_train_batch_size": 4}, finetune={"per_device_train_batch_size": 8})
     solution = fitting(found, 10 * 2**30, ROW)

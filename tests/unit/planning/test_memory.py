@@ -294,6 +294,7 @@ def test_what_is_scaled_by_what_is_learned_is_kept(prepared: Callable[..., Prepa
     assert lora["row norms"] == 0
 
 
+@pytest.mark.slow
 def test_scores_while_training_are_within_the_budget_and_have_the_original_beside_the_emulator() -> None:
     asked = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 64, "eval_strategy": "steps"}
 
@@ -339,6 +340,7 @@ def test_experts_count_as_weights_all_and_as_activations_by_their_share_of_token
     assert grams == 2 * 4 * 4 * (1024**2 + 3584**2)
 
 
+@pytest.mark.slow
 def test_llama_7b_in_4_bits_by_hand() -> None:
     packed = MemoryModel(bare(LlamaConfig(), emulator={"quantization": "nf4", "compression_ratio": 1.0}), ROW)
     block = 4 * 4096**2 + 3 * 4096 * 11008
@@ -354,6 +356,7 @@ def test_llama_7b_in_4_bits_by_hand() -> None:
     assert packed.calibrate()["grams"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "bits_a_weight"), [(2, 2.25), (3, 3.25), (4, 4.25), (8, 8.25)])
 def test_llama_7b_in_integers_by_hand(bits: int, bits_a_weight: float) -> None:
     packed = MemoryModel(bare(LlamaConfig(), emulator={"quantization": f"int{bits}", "compression_ratio": 1.0}), ROW)
@@ -362,6 +365,7 @@ def test_llama_7b_in_integers_by_hand(bits: int, bits_a_weight: float) -> None:
     assert packed.finetune()["unpacked"] == 4096 * 11008 * (2 + 4 + 2)
 
 
+@pytest.mark.slow
 def test_gradients_of_llama_7b_by_hand() -> None:
     ready = bare(LlamaConfig(), memory_budget="200GiB", emulator=WEIGHED, calibration={"batch_size": 1})
     model = MemoryModel(ready, ROW)

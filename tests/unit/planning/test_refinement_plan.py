@@ -79,6 +79,7 @@ def test_at_ratio_one_it_is_left_out_and_told(values: Callable[..., dict[str, An
     assert no_refinement(prepare(parse_config(values({"steps": 20}))).config) is None
 
 
+@pytest.mark.slow
 def test_a_budget_has_it_take_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emloc_ray.planning.calibration_memory.available_bytes", lambda: 2**42)
     free, bounded = MemoryModel(large(memory_budget=None), ROW), MemoryModel(large(memory_budget="5GiB"), ROW)

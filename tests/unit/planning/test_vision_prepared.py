@@ -69,6 +69,7 @@ def test_virtual_tokens_do_not_go_with_images(prepared: Make, method: str) -> No
         prepared(adapter={"method": method, "num_virtual_tokens": 4})
 
 
+@pytest.mark.slow
 def test_the_readme_s_example_is_right(prepared: Make) -> None:
     readme = (Path(__file__).parents[3] / "emloc_ray" / "README.md").read_text()
     block = str(re.findall(r"```yaml\n(data: \{format: messages.*?)```", readme, re.DOTALL)[0])
@@ -109,6 +110,7 @@ def test_only_modules_that_cannot_be_factored(prepared: Make) -> None:
         prepared(emulator={"target_modules": ["patch_embedding"]})
 
 
+@pytest.mark.slow
 def test_a_processor_without_a_chat_template_is_told(prepared: Make, tmp_path: Path) -> None:
     model_dir = save_vlm("LLaVA", tmp_path / "bare")
     (model_dir / "chat_template.jinja").unlink()

@@ -50,6 +50,7 @@ def same_environment() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_offloaded_and_resident_end_in_the_same_losses(runs: dict[str, PlainRun]) -> None:
     resident, offloaded = runs["resident"], runs["offloaded"]
     assert len(resident.step_losses) == 4 + STEPS

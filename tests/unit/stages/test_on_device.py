@@ -40,6 +40,7 @@ def assert_alike(directories: list[Path]) -> None:
         torch.testing.assert_close(there[name], tensors, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_blocks_are_refined(artifacts: Artifacts, emulator_dir: Path, tmp_path: Path) -> None:
     found, peaks = [], []
     for number, device in enumerate(DEVICES):

@@ -46,6 +46,7 @@ def test_what_is_written_is_read_again_in_its_order() -> None:
     assert list(read_yaml(write_yaml(value))) == list(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [

@@ -168,6 +168,7 @@ def test_on_an_object_store(run: Run, s3_port: int, kills: list[Kill]) -> None:
         check(place, 1)
 
 
+@pytest.mark.slow
 def test_every_single_write_on_a_disk(run: Run, tmp_path: Path) -> None:
     """Of a first run, and of one with another config over a finished run."""
     run(f"{tmp_path}/finished/run", 1)

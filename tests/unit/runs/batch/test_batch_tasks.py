@@ -216,6 +216,7 @@ task_names = st.from_regex(SAFE_NAME, fullmatch=True) | st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @given(grids, st.sets(task_names, max_size=3))
 def test_names_are_safe_and_unique(grid: dict[str, list[Any]], tasks: set[str]) -> None:
     found = points(grid)

@@ -134,6 +134,7 @@ def test_priority_decides_who_begins_then_the_order_of_the_file(tmp_path: Path) 
     assert [name for name, stage in work.begun if stage == "calibrate"] == ["high", "first", "second", "low"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gets_on", [True, False])
 def test_others_are_waited_for_as_long_as_they_get_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gets_on: bool

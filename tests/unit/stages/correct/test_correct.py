@@ -280,6 +280,7 @@ def test_none_is_the_adapter_as_trained_byte_for_byte(case: str, method_job: Cal
     assert ("as_trained" in result) == (case in ("ia3", "prefix", "prompt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["lora", "lokr"])
 def test_weights_that_come_and_go_come_once_for_all_candidates(
     case: str, method_job: Callable[[str], CorrectionJob], block_reads: Counter[str]
@@ -293,6 +294,7 @@ def test_weights_that_come_and_go_come_once_for_all_candidates(
     assert [one["loss"] for one in found] == pytest.approx([one["loss"] for one in expected], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["dora", "lokr", "vera"])
 def test_auto_scores_each_candidate_as_it_would_serve(case: str, method_job: Callable[[str], CorrectionJob]) -> None:
     tried = (Candidate("none"), Candidate("projection"), Candidate("covariance", 3.0, 0.5))

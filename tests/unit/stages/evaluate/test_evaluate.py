@@ -144,6 +144,7 @@ def test_an_adapter_that_was_left_as_it_was_is_scored_once(job: EvaluationJob, m
     assert scores["corrected"] == scores["uncorrected"] != scores["original"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hold", ["offloaded", "all_offloaded"])
 def test_weights_that_come_and_go_come_once_for_all_variants(
     hold: str, job: EvaluationJob, block_reads: Counter[str], tmp_path: Path

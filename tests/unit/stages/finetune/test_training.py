@@ -77,6 +77,7 @@ def own_environment_variables() -> Iterator[None]:
 QUICK = ("lora", "prefix", "ia3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.deep) for case in CASES]
 )
@@ -97,6 +98,7 @@ def test_it_goes_on_from_its_checkpoint(case: str, job: FinetuneJob, artifacts: 
         assert (broken.out_dir / name).read_bytes() == (whole.out_dir / name).read_bytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor:UserWarning"
 )  # torch's own, as it traces checkpoints
@@ -118,6 +120,7 @@ def test_compiled_blocks_train_the_same_adapter_by_a_few_graphs(
     assert 0 < counters["stats"]["unique_graphs"] <= 4
 
 
+@pytest.mark.slow
 def test_packs_are_trained_on_and_gone_on_with(job: FinetuneJob, artifacts: Artifacts, tmp_path: Path) -> None:
     options = settings("lora", "llama", [spec.name for spec in artifacts.specs])
     job = replace(job, adapter=options, storage_dir=tmp_path, batch_size=2, pack_length=96)
@@ -190,6 +193,7 @@ def loss_of(adapter: Path, job: FinetuneJob, model_dir: Path | None = None) -> f
     return float(result.loss_sum) / result.num_tokens
 
 
+@pytest.mark.slow
 def test_the_adapter_of_the_lowest_validation_loss_is_kept(
     job: FinetuneJob, artifacts: Artifacts, tmp_path: Path
 ) -> None:
@@ -217,6 +221,7 @@ def test_the_adapter_of_the_lowest_validation_loss_is_kept(
     assert (broken.out_dir / WEIGHTS_NAME).read_bytes() == (best.out_dir / WEIGHTS_NAME).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "hold"), [("lora", "resident"), ("dora", "offloaded"), ("prefix", "all_offloaded")])
 def test_the_original_is_scored_with_the_adapter_as_it_is(
     case: str, hold: str, job: FinetuneJob, artifacts: Artifacts, tmp_path: Path
@@ -259,6 +264,7 @@ def test_nothing_of_the_original_stays_after_it_is_scored(
         gc.enable()
 
 
+@pytest.mark.slow
 def test_the_best_adapter_may_be_the_original_s(job: FinetuneJob, artifacts: Artifacts, tmp_path: Path) -> None:
     """Its first score and two that are not better by enough end the training; those of the emulator alone do not count."""
     arguments = {**job.training_arguments, "learning_rate": 0.5, "lr_scheduler_type": "constant"}
@@ -271,6 +277,7 @@ def test_the_best_adapter_may_be_the_original_s(job: FinetuneJob, artifacts: Art
     assert loss_of(job.out_dir, job, artifacts.model_dir) == pytest.approx(min(losses), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_holds_code_is_refused(job: FinetuneJob, artifacts: Artifacts, tmp_path: Path) -> None:
     """Everything that the Trainer reads again, torch's weights-only loader reads."""
     job = replace(

@@ -29,6 +29,7 @@ from emloc_ray.modeling.quantization import dequantize, emulator_weight, quantiz
 from emloc_ray.stages.heal.fold import pieces, write_piece
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "mixtral", "qwen3_moe"])
 def test_the_healed_emulator_computes_as_emulator_and_lora(healing: Callable[..., Healing], family: str) -> None:
     found = healing(family)
@@ -163,6 +164,7 @@ def write_grams(directory: Path, matrices: dict[str, torch.Tensor]) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "storage"), [("llama", "factors"), ("qwen2", "pivoted"), ("gpt2", "factors"), ("mixtral", "factors")]
 )

@@ -105,6 +105,7 @@ def divergence_of(found: Healing, model_dir: Path, rows: list[int]) -> float:
     return float(result.loss_sum) / result.num_tokens
 
 
+@pytest.mark.slow
 def test_training_brings_the_emulator_nearer_to_the_original(healing: Callable[..., Healing]) -> None:
     found = healing("llama")
     losses = [json.loads(line)["loss"] for line in found.job.log_path.read_text().splitlines()]

@@ -57,6 +57,7 @@ def distance(model_dir: Path, emulator: Path, tokens: Path) -> float:
     return found
 
 
+@pytest.mark.slow
 def test_each_block_comes_closer_at_the_same_bytes(refined: RefinementJob) -> None:
     found = fits(refined)
     assert list(found) == ["block-00000", "block-00001"]
@@ -90,6 +91,7 @@ def test_its_error_is_that_of_the_blocks_on_the_hidden_states_of_both(refined: R
     assert not fitted & {*rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keeps_hidden_states", [True, False])
 def test_a_killed_try_is_continued(refined: RefinementJob, tmp_path: Path, keeps_hidden_states: bool) -> None:
     job = replace(refined, work_dir=tmp_path / "work", out_dir=tmp_path / "out")
@@ -121,6 +123,7 @@ def test_blocks_that_are_done_between_losses_are_progress(
     assert refining.refine(job, 2, Resources())["blocks"] == 2
 
 
+@pytest.mark.slow
 def test_a_try_with_other_batches_does_not_take_their_hidden_states(refined: RefinementJob, tmp_path: Path) -> None:
     job = replace(refined, work_dir=tmp_path / "work", out_dir=tmp_path / "out")
     Refiner(job).take(0)
@@ -131,6 +134,7 @@ def test_a_try_with_other_batches_does_not_take_their_hidden_states(refined: Ref
     assert torch.equal(tensors(job.out_dir)[first], tensors(refined.out_dir)[first])  # refined once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "storage", "dtype"), [("gpt2", "factors", "float32"), ("qwen2_moe", "pivoted", "bfloat16")]
 )
@@ -168,6 +172,7 @@ def test_shards_that_are_written_stay(refined: RefinementJob, tmp_path: Path) ->
     assert json.loads((job.out_dir / "config.json").read_text())["model_type"] == "emloc_emulator"
 
 
+@pytest.mark.slow
 def test_a_run_heals_trains_and_corrects_what_was_refined(
     tiny_model_dir: Callable[..., Path], tmp_path: Path, task_file: Path
 ) -> None:
