@@ -16,7 +16,7 @@ from typing import Any
 
 from emloc_ray.errors import ArtifactError, EmlocError
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.stages.ray.spans import Span, listening
@@ -71,8 +71,7 @@ class WorkerTrace(Reporter):
             content["otherData"] = {_LEFT_OUT: self._num_left_out}
         with contextlib.suppress(EmlocError, OSError):  # a store that fails ends the run at its next own write
             self.run.check_held()
-            with atomic_file(self.run.path(TRACE)) as file:
-                file.write(json.dumps(content, ensure_ascii=False).encode(errors="replace"))
+            write_bytes(self.run.path(TRACE), json.dumps(content, ensure_ascii=False).encode(errors="replace"))
 
 
 def trace_events(spans: Sequence[Span]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from emloc_ray.io.formats.checkpoint import INDEX_NAME
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.atomic import copy_file
 from emloc_ray.ui.chat import Pair, talk
 from emloc_ray.ui.cli import app
 
@@ -116,8 +116,7 @@ def stored(s3_port: int, node_cache: Path, request: pytest.FixtureRequest, run: 
     found = RunDirectory(uri(s3_port, f"verbs/{request.node.name}/run"))
     found.create(run.manifest()["config"])
     for file in run.path("adapter").iterdir():
-        with atomic_file(found.path("adapter", file.name)) as copy:
-            copy.write(file.read_bytes())
+        copy_file(file, found.path("adapter", file.name))
     found.commit("correct", "of nothing", [found.path("adapter")], {})
     found.write_metrics(run.metrics())
     return found
