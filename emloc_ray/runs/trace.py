@@ -40,7 +40,7 @@ class WorkerTrace(Reporter):
         self._listening = contextlib.ExitStack()
 
     def __enter__(self) -> WorkerTrace:
-        self._spans, self._num_left_out = _read(self.run)
+        self._spans, self._num_left_out = read_trace(self.run)
         self._listening.enter_context(listening(self.hear))
         return self
 
@@ -113,13 +113,9 @@ def _named(kind: str, name: str, node: int, worker: int) -> dict[str, Any]:
     return {"name": kind, "ph": "M", "pid": node, "tid": worker, "args": {"name": name}}
 
 
-def read_trace(run: RunDirectory) -> list[Span]:
-    """The spans of a run's ``trace.json``; none where there is none, or it has another form than :func:`trace_events` gives."""
-    return _read(run)[0]
-
-
-def _read(run: RunDirectory) -> tuple[list[Span], int]:
-    """The spans, and how many were left out."""
+def read_trace(run: RunDirectory) -> tuple[list[Span], int]:
+    """The spans of a run's ``trace.json``, and how many were left out; none where there is none, or it has another form than
+    :func:`trace_events` gives."""
     try:
         ensure(run.path(TRACE))
         content = json.loads(run.path(TRACE).read_text())
