@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from emloc_ray.core.gram import Gram
@@ -40,6 +41,18 @@ class Artifacts:
     @property
     def adapter_dir(self) -> Path:
         return self.root / "adapter"
+
+
+def random_rows(*lengths: int) -> list[Tokens]:
+    """Rows of these lengths, by default of four; the first three tokens of each are its prompt."""
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randint(2, 300, (length,), generator=generator).tolist() for length in lengths or (13, 5, 16, 8)]
+    return [Tokens(ids, [position >= 3 for position in range(len(ids))]) for ids in made]
+
+
+def tensors_in(directory: Path) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds."""
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def write_tokens(directory: Path, count: int, rows_per_shard: int) -> Path:
