@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +10,6 @@ import pytest
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.trace import TRACE, WorkerTrace, read_trace
 from emloc_ray.stages.ray.spans import Span, tell_span
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
-    directory = RunDirectory(tmp_path / "mine")
-    directory.create({})
-    return directory
 
 
 def piece(number: int, stage: str = "factorize", worker: str = "process 7 on here") -> Span:
