@@ -86,20 +86,20 @@ def write_whole(context: Context, inputs: Inputs, granted: Resources, progress: 
 
 # Of names that the pipeline has, for it orders stages by them.
 SHARDS = Stage(
-    "calibrate",
-    "shards",
-    lambda config: config.merge,
-    lambda context: {"seed": context.prepared.config.seed},
-    write_shards,
+    name="calibrate",
+    title="shards",
+    asks=lambda config: config.merge,
+    inputs=lambda context: {"seed": context.prepared.config.seed},
+    run=write_shards,
     outputs=("shards",),
     resumes=True,
 )
 WHOLE = Stage(
-    "merge",
-    "whole",
-    lambda config: config.merge,
-    lambda context: {"shards": context.made["calibrate"]},
-    write_whole,
+    name="merge",
+    title="whole",
+    asks=lambda config: config.merge,
+    inputs=lambda context: {"shards": context.made["calibrate"]},
+    run=write_whole,
     outputs=("whole",),
 )
 STAGES = (SHARDS, WHOLE)
