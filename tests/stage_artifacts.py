@@ -70,17 +70,17 @@ def write_tokens(directory: Path, count: int, rows_per_shard: int) -> Path:
     return directory
 
 
-def write_lora(directory: Path, specs: tuple[LinearSpec, ...], r: int = 4, alpha: int = 8) -> Path:
+def write_lora(directory: Path, specs: tuple[LinearSpec, ...], r: int = 4) -> Path:
     """A trained-looking adapter on some linears."""
     generator = torch.Generator().manual_seed(2)
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": alpha}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": 8}
     config["target_modules"] = [spec.name for spec in specs]
     modules = [
         LoraModule(
             spec.name,
             torch.randn(r, spec.in_features, generator=generator) * 0.1,
             torch.randn(spec.out_features, r, generator=generator) * 0.1,
-            alpha / r,
+            8 / r,
         )
         for spec in specs
     ]

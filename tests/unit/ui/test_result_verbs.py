@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_calls import invoke
 from faulting.s3 import uri
 from rich.console import Console
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from emloc_ray.io.formats.checkpoint import INDEX_NAME
 from emloc_ray.io.runs.directory import RunDirectory
@@ -23,10 +24,6 @@ from emloc_ray.ui.chat import Pair, talk
 from emloc_ray.ui.cli import app
 
 RELEASED = Path(__file__).parents[2] / "compat" / "0.1.0"
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
 
 
 @pytest.fixture

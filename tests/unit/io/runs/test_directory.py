@@ -25,10 +25,10 @@ def run(tmp_path: Path) -> RunDirectory:
     return directory
 
 
-def artifact(run: RunDirectory, name: str, text: str = "contents") -> Path:
+def artifact(run: RunDirectory, name: str) -> Path:
     path = run.path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text("contents")
     return path
 
 
