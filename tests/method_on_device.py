@@ -112,9 +112,9 @@ def _grams(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: hooks.grams[group[0]].symmetric() for group in groups for name in group}
 
 
-def _train(model: Any, batch: dict[str, Tensor], steps: int = STEPS) -> None:
+def _train(model: Any, batch: dict[str, Tensor]) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    for _ in range(steps):
+    for _ in range(STEPS):
         result = token_loss(model, batch, "all")
         (result.loss_sum / result.num_tokens).backward()
         optimizer.step()

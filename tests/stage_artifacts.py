@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from emloc_ray.core.gram import Gram
@@ -42,6 +43,18 @@ class Artifacts:
         return self.root / "adapter"
 
 
+def random_rows(*lengths: int) -> list[Tokens]:
+    """Rows of these lengths, by default of four; the first three tokens of each are its prompt."""
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randint(2, 300, (length,), generator=generator).tolist() for length in lengths or (13, 5, 16, 8)]
+    return [Tokens(ids, [position >= 3 for position in range(len(ids))]) for ids in made]
+
+
+def tensors_in(directory: Path) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds."""
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
 def write_tokens(directory: Path, count: int, rows_per_shard: int) -> Path:
     """Random rows of several lengths, half of each completion."""
     generator = torch.Generator().manual_seed(1)
@@ -57,17 +70,17 @@ def write_tokens(directory: Path, count: int, rows_per_shard: int) -> Path:
     return directory
 
 
-def write_lora(directory: Path, specs: tuple[LinearSpec, ...], r: int = 4, alpha: int = 8) -> Path:
+def write_lora(directory: Path, specs: tuple[LinearSpec, ...], r: int = 4) -> Path:
     """A trained-looking adapter on some linears."""
     generator = torch.Generator().manual_seed(2)
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": alpha}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": 8}
     config["target_modules"] = [spec.name for spec in specs]
     modules = [
         LoraModule(
             spec.name,
             torch.randn(r, spec.in_features, generator=generator) * 0.1,
             torch.randn(spec.out_features, r, generator=generator) * 0.1,
-            alpha / r,
+            8 / r,
         )
         for spec in specs
     ]

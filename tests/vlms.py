@@ -113,9 +113,9 @@ def _internvl(tokenizer: Any) -> tuple[Any, Any]:
     return config, processor
 
 
-def _qwen_processor(kind: Any, tokenizer: Any, patch: int) -> Any:
-    pixels = {"min_pixels": (2 * patch) ** 2, "max_pixels": (6 * patch) ** 2}
-    options = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
+def _qwen_processor(kind: Any, tokenizer: Any) -> Any:
+    pixels = {"min_pixels": 14**2, "max_pixels": 42**2}
+    options = {"patch_size": 7, "merge_size": 2, "temporal_patch_size": 2}
     images = transformers.Qwen2VLImageProcessor(**options, **pixels)
     video = (
         transformers.Qwen2VLVideoProcessor(**options)
@@ -142,7 +142,7 @@ def _qwen2_vl(tokenizer: Any) -> tuple[Any, Any]:
     config = transformers.Qwen2VLConfig(
         text_config={**_TEXT, "rope_parameters": rope}, vision_config=vision, **_qwen_ids(tokenizer)
     )
-    return config, _qwen_processor(transformers.Qwen2VLProcessor, tokenizer, 7)
+    return config, _qwen_processor(transformers.Qwen2VLProcessor, tokenizer)
 
 
 def _qwen25_vl(tokenizer: Any) -> tuple[Any, Any]:
@@ -161,7 +161,7 @@ def _qwen25_vl(tokenizer: Any) -> tuple[Any, Any]:
     config = transformers.Qwen2_5_VLConfig(
         text_config={**_TEXT, "rope_parameters": rope}, vision_config=vision, **_qwen_ids(tokenizer)
     )
-    return config, _qwen_processor(transformers.Qwen2_5_VLProcessor, tokenizer, 7)
+    return config, _qwen_processor(transformers.Qwen2_5_VLProcessor, tokenizer)
 
 
 def _qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
@@ -180,7 +180,7 @@ def _qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
     config = transformers.Qwen3VLConfig(
         text_config={**_TEXT, "head_dim": 8, "rope_parameters": rope}, vision_config=vision, **_qwen_ids(tokenizer)
     )
-    return config, _qwen_processor(transformers.Qwen3VLProcessor, tokenizer, 7)
+    return config, _qwen_processor(transformers.Qwen3VLProcessor, tokenizer)
 
 
 def _gemma3(tokenizer: Any) -> tuple[Any, Any]:
@@ -219,11 +219,11 @@ VLMS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
 }
 
 
-def build_vlm(family: str, seed: int = 0) -> tuple[Any, Any]:
+def build_vlm(family: str) -> tuple[Any, Any]:
     """A random model of the family, with random biases too, in evaluation mode, and its processor."""
     config, processor = VLMS[family](image_tokenizer())
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = transformers.AutoModelForImageTextToText.from_config(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -232,9 +232,9 @@ def build_vlm(family: str, seed: int = 0) -> tuple[Any, Any]:
     return model.eval(), processor
 
 
-def save_vlm(family: str, directory: Path, seed: int = 0) -> Path:
+def save_vlm(family: str, directory: Path) -> Path:
     """Saves :func:`build_vlm` as transformers would, in shards, processor and all; returns the directory."""
-    model, processor = build_vlm(family, seed)
+    model, processor = build_vlm(family)
     model.save_pretrained(directory, max_shard_size="200KB")
     processor.save_pretrained(directory)
     return directory

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from emloc_ray.config.base import StageConfig
 from emloc_ray.config.schema import RunConfig
@@ -35,32 +34,21 @@ class StageCost:
     scores: StageCost | None = None
 
 
-class Costed(Protocol):
-    """What planning needs of a stage; it is handed the stages and imports none."""
+@dataclass(frozen=True, kw_only=True)
+class Costed:
+    """What planning needs of a stage; it is handed the stages and imports none. ``name`` is its word in manifest and log;
+    ``asks`` gives the config section whose workers it takes."""
 
-    @property
-    def name(self) -> str:
-        """The stage's name."""
-
-    @property
-    def divisible(self) -> bool:
-        """Whether fewer workers than asked for can do it."""
-
-    @property
-    def wanted(self) -> Callable[[Prepared], bool]:
-        """Whether a run has the stage."""
-
-    @property
-    def asks(self) -> Callable[[RunConfig], StageConfig]:
-        """The workers that it asks of Ray."""
-
-    @property
-    def steps(self) -> Callable[[Prepared], tuple[int, str]] | None:
-        """Its optimizer steps, and of what; None for a stage without."""
-
-    @property
-    def cost(self) -> Callable[[MemoryModel], StageCost] | None:
-        """Its costs; None for a stage outside the plan."""
+    name: str
+    asks: Callable[[RunConfig], StageConfig]
+    divisible: bool = False
+    """Whether fewer workers than asked for can do it: a bag of tasks."""
+    wanted: Callable[[Prepared], bool] = lambda prepared: True
+    """Whether this config has the stage."""
+    steps: Callable[[Prepared], tuple[int, str]] | None = None
+    """Its optimizer steps, and of what: ``(8, "on the original")``."""
+    cost: Callable[[MemoryModel], StageCost] | None = None
+    """Memory, disk and work; None where it is not planned for."""
 
 
 def busy_seconds(cost: StageCost, asked: StageConfig, speeds: Speeds, weights: float) -> float:

@@ -58,41 +58,32 @@ def find_changes(prepared: Prepared, forced: Collection[str] = (), until: str = 
 
 def _outdated(prepared: Prepared, steps: Sequence[Stage], kept: Mapping[str, Any]) -> Stage | None:
     """The first stage that stands and has other inputs now, or that is new before one that stands."""
-    if not kept:
-        return None
-    context = Context(prepared, original_dir(prepared))
-    for number, stage in enumerate(steps):
-        if not any(later.name in kept for later in steps[number:]):
-            return None
-        entry = kept.get(stage.name)
-        if entry is None:
-            return stage
-        context.made[stage.name] = key = fingerprint(stage.inputs(context))
-        if entry["inputs"] != key:
-            return stage
-        if not prepared.run.is_done(stage.name, key):
-            return None
-        context.results[stage.name] = entry["result"]
-    return None
+    last = max((number for number, stage in enumerate(steps, 1) if stage.name in kept), default=0)
+    undone, is_damaged = _first_undone(prepared, steps[:last], kept)
+    return None if is_damaged else undone
 
 
 def is_finished(prepared: Prepared, forced: Collection[str] = (), until: str = VERBS[-1]) -> bool:
     """Whether a run up to the verb ``until`` has no stage left to make and none to remove: it needs no Ray."""
-    manifest = prepared.run.manifest() if MANIFEST in prepared.run.names() else {"stages": {}}
+    kept = prepared.run.manifest()["stages"] if MANIFEST in prepared.run.names() else {}
+    steps = [stage for stage in up_to(until) if stage.wanted(prepared)]
+    if any(stage.name in kept for stage in up_to(until) if stage not in steps):
+        return False
+    return not any(stage.name in forced for stage in steps) and _first_undone(prepared, steps, kept)[0] is None
+
+
+def _first_undone(prepared: Prepared, steps: Sequence[Stage], kept: Mapping[str, Any]) -> tuple[Stage | None, bool]:
+    """The first stage that is new, has other inputs now or damaged files; and whether it has none but these."""
     context = Context(prepared, original_dir(prepared))
-    for stage in up_to(until):
-        entry = manifest["stages"].get(stage.name)
-        if not stage.wanted(prepared):
-            if entry is not None:
-                return False
-            continue
-        if entry is None or stage.name in forced:
-            return False
+    for stage in steps:
+        entry = kept.get(stage.name)
+        if entry is None:
+            return stage, False
         context.made[stage.name] = key = fingerprint(stage.inputs(context))
-        if not prepared.run.is_done(stage.name, key):
-            return False
+        if entry["inputs"] != key or not prepared.run.is_done(stage.name, key):
+            return stage, entry["inputs"] == key
         context.results[stage.name] = entry["result"]
-    return True
+    return None, False
 
 
 def _changed_keys(old: Any, new: Any, path: str = "") -> dict[str, tuple[str, str]]:

@@ -1,14 +1,13 @@
 """Remarks on a run where nothing is wrong: each function gives a sentence, or None."""
 
+import filecmp
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from emloc_ray.config.schema import WORKER_SECTIONS, CorrectionConfig, RunConfig
 from emloc_ray.data.processors import IMAGE_SIDE
-from emloc_ray.io.store.digests import digest
 from emloc_ray.planning.gpu_speeds import speed_of
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.machine import (
@@ -180,16 +179,12 @@ def copied_rows(prepared: Prepared) -> str | None:
     for name in ("eval", "selection", "validation"):
         for held_out in prepared.files.get(name, ()):
             for source in () if held_out.is_stored else trained:
-                if source.num_rows == held_out.num_rows and _are_equal(Path(source.path), Path(held_out.path)):
+                if source.num_rows == held_out.num_rows and filecmp.cmp(source.path, held_out.path, shallow=False):
                     return (
                         f"data.{name} reads {held_out.name}, a copy of {source.name}, which is trained on: give it rows of its"
                         f" own, or leave data.{name} out to have rows of train kept for it."
                     )
     return None
-
-
-def _are_equal(one: Path, other: Path) -> bool:
-    return one.stat().st_size == other.stat().st_size and digest(one) == digest(other)
 
 
 def late_warmup(prepared: Prepared) -> str | None:

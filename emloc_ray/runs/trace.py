@@ -16,7 +16,7 @@ from typing import Any
 
 from emloc_ray.errors import ArtifactError, EmlocError
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.stages.ray.spans import Span, listening
@@ -40,7 +40,7 @@ class WorkerTrace(Reporter):
         self._listening = contextlib.ExitStack()
 
     def __enter__(self) -> WorkerTrace:
-        self._spans, self._num_left_out = _read(self.run)
+        self._spans, self._num_left_out = read_trace(self.run)
         self._listening.enter_context(listening(self.hear))
         return self
 
@@ -71,8 +71,7 @@ class WorkerTrace(Reporter):
             content["otherData"] = {_LEFT_OUT: self._num_left_out}
         with contextlib.suppress(EmlocError, OSError):  # a store that fails ends the run at its next own write
             self.run.check_held()
-            with atomic_file(self.run.path(TRACE)) as file:
-                file.write(json.dumps(content, ensure_ascii=False).encode(errors="replace"))
+            write_bytes(self.run.path(TRACE), json.dumps(content, ensure_ascii=False).encode(errors="replace"))
 
 
 def trace_events(spans: Sequence[Span]) -> list[dict[str, Any]]:
@@ -114,13 +113,9 @@ def _named(kind: str, name: str, node: int, worker: int) -> dict[str, Any]:
     return {"name": kind, "ph": "M", "pid": node, "tid": worker, "args": {"name": name}}
 
 
-def read_trace(run: RunDirectory) -> list[Span]:
-    """The spans of a run's ``trace.json``; none where there is none, or it has another form than :func:`trace_events` gives."""
-    return _read(run)[0]
-
-
-def _read(run: RunDirectory) -> tuple[list[Span], int]:
-    """The spans, and how many were left out."""
+def read_trace(run: RunDirectory) -> tuple[list[Span], int]:
+    """The spans of a run's ``trace.json``, and how many were left out; none where there is none, or it has another form than
+    :func:`trace_events` gives."""
     try:
         ensure(run.path(TRACE))
         content = json.loads(run.path(TRACE).read_text())

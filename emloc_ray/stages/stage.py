@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config.base import StageConfig
 from emloc_ray.config.schema import RunConfig
-from emloc_ray.planning.costs import StageCost
-from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.costs import Costed
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.stages.context import Context, Inputs, Result
 
@@ -22,18 +21,15 @@ def by_weights(context: Context) -> Inputs:
     return context.weights
 
 
-@dataclass(frozen=True)
-class Stage:
+@dataclass(frozen=True, kw_only=True)
+class Stage(Costed):
     """A step of a run: what it is made from, what it writes, how it runs, what it costs, and what is said of it.
 
-    ``name`` is its word in manifest and log, ``title`` on screens, ``verb`` the command that runs up to it, its own name unless
-    another's. ``asks`` gives the config section whose workers it takes. ``outputs`` and ``scratch`` are folders of the run
-    directory: what later stages read, and what a killed try is continued from.
+    ``title`` is its word on screens, ``verb`` the command that runs up to it, its own name unless another's. ``outputs`` and
+    ``scratch`` are folders of the run directory: what later stages read, and what a killed try is continued from.
     """
 
-    name: str
     title: str
-    asks: Callable[[RunConfig], StageConfig]
     inputs: Callable[[Context], Inputs]
     """All that decides what comes out."""
     run: Callable[[Context, Inputs, Resources, Progress], Result]
@@ -43,12 +39,6 @@ class Stage:
     outputs: tuple[str, ...] = ()
     scratch: tuple[str, ...] = ()
     verb: str = ""
-    wanted: Callable[[Prepared], bool] = lambda prepared: True
-    """Whether this config has the stage."""
-    cost: Callable[[MemoryModel], StageCost] | None = None
-    """Memory, disk and work; None where it is not planned for."""
-    steps: Callable[[Prepared], tuple[int, str]] | None = None
-    """Its optimizer steps, and of what: ``(8, "on the original")``."""
     reads: Callable[[Context], Sequence[str]] = lambda context: ()
     """The stages whose files it reads that may have been dropped by now."""
     drops: Callable[[Context], Sequence[str]] = lambda context: ()
@@ -61,8 +51,6 @@ class Stage:
     """Whether ``--from`` its verb makes it again."""
     whole: bool = False
     """Whether a damaged file spoils all of ``outputs``: sums with an index that says that they are complete."""
-    divisible: bool = False
-    """Whether fewer workers than asked for can do it: a bag of tasks."""
     summary: Callable[[Result], str] = lambda result: ""
     """Its one line when it has ended."""
     remarks: Callable[[Context, Result], Sequence[str | None]] = lambda context, result: ()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_ray.io.runs.directory import CARD, RunDirectory
-from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.stored_files import shown
 from emloc_ray.stages.order import STEPS
 from emloc_ray.text import describe_choice, describe_matches, described_bits, listed
@@ -40,8 +40,7 @@ def write_cards(run: RunDirectory, copy: Path | None = None) -> None:
     root, manifest, metrics = copy or run.root, run.manifest(), run.metrics()
     for folder, step in WRITTEN_BY.items():
         if step in manifest["stages"] and (root / folder).is_dir():
-            with atomic_file(root / folder / CARD) as file:
-                file.write(card(run.name, folder, manifest["config"], metrics).encode())
+            write_text(root / folder / CARD, card(run.name, folder, manifest["config"], metrics))
 
 
 def card(name: str, folder: str, config: Mapping[str, Any], metrics: Mapping[str, Any], repository: str = "") -> str:

@@ -7,7 +7,6 @@ import os
 import time
 from enum import Enum
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -56,54 +55,6 @@ def _version(asked: bool) -> None:
 
 Fresh = Annotated[bool, flag("--fresh", help="Delete what an earlier run left in run_dir, then start.")]
 Quiet = Annotated[bool, flag("--quiet", "-q", help="Print errors alone.")]
-
-
-def _run(
-    path: Path,
-    overrides: list[str] | None,
-    begin: Verb | None,
-    until: Verb,
-    fresh: bool,
-    accept_versions: bool,
-    yes: bool,
-    quiet: bool,
-) -> None:
-    shown = Console(quiet=True) if quiet else console
-    prepared = prepare_config(path, overrides, shown)  # says that it is at work, also while the rest is imported
-
-    from emloc_ray.planning.plan import make_plan
-    from emloc_ray.stages.order import STEPS
-    from emloc_ray.text import duration, size
-    from emloc_ray.ui import api
-    from emloc_ray.ui.console_reporter import ConsoleReporter
-    from emloc_ray.ui.terminal import evaluation_table, result_lines
-
-    plan = make_plan(STEPS, prepared)
-    shown.print(
-        f"[bold]{escape(prepared.run.name)}[/]: {plan.parameters:,} parameters, emulator {plan.emulator_parameters:,};"
-        f" {plan.steps}; about {duration(plan.seconds)} and {size(plan.disk_bytes)} of disk if nothing is done yet"
-    )
-    try:
-        with ConsoleReporter(shown) as reporter:
-            metrics = api.run(
-                prepared.config,
-                begin=begin and begin.value,
-                until=until.value,
-                fresh=fresh,
-                reporter=reporter,
-                prepared=prepared,
-                accept_versions=accept_versions,
-                accept_changes=yes or reporter.paused(functools.partial(agrees, shown)),
-            )
-    except EmlocError as error:
-        if not isinstance(error, ConfigError):
-            stays = f"Finished stages stay in {prepared.run.place}; the same command continues from there."
-            raise type(error)(f"{error}\n{stays}") from error
-        raise
-    if until is _LAST:
-        shown.print(evaluation_table(metrics))
-    for line in result_lines(metrics, prepared.run.place):
-        shown.print(escape(line), soft_wrap=True)
 
 
 app.command(rich_help_panel=_BEFORE)(init)
@@ -173,7 +124,42 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run all stages: skip what is done, redo what the config changed, once you agree."""
-    _run(config, overrides, begin, until, fresh, accept_versions, yes, quiet)
+    shown = Console(quiet=True) if quiet else console
+    prepared = prepare_config(config, overrides, shown)  # says that it is at work, also while the rest is imported
+
+    from emloc_ray.planning.plan import make_plan
+    from emloc_ray.stages.order import STEPS
+    from emloc_ray.text import duration, size
+    from emloc_ray.ui import api
+    from emloc_ray.ui.console_reporter import ConsoleReporter
+    from emloc_ray.ui.terminal import evaluation_table, result_lines
+
+    plan = make_plan(STEPS, prepared)
+    shown.print(
+        f"[bold]{escape(prepared.run.name)}[/]: {plan.parameters:,} parameters, emulator {plan.emulator_parameters:,};"
+        f" {plan.steps}; about {duration(plan.seconds)} and {size(plan.disk_bytes)} of disk if nothing is done yet"
+    )
+    try:
+        with ConsoleReporter(shown) as reporter:
+            metrics = api.run(
+                prepared.config,
+                begin=begin and begin.value,
+                until=until.value,
+                fresh=fresh,
+                reporter=reporter,
+                prepared=prepared,
+                accept_versions=accept_versions,
+                accept_changes=yes or reporter.paused(functools.partial(agrees, shown)),
+            )
+    except EmlocError as error:
+        if not isinstance(error, ConfigError):
+            stays = f"Finished stages stay in {prepared.run.place}; the same command continues from there."
+            raise type(error)(f"{error}\n{stays}") from error
+        raise
+    if until is _LAST:
+        shown.print(evaluation_table(metrics))
+    for line in result_lines(metrics, prepared.run.place):
+        shown.print(escape(line), soft_wrap=True)
 
 
 @app.command(rich_help_panel=_RUNS)
@@ -208,7 +194,6 @@ for _result_verb in (report, chat, push, gguf, fetch):
 
 def _stage_command(verb: Verb, text: str) -> None:
     @app.command(name=verb.value, help=text, rich_help_panel="Up to one stage")
-    @guarded
     def command(
         config: ConfigPath,
         overrides: Overrides = None,
@@ -217,7 +202,7 @@ def _stage_command(verb: Verb, text: str) -> None:
         yes: Yes = False,
         quiet: Quiet = False,
     ) -> None:
-        _run(config, overrides, None, verb, fresh, accept_versions, yes, quiet)
+        run(config, overrides, None, verb, fresh, accept_versions, yes, quiet)
 
 
 for _name, _result in RESULTS.items():

@@ -9,8 +9,7 @@ from emloc_ray.runs.reporter import Reporter
 from emloc_ray.stages.order import STEPS
 from emloc_ray.text import Rate, duration, size
 
-_TITLES = {stage.name: stage.title for stage in STEPS}
-_SUMMARIES = {stage.name: stage.summary for stage in STEPS}
+_STAGES = {stage.name: stage for stage in STEPS}
 
 
 class NotebookReporter(Reporter):
@@ -27,13 +26,13 @@ class NotebookReporter(Reporter):
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins."""
         pace, self._detail = Rate(), ""
-        self._draw(f"{_TITLES[stage]} …")
+        self._draw(f"{_STAGES[stage].title} …")
 
         def progress(done: int, total: int) -> None:
             now = time.monotonic()
             left = pace.left(done, total, now)
             if now >= self._next or done == total:
-                parts = [f"{_TITLES[stage]}: {done} of {total}", left, html.escape(self._detail)]
+                parts = [f"{_STAGES[stage].title}: {done} of {total}", left, html.escape(self._detail)]
                 bar = f'<progress value="{done}" max="{max(total, 1)}"></progress>'
                 self._draw(f"{bar} {', '.join(filter(None, parts))}")
 
@@ -41,13 +40,13 @@ class NotebookReporter(Reporter):
 
     def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
         """A stage has finished."""
-        said = "from the cache" if result.get("taken_from") else _SUMMARIES[stage](result)
+        said = "from the cache" if result.get("taken_from") else _STAGES[stage].summary(result)
         took = f"{duration(usage['wall_s'])}, {size(usage['peak_pss_bytes'])}"
-        self._add(f"✓ {_TITLES[stage]}, {took}{f': {html.escape(said)}' if said else ''}")
+        self._add(f"✓ {_STAGES[stage].title}, {took}{f': {html.escape(said)}' if said else ''}")
 
     def skip(self, stage: str) -> None:
         """A stage was done before."""
-        self._add(f"· {_TITLES[stage]}: done before, inputs unchanged")
+        self._add(f"· {_STAGES[stage].title}: done before, inputs unchanged")
 
     def detail(self, text: str) -> None:
         """How what runs now is going."""

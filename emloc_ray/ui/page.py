@@ -17,7 +17,7 @@ from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.directory import SPECTRA, RunDirectory
 from emloc_ray.io.runs.secret_values import without_secrets
-from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.node_cache import ensure, exists
 from emloc_ray.runs.log import read_events
 from emloc_ray.runs.reporter import Reporter
@@ -43,8 +43,7 @@ def write_report(directory: RunDirectory) -> Path:
 def write_page(directory: RunDirectory, html: str) -> Path:
     """Writes ``report.html`` into a run's or a batch's directory, whole; returns its path."""
     path = directory.path("report.html")
-    with atomic_file(path) as file:
-        file.write(html.encode(errors="replace"))
+    write_bytes(path, html.encode(errors="replace"))
     return path
 
 

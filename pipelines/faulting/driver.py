@@ -112,12 +112,12 @@ class Driver:
         progress = [event for event in self.events() if event["event"] == "progress" and event["time"] >= since]
         return [event["done"] for event in progress if event["stage"] == stage]
 
-    def poll(self, seconds: float, pause: float = 0.02) -> Iterator[None]:
+    def poll(self, seconds: float) -> Iterator[None]:
         """Yields now and then until the driver has ended, or the time is over."""
         end = time.monotonic() + seconds
         while self.process.is_alive() and time.monotonic() < end:
             yield
-            time.sleep(pause)
+            time.sleep(0.02)
 
     def wait(self, seconds: float) -> bool:
         """Whether it ended well within the time; it is killed where it is still there."""

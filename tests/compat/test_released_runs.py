@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from cli_calls import invoke
 from peft import PeftModel
 from safetensors.torch import load_file
 from small_runs import RecordingReporter, redone
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner, Result
 
 import emloc_ray  # noqa: F401  (the emulator's type)
 from emloc_ray.config.reading import load_config, read_values
@@ -25,7 +25,6 @@ from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs.batch.state import read_state
-from emloc_ray.ui.cli import app
 
 RELEASE = Path(__file__).parent / "0.1.0"
 
@@ -41,10 +40,6 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def load(place: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(RELEASE / place)
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
 
 
 def assert_gives(model: Any, name: str) -> None:

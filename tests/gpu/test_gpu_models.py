@@ -31,8 +31,8 @@ def model_on(device: str) -> Any:
     return original().to(device)
 
 
-def batch_on(device: str, padded: bool = False) -> dict[str, Tensor]:
-    return random_batch(2, 96, CONFIG.vocab_size, torch.device(device), padded)
+def batch_on(device: str) -> dict[str, Tensor]:
+    return random_batch(2, 96, CONFIG.vocab_size, torch.device(device), padded=True)
 
 
 def apart(there: Tensor, here: Tensor) -> float:
@@ -41,7 +41,7 @@ def apart(there: Tensor, here: Tensor) -> float:
 
 def steps(device: str, count: int = 3) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of some optimizer steps, and the adapter afterwards."""
-    model, batch = emulator().to(device), batch_on(device, padded=True)
+    model, batch = emulator().to(device), batch_on(device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, losses = torch.optim.SGD(trained.values(), lr=1.0), []
     for _ in range(count):
@@ -120,7 +120,7 @@ def test_experts_run_by_grouped_products_as_one_by_one() -> None:
 
 @torch.no_grad()
 def test_right_padding_needs_no_mask() -> None:
-    model, batch = model_on(DEVICE), batch_on(DEVICE, padded=True)
+    model, batch = model_on(DEVICE), batch_on(DEVICE)
     real = batch["attention_mask"].bool()
     masked = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[real]
     plain = model(batch["input_ids"]).logits[real]
@@ -128,7 +128,7 @@ def test_right_padding_needs_no_mask() -> None:
 
 
 def gathered(device: str, gather: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: matrix.cpu() for name, matrix in gather(model_on(device), batch_on(device, padded=True)).items()}
+    return {name: matrix.cpu() for name, matrix in gather(model_on(device), batch_on(device)).items()}
 
 
 def grams(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,7 +157,7 @@ def test_grams_block_by_block_are_those_of_the_whole_model(tmp_path: Path) -> No
     pytest.importorskip("pyarrow", reason="replaying a checkpoint reads the data's processors")
     from emloc_ray.modeling.replay import BlockReplay
 
-    model, batch = model_on(DEVICE), batch_on(DEVICE, padded=True)
+    model, batch = model_on(DEVICE), batch_on(DEVICE)
     model.save_pretrained(tmp_path)
     whole, call = grams(model, batch), model_call(CONFIG, batch)
     replay = BlockReplay(tmp_path, device=DEVICE)
@@ -203,7 +203,7 @@ def test_an_offloaded_step_is_a_resident_one(tmp_path: Path) -> None:
         for _ in range(2):
             model.zero_grad()
             base: Any = model.get_base_model()
-            call = model_call(base.config, batch_on(DEVICE, padded=True), "all").to(base.device)
+            call = model_call(base.config, batch_on(DEVICE), "all").to(base.device)
             loss = call_loss(model, call, base).loss_sum
             loss.backward()
         losses.append(float(loss.detach()))

@@ -46,8 +46,8 @@ def weighed_run(make_run: Callable[..., FinishedRun], task_file: Path) -> Finish
     return make_run(task_file, emulator=WEIGHED)
 
 
-def tail(step: str, without: tuple[str, ...] = ()) -> list[str]:
-    return [name for name in ALL[ALL.index(step) :] if name not in without]
+def tail(step: str) -> list[str]:
+    return ALL[ALL.index(step) :]
 
 
 @torch.no_grad()

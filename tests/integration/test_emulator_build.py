@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_runs import FinishedRun, RecordingReporter, run_values
+from stage_artifacts import tensors_in
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import NumericsError, StageError
@@ -25,13 +26,8 @@ from emloc_ray.stages.factorize.stage import factorization_job
 from emloc_ray.stages.ray.tasks import Resources
 
 
-def factors(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of an emulator."""
-    return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
 def assert_same_emulator(found: Path, expected: Path) -> None:
-    ours, theirs = factors(found), factors(expected)
+    ours, theirs = tensors_in(found), tensors_in(expected)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 

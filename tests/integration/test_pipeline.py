@@ -164,7 +164,7 @@ def test_metrics_have_their_keys(any_run: FinishedRun) -> None:
 
 def test_the_trace_has_what_workers_did_and_layers_have_spectra(any_run: FinishedRun) -> None:
     run = RunDirectory(any_run.root)
-    spans = read_trace(run)
+    spans = read_trace(run)[0]
     working = {"factorize", "finetune", "correct", "merge", "evaluate"} | (
         {"calibrate"} & any_run.metrics["stages"].keys()
     )

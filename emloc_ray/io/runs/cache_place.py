@@ -17,7 +17,7 @@ from pathlib import Path
 
 from emloc_ray.errors import ArtifactError, ConfigError, EmlocError
 from emloc_ray.io.runs.run_places import check_folder
-from emloc_ray.io.store.atomic import atomic_directory, atomic_file
+from emloc_ray.io.store.atomic import atomic_directory, write_bytes
 from emloc_ray.io.store.node_cache import discard, mirror, origin
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.io.store.places import is_store_uri
@@ -92,8 +92,7 @@ class CachePlace:
         if self.store is not None:
             self.store.write(MARKER, content)
         else:
-            with atomic_file(self.root / MARKER) as file:
-                file.write(content)
+            write_bytes(self.root / MARKER, content)
 
     def check(self) -> None:
         """Raises ConfigError where it cannot be written, which leaves no trace."""
@@ -207,8 +206,7 @@ class CachePlace:
         if self.store is None:
             with atomic_directory(folder) as temporary:
                 yield temporary
-                with atomic_file(temporary / _ENTRY) as file:
-                    file.write(content)
+                write_bytes(temporary / _ENTRY, content)
             return
         try:
             yield folder

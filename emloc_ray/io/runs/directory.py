@@ -21,7 +21,7 @@ from emloc_ray.io.runs.manifest import FORMAT, confirmed_at, parse_manifest
 from emloc_ray.io.runs.metrics import METRICS, read_metrics, write_metrics
 from emloc_ray.io.runs.run_places import check_folder, check_store
 from emloc_ray.io.runs.secret_values import without_secrets
-from emloc_ray.io.store.atomic import atomic_file, json_bytes, write_json
+from emloc_ray.io.store.atomic import json_bytes, write_json, write_text
 from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.lease import KEY as LEASE
 from emloc_ray.io.store.lease import Holder, Lease, find_holder
@@ -128,8 +128,7 @@ class RunDirectory:
         if self.lease is not None and before.get("lease") != self.lease.number:
             manifest = self._adopted(before, manifest, fresh)
         self._write_manifest(manifest)
-        with atomic_file(self.path(CONFIG)) as file:
-            file.write(write_yaml(config).encode())
+        write_text(self.path(CONFIG), write_yaml(config))
         # Last: whatever a kill leaves of these is a run's, with no stage done.
         for name in set(names) - {MANIFEST, CONFIG, LOCK, LEASE} if fresh else ():
             discard(self.path(name))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_ray.io.runs.fingerprint import fingerprint
-from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.node_cache import discard, ensure
 
 _MARK = ".inputs"
@@ -15,8 +15,7 @@ def discard_unless(directory: Path, inputs: Any) -> None:
     if not begun_with(directory, inputs):
         discard(directory)
         directory.mkdir(parents=True)
-        with atomic_file(directory / _MARK) as file:
-            file.write(fingerprint(inputs).encode())
+        write_text(directory / _MARK, fingerprint(inputs))
 
 
 def discard_both_unless(scratch: Path, output: Path, inputs: Any) -> None:

@@ -46,17 +46,21 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     publish(path, whole=True)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes what a file holds, atomically."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text, atomically."""
-    with atomic_file(path) as file:
-        file.write(text.encode())
+    write_bytes(path, text.encode())
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copies a small file, atomically."""
     ensure(source)
-    with atomic_file(target) as file:
-        file.write(source.read_bytes())
+    write_bytes(target, source.read_bytes())
 
 
 def remove_leftovers(path: Path) -> None:
@@ -74,5 +78,4 @@ def json_bytes(value: Any) -> bytes:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as indented JSON, atomically."""
-    with atomic_file(path) as file:
-        file.write(json_bytes(value))
+    write_bytes(path, json_bytes(value))

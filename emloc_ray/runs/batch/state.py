@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.io.store.atomic import atomic_file, write_json
+from emloc_ray.io.store.atomic import write_json, write_text
 from emloc_ray.io.store.node_cache import discard, ensure
 from emloc_ray.runs.reporter import Reporter
 
@@ -146,8 +146,7 @@ def cancel(run: RunDirectory, names: Sequence[str], undo: bool = False) -> bool:
         if undo:
             remove_cancel(run, name)
             continue
-        with atomic_file(run.path(_CANCEL + name)) as file:
-            file.write(name.encode())
+        write_text(run.path(_CANCEL + name), name)
     return holder is not None
 
 

@@ -1,7 +1,6 @@
 """Writes ``summary.parquet``, a batch's results as a table, a row a task."""
 
 import dataclasses
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,14 +30,12 @@ _SCHEMA = pa.schema(
 )
 
 
-def write_summary(run: RunDirectory, state: BatchState) -> Path:
+def write_summary(run: RunDirectory, state: BatchState) -> None:
     """Writes the batch's summary; times in UTC, losses in nats a token, ``taken`` the stages that came from the cache."""
     rows = []
     for task in state.tasks:
         row = dataclasses.asdict(task)
         times = {key: None if row[key] is None else int(row[key] * 1000) for key in ("started_at", "ended_at")}
         rows.append({**row, **times, "taken": list(task.taken)})
-    path = run.path(SUMMARY)
-    with atomic_file(path) as file:
+    with atomic_file(run.path(SUMMARY)) as file:
         pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file)
-    return path

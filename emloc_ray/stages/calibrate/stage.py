@@ -62,7 +62,7 @@ def gradient_job(context: Context) -> CalibrationJob:
 
 def experts(context: Context) -> tuple[tuple[str, int], ...]:
     """The Grams of experts' linears, with how many inputs these have."""
-    specs = {spec.name: spec for spec in context.layout.specs}
+    specs = context.layout.by_name
     firsts = [specs[group[0]] for group in context.gram_groups()]
     return tuple((spec.name, spec.in_features) for spec in firsts if spec.routed_share is not None)
 

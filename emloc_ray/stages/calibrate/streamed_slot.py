@@ -10,7 +10,7 @@ from torch import Tensor
 from emloc_ray.data.ahead import made_batches
 from emloc_ray.data.token_shards import TokenShards, length_batches
 from emloc_ray.io.formats.grams import write_gram_shard, write_slot
-from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.node_cache import ensure, exists, is_stored, local_only
 from emloc_ray.modeling.block_outputs import BlockOutput, read_outputs, write_outputs
 from emloc_ray.modeling.gram_hooks import GramHooks
@@ -66,8 +66,7 @@ class StreamedSlot:
         self.numbers = job.shards_of(slot, num_slots)
         self.replay = BlockReplay(job.model_dir, **dict(job.model_options))
         if is_stored(out_dir) and ray.is_initialized():
-            with atomic_file(_node_file(out_dir, slot, num_slots)) as file:
-                file.write(ray.get_runtime_context().get_node_id().encode())
+            write_text(_node_file(out_dir, slot, num_slots), ray.get_runtime_context().get_node_id())
         for other in _hidden(out_dir).glob("*") if job.inputs else ():
             if other.name != job.inputs:
                 shutil.rmtree(other, ignore_errors=True)

@@ -8,7 +8,7 @@ import torch
 
 from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.io.formats.shards import copy_chunks, make_header, stream_shard
-from emloc_ray.modeling.architecture import LinearSpec, StoredRows
+from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.stages.factorize.job import FactorizationJob
 
 _CHUNK_BYTES = 2**26
@@ -45,7 +45,8 @@ def rest_of_shards(job: FactorizationJob) -> list[list[Kept]]:
     apart = [
         s for s in specs if s.name not in job.ranks and (len(s.stored) > 1 or any(r.part is not None for r in s.stored))
     ]
-    taken = {r.name for spec in specs if spec.name in job.ranks or spec in apart for r in _all_rows(spec)}
+    made = [spec for spec in specs if spec.name in job.ranks or spec in apart]
+    taken = {rows.name for spec in made for rows in (*spec.weight_rows, spec.bias_rows)}
     taken |= {rows.name for spec in specs if spec.name in job.packed for rows in spec.weight_rows}
     kept_at: dict[str, list[Kept]] = {}
     for spec in apart:
@@ -57,10 +58,6 @@ def rest_of_shards(job: FactorizationJob) -> list[list[Kept]]:
         kept = [Kept(replace(e, name=job.renamed.get(e.name, e.name)), (e,)) for e in as_they_are]
         rest.append(kept + [part for entry in shard.entries for part in kept_at.get(entry.name, ())])
     return [kept for kept in rest if kept]
-
-
-def _all_rows(spec: LinearSpec) -> tuple[StoredRows, ...]:
-    return (*spec.weight_rows, spec.bias_rows)
 
 
 def _kept_linear(spec: LinearSpec, checkpoint: Checkpoint) -> list[Kept]:

@@ -10,7 +10,7 @@ import torch
 
 from emloc_ray.io.formats.checkpoint import read_shard
 from emloc_ray.io.runs.directory import SPECTRA
-from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.atomic import write_text
 
 LAYERS = "layers"
 _MOST_SAMPLES = 48
@@ -49,8 +49,7 @@ def sampled(eigenvalues: torch.Tensor, total_energy: float) -> tuple[tuple[int, 
 
 def write_spectra(directory: Path, reports: Iterable[LayerReport]) -> None:
     """Writes the sampled spectra of an emulator's layers as one small file."""
-    with atomic_file(directory / SPECTRA) as file:
-        file.write(json.dumps({report.name: report.spectrum for report in reports if report.spectrum}).encode())
+    write_text(directory / SPECTRA, json.dumps({report.name: report.spectrum for report in reports if report.spectrum}))
 
 
 def spectra_file(factors: Path) -> Path:

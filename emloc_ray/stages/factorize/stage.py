@@ -306,7 +306,7 @@ def uneven_groups(layout: Layout) -> str | None:
 
 def _with_shares(layers: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """Each layer with the share of its parameters that the emulator keeps; beside them those that an allocation left dense."""
-    specs = {spec.name: spec for spec in layout.specs}
+    specs = layout.by_name
     free = layout.free if (layout.ranks or layout.budget is not None) and layout.allocation != "uniform" else ()
     dense = {
         name: {"rank": min(specs[name].out_features, specs[name].in_features), "relative_error": 0.0, "solver": "dense"}

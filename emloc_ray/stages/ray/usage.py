@@ -114,18 +114,14 @@ def _sizes() -> Iterator[tuple[int, int]]:
 def _processes() -> list[psutil.Process]:
     own = psutil.Process()
     processes = {process.pid: process for process in [own, *own.children(recursive=True)]}
-    session = _session()
+    # The raylets' command lines hold the session's name.
+    session = ray.get_runtime_context().get_session_name() if ray.is_initialized() else ""
     for process in psutil.process_iter(["name"]):  # a Ray that was not started here, but that this process uses
         if process.info["name"] == "raylet" and process.pid not in processes:
             with contextlib.suppress(psutil.Error):
                 if session and any(session in part for part in process.cmdline()):
                     processes.update({child.pid: child for child in [process, *process.children(recursive=True)]})
     return list(processes.values())
-
-
-def _session() -> str:
-    """The name of the connected Ray session, which its raylets' command lines hold."""
-    return ray.get_runtime_context().get_session_name() if ray.is_initialized() else ""
 
 
 def _memory(process: psutil.Process) -> tuple[int, int]:

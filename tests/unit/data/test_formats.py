@@ -18,8 +18,8 @@ from emloc_ray.errors import DataError
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(str.strip)
 
 
-def tokenize_row(row: dict[str, Any], format: str, tokenizer: Any, where: str) -> Tokens:
-    return encode(sequences(row, format, tokenizer, where), tokenizer)[0]
+def tokenize_row(row: dict[str, Any], format: str, tokenizer: Any) -> Tokens:
+    return encode(sequences(row, format, tokenizer, "here"), tokenizer)[0]
 
 
 def check(row: dict[str, Any], format: str, where: str) -> None:
@@ -38,7 +38,7 @@ def spans(tokens: Tokens, tokenizer: Any) -> list[tuple[bool, str]]:
 
 @given(words)
 def test_text_is_all_completion_and_ends(tokenizer: Any, text: str) -> None:
-    tokens = tokenize_row({"text": text}, "text", tokenizer, "here")
+    tokens = tokenize_row({"text": text}, "text", tokenizer)
     assert spans(tokens, tokenizer) == [(True, f"{text}<eos>")]
     assert tokens.input_ids[-1] == EOS
 
@@ -46,7 +46,7 @@ def test_text_is_all_completion_and_ends(tokenizer: Any, text: str) -> None:
 @given(words, words)
 def test_prompt_and_completion(tokenizer: Any, prompt: str, completion: str) -> None:
     row = {"prompt": prompt, "completion": completion}
-    tokens = tokenize_row(row, "prompt_completion", tokenizer, "here")
+    tokens = tokenize_row(row, "prompt_completion", tokenizer)
     assert spans(tokens, tokenizer) == [(False, prompt), (True, f"{completion}<eos>")]
     assert tokens.input_ids.count(EOS) == 1
     # The prompt's tokens are those that generation starts from.
@@ -63,9 +63,9 @@ def test_a_tokenizer_that_adds_special_tokens_itself() -> None:
             ids = [100 + ord(letter) for letter in text]
             return {"input_ids": [7, *ids, EOS] if add_special_tokens else ids}
 
-    tokens = tokenize_row({"prompt": "a", "completion": "b"}, "prompt_completion", Adding(), "here")
+    tokens = tokenize_row({"prompt": "a", "completion": "b"}, "prompt_completion", Adding())
     assert tokens == Tokens([7, 197, 198, EOS], [False, False, True, True])
-    assert tokenize_row({"text": "a"}, "text", Adding(), "here") == Tokens([7, 197, EOS], [True] * 3)
+    assert tokenize_row({"text": "a"}, "text", Adding()) == Tokens([7, 197, EOS], [True] * 3)
 
 
 def test_an_encoder_s_prompt_ends_by_itself(tokenizer: Any) -> None:
@@ -88,7 +88,7 @@ def test_many_rows_at_once_are_what_each_is_alone(special: bool, pairs: list[tup
             rows.append({"text": first, "prompt": first, "completion": second, "messages": turns * 2})
         alone = [by_the_text(row, format, tokenizer) for row in rows]
         assert encode([s for row in rows for s in sequences(row, format, tokenizer, "here")], tokenizer) == alone
-        assert [tokenize_row(row, format, tokenizer, "here") for row in rows] == alone
+        assert [tokenize_row(row, format, tokenizer) for row in rows] == alone
 
 
 def by_the_text(row: dict[str, Any], format: str, tokenizer: Any) -> Tokens:
@@ -127,7 +127,7 @@ def test_messages_every_assistant_turn_is_completion(tokenizer: Any) -> None:
         {"role": "assistant", "content": "4"},
         {"role": "user", "content": "thanks"},
     ]
-    tokens = tokenize_row({"messages": messages}, "messages", tokenizer, "here")
+    tokens = tokenize_row({"messages": messages}, "messages", tokenizer)
     assert spans(tokens, tokenizer) == [
         (False, "<|system|>be brief<eos><|user|>1 + 1?<eos><|assistant|>"),
         (True, "2<eos>"),
@@ -138,7 +138,7 @@ def test_messages_every_assistant_turn_is_completion(tokenizer: Any) -> None:
 
 def test_messages_are_the_template_s_own_text(tokenizer: Any) -> None:
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
-    tokens = tokenize_row({"messages": messages}, "messages", tokenizer, "here")
+    tokens = tokenize_row({"messages": messages}, "messages", tokenizer)
     assert tokenizer.decode(tokens.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
@@ -153,7 +153,7 @@ def test_a_template_that_rewrites_earlier_turns() -> None:
 def test_no_chat_template() -> None:
     row = {"messages": [{"role": "assistant", "content": "b"}]}
     with pytest.raises(DataError, match="has no chat template"):
-        tokenize_row(row, "messages", make_tokenizer(None), "here")
+        tokenize_row(row, "messages", make_tokenizer(None))
     assert make_tokenizer(CHAT_TEMPLATE).chat_template
 
 

@@ -16,7 +16,7 @@ from small_runs import task_rows, write_jsonl
 from emloc_ray.data import units
 from emloc_ray.data.reading import scan
 from emloc_ray.data.splits import RowSelection
-from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.node_cache import mirror
 
 
@@ -65,8 +65,7 @@ def test_what_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_file_of_the_run_may_have_left_this_node(s3_port: int, node_cache: Path) -> None:
     path = mirror(uri(s3_port, "small/run")) / "rows" / "train.jsonl"
-    with atomic_file(path) as file:
-        file.write(b'{"text": "a"}\n')
+    write_bytes(path, b'{"text": "a"}\n')
     rows = all_rows(path)
     path.unlink()  # as where the cache is full
     assert units.is_small([rows])

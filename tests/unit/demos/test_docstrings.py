@@ -48,14 +48,14 @@ def _completions(root: Path, task: SourceTask = ANY_NUMBER) -> list[str]:
     return sorted(row["completion"] for row in _rows(root, task))
 
 
-def _many_modules(root: Path, modules: int = 60) -> Path:
+def _many_modules(root: Path) -> Path:
     return _put(
         root,
         {
             f"pkg/m{i}.py": "".join(
                 _function(f"f{i}_{j}", f"Return item {j} of list {i}.", f"return items[{i}][{j}]") for j in range(5)
             )
-            for i in range(modules)
+            for i in range(60)
         },
     )
 

@@ -18,10 +18,10 @@ import torch
 from adapter_cases import CASES, IDS, attached
 from families import build
 from pretend_device import Meter, moved
+from stage_artifacts import random_rows
 from tiny import PAD, VOCABULARY, make_model, save_emulator
 from torch import Tensor
 
-from emloc_ray.data.formats import Tokens
 from emloc_ray.data.packing import join
 from emloc_ray.data.token_shards import collate
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
@@ -41,15 +41,9 @@ from emloc_ray.stages.finetune.trainer import EmulatorTrainer
 close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 
 
-def rows(*lengths: int) -> list[Tokens]:
-    generator = torch.Generator().manual_seed(0)
-    made = [torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-    return [Tokens(ids, [position >= 3 for position in range(len(ids))]) for ids in made]
-
-
-PADDED, EVEN = collate(rows(13, 5, 16), PAD), collate(rows(16, 16, 16), PAD)
+PADDED, EVEN = collate(random_rows(13, 5, 16), PAD), collate(random_rows(16, 16, 16), PAD)
 BATCHES = {"padded": PADDED, "even": EVEN}
-PACKED = collate([join(rows(13, 5)), join(rows(16))], PAD)
+PACKED = collate([join(random_rows(13, 5)), join(random_rows(16))], PAD)
 STEPS = {**BATCHES, "packed": PACKED, "in one row": as_one_row(PACKED)}
 
 
@@ -169,7 +163,7 @@ def vars_of(top: Any) -> tuple[Tensor, Tensor]:
 
 def test_a_micro_step_s_logits_are_of_a_chunk(emulator_dir: Path, device: torch.device, meter: Meter) -> None:
     model = moved(attached(emulator_dir, "lora", "llama"))
-    batch = collate(rows(*[16] * 32), PAD)
+    batch = collate(random_rows(*[16] * 32), PAD)
     meter.restart()
     token_loss(model, batch, "all").loss_sum.backward()
     assert meter.largest < 32 * 15 * VOCABULARY * 4 / 2
@@ -177,7 +171,7 @@ def test_a_micro_step_s_logits_are_of_a_chunk(emulator_dir: Path, device: torch.
 
 # The host reads the sum and the correct ones of each batch, once all batches are under way.
 def test_scores(meter: Meter, device: torch.device) -> None:
-    model, many = make_model("llama"), rows(13, 5, 8, 21, 4)
+    model, many = make_model("llama"), random_rows(13, 5, 8, 21, 4)
     there = moved(copy.deepcopy(model))
     options: dict[str, Any] = {"batch_size": 2, "loss_on": "completion", "pad_token_id": PAD}
     score_rows(there, many, **options, name="x")
@@ -232,7 +226,9 @@ def test_completions(case: str, emulator_dir: Path, device: torch.device, tokeni
     model = load_model(emulator_dir) if case == "none" else attached(emulator_dir, case, "llama").eval()
     options: dict[str, Any] = {"max_new_tokens": 3, "batch_size": 2}
     there = moved(copy.deepcopy(model))
-    assert complete(there, tokenizer, rows(8, 11), **options) == complete(model, tokenizer, rows(8, 11), **options)
+    assert complete(there, tokenizer, random_rows(8, 11), **options) == complete(
+        model, tokenizer, random_rows(8, 11), **options
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

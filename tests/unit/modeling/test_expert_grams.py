@@ -6,23 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from stage_artifacts import random_rows
 from tiny import EXPERT_FAMILIES, PAD, VOCABULARY, make_model
 
-from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import collate
 from emloc_ray.errors import StageError
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.experts import experts_of, unfuse
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.inputs import model_call
-
-LENGTHS = (13, 5, 16, 8)
-
-
-def rows() -> list[Tokens]:
-    generator = torch.Generator().manual_seed(0)
-    made = [torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS]
-    return [Tokens(ids, [position >= 3 for position in range(len(ids))]) for ids in made]
 
 
 @torch.no_grad()
@@ -62,7 +54,7 @@ def test_an_expert_counts_the_tokens_sent_to_it_or_all_and_never_padding(
     family: str, tokens: str, reread: bool
 ) -> None:
     model = make_model(family)
-    batch = collate(rows(), PAD)
+    batch = collate(random_rows(), PAD)
     inputs = routed(model, batch, tokens)
     unfused = unfuse(make_model(family))
     names = [spec.name for spec in block_linears(unfused) if spec.routed_share is not None]
@@ -97,4 +89,4 @@ def test_tokens_that_a_model_picks_in_a_way_of_its_own_are_told_not_miscounted()
     model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: (args[0][:, :3],))
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: 0.0)
     with pytest.raises(StageError, match=r"reads 12 of a batch's 64 tokens.*calibration\.batch_size to 1"):
-        hooks.forward(collate(rows(), PAD))
+        hooks.forward(collate(random_rows(), PAD))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, save
-from test_gram_hooks import rows
+from stage_artifacts import random_rows
 from tiny import PAD, make_model
 from vlms import VLMS, save_vlm
 
@@ -36,7 +36,7 @@ def names_of(model: Any) -> list[str]:
 
 def gather(model: Any, parts: list[list[int]], tokens: str = "all", loss_on: str = "completion") -> GradientHooks:
     """Sums over rows in batches of these positions."""
-    hooks, many = GradientHooks(model, names_of(model), loss_on=loss_on, seed=5), rows()
+    hooks, many = GradientHooks(model, names_of(model), loss_on=loss_on, seed=5), random_rows()
     for part in parts:
         hooks.forward(collate([many[position] for position in part], PAD), tokens, part)
     return hooks
@@ -75,7 +75,7 @@ def row_gradients(model: Any, row: Tokens, position: int, loss_on: str) -> dict[
 @pytest.mark.parametrize("family", MADE)
 @pytest.mark.parametrize(("tokens", "loss_on"), [("all", "completion"), ("all", "all"), ("completion", "completion")])
 def test_sums_equal_autograd_s_own(family: str, tokens: str, loss_on: str) -> None:
-    model, many = frozen(family), rows()
+    model, many = frozen(family), random_rows()
     hooks = gather(model, [[0, 1, 2], [3]], tokens, loss_on)
     hooks.remove()
     expected: dict[str, torch.Tensor] = {}
@@ -96,7 +96,7 @@ def test_experts_count_the_tokens_that_are_sent_to_them() -> None:
     model = frozen("mixtral")
     hooks = gather(model, [[0, 1], [2, 3]])
     every = [gram.num_tokens for name, gram in hooks.grams.items() if "layers.0.mlp.experts." in name]
-    assert sum(every) == 2 * 2 * sum(len(row) for row in rows())  # two experts a token, two linears each
+    assert sum(every) == 2 * 2 * sum(len(row) for row in random_rows())  # two experts a token, two linears each
     assert all(float(gram.matrix.diagonal().sum()) > 0 for gram in hooks.grams.values() if gram.num_tokens)
 
 
@@ -154,7 +154,7 @@ def test_gradients_reach_every_linear_of_every_family(family: str, tmp_path: Pat
         positions = [0]
     else:
         save(family, tmp_path)
-        batch, positions = collate(rows(), PAD), [0, 1, 2, 3]
+        batch, positions = collate(random_rows(), PAD), [0, 1, 2, 3]
     model = load_model(tmp_path)
     specs = skeleton_of(model.config, empty_model(model.config), example(tmp_path)).specs
     hooks = GradientHooks(model, [spec.name for spec in specs], {spec.name: spec.stream for spec in specs})

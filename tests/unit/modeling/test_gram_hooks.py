@@ -8,7 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from tiny import FAMILIES, PAD, VOCABULARY, make_model
+from stage_artifacts import random_rows
+from tiny import FAMILIES, PAD, make_model
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import collate
@@ -16,14 +17,7 @@ from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.gram_hooks import ColumnHooks, GramHooks
 
-LENGTHS = (13, 5, 16, 8)
 EVERY_FAMILY = [*FAMILIES, "opt"]
-
-
-def rows() -> list[Tokens]:
-    generator = torch.Generator().manual_seed(0)
-    made = [torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS]
-    return [Tokens(ids, [position >= 3 for position in range(len(ids))]) for ids in made]
 
 
 def groups_of(family: str) -> list[list[str]]:
@@ -55,7 +49,7 @@ def captured(model: Any, many: list[Tokens], only_completion: bool = False) -> d
 @pytest.mark.parametrize("family", EVERY_FAMILY)
 @pytest.mark.parametrize("tokens", ["all", "completion"])
 def test_grams_equal_brute_force_and_padding_never_counts(family: str, tokens: str) -> None:
-    model, many = make_model(family), rows()
+    model, many = make_model(family), random_rows()
     expected = captured(model, many, only_completion=tokens == "completion")
     groups = groups_of(family)
     hooks = GramHooks(model, groups)
@@ -80,7 +74,7 @@ def test_the_dtype_s_rounding_is_not_accumulated() -> None:
     seen: list[torch.Tensor] = []
     module = model.get_submodule(groups[0][0])
     module.register_forward_pre_hook(lambda module, args: seen.append(args[0].reshape(-1, 64).double()))
-    batch = collate(rows(), PAD)
+    batch = collate(random_rows(), PAD)
     batch["attention_mask"].fill_(1)
     for _ in range(4):
         hooks.forward(batch)
@@ -95,7 +89,7 @@ def test_the_head_is_not_run() -> None:
     ran: list[str] = []
     model.lm_head.register_forward_pre_hook(lambda module, args: ran.append("head"))
     model.model.norm.register_forward_pre_hook(lambda module, args: ran.append("body"))
-    GramHooks(model, groups_of("llama")).forward(collate(rows(), PAD))
+    GramHooks(model, groups_of("llama")).forward(collate(random_rows(), PAD))
     assert ran == ["body"]
 
 
@@ -104,7 +98,7 @@ def test_nan_names_the_layer(bad: float) -> None:
     model = make_model("llama")
     model.get_submodule("model.layers.1.input_layernorm").weight.data[3] = bad
     hooks = GramHooks(model, groups_of("llama"))
-    hooks.forward(collate(rows(), PAD))
+    hooks.forward(collate(random_rows(), PAD))
     with pytest.raises(NumericsError, match=r"model\.layers\.1\.self_attn\.q_proj reads hold NaN or Inf"):
         hooks.check_finite()
 
@@ -120,7 +114,7 @@ def test_columns_are_of_what_linears_with_an_adapter_read(tokens: str) -> None:
         adapted.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: read[name].append(x[0][0]))
         for name in q
     ]
-    many = rows()
+    many = random_rows()
     with torch.no_grad():
         for row in many:
             adapted(input_ids=torch.tensor([row.input_ids]))

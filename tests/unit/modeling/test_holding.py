@@ -12,7 +12,7 @@ import torch
 import transformers
 from families import save
 from shared_keys import HAS_MISTRAL, MISTRAL
-from test_gram_hooks import rows
+from stage_artifacts import random_rows
 from tiny import PAD, save_model
 from torch import Tensor
 
@@ -30,7 +30,7 @@ from emloc_ray.modeling.scoring import complete, score_rows
 
 OFFLOADED = ("offloaded", "all_offloaded")
 FAMILIES = ("Llama", "Qwen2", "GPT-2", "Gemma 3", "Mixtral", "gpt-oss", "T5")
-BATCH = collate(rows(), PAD)
+BATCH = collate(random_rows(), PAD)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_completions_and_emulators(
 ) -> None:
     for directory in (saved("Llama"), emulator_dir("llama")):
         found = [
-            complete(open_model(directory, hold), tokenizer, rows(), max_new_tokens=4, batch_size=2)
+            complete(open_model(directory, hold), tokenizer, random_rows(), max_new_tokens=4, batch_size=2)
             for hold in ("resident", "offloaded")
         ]
         assert found[0] == found[1]
@@ -169,8 +169,8 @@ def test_passes_in_step_are_those_one_after_another(
 
 
 def scored_and_completed(model: Any, tokenizer: Any) -> Any:
-    score = score_rows(model, rows(), batch_size=2, loss_on="all", pad_token_id=PAD, name="x")
-    return score, complete(model, tokenizer, rows()[:2], max_new_tokens=3, batch_size=2)
+    score = score_rows(model, random_rows(), batch_size=2, loss_on="all", pad_token_id=PAD, name="x")
+    return score, complete(model, tokenizer, random_rows()[:2], max_new_tokens=3, batch_size=2)
 
 
 def test_an_error_of_one_pass_ends_all(saved: Callable[[str], Path]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from emloc_ray.config.reading import parse_config
+from emloc_ray.planning.gpu_speeds import ask_gpus
 from emloc_ray.planning.prepared import Prepared, prepare
 
 
@@ -17,6 +18,14 @@ from emloc_ray.planning.prepared import Prepared, prepare
 def much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a budget models are held whole, whatever the machine has free."""
     monkeypatch.setattr("emloc_ray.planning.calibration_memory.available_bytes", lambda: 2**42)
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    """Nothing is known of the machine's GPUs before, nor after."""
+    ask_gpus.cache_clear()
+    yield
+    ask_gpus.cache_clear()
 
 
 @pytest.fixture

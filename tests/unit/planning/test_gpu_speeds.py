@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from emloc_ray.planning.gpu_speeds import ask_gpus, slowest_gpu, speed_of
+from emloc_ray.planning.gpu_speeds import slowest_gpu, speed_of
 
-
-@pytest.fixture(autouse=True)
-def asked_anew() -> Iterator[None]:
-    ask_gpus.cache_clear()
-    yield
-    ask_gpus.cache_clear()
+pytestmark = pytest.mark.usefixtures("asked_anew")
 
 
 @pytest.mark.parametrize(

@@ -36,13 +36,8 @@ from emloc_ray.stages.heal.stage import healing_job, no_healing
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.tokens.stage import split_inputs
 
+pytestmark = pytest.mark.usefixtures("much_memory")
 ROW = Lengths(2048.0, 2048.0)
-
-
-@pytest.fixture(autouse=True)
-def much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a budget models are held whole, whatever the machine has free."""
-    monkeypatch.setattr("emloc_ray.planning.calibration_memory.available_bytes", lambda: 2**42)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,7 @@ from emloc_ray.planning.machine import (
     with_disk_of,
 )
 
-
-@pytest.fixture(autouse=True)
-def asked_anew() -> Iterator[None]:
-    ask_gpus.cache_clear()
-    yield
-    ask_gpus.cache_clear()
+pytestmark = pytest.mark.usefixtures("asked_anew")
 
 
 def nvidia_smi(folder: Path, script: str) -> None:

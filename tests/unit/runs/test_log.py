@@ -24,13 +24,6 @@ USAGE = {"wall_s": 2.5, "peak_pss_bytes": 10}
 LAYER = "model.layers.3.mlp.gate_proj"
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
-    directory = RunDirectory(tmp_path / "mine")
-    directory.create({})
-    return directory
-
-
 def fail(run: RunDirectory, stage: str, error: BaseException) -> None:
     """A try that an error ends in a stage."""
     with contextlib.suppress(type(error)), RunLog(run, ["model.layers.3", LAYER]) as log:

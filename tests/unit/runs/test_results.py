@@ -14,7 +14,7 @@ from tiny import make_config
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning.layout import make_layout
@@ -67,12 +67,10 @@ def test_what_was_planned_stands_beside_what_was_measured(prepared: Prepared) ->
 def test_the_files_of_finished_stages_are_counted_until_they_are_dropped(prepared: Prepared) -> None:
     for folder, stages in {"merged": ["merge"], "data": ["data", "calibrate"]}.items():
         for stage in stages:
-            with atomic_file(prepared.run.path(folder, f"{stage}.bin")) as file:
-                file.write(b"12345")
+            write_bytes(prepared.run.path(folder, f"{stage}.bin"), b"12345")
             result = {"usage": USAGE, "splits": {}, "num_tokens": 1, "num_shards": 1}
             prepared.run.commit(stage, "key", [prepared.run.path(folder, f"{stage}.bin")], result)
-    with atomic_file(prepared.run.path("adapter", "half")) as file:
-        file.write(b"12345")
+    write_bytes(prepared.run.path("adapter", "half"), b"12345")
     assert assemble_metrics(prepared.run, prepared)["disk_bytes"] == {"merged": 5, "data": 10}
     prepared.run.drop("merge")
     assert assemble_metrics(prepared.run, prepared)["disk_bytes"] == {"data": 10}

@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import json
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +16,6 @@ from emloc_ray.ui.cli import app
 
 BEGUN = datetime(2026, 5, 1, 12, 0, tzinfo=timezone.utc)
 COMMAND = "emloc-ray run my.yaml finetune.max_steps=5 --fresh"
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
-    directory = RunDirectory(tmp_path / "mine")
-    directory.create({})
-    return directory
 
 
 def write(run: RunDirectory, *events: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +10,6 @@ import pytest
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.trace import TRACE, WorkerTrace, read_trace
 from emloc_ray.stages.ray.spans import Span, tell_span
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
-    directory = RunDirectory(tmp_path / "mine")
-    directory.create({})
-    return directory
 
 
 def piece(number: int, stage: str = "factorize", worker: str = "process 7 on here") -> Span:
@@ -53,7 +45,7 @@ def test_a_later_try_adds_to_what_earlier_ones_wrote(run: RunDirectory) -> None:
     for span in spans:
         with WorkerTrace(run):
             tell_span(span)
-    first, second = read_trace(run)
+    first, second = read_trace(run)[0]
     assert first == spans[0]
     assert (second.stage, second.unit, second.begun_at, second.finished_at) == ("finetune", "the training", 2.0, 3.0)
     with WorkerTrace(run):
@@ -66,7 +58,7 @@ def test_a_file_that_is_no_trace_is_written_anew(run: RunDirectory, content: str
     run.path(TRACE).write_text(content)
     with WorkerTrace(run):
         tell_span(piece(1))
-    assert read_trace(run) == [piece(1)]
+    assert read_trace(run)[0] == [piece(1)]
 
 
 def test_of_very_many_pieces_the_longest_are_kept_over_all_tries(run: RunDirectory) -> None:
@@ -74,16 +66,16 @@ def test_of_very_many_pieces_the_longest_are_kept_over_all_tries(run: RunDirecto
     for number, length in enumerate(lengths):
         with WorkerTrace(run, most=2):
             tell_span(Span("calibrate", "slot 0 on here", "shard", number, number + length))
-    assert [span.finished_at - span.begun_at for span in read_trace(run)] == [3.0, 4.0]
+    assert [span.finished_at - span.begun_at for span in read_trace(run)[0]] == [3.0, 4.0]
     assert json.loads(run.path(TRACE).read_text())["otherData"] == {"shortest pieces left out": 2}
 
 
 def test_it_is_written_at_a_stages_end_and_while_one_goes_on(run: RunDirectory) -> None:
     with WorkerTrace(run, interval_s=0) as now_and_then:
         tell_span(piece(1))
-        assert len(read_trace(run)) == 1
+        assert len(read_trace(run)[0]) == 1
         now_and_then.interval_s = 1000
         tell_span(piece(2))
-        assert len(read_trace(run)) == 1
+        assert len(read_trace(run)[0]) == 1
         now_and_then.finish("factorize", {}, {})
-        assert len(read_trace(run)) == 2
+        assert len(read_trace(run)[0]) == 2

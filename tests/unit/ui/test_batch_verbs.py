@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_calls import invoke
 from rich.console import Console
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.runs.cache import ArtifactCache
@@ -20,7 +21,6 @@ from emloc_ray.runs.batch.config import BatchConfig, TaskKeys
 from emloc_ray.runs.batch.state import STATE, BatchState, TaskState, read_cancelled, read_state, write_state
 from emloc_ray.text import duration
 from emloc_ray.ui.batch_table import at_rest, batch_table
-from emloc_ray.ui.cli import app
 
 BEGIN = 1.8e9
 TASKS = (
@@ -30,10 +30,6 @@ TASKS = (
     TaskState("next"),
     TaskState("left", "cancelled"),
 )
-
-
-def invoke(*arguments: str, columns: int = 200) -> Result:
-    return CliRunner().invoke(app, arguments, env={"COLUMNS": str(columns)})
 
 
 @pytest.fixture

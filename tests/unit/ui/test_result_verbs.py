@@ -12,21 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_calls import invoke
 from faulting.s3 import uri
 from rich.console import Console
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from emloc_ray.io.formats.checkpoint import INDEX_NAME
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.atomic import copy_file
 from emloc_ray.ui.chat import Pair, talk
 from emloc_ray.ui.cli import app
 
 RELEASED = Path(__file__).parents[2] / "compat" / "0.1.0"
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
 
 
 @pytest.fixture
@@ -116,8 +113,7 @@ def stored(s3_port: int, node_cache: Path, request: pytest.FixtureRequest, run: 
     found = RunDirectory(uri(s3_port, f"verbs/{request.node.name}/run"))
     found.create(run.manifest()["config"])
     for file in run.path("adapter").iterdir():
-        with atomic_file(found.path("adapter", file.name)) as copy:
-            copy.write(file.read_bytes())
+        copy_file(file, found.path("adapter", file.name))
     found.commit("correct", "of nothing", [found.path("adapter")], {})
     found.write_metrics(run.metrics())
     return found

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stage_artifacts import tensors_in
 
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import DTYPES, INDEX_NAME, SINGLE_NAME, Checkpoint, read_shard, write_index
@@ -74,7 +75,7 @@ def test_header_is_verbatim(tmp_path: Path) -> None:
 def test_a_sharded_transformers_checkpoint(tiny_model_dir: Callable[..., Path], dtype: str) -> None:
     directory = tiny_model_dir(dtype=dtype)
     checkpoint = Checkpoint(directory)
-    expected = {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
+    expected = tensors_in(directory)
     assert len(checkpoint.shards) > 1
     assert set(checkpoint.entries) == set(expected)
     assert all(same_bytes(checkpoint.read(name), tensor) for name, tensor in expected.items())

@@ -20,7 +20,7 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.runs.resume import discard_unless
-from emloc_ray.io.store.atomic import atomic_directory, atomic_file, write_json
+from emloc_ray.io.store.atomic import atomic_directory, write_json, write_text
 from emloc_ray.io.store.node_cache import ensure, exists, sizes
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.planning.prepared import prepare
@@ -69,8 +69,7 @@ def write_shards(context: Context, inputs: Inputs, granted: Resources, progress:
     discard_unless(folder, inputs)
     for number in range(3):
         if not exists(folder / f"{number}.bin"):
-            with atomic_file(folder / f"{number}.bin") as file:
-                file.write(f"{inputs['seed']}/{number}".encode())
+            write_text(folder / f"{number}.bin", f"{inputs['seed']}/{number}")
         progress(number + 1, 3)
     return {}
 
@@ -87,20 +86,20 @@ def write_whole(context: Context, inputs: Inputs, granted: Resources, progress: 
 
 # Of names that the pipeline has, for it orders stages by them.
 SHARDS = Stage(
-    "calibrate",
-    "shards",
-    lambda config: config.merge,
-    lambda context: {"seed": context.prepared.config.seed},
-    write_shards,
+    name="calibrate",
+    title="shards",
+    asks=lambda config: config.merge,
+    inputs=lambda context: {"seed": context.prepared.config.seed},
+    run=write_shards,
     outputs=("shards",),
     resumes=True,
 )
 WHOLE = Stage(
-    "merge",
-    "whole",
-    lambda config: config.merge,
-    lambda context: {"shards": context.made["calibrate"]},
-    write_whole,
+    name="merge",
+    title="whole",
+    asks=lambda config: config.merge,
+    inputs=lambda context: {"shards": context.made["calibrate"]},
+    run=write_whole,
     outputs=("whole",),
 )
 STAGES = (SHARDS, WHOLE)

@@ -24,7 +24,7 @@ from emloc_ray.io.runs import cache as artifact_cache
 from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
 from emloc_ray.io.runs.cache_place import MARKER
 from emloc_ray.io.store import transfer
-from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.digests import digest, digest_of, noted_digest
 from emloc_ray.io.store.node_cache import discard, hashes, mirror, open_artifact, sizes
 from emloc_ray.io.store.object_store import ObjectStore
@@ -68,8 +68,7 @@ def root_of(place: str) -> Path:
 def made(root: Path, contents: dict[str, bytes] = CONTENTS) -> dict[str, dict[str, Any]]:
     """Files of a run, and what its manifest says of them."""
     for path, content in contents.items():
-        with atomic_file(root / path) as file:
-            file.write(content)
+        write_bytes(root / path, content)
     return {
         path: {"size": sizes(root / path)[root / path], "sha256": hashes(root / path)[root / path]} for path in contents
     }
@@ -155,8 +154,7 @@ def test_what_one_run_made_another_has(place: Callable[..., str], by: str, at: s
     assert (entry.inputs, entry.origin) == ({"ranks": 8}, "first")
     assert before - 5 < entry.created_at <= time.time()
     other = root_of(place(to.split()[-1], "second", "localhost" if to.startswith("other") else "127.0.0.1"))
-    with atomic_file(other / "emulator" / "deep" / "b.json") as file:
-        file.write(b"of a run that was killed")
+    write_bytes(other / "emulator" / "deep" / "b.json", b"of a run that was killed")
     assert cache.link(entry, other) == [other / path for path in CONTENTS]
     assert held(other) == CONTENTS
     assert {path.relative_to(other).as_posix() for path in sizes(other / "emulator")} == set(CONTENTS)

@@ -32,14 +32,14 @@ from emloc_ray.io.store.object_store import ObjectStore
 def stop_before_the_entry(place: str, root: Path, files: dict[str, Any]) -> None:
     cache = ArtifactCache(place)
     place_module: Any = cache_place
-    parsed = place_module.atomic_file
+    written = place_module.write_bytes
 
-    def stop(path: Path) -> Any:
+    def stop(path: Path, content: bytes) -> None:
         if path.name == "entry.json":
             os._exit(9)
-        return parsed(path)
+        written(path, content)
 
-    place_module.atomic_file = stop
+    place_module.write_bytes = stop
     cache.add(STAGE, KEY, root, files, {}, {})
 
 

@@ -13,7 +13,7 @@ from faulting.s3 import uri
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs import directory as run_directory
 from emloc_ray.io.runs.directory import CONFIG, Kind, RunDirectory
-from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.node_cache import discard
 from emloc_ray.io.store.object_store import MANIFEST
 
@@ -25,10 +25,10 @@ def run(tmp_path: Path) -> RunDirectory:
     return directory
 
 
-def artifact(run: RunDirectory, name: str, text: str = "contents") -> Path:
+def artifact(run: RunDirectory, name: str) -> Path:
     path = run.path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text("contents")
     return path
 
 
@@ -202,8 +202,7 @@ def test_what_another_wrote_into_a_store_since_is_not_done(
     run = RunDirectory(uri(s3_port, f"since/{content}"))
     run.create({})
     for root, text in ((run.root, "contents"), (tmp_path / "other" / run.root.name, content)):
-        with atomic_file(root / "merged" / "model.safetensors") as file:
-            file.write(text.encode())
+        write_text(root / "merged" / "model.safetensors", text)
         if root == run.root:
             run.commit("merge", "abc", [run.path("merged")], {})
     assert run.is_done("merge", "abc") == done

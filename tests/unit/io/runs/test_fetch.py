@@ -10,7 +10,7 @@ from faulting.s3 import uri
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.fetch import fetch
-from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.atomic import write_bytes, write_text
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.io.store.places import below
 
@@ -20,8 +20,7 @@ def run(s3_port: int, node_cache: Path, request: pytest.FixtureRequest) -> RunDi
     found = RunDirectory(uri(s3_port, f"fetch/{request.node.name}"))
     found.create({"a": 1})
     for name in ("merged/model.safetensors", "adapter/adapter_config.json", "data/tokens/train/shard-0"):
-        with atomic_file(found.path(*name.split("/"))) as file:
-            file.write(name.encode())
+        write_text(found.path(*name.split("/")), name)
     return found
 
 
@@ -82,10 +81,8 @@ def test_a_batch_comes_with_all_its_tasks(s3_port: int, node_cache: Path, tmp_pa
         if name != "late":  # which has not begun
             task.create({"name": name})
         for place in ("adapter/adapter_config.json",) if name == "first" else ("data/shard-0",):
-            with atomic_file(task.path(*place.split("/"))) as file:
-                file.write(name.encode())
-    with atomic_file(batch.path("cache", "factorize", "emulator")) as file:
-        file.write(b"shared")
+            write_text(task.path(*place.split("/")), name)
+    write_bytes(batch.path("cache", "factorize", "emulator"), b"shared")
     fetch(batch, tmp_path / "home")
     files = sorted(f.relative_to(tmp_path / "home").as_posix() for f in (tmp_path / "home").rglob("*") if f.is_file())
     of_tasks = [

@@ -20,7 +20,7 @@ from emloc_ray.io.formats.checkpoint import read_shard
 from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.io.store import node_copies
-from emloc_ray.io.store.atomic import atomic_directory, atomic_file, copy_file, write_json
+from emloc_ray.io.store.atomic import atomic_directory, copy_file, write_bytes, write_json
 from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.node_cache import (
     discard,
@@ -49,14 +49,9 @@ def other(root: Path, tmp_path: Path) -> Path:
     return tmp_path / "other" / root.name
 
 
-def write(path: Path, content: bytes) -> None:
-    with atomic_file(path) as file:
-        file.write(content)
-
-
 def test_what_is_given_away_is_what_was_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever another process of the node makes of its copy meanwhile: it may have read the store just before."""
-    write(root / "manifest.json", b"old")
+    write_bytes(root / "manifest.json", b"old")
     replace = os.replace
 
     def overtaken(source: Path, target: Path) -> None:
@@ -65,7 +60,7 @@ def test_what_is_given_away_is_what_was_written(root: Path, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr("emloc_ray.io.store.replacing.os.replace", overtaken)
-        write(root / "manifest.json", b"new")
+        write_bytes(root / "manifest.json", b"new")
     ensure(root / "manifest.json")
     assert (root / "manifest.json").read_bytes() == b"new"
 
@@ -81,14 +76,14 @@ def test_a_path_says_what_it_mirrors(root: Path, tmp_path: Path) -> None:
 
 def test_a_run_may_end_in_tmp(s3_port: int, node_cache: Path) -> None:
     root = mirror(uri(s3_port, "cache/v1.tmp"))
-    write(root / "emulator" / "config.json", b"1")
-    write(root / "half.tmp" / "config.json", b"1")
+    write_bytes(root / "emulator" / "config.json", b"1")
+    write_bytes(root / "half.tmp" / "config.json", b"1")
     assert list(sizes(root)) == [root / "emulator" / "config.json"]
 
 
 def test_what_one_node_writes_the_others_read(root: Path, other: Path) -> None:
-    write(root / "emulator" / "a.safetensors", b"1")
-    write(root / "emulator" / "b.json", b"2")
+    write_bytes(root / "emulator" / "a.safetensors", b"1")
+    write_bytes(root / "emulator" / "b.json", b"2")
     write_json(root / "manifest.json", {})
     ensure(other / "emulator", weights=False)
     assert not (other / "emulator" / "a.safetensors").exists()
@@ -101,17 +96,17 @@ def test_what_one_node_writes_the_others_read(root: Path, other: Path) -> None:
 
 
 def test_what_one_node_writes_another_copies_and_counts(root: Path, other: Path) -> None:
-    write(root / "model" / "config.json", b"{}")
-    write(root / "data" / "rows" / "train.jsonl", b'{"prompt": "p"}\n')
+    write_bytes(root / "model" / "config.json", b"{}")
+    write_bytes(root / "data" / "rows" / "train.jsonl", b'{"prompt": "p"}\n')
     copy_file(other / "model" / "config.json", other / "merged" / "config.json")
     assert exists(root / "merged" / "config.json")
     assert scan(other / "data" / "rows" / "train.jsonl").num_rows == 1
 
 
 def test_an_old_copy_gives_way(root: Path, other: Path) -> None:
-    write(root / "slots" / "s", b"first")
+    write_bytes(root / "slots" / "s", b"first")
     ensure(other / "slots" / "s")
-    write(root / "slots" / "s", b"later")
+    write_bytes(root / "slots" / "s", b"later")
     with open_artifact(other / "slots" / "s") as (file, size):
         assert (file.read(), size) == (b"later", 5)
     ensure(other / "slots" / "s")
@@ -139,11 +134,11 @@ def test_what_a_killed_writer_did_not_give_to_the_store_is_not_believed(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    write(root / "a" / "f", b"whole")
+    write_bytes(root / "a" / "f", b"whole")
     with monkeypatch.context() as patch:
         patch.setattr(ObjectStore, "add_version", killed)
         with pytest.raises(KeyboardInterrupt):
-            write(root / "a" / "f", b"other")
+            write_bytes(root / "a" / "f", b"other")
     assert (root / "a" / "f").read_bytes() == b"other"
     with open_artifact(root / "a" / "f") as (file, _):
         assert file.read() == b"whole"
@@ -152,7 +147,7 @@ def test_what_a_killed_writer_did_not_give_to_the_store_is_not_believed(
 
 
 def test_a_look_at_a_file_removes_nothing_that_others_have_just_fetched(root: Path, other: Path) -> None:
-    write(root / "a" / "f", b"x")
+    write_bytes(root / "a" / "f", b"x")
     (other / "a").mkdir(parents=True)
     (other / "a" / "f").write_bytes(b"x")  # in its place, and not noted yet
     with open_artifact(other / "a" / "f") as (file, size):
@@ -163,7 +158,7 @@ def test_a_look_at_a_file_removes_nothing_that_others_have_just_fetched(root: Pa
 def test_a_directory_loses_what_the_store_no_longer_holds(root: Path, other: Path) -> None:
     """As a merged model of one file whose successor is in several: transformers would read the one."""
     for name in ("model.safetensors", "config.json"):
-        write(root / "merged" / name, b"x")
+        write_bytes(root / "merged" / name, b"x")
     ensure(other / "merged")
     discard(root / "merged" / "model.safetensors")
     ensure(other / "merged", weights=False)
@@ -172,7 +167,7 @@ def test_a_directory_loses_what_the_store_no_longer_holds(root: Path, other: Pat
 
 def test_a_copy_of_what_is_no_more_goes(root: Path, other: Path) -> None:
     for name in ("manifest.json", "slots/s"):
-        write(root / name, b"x")
+        write_bytes(root / name, b"x")
         ensure(other / name)
         discard(root / name)
         assert not (root / name).exists()
@@ -182,7 +177,7 @@ def test_a_copy_of_what_is_no_more_goes(root: Path, other: Path) -> None:
 
 
 def test_a_current_copy_is_not_fetched_again(root: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(root / "a" / "f", b"x")
+    write_bytes(root / "a" / "f", b"x")
     ensure(other / "a")
     monkeypatch.setattr(ObjectStore, "download", lambda *_: pytest.fail("fetched again"))
     ensure(other / "a")
@@ -190,7 +185,7 @@ def test_a_current_copy_is_not_fetched_again(root: Path, other: Path, monkeypatc
 
 
 def test_workers_of_a_node_fetch_a_file_once(root: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(root / "a" / "f", b"x")
+    write_bytes(root / "a" / "f", b"x")
     fetched: list[Path] = []
     download = ObjectStore.download
 
@@ -209,9 +204,9 @@ def test_workers_of_a_node_fetch_a_file_once(root: Path, other: Path, monkeypatc
 
 
 def test_a_directory_that_is_being_written_is_not_seen(root: Path, other: Path) -> None:
-    write(root / "adapter" / "old", b"x")
+    write_bytes(root / "adapter" / "old", b"x")
     with atomic_directory(root / "adapter") as temporary:
-        write(temporary / "new", b"y")
+        write_bytes(temporary / "new", b"y")
         assert list(sizes(other / "adapter")) == [other / "adapter" / "old"]
     assert list(sizes(other / "adapter")) == [other / "adapter" / "new"]
     found = origin(root)
@@ -228,7 +223,7 @@ def full_disk(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_cache_makes_room(root: Path, other: Path, full_disk: None) -> None:
     for name in ("a/old", "a/used", "a/new"):
-        write(root / name, b"x" * 10)
+        write_bytes(root / name, b"x" * 10)
     ensure(other / "a" / "old")
     ensure(other / "a" / "used")
     found = origin(other / "a" / "old")
@@ -244,13 +239,13 @@ def test_copies_take_no_more_than_they_may(root: Path, other: Path, monkeypatch:
     monkeypatch.setattr(node_copies, "IN_USE_S", 0.0)
     monkeypatch.setenv("EMLOC_RAY_CACHE_SIZE", "25B")
     for number, name in enumerate(("a/first", "a/second", "a/third", "a/fourth")):
-        write(root / name, b"x" * 10)
+        write_bytes(root / name, b"x" * 10)
         ensure(other / name)
         found = origin(other / name)
         assert found is not None
         os.utime(found.note, (number, number))
     assert sorted(file.name for file in (other / "a").iterdir()) == ["fourth", "third"]
-    write(root / "a" / "fifth", b"x")
+    write_bytes(root / "a" / "fifth", b"x")
     monkeypatch.setenv("EMLOC_RAY_CACHE_SIZE", "much")
     with pytest.raises(ConfigError, match="EMLOC_RAY_CACHE_SIZE is 'much': give a number and a unit"):
         ensure(other / "a" / "fifth")
@@ -260,7 +255,7 @@ def test_what_a_call_has_fetched_stays_until_its_end(root: Path, other: Path, mo
     monkeypatch.setattr(node_copies, "IN_USE_S", 0.0)
     monkeypatch.setenv("EMLOC_RAY_CACHE_SIZE", "25B")
     for name in ("first", "second", "third", "fourth"):
-        write(root / "a" / name, b"x" * 10)
+        write_bytes(root / "a" / name, b"x" * 10)
     ensure(other / "a")
     assert len(list((other / "a").iterdir())) == 4
 
@@ -269,16 +264,16 @@ def test_room_is_made_for_what_is_written_here_too(root: Path, monkeypatch: pyte
     monkeypatch.setattr(node_copies, "IN_USE_S", 0.0)
     monkeypatch.setenv("EMLOC_RAY_CACHE_SIZE", "25B")
     for number, name in enumerate(("a/first", "a/second", "a/third")):
-        write(root / name, b"x" * 10)
+        write_bytes(root / name, b"x" * 10)
         here = origin(root / name)
         assert here is not None
         os.utime(here.note, (number, number))
-    write(root / "a" / "fourth", b"x" * 10)
+    write_bytes(root / "a" / "fourth", b"x" * 10)
     assert sorted(file.name for file in (root / "a").iterdir()) == ["fourth", "third"]
 
 
 def test_a_copy_is_hashed_at_its_first_use_in_a_process(root: Path, other: Path) -> None:
-    write(root / "a" / "f", b"right")
+    write_bytes(root / "a" / "f", b"right")
     ensure(other / "a" / "f")
     here, status = origin(other / "a" / "f"), (other / "a" / "f").stat()
     assert here is not None
@@ -320,7 +315,7 @@ def test_what_is_no_copy_stays_where_room_is_made(
         os.utime(file, (0, 0))
     publish(other / "a" / "log")
     monkeypatch.setattr(node_copies, "IN_USE_S", 0.0)
-    write(root / "b" / "new", b"x" * 10)
+    write_bytes(root / "b" / "new", b"x" * 10)
     ensure(other / "b" / "new")
     assert all(file.is_file() for file in kept)
 
@@ -344,7 +339,7 @@ def test_workers_may_make_room_at_once(
 ) -> None:
     new = [f"new/{number}" for number in range(8)]
     for name in [*new, *(f"old/{number}" for number in range(40))]:
-        write(root / name, b"x" * 10)
+        write_bytes(root / name, b"x" * 10)
     ensure(other / "old")
     monkeypatch.setattr(node_copies, "IN_USE_S", 0.0)
     with ThreadPoolExecutor(len(new)) as pool:
@@ -354,7 +349,7 @@ def test_workers_may_make_room_at_once(
 
 def test_what_was_begun_with_other_inputs_goes_for_all_nodes(root: Path, other: Path) -> None:
     discard_unless(root / "merged", {"a": 1})
-    write(root / "merged" / "shard", b"x")
+    write_bytes(root / "merged" / "shard", b"x")
     discard_unless(other / "merged", {"a": 1})
     assert exists(other / "merged" / "shard")
     discard_unless(other / "merged", {"a": 2})

@@ -16,7 +16,7 @@ from test_lease import cut_off, quick  # noqa: F401
 from emloc_ray.errors import ArtifactError, TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.arrow_files import arrow_files
-from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.node_cache import discard, ensure, hashes, open_artifact, sizes
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.stages.finetune.finetune import group_checkpoints
@@ -44,11 +44,6 @@ def begin(s3_port: int, node_cache: Path, request: pytest.FixtureRequest) -> Cal
     return follow
 
 
-def write(path: Path, content: bytes) -> None:
-    with atomic_file(path) as file:
-        file.write(content)
-
-
 def read(path: Path) -> bytes:
     with open_artifact(path) as (stream, _):
         return stream.read()
@@ -66,12 +61,12 @@ def paused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_late_writer_is_told_and_writes_and_removes_nothing(begin: Callable[..., RunDirectory]) -> None:
     late = begin()
-    write(late.path("emulator", "a"), b"early")
+    write_bytes(late.path("emulator", "a"), b"early")
     following = begin()
     before = keys(following)
     for write_it in (
-        lambda: write(late.path("emulator", "a"), b"late"),
-        lambda: write(late.path("emulator", "b"), b"late"),
+        lambda: write_bytes(late.path("emulator", "a"), b"late"),
+        lambda: write_bytes(late.path("emulator", "b"), b"late"),
         lambda: discard(late.path("emulator")),
     ):
         with pytest.raises(TakenOver, match="was taken over by another process: leave it to that, or stop that first"):
@@ -85,20 +80,20 @@ def test_a_late_write_that_slips_through_is_never_read(
     begin: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late = begin()
-    write(late.path("emulator", "adopted"), b"early")
+    write_bytes(late.path("emulator", "adopted"), b"early")
     following = begin()
     with monkeypatch.context() as patch:
         paused(patch)
         for name in ("adopted", "own", "new"):
-            write(late.path("emulator", name), b"late")
-    write(following.path("emulator", "own"), b"right")
+            write_bytes(late.path("emulator", name), b"late")
+    write_bytes(following.path("emulator", "own"), b"right")
     seen = {path.name: read(path) for path in sizes(following.path("emulator"))}
     assert seen == {"adopted": b"early", "own": b"right"}
     following.commit("factorize", "inputs", [following.path("emulator")], {})
     assert len(keys(following)) == 2  # what is not named has gone
     with monkeypatch.context() as patch:
         paused(patch)
-        write(late.path("emulator", "own"), b"later")
+        write_bytes(late.path("emulator", "own"), b"later")
     assert read(following.path("emulator", "own")) == b"right"
     third = begin()
     assert {path.name: read(path) for path in sizes(third.path("emulator"))} == seen
@@ -108,7 +103,7 @@ def test_a_late_write_that_slips_through_is_never_read(
 def test_what_is_written_after_the_commit_is_not_read(begin: Callable[..., RunDirectory]) -> None:
     """As by a worker that was taken for dead and has a successor."""
     run = begin()
-    write(run.path("emulator", "a"), b"right")
+    write_bytes(run.path("emulator", "a"), b"right")
     run.commit("factorize", "inputs", [run.path("emulator")], {})
     named = hashes(run.path("emulator"))
     assert run.store is not None
@@ -121,7 +116,7 @@ def test_what_is_written_after_the_commit_is_not_read(begin: Callable[..., RunDi
 
 def test_a_reader_sees_what_is_committed_alone(begin: Callable[..., RunDirectory]) -> None:
     run = begin()
-    write(run.path("emulator", "a"), b"half")
+    write_bytes(run.path("emulator", "a"), b"half")
     reader = RunDirectory(run.place)
     assert sizes(reader.path("emulator")) == {}
     run.commit("factorize", "inputs", [run.path("emulator")], {})
@@ -181,7 +176,7 @@ def test_what_a_holder_put_last_it_does_not_ask_for(
 
 def test_a_fresh_run_adopts_nothing(begin: Callable[..., RunDirectory]) -> None:
     late = begin()
-    write(late.path("emulator", "a"), b"old")
+    write_bytes(late.path("emulator", "a"), b"old")
     following = begin(fresh=True)
     assert sizes(following.path("emulator")) == {}
     assert keys(following) == set()
@@ -191,7 +186,7 @@ def test_a_node_keeps_its_copies_under_the_next_lease(
     begin: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = begin()
-    write(first.path("emulator", "a"), b"content")
+    write_bytes(first.path("emulator", "a"), b"content")
     following = begin()
     monkeypatch.setattr(ObjectStore, "download", lambda *_: pytest.fail("fetched again"))
     ensure(following.path("emulator"))

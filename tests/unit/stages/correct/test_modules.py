@@ -98,13 +98,13 @@ def healed(job: CorrectionJob, root: Path, **changes: Any) -> CorrectionJob:
     return replace(job, emulator_dir=root / "healed", residuals=residuals, healed=dict.fromkeys(residuals, R))
 
 
-def all_modules(job: CorrectionJob, device: str = "cpu") -> dict[str, CorrectableModule]:
+def all_modules(job: CorrectionJob) -> dict[str, CorrectableModule]:
     groups = module_groups(job, Adapter(job.adapter_dir).names)
-    found = [module for group in groups for module in see_differences(Opened(job), group, torch.device(device))]
+    found = [module for group in groups for module in see_differences(Opened(job), group)]
     return {module.lora.name: module for module in found}
 
 
-def assert_direct(job: CorrectionJob, modules: dict[str, CorrectableModule], rel: float = 5e-3) -> None:
+def assert_direct(job: CorrectionJob, modules: dict[str, CorrectableModule]) -> None:
     """Against ``Δ`` as a matrix and the damped Gram, in float64."""
     assert job.calibration_dir is not None
     original, emulator, grams = Checkpoint(job.model_dir), Checkpoint(job.emulator_dir), GramStore(job.calibration_dir)
@@ -127,7 +127,7 @@ def assert_direct(job: CorrectionJob, modules: dict[str, CorrectableModule], rel
         assert told is not None
         for key, missed in (("before", delta), ("after", delta - module.lora.scale * applied @ q.T)):
             direct = float((missed @ damped @ missed.T).trace()) ** 0.5
-            assert told[key] == pytest.approx(direct, rel=rel), (spec.name, key)
+            assert told[key] == pytest.approx(direct, rel=5e-3), (spec.name, key)
 
 
 def test_a_worker_with_a_gpu_reads_its_groups_in_one_task(

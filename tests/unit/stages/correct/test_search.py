@@ -34,13 +34,13 @@ def search(measure: Callable[[Candidate], RowLosses]) -> ScoredChoice:
     return best_choice({candidate: measure(candidate) for candidate in AUTO})
 
 
-def bowl(lowest: float, depth: float = 0.5) -> Callable[[Candidate], float]:
+def bowl(lowest: float) -> Callable[[Candidate], float]:
     """Zero for ``none``, above it for ``covariance``, of ``adapted`` the lowest at some strength."""
 
     def loss(candidate: Candidate) -> float:
         if candidate.method != "adapted":
             return float(candidate == COVARIANCE)
-        return depth * (((candidate.strength - lowest) / lowest) ** 2 - 1)
+        return 0.5 * (((candidate.strength - lowest) / lowest) ** 2 - 1)
 
     return loss
 

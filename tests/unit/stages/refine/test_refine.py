@@ -13,9 +13,8 @@ import pytest
 import torch
 from plain_runs import plain_run
 from ray.exceptions import WorkerCrashedError
-from safetensors.torch import load_file
 from small_runs import make_values
-from stage_artifacts import Artifacts, write_tokens
+from stage_artifacts import Artifacts, tensors_in, write_tokens
 from tiny import save_emulator, save_model
 
 from emloc_ray.data.token_shards import TokenShards
@@ -42,10 +41,6 @@ def refined(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> R
     return job
 
 
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
 def distance(model_dir: Path, emulator: Path, tokens: Path) -> float:
     """Between the hidden states that both end in, squared, over all rows."""
     shards, models, found = TokenShards(tokens), [load_model(d) for d in (model_dir, emulator)], 0.0
@@ -64,7 +59,7 @@ def test_each_block_comes_closer_at_the_same_bytes(refined: RefinementJob) -> No
     assert all(fit.is_better for fit in found.values())
     before = distance(refined.model_dir, refined.emulator_dir, refined.tokens_dir)
     assert distance(refined.model_dir, refined.out_dir, refined.tokens_dir) < 0.9 * before
-    one, other = tensors(refined.emulator_dir), tensors(refined.out_dir)
+    one, other = tensors_in(refined.emulator_dir), tensors_in(refined.out_dir)
     assert {name: (t.shape, t.dtype) for name, t in one.items()} == {n: (t.shape, t.dtype) for n, t in other.items()}
     changed = {name for name, tensor in one.items() if not torch.equal(tensor, other[name])}
     assert changed == {name for name in one if name.endswith((".up.weight", ".down.weight"))}
@@ -103,8 +98,8 @@ def test_a_killed_try_is_continued(refined: RefinementJob, tmp_path: Path, keeps
     assert Refiner(job).begin() == int(keeps_hidden_states)
     refine_blocks(job)
     assert job.block_file(0).stat().st_ino == written
-    for name, tensor in tensors(refined.out_dir).items():
-        torch.testing.assert_close(tensors(job.out_dir)[name], tensor, rtol=0, atol=1e-6)
+    for name, tensor in tensors_in(refined.out_dir).items():
+        torch.testing.assert_close(tensors_in(job.out_dir)[name], tensor, rtol=0, atol=1e-6)
 
 
 def test_blocks_that_are_done_between_losses_are_progress(
@@ -131,7 +126,7 @@ def test_a_try_with_other_batches_does_not_take_their_hidden_states(refined: Ref
     assert Refiner(smaller).begin() == 0
     refine_blocks(smaller)
     first = "model.layers.0.mlp.up_proj.up.weight"
-    assert torch.equal(tensors(job.out_dir)[first], tensors(refined.out_dir)[first])  # refined once
+    assert torch.equal(tensors_in(job.out_dir)[first], tensors_in(refined.out_dir)[first])  # refined once
 
 
 @pytest.mark.slow
@@ -154,7 +149,7 @@ def test_factors_are_stored_in_the_dtype_of_the_checkpoint(computed: str, tmp_pa
     tokens = write_tokens(tmp_path / "tokens", 12, 5)
     job = job_of(model_dir, emulator, tokens, tmp_path, steps=3, model_options=(("dtype", computed),))
     refine_blocks(job)
-    before, after = tensors(emulator), tensors(job.out_dir)
+    before, after = tensors_in(emulator), tensors_in(job.out_dir)
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     name = "model.layers.0.mlp.up_proj"
     one, other = (t[f"{name}.up.weight"].float() @ t[f"{name}.down.weight"].float() for t in (before, after))
@@ -183,7 +178,7 @@ def test_a_run_heals_trains_and_corrects_what_was_refined(
     job = correction_job(run.context)
     assert job.emulator_dir.name == "emulator_healed"
     assert not {*job.residuals} & {*run.context.layout.ranks}  # what the factorization measured is no more
-    healed, refined = tensors(job.emulator_dir), tensors(run.context.unhealed_dir)
+    healed, refined = tensors_in(job.emulator_dir), tensors_in(run.context.unhealed_dir)
     name = "model.layers.0.mlp.up_proj.down.weight"
     assert torch.equal(healed[name][:-4], refined[name])
     assert run.losses["merged"] == pytest.approx(run.losses["corrected"], abs=1e-4)
