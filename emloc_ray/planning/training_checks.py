@@ -27,6 +27,7 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             arguments = TrainingArguments(output_dir=folder, **given)
+            _make_schedule(arguments)
         except (ValueError, TypeError, ImportError, OSError) as error:
             detail = one_line(error)
             raise ConfigError(f"finetune: transformers refuses its settings ({detail}): fix them.") from error
@@ -56,6 +57,15 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
             f" or {what}."
         )
     return zero_config
+
+
+def _make_schedule(arguments: Any) -> None:
+    """Raises TypeError or ValueError where ``lr_scheduler_kwargs`` are another schedule's than ``lr_scheduler_type``."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], arguments.learning_rate)
+    get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, arguments.lr_scheduler_kwargs)
 
 
 def _check_reporters(names: list[str]) -> None:

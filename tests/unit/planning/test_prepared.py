@@ -85,6 +85,8 @@ def refused(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[...
     ("sections", "words"),
     [
         ({"finetune": {"lr_scheduler_type": "foo"}}, "transformers refuses its settings"),
+        ({"finetune": {"lr_scheduler_kwargs": {"min_lr": 1e-5}}}, "transformers refuses its settings (get_linear"),
+        ({"finetune": {"lr_scheduler_type": "cosine_with_min_lr"}}, "transformers refuses its settings"),
         ({"finetune": {"report_to": "tensorbord"}}, "finetune.report_to: tensorbord is not supported"),
         ({"finetune": {"report_to": ["tensorboard", "neptune"]}}, "finetune.report_to: neptune is not installed"),
         ({"finetune": {"warmup_steps": "abc"}}, "finetune.warmup_steps is 'abc'"),
