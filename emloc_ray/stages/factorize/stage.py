@@ -19,7 +19,7 @@ from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.model_bytes import file_dtype
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.training import factor_ranks, factorize_work, healing_training, packed_late
+from emloc_ray.planning.training import factor_ranks, factorize_work, healing_training, packed_late, rounded_late
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS, gradient_inputs
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.factorize.job import FactorizationJob
@@ -137,8 +137,8 @@ def _factorize_inputs(context: Context) -> Inputs:
     heals, objective = config.emulator.heals, layout.objective
     return {
         **({"allocation": allocation} if allocation else {}),
-        # Of allocated ranks healing takes its own: the ranks below need not show it.
-        **({"healing": heals.r} if allocation and heals is not None else {}),
+        # Of allocated ranks healing takes its own, and what it grows stays floats: the ranks below need not show it.
+        **({"healing": heals.r} if heals is not None and (allocation or rounded_late(layout, heals)) else {}),
         **({"objective": objective} if objective != "activations" else {}),
         **(_weighing(context) if objective == "predictions" else {}),
         **(

@@ -31,6 +31,7 @@ from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.planning.training import factor_ranks, healing_split, healing_training, packed_late, rounded_late
 from emloc_ray.planning.training_spec import Training
 from emloc_ray.stages.context import Context
+from emloc_ray.stages.factorize.stage import FACTORIZE, factorization_job
 from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.heal.stage import healing_job, no_healing
 from emloc_ray.stages.order import STEPS
@@ -245,6 +246,20 @@ def test_integers_come_after_healing_where_it_grows_them() -> None:
     # While it is healed its factors are floats, and what nothing grows is integers already.
     assert total(memory.finetune()) < total(memory.healing()) < total(floats.healing())
     assert total(memory.heal()) >= total(memory.factorize()) > 0
+
+
+def test_an_emulator_that_is_healed_is_not_taken_for_one_in_integers(prepared: Callable[..., Prepared]) -> None:
+    # Of equal ranks: what healing grows stays floats, and without it they are integers.
+    alike = {"quantization": "int4", "target_modules": ["q_proj"]}
+    found = prepared({"steps": 3, "r": 4}, emulator={**alike, "compression_ratio": 0.5})
+    plain = prepared(None, emulator={**alike, "compression_ratio": 0.375})
+    assert factor_ranks(found) == factor_ranks(plain)
+    contexts = [Context(one, one.source.directory) for one in (found, plain)]
+    assert factorization_job(contexts[0]).integers != factorization_job(contexts[1]).integers
+    assert FACTORIZE.inputs(contexts[0]) != FACTORIZE.inputs(contexts[1])
+    # In NF4 all is floats until then, as without few bits.
+    nf4, wide = (prepared({"steps": 3, "r": 4}, emulator={"quantization": name}) for name in ("nf4", "none"))
+    assert FACTORIZE.inputs(Context(nf4, nf4.source.directory)) == FACTORIZE.inputs(Context(wide, wide.source.directory))
 
 
 def test_a_budget_is_for_the_healing_too() -> None:
