@@ -18,6 +18,7 @@ from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.model_bytes import file_dtype
+from emloc_ray.planning.model_checks import check_healing
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import factor_ranks, factorize_work, healing_training, packed_late, rounded_late
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS, gradient_inputs
@@ -182,6 +183,7 @@ def _factorize(context: Context, inputs: Inputs, granted: Resources, progress: P
     from emloc_ray.stages.factorize.factorize import build_emulator
 
     layout = _allocated(context)
+    check_healing(context.prepared.config, layout)  # which the data may have left nothing to grow
     job = factorization_job(context, layout)
     # Ranks that were allocated anew need not be those of shards that a killed try left.
     forms = {} if layout.budget is None else {n: dataclasses.asdict(layout.form(s)) for n, s in layout.by_name.items()}

@@ -13,6 +13,7 @@ from emloc_ray.core.pivoting import PivotedFactors, pivot
 from emloc_ray.core.precision import exact_float32
 from emloc_ray.core.quantization import quantize_factors
 from emloc_ray.core.ranks import Storage
+from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.io.formats.grams import GramStore
@@ -37,7 +38,8 @@ class FoldJob:
     ``in_4bit`` are the linears, factors and dense ones, that are put into 4 bits on the way; the ``transposed`` of them are
     stored ``(in, out)``. ``kept_wide`` are linears elsewhere in the model that stay wide. ``storage`` is that of the
     factors, before and after. ``integers`` are those of the emulator that is written: the healed linears among them are
-    rounded on the way, under their Grams in ``calibration_dir``, damped by ``dampening_frac``.
+    rounded on the way, under their Grams in ``calibration_dir``, damped by ``dampening_frac``; by their weights alone where it
+    is None.
     """
 
     emulator_dir: Path
@@ -140,10 +142,11 @@ def make_linear(job: FoldJob, name: str, entries: dict[str, TensorEntry]) -> dic
 
 def _in_integers(job: FoldJob, name: str, factors: LowRankFactors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Grown factors rounded under the Gram of their inputs, with orthonormal columns of ``up`` as they are rounded best."""
-    assert job.calibration_dir is not None
     q, upper = torch.linalg.qr(factors.up.double())
     plain = LowRankFactors(q.float(), (upper @ factors.down.double()).float())
-    whitening = whitening_of(GramStore(job.calibration_dir).stored(name), job.dampening_frac)
+    whitening = Whitening.identity(plain.down.shape[1])
+    if job.calibration_dir is not None:
+        whitening = whitening_of(GramStore(job.calibration_dir).stored(name), job.dampening_frac)
     bits, group_size = job.integers.bits[name], job.integers.group_size
     up, down = quantize_factors(plain, plain.up @ plain.down, whitening, bits, group_size, name=name)
     parts = {".up": up, ".down": down}

@@ -33,7 +33,7 @@ from emloc_ray.planning.training_spec import Training
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.factorize.stage import FACTORIZE, factorization_job
 from emloc_ray.stages.finetune.stage import finetune_job
-from emloc_ray.stages.heal.stage import healing_job, no_healing
+from emloc_ray.stages.heal.stage import HEAL, healing_job, no_healing
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.tokens.stage import split_inputs
 
@@ -260,6 +260,20 @@ def test_an_emulator_that_is_healed_is_not_taken_for_one_in_integers(prepared: C
     # In NF4 all is floats until then, as without few bits.
     nf4, wide = (prepared({"steps": 3, "r": 4}, emulator={"quantization": name}) for name in ("nf4", "none"))
     assert FACTORIZE.inputs(Context(nf4, nf4.source.directory)) == FACTORIZE.inputs(Context(wide, wide.source.directory))
+
+
+@pytest.mark.parametrize(("objective", "grams"), [("activations", True), ("weights", False)])
+def test_it_rounds_by_what_the_factorization_rounds_by(
+    prepared: Callable[..., Prepared], objective: str, grams: bool
+) -> None:
+    found = prepared({"steps": 3, "r": 4}, emulator={"quantization": "int4", "objective": objective})
+    context, section = Context(found, found.source.directory), found.config.emulator.healing
+    assert section is not None
+    write_shard(context.tokens("train") / shard_name(0), [Tokens([2, 3], [True, True])])
+    write_index(context.tokens("train"), [1], {"tokens": 2})
+    assert (healing_job(context, section, "heal").fold.calibration_dir is not None) == grams
+    assert bool(HEAL.reads(context)) == grams
+    assert factorization_job(context).by_weights == (not grams)
 
 
 def test_a_budget_is_for_the_healing_too() -> None:

@@ -198,3 +198,14 @@ def test_integers_are_those_of_the_grown_factors(
         theirs = load_model(found.fold.out_dir)(input_ids=ids).logits
         ours = load_model(tmp_path / "1")(input_ids=ids).logits
     assert 0 < float((ours - theirs).norm() / theirs.norm()) < 0.5
+
+
+def test_without_grams_they_are_rounded_by_their_weights_alone(healing: Callable[..., Healing], tmp_path: Path) -> None:
+    found = healing("llama")
+    wide, forms = tensors(found.fold.out_dir), IntegerForms(dict.fromkeys(found.healed, 4), {}, 16)
+    fold_alone(replace(found.fold, out_dir=tmp_path / "healed", integers=forms), found.model_dir)
+    for name in found.healed:
+        whole = wide[f"{name}.up.weight"] @ wide[f"{name}.down.weight"]
+        weight = emulator_weight(Checkpoint(tmp_path / "healed"), name, whole.shape[1])
+        assert weight is not None
+        assert 0 < float((weight.rows() - whole).norm() / whole.norm()) < 0.2, name
