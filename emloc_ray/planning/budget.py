@@ -94,7 +94,8 @@ def check_holding(prepared: Prepared) -> None:
     asks, memory = prepared.config.emulator.asks_for_gradients, MemoryModel(prepared)
     if is_compiled((training := prepared.config.finetune).model_extra or {}):
         experts = any(spec.routed_share is not None for spec in prepared.layout.specs)
-        check_compiling(experts, training.deepspeed is not None, memory.finetune_hold() != "resident")
+        holds = {memory.finetune_hold(), *([memory.finishing().hold] if prepared.finishes else [])}
+        check_compiling(experts, training.deepspeed is not None, holds != {"resident"})
     check_gpus(prepared)
     is_written = not prepared.config.budget_is_default
     budget = memory.budget if is_written else None
