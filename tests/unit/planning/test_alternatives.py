@@ -104,11 +104,12 @@ def test_what_does_not_fit_goes_by_its_blocks_where_the_link_allows() -> None:
     assert from_disk.recommended.name == "the original in 4 bits (NF4)"
 
 
+@pytest.mark.parametrize("more", [{}, {"refinement": {"steps": 5}}])
 @pytest.mark.parametrize("megabytes", [1000, 330, 200, 140])
-def test_the_overrides_make_the_recommended_run(tmp_path: Path, megabytes: int) -> None:
-    choice = chosen(megabytes, dataclasses.replace(FAST, link=1e6))
+def test_the_overrides_make_the_recommended_run(tmp_path: Path, megabytes: int, more: dict[str, Any]) -> None:
+    choice = chosen(megabytes, dataclasses.replace(FAST, link=1e6), emulator={**BEST, **more})
     file = tmp_path / "config.yaml"
-    file.write_text(write_yaml(values_of(None)))
+    file.write_text(write_yaml(values_of(None, emulator={**BEST, **more})))
     config = load_config(file, choice.overrides)
     assert config == choice.recommended.memory.prepared.config
     assert (
