@@ -79,7 +79,9 @@ def test_what_a_budget_gives_is_healed_in_floats_where_it_grows(values: dict[str
         ConfigError, match=r"emulator.budget: 2.9 bits leaves room for whole weights instead: remove healing"
     ):
         of(values, "2.9 bits", healing={"steps": 3, "r": 1})
-    with pytest.raises(ConfigError, match=r"healing.r is 50, and .* \(the highest is \d+\): lower it, or remove healing"):
+    with pytest.raises(
+        ConfigError, match=r"healing.r is 50, and .* \(the highest is \d+\): lower it, or remove healing"
+    ):
         of(values, "1.2 bits", healing={"steps": 3, "r": 50})
 
 

@@ -259,7 +259,9 @@ def test_an_emulator_that_is_healed_is_not_taken_for_one_in_integers(prepared: C
     assert FACTORIZE.inputs(contexts[0]) != FACTORIZE.inputs(contexts[1])
     # In NF4 all is floats until then, as without few bits.
     nf4, wide = (prepared({"steps": 3, "r": 4}, emulator={"quantization": name}) for name in ("nf4", "none"))
-    assert FACTORIZE.inputs(Context(nf4, nf4.source.directory)) == FACTORIZE.inputs(Context(wide, wide.source.directory))
+    assert FACTORIZE.inputs(Context(nf4, nf4.source.directory)) == FACTORIZE.inputs(
+        Context(wide, wide.source.directory)
+    )
 
 
 @pytest.mark.parametrize(("objective", "grams"), [("activations", True), ("weights", False)])
