@@ -35,9 +35,13 @@ def load_adapter(model: Any, directory: Path, *, trainable: bool = False) -> Pef
     ensure(Path(directory))
     with readable(Path(directory), model) as folder:
         config = PeftConfig.from_pretrained(str(folder))
+        prompts = config.is_prompt_learning  # which PEFT opens to be used alone, its encoder trainable all the same
         with attachable(model, config), as_linears():
-            loaded = PeftModel.from_pretrained(model, folder, config=config, is_trainable=trainable)
-    return loaded if trainable else loaded.requires_grad_(False)  # a prompt's encoder would learn on
+            loaded = PeftModel.from_pretrained(model, folder, config=config, is_trainable=trainable and not prompts)
+    if not trainable:
+        return loaded.requires_grad_(False)
+    config.inference_mode = False
+    return loaded
 
 
 def detach_adapter(model: PeftModel) -> Any:

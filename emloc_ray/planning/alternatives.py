@@ -86,7 +86,8 @@ class Choice:
         old, new = (_settings(config) for config in (self.asked, self.recommended.config))
         changed = [f"{key}={value}" for key, value in new.items() if value != old.get(key)]
         if new["emulator.budget"] not in ("null", old["emulator.budget"]):  # which decides these
-            changed += [f"emulator.{key}=null" for key in DECIDED if key in self.asked.emulator.model_fields_set]
+            given = [f"emulator.{key}" for key in DECIDED if key in self.asked.emulator.model_fields_set]
+            changed += [f"{key}=null" for key in given if key not in new]
         asked: Any = self.asked.memory_budget
         if asked != "inference":
             asked = f"{asked // 2**30}GiB" if asked % 2**30 == 0 else int(asked)
@@ -150,7 +151,8 @@ def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Spe
     zero = (prepared.zero_config or {}).get("zero_optimization", {})
     few_bits = () if zero.get("stage") == 3 else _FEW_BITS
     names = {bits: f"the original in {described_bits(bits)}" for bits in few_bits}
-    whole = {bits: at(names[bits], (1.0,), {**_WHOLE, "quantization": bits}) for bits in few_bits}
+    # Where nothing is factorized there is nothing to refine, and a config with both is refused.
+    whole = {bits: at(names[bits], (1.0,), {**_WHOLE, "quantization": bits, "refinement": None}) for bits in few_bits}
     yield from whole.values()
     is_met = False
     if (asked_for := prepared.config.emulator.budget) is not None:
@@ -174,6 +176,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     """What alternatives differ in, beside what is solved for."""
     emulator = config.emulator
     settings = {"model.hold": config.model.hold, "emulator.budget": emulator.budget or "null"}
+    settings["emulator.refinement"] = "null" if emulator.refinement is None else "as it was"
     keys = ("storage", "objective", *(("quantization", "residual_rank") if emulator.budget is None else ()))
     return settings | {f"emulator.{key}": getattr(emulator, key) for key in keys}
 

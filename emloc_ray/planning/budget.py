@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from emloc_ray.config.schema import RunConfig
+from emloc_ray.core.healing import healed_layers
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.compiling import check_compiling, is_compiled
 from emloc_ray.planning.costs import with_base
@@ -26,10 +27,10 @@ def fitting(
     largest_batch: int | None = None,
     needed: Callable[[MemoryModel], int] | None = None,
 ) -> MemoryModel:
-    """Solves for the first of ``ratios`` that fine-tunes within ``budget`` bytes a worker, then for the largest micro-batch
-    up to ``largest_batch`` (by default the config's). Blocks are run again in the backward pass, a third of a step's work, only
-    where more than :data:`_FEWER` times as many rows fit so. Where nothing fits: what takes least. ``needed``: bytes of a
-    worker, :func:`training_bytes` by default.
+    """Solves for the first of ``ratios`` that fine-tunes within ``budget`` bytes a worker, of those at which healing has factors
+    to grow, then for the largest micro-batch up to ``largest_batch`` (by default the config's). Blocks are run again in the
+    backward pass, a third of a step's work, only where more than :data:`_FEWER` times as many rows fit so. Where nothing fits:
+    what takes least. ``needed``: bytes of a worker, :func:`training_bytes` by default.
     """
     bounded = prepared.config.model_copy(update={"memory_budget": budget})  # by which passes of the original are held
     prepared, section = dataclasses.replace(prepared, config=bounded), bounded.finetune
@@ -44,9 +45,14 @@ def fitting(
         changed = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing and may_checkpoint)
         return MemoryModel(changed, lengths)
 
+    def grows_at(ratio: float) -> bool:
+        healing = bounded.emulator.healing
+        return healing is None or ratio == 1 or bool(healed_layers(at(ratio, 1).layout.ranks, healing.r))
+
     def fits(memory: MemoryModel) -> bool:
         return (needed or training_bytes)(memory) <= budget
 
+    ratios = [ratio for ratio in ratios if grows_at(ratio)] or ratios
     ratio = next((ratio for ratio in ratios if fits(at(ratio, 1))), None)
     if ratio is None:
         return at(ratios[-1], 1)
@@ -94,7 +100,8 @@ def check_holding(prepared: Prepared) -> None:
     asks, memory = prepared.config.emulator.asks_for_gradients, MemoryModel(prepared)
     if is_compiled((training := prepared.config.finetune).model_extra or {}):
         experts = any(spec.routed_share is not None for spec in prepared.layout.specs)
-        check_compiling(experts, training.deepspeed is not None, memory.finetune_hold() != "resident")
+        holds = {memory.finetune_hold(), *([memory.finishing().hold] if prepared.finishes else [])}
+        check_compiling(experts, training.deepspeed is not None, holds != {"resident"})
     check_gpus(prepared)
     is_written = not prepared.config.budget_is_default
     budget = memory.budget if is_written else None

@@ -139,15 +139,15 @@ def check_healing(config: RunConfig, layout: Layout) -> None:
     """Raises ConfigError where the healing has no factors to grow."""
     healing = config.emulator.heals
     if healing is not None and not healed_layers(layout.ranks, healing.r):
-        if config.emulator.budget is not None:
+        budget, highest = config.emulator.budget, max(layout.ranks.values(), default=0)
+        if budget is not None and not highest:
             raise ConfigError(
-                f"emulator.healing grows factors of a rank above healing.r ({healing.r}), and emulator.budget:"
-                f" {config.emulator.budget} leaves room for whole weights instead: remove healing, or give a smaller budget."
+                f"emulator.healing grows factors of a rank above healing.r ({healing.r}), and emulator.budget: {budget} leaves"
+                " room for whole weights instead: remove healing, or give a smaller budget."
             )
-        highest = max(layout.ranks.values(), default=0)
         raise ConfigError(
             f"emulator.healing.r is {healing.r}, and no linear's rank is above it (the highest is {highest}): lower it, or"
-            " raise emulator.compression_ratio."
+            f" {'raise emulator.compression_ratio' if budget is None else 'remove healing'}."
         )
 
 

@@ -35,6 +35,7 @@ def finishing_job(context: Context, name: str) -> FinetuneJob:
     falls = {
         "learning_rate": LEARNING_RATE_SHARE * config.finetune.learning_rate,
         "lr_scheduler_type": "linear",
+        "lr_scheduler_kwargs": None,  # another schedule's
         "warmup_steps": 0,
         "logging_steps": 1,
     }

@@ -18,8 +18,9 @@ from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.model_bytes import file_dtype
+from emloc_ray.planning.model_checks import check_healing
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.training import factor_ranks, factorize_work, healing_training, packed_late
+from emloc_ray.planning.training import factor_ranks, factorize_work, healing_training, packed_late, rounded_late
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS, gradient_inputs
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.factorize.job import FactorizationJob
@@ -137,8 +138,8 @@ def _factorize_inputs(context: Context) -> Inputs:
     heals, objective = config.emulator.heals, layout.objective
     return {
         **({"allocation": allocation} if allocation else {}),
-        # Of allocated ranks healing takes its own: the ranks below need not show it.
-        **({"healing": heals.r} if allocation and heals is not None else {}),
+        # Of allocated ranks healing takes its own, and what it grows stays floats: the ranks below need not show it.
+        **({"healing": heals.r} if heals is not None and (allocation or rounded_late(layout, heals)) else {}),
         **({"objective": objective} if objective != "activations" else {}),
         **(_weighing(context) if objective == "predictions" else {}),
         **(
@@ -182,6 +183,7 @@ def _factorize(context: Context, inputs: Inputs, granted: Resources, progress: P
     from emloc_ray.stages.factorize.factorize import build_emulator
 
     layout = _allocated(context)
+    check_healing(context.prepared.config, layout)  # which the data may have left nothing to grow
     job = factorization_job(context, layout)
     # Ranks that were allocated anew need not be those of shards that a killed try left.
     forms = {} if layout.budget is None else {n: dataclasses.asdict(layout.form(s)) for n, s in layout.by_name.items()}

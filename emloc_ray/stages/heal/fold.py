@@ -1,6 +1,7 @@
 """Fold: a LoRA trained on an emulator becomes part of its factors; one Ray task a shard, the other tensors byte for byte."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,20 @@ from emloc_ray.core.factorization import LowRankFactors
 from emloc_ray.core.healing import added_factors
 from emloc_ray.core.integer_forms import IntegerForms
 from emloc_ray.core.pivoting import PivotedFactors, pivot
-from emloc_ray.core.precision import exact_float32
+from emloc_ray.core.precision import exact_float32, has_fast_float64
 from emloc_ray.core.quantization import quantize_factors
 from emloc_ray.core.ranks import Storage
+from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.io.formats.shards import copy_chunks, make_header, stream_shard, write_tensors
-from emloc_ray.io.store.node_cache import exists
+from emloc_ray.io.store.node_cache import exists, sizes
 from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.quantization import quantize
 from emloc_ray.stages.factorize.factorize import finish_emulator, whitening_of
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import Progress, Resources, run_tasks, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, run_tasks, silent
 
 _CHUNK_BYTES = 2**25
 # ``.bias`` is that of pivoted factors: plain ones have it in ``.up``.
@@ -37,7 +39,8 @@ class FoldJob:
     ``in_4bit`` are the linears, factors and dense ones, that are put into 4 bits on the way; the ``transposed`` of them are
     stored ``(in, out)``. ``kept_wide`` are linears elsewhere in the model that stay wide. ``storage`` is that of the
     factors, before and after. ``integers`` are those of the emulator that is written: the healed linears among them are
-    rounded on the way, under their Grams in ``calibration_dir``, damped by ``dampening_frac``.
+    rounded on the way, under their Grams in ``calibration_dir``, damped by ``dampening_frac``; by their weights alone where it
+    is None.
     """
 
     emulator_dir: Path
@@ -57,6 +60,11 @@ class FoldJob:
     def changed(self) -> frozenset[str]:
         """The linears that are healed or put into few bits."""
         return frozenset(self.in_4bit) | frozenset(self.healed)
+
+    @property
+    def rounded(self) -> frozenset[str]:
+        """The linears that are rounded to integers once they are grown, which is work for a GPU where there is one."""
+        return frozenset(self.healed) & self.integers.bits.keys()
 
 
 @dataclass(frozen=True)
@@ -112,17 +120,19 @@ def _grown(job: FoldJob, name: str, factors: LowRankFactors) -> LowRankFactors:
     )
 
 
-def make_linear(job: FoldJob, name: str, entries: dict[str, TensorEntry]) -> dict[str, torch.Tensor]:
+def make_linear(
+    job: FoldJob, name: str, entries: dict[str, TensorEntry], device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
     """The tensors of a linear: its factors grown where it is healed, and pivoted anew where they were; in few bits. ``entries``
-    are the emulator's tensors of the linear, by the part that each is."""
+    are the emulator's tensors of the linear, by the part that each is; it is rounded on ``device``."""
     weights = {part: entry.read_rows() for part, entry in entries.items()}
     order, bias = weights.pop(".order", None), weights.pop(".bias", None)
     if name in job.healed:
         factors = LowRankFactors(weights[".up"], weights[".down"])
         grown = _grown(job, name, factors if order is None else PivotedFactors(*factors, order).plain())
-        if name in job.integers.bits:
+        if name in job.rounded:
             held = {} if bias is None else {f"{name}.up.bias": bias}
-            return held | _in_integers(job, name, grown, entries[".up"].dtype)
+            return held | _in_integers(job, name, grown, entries[".up"].dtype, device)
         if order is None:
             weights[".up"], weights[".down"] = grown
         else:
@@ -138,42 +148,67 @@ def make_linear(job: FoldJob, name: str, entries: dict[str, TensorEntry]) -> dic
     return tensors
 
 
-def _in_integers(job: FoldJob, name: str, factors: LowRankFactors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _in_integers(
+    job: FoldJob, name: str, factors: LowRankFactors, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, torch.Tensor]:
     """Grown factors rounded under the Gram of their inputs, with orthonormal columns of ``up`` as they are rounded best."""
-    assert job.calibration_dir is not None
-    q, upper = torch.linalg.qr(factors.up.double())
-    plain = LowRankFactors(q.float(), (upper @ factors.down.double()).float())
-    whitening = whitening_of(GramStore(job.calibration_dir).stored(name), job.dampening_frac)
+    place = device if has_fast_float64(torch.device(device)) else "cpu"
+    up, down = (part.to(place, torch.float64) for part in factors)
+    q, upper = torch.linalg.qr(up)
+    plain = LowRankFactors(q.to(device, torch.float32), (upper @ down).to(device, torch.float32))
+    whitening = Whitening.identity(down.shape[1], device)
+    if job.calibration_dir is not None:
+        whitening = whitening_of(GramStore(job.calibration_dir).stored(name), job.dampening_frac, device)
     bits, group_size = job.integers.bits[name], job.integers.group_size
-    up, down = quantize_factors(plain, plain.up @ plain.down, whitening, bits, group_size, name=name)
-    parts = {".up": up, ".down": down}
+    rounded = quantize_factors(plain, plain.up @ plain.down, whitening, bits, group_size, name=name)
     return {
-        f"{name}{part}.{key}": tensor for part, stored in parts.items() for key, tensor in stored.tensors(dtype).items()
+        f"{name}{part}.{key}": tensor.cpu()
+        for part, stored in zip((".up", ".down"), rounded, strict=True)
+        for key, tensor in stored.tensors(dtype).items()
     }
 
 
 @exact_float32()
-def write_piece(job: FoldJob, piece: FoldPiece) -> None:
-    """Writes a shard, unless it is there, whole, from a try that was killed."""
+def write_piece(job: FoldJob, piece: FoldPiece, device: torch.device | str = "cpu") -> None:
+    """Writes a shard, unless it is there, whole, from a try that was killed; what is rounded to integers is on ``device``."""
     if exists(piece.file):
         return
     if piece.linear is not None:
         parts = {_linear(job, entry)[1]: entry for entry in piece.entries}
-        write_tensors(piece.file, make_linear(job, piece.linear, parts))
+        write_tensors(piece.file, make_linear(job, piece.linear, parts, device))
         return
     chunks = ((entry, copy_chunks(entry, _CHUNK_BYTES)) for entry in piece.entries)
     stream_shard(piece.file, make_header(piece.entries), chunks)
+
+
+def write_pieces(job: FoldJob, shards: Sequence[FoldPiece], device: torch.device | str = "cpu") -> None:
+    """:func:`write_piece` of each."""
+    for piece in shards:
+        write_piece(job, piece, device)
 
 
 def fold(
     job: FoldJob, base_config: Any, resources: Resources, progress: Progress = silent, tell: Tell = unheard
 ) -> int:
     """Writes ``job.out_dir``, an emulator of the same format, with the original's ``base_config``; returns the bytes of its
-    tensors. Shards that are in it already are kept: the caller knows that they are of this adapter."""
+    tensors. Shards that are in it already are kept: the caller knows that they are of this adapter. GPUs are taken where
+    something is rounded."""
+    resources = resources if job.rounded else replace(resources, gpus_per_worker=0)
     shards = pieces(job)
-    largest = sorted(shards, key=lambda piece: sum(entry.num_bytes for entry in piece.entries), reverse=True)
-    work = [(f"shard {piece.file.name}", (piece,)) for piece in largest]
-    run_tasks(write_piece, job, work, resources, Losses("heal", tell), progress)
-    kept_wide = job.kept_wide if job.in_4bit else None
     files = [piece.file for piece in shards]
+    largest = sorted(shards, key=_num_bytes, reverse=True)
+    work = [(f"shard {b[0].file.name}", (b, resources.device)) for b in bundles(largest, _num_bytes, resources)]
+
+    def by_files(done: int, of: int) -> None:
+        # A worker with a GPU writes many shards one after another: these tell how far it is.
+        if resources.gpus_per_worker:
+            done, of = len(set(sizes(job.out_dir)) & set(files)), len(files)
+        progress(done, of)
+
+    run_tasks(write_pieces, job, work, resources, Losses("heal", tell), by_files)
+    kept_wide = job.kept_wide if job.in_4bit else None
     return finish_emulator(files, base_config, job.emulator_dir, job.ranks, job.storage, kept_wide, job.integers)
+
+
+def _num_bytes(piece: FoldPiece) -> int:
+    return sum(entry.num_bytes for entry in piece.entries)

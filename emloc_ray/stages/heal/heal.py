@@ -7,7 +7,7 @@ the factors (``fold.py``). Each of the three resumes from what it had finished.
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def heal(
         rows = sum(map(len, job.teacher.shards()))
         outcome = {**trained, "teacher_rows": rows, "teacher_bytes": cached}
         write_json(job.outcome_path, outcome)
-    total_size = fold(job.fold, base_config, replace(resources, gpus_per_worker=0), folded, tell)
+    total_size = fold(job.fold, base_config, resources, folded, tell)
     resumed = resumed or outcome.get("resumed", False)
     return {**outcome, "resumed": resumed, "healed_layers": len(job.fold.healed), "bytes": total_size}
 

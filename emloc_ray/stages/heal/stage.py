@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from emloc_ray.config.emulator import HealingConfig
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.token_shards import TokenShards
-from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.runs.resume import discard_both_unless
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.model_checks import check_healing
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import factorize_work, healing_training, rounded_late
 from emloc_ray.planning.work import block_work, emulator_work, head_work, num_train_sequences, passes, rows_a_step
@@ -74,7 +74,7 @@ def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJ
         layout.kept_wide,
         layout.storage,
         layout.forms,
-        context.path("calibration"),
+        context.path("calibration") if _rounds_by_grams(context) else None,
         config.emulator.dampening_frac,
     )
     return HealingJob(teacher, training, fold)
@@ -84,9 +84,8 @@ def _inputs(context: Context) -> Inputs:
     config, layout, zero_config = context.prepared.as_asked.config, context.layout_made, context.prepared.zero_config
     healing = config.emulator.heals
     assert healing is not None
+    check_healing(config, layout)
     training = healing_training(config, healing, layout)
-    if not training.layout.adapted:
-        raise ConfigError(f"emulator.healing.r is {healing.r}, and no linear was given a rank above it: lower it.")
     return {
         "factorize": context.made["factorize"],
         **({"refine": context.made["refine"]} if config.emulator.refines is not None else {}),
@@ -95,6 +94,7 @@ def _inputs(context: Context) -> Inputs:
         "healing": healing.model_dump(mode="json"),
         "finetune": learned(training.section, *_OWN),
         "ranks": layout.ranks,
+        **({} if layout.budget is None else {"bits": layout.bits, "residual_ranks": layout.residual_ranks}),
         "quantization": config.emulator.quantization,
         "seed": config.seed,
         **({} if zero_config is None else {"deepspeed": zero_config}),
@@ -135,10 +135,10 @@ def _cost(memory: MemoryModel) -> StageCost:
     )
 
 
-def _rounds(context: Context) -> bool:
-    """Whether it rounds what it grew, which takes Grams."""
-    healing = context.prepared.config.emulator.heals
-    return bool(rounded_late(context.layout_made, healing))
+def _rounds_by_grams(context: Context) -> bool:
+    """Whether it rounds what it grew under Grams, as the factorization does the rest: by their weights alone it takes none."""
+    layout = context.layout_made
+    return layout.objective != "weights" and bool(rounded_late(layout, context.prepared.config.emulator.heals))
 
 
 def no_healing(config: RunConfig) -> str | None:
@@ -165,7 +165,7 @@ HEAL = Stage(
     run=_heal,
     cost=_cost,
     steps=_steps,
-    reads=lambda context: (CALIBRATE.name,) if _rounds(context) else (),
+    reads=lambda context: (CALIBRATE.name,) if _rounds_by_grams(context) else (),
     shares=by_weights,
     resumes=True,
     summary=lambda result: f"{result['steps']} steps, mean divergence from the original {result['train_loss']:.3f}",

@@ -196,6 +196,18 @@ def test_a_training_goes_on_from_what_it_saved(case: str, tmp_path: Path, emulat
     assert before == {name for name, p in fresh.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_loaded_to_be_trained_on_all_of_it_learns(
+    case: str, tmp_path: Path, emulator_dir: Callable[[str], Path]
+) -> None:
+    model = trained(tmp_path / "a", emulator_dir("llama"), case, "llama")
+    loaded = load_adapter(load_model(emulator_dir("llama")), tmp_path / "a", trainable=True)
+    torch.testing.assert_close(logits(loaded.eval()), logits(model), rtol=1e-5, atol=1e-5)
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learning == {name for name, p in loaded.named_parameters() if p.requires_grad}
+    assert learning == gradients(loaded.train()).keys()
+
+
 @pytest.mark.parametrize("case", ON_LINEARS)
 def test_an_emulator_takes_no_merge_of_any_method(case: str, emulator_dir: Callable[[str], Path]) -> None:
     model = attached(emulator_dir("llama"), case, "llama")

@@ -24,6 +24,7 @@ from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel
+from emloc_ray.planning.model_checks import check_healing
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.skeleton import Skeleton, skeleton_of
 from emloc_ray.planning.work import training_cost
@@ -104,11 +105,12 @@ def test_what_does_not_fit_goes_by_its_blocks_where_the_link_allows() -> None:
     assert from_disk.recommended.name == "the original in 4 bits (NF4)"
 
 
+@pytest.mark.parametrize("more", [{}, {"refinement": {"steps": 5}}])
 @pytest.mark.parametrize("megabytes", [1000, 330, 200, 140])
-def test_the_overrides_make_the_recommended_run(tmp_path: Path, megabytes: int) -> None:
-    choice = chosen(megabytes, dataclasses.replace(FAST, link=1e6))
+def test_the_overrides_make_the_recommended_run(tmp_path: Path, megabytes: int, more: dict[str, Any]) -> None:
+    choice = chosen(megabytes, dataclasses.replace(FAST, link=1e6), emulator={**BEST, **more})
     file = tmp_path / "config.yaml"
-    file.write_text(write_yaml(values_of(None)))
+    file.write_text(write_yaml(values_of(None, emulator={**BEST, **more})))
     config = load_config(file, choice.overrides)
     assert config == choice.recommended.memory.prepared.config
     assert (
@@ -160,6 +162,14 @@ def test_no_budget_is_offered_that_leaves_the_healing_nothing_to_grow() -> None:
     choice = chosen(1000, emulator=settings)
     assert [one.name for one in choice.alternatives if one.config.emulator.budget] == ["an emulator of 2 bits"]
     assert chosen(1000, emulator={**BEST, "group_size": 128}).alternatives[-1].name == "an emulator of 2.2 bits"
+
+
+def test_no_ratio_is_offered_that_leaves_the_healing_nothing_to_grow() -> None:
+    # The highest rank is 80 at a ratio of 0.1, 120 at 0.15.
+    choice = chosen(140, dataclasses.replace(FAST, link=1e6), emulator={**BEST, "healing": {"steps": 3, "r": 96}})
+    emulator = by_name(choice)["an emulator"]
+    check_healing(emulator.config, emulator.memory.layout)
+    assert (emulator.config.emulator.compression_ratio, emulator.fits) == (0.15, False)
 
 
 @pytest.mark.slow

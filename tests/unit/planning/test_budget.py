@@ -147,6 +147,17 @@ def test_compiling_is_checked_before_a_run(prepared: Callable[..., Prepared], mo
         check_holding(asked)
 
 
+def test_compiling_is_checked_for_the_last_steps_on_an_original_that_does_not_fit(
+    prepared: Callable[..., Prepared],
+) -> None:
+    offloaded = {"model": {"hold": "offloaded"}}
+    check_holding(prepared(finetune={"torch_compile": True}, **offloaded))
+    check_holding(prepared(finetune={"torch_compile": True, "exact_steps": 2}))
+    check_holding(prepared(finetune={"exact_steps": 2}, **offloaded))
+    with pytest.raises(ConfigError, match="torch_compile does not go with weights that come and go"):
+        check_holding(prepared(finetune={"torch_compile": True, "exact_steps": 2}, **offloaded))
+
+
 def test_a_share_of_a_gpu_that_is_too_small_is_refused(
     prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,10 @@ import pytest
 
 from emloc_ray.config.reading import check_config, parse_config
 from emloc_ray.core.forms import Form
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.token_shards import shard_name, write_index, write_shard
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.store.atomic import write_json
 from emloc_ray.planning.alternatives import choose_training
 from emloc_ray.planning.budget import fitting, training_bytes
 from emloc_ray.planning.lengths import Lengths
@@ -21,7 +24,11 @@ from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.training import healing_training, rounded_late
-from emloc_ray.stages.factorize.stage import uneven_groups
+from emloc_ray.stages.context import Context
+from emloc_ray.stages.factorize.spend import FORMS
+from emloc_ray.stages.factorize.stage import FACTORIZE, uneven_groups
+from emloc_ray.stages.heal.stage import HEAL
+from emloc_ray.stages.ray.tasks import Resources, silent
 
 
 @pytest.fixture
@@ -72,6 +79,46 @@ def test_what_a_budget_gives_is_healed_in_floats_where_it_grows(values: dict[str
         ConfigError, match=r"emulator.budget: 2.9 bits leaves room for whole weights instead: remove healing"
     ):
         of(values, "2.9 bits", healing={"steps": 3, "r": 1})
+    with pytest.raises(
+        ConfigError, match=r"healing.r is 50, and .* \(the highest is \d+\): lower it, or remove healing"
+    ):
+        of(values, "1.2 bits", healing={"steps": 3, "r": 50})
+
+
+@pytest.fixture
+def healed(values: dict[str, Any]) -> Prepared:
+    return of(values, "1.2 bits", healing={"steps": 3, "r": 1})
+
+
+def with_forms(prepared: Prepared, **changed: Form) -> Context:
+    """Of a run whose linears were allocated these forms, by the ends of their names, or what was planned."""
+    forms = {name: prepared.layout.form(spec) for name, spec in prepared.layout.by_name.items()}
+    forms |= {name: form for name in forms for end, form in changed.items() if name.endswith(end)}
+    context = Context(prepared, prepared.source.directory)
+    context.made["factorize"] = "the same"
+    context.results["factorize"] = {"forms": {name: dataclasses.asdict(form) for name, form in forms.items()}}
+    layers = {name: {**dataclasses.asdict(form), "bytes": 0, "loss": 0.0} for name, form in forms.items()}
+    write_json(context.path("allocation", FORMS), {"layers": layers})
+    write_shard(context.tokens("train") / shard_name(0), [Tokens([2, 3], [True, True])])
+    write_index(context.tokens("train"), [1], {"tokens": 2})
+    return context
+
+
+def test_where_data_leaves_nothing_to_grow_it_is_said_before_anything_is_factorized(healed: Prepared) -> None:
+    context = with_forms(healed, proj=Form(bits=2))
+    with pytest.raises(ConfigError, match=r"emulator.budget: 1.2 bits leaves room for whole weights instead"):
+        FACTORIZE.run(context, {}, Resources(), silent)
+    with pytest.raises(ConfigError, match=r"emulator.budget: 1.2 bits leaves room for whole weights instead"):
+        HEAL.inputs(context)
+
+
+def test_a_healing_goes_by_the_bits_that_data_chose(healed: Prepared) -> None:
+    two, three = (HEAL.inputs(with_forms(healed, down_proj=Form(bits=bits))) for bits in (2, 3))
+    beside = HEAL.inputs(with_forms(healed, down_proj=Form(bits=2, residual_rank=4)))
+    assert two["ranks"] == three["ranks"] == beside["ranks"]
+    assert two == HEAL.inputs(with_forms(healed, down_proj=Form(bits=2)))
+    assert two != three
+    assert two != beside
 
 
 def test_linears_that_are_left_out_are_not_counted(values: dict[str, Any]) -> None:

@@ -31,8 +31,9 @@ from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.planning.training import factor_ranks, healing_split, healing_training, packed_late, rounded_late
 from emloc_ray.planning.training_spec import Training
 from emloc_ray.stages.context import Context
+from emloc_ray.stages.factorize.stage import FACTORIZE, factorization_job
 from emloc_ray.stages.finetune.stage import finetune_job
-from emloc_ray.stages.heal.stage import healing_job, no_healing
+from emloc_ray.stages.heal.stage import HEAL, healing_job, no_healing
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.tokens.stage import split_inputs
 
@@ -245,6 +246,36 @@ def test_integers_come_after_healing_where_it_grows_them() -> None:
     # While it is healed its factors are floats, and what nothing grows is integers already.
     assert total(memory.finetune()) < total(memory.healing()) < total(floats.healing())
     assert total(memory.heal()) >= total(memory.factorize()) > 0
+
+
+def test_an_emulator_that_is_healed_is_not_taken_for_one_in_integers(prepared: Callable[..., Prepared]) -> None:
+    # Of equal ranks: what healing grows stays floats, and without it they are integers.
+    alike = {"quantization": "int4", "target_modules": ["q_proj"]}
+    found = prepared({"steps": 3, "r": 4}, emulator={**alike, "compression_ratio": 0.5})
+    plain = prepared(None, emulator={**alike, "compression_ratio": 0.375})
+    assert factor_ranks(found) == factor_ranks(plain)
+    contexts = [Context(one, one.source.directory) for one in (found, plain)]
+    assert factorization_job(contexts[0]).integers != factorization_job(contexts[1]).integers
+    assert FACTORIZE.inputs(contexts[0]) != FACTORIZE.inputs(contexts[1])
+    # In NF4 all is floats until then, as without few bits.
+    nf4, wide = (prepared({"steps": 3, "r": 4}, emulator={"quantization": name}) for name in ("nf4", "none"))
+    assert FACTORIZE.inputs(Context(nf4, nf4.source.directory)) == FACTORIZE.inputs(
+        Context(wide, wide.source.directory)
+    )
+
+
+@pytest.mark.parametrize(("objective", "grams"), [("activations", True), ("weights", False)])
+def test_it_rounds_by_what_the_factorization_rounds_by(
+    prepared: Callable[..., Prepared], objective: str, grams: bool
+) -> None:
+    found = prepared({"steps": 3, "r": 4}, emulator={"quantization": "int4", "objective": objective})
+    context, section = Context(found, found.source.directory), found.config.emulator.healing
+    assert section is not None
+    write_shard(context.tokens("train") / shard_name(0), [Tokens([2, 3], [True, True])])
+    write_index(context.tokens("train"), [1], {"tokens": 2})
+    assert (healing_job(context, section, "heal").fold.calibration_dir is not None) == grams
+    assert bool(HEAL.reads(context)) == grams
+    assert factorization_job(context).by_weights == (not grams)
 
 
 @pytest.mark.slow

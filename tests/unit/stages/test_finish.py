@@ -30,7 +30,8 @@ def runs(
     found = {}
     for hold in ("resident", "offloaded"):
         root = tmp_path_factory.mktemp(hold)
-        changes = {"max_steps": 4, "exact_steps": STEPS, "learning_rate": 2e-3}
+        schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}}
+        changes = {"max_steps": 4, "exact_steps": STEPS, "learning_rate": 2e-3, **schedule}
         values = make_values(
             root / "run",
             tiny_model_dir("llama"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from dense_weights import dense_weight
 from healings import RANK, Healing, R, fold_alone, tensors
+from pretend_device import pretend_device
 from tiny import save_emulator
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -26,7 +27,7 @@ from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.emulator import FactorizedLinear, PivotedLinear
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.quantization import dequantize, emulator_weight, quantize
-from emloc_ray.stages.heal.fold import pieces, write_piece
+from emloc_ray.stages.heal.fold import pieces, write_piece, write_pieces
 
 
 @pytest.mark.slow
@@ -200,3 +201,35 @@ def test_integers_are_those_of_the_grown_factors(
         theirs = load_model(found.fold.out_dir)(input_ids=ids).logits
         ours = load_model(tmp_path / "1")(input_ids=ids).logits
     assert 0 < float((ours - theirs).norm() / theirs.norm()) < 0.5
+
+
+def test_without_grams_they_are_rounded_by_their_weights_alone(healing: Callable[..., Healing], tmp_path: Path) -> None:
+    found = healing("llama")
+    wide, forms = tensors(found.fold.out_dir), IntegerForms(dict.fromkeys(found.healed, 4), {}, 16)
+    fold_alone(replace(found.fold, out_dir=tmp_path / "healed", integers=forms), found.model_dir)
+    for name in found.healed:
+        whole = wide[f"{name}.up.weight"] @ wide[f"{name}.down.weight"]
+        weight = emulator_weight(Checkpoint(tmp_path / "healed"), name, whole.shape[1])
+        assert weight is not None
+        assert 0 < float((weight.rows() - whole).norm() / whole.norm()) < 0.2, name
+
+
+def test_where_a_gpu_is_they_are_rounded_there_as_on_the_cpu(healing: Callable[..., Healing], tmp_path: Path) -> None:
+    found, device = healing("llama"), pretend_device()
+    widths = {name: tensors(found.fold.out_dir)[f"{name}.down.weight"].shape[1] for name in found.healed}
+    generator = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(200, width, generator=generator) for name, width in widths.items()}
+    grams = write_grams(tmp_path / "grams", {name: x.T @ x for name, x in inputs.items()})
+    forms = IntegerForms(dict.fromkeys(found.healed, 4), {}, 16)
+    here, there = (
+        replace(found.fold, out_dir=tmp_path / name, integers=forms, calibration_dir=grams)
+        for name in ("here", "there")
+    )
+    write_pieces(there, pieces(there), device)
+    for job in (here, there):  # whose shards stay
+        fold_alone(job, found.model_dir)
+    for name, width in widths.items():
+        ours, theirs = (emulator_weight(Checkpoint(job.out_dir), name, width) for job in (here, there))
+        assert ours is not None
+        assert theirs is not None
+        torch.testing.assert_close(ours.rows(), theirs.rows(), rtol=1e-3, atol=1e-5)
