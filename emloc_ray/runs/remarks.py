@@ -155,7 +155,7 @@ def unread_residuals(config: RunConfig, layout: Layout) -> str | None:
     if not asked or any(layout.form(spec).residual_rank for spec in layout.specs):
         return None
     return (
-        f"emulator.residual_rank: {asked} is not read: it is of linears that stay dense, and all are factorized; give"
+        f"emulator.residual_rank: {asked} is not read: it is of targeted linears that stay dense, and all are factorized; give"
         " compression_ratio: 1.0, or leave it out."
     )
 
