@@ -23,6 +23,7 @@ _MANY = 30  # keys that are too many to be listed in a sentence
 NO_KEY = " is not a key: "
 _OWN = "is set by emloc_ray itself: remove it."
 _LOADING = "is not read: batches are streamed from token shards in an order of their own: remove it."
+_SCORING = "is not read: scores while training are the loss alone, from passes of our own: remove it."
 _SCATTERING = (
     "is not supported, as transformers' Trainer left FSDP2 out in silence where that was tried (two CPU workers):"
     " finetune.deepspeed is what scatters a model over workers."
@@ -43,12 +44,28 @@ _REFUSED = {
     **dict.fromkeys(("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory"), _LOADING),
     **dict.fromkeys(("dataloader_persistent_workers", "dataloader_drop_last", "train_sampling_strategy"), _LOADING),
     **dict.fromkeys(("group_by_length", "length_column_name"), _LOADING),
+    **dict.fromkeys(("dataloader_multiprocessing_context", "dataloader_in_order"), _LOADING),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict", "enable_jit_checkpoint"), _OWN),
+    "save_only_model": (
+        "would have a training whose worker is lost go on without its optimizer's averages, from the schedule's begin: remove it."
+    ),
+    **dict.fromkeys(("prediction_loss_only", "batch_eval_metrics", "include_for_metrics", "label_names"), _SCORING),
+    **dict.fromkeys(("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"), _SCORING),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), _SCORING),
     **dict.fromkeys(("fsdp", "fsdp_config", "parallelism_config"), _SCATTERING),
 }
 # What transformers takes out for itself, and torch's ``checkpoint`` takes.
-_CHECKPOINTING = ("every_n_layers", "offload", "use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
+_CHECKPOINTING = (
+    "every_n_layers",
+    "offload",
+    "use_reentrant",
+    "preserve_rng_state",
+    "determinism_check",
+    "debug",
+    "early_stop",
+)
 # Of TrainingArguments that have bounds which transformers leaves unsaid.
-_NOT_NEGATIVE = ("neftune_noise_alpha", "weight_decay")
+_LEAST = {"neftune_noise_alpha": 0, "weight_decay": 0, "per_device_eval_batch_size": 1}
 _TRUTHS_OF_YAML_1_1 = {"yes", "no", "on", "off"}
 
 
@@ -89,7 +106,7 @@ def _training_errors(key: str, value: Any) -> list[str]:
         ]
     if key not in (types := _training_argument_types()):
         return [f"{no_such_key(f'finetune.{key}', key, _trainable_keys())}."]
-    bounded = typing.Annotated[types[key], Field(ge=0)] if key in _NOT_NEGATIVE else types[key]
+    bounded = typing.Annotated[types[key], Field(ge=_LEAST[key])] if key in _LEAST else types[key]
     return _type_errors(f"finetune.{key}", value, bounded)
 
 

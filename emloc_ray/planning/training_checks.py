@@ -27,7 +27,7 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
     ours = section.model_dump(include=set(_BATCHES))
     extra["bf16"] = section.bf16 is True
     given = {"use_cpu": True, "report_to": "none", **ours, **extra}
-    scores = {"eval_strategy": section.eval_strategy, "eval_steps": section.scores_every}
+    scores: dict[str, Any] = {"eval_strategy": section.eval_strategy, "eval_steps": section.scores_every}
     if section.gpus:  # only workers know what their GPUs can do
         given = {key: value for key, value in given.items() if key not in ("bf16", "fp16", "tf32", "optim")}
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +92,7 @@ def _check_steps(arguments: Any, extra: Mapping[str, Any]) -> None:
             given = listed([f"finetune.{key}: {extra[key]}" for key in keys if key in extra], len(keys))
             raise ConfigError(f"{given} cannot be used ({one_line(error)}): change that.") from error
 
-    model = torch.nn.Linear(1, 1)
+    model: Any = torch.nn.Linear(1, 1)
 
     def optimizer() -> None:
         try:

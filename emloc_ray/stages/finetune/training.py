@@ -42,7 +42,6 @@ from emloc_ray.stages.ray.pace import end_process
 from emloc_ray.stages.ray.spans import timed
 from emloc_ray.stages.ray.tasks import set_threads
 
-
 # Of a training beside one that is scored, whose arguments it has.
 _UNSCORED = {"eval_on_start": False}
 

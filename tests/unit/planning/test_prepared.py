@@ -85,10 +85,19 @@ def refused(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[...
     ("sections", "words"),
     [
         ({"finetune": {"lr_scheduler_type": "foo"}}, "transformers refuses its settings"),
-        ({"finetune": {"lr_scheduler_kwargs": {"num_cycles": 2}}}, "finetune.lr_scheduler_kwargs: {'num_cycles': 2} cannot"),
-        ({"finetune": {"lr_scheduler_type": "cosine_with_min_lr"}}, "finetune.lr_scheduler_type: cosine_with_min_lr cannot"),
+        (
+            {"finetune": {"lr_scheduler_kwargs": {"num_cycles": 2}}},
+            "finetune.lr_scheduler_kwargs: {'num_cycles': 2} cannot",
+        ),
+        (
+            {"finetune": {"lr_scheduler_type": "cosine_with_min_lr"}},
+            "finetune.lr_scheduler_type: cosine_with_min_lr cannot",
+        ),
         ({"finetune": {"adam_beta1": 1.0}}, "finetune.adam_beta1: 1.0 cannot be used (Invalid beta parameter"),
-        ({"finetune": {"optim": "sgd", "optim_args": "x"}}, "finetune.optim: sgd, finetune.optim_args: x cannot be used"),
+        (
+            {"finetune": {"optim": "sgd", "optim_args": "x"}},
+            "finetune.optim: sgd, finetune.optim_args: x cannot be used",
+        ),
         (
             {
                 "finetune": {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},

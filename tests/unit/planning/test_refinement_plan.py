@@ -80,7 +80,9 @@ def test_a_step_of_other_rows_is_another_refinement(values: Callable[..., dict[s
         written = {**values({"steps": 2}), "calibration": {"batch_size": rows}, "memory_budget": budget}
         written["run_dir"] += f"-{rows}-{budget}"
         found = shrink_batches(prepare(parse_config(written)))
-        write_shard(Path(written["run_dir"]) / "data/tokens/calibration" / shard_name(0), [Tokens([2, 3], [True, True])])
+        write_shard(
+            Path(written["run_dir"]) / "data/tokens/calibration" / shard_name(0), [Tokens([2, 3], [True, True])]
+        )
         return REFINE.inputs(Context(found, found.source.directory, made={"factorize": "one"}))
 
     plain = inputs(8)

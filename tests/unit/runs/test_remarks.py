@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from small_runs import make_values, task_rows, write_jsonl
 
-from emloc_ray.config.reading import parse_config
 from emloc_ray.config.emulator import EmulatorConfig
+from emloc_ray.config.reading import parse_config
 from emloc_ray.config.schema import CorrectionConfig
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.plan import make_plan
@@ -166,8 +166,14 @@ def test_settings_that_auto_does_not_read_are_told(section: dict[str, Any], word
     [
         ({"ratios": {"q_proj": 0.3}}, None),
         ({"compression_ratio": 1.0, "quantization": "int4", "objective": "weights"}, None),
-        ({"compression_ratio": 1.0, "ratios": {"q_proj": 0.3}}, "emulator.ratios is not read: at compression_ratio 1.0"),
-        ({"compression_ratio": 1, "storage": "pivoted", "rank_multiple": 1}, "emulator.storage, emulator.rank_multiple are"),
+        (
+            {"compression_ratio": 1.0, "ratios": {"q_proj": 0.3}},
+            "emulator.ratios is not read: at compression_ratio 1.0",
+        ),
+        (
+            {"compression_ratio": 1, "storage": "pivoted", "rank_multiple": 1},
+            "emulator.storage, emulator.rank_multiple are",
+        ),
         ({"budget": "3 bits", "storage": "pivoted"}, None),
     ],
 )
