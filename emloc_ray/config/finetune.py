@@ -77,6 +77,7 @@ class FinetuneConfig(StageConfig):
     def _scores_are_made(self) -> FinetuneConfig:
         names = ("eval_steps", "eval_original_every", "load_best_model_at_end", "early_stopping_patience")
         asked = [name for name in names if getattr(self, name)]
+        asked += ["eval_on_start"] if (self.model_extra or {}).get("eval_on_start") else []
         if asked and not self.validates:
             raise ValueError(f"{asked[0]} needs validation losses: set eval_strategy to steps, or remove it")
         if self.metric_for_best_model == "eval_original_loss" and self.eval_original_every is None:

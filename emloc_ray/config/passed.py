@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
 
 from emloc_ray.config.adapter import LORA_METHODS, PROMPT_METHODS, AdapterConfig
 from emloc_ray.config.base import Section, section_of
@@ -23,10 +23,12 @@ _MANY = 30  # keys that are too many to be listed in a sentence
 NO_KEY = " is not a key: "
 _OWN = "is set by emloc_ray itself: remove it."
 _LOADING = "is not read: batches are streamed from token shards in an order of their own: remove it."
+_SCORING = "is not read: scores while training are the loss alone, from passes of our own: remove it."
 _SCATTERING = (
     "is not supported, as transformers' Trainer left FSDP2 out in silence where that was tried (two CPU workers):"
     " finetune.deepspeed is what scatters a model over workers."
 )
+_NEWER = "is transformers' newer name of finetune.{}: write that."
 _PUSHING = (
     "would push the adapter as trained on the emulator, not the corrected one: remove it, and give emloc-ray push RUN_DIR"
     " OWNER/NAME after the run, which says what it pushes."
@@ -35,13 +37,35 @@ _PUSHING = (
 _REFUSED = {
     **dict.fromkeys(("output_dir", "remove_unused_columns", "seed", "data_seed", "resume_from_checkpoint"), _OWN),
     **dict.fromkeys(("ignore_data_skip", "average_tokens_across_devices", "auto_find_batch_size"), _OWN),
-    **dict.fromkeys(("label_smoothing_factor", "metric_for_best_model", "greater_is_better"), _OWN),
+    **dict.fromkeys(("label_smoothing_factor", "metric_for_best_model", "greater_is_better", "ddp_backend"), _OWN),
+    "activation_checkpointing": _NEWER.format("gradient_checkpointing"),
+    "activation_checkpointing_kwargs": _NEWER.format("gradient_checkpointing_kwargs"),
     # Of the Trainer's own data loader.
     **dict.fromkeys(("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory"), _LOADING),
     **dict.fromkeys(("dataloader_persistent_workers", "dataloader_drop_last", "train_sampling_strategy"), _LOADING),
     **dict.fromkeys(("group_by_length", "length_column_name"), _LOADING),
+    **dict.fromkeys(("dataloader_multiprocessing_context", "dataloader_in_order"), _LOADING),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict", "enable_jit_checkpoint"), _OWN),
+    "save_only_model": (
+        "would have a training whose worker is lost go on without its optimizer's averages, from the schedule's begin: remove it."
+    ),
+    **dict.fromkeys(("prediction_loss_only", "batch_eval_metrics", "include_for_metrics", "label_names"), _SCORING),
+    **dict.fromkeys(("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"), _SCORING),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), _SCORING),
     **dict.fromkeys(("fsdp", "fsdp_config", "parallelism_config"), _SCATTERING),
 }
+# What transformers takes out for itself, and torch's ``checkpoint`` takes.
+_CHECKPOINTING = (
+    "every_n_layers",
+    "offload",
+    "use_reentrant",
+    "preserve_rng_state",
+    "determinism_check",
+    "debug",
+    "early_stop",
+)
+# Of TrainingArguments that have bounds which transformers leaves unsaid.
+_LEAST = {"neftune_noise_alpha": 0, "weight_decay": 0, "per_device_eval_batch_size": 1}
 _TRUTHS_OF_YAML_1_1 = {"yes", "no", "on", "off"}
 
 
@@ -68,14 +92,41 @@ def _training_errors(key: str, value: Any) -> list[str]:
         return [f"finetune.{key} {_REFUSED[key]}"]
     if key.startswith(("push_to_hub", "hub_")):
         return [f"finetune.{key} {_PUSHING}"]
-    if key == "gradient_checkpointing_kwargs" and isinstance(value, dict) and value.get("use_reentrant") is True:
+    if key == "gradient_checkpointing_kwargs" and (lines := _checkpointing_errors(value)):
+        return lines
+    if key == "save_strategy" and value == "best":
         return [
-            "finetune.gradient_checkpointing_kwargs.use_reentrant: true gives no gradients where a block's inputs need none,"
-            " as below adapters on frozen weights: remove it."
+            "finetune.save_strategy: best would keep no checkpoint to go on from: leave it out, and set"
+            " finetune.load_best_model_at_end for the adapter of the lowest validation loss."
+        ]
+    if key == "accelerator_config" and "num_steps" in _inside(value, "gradient_accumulation_kwargs"):
+        return [
+            "finetune.accelerator_config.gradient_accumulation_kwargs.num_steps is what finetune.gradient_accumulation_steps"
+            " says: write that."
         ]
     if key not in (types := _training_argument_types()):
         return [f"{no_such_key(f'finetune.{key}', key, _trainable_keys())}."]
-    return _type_errors(f"finetune.{key}", value, types[key])
+    bounded = typing.Annotated[types[key], Field(ge=_LEAST[key])] if key in _LEAST else types[key]
+    return _type_errors(f"finetune.{key}", value, bounded)
+
+
+def _checkpointing_errors(value: Any) -> list[str]:
+    """The errors in what is passed on to torch's ``checkpoint``, which would tell them in the first step."""
+    key = "finetune.gradient_checkpointing_kwargs"
+    if not isinstance(value, dict):
+        return [] if value is None else [f"{key} is {value!r}: give keys of torch's checkpoint, each with its value."]
+    if value.get("use_reentrant") is True:
+        return [
+            f"{key}.use_reentrant: true gives no gradients where a block's inputs need none, as below adapters on frozen"
+            " weights: remove it."
+        ]
+    unknown = [name for name in value if name not in _CHECKPOINTING]
+    return [f"{no_such_key(f'{key}.{unknown[0]}', str(unknown[0]), _CHECKPOINTING)}."] if unknown else []
+
+
+def _inside(value: Any, key: str) -> Any:
+    """What a mapping has there; an empty one where it is none, or has none."""
+    return (value.get(key) if isinstance(value, dict) else None) or {}
 
 
 def _adapter_errors(given: Any) -> list[str]:

@@ -258,9 +258,9 @@ def _write_split_index(
     counts = {key: int(sum(shard[key] for shard in shards)) for key in _COUNTS}
     if counts["rows"] == 0:
         skipped = f" of the good ones ({counts['skipped_rows']} are bad)" if counts["skipped_rows"] else ""
+        kept = "its images and a completion token" if options.may_show_images else "a completion token"
         raise DataError(
-            f"data.{split}: no row{skipped} keeps its images and a completion token within data.max_seq_length"
-            f" {options.max_seq_length}: raise it."
+            f"data.{split}: no row{skipped} keeps {kept} within data.max_seq_length {options.max_seq_length}: raise it."
         )
     # Without places, which may be the run's own: runs share the results of equal rows.
     shared = {key: value for key, value in asdict(options).items() if key not in ("tokenizer", "image_places")}

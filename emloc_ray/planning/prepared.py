@@ -80,7 +80,8 @@ class Prepared:
         written, config = self.as_written, self.config
         if written is None:
             return self
-        sections: dict[str, Any] = {"evaluation": _with(config.evaluation, written.evaluation, "batch_size")}
+        batched = ("calibration", "evaluation")
+        sections: dict[str, Any] = {n: _with(getattr(config, n), getattr(written, n), "batch_size") for n in batched}
         if _rows(config.finetune, config.finetune) == _rows(written.finetune, written.finetune):
             sections["finetune"] = _with(config.finetune, written.finetune, *_OF_A_STEP)
         ours, theirs = config.emulator.healing, written.emulator.healing

@@ -1,13 +1,18 @@
 """Checks what a config passes on to transformers and DeepSpeed, before anything starts."""
 
 import argparse
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.zero_config import check_zero_config, read_zero_config
-from emloc_ray.text import one_line
+from emloc_ray.text import listed, one_line
 
+# What optimizer and schedule are made from.
+_OPTIMIZER = ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
+_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs")
+_SOME_STEPS = 100
 _BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
 
 
@@ -22,15 +27,19 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
     ours = section.model_dump(include=set(_BATCHES))
     extra["bf16"] = section.bf16 is True
     given = {"use_cpu": True, "report_to": "none", **ours, **extra}
+    scores: dict[str, Any] = {"eval_strategy": section.eval_strategy, "eval_steps": section.scores_every}
     if section.gpus:  # only workers know what their GPUs can do
         given = {key: value for key, value in given.items() if key not in ("bf16", "fp16", "tf32", "optim")}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            arguments = TrainingArguments(output_dir=folder, **given)
-            _make_schedule(arguments)
+            arguments = TrainingArguments(output_dir=folder, **scores, **given)
         except (ValueError, TypeError, ImportError, OSError) as error:
             detail = one_line(error)
             raise ConfigError(f"finetune: transformers refuses its settings ({detail}): fix them.") from error
+        if config.emulator.heals is not None and section.validates:
+            _check_unscored(TrainingArguments, {"output_dir": folder, **given, "eval_on_start": False})
+    if section.deepspeed is None and not {*_OPTIMIZER, *_SCHEDULE}.isdisjoint(extra):
+        _check_steps(arguments, extra)
     if extra.get("use_liger_kernel") and not section.gpus and not config.ray.joins:
         raise ConfigError("finetune.use_liger_kernel is of kernels for GPUs, and finetune has none: remove it.")
     _check_reporters([arguments.report_to] if isinstance(arguments.report_to, str) else arguments.report_to or [])
@@ -59,13 +68,54 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
     return zero_config
 
 
-def _make_schedule(arguments: Any) -> None:
-    """Raises TypeError or ValueError where ``lr_scheduler_kwargs`` are another schedule's than ``lr_scheduler_type``."""
-    import torch
-    from transformers import get_scheduler
+def _check_unscored(kind: Callable[..., Any], given: dict[str, Any]) -> None:
+    """Raises ConfigError where settings of a training that is scored do not serve the healing, which is not."""
+    try:
+        kind(**given)
+    except ValueError as error:
+        raise ConfigError(
+            "finetune: the healing has its settings too, but no scores, and transformers refuses them then"
+            f" ({one_line(error)}): give others, or remove emulator.healing."
+        ) from error
 
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], arguments.learning_rate)
-    get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, arguments.lr_scheduler_kwargs)
+
+def _check_steps(arguments: Any, extra: Mapping[str, Any]) -> None:
+    """Makes the optimizer and the schedule of a weight as the Trainer makes a training's: what they refuse, and packages that
+    they miss, would else be told when the emulator is there. Raises ConfigError."""
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    def attempt(keys: Sequence[str], make: Callable[[], Any]) -> None:
+        try:
+            make()
+        except Exception as error:  # each optimizer and schedule raises what it likes
+            given = listed([f"finetune.{key}: {extra[key]}" for key in keys if key in extra], len(keys))
+            raise ConfigError(f"{given} cannot be used ({one_line(error)}): change that.") from error
+
+    model: Any = torch.nn.Linear(1, 1)
+
+    def optimizer() -> None:
+        try:
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        except ValueError:
+            if arguments.optim_target_modules is None:
+                raise
+            return  # it looks for linears of the model
+        plain = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+        if plain and {"params", "model"}.isdisjoint(options):
+            kind(model.parameters(), **options)
+
+    def schedule() -> None:
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer=torch.optim.SGD(model.parameters(), lr=arguments.learning_rate),
+            num_warmup_steps=arguments.get_warmup_steps(_SOME_STEPS),
+            num_training_steps=_SOME_STEPS,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        )
+
+    attempt(_OPTIMIZER, optimizer)
+    attempt(_SCHEDULE, schedule)
 
 
 def _check_reporters(names: list[str]) -> None:

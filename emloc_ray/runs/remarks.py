@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from emloc_ray.config.emulator import EmulatorConfig
 from emloc_ray.config.schema import WORKER_SECTIONS, CorrectionConfig, RunConfig
 from emloc_ray.data.processors import IMAGE_SIDE
 from emloc_ray.planning.gpu_speeds import speed_of
@@ -134,6 +135,30 @@ def unread_correction(section: CorrectionConfig) -> str | None:
     return f"{names} {'are' if unread[1:] else 'is'} not read: auto tries its own; set correction.method to use yours."
 
 
+def unread_at_ratio_one(section: EmulatorConfig) -> str | None:
+    """Names the settings of ranks that are not read where nothing is factorized."""
+    keys = ("ratios", "allocation", "storage", "rank_multiple") if section.compression_ratio == 1 else ()
+    defaults = EmulatorConfig()
+    unread = [f"emulator.{key}" for key in keys if getattr(section, key) != getattr(defaults, key)]
+    if section.budget is not None or not unread:
+        return None
+    return (
+        f"{listed(unread, len(keys))} {'are' if unread[1:] else 'is'} not read: at compression_ratio 1.0 nothing is factorized;"
+        " give a ratio below it, with emulator.target_modules for some linears alone."
+    )
+
+
+def unread_residuals(config: RunConfig, layout: Layout) -> str | None:
+    """Says so where factors are asked for beside integers, and no linear is stored as such."""
+    asked = config.emulator.residual_rank
+    if not asked or any(layout.form(spec).residual_rank for spec in layout.specs):
+        return None
+    return (
+        f"emulator.residual_rank: {asked} is not read: it is of targeted linears that stay dense, and all are factorized; give"
+        " compression_ratio: 1.0, or leave it out."
+    )
+
+
 def left_dense(layout: Layout) -> str | None:
     """Names the modules that a pattern names and that cannot be factored."""
     if not layout.left_dense:
@@ -218,6 +243,8 @@ def of_settings(prepared: Prepared, planned: Mapping[str, int]) -> list[str]:
         smaller_batches(prepared),
         over_budget(config, planned),
         unread_correction(config.correction),
+        unread_at_ratio_one(config.emulator),
+        unread_residuals(config, prepared.layout),
         left_dense(prepared.layout),
         long_images(prepared),
         beyond_positions(prepared),

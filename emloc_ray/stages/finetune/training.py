@@ -42,6 +42,9 @@ from emloc_ray.stages.ray.pace import end_process
 from emloc_ray.stages.ray.spans import timed
 from emloc_ray.stages.ray.tasks import set_threads
 
+# Of a training beside one that is scored, whose arguments it has.
+_UNSCORED = {"eval_on_start": False}
+
 
 def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What each worker of a Ray Train group runs; returns what the driver wants to know, and the ``peaks`` of each rank's
@@ -144,7 +147,7 @@ def _arguments(job: FinetuneJob, output_dir: str) -> TrainingArguments:
             "use_cpu": not torch.cuda.is_available(),
             **{key: value for key, value in job.training_arguments.items() if key not in KEYS},
             "bf16": trains_in_bfloat16(job),
-            **({"eval_strategy": "steps", "eval_steps": job.validation.every} if job.validation else {}),
+            **({"eval_strategy": "steps", "eval_steps": job.validation.every} if job.validation else _UNSCORED),
             **({} if job.hold == "resident" else {"gradient_checkpointing": False}),  # its blocks are run again anyway
             **scattered,
         },

@@ -145,7 +145,7 @@ def no_healing(config: RunConfig) -> str | None:
     """Says where healing is asked for and there is nothing to heal."""
     if config.emulator.healing is None or config.emulator.heals is not None:
         return None
-    return "heal: at compression_ratio 1.0 the emulator is the original, so it is not healed."
+    return "heal: at compression_ratio 1.0 nothing is factorized, so there are no factors to heal."
 
 
 def _steps(prepared: Prepared) -> tuple[int, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from emloc_ray.config.schema import RunConfig
+from emloc_ray.config.schema import CalibrationConfig, RunConfig
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.runs.resume import discard_both_unless
 from emloc_ray.planning.costs import StageCost
@@ -47,9 +47,10 @@ def refinement_job(context: Context, inputs: str = "") -> RefinementJob:
 
 
 def _inputs(context: Context) -> Inputs:
-    config = context.prepared.config
+    config, rows = context.prepared.config, context.prepared.as_asked.config.calibration.batch_size
     assert config.emulator.refines is not None
     return {
+        **({"rows": rows} if rows != CalibrationConfig().batch_size else {}),  # of a step
         "factorize": context.made["factorize"],
         "data": context.split_key("calibration"),
         "options": context.model_options,
@@ -87,7 +88,7 @@ def no_refinement(config: RunConfig) -> str | None:
     """Says where refinement is asked for and there is nothing to refine."""
     if config.emulator.refinement is None or config.emulator.refines is not None:
         return None
-    return "refine: at compression_ratio 1.0 the emulator is the original, so it is not refined."
+    return "refine: at compression_ratio 1.0 nothing is factorized, so there are no factors to refine."
 
 
 def _steps(prepared: Prepared) -> tuple[int, str]:

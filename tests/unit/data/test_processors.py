@@ -244,8 +244,16 @@ def test_all_rows_bad(tmp_path: Path, vlm_dir: Callable[[str], Path]) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": []}] * 3)
     options = TokenizeOptions(str(vlm_dir("LLaVA")), "messages", 512, skip_bad_rows=True)
     selection = RowSelection.all_rows([scan(path)])
-    with pytest.raises(DataError, match=r"data\.s: no row of the good ones \(3 are bad\)"):
+    with pytest.raises(
+        DataError, match=r"data\.s: no row of the good ones \(3 are bad\) keeps its images and a completion"
+    ):
         tokenize_splits({"s": selection}, options, tmp_path / "out", rows_per_shard={"s": 5}, num_workers=1)
+    texts = RowSelection.all_rows(
+        [scan(write_jsonl(tmp_path / "texts.jsonl", [{"prompt": "a b c", "completion": "d"}]))]
+    )
+    short = TokenizeOptions(str(vlm_dir("LLaVA")), "prompt_completion", 2)
+    with pytest.raises(DataError, match=r"no row keeps a completion token within data\.max_seq_length 2: raise it"):
+        tokenize_splits({"s": texts}, short, tmp_path / "short", rows_per_shard={"s": 5}, num_workers=1)
 
 
 def test_a_text_that_holds_an_image_s_token_is_told(vlm_dir: Callable[[str], Path]) -> None:

@@ -73,6 +73,13 @@ def test_no_match_names_key_pattern_and_what_there_is(targets: Any) -> None:
         assert "the nearest is k_proj" in text
 
 
+def test_a_name_that_would_match_in_a_list_is_told_so() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'q_proj' matches none .*a text is a pattern of whole names: write \[q_proj\]"
+    ):
+        select(NAMES, "q_proj", None, "adapter.target_modules")
+
+
 def test_everything_excluded_again() -> None:
     with pytest.raises(ConfigError, match="everything it names is excluded again"):
         select(NAMES, ["q_proj"], ["q_proj"], "adapter.target_modules")

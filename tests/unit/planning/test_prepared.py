@@ -85,8 +85,26 @@ def refused(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[...
     ("sections", "words"),
     [
         ({"finetune": {"lr_scheduler_type": "foo"}}, "transformers refuses its settings"),
-        ({"finetune": {"lr_scheduler_kwargs": {"min_lr": 1e-5}}}, "transformers refuses its settings (get_linear"),
-        ({"finetune": {"lr_scheduler_type": "cosine_with_min_lr"}}, "transformers refuses its settings"),
+        (
+            {"finetune": {"lr_scheduler_kwargs": {"num_cycles": 2}}},
+            "finetune.lr_scheduler_kwargs: {'num_cycles': 2} cannot",
+        ),
+        (
+            {"finetune": {"lr_scheduler_type": "cosine_with_min_lr"}},
+            "finetune.lr_scheduler_type: cosine_with_min_lr cannot",
+        ),
+        ({"finetune": {"adam_beta1": 1.0}}, "finetune.adam_beta1: 1.0 cannot be used (Invalid beta parameter"),
+        (
+            {"finetune": {"optim": "sgd", "optim_args": "x"}},
+            "finetune.optim: sgd, finetune.optim_args: x cannot be used",
+        ),
+        (
+            {
+                "finetune": {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
+                "emulator": {"healing": {"steps": 2}},
+            },
+            "finetune: the healing has its settings too, but no scores",
+        ),
         ({"finetune": {"report_to": "tensorbord"}}, "finetune.report_to: tensorbord is not supported"),
         ({"finetune": {"report_to": ["tensorboard", "neptune"]}}, "finetune.report_to: neptune is not installed"),
         ({"finetune": {"warmup_steps": "abc"}}, "finetune.warmup_steps is 'abc'"),

@@ -13,10 +13,13 @@ from tiny import make_tokenizer
 from transformers import LlamaConfig
 
 from emloc_ray.config.reading import parse_config
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.token_shards import shard_name, write_shard
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import auto_class, empty_model
 from emloc_ray.modeling.loading import ModelSource
+from emloc_ray.planning.batches import shrink_batches
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.lengths import Lengths
@@ -26,7 +29,7 @@ from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.order import STEPS
-from emloc_ray.stages.refine.stage import no_refinement, refinement_job
+from emloc_ray.stages.refine.stage import REFINE, no_refinement, refinement_job
 
 ROW = Lengths(2048.0, 2048.0)
 
@@ -70,6 +73,22 @@ def test_it_is_a_step_between_factorizing_and_healing(values: Callable[..., dict
     longer = stages(prepare(parse_config(values({"steps": 4000}, healing={"steps": 5}))))
     assert longer["refine"].seconds > found["refine"].seconds
     assert "refine" not in stages(prepare(parse_config(values(None))))
+
+
+def test_a_step_of_other_rows_is_another_refinement(values: Callable[..., dict[str, Any]]) -> None:
+    def inputs(rows: int, budget: str | None = None) -> Any:
+        written = {**values({"steps": 2}), "calibration": {"batch_size": rows}, "memory_budget": budget}
+        written["run_dir"] += f"-{rows}-{budget}"
+        found = shrink_batches(prepare(parse_config(written)))
+        write_shard(
+            Path(written["run_dir"]) / "data/tokens/calibration" / shard_name(0), [Tokens([2, 3], [True, True])]
+        )
+        return REFINE.inputs(Context(found, found.source.directory, made={"factorize": "one"}))
+
+    plain = inputs(8)
+    assert plain != inputs(2)
+    assert plain == inputs(8, "2GiB")  # fewer for want of memory are the same, as elsewhere
+    assert "rows" not in plain  # as in runs of released versions
 
 
 def test_at_ratio_one_it_is_left_out_and_told(values: Callable[..., dict[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from small_runs import make_values, task_rows, write_jsonl
 
+from emloc_ray.config.emulator import EmulatorConfig
 from emloc_ray.config.reading import parse_config
 from emloc_ray.config.schema import CorrectionConfig
 from emloc_ray.planning.memory import MemoryModel
@@ -20,7 +21,9 @@ from emloc_ray.runs.remarks import (
     idle_cpus,
     moved_for_completions,
     over_budget,
+    unread_at_ratio_one,
     unread_correction,
+    unread_residuals,
 )
 from emloc_ray.stages.factorize.stage import thin_calibration
 from emloc_ray.stages.heal.stage import no_healing
@@ -156,6 +159,34 @@ def test_settings_that_auto_does_not_read_are_told(section: dict[str, Any], word
     said = unread_correction(CorrectionConfig.model_validate(section))
     assert (said is None) == (words is None)
     assert words is None or str(said).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"ratios": {"q_proj": 0.3}}, None),
+        ({"compression_ratio": 1.0, "quantization": "int4", "objective": "weights"}, None),
+        (
+            {"compression_ratio": 1.0, "ratios": {"q_proj": 0.3}},
+            "emulator.ratios is not read: at compression_ratio 1.0",
+        ),
+        (
+            {"compression_ratio": 1, "storage": "pivoted", "rank_multiple": 1},
+            "emulator.storage, emulator.rank_multiple are",
+        ),
+        ({"budget": "3 bits", "storage": "pivoted"}, None),
+    ],
+)
+def test_settings_of_ranks_are_told_where_nothing_is_factorized(section: dict[str, Any], words: str | None) -> None:
+    said = unread_at_ratio_one(EmulatorConfig.model_validate(section))
+    assert (said is None) == (words is None)
+    assert words is None or str(said).startswith(words)
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(0.5, True), (0.99, True), (1.0, False)])
+def test_factors_beside_integers_that_there_are_none_of_are_told(prepared: Make, ratio: float, told: bool) -> None:
+    found = prepared(emulator={"compression_ratio": ratio, "quantization": "int4", "residual_rank": 4})
+    assert (unread_residuals(found.config, found.layout) is not None) is told
 
 
 def test_cut_rows_are_told(prepared: Make) -> None:

@@ -77,6 +77,14 @@ def own_environment_variables() -> Iterator[None]:
 QUICK = ("lora", "prefix", "ia3")
 
 
+def test_a_training_beside_one_that_is_scored_is_not(job: FinetuneJob, artifacts: Artifacts, tmp_path: Path) -> None:
+    # Healing and the last steps on the original have the fine-tuning's arguments, and no rows to be scored on.
+    options = settings("lora", "llama", [spec.name for spec in artifacts.specs])
+    arguments = {**job.training_arguments, "eval_on_start": True}
+    job = replace(job, adapter=options, training_arguments=arguments, max_steps=1, out_dir=tmp_path / "adapter")
+    assert train(replace(job, storage_dir=tmp_path), LoneSession(tmp_path / "training"))["steps"] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.deep) for case in CASES]
