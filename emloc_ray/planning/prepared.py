@@ -80,7 +80,10 @@ class Prepared:
         written, config = self.as_written, self.config
         if written is None:
             return self
-        sections: dict[str, Any] = {"evaluation": _with(config.evaluation, written.evaluation, "batch_size")}
+        sections: dict[str, Any] = {
+            name: _with(getattr(config, name), getattr(written, name), "batch_size")
+            for name in ("calibration", "evaluation")
+        }
         if _rows(config.finetune, config.finetune) == _rows(written.finetune, written.finetune):
             sections["finetune"] = _with(config.finetune, written.finetune, *_OF_A_STEP)
         ours, theirs = config.emulator.healing, written.emulator.healing

@@ -55,6 +55,7 @@ def _inputs(context: Context) -> Inputs:
         "options": context.model_options,
         "refinement": config.emulator.refines.model_dump(mode="json"),
         "tokens": config.calibration.tokens,
+        "rows": context.prepared.as_asked.config.calibration.batch_size,  # of a step, where a worker's memory has them
         "seed": config.seed,
     }
 
