@@ -143,8 +143,8 @@ def _factorize_inputs(context: Context) -> Inputs:
         **({"allocation": allocation} if allocation else {}),
         # Of allocated ranks healing takes its own, and what it grows stays floats: the ranks below need not show it.
         **({"healing": heals.r} if heals is not None and (allocation or (late and not only_later)) else {}),
-        **({"objective": objective} if objective != "activations" else {}),
-        **(_weighing(context) if objective == "predictions" else {}),
+        **({"objective": objective} if objective == "weights" or _reads_gradients(layout) else {}),
+        **(_weighing(context) if _reads_gradients(layout) else {}),
         **(
             {"quantization": config.emulator.quantization}
             if config.emulator.quantization != "none" and not only_later

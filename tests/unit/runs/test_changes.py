@@ -91,6 +91,12 @@ def test_what_redoes_nothing_is_not_asked_for(values: dict[str, Any]) -> None:
     assert find_changes(changed(values, correction={"method": "covariance", "strength": 0.5})) is not None
 
 
+def test_what_factors_keep_redoes_nothing_where_there_are_none(values: dict[str, Any]) -> None:
+    whole = {**values, "emulator": {**values["emulator"], "compression_ratio": 1.0}}
+    finish(whole)
+    assert find_changes(changed(whole, emulator={"objective": "predictions", "gradient_dampening_frac": 0.1})) is None
+
+
 def test_checkpoints_redo_what_is_scored_where_they_are(values: dict[str, Any]) -> None:
     scored = {**values, "finetune": {**values["finetune"], "eval_strategy": "steps"}}
     finish(scored)
