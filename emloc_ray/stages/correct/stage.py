@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from emloc_ray.config.schema import CorrectionConfig
 from emloc_ray.core.healing import healed_layers
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.planning.costs import StageCost
@@ -84,12 +85,19 @@ def _inputs(context: Context) -> Inputs:
     return {
         "finetune": context.made["finetune"],
         "adapter": context.contents("adapter_emulator"),
-        "correction": context.prepared.config.correction.model_dump(mode="json"),
+        "correction": _settings(context.prepared.config.correction),
         "candidates": [dataclasses.asdict(candidate) for candidate in job.candidates],
         "max_tokens": job.max_tokens,
         "data": context.split_key("selection"),
         **({"calibration data": context.split_key("calibration")} if job.reads_adapted else {}),
     }
+
+
+def _settings(section: CorrectionConfig) -> Inputs:
+    """The section, with the defaults of what ``auto`` ignores."""
+    ignored = ("clamp", "strength") if section.method == "auto" else ()
+    defaults = {key: CorrectionConfig.model_fields[key].default for key in ignored}
+    return section.model_copy(update=defaults).model_dump(mode="json")
 
 
 def _correct(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:

@@ -136,18 +136,21 @@ def _factorize_inputs(context: Context) -> Inputs:
     """What the emulator follows from: of allocated ranks what they are made from, for a cache must find it without them."""
     config, layout, allocation = context.prepared.config, context.layout, _allocation(context)
     heals, objective = config.emulator.heals, layout.objective
+    late = set(rounded_late(layout, heals))
+    # What healing grows is floats until then: in NF4 all, in integers where it grows all that the emulator stores so.
+    only_later = heals is not None and (layout.in_4bit or (not allocation and bool(late) and late == set(layout.bits)))
     return {
         **({"allocation": allocation} if allocation else {}),
         # Of allocated ranks healing takes its own, and what it grows stays floats: the ranks below need not show it.
-        **({"healing": heals.r} if heals is not None and (allocation or rounded_late(layout, heals)) else {}),
-        **({"objective": objective} if objective != "activations" else {}),
-        **(_weighing(context) if objective == "predictions" else {}),
+        **({"healing": heals.r} if heals is not None and (allocation or (late and not only_later)) else {}),
+        **({"objective": objective} if objective == "weights" or _reads_gradients(layout) else {}),
+        **(_weighing(context) if _reads_gradients(layout) else {}),
         **(
             {"quantization": config.emulator.quantization}
-            if config.emulator.quantization != "none" and not (heals is not None and layout.in_4bit)
+            if config.emulator.quantization != "none" and not only_later
             else {}
         ),
-        **({"integers": [layout.group_size, config.emulator.residual_rank]} if layout.bits else {}),
+        **({"integers": [layout.group_size, config.emulator.residual_rank]} if layout.bits and not only_later else {}),
         **_storage(layout),
         "calibrate": context.made.get(CALIBRATE.name, ""),
         "model": context.model_key,

@@ -24,7 +24,21 @@ if TYPE_CHECKING:
 
 # Settings of the fine-tuning that do not enter what comes out of it; its number of workers does, which orders the rows.
 NOT_LEARNED = frozenset(
-    {"cpus_per_worker", "gpus_per_worker", "max_failures", "deepspeed", "report_to", "run_name", "exact_steps"}
+    {
+        "cpus_per_worker",
+        "gpus_per_worker",
+        "max_failures",
+        "deepspeed",
+        "report_to",
+        "run_name",
+        "exact_steps",
+        "disable_tqdm",
+        "log_level",
+        "log_level_replica",
+        "save_total_limit",
+        "torch_empty_cache_steps",
+        "ddp_timeout",
+    }
 )
 
 VALIDATION = frozenset(
@@ -48,7 +62,10 @@ def learned(section: FinetuneConfig, *own: str) -> Inputs:
     off |= set() if section.validates else VALIDATION
     off |= {"eval_original_every", "metric_for_best_model"} if section.eval_original_every is None else set()
     off |= {"loraplus_lr_ratio"} if section.loraplus_lr_ratio is None else set()
-    return without(section, NOT_LEARNED | machine | off | set(own))
+    settings = without(section, NOT_LEARNED | machine | off | set(own))
+    if not section.validates or section.eval_steps is not None:  # else they say when it is scored
+        settings["save_steps"] = FinetuneConfig.model_fields["save_steps"].default
+    return settings
 
 
 def steps_of(context: Context) -> int:

@@ -96,6 +96,7 @@ def _inputs(context: Context) -> Inputs:
         "ranks": layout.ranks,
         **({} if layout.budget is None else {"bits": layout.bits, "residual_ranks": layout.residual_ranks}),
         "quantization": config.emulator.quantization,
+        **({"group_size": layout.group_size} if rounded_late(layout, healing) else {}),
         "seed": config.seed,
         **({} if zero_config is None else {"deepspeed": zero_config}),
     }

@@ -37,6 +37,8 @@ def split_inputs(prepared: Prepared) -> Inputs:
         ],
         "rows_per_shard": config.calibration.rows_per_shard,
         "seed": config.seed,
+        # A tokenizer's own code may make other tokens than the class that stands for it without.
+        **({"trust_remote_code": True} if config.model.trust_remote_code else {}),
     }
 
 

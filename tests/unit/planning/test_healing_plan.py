@@ -30,7 +30,8 @@ from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.planning.training import factor_ranks, healing_split, healing_training, packed_late, rounded_late
 from emloc_ray.planning.training_spec import Training
-from emloc_ray.stages.context import Context
+from emloc_ray.stages.context import Context, Inputs
+from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.stage import FACTORIZE, factorization_job
 from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.heal.stage import HEAL, healing_job, no_healing
@@ -257,6 +258,31 @@ def test_an_emulator_that_is_healed_is_not_taken_for_one_in_integers(prepared: C
     assert FACTORIZE.inputs(Context(nf4, nf4.source.directory)) == FACTORIZE.inputs(
         Context(wide, wide.source.directory)
     )
+
+
+def heal_inputs(prepared: Callable[..., Prepared], **emulator: Any) -> Inputs:
+    """Of equal factors."""
+    found = prepared({"steps": 3, "r": 4}, emulator=emulator)
+    return HEAL.inputs(Context(found, found.source.directory, made={"factorize": "the same"}))
+
+
+def test_where_healing_grows_all_integers_one_factorization_serves_all_bits(prepared: Callable[..., Prepared]) -> None:
+    def factorized(**emulator: Any) -> tuple[FactorizationJob, Inputs]:
+        found = prepared({"steps": 3, "r": 4}, emulator=emulator)
+        context = Context(found, found.source.directory)
+        return factorization_job(context), FACTORIZE.inputs(context)
+
+    wide = factorized()
+    for bits in ("int4", "int2"):
+        assert factorized(quantization=bits) == wide
+    some = [factorized(quantization=bits, ratios={"down_proj": 1.0}) for bits in ("int4", "int2")]
+    assert some[0][0] != some[1][0]
+    assert some[0][1] != some[1][1]
+    healed = [heal_inputs(prepared, quantization="int4", group_size=size) for size in (32, 64)]
+    assert healed[0] != healed[1]  # which the factorization does not tell apart
+    # Ranks that follow from data may leave linears dense, which nothing grows.
+    allocated = [factorized(quantization=bits, allocation="sensitivity") for bits in ("int4", "int2")]
+    assert allocated[0][1] != allocated[1][1]
 
 
 @pytest.mark.parametrize(("objective", "grams"), [("activations", True), ("weights", False)])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from stage_artifacts import write_tokens
 from tiny import make_tokenizer
 from transformers import LlamaConfig
 
@@ -27,7 +30,7 @@ from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import StagePlan, make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.skeleton import skeleton_of
-from emloc_ray.stages.context import Context
+from emloc_ray.stages.context import Context, Inputs
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.refine.stage import REFINE, no_refinement, refinement_job
 
@@ -116,6 +119,24 @@ def test_what_is_refined_is_what_healing_begins_with(values: Callable[..., dict[
     assert (job.steps, job.learning_rate, job.batch_size) == (20, 0.01, 8)
     assert job.out_dir == context.unhealed_dir == context.emulator_dir
     assert context.emulator_key == "other"
+
+
+def test_another_number_of_rows_a_step_is_another_refinement(values: Callable[..., dict[str, Any]]) -> None:
+    def inputs(rows: int, shrunk: int | None = None) -> Inputs:
+        config = parse_config({**values({"steps": 20}), "calibration": {"batch_size": rows}})
+        prepared = prepare(config)
+        if shrunk is not None:
+            section = config.calibration.model_copy(update={"batch_size": shrunk})
+            prepared = dataclasses.replace(prepared, config=config.model_copy(update={"calibration": section}))
+        context = Context(prepared, prepared.source.directory, made={"factorize": "one"})
+        write_tokens(context.tokens("calibration"), 8, 8)
+        assert refinement_job(context).batch_size == (shrunk or rows)
+        found = REFINE.inputs(context)
+        shutil.rmtree(context.path())
+        return found
+
+    assert inputs(8) != inputs(4)
+    assert inputs(8) == inputs(8, shrunk=4)  # what a budget shrank redoes nothing
 
 
 def test_blocks_that_read_inside_others_are_refused(values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -84,6 +84,26 @@ def test_a_run_is_finished_where_no_stage_is_left(values: dict[str, Any]) -> Non
 def test_what_redoes_nothing_is_not_asked_for(values: dict[str, Any]) -> None:
     finish(values)
     assert find_changes(changed(values, evaluation={"num_workers": 1}, finetune={"max_failures": 0})) is None
+    assert (
+        find_changes(changed(values, finetune={"save_steps": 1, "save_total_limit": 2, "log_level": "error"})) is None
+    )
+    assert find_changes(changed(values, correction={"clamp": None, "strength": 0.5})) is None  # of auto
+    assert find_changes(changed(values, correction={"method": "covariance", "strength": 0.5})) is not None
+
+
+def test_what_factors_keep_redoes_nothing_where_there_are_none(values: dict[str, Any]) -> None:
+    whole = {**values, "emulator": {**values["emulator"], "compression_ratio": 1.0}}
+    finish(whole)
+    assert find_changes(changed(whole, emulator={"objective": "predictions", "gradient_dampening_frac": 0.1})) is None
+
+
+def test_checkpoints_redo_what_is_scored_where_they_are(values: dict[str, Any]) -> None:
+    scored = {**values, "finetune": {**values["finetune"], "eval_strategy": "steps"}}
+    finish(scored)
+    assert find_changes(changed(scored, finetune={"save_steps": 1})) is not None
+    other = {**scored, "run_dir": values["run_dir"] + "-other", "finetune": {**scored["finetune"], "eval_steps": 2}}
+    finish(other)
+    assert find_changes(changed(other, finetune={"save_steps": 1})) is None
 
 
 def test_a_changed_key_names_what_it_redoes_and_where_that_lies(values: dict[str, Any]) -> None:

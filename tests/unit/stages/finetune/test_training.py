@@ -106,6 +106,21 @@ def test_it_goes_on_from_its_checkpoint(case: str, job: FinetuneJob, artifacts: 
         assert (broken.out_dir / name).read_bytes() == (whole.out_dir / name).read_bytes(), name
 
 
+def test_how_often_it_is_saved_changes_nothing(job: FinetuneJob, artifacts: Artifacts, tmp_path: Path) -> None:
+    options = settings("lora", "llama", [spec.name for spec in artifacts.specs])
+    written = []
+    for every in (1, 100):
+        arguments = {**job.training_arguments, "save_steps": every, "save_total_limit": every}
+        one = replace(
+            job, adapter={**options, "lora_dropout": 0.1}, name=f"every-{every}", training_arguments=arguments
+        )
+        one = replace(one, out_dir=tmp_path / f"{every}-adapter", storage_dir=tmp_path)
+        train(one, LoneSession(tmp_path / one.name))
+        written.append([(one.out_dir / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME)])
+        written[-1].append(one.log_path.read_bytes())
+    assert written[0] == written[1]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor:UserWarning"

@@ -83,6 +83,13 @@ def test_its_workers_ask_for_the_memory_that_is_granted(
     assert json.loads(asked.read_text()) == {"CPU": 1.0, "memory": 2.0**28}
 
 
+def test_a_tokenizer_s_own_code_may_make_other_tokens(prepared: Make) -> None:
+    plain = prepared(num_calibration_samples=4)
+    model = plain.config.model.model_copy(update={"trust_remote_code": True})
+    trusting = replace(plain, config=plain.config.model_copy(update={"model": model}))
+    assert split_inputs(trusting) != split_inputs(plain)
+
+
 @pytest.mark.parametrize("wanted", [1, 2000, 9000])
 def test_tokens_are_reached_by_whole_rows_on_any_number_of_workers(
     prepared: Make, tmp_path: Path, ray_session: None, wanted: int
