@@ -23,11 +23,12 @@ from emloc_ray.planning.work import training_cost
 from emloc_ray.text import described_bits, duration, size, size_up
 
 _WHOLE = {"compression_ratio": 1.0, "residual_rank": 0, "storage": "factors"}
-_FEW_BITS = ("nf4", "int3", "int2")
+_FEW_BITS = ("nf4", "int4", "int3", "int2")
 # Below those of int2.
 _BUDGETS = tuple(f"{tenths / 10:g} bits" for tenths in (22, 20, 18, 16, 14, 12, 11, 10, 9, 8))
 _ALIKE = 0.03  # of the gap closed: what three seeds hardly tell apart
 _SLOWER = 10.0  # times the fastest: what nobody waits for
+_AS_FAST = 1.1  # times the fastest: what a plan does not tell apart
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Choice:
-    """All alternatives within a budget, and the one to take: that with the largest measured share of the gap, the fastest among
-    equals, without those that take ten times as long as the fastest. Where none was measured it is the first."""
+    """All alternatives within a budget, and the one to take: of those with nearly the largest measured share of the gap the
+    fastest, of those as fast that with the largest share; without those that take ten times as long as the fastest. Where none
+    was measured it is the first."""
 
     asked: RunConfig
     budget: int
@@ -114,8 +116,10 @@ def _best(measured: Sequence[tuple[Alternative, float]]) -> Alternative | None:
     limit = _SLOWER * min((one.step_seconds for one, _ in measured), default=0.0)
     in_time = [(one, closed) for one, closed in measured if one.step_seconds <= limit]
     most = max((closed for _, closed in in_time), default=0.0)
-    alike = [one for one, closed in in_time if closed >= most - _ALIKE]
-    return min(alike, key=lambda one: one.step_seconds, default=None)
+    alike = [(one, closed) for one, closed in in_time if closed >= most - _ALIKE]
+    limit = _AS_FAST * min((one.step_seconds for one, _ in alike), default=0.0)
+    as_fast = [(one, closed) for one, closed in alike if one.step_seconds <= limit]
+    return max(as_fast, key=lambda pair: pair[1], default=(None, 0.0))[0]
 
 
 def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Speeds) -> Iterator[Alternative]:

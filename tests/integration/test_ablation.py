@@ -53,6 +53,7 @@ FEWER = {
         "calibrations={own: {}, shuffled: {shuffle: true}, prose_50: {foreign: prose, share: 0.5}}",
     ],
     "adapted": [EIGHT, "methods=[lora, predictions]"],
+    "equal_bytes": [EIGHT, "unrounded=false", "methods=[lora, int2, factors_nf4]"],
     "exact": [EIGHT, "methods=[lora, tuned_60, tuned_57_exact_3]"],
     "frontier": [EIGHT, "unrounded=false", "methods=[lora, factors_nf4, int2_rank8, budget_2.4]"],
     "healing": [EIGHT, "methods=[lora, tuned_60, healed_15_tuned_45]"],
