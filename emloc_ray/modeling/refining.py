@@ -67,7 +67,7 @@ def trained_factors(block: nn.Module) -> Iterator[list[nn.Parameter]]:
 def fit_block(
     block: nn.Module,
     error: Callable[[int], tuple[Tensor, int]],
-    fitted: Sequence[int],
+    fitted: Sequence[Sequence[int]],
     held_out: Sequence[int],
     *,
     steps: int,
@@ -75,8 +75,8 @@ def fit_block(
     seed: int = 0,
     name: str = "the block",
 ) -> Fit:
-    """Lowers ``Σ error / Σ tokens`` over the ``fitted`` batches by ``steps`` of Adam, one batch each, in an order drawn anew
-    each time all were read; the factors are as before where that of the ``held_out`` ones is not lower then.
+    """Lowers ``Σ error / Σ tokens`` by ``steps`` of Adam, each over the batches of one entry of ``fitted``, in an order drawn
+    anew each time all were read; the factors are as before where that of the ``held_out`` batches is not lower then.
 
     ``error(batch)`` gives a batch's sum of errors, with gradients, and its number of tokens. A step is at most about
     ``learning_rate`` times the root mean square of what it changes, falling to 0 along a cosine. Raises NumericsError where an
@@ -93,11 +93,16 @@ def fit_block(
         draws, order = torch.Generator().manual_seed(seed), list[int]()
         for _ in range(steps):
             order = order or torch.randperm(len(fitted), generator=draws).tolist()
-            with torch.enable_grad():
-                total, tokens = error(fitted[order.pop()])
-            loss = total / (max(tokens, 1) * before)
             optimizer.zero_grad()
-            loss.backward()
+            tokens = 0
+            for batch in fitted[order.pop()]:
+                with torch.enable_grad():
+                    total, counted = error(batch)
+                (total / before).backward()
+                tokens += counted
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= max(tokens, 1)
             optimizer.step()
             scheduler.step()
     after = _mean_error(error, held_out)

@@ -111,7 +111,7 @@ class MemoryModel(CalibrationMemory):
         return self._refining(self.refinement_rows())
 
     def refinement_rows(self) -> int:
-        """The rows of a step: calibration's batch, or as many of them as fit a worker."""
+        """The rows that are read at once: those of a step, calibration's batch, or as many of them as fit a worker."""
         rows = self.config.calibration.batch_size
         while rows > 1 and BASE_BYTES + total(self._refining(rows)) > self.worker_bytes("emulator"):
             rows //= 2

@@ -39,7 +39,8 @@ _FIT = "fit"
 @dataclass(frozen=True)
 class RefinementJob:
     """Artifact paths and flat settings; ``work_dir`` is where a killed try is continued from. ``inputs`` hashes what hidden
-    states depend on, for old ones may lie on other nodes. ``tokens``: which count for the error."""
+    states depend on, for old ones may lie on other nodes. ``tokens``: which count for the error. A step is of ``batch_size``
+    rows, of which ``rows_at_once`` are read together, all by default."""
 
     model_dir: Path
     emulator_dir: Path
@@ -50,6 +51,7 @@ class RefinementJob:
     learning_rate: float
     tokens: str = "all"
     batch_size: int = 8
+    rows_at_once: int | None = None
     pad_token_id: int = 0
     seed: int = 0
     inputs: str = ""
@@ -77,13 +79,15 @@ class Refiner:
         rows = sorted(range(len(lengths)), key=lengths.__getitem__)
         held_out = rows[_HELD_OUT // 2 :: _HELD_OUT] or rows[:1]
         fitted = [row for row in rows if row not in {*held_out}] or rows
-        parts = [self._cut(fitted), self._cut(held_out)]
-        self.batches = [*parts[0], *parts[1]]
-        self.fitted, self.held_out = range(len(parts[0])), range(len(parts[0]), len(self.batches))
+        self.batches: list[list[int]] = []
+        self.fitted = [self._add(step) for step in _cut(fitted, job.batch_size)]
+        self.held_out = self._add(held_out)
 
-    def _cut(self, rows: list[int]) -> list[list[int]]:
-        size = self.job.batch_size
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+    def _add(self, rows: list[int]) -> range:
+        """Cuts rows into batches; returns their numbers."""
+        first = len(self.batches)
+        self.batches += _cut(rows, self.job.rows_at_once or self.job.batch_size)
+        return range(first, len(self.batches))
 
     def begin(self) -> int:
         """The first block to take: after the last one whose hidden states are here, else the first of all."""
@@ -93,7 +97,8 @@ class Refiner:
 
     def _hidden(self, position: int) -> Path:
         # By batches: a memory budget, which is no input, may have a later try take fewer rows at once.
-        folder = local_only(self.job.work_dir) / "hidden" / self.job.inputs / f"rows-{self.job.batch_size}"
+        rows = self.job.rows_at_once or self.job.batch_size
+        folder = local_only(self.job.work_dir) / "hidden" / self.job.inputs / f"rows-{rows}"
         return folder / f"block-{position:05d}"
 
     def take(self, position: int) -> None:
@@ -171,6 +176,10 @@ class Refiner:
         counted = next((mask for mask in call.counted.values() if mask.shape == ours.shape[:-1]), None)
         tokens = ours[..., 0].numel() if counted is None else int(counted.sum())
         return token_error(ours, theirs, None if counted is None else on_device(counted, self.device)), tokens
+
+
+def _cut(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _put(block: nn.Module, name: str, file: Path) -> None:

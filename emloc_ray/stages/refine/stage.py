@@ -37,6 +37,7 @@ def refinement_job(context: Context, inputs: str = "") -> RefinementJob:
         refinement.steps,
         refinement.learning_rate,
         config.calibration.tokens,
+        _rows_a_step(context.prepared),
         context.memory.refinement_rows(),
         context.pad_token_id(),
         config.seed,
@@ -46,8 +47,13 @@ def refinement_job(context: Context, inputs: str = "") -> RefinementJob:
     )
 
 
+def _rows_a_step(prepared: Prepared) -> int:
+    """Calibration's batch, however few of its rows a worker's memory reads at once."""
+    return prepared.as_asked.config.calibration.batch_size
+
+
 def _inputs(context: Context) -> Inputs:
-    config, rows = context.prepared.config, context.prepared.as_asked.config.calibration.batch_size
+    config, rows = context.prepared.config, _rows_a_step(context.prepared)
     assert config.emulator.refines is not None
     return {
         **({"rows": rows} if rows != CalibrationConfig().batch_size else {}),  # of a step
@@ -73,7 +79,7 @@ def _cost(memory: MemoryModel) -> StageCost:
     refinement, layout = memory.config.emulator.refines, memory.layout
     assert refinement is not None
     tokens, rows = tokens_calibrated(memory.prepared, memory.lengths), memory.refinement_rows()
-    steps = 6 * refinement.steps * rows * memory.lengths.mean * emulator_work(layout)
+    steps = 6 * refinement.steps * _rows_a_step(memory.prepared) * memory.lengths.mean * emulator_work(layout)
     return StageCost(
         memory.refine(),
         flops=steps + 2 * tokens * (block_work(layout) + 2 * emulator_work(layout)),

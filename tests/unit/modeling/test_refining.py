@@ -31,7 +31,8 @@ class Mlp:
 
     def fit(self, **changes: Any) -> Any:
         options = {"steps": 60, "learning_rate": 0.02, **changes}
-        return fit_block(self.block, self.error, range(6), range(6, 8), **options)
+        steps = options.pop("fitted", [[number] for number in range(6)])
+        return fit_block(self.block, self.error, steps, range(6, 8), **options)
 
     def held_out(self) -> float:
         with torch.no_grad():
@@ -61,6 +62,15 @@ def test_what_does_not_help_on_rows_held_out_is_taken_back() -> None:
     assert not fit.is_better
     for name, weight in mlp.block.named_parameters():
         assert torch.equal(weight, before[name])
+
+
+def test_a_step_over_batches_is_that_of_all_their_rows_at_once() -> None:
+    apart, together = Mlp(), Mlp()
+    apart.fit(steps=3, fitted=[[0, 1], [2, 3]])
+    together.inputs[:2] = [torch.cat(together.inputs[:2]), torch.cat(together.inputs[2:4])]
+    together.fit(steps=3, fitted=[[0], [1]])
+    for one, other in zip(apart.block.parameters(), together.block.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_the_same_seed_gives_the_same_factors() -> None:

@@ -16,13 +16,10 @@ from tiny import make_tokenizer
 from transformers import LlamaConfig
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.data.formats import Tokens
-from emloc_ray.data.token_shards import shard_name, write_shard
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import auto_class, empty_model
 from emloc_ray.modeling.loading import ModelSource
-from emloc_ray.planning.batches import shrink_batches
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.lengths import Lengths
@@ -78,22 +75,6 @@ def test_it_is_a_step_between_factorizing_and_healing(values: Callable[..., dict
     assert "refine" not in stages(prepare(parse_config(values(None))))
 
 
-def test_a_step_of_other_rows_is_another_refinement(values: Callable[..., dict[str, Any]]) -> None:
-    def inputs(rows: int, budget: str | None = None) -> Any:
-        written = {**values({"steps": 2}), "calibration": {"batch_size": rows}, "memory_budget": budget}
-        written["run_dir"] += f"-{rows}-{budget}"
-        found = shrink_batches(prepare(parse_config(written)))
-        write_shard(
-            Path(written["run_dir"]) / "data/tokens/calibration" / shard_name(0), [Tokens([2, 3], [True, True])]
-        )
-        return REFINE.inputs(Context(found, found.source.directory, made={"factorize": "one"}))
-
-    plain = inputs(8)
-    assert plain != inputs(2)
-    assert plain == inputs(8, "2GiB")  # fewer for want of memory are the same, as elsewhere
-    assert "rows" not in plain  # as in runs of released versions
-
-
 def test_at_ratio_one_it_is_left_out_and_told(values: Callable[..., dict[str, Any]]) -> None:
     found = prepare(parse_config(values({"steps": 20}, compression_ratio=1.0)))
     assert "refine" not in stages(found)
@@ -102,7 +83,7 @@ def test_at_ratio_one_it_is_left_out_and_told(values: Callable[..., dict[str, An
 
 
 @pytest.mark.slow
-def test_a_budget_has_it_take_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_has_it_read_fewer_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emloc_ray.planning.calibration_memory.available_bytes", lambda: 2**42)
     free, bounded = MemoryModel(large(memory_budget=None), ROW), MemoryModel(large(memory_budget="5GiB"), ROW)
     assert free.refinement_rows() == 8
@@ -130,13 +111,15 @@ def test_another_number_of_rows_a_step_is_another_refinement(values: Callable[..
             prepared = dataclasses.replace(prepared, config=config.model_copy(update={"calibration": section}))
         context = Context(prepared, prepared.source.directory, made={"factorize": "one"})
         write_tokens(context.tokens("calibration"), 8, 8)
-        assert refinement_job(context).batch_size == (shrunk or rows)
+        job = refinement_job(context)
+        assert (job.batch_size, job.rows_at_once) == (rows, shrunk or rows)
         found = REFINE.inputs(context)
         shutil.rmtree(context.path())
         return found
 
     assert inputs(8) != inputs(4)
     assert inputs(8) == inputs(8, shrunk=4)  # what a budget shrank redoes nothing
+    assert "rows" not in inputs(8)  # as in runs before it was an input
 
 
 def test_blocks_that_read_inside_others_are_refused(values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

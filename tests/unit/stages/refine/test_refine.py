@@ -81,7 +81,7 @@ def test_its_error_is_that_of_the_blocks_on_the_hidden_states_of_both(refined: R
             sums = [total + float(error.square().sum()) for total, error in zip(sums, errors, strict=True)]
             tokens += ids.numel()
     assert [total / tokens for total in sums] == pytest.approx([found.before, found.after], rel=1e-4)
-    fitted = {row for number in refiner.fitted for row in refiner.batches[number]}
+    fitted = {row for step in refiner.fitted for number in step for row in refiner.batches[number]}
     assert fitted | {*rows} == {*range(len(refiner.shards))}
     assert not fitted & {*rows}
 
@@ -122,11 +122,20 @@ def test_blocks_that_are_done_between_losses_are_progress(
 def test_a_try_with_other_batches_does_not_take_their_hidden_states(refined: RefinementJob, tmp_path: Path) -> None:
     job = replace(refined, work_dir=tmp_path / "work", out_dir=tmp_path / "out")
     Refiner(job).take(0)
-    smaller = replace(job, batch_size=2)
+    smaller = replace(job, rows_at_once=2)
     assert Refiner(smaller).begin() == 0
     refine_blocks(smaller)
     first = "model.layers.0.mlp.up_proj.up.weight"
     assert torch.equal(tensors_in(job.out_dir)[first], tensors_in(refined.out_dir)[first])  # refined once
+
+
+@pytest.mark.slow
+def test_fewer_rows_at_once_change_nothing_but_in_rounding(refined: RefinementJob, tmp_path: Path) -> None:
+    job = replace(refined, work_dir=tmp_path / "work", out_dir=tmp_path / "out", rows_at_once=1)
+    refine_blocks(job)
+    for name, tensor in tensors_in(refined.out_dir).items():
+        torch.testing.assert_close(tensors_in(job.out_dir)[name], tensor, rtol=0, atol=1e-4)
+    assert fits(job)["block-00001"].after == pytest.approx(fits(refined)["block-00001"].after, rel=1e-3)
 
 
 @pytest.mark.slow
