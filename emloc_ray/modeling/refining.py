@@ -100,9 +100,9 @@ def fit_block(
                     total, counted = error(batch)
                 (total / before).backward()
                 tokens += counted
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad /= max(tokens, 1)
+            for factor in parameters:
+                if factor.grad is not None:
+                    factor.grad.div_(max(tokens, 1))
             optimizer.step()
             scheduler.step()
     after = _mean_error(error, held_out)
