@@ -94,7 +94,7 @@ def test_a_run_outlives_its_final_actor(
 
 def test_a_stopped_correction_goes_on_from_what_it_had(llama_run: FinishedRun, tmp_path: Path) -> None:
     copied = llama_run.copy(tmp_path)
-    values = copied.changed(correction={"method": "auto", "clamp": 2.0})
+    values = copied.changed(correction={"method": "auto", "dampening_frac": 1e-3})
     with pytest.raises(Stopped):
         run_values(values, Stopping("correct", 3), until="correct")
     assert none_is_left()

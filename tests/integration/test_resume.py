@@ -47,7 +47,8 @@ def tail(stage: str) -> list[str]:
         ("finetune", {"cpus_per_worker": 0.5, "max_failures": 0}, []),
         ("finetune", {"report_to": "tensorboard"}, []),
         ("evaluation", {"num_generations": 0}, ["evaluate"]),
-        ("correction", {"strength": 0.3}, tail("correct")),
+        ("correction", {"strength": 0.3}, []),  # auto ignores it
+        ("correction", {"dampening_frac": 1e-3}, tail("correct")),
         ("correction", {"method": "projection"}, tail("correct")),
         ("finetune", {"learning_rate": 1e-3}, tail("finetune")),
         ("finetune", {"num_workers": 2}, tail("finetune")),
