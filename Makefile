@@ -19,9 +19,11 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 	$(PYTEST) -p no:cacheprovider -n 2 --dist loadfile -m quick tests/unit tests/compat
 
-# Twenty minutes: that, and all that is not deep.
+# Twenty minutes: that, slow units that start nothing, a process a core as there, and all else that is not deep.
+ALONE := slow and not (deep or ray or server or browser)
 test: check
-	$(PYTEST) -m "not quick and not deep"
+	$(PYTEST) -p no:cacheprovider -n 2 --dist loadfile -m "$(ALONE)"
+	$(PYTEST) -m "not quick and not deep and not ($(ALONE))"
 
 # The rest: slow variants, small grids, faults, memory limits.
 test-deep: $(VENV)/installed
