@@ -47,7 +47,7 @@ _REFUSED = {
     **dict.fromkeys(("dataloader_multiprocessing_context", "dataloader_in_order"), _LOADING),
     **dict.fromkeys(("do_train", "do_eval", "do_predict", "enable_jit_checkpoint"), _OWN),
     "save_only_model": (
-        "would have a training whose worker is lost go on without its optimizer's averages, from the schedule's begin: remove it."
+        "would save no optimizer and no schedule, from which a training goes on whose worker is lost: remove it."
     ),
     **dict.fromkeys(("prediction_loss_only", "batch_eval_metrics", "include_for_metrics", "label_names"), _SCORING),
     **dict.fromkeys(("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"), _SCORING),

@@ -56,9 +56,12 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Choice:
-    """All alternatives within a budget, and the one to take: of those with nearly the largest measured share of the gap the
-    fastest, of those as fast that with the largest share; without those that take ten times as long as the fastest. Where none
-    was measured it is the first."""
+    """All alternatives within a budget, and the one to take.
+
+    What takes :data:`_SLOWER` times as long as the fastest is left out. Of what closed within :data:`_ALIKE` of the largest
+    measured share of the gap, the fastest is taken; of those within :data:`_AS_FAST` times its step, what closed most. Where
+    none was measured it is the first that fits.
+    """
 
     asked: RunConfig
     budget: int

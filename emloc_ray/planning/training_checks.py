@@ -69,19 +69,19 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
 
 
 def _check_unscored(kind: Callable[..., Any], given: dict[str, Any]) -> None:
-    """Raises ConfigError where settings of a training that is scored do not serve the healing, which is not."""
+    """Raises ConfigError where the healing, which is not scored, cannot train by the settings of a training that is."""
     try:
         kind(**given)
     except ValueError as error:
         raise ConfigError(
-            "finetune: the healing has its settings too, but no scores, and transformers refuses them then"
-            f" ({one_line(error)}): give others, or remove emulator.healing."
+            "emulator.healing trains by finetune's settings, but without scores, and transformers refuses that"
+            f" ({one_line(error)}): give finetune other settings, or remove emulator.healing."
         ) from error
 
 
 def _check_steps(arguments: Any, extra: Mapping[str, Any]) -> None:
-    """Makes the optimizer and the schedule of a weight as the Trainer makes a training's: what they refuse, and packages that
-    they miss, would else be told when the emulator is there. Raises ConfigError."""
+    """Makes the optimizer and the schedule of one weight, as the Trainer makes a training's. Raises ConfigError where they
+    refuse their settings or miss a package, which the training would find only once the emulator is made."""
     import torch
     from transformers import Trainer, get_scheduler
 

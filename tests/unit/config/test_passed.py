@@ -1,4 +1,4 @@
-"""Keys passed on to transformers and Ray: unknown ones beside other errors, and secrets. PEFT's: test_adapter_keys.py."""
+"""Keys passed on to transformers and Ray: unknown ones beside other errors, those that would harm, and secrets. PEFT's: test_adapter_keys.py."""
 
 from __future__ import annotations
 
@@ -17,6 +17,35 @@ def test_unknown_keys_are_told_beside_a_bad_value_of_their_section() -> None:
     text = error_of(finetune={"learning_rate": -1, "weight_decai": 1}, ray={"address": 3, "num_cpu": 1})
     for key in ("finetune.learning_rate", "finetune.weight_decai", "ray.address", "ray.num_cpu"):
         assert sum(line.startswith(f"the config: {key} ") for line in text.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"push_to_hub": True}, "finetune.push_to_hub would push the adapter as trained on the emulator"),
+        ({"hub_model_id": "me/mine"}, "finetune.hub_model_id would push"),
+        ({"dataloader_num_workers": 4}, "finetune.dataloader_num_workers is not read"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant: true gives no gradients"),
+        ({"gradient_checkpointing_kwargs": {"early": True}}, "kwargs.early is not a key: the nearest is early_stop"),
+        ({"activation_checkpointing": True}, "newer name of finetune.gradient_checkpointing: write that"),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}},
+            "gradient_accumulation_steps says",
+        ),
+        ({"save_strategy": "best"}, "finetune.load_best_model_at_end for the adapter"),
+        ({"neftune_noise_alpha": -1.0}, "finetune.neftune_noise_alpha is -1.0"),
+        ({"per_device_eval_batch_size": 0}, "finetune.per_device_eval_batch_size is 0"),
+        ({"bf16_full_eval": True}, "finetune.bf16_full_eval is not read: scores while training are the loss alone"),
+        ({"save_only_model": True}, "finetune.save_only_model would save no optimizer"),
+        ({"do_train": True}, "finetune.do_train is set by emloc_ray itself"),
+        ({"ddp_backend": "gloo"}, "finetune.ddp_backend is set by emloc_ray itself"),
+        ({"eval_on_start": True}, "eval_on_start needs validation losses"),
+        ({"num_workers": 2, "gpus_per_worker": 0.5}, "NCCL takes no two workers on one GPU"),
+        ({"bf16": "yes"}, "finetune.bf16 is 'yes'"),
+    ],
+)
+def test_what_would_be_ignored_or_harm_is_refused(keys: dict[str, Any], words: str) -> None:
+    assert words in error_of(finetune=keys)
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def refused(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[...
                 "finetune": {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
                 "emulator": {"healing": {"steps": 2}},
             },
-            "finetune: the healing has its settings too, but no scores",
+            "emulator.healing trains by finetune's settings, but without scores",
         ),
         ({"finetune": {"report_to": "tensorbord"}}, "finetune.report_to: tensorbord is not supported"),
         ({"finetune": {"report_to": ["tensorboard", "neptune"]}}, "finetune.report_to: neptune is not installed"),
