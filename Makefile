@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 quickstart: $(VENV)/installed
 	$(BIN)/emloc-ray run configs/quickstart.yaml
 
-# Two minutes on two cores: to run while making a change. It leaves pytest's cache alone, by which .ci/run knows whether the next tier came to its end.
+# Two and a half minutes on two cores: to run while making a change. It leaves pytest's cache alone, by which .ci/run knows whether the next tier came to its end.
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
