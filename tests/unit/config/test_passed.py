@@ -1,4 +1,4 @@
-"""Keys passed on to transformers and Ray: unknown ones beside other errors, those that would harm, and secrets. PEFT's: test_adapter_keys.py."""
+"""Keys passed on to transformers and Ray: unknown ones, those that would harm, secrets. PEFT's: test_adapter_keys.py."""
 
 from __future__ import annotations
 
