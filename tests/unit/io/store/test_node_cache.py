@@ -38,6 +38,17 @@ from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.io.store.objects import Stored
 
 
+def fill_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    usage = shutil.disk_usage(Path.cwd())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=1000, free=free))
+
+
+@pytest.fixture(autouse=True)
+def empty_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However full the disk is where the tests run: the cache makes room only where a test says so."""
+    fill_disk(monkeypatch, free=1000)
+
+
 @pytest.fixture
 def root(s3_port: int, node_cache: Path, request: pytest.FixtureRequest) -> Path:
     return mirror(uri(s3_port, f"cache/{request.node.name}"))
@@ -215,10 +226,8 @@ def test_a_directory_that_is_being_written_is_not_seen(root: Path, other: Path) 
 
 
 @pytest.fixture
-def full_disk(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other.mkdir(parents=True)
-    usage = shutil.disk_usage(other)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=1000, free=0))
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_disk(monkeypatch, free=0)
 
 
 def test_the_cache_makes_room(root: Path, other: Path, full_disk: None) -> None:
