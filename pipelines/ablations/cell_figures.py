@@ -75,7 +75,8 @@ class Cells:
     def measured_path(self, cell: Cell) -> Path:
         """What was measured on its adapter afterwards."""
         corrections = {key: correction.model_dump() for key, correction in self.ablation.config.corrections.items()}
-        return self._file(fingerprint([self.digest(cell), corrections if cell.prune is None else None]))
+        asked = corrections if cell.prune is None else None
+        return self._file(fingerprint([self.digest(cell), asked if cell.start is None else cell.start]))
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
         """A cell's figures, None where it is not done, or its adapter, yet to be measured, is there no more."""
@@ -89,7 +90,7 @@ class Cells:
         return figures if {variant: values["loss"] for variant, values in scored.items()} == figures["losses"] else None
 
     def measured(self, cell: Cell) -> dict[str, float] | None:
-        """Losses of the original with adapters made after the run, None where they are yet to be measured, or are of an adapter
+        """Losses of adapters that were made after the run, None where they are yet to be measured, or are of an adapter
         with other losses than the run's."""
         run, measured = read_json(self.path(cell)), read_json(self.measured_path(cell))
         return None if run is None or measured is None or measured["of"] != run["losses"] else dict(measured["losses"])
@@ -135,7 +136,9 @@ class Cells:
         return self._asks_more(cell) and self.read(cell) is not None and self.measured(cell) is None
 
     def _asks_more(self, cell: Cell) -> bool:
-        return cell.prune is not None or (cell.compresses and bool(self.ablation.config.corrections))
+        if cell.prune is not None or cell.start is not None:
+            return True
+        return cell.compresses and bool(self.ablation.config.corrections)
 
     def _file(self, digest: str) -> Path:
         return self.ablation.shared / "cells" / f"{digest}.json"

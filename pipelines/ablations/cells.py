@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ablations.config import RATIO, AblationConfig, Kind, MethodConfig, overlap
+from ablations.config import RATIO, AblationConfig, Kind, MethodConfig, Start, overlap
 from ablations.datasets import data_dir, data_section
 from emloc_ray.config.reading import check, put, read_mapping, read_override
 from emloc_ray.config.schema import RayConfig, RunConfig
@@ -39,6 +39,7 @@ class Cell:
     task: Task
     prune: Kind | None = None
     heal_on: str | None = None
+    start: Start | None = None
 
     @property
     def name(self) -> str:
@@ -53,8 +54,7 @@ class Cell:
     @property
     def compresses(self) -> bool:
         """Whether its adapter is trained on another model than it serves, so that it can be corrected."""
-        emulator = self.config.emulator
-        return self.prune is None and (emulator.compression_ratio < 1 or emulator.quantization != "none")
+        return self.prune is None and self.start is None and _compresses(self.config)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,15 @@ def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
     batch = compose_batch(_batch_values(config, root, [values for *_, values in points]), path, of_ray)
     cells = [
         Cell(
-            dataset, method.name, point.pop("seed"), point.pop("calibration"), point, task, method.prune, method.heal_on
+            dataset,
+            method.name,
+            point.pop("seed"),
+            point.pop("calibration"),
+            point,
+            task,
+            method.prune,
+            method.heal_on,
+            method.start,
         )
         for (dataset, method, point, _), task in zip(points, batch.tasks, strict=True)
     ]
@@ -146,6 +154,10 @@ def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
     if lines:
         raise ConfigError("\n".join(dict.fromkeys(lines)))
     return Ablation(config, batch.config, batch.ray, tuple(cells), tuple(_overridden(config, of_runs)), of_runs)
+
+
+def _compresses(config: RunConfig) -> bool:
+    return config.emulator.compression_ratio < 1 or config.emulator.quantization != "none"
 
 
 def _overridden(config: AblationConfig, of_runs: dict[str, Any]) -> Iterator[str]:
@@ -224,8 +236,21 @@ def _wrong_cells(config: AblationConfig, cells: Sequence[Cell]) -> Iterator[str]
             yield f"method {cell.method} prunes {model}, but its adapter has to be the original's: take model out of it."
         if cell.prune is not None and adapter not in ("lora", "rslora"):
             yield f"method {cell.method} is pruned, and an adapter of {adapter} cannot be recovered: use lora or rslora."
+        if cell.start is not None:
+            yield from _wrong_start(cell)
         if config.corrections and cell.compresses and not cell.config.adapter.is_additive:
             yield f"method {cell.method} trains {adapter}, which adds to no weight: take corrections out, or the method."
+
+
+def _wrong_start(cell: Cell) -> Iterator[str]:
+    adapter = cell.config.adapter
+    own = adapter.model_dump(include={"target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"})
+    if cell.prune is not None:
+        yield f"method {cell.method} has prune and start, and a start makes up for what an emulator lacks: take one of them."
+    elif not _compresses(cell.config):
+        yield f"method {cell.method} has a start, and its emulator is the original: set emulator.quantization or {RATIO}."
+    elif adapter.method != "lora" or any(own.values()):
+        yield f"method {cell.method} has a start, which is of LoRA of one rank on all linears: take its other adapter keys out."
 
 
 def _unread_rows(config: AblationConfig, cell: Cell) -> Iterator[str]:

@@ -16,6 +16,7 @@ OWN = "own"
 
 Some = Field(min_length=1)
 Kind = Literal["layers", "random", "structured"]  # the parts that a pruned model leaves out
+Start = Literal["weights", "activations"]  # what an adapter begins by, of what rounding left
 Foreign = Literal["summaries", "names", "code", "prose"]
 
 
@@ -63,6 +64,9 @@ class MethodConfig(Section):
     name: str
     prune: Kind | None = Field(None, description="train on a model without these parts, instead of an emulator")
     heal_on: Foreign | None = Field(None, description="other rows than the task's to heal the emulator on")
+    start: Start | None = Field(
+        None, description="begin the adapter where it makes up for what the emulator lacks, and serve it on that"
+    )
 
     @field_validator("name")
     @classmethod

@@ -48,12 +48,18 @@ def _records(ablation: Ablation, cells: Cells, cell: Cell, failed: Mapping[str, 
     reason = failed.get(cell.name, "not run yet, or broken off: the same command does it")
     losses = dict(figures["losses"]) if figures else {}
     if cell.prune is not None and figures is not None:
-        # Its run's original was the pruned model.
-        own = {"emulator": losses["original"], "emulator_adapter": losses["corrected"]}
+        # Its run's original was the pruned model, and its emulator that in fewer bits, where it has any.
+        own = {"emulator": losses["original"], "emulator_adapter": losses["emulator_adapter"]}
         losses = (
             own if measured is None else {**own, "original": measured["original"], "corrected": measured["recovered"]}
         )
     whole = {key: value for key, value in (figures or {}).items() if key not in ("run_dir", "losses")}
+    if cell.start is not None and figures is not None:
+        # Its run began at zero.
+        own = {key: value for key, value in losses.items() if key in ("original", "emulator")}
+        began = dict(measured or {})
+        whole["training"] = {**whole["training"], "wall_s": began.pop("training_s", None)}
+        losses = {**own, **began}
     yield {
         **_about(cell, cell.config.correction.method if cell.compresses else None),
         **_standing(losses, reason),
@@ -71,7 +77,7 @@ def _records(ablation: Ablation, cells: Cells, cell: Cell, failed: Mapping[str, 
 
 def _about(cell: Cell, correction: str | None) -> Record:
     """What tells a record from others; None where that makes no difference to it."""
-    calibrated = cell.compresses or cell.prune == "structured"
+    calibrated = cell.compresses or cell.start is not None or cell.prune == "structured"
     return {
         "cell": cell.name,
         "dataset": cell.dataset,

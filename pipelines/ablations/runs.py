@@ -193,7 +193,8 @@ def known_data(ablation: Ablation) -> Cells:
 
 def run(ablation: Ablation, cells: Cells, show: Show, tell: Tell) -> dict[str, str]:
     """All that is not done yet; returns why cells failed, by their names."""
-    pending = [cell for cell in ablation.cells if cells.read(cell) is None]
+    # Cells that differ only in what is measured afterwards have one run.
+    pending = list({cells.path(cell): cell for cell in ablation.cells if cells.read(cell) is None}.values())
     if not pending and not any(map(cells.is_to_be_measured, ablation.cells)):
         return {}
     _check_tokenizers(ablation)
@@ -310,8 +311,15 @@ def measure_all(ablation: Ablation, cells: Cells, pruned: dict[str, Pruned], tel
         try:
             if not cells.is_to_be_measured(cell):
                 raise ConfigError(f"{run.run_dir} has another adapter by now: run the ablation again.")
-            measured = _recovered if cell.prune is not None else _corrected
-            cells.write_measured(cell, measured(ablation, cell, run, pruned.get(cell.name), tell))
+            if cell.start is not None:
+                from ablations.starts import trained_from
+
+                tell(f"{cell.name}: trained from its start")
+                losses = trained_from(cell.start, run, tell)
+            else:
+                measured = _recovered if cell.prune is not None else _corrected
+                losses = measured(ablation, cell, run, pruned.get(cell.name), tell)
+            cells.write_measured(cell, losses)
         except EmlocError as error:
             failed[cell.name] = str(error)
         finally:

@@ -104,6 +104,18 @@ def test_an_override_that_would_change_nothing_is_refused(given: str, told: str,
             },
             "method x trains ia3, which adds to no weight: take corrections out",
         ),
+        (
+            {"methods": [{"name": "lora", RATIO: 1.0}, {"name": "x", "prune": "random", "start": "weights"}]},
+            "method x has prune and start",
+        ),
+        (
+            {"methods": [{"name": "lora", RATIO: 1.0}, {"name": "x", RATIO: 1.0, "start": "weights"}]},
+            "method x has a start, and its emulator is the original: set emulator.quantization",
+        ),
+        (
+            {"methods": [{"name": "lora", RATIO: 1.0}, {"name": "x", "start": "weights", "adapter.method": "dora"}]},
+            "method x has a start, which is of LoRA of one rank on all linears",
+        ),
         ({"rows": {"eval": 500}}, "rows.eval makes 500 rows and evaluation.num_samples reads 256 of them"),
     ],
 )
