@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest -q --durations=25
 # What is imported again and again, by Ray's workers too, is compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart check test test-deep coverage benchmark clean
+.PHONY: quickstart check types units test test-deep coverage benchmark clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/emloc-ray run configs/quickstart.yaml
@@ -16,7 +16,12 @@ quickstart: $(VENV)/installed
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --no-print-directory -j 2 types units
+
+types: $(VENV)/installed
 	$(BIN)/mypy
+
+units: $(VENV)/installed
 	$(PYTEST) -p no:cacheprovider -n 2 --dist loadfile -m quick tests/unit tests/compat
 
 # Twenty minutes: that, slow units that start nothing, a process a core as there, and all else that is not deep.

@@ -77,7 +77,7 @@ def test_every_yaml_file_of_configs_is_tested() -> None:
     }
     bases = {read_yaml(path.read_text())["base"] for path in BATCHES}
     others = {path.relative_to("configs").as_posix() for path in named}
-    # tests/unit/ablations/test_ablation_config.py reads them, tests/integration/test_ablation.py runs them.
+    # tests/unit/ablations/test_ablation_config.py reads them, tests/integration/test_ablation.py runs or checks them.
     assert {path for path in others if not path.startswith("ablations/")} <= bases
 
 
