@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.integer_forms import BITS, PLANES, group_size_of
+from emloc_ray.core.unpacking import grouped_weight, unpacked_weight
 
 SCALE_STEPS = 8  # of an octave
 _OCTAVES = 256 // SCALE_STEPS
@@ -45,7 +46,8 @@ class IntegerWeight:
 
     def dense(self) -> Tensor:
         """``s (q − z) (out, in)`` in float32."""
-        return _dense(self.codes, self.scales, self.zeros, self.exponent, self.bits, self.group_size)
+        scale, zero = scale_values(self.scales, self.exponent), zero_values(self.zeros, self.bits)
+        return grouped_weight(self.codes, scale, zero, self.group_size)
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What a checkpoint stores; ``exponent`` is of the ``dtype`` that the weight computes in, which holds it exactly."""
@@ -67,18 +69,10 @@ def dense_weight(tensors: Mapping[str, Tensor], in_features: int) -> Tensor:
     that it was stored for; computed in float32."""
     bits = stored_bits(tensors)
     assert bits is not None
-    codes = _unpacked(tensors[f"int{bits}"], bits, in_features)
     scales, exponent = tensors["scales"], tensors["exponent"]
+    scale, zero = scale_values(scales, exponent.float()), zero_values(tensors["zeros"], bits)
     size = group_size_of(in_features, scales.shape[1])
-    return _dense(codes, scales, tensors["zeros"], exponent.float(), bits, size).to(exponent.dtype)
-
-
-def _dense(codes: Tensor, scales: Tensor, zeros: Tensor, exponent: Tensor | int, bits: int, group_size: int) -> Tensor:
-    groups, columns = scales.shape[1], codes.shape[1]
-    lacking = groups * group_size - columns
-    values = torch.nn.functional.pad(codes, (0, lacking)).view(len(codes), groups, group_size).float()
-    scale, zero = scale_values(scales, exponent)[..., None], zero_values(zeros, bits)[..., None]
-    return values.sub_(zero).mul_(scale).flatten(1)[:, :columns]
+    return unpacked_weight(tensors[f"int{bits}"], scale, zero, bits, in_features, size, exponent.dtype)
 
 
 def scale_values(codes: Tensor, exponent: Tensor | int) -> Tensor:
@@ -112,32 +106,3 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
         planes.append((part << places).sum(dim=2, dtype=torch.uint8))
         shift += width
     return torch.cat(planes, dim=1).contiguous()
-
-
-# Parts of a byte, by their width, become bytes of one integer: by how much its upper half moves in turn, and which bits stay.
-_SPREADING = {
-    4: (torch.int16, ((4, 0x0F0F),)),
-    2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
-    1: (torch.int64, ((28, 0x0000000F0000000F), (14, 0x0003000300030003), (7, 0x0101010101010101))),
-}
-
-
-def _unpacked(packed: Tensor, bits: int, in_features: int) -> Tensor:
-    codes, begin, shift = None, 0, 0
-    for width in PLANES[bits]:
-        length = math.ceil(in_features * width / 8)
-        part = packed[:, begin : begin + length]
-        part = part if width == 8 else _spread(part, width)[:, :in_features]
-        codes = part if codes is None else codes | (part << shift)
-        begin, shift = begin + length, shift + width
-    assert codes is not None
-    return codes
-
-
-def _spread(part: Tensor, width: int) -> Tensor:
-    """Each byte's parts as bytes, the lowest first. A shift by each place takes two to eleven times as long on a CPU."""
-    kind, moves = _SPREADING[width]
-    spread = part.to(kind)
-    for places, kept in moves:
-        spread.bitwise_or_(spread << places).bitwise_and_(kept)
-    return spread.view(torch.uint8)

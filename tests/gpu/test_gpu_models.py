@@ -14,6 +14,8 @@ from method_on_device import CONFIG, emulator, original, padded_batch, trained_a
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from emloc_ray.core.integer_forms import BITS, group_size_of, num_groups
+from emloc_ray.core.integers import IntegerWeight, dense_weight
 from emloc_ray.modeling.adapter import attach_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
@@ -186,6 +188,23 @@ def test_4_bits_are_the_same_weight_on_both(shape: tuple[int, int]) -> None:
     here = dequantize({key: value.cpu() for key, value in packed.items()})
     assert there.device.type == DEVICE
     assert apart(there, here) < 1e-6
+
+
+@pytest.mark.parametrize("columns", [576, 100])
+@pytest.mark.parametrize("bits", BITS)
+def test_integers_are_the_same_weight_on_both(bits: int, columns: int) -> None:
+    """Compiled there to one kernel, here step by step."""
+    generator, groups = torch.Generator().manual_seed(0), num_groups(columns, 64)
+    codes = torch.randint(0, 2**bits, (96, columns), dtype=torch.uint8, generator=generator)
+    scales, zeros = (torch.randint(0, 256, (96, groups), dtype=torch.uint8, generator=generator) for _ in range(2))
+    size = group_size_of(columns, groups)
+    tensors = IntegerWeight(codes, scales, zeros, -24, bits, size).tensors(torch.bfloat16)
+    there = dense_weight({key: value.to(DEVICE) for key, value in tensors.items()}, columns)
+    assert there.device.type == DEVICE
+    here = dense_weight(tensors, columns)
+    # The scales are powers of two that either computes to a last bit of its own.
+    torch.testing.assert_close(there.cpu(), here, rtol=2**-7, atol=0)
+    assert (there.cpu() == here).float().mean() > 0.999
 
 
 def test_an_offloaded_step_is_a_resident_one(tmp_path: Path) -> None:

@@ -17,12 +17,15 @@ from emloc_ray.planning.skeleton import skeleton_of
 R = 8  # of LoRA on every linear in the blocks
 
 
-def planned_bytes(config: LlamaConfig, ranks: dict[str, int], rows: int, length: int) -> int:
+def planned_bytes(
+    config: LlamaConfig, ranks: dict[str, int], rows: int, length: int, bits: dict[str, int] | None = None
+) -> int:
     """Of a worker's fine-tuning with gradient checkpointing, the base in bfloat16; without its imports."""
     skeleton = skeleton_of(config, empty_model(config))
     names = tuple(spec.name for spec in skeleton.specs)
     sizes = skeleton.num_parameters, skeleton.head_parameters, skeleton.hidden_size
-    layout = Layout(skeleton.specs, skeleton.groups, ranks, tuple(ranks), names, names, *sizes)
+    compressed = tuple(ranks or bits or {})
+    layout = Layout(skeleton.specs, skeleton.groups, ranks, compressed, names, names, *sizes, bits=bits or {})
     settings: Any = SimpleNamespace(
         memory_budget=float("inf"),
         budget_is_default=False,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from emloc_ray.core.integer_forms import IntegerForms
+from emloc_ray.core.integers import SCALE_STEPS
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model
 from emloc_ray.modeling.emulator import factorize_modules
+from emloc_ray.modeling.integer_linear import IntegerLinear
 
 RATIO = 0.5
 
@@ -94,12 +98,17 @@ def uniform_ranks(specs: list[LinearSpec], ratio: float, multiple: int = 1) -> d
 
 
 def random_llama(
-    config: LlamaConfig, device: torch.device, ranks: dict[str, int] | None = None, dtype: torch.dtype = torch.bfloat16
+    config: LlamaConfig,
+    device: torch.device,
+    ranks: dict[str, int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    bits: dict[str, int] | None = None,
 ) -> Any:
-    """A Llama, or its emulator of these ``ranks``, with normal weights; a replaced dense weight is never made."""
+    """A Llama, or its emulator of these ``ranks`` or of integers of these ``bits``, with random weights; a replaced dense
+    weight is never made."""
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
-        factorize_modules(model, ranks or {})
+        factorize_modules(model, ranks or {}, integers=IntegerForms(bits or {}))
     model.to(dtype).to_empty(device=device)
     model.config.dtype = dtype
     return fill_randomly(model).eval()
@@ -118,7 +127,19 @@ def fill_randomly(model: Any) -> Any:
             parameter.normal_(std=(0.02 / min(parameter.shape) ** 0.5) ** 0.5)  # so that their product is of 0.02
         else:
             parameter.normal_(std=0.02)
+    for module in model.modules():
+        if isinstance(module, IntegerLinear):
+            _fill_integers(module)
     return model
+
+
+def _fill_integers(layer: IntegerLinear) -> None:
+    """Codes of all values, the scales such that weights have a standard deviation of 0.02, about 0."""
+    deviation = 2**layer.bits / 12**0.5
+    layer.get_buffer(f"int{layer.bits}").random_(0, 256)
+    layer.get_buffer("zeros").fill_(127)
+    layer.get_buffer("scales").fill_(128)
+    layer.get_buffer("exponent").fill_(round(math.log2(0.02 / deviation)) - 128 // SCALE_STEPS)
 
 
 def random_batch(rows: int, length: int, vocabulary: int, device: torch.device, padded: bool = False) -> dict[str, Any]:

@@ -37,7 +37,8 @@ _BY_STEP = "s a micro-step (baseline: plain PEFT LoRA on the original)"
 
 
 def training(session: Session) -> None:
-    """The emulator with and without autocast and a mask; LoRA on the original with our loss, with transformers', and on NF4."""
+    """The emulator with and without autocast and a mask, and in integers; LoRA on the original with our loss, with
+    transformers', and on NF4."""
     cases: dict[str, tuple[float, Callable[[], dict[str, Any]]]] = {
         "emulator": (25, lambda: emulator_step(session)),
         "plain LoRA on the original": (30, lambda: original_step(session, plain=True)),
@@ -46,6 +47,8 @@ def training(session: Session) -> None:
         "inference of the original": (15, lambda: inference(session)),
         "LoRA on the original, loss in chunks": (30, lambda: original_step(session)),
         "LoRA on the original in NF4": (40, lambda: original_step(session, in_4bit=True)),
+        "in 4 bits under the Grams": (60, lambda: emulator_step(session, bits=4)),
+        "in 2 bits under the Grams": (60, lambda: emulator_step(session, bits=2)),
     }
     measured = {name: session.measure("training", name, *case) for name, case in cases.items()}
     ours, plain = measured["emulator"], measured["plain LoRA on the original"]
@@ -67,21 +70,23 @@ def emulator_step(
     autocast: bool = True,
     masked: bool = False,
     repeats: int | None = None,
+    bits: int | None = None,
 ) -> dict[str, Any]:
-    """Of the emulator at uniform, aligned ranks, with the product's own layers, adapter and loss; ``masked``: with the mask
-    of a padded row, which the product leaves out."""
+    """Of the emulator at uniform, aligned ranks, or of whole weights in so many ``bits``, with the product's own layers,
+    adapter and loss; ``masked``: with the mask of a padded row, which the product leaves out."""
     config, rows = llama_config(session.shapes.model), rows or session.shapes.rows
     specs = linears_of(config)
-    ranks = uniform_ranks(specs, RATIO, session.shapes.multiple)
-    model = random_llama(config, session.device, ranks)
+    ranks = {} if bits else uniform_ranks(specs, RATIO, session.shapes.multiple)
+    integers = {spec.name: bits for spec in specs} if bits else {}
+    model = random_llama(config, session.device, ranks, bits=integers)
     model = attach_adapter(model, adapter_config(target_modules=[s.name for s in specs], r=R, lora_alpha=2 * R))
     batch = random_batch(rows, session.shapes.length, config.vocab_size, torch.device("cpu"), padded=masked)
     call = model_call(config, batch, "all")
     if masked:
         call = replace(call, inputs={**call.inputs, "attention_mask": batch["attention_mask"]})
-    kept = _head(config) + sum(ranks[s.name] * (s.out_features + s.in_features) for s in specs)
-    measured = _steps(session, model, call, kept, autocast, repeats)
-    return {**measured, "planned_bytes": planned_bytes(config, ranks, rows, session.shapes.length)}
+    numbers = [s.num_parameters if bits else ranks[s.name] * (s.out_features + s.in_features) for s in specs]
+    measured = _steps(session, model, call, _head(config) + sum(numbers), autocast, repeats)
+    return {**measured, "planned_bytes": planned_bytes(config, ranks, rows, session.shapes.length, integers)}
 
 
 def inference(session: Session) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+"""Weights out of their bytes: what a GPU would compute in one kernel is what a CPU computes step by step, to the bit."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from emloc_ray.core.integer_forms import BITS, packed_width
+from emloc_ray.core.unpacking import by_elements, by_words, in_one_kernel
+
+SHAPES = [(3, 1, 8), (5, 24, 24), (4, 100, 56), (7, 576, 64), (2, 84, 40)]
+
+
+def drawn(rows: int, columns: int, bits: int, group_size: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(rows + columns + bits)
+    groups = math.ceil(columns / group_size)
+    packed = torch.randint(0, 256, (rows, packed_width(columns, bits)), dtype=torch.uint8, generator=generator)
+    scale, zero = torch.rand(rows, groups, generator=generator), 3 * torch.rand(rows, groups, generator=generator)
+    return packed, scale, zero, bits, columns, group_size, dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_both_ways_give_the_same_bits(bits: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    rows, columns, group_size = shape
+    arguments = drawn(rows, columns, bits, group_size, dtype)
+    weight = by_words(*arguments)
+    assert weight.shape == (rows, columns)
+    assert weight.dtype == dtype
+    assert torch.equal(by_elements(*arguments), weight)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    in_one_kernel.cache_clear()
+    yield
+    in_one_kernel.cache_clear()
+
+
+@pytest.mark.slow  # inductor compiles C++ for some seconds
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("bits", BITS)
+def test_it_compiles_to_one_kernel_for_all_shapes(bits: int) -> None:
+    from torch._inductor import metrics
+
+    compiled = in_one_kernel(torch.device("cpu"))
+    metrics.reset()
+    for rows, columns, group_size in ((7, 576, 64), (9, 320, 64), (16, 128, 32)):
+        arguments = drawn(rows, columns, bits, group_size, torch.bfloat16)
+        assert torch.equal(compiled(*arguments), by_words(*arguments))
+    assert metrics.generated_kernel_count <= 1  # none where the trial had these bits
+
+
+def test_where_nothing_compiles_it_goes_on_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: Any, **__: Any) -> Any:
+        def fail(*_: Any) -> None:
+            raise RuntimeError("Failed to find C compiler.")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", lacking)
+    with pytest.warns(UserWarning, match=r"cannot compile what unpacks .* install a C compiler"):
+        assert in_one_kernel(torch.device("cpu")) is by_words
