@@ -62,7 +62,7 @@ def test_every_part_measures_without_ray_and_pydantic(tmp_path: Path) -> None:
     found: dict[str, Any] = json.loads((tmp_path / "gpu.json").read_text())
     assert found["machine"]["torch"] == torch.__version__
     measured = found["measured"]
-    assert list(measured) == ["training", "ranks", "blocks", "24 GiB", "factorization", "correction"]
+    assert list(measured) == ["training", "ranks", "blocks", "24 GiB", "factorization", "correction", "rounding"]
     quantized = measured["training"].pop("LoRA on the original in NF4")
     assert "bitsandbytes" in quantized["left_out"]
     for part, cases in measured.items():
@@ -76,6 +76,7 @@ def test_every_part_measures_without_ray_and_pydantic(tmp_path: Path) -> None:
     errors = [case["error"] for case in measured["factorization"].values() if "error" in case]
     assert any(name.startswith("spectrum of") and case["s"] > 0 for name, case in measured["factorization"].items())
     assert all(0 < error < 1 for error in errors)
+    assert all(0 < case["error"] < case["error_nearest"] < 1 for case in measured["rounding"].values())
     for case in measured["correction"].values():
         assert 0 < case["shortfalls"]["after"] < case["shortfalls"]["before"]
     table = render(found)

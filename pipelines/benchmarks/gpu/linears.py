@@ -15,7 +15,9 @@ from benchmarks.gpu.shapes import linears_of, llama_config
 from emloc_ray.core.allocation import spectrum
 from emloc_ray.core.correction import Candidate, canonical_form, difference, residual_energy
 from emloc_ray.core.factorization import factorize, relative_error
+from emloc_ray.core.integers import IntegerWeight, scale_values, zero_values
 from emloc_ray.core.products import product_by_rows
+from emloc_ray.core.quantization import quantize
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.core.whitening import Whitening
@@ -29,7 +31,7 @@ _DAMPENING = 1e-4  # of a correction
 
 
 def on_device(session: Session) -> None:
-    """Every shape's factorization at two ratios and its correction, where the session computes."""
+    """Every shape's factorization at two ratios, its correction and its rounding, where the session computes."""
     device = session.device
     for shape in session.shapes.linears:
         needs, large = (15, True) if min(shape) >= _LARGE else (5, False)
@@ -39,6 +41,10 @@ def on_device(session: Session) -> None:
     for shape in session.shapes.linears:
         run = functools.partial(_corrected, session, shape, device)
         session.measure("correction", _name(shape, None, device), 5, run)
+    for shape in session.shapes.linears[:2]:
+        for bits in (4, 2):
+            run = functools.partial(_rounded, session, shape, bits)
+            session.measure("rounding", f"{_name(shape, None, device)}, {bits} bits", 10, run)
     for order in sorted({min(shape) for shape in session.shapes.linears}):
         run = functools.partial(_eigh, session, order)
         session.measure("factorization", f"eigh of order {order}, {device.type}", 5 if order < _LARGE else 15, run)
@@ -128,6 +134,20 @@ def _factorized(session: Session, shape: tuple[int, int], ratio: float, device: 
         "device": factorization.factors.up.device.type,
         **(session.peaks() if device.type == "cuda" else {}),
     }
+
+
+def _rounded(session: Session, shape: tuple[int, int], bits: int) -> dict[str, Any]:
+    """A whole weight to integers under its Gram, and both relative errors: so, and by the nearest codes of the same grid."""
+    weight, gram = layer(session, shape, session.device)
+    whitening, made = Whitening(gram), list[IntegerWeight]()
+    seconds = session.timed(lambda: made.append(quantize(weight, whitening, bits)), 1, warm_up=0)
+    kept = made[0]
+    groups = torch.arange(shape[1], device=session.device) // kept.group_size
+    scale = scale_values(kept.scales, kept.exponent)[:, groups]
+    codes = (weight / scale + zero_values(kept.zeros, bits)[:, groups]).round().clamp(0, 2**bits - 1)
+    nearest, _ = relative_error(weight, kept.with_codes(codes.to(torch.uint8)).dense(), whitening)
+    error, _ = relative_error(weight, kept.dense(), whitening)
+    return {"s": seconds, "error": error, "error_nearest": nearest, **session.peaks()}
 
 
 def _spectrum(session: Session, shape: tuple[int, int]) -> dict[str, Any]:
