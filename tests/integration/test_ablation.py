@@ -47,7 +47,7 @@ FEWER = {
         "calibrations={own: {}, shuffled: {shuffle: true}, prose_50: {foreign: prose, share: 0.5}}",
     ],
     "exact": [EIGHT, "methods=[lora, tuned_60, tuned_57_exact_3]"],
-    "rivals": [EIGHT, "unrounded=false", "methods=[lora, int2, int2_cloq, pruned_half_nf4]"],
+    "rivals": [EIGHT, "unrounded=false", "methods=[lora, int2, int2_cloq]"],
 }
 CONSOLE = Console(quiet=True)
 

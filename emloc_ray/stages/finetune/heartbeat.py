@@ -28,10 +28,10 @@ _NAMESPACE = b"emloc_ray heartbeats"
 
 
 class Heartbeat(ControllerCallback):
-    """Leaves with Ray, every few seconds, what names the controller and its process, and how often it has done so."""
+    """Leaves with Ray, every ``beat_s``, what names the controller and its process, and how often it has done so."""
 
-    def __init__(self, key: str) -> None:
-        self.key = key
+    def __init__(self, key: str, beat_s: float) -> None:
+        self.key, self.beat_s = key, beat_s
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Begins, and goes on for as long as the process lives."""
@@ -42,7 +42,7 @@ class Heartbeat(ControllerCallback):
 
     def _go_on(self, name: str) -> None:
         for count in itertools.count(1):
-            time.sleep(_BEAT_S)
+            time.sleep(self.beat_s)
             self._beat(name, count)
 
     def _beat(self, name: str, count: int) -> None:
@@ -64,9 +64,9 @@ class HeartbeatWatch:
     """Kills a controller whose :attr:`heartbeat` has not been heard for ``within_s``, and leaves the reason as a worker that ends
     itself does. Its workers end with it. It counts its own looks, for this process may have been stopped itself."""
 
-    def __init__(self, job: FinetuneJob, within_s: float) -> None:
+    def __init__(self, job: FinetuneJob, within_s: float, beat_s: float = _BEAT_S) -> None:
         self.job, self.within_s = job, within_s
-        self.heartbeat = Heartbeat(uuid.uuid4().hex)
+        self.heartbeat = Heartbeat(uuid.uuid4().hex, beat_s)
         self._heard = ""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)

@@ -22,10 +22,10 @@ def controller() -> Any:
     class Controller:  # in here, for workers do not have this module
         def run(self, heartbeat: Heartbeat, freezes: bool) -> int:
             heartbeat.after_controller_start(None)
-            time.sleep(3)
+            time.sleep(2)
             if freezes:
                 os.kill(os.getpid(), signal.SIGSTOP)
-            time.sleep(10)
+            time.sleep(6)
             return os.getpid()
 
     return ray.remote(num_cpus=0)(Controller).remote()
@@ -37,7 +37,7 @@ def job(tmp_path: Path) -> FinetuneJob:
 
 
 def test_a_frozen_controller_is_killed_and_the_reason_left(ray_session: None, job: FinetuneJob) -> None:
-    with HeartbeatWatch(job, within_s=8.0) as watch, pytest.raises(ray.exceptions.RayActorError):
+    with HeartbeatWatch(job, within_s=5.0, beat_s=1.0) as watch, pytest.raises(ray.exceptions.RayActorError):
         ray.get(controller().run.remote(watch.heartbeat, freezes=True), timeout=60)
     said = job.last_word_path.read_text()
     assert said.startswith("Ray Train's controller gave no sign of life for ")
@@ -50,13 +50,13 @@ def test_a_frozen_controller_is_killed_where_the_reason_cannot_be_left(
         raise OSError("the store does not answer")
 
     monkeypatch.setattr(pace, "write_text", fail)
-    with HeartbeatWatch(job, within_s=8.0) as watch, pytest.raises(ray.exceptions.RayActorError):
+    with HeartbeatWatch(job, within_s=5.0, beat_s=1.0) as watch, pytest.raises(ray.exceptions.RayActorError):
         ray.get(controller().run.remote(watch.heartbeat, freezes=True), timeout=60)
     assert not job.last_word_path.exists()
 
 
 def test_a_controller_that_beats_is_left_alone_and_leaves_nothing(ray_session: None, job: FinetuneJob) -> None:
-    with HeartbeatWatch(job, within_s=8.0) as watch:
+    with HeartbeatWatch(job, within_s=5.0, beat_s=1.0) as watch:
         assert ray.get(controller().run.remote(watch.heartbeat, freezes=False), timeout=60) > 0
         assert watch.heartbeat.heard()
     for _ in range(50):
