@@ -64,8 +64,13 @@ _CHECKPOINTING = (
     "debug",
     "early_stop",
 )
-# Of TrainingArguments that have bounds which transformers leaves unsaid.
-_LEAST = {"neftune_noise_alpha": 0, "weight_decay": 0, "per_device_eval_batch_size": 1}
+# Of TrainingArguments that have bounds which transformers leaves unsaid. Gradients of LoRA's A are 0 at the first step, where
+# no epsilon gives 0 / 0.
+_BOUNDS = {
+    **dict.fromkeys(("neftune_noise_alpha", "weight_decay"), Field(ge=0)),
+    "per_device_eval_batch_size": Field(ge=1),
+    "adam_epsilon": Field(gt=0),
+}
 _TRUTHS_OF_YAML_1_1 = {"yes", "no", "on", "off"}
 
 
@@ -106,7 +111,7 @@ def _training_errors(key: str, value: Any) -> list[str]:
         ]
     if key not in (types := _training_argument_types()):
         return [f"{no_such_key(f'finetune.{key}', key, _trainable_keys())}."]
-    bounded = typing.Annotated[types[key], Field(ge=_LEAST[key])] if key in _LEAST else types[key]
+    bounded = typing.Annotated[types[key], _BOUNDS[key]] if key in _BOUNDS else types[key]
     return _type_errors(f"finetune.{key}", value, bounded)
 
 

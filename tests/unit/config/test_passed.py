@@ -35,6 +35,7 @@ def test_unknown_keys_are_told_beside_a_bad_value_of_their_section() -> None:
         ({"save_strategy": "best"}, "finetune.load_best_model_at_end for the adapter"),
         ({"neftune_noise_alpha": -1.0}, "finetune.neftune_noise_alpha is -1.0"),
         ({"per_device_eval_batch_size": 0}, "finetune.per_device_eval_batch_size is 0"),
+        ({"adam_epsilon": 0.0}, "finetune.adam_epsilon is 0.0"),
         ({"bf16_full_eval": True}, "finetune.bf16_full_eval is not read: scores while training are the loss alone"),
         ({"save_only_model": True}, "finetune.save_only_model would save no optimizer"),
         ({"do_train": True}, "finetune.do_train is set by emloc_ray itself"),
