@@ -23,6 +23,7 @@ _SPREADING = {
     2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
     1: (torch.int64, ((28, 0x0000000F0000000F), (14, 0x0003000300030003), (7, 0x0101010101010101))),
 }
+_GRAPHS = 64
 
 
 def unpacked_weight(
@@ -32,7 +33,7 @@ def unpacked_weight(
     bytes of the codes q, as :meth:`~emloc_ray.core.integers.IntegerWeight.tensors` has them; ``scale`` and ``zero``
     ``(out, groups)`` are s and z in float32."""
     arguments = packed, scale, zero, bits, in_features, group_size, dtype
-    if not packed.is_cuda or torch.compiler.is_compiling():
+    if not packed.is_cuda:
         return by_words(*arguments)
     with torch.no_grad(), torch.autocast("cuda", enabled=False):  # dynamo compiles anew for each of these states
         return in_one_kernel(packed.device)(*arguments)
@@ -77,6 +78,10 @@ def grouped_weight(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int) 
 @functools.cache
 def in_one_kernel(device: torch.device) -> Callable[..., Tensor]:
     """:func:`by_elements`, compiled; :func:`by_words` where nothing here compiles it: Triton needs a C compiler."""
+    from torch._dynamo import config
+
+    # Few shapes and dtypes of weights; beyond the limit, which is 8, torch would run the elements uncompiled, in silence.
+    config.recompile_limit = max(config.recompile_limit, _GRAPHS)
     compiled: Callable[..., Tensor] = torch.compile(by_elements, dynamic=True)
     bytes_of, values = torch.zeros(8, 32, dtype=torch.uint8, device=device), torch.ones(8, 2, device=device)
     try:

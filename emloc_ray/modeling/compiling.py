@@ -1,7 +1,8 @@
 """``torch.compile`` of a model's blocks, one by one.
 
 The head is left out. It computes where labels are, at other places in every batch, and would be compiled anew at each step; the
-Trainer compiles the whole model.
+Trainer compiles the whole model. So are linears in few bits: a graph would unpack their weights once, and keep them for the
+backward pass.
 """
 
 from __future__ import annotations
@@ -35,10 +36,16 @@ def check_compiling(has_experts: bool, is_scattered: bool, comes_and_goes: bool)
 
 def compile_blocks(model: Any, arguments: Mapping[str, Any]) -> None:
     """Has each block compiled when it first runs, in place; blocks that are alike share a graph."""
-    from torch._dynamo import config
+    from torch._dynamo import config, disable
+
+    from emloc_ray.modeling.integer_linear import FrozenLinear
 
     names = block_names(model)
     config.recompile_limit = _GRAPHS * len(names)  # else blocks of many ranks run as they are, in silence
     options = {"backend": arguments.get(KEYS[1]) or "inductor", "mode": arguments.get(KEYS[2])}
     for name in names:
-        model.get_submodule(name).compile(**options)
+        block = model.get_submodule(name)
+        for module in block.modules():
+            if isinstance(module, FrozenLinear):
+                setattr(module, "forward", disable(module.forward))  # noqa: B010
+        block.compile(**options)

@@ -4,21 +4,16 @@ import bitsandbytes
 import torch
 from torch import Tensor, nn
 
-from emloc_ray.modeling.integer_linear import FrozenProduct
+from emloc_ray.modeling.integer_linear import FrozenLinear
 from emloc_ray.modeling.quantization import module_weight
 
 
-class ExactLinear4bit(bitsandbytes.nn.Linear4bit):
-    """``y = x Wᵀ + b`` with ``W`` as :func:`~emloc_ray.modeling.quantization.unpacked` gives it, whatever the device.
+class ExactLinear4bit(FrozenLinear, bitsandbytes.nn.Linear4bit):
+    """A linear with the weight that :func:`~emloc_ray.modeling.quantization.unpacked` gives, whatever the device.
 
     On CPUs bitsandbytes' own product repacks weights into bfloat16 at the first evaluation, or fails for shapes that it
     cannot repack, and unpacks some wrongly; correction relies on ``W`` being the same everywhere.
     """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in)`` to ``(..., out)``, in the dtype of ``x``."""
-        y: Tensor = FrozenProduct.apply(x, self.dense)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """``W (out, in)``: as it is stored, then rounded to this dtype."""

@@ -30,9 +30,24 @@ class FrozenProduct(torch.autograd.Function):
         return gradient @ ctx.dense(gradient.dtype), None
 
 
-class IntegerLinear(nn.Module):
-    """``y = x Wᵀ + b`` with ``W (out, in)`` as :class:`emloc_ray.core.integers.IntegerWeight` stores it; nothing to train. Not
-    a subclass of ``nn.Linear``, so that nothing takes its weight for a dense one and merges into it."""
+class FrozenLinear:
+    """``y = x Wᵀ + b`` of a module that unpacks ``W (out, in)`` for each product."""
+
+    bias: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in)`` to ``(..., out)``, in the dtype of ``x``."""
+        y: Tensor = FrozenProduct.apply(x, self.dense)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """``W (out, in)``: as it is stored, then rounded to this dtype."""
+        raise NotImplementedError
+
+
+class IntegerLinear(FrozenLinear, nn.Module):
+    """A linear whose weight is as :class:`emloc_ray.core.integers.IntegerWeight` stores it; nothing to train. Not a subclass of
+    ``nn.Linear``, so that nothing takes its weight for a dense one and merges into it."""
 
     def __init__(
         self, in_features: int, out_features: int, bits: int, group_size: int = GROUP_SIZE, bias: bool = False
@@ -46,13 +61,8 @@ class IntegerLinear(nn.Module):
         self.register_buffer("exponent", torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in)`` to ``(..., out)``, in the dtype of ``x``."""
-        y: Tensor = FrozenProduct.apply(x, self.dense)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """``W (out, in)``: as it is stored, rounded to the layer's dtype and then to this one."""
+        """As stored, rounded to the layer's dtype and then to this one."""
         return dense_weight(dict(self.named_buffers(recurse=False)), self.in_features).to(dtype)
 
     @property

@@ -172,6 +172,8 @@ def _make_trainer(
     if arguments.ddp_find_unused_parameters is None:
         # Looked for in vain at every step, but for an expert that gets no token and a tower that gets no image.
         arguments.ddp_find_unused_parameters = experts or bool(towers(model))
+    if arguments.ddp_broadcast_buffers is None:  # they never change, and are most of an emulator in few bits
+        arguments.ddp_broadcast_buffers = False
     if tokenizer := job.adapter.get("tokenizer_name_or_path"):  # which a prompt of a text is begun by
         ensure(Path(tokenizer), weights=False)
     torch.manual_seed(job.seed)  # the same A on every rank
