@@ -20,6 +20,7 @@ from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.modeling.checkpoint_config import check_config
 from emloc_ray.modeling.experts import UnfusedExperts, experts_of, owner_of, unfuse
 from emloc_ray.modeling.inputs import Stream, has_encoder
+from emloc_ray.modeling.integer_linear import FrozenLinear
 from emloc_ray.modeling.meta_pass import UNTRACEABLE, MetaPass
 from emloc_ray.modeling.weight_reads import children_read
 
@@ -151,13 +152,15 @@ def towers(model: nn.Module) -> list[str]:
 
 
 def block_names(model: nn.Module) -> list[str]:
-    """The model's blocks: the members of its outermost ``ModuleList``s that are alike and hold linears, and are none."""
+    """The blocks of a model or an emulator: the members of its outermost ``ModuleList``s that are alike and hold linears, and
+    are none."""
     blocks: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{block}.") for block in blocks)
         if inside or not isinstance(module, nn.ModuleList) or not _are_alike(module):
             continue
-        if any(_is_linear(child) for member in module for child in list(member.modules())[1:]):
+        inner = (child for member in module for child in list(member.modules())[1:])
+        if any(_is_linear(child) or isinstance(child, FrozenLinear) for child in inner):
             blocks += [f"{name}.{index}" for index in range(len(module))]
     return blocks
 

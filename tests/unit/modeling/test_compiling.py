@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import make_model
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from emloc_ray.core.integer_forms import IntegerForms
 from emloc_ray.modeling.architecture import block_linears
@@ -36,7 +37,9 @@ def test_weights_in_few_bits_are_not_kept_for_the_backward_pass() -> None:
     ids = torch.randint(2, 300, (2, 11), generator=torch.Generator().manual_seed(0))
     _, expected = saved(model, ids)
     compile_blocks(model, BACKEND)
+    counters.clear()
     shapes, loss = saved(model, ids)
+    assert counters["stats"]["unique_graphs"]
     assert loss == pytest.approx(float(expected))
     weights = {(spec.out_features, spec.in_features) for spec in specs}
     assert not weights & set(shapes)
