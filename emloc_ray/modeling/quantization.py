@@ -89,16 +89,19 @@ def is_packed(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def linear_weight(
-    parts: Mapping[str, Mapping[str, Tensor]], in_features: int, order: Tensor | None = None
+    parts: Mapping[str, Mapping[str, Tensor]],
+    in_features: int,
+    order: Tensor | None = None,
+    device: torch.device | str = "cpu",
 ) -> StoredWeight:
-    """The weight of an emulator's linear, of all that is stored of it, by what follows its name.
+    """The weight of an emulator's linear on a ``device``, of all that is stored of it, by what follows its name.
 
     ``parts`` are those of a dense weight (``""``), of factors (``.up`` and ``.down``, with the ``order`` of pivoted rows), and of
     integers beside factors (``.base``); each in its floating dtype, in NF4 or in integers.
     """
 
     def dense(part: str, columns: int) -> Tensor:
-        tensors = parts[part]
+        tensors = {key: tensor.to(device) for key, tensor in parts[part].items()}  # in few bits, and unpacked there
         if stored_bits(tensors) is not None:
             return dense_weight(tensors, columns)
         return dequantize(tensors) if is_packed(tensors) else tensors["weight"]
@@ -108,12 +111,14 @@ def linear_weight(
     down = dense(".down", in_features)
     up = dense(".up", len(down))
     if order is not None:
-        up = PivotedFactors(up, down, order).plain().up
+        up = PivotedFactors(up, down, order.to(device)).plain().up
     return StoredWeight(up, down, dense(".base", in_features) if ".base" in parts else None)
 
 
-def emulator_weight(emulator: Checkpoint, name: str, in_features: int) -> StoredWeight | None:
-    """A linear's weight as an emulator stores it; None where it keeps the original's."""
+def emulator_weight(
+    emulator: Checkpoint, name: str, in_features: int, device: torch.device | str = "cpu"
+) -> StoredWeight | None:
+    """A linear's weight as an emulator stores it, on a ``device``; None where it keeps the original's."""
     keys = ("weight", *_PARTS, *(f"int{bits}" for bits in BITS), "scales", "zeros", "exponent")
     parts = {
         part: {key: emulator.read(f"{name}{part}.{key}") for key in keys if f"{name}{part}.{key}" in emulator}
@@ -122,7 +127,8 @@ def emulator_weight(emulator: Checkpoint, name: str, in_features: int) -> Stored
     stored = {part: tensors for part, tensors in parts.items() if tensors}
     if stored.keys() <= {""} and stored.get("", {}).keys() <= {"weight"}:  # a dense expert has a name of its own
         return None
-    return linear_weight(stored, in_features, emulator.read(f"{name}.order") if f"{name}.order" in emulator else None)
+    order = emulator.read(f"{name}.order") if f"{name}.order" in emulator else None
+    return linear_weight(stored, in_features, order, device)
 
 
 def module_weight(module: Any) -> Tensor:

@@ -139,11 +139,11 @@ def see_differences(opened: Opened, group: ModuleGroup, device: torch.device = _
         gram_columns = product.split([part.shape[1] for part in columns], dim=1)
     corrected = []
     for spec, module, own, gram_own in zip(group.specs, bare, columns, gram_columns, strict=True):
-        stored = emulator_weight(emulator, spec.name, spec.in_features)
+        stored = emulator_weight(emulator, spec.name, spec.in_features, device)
         if stored is None:
             corrected.append(module)
             continue
-        stored, weight, k = stored.to(device), spec.read_weight(original).to(device), module.form.q.shape[1]
+        weight, k = spec.read_weight(original).to(device), module.form.q.shape[1]
         wide = difference(weight, stored, own, gram_own, damping=job.gram_dampening_frac * scale)
         if gram is not None and not scale:
             energy = 0.0

@@ -101,7 +101,7 @@ def factorize_group(
             if result is not None and not weighed and spec.name not in job.packed:
                 known = _known_error(result, whitening(), dtype, job.storage)
             if known is None:
-                stored = linear_weight(held, spec.in_features, order).to(device).rows()
+                stored = linear_weight(held, spec.in_features, order, device).rows()
                 known = relative_error(weight(), stored, whitening(), name=spec.name)
             reports.append(_report(spec, result, *known, gram.num_tokens, weighed))
     write_tensors(spectra_file(path), spectra, {LAYERS: json.dumps([asdict(report) for report in reports])})
@@ -189,18 +189,18 @@ def _in_floats(
     dtype: torch.dtype,
 ) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor | None]:
     """As :func:`_in_integers` in ``dtype``, or in NF4; and the places of pivoted rows."""
-    parts, order = ({"": weight().cpu()}, None) if result is None else _parts(result, job.storage)
+    parts, order = ({"": weight()}, None) if result is None else _parts(result, job.storage)
     packed = spec.name in job.in_4bit
     held = {part: quantize(x, dtype, spec.name) if packed else {"weight": x.to(dtype)} for part, x in parts.items()}
-    return held, order
+    return {part: {key: tensor.cpu() for key, tensor in stored.items()} for part, stored in held.items()}, order
 
 
 def _parts(result: Factorization, storage: Storage) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     """A layer's factors by what follows its name, and where they are pivoted the places of their rows, on the CPU."""
     if storage == "factors":
-        return {".up": result.factors.up.cpu(), ".down": result.factors.down.cpu()}, None
-    up, down, order = (part.cpu() for part in pivot(result.factors))
-    return {".up": up, ".down": down}, order
+        return {".up": result.factors.up, ".down": result.factors.down}, None
+    up, down, order = pivot(result.factors)
+    return {".up": up, ".down": down}, order.cpu()
 
 
 def _known_error(
