@@ -59,6 +59,8 @@ ALLOWED_SKIPS = (
     "this file system keeps no attributes",
     "needs 7 GiB of free memory",
     "there is no azurite-blob here",
+    "no C++ compiler here",
+    "no triton here",
 )
 
 

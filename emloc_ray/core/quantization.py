@@ -19,11 +19,13 @@ diagonal).
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from emloc_ray.core.column_rounding import round_in_turn
 from emloc_ray.core.factorization import LowRankFactors, factorize, scaled_weight
 from emloc_ray.core.integer_forms import BITS, GROUP_SIZE, group_size_of, num_groups
 from emloc_ray.core.integers import SCALE_STEPS, IntegerWeight, exponent_for, scale_values, zero_steps, zero_values
@@ -34,7 +36,8 @@ from emloc_ray.core.whitening import Whitening
 # clipping never pays, and a scale that the steps of 9 % round down clips: with a wider range the error is a third.
 _SHARES = (0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 _SHARES_IN_8_BITS = (1.0, 1.05)
-_ROWS = 64  # of a weight that scales are sought for at a time: few enough for the cache
+_ROWS = 64  # of a weight that scales are sought for at a time on a CPU: few enough for the cache
+_ELEMENTS = 2**22  # of a weight, on a GPU
 _COLUMNS = 64  # that are rounded one by one before the rest hears of it
 DAMPENING_FRAC = 1e-2
 _PASSES = 2  # of the descent: two more lower the error by another 1 %
@@ -135,34 +138,36 @@ class _Columns:
     weight: Tensor
     scales: Tensor
     zeros: Tensor
-    groups: list[int]
+    groups: Tensor
     top: int
 
-    def rounded(self, column: int, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest code of a column's target, ``(out,)`` each, and its value."""
-        scale, zero = self.scales[self.groups[column]], self.zeros[self.groups[column]]
-        code = (target / scale).add_(zero).round_().clamp_(0, self.top)
-        return code.to(torch.uint8), code.sub_(zero).mul_(scale)
+    def round(self, part: slice, targets: Tensor, mixing: Tensor, left: Tensor, codes: Tensor, made: Tensor) -> None:
+        """:func:`round_in_turn` of some of them."""
+        groups = self.groups[part]
+        round_in_turn(targets, mixing, left, self.scales[groups], self.zeros[groups], self.top, codes, made)
 
 
 def _columns(weight: Tensor, grid: IntegerWeight, order: Tensor) -> _Columns:
     scales, zeros = scale_values(grid.scales, grid.exponent), zero_values(grid.zeros, grid.bits)
-    groups = (order // grid.group_size).tolist()
+    groups = order // grid.group_size
     return _Columns(weight.T[order], scales.T.contiguous(), zeros.T.contiguous(), groups, 2**grid.bits - 1)
+
+
+def _parts(count: int) -> Iterator[slice]:
+    return (slice(begin, min(begin + _COLUMNS, count)) for begin in range(0, count, _COLUMNS))
 
 
 def _by_planes(weight: Tensor, whitening: Whitening, grid: IntegerWeight) -> Tensor:
     """Codes by Babai's nearest plane, ``(out, in)``."""
     order, root = whitening.root_by_energy(DAMPENING_FRAC)
-    gains, columns = root / root.diagonal(), _columns(weight, grid, order)
+    # The last column first: what was lower triangular is so again.
+    order, mixing = order.flip(0), (root / root.diagonal()).flip(0, 1).T.contiguous()
+    columns = _columns(weight, grid, order)
     differences, codes = torch.empty_like(columns.weight), torch.empty_like(columns.weight, dtype=torch.uint8)
-    for end in range(len(codes), 0, -_COLUMNS):
-        begin = max(0, end - _COLUMNS)
-        targets = torch.addmm(columns.weight[begin:end], gains[end:, begin:end].T, differences[end:])
-        for k in range(end - 1, begin - 1, -1):
-            target = targets[k - begin] + gains[k + 1 : end, k] @ differences[k + 1 : end]
-            codes[k], value = columns.rounded(k, target)
-            differences[k] = columns.weight[k] - value
+    for part in _parts(len(codes)):
+        here = columns.weight[part]
+        targets = torch.addmm(here, mixing[part, : part.start], differences[: part.start])
+        columns.round(part, targets, mixing[part, part], here, codes[part], differences[part])
     return codes[order.argsort()].T.contiguous()
 
 
@@ -172,17 +177,14 @@ def _descended(weight: Tensor, whitening: Whitening, grid: IntegerWeight, codes:
     order = gram.diagonal().argsort(descending=True, stable=True)
     gram, columns = gram[order][:, order], _columns(weight, grid, order)
     differences = columns.weight - grid.with_codes(codes).dense().T[order]
-    made, energies = codes.T[order], gram.diagonal().tolist()
+    made = codes.T[order]
     for _ in range(_PASSES):
-        for begin in range(0, len(made), _COLUMNS):
-            end = min(begin + _COLUMNS, len(made))
-            slopes = gram[begin:end] @ differences  # half the derivatives by Δ
-            for k in range(begin, end):
-                best = columns.weight[k] - differences[k] + slopes[k - begin] / energies[k]
-                made[k], value = columns.rounded(k, best)
-                change = columns.weight[k] - value - differences[k]
-                differences[k] += change
-                slopes.addr_(gram[begin:end, k], change)
+        for part in _parts(len(made)):
+            energies, left = gram.diagonal()[part, None], columns.weight[part] - differences[part]
+            best = left + (gram[part] @ differences) / energies  # the slope, half the derivative by Δ, leads there
+            changes = torch.empty_like(left)
+            columns.round(part, best, gram[part, part] / energies, left, made[part], changes)
+            differences[part] += changes
     return made[order.argsort()].T.contiguous()
 
 
@@ -199,7 +201,8 @@ def _grid(weight: Tensor, whitening: Whitening, bits: int, group_size: int) -> I
     energies = torch.where(energies.sum(dim=1, keepdim=True) > 0, energies, 1.0)
     rows = torch.nn.functional.pad(weight, (0, lacking)).view(out_features, groups, size)
     exponent = exponent_for(2.0 * float(weight.abs().max()) / (2**bits - 1))
-    parts = [_group_grid(part, energies, bits, exponent) for part in rows.split(_ROWS)]
+    at_once = _ROWS if weight.device.type == "cpu" else max(_ROWS, _ELEMENTS // in_features)
+    parts = [_group_grid(part, energies, bits, exponent) for part in rows.split(at_once)]
     scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
     nothing = torch.empty(out_features, in_features, dtype=torch.uint8, device="meta")
     return IntegerWeight(nothing, scales, zeros, exponent, bits, size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from emloc_ray.core.products import product_by_rows
@@ -17,10 +16,6 @@ class StoredWeight(NamedTuple):
     left: Tensor
     right: Tensor | None = None
     base: Tensor | None = None
-
-    def to(self, device: torch.device | str) -> StoredWeight:
-        """The same on a device."""
-        return StoredWeight(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
 
     def times(self, columns: Tensor) -> Tensor:
         """``W_E X (out, k)`` in float64, for ``columns`` X ``(in, k)`` in float64."""

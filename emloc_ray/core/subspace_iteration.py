@@ -19,6 +19,7 @@ from emloc_ray.core.krylov import (
     normal_numbers,
     ritz_pairs,
 )
+from emloc_ray.core.precision import has_fast_float64
 from emloc_ray.core.products import energy, wide_product
 
 # Columns beside the rank, as a share of it and at least. Measured at an order of 768, ranks 96 and 192: normal matrices
@@ -78,8 +79,13 @@ def cholesky_qr(columns: Tensor) -> tuple[Tensor, Tensor]:
     """An orthonormal basis of the span of ``columns (n, p)``, to their condition times rounding, and whether it failed: not 0.
 
     Nobody waits for an answer. The Gram is in float64, which takes columns as ill-conditioned as float32 can hold (Yamazaki,
-    Tomov and Dongarra 2015, "Mixed-precision Cholesky QR factorization", https://doi.org/10.1137/14M0973773).
+    Tomov and Dongarra 2015, "Mixed-precision Cholesky QR factorization", https://doi.org/10.1137/14M0973773). Where float64 is
+    slow, the same basis comes from reflections in float32.
     """
+    if not has_fast_float64(columns.device):
+        basis, upper = torch.linalg.qr(columns)
+        turned = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(basis.dtype)
+        return basis * turned, torch.zeros((), dtype=torch.int32, device=columns.device)
     lower, failed = torch.linalg.cholesky_ex(wide_product(columns, columns))
     solved: Tensor = torch.linalg.solve_triangular(lower.T.to(columns.dtype), columns, upper=True, left=False)
     return solved, failed

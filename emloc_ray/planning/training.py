@@ -1,5 +1,6 @@
 """The trainings of a run: the fine-tuning, and the healing before it."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from emloc_ray.config.adapter import AdapterConfig
@@ -75,7 +76,21 @@ def longest_lengths(prepared: Prepared) -> Lengths:
 
 
 def factorize_work(prepared: Prepared) -> float:
-    """Floating-point operations of products with Grams, for all linears that are factorized."""
-    ranks = factor_ranks(prepared)
-    specs = [spec for spec in prepared.layout.specs if spec.name in ranks]
-    return sum(2.0 * s.num_parameters * max(s.in_features, 2 * ranks[s.name]) for s in specs)
+    """Floating-point operations of products with Grams, for all linears that are factorized, or rounded with them."""
+    layout, ranks = prepared.layout, factor_ranks(prepared)
+    specs = [spec for spec in layout.specs if spec.name in ranks]
+    late = rounded_late(layout, prepared.config.emulator.heals)
+    names = layout.bits if layout.budget is None else layout.compressed  # of forms that data decides: most are integers
+    rounding = rounding_work(layout, ranks, [name for name in names if name not in late])
+    return rounding + sum(2.0 * s.num_parameters * max(s.in_features, 2 * ranks[s.name]) for s in specs)
+
+
+def rounding_work(layout: Layout, ranks: Mapping[str, int], names: Collection[str]) -> float:
+    """Floating-point operations of putting linears into integers under their Grams, as factors where they have ``ranks``: of a
+    weight ``9 out · in²``, of which two energies of its error are 4, the nearest planes 1 and two passes of the descent 4."""
+    flops = 0.0
+    for spec in (spec for spec in layout.specs if spec.name in names):
+        rank = ranks.get(spec.name, layout.residual_ranks.get(spec.name, 0))
+        flops += 9.0 * rank * (spec.in_features**2 + spec.out_features * rank)
+        flops += 0.0 if spec.name in ranks else 9.0 * spec.num_parameters * spec.in_features
+    return flops

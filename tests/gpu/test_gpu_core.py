@@ -13,6 +13,7 @@ from emloc_ray.core.factorization import factorize
 from emloc_ray.core.gram import Gram
 from emloc_ray.core.pivoting import pivot
 from emloc_ray.core.products import product_by_rows
+from emloc_ray.core.quantization import quantize
 from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.whitening import Whitening
@@ -107,7 +108,8 @@ def test_an_adapter_is_corrected_as_on_the_cpu(method: str) -> None:
     lora, form, candidate = LoraModule("layer", lora_a, lora_b, 2.0), canonical_form(lora_a, lora_b), Candidate(method)  # type: ignore[arg-type]
     products, shortfalls = [], []
     for device in map(torch.device, ("cpu", DEVICE)):
-        here, there, matrix, q = weight.to(device), stored.to(device), gram.to(device), form.q.to(device)
+        here, matrix, q = weight.to(device), gram.to(device), form.q.to(device)
+        there = StoredWeight(*(None if part is None else part.to(device) for part in stored))  # type: ignore[arg-type]
         seen = difference(here, there, q, product_by_rows(matrix, q))
         assert seen.delta_q.device.type == device.type
         module = CorrectableModule(lora, form, seen.first(8, residual_energy(here, there, matrix)))
@@ -116,6 +118,18 @@ def test_an_adapter_is_corrected_as_on_the_cpu(method: str) -> None:
         shortfalls.append(module.shortfalls(candidate, 1e-4))
     assert torch.linalg.norm(products[1] - products[0]) <= 1e-4 * torch.linalg.norm(products[0])
     assert shortfalls[1] == pytest.approx(shortfalls[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("shape", [(512, 768), (96, 200)])
+def test_rounding_loses_what_it_loses_on_the_cpu(shape: tuple[int, int], bits: int) -> None:
+    weight, gram = layer(shape)
+    lost = []
+    for device in ("cpu", DEVICE):
+        made = quantize(weight.to(device), Whitening(gram.to(device)), bits)
+        assert made.codes.device.type == device
+        lost.append(direct_error(weight, made.dense(), gram))
+    assert lost[1] == pytest.approx(lost[0], rel=1e-2)  # a code at the middle of two may fall to either
 
 
 def test_spectra_and_the_ranks_that_follow_are_those_of_the_cpu() -> None:

@@ -15,7 +15,7 @@ from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.model_checks import check_healing
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.training import factorize_work, healing_training, rounded_late
+from emloc_ray.planning.training import healing_training, rounded_late, rounding_work
 from emloc_ray.planning.work import block_work, emulator_work, head_work, num_train_sequences, passes, rows_a_step
 from emloc_ray.stages.calibrate.stage import CALIBRATE
 from emloc_ray.stages.context import Context, Inputs, Result
@@ -128,7 +128,7 @@ def _cost(memory: MemoryModel) -> StageCost:
     return StageCost(
         own.heal(),
         flops=learning + taught * 2 * (block_work(layout) + 4 * head),
-        float32_flops=factorize_work(prepared) if rounded_late(layout, healing) else 0,
+        float32_flops=2.5 * rounding_work(layout, layout.ranks, rounded_late(layout, healing)),
         moved_bytes=memory.moved(hold, taught / lengths.mean, batch_size),
         disk_bytes=int(memory.emulator_files + taught * healing.num_teacher_logits * BYTES_PER_LOGIT + 4 * 4 * lora),
         efficiency=0.2,
