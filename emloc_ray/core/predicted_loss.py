@@ -16,7 +16,7 @@ save the leading singular values of a matrix ``S^½ E diag(L_kk)`` of drawn erro
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +59,7 @@ def form_losses(
     """
     scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
     layer = _Layer(scaled, whitening, outputs, group_size, plain)
-    by_rank = {bits: layer.by_rank(bits) for bits in {form.bits for form in forms if form.rank is not None}}
+    by_rank = layer.by_rank({form.bits for form in forms if form.rank is not None})
     whole = {form.bits: layer.whole(form.bits) for form in forms if form.rank is None and form.bits is not None}
 
     def loss(form: Form) -> float:
@@ -117,8 +117,9 @@ class _Layer:
     def residual_shares(self) -> Tensor:
         """What factors of each rank save of all that integers lose, as a share."""
         noise = rounding_noise(self.weight, self.inputs, _DRAWN_BITS, self.group_size)
-        drawn = torch.randn(noise.shape, generator=torch.Generator().manual_seed(0)).to(noise.device)
-        errors = drawn * (noise * self.columns).sqrt()
+        device = noise.device if noise.is_cuda else torch.device("cpu")  # a CPU draws as many numbers in a minute
+        drawn = torch.randn(noise.shape, generator=torch.Generator(device).manual_seed(0), device=device)
+        errors = drawn.to(noise.device) * (noise * self.columns).sqrt()
         inside = errors if self.plain else weighed(errors, self.outputs)
         energies, _, weights = self._directions(inside, Whitening.identity(inside.shape[1], inside.device))
         saved = (energies * weights).cumsum(0)
@@ -136,19 +137,22 @@ class _Layer:
         """What the weight loses in integers."""
         return float(self.rows.double() @ self._rounded_rows(self.weight, bits))
 
-    def by_rank(self, bits: int | None) -> Tensor:
-        """The loss of factors of every rank from 1 on, float64."""
+    def by_rank(self, widths: Collection[int | None]) -> dict[int | None, Tensor]:
+        """By bits the loss of factors of every rank from 1 on, float64."""
         energies, directions, weights = self.spectrum
         saved = energies * weights
         left = saved.sum() - saved.cumsum(0)
-        if bits is None:
-            return left
-        up = directions
-        if not self.plain and not self.outputs.is_identity:
-            up = torch.linalg.solve_triangular(self.outputs.root(up.dtype).T, up, upper=True)
-        in_down = self._rounded_rows(directions.T @ self.inside, bits) * weights
-        in_up = (rounding_noise(up, energies, bits, self.group_size).T @ self.rows).double() * energies
-        return left + (in_down + in_up).cumsum(0)
+        losses: dict[int | None, Tensor] = dict.fromkeys(widths, left)
+        in_bits = [bits for bits in widths if bits is not None]
+        if in_bits:  # else their factors are not made
+            up, down = directions, directions.T @ self.inside
+            if not self.plain and not self.outputs.is_identity:
+                up = torch.linalg.solve_triangular(self.outputs.root(up.dtype).T, up, upper=True)
+            for bits in in_bits:
+                in_down = self._rounded_rows(down, bits) * weights
+                in_up = (rounding_noise(up, energies, bits, self.group_size).T @ self.rows).double() * energies
+                losses[bits] = left + (in_down + in_up).cumsum(0)
+        return losses
 
     def _rounded_rows(self, matrix: Tensor, bits: int) -> Tensor:
         """``Σ_k q_ik L_kk²`` of every row, float64."""

@@ -204,7 +204,10 @@ def _factorize(context: Context, inputs: Inputs, granted: Resources, progress: P
 def _allocate_cost(memory: MemoryModel) -> StageCost:
     layout = memory.layout
     spread = set(layout.allocated)
-    values = sum(2 * s.num_parameters * s.in_features for s in layout.specs if s.name in spread)
+    specs = [spec for spec in layout.specs if spec.name in spread]
+    values = sum(2 * s.num_parameters * s.in_features for s in specs)
+    if layout.budget is not None:  # what integers and rounded factors lose too
+        values += sum(4 * s.num_parameters * (s.out_features + min(s.out_features, s.in_features)) for s in specs)
     spectra = 8 * sum(min(s.out_features, s.in_features) for s in layout.specs)
     # At most what the group that needs most takes to be factorized.
     return StageCost(memory.factorize(), float32_flops=2.5 * values, disk_bytes=spectra, start_seconds=6)
