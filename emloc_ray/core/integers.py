@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.integer_forms import BITS, PLANES, group_size_of
-from emloc_ray.core.unpacking import grouped_weight, unpacked_weight
+from emloc_ray.core.unpacking import SCALE_STEPS, grouped_weight, scale_values, unpacked_weight, zero_values
 
-SCALE_STEPS = 8  # of an octave
 _OCTAVES = 256 // SCALE_STEPS
 
 
@@ -69,25 +68,9 @@ def dense_weight(tensors: Mapping[str, Tensor], in_features: int) -> Tensor:
     that it was stored for; computed in float32."""
     bits = stored_bits(tensors)
     assert bits is not None
-    scales, exponent = tensors["scales"], tensors["exponent"]
-    scale, zero = scale_values(scales, exponent.float()), zero_values(tensors["zeros"], bits)
-    size = group_size_of(in_features, scales.shape[1])
-    return unpacked_weight(tensors[f"int{bits}"], scale, zero, bits, in_features, size, exponent.dtype)
-
-
-def scale_values(codes: Tensor, exponent: Tensor | int) -> Tensor:
-    """``s`` in float32."""
-    return torch.exp2(codes.float() / SCALE_STEPS + exponent)
-
-
-def zero_values(codes: Tensor, bits: int) -> Tensor:
-    """``z`` in float32."""
-    return codes.float() / zero_steps(bits)
-
-
-def zero_steps(bits: int) -> int:
-    """How many codes of zero points there are from one integer to the next."""
-    return 255 // ((1 << bits) - 1)
+    grid = tensors["scales"], tensors["zeros"], tensors["exponent"]
+    size = group_size_of(in_features, grid[0].shape[1])
+    return unpacked_weight(tensors[f"int{bits}"], *grid, bits, in_features, size)
 
 
 def exponent_for(largest_scale: float) -> int:

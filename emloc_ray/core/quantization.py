@@ -28,8 +28,9 @@ from torch import Tensor
 from emloc_ray.core.column_rounding import round_in_turn
 from emloc_ray.core.factorization import LowRankFactors, factorize, scaled_weight
 from emloc_ray.core.integer_forms import BITS, GROUP_SIZE, group_size_of, num_groups
-from emloc_ray.core.integers import SCALE_STEPS, IntegerWeight, exponent_for, scale_values, zero_steps, zero_values
+from emloc_ray.core.integers import IntegerWeight, exponent_for
 from emloc_ray.core.two_sided import factorize_two_sided
+from emloc_ray.core.unpacking import SCALE_STEPS, scale_values, zero_steps, zero_values
 from emloc_ray.core.whitening import Whitening
 
 # Ranges that are tried for a group, as shares of its own; each is then fitted once to the integers that it gives. In 8 bits

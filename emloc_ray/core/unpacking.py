@@ -24,15 +24,15 @@ _SPREADING = {
     1: (torch.int64, ((28, 0x0000000F0000000F), (14, 0x0003000300030003), (7, 0x0101010101010101))),
 }
 _GRAPHS = 64
+SCALE_STEPS = 8  # of an octave
 
 
 def unpacked_weight(
-    packed: Tensor, scale: Tensor, zero: Tensor, bits: int, in_features: int, group_size: int, dtype: torch.dtype
+    packed: Tensor, scales: Tensor, zeros: Tensor, exponent: Tensor, bits: int, in_features: int, group_size: int
 ) -> Tensor:
-    """``s (q − z) (out, in)``, computed in float32 and rounded to ``dtype``: the same bits on every device. ``packed`` are the
-    bytes of the codes q, as :meth:`~emloc_ray.core.integers.IntegerWeight.tensors` has them; ``scale`` and ``zero``
-    ``(out, groups)`` are s and z in float32."""
-    arguments = packed, scale, zero, bits, in_features, group_size, dtype
+    """``s (q − z) (out, in)``, computed in float32 and rounded to the dtype of ``exponent``. The tensors are as
+    :meth:`~emloc_ray.core.integers.IntegerWeight.tensors` has them."""
+    arguments = packed, scales, zeros, exponent, bits, in_features, group_size
     if not packed.is_cuda:
         return by_words(*arguments)
     with torch.no_grad(), torch.autocast("cuda", enabled=False):  # dynamo compiles anew for each of these states
@@ -40,14 +40,15 @@ def unpacked_weight(
 
 
 def by_words(
-    packed: Tensor, scale: Tensor, zero: Tensor, bits: int, in_features: int, group_size: int, dtype: torch.dtype
+    packed: Tensor, scales: Tensor, zeros: Tensor, exponent: Tensor, bits: int, in_features: int, group_size: int
 ) -> Tensor:
     """As :func:`unpacked_weight`, step by step."""
-    return grouped_weight(_codes(packed, bits, in_features), scale, zero, group_size).to(dtype)
+    scale, zero = scale_values(scales, exponent.float()), zero_values(zeros, bits)
+    return grouped_weight(_codes(packed, bits, in_features), scale, zero, group_size).to(exponent.dtype)
 
 
 def by_elements(
-    packed: Tensor, scale: Tensor, zero: Tensor, bits: int, in_features: int, group_size: int, dtype: torch.dtype
+    packed: Tensor, scales: Tensor, zeros: Tensor, exponent: Tensor, bits: int, in_features: int, group_size: int
 ) -> Tensor:
     """As :func:`unpacked_weight`, each element by itself, which compiles to one kernel; run as it is it takes some ten times as
     long on a CPU."""
@@ -61,10 +62,26 @@ def by_elements(
         begin, shift = begin + length, shift + width
     assert codes is not None
     scale, zero = (
-        of_group[..., None].expand(-1, -1, group_size).flatten(1)[:, :in_features] for of_group in (scale, zero)
+        of_group[..., None].expand(-1, -1, group_size).flatten(1)[:, :in_features]
+        for of_group in (scale_values(scales, exponent.float()), zero_values(zeros, bits))
     )
-    weight: Tensor = ((codes.float() - zero) * scale).to(dtype)
+    weight: Tensor = ((codes.float() - zero) * scale).to(exponent.dtype)
     return weight
+
+
+def scale_values(codes: Tensor, exponent: Tensor | int) -> Tensor:
+    """``s`` in float32."""
+    return torch.exp2(codes.float() / SCALE_STEPS + exponent)
+
+
+def zero_values(codes: Tensor, bits: int) -> Tensor:
+    """``z`` in float32."""
+    return codes.float() / zero_steps(bits)
+
+
+def zero_steps(bits: int) -> int:
+    """How many codes of zero points there are from one integer to the next."""
+    return 255 // ((1 << bits) - 1)
 
 
 def grouped_weight(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
@@ -83,9 +100,9 @@ def in_one_kernel(device: torch.device) -> Callable[..., Tensor]:
     # Few shapes and dtypes of weights; beyond the limit, which is 8, torch would run the elements uncompiled, in silence.
     config.recompile_limit = max(config.recompile_limit, _GRAPHS)
     compiled: Callable[..., Tensor] = torch.compile(by_elements, dynamic=True)
-    bytes_of, values = torch.zeros(8, 32, dtype=torch.uint8, device=device), torch.ones(8, 2, device=device)
+    packed, grid = (torch.zeros(8, count, dtype=torch.uint8, device=device) for count in (32, 2))
     try:
-        compiled(bytes_of, values, values, 4, 64, 32, torch.bfloat16)
+        compiled(packed, grid, grid, torch.zeros((), device=device), 4, 64, 32)
     except (RuntimeError, ImportError) as error:
         warnings.warn(
             f"torch cannot compile what unpacks weights of few bits ({type(error).__name__}), so that steps may take three times"

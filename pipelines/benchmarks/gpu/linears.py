@@ -15,11 +15,12 @@ from benchmarks.gpu.shapes import linears_of, llama_config
 from emloc_ray.core.allocation import spectrum
 from emloc_ray.core.correction import Candidate, canonical_form, difference, residual_energy
 from emloc_ray.core.factorization import factorize, relative_error
-from emloc_ray.core.integers import IntegerWeight, scale_values, zero_values
+from emloc_ray.core.integers import IntegerWeight
 from emloc_ray.core.products import product_by_rows
 from emloc_ray.core.quantization import quantize
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.core.stored_weight import StoredWeight
+from emloc_ray.core.unpacking import scale_values, zero_values
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.modeling.adapter_files import LoraModule
 from emloc_ray.stages.correct.modules import CorrectableModule

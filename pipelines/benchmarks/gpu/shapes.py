@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from emloc_ray.core.integer_forms import IntegerForms
-from emloc_ray.core.integers import SCALE_STEPS
 from emloc_ray.core.ranks import rank_for_ratio
+from emloc_ray.core.unpacking import SCALE_STEPS
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model
 from emloc_ray.modeling.emulator import factorize_modules
 from emloc_ray.modeling.integer_linear import IntegerLinear
