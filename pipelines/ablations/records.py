@@ -122,9 +122,12 @@ def published(ablation: Ablation, cells: Cells, records: Sequence[Record], rows:
 
 
 def asked(ablation: Ablation) -> dict[str, Any]:
-    """What an ablation's file asks for, but for where and with how much of a machine."""
+    """What an ablation's file asks for, but for where and with how much of a machine; keys that methods have had since the
+    first results, where they are set."""
     places = {"base", "run_dir", "shared", "limits", "cache", "max_concurrent"}
-    return ablation.config.model_dump(mode="json", exclude=places)
+    values = ablation.config.model_dump(mode="json", exclude=places)
+    methods = [{key: value for key, value in method.items() if key != "start" or value} for method in values["methods"]]
+    return {**values, "methods": methods}
 
 
 def _libraries(records: Sequence[Record]) -> list[str]:

@@ -62,7 +62,7 @@ def test_records_are_paired_by_data_set_and_seed_and_tell_what_is_missing(write:
     assert shown["paper", 0, "half"]["gap_closed"] == pytest.approx(0.6)
     assert shown["paper", 0, "half"]["losses"]["corrected"] == 3.4
     assert shown["cut", 1, None]["gap_closed"] == pytest.approx(0.5)
-    assert shown["cut", 1, None]["losses"] == {"original": 4, "emulator": 5, "emulator_adapter": 4.4, "corrected": 3.6}
+    assert shown["cut", 1, None]["losses"] == {"original": 4, "emulator": 5, "emulator_adapter": 4.5, "corrected": 3.6}
     for key in (("paper", 1, "projection"), ("paper", 1, "half"), ("cut", 0, None)):
         assert (shown[key]["status"], shown[key]["gap_closed"]) == ("missing", None)
     assert shown["paper", 1, "none"]["reason"] == "memory ran out"
