@@ -109,9 +109,10 @@ def test_the_rooms_below_the_stages_never_import_ray() -> None:
 
 
 def test_core_is_torch_only() -> None:
+    kernels = {"rounding_kernel.py": {"triton"}}  # torch brings it where there is CUDA; imported there alone
     for path in (ROOT / "core").glob("*.py"):
         outside = {name.split(".")[0] for name in imports(path)} - {"emloc_ray"} - sys.stdlib_module_names
-        assert outside <= {"torch"}, path
+        assert outside <= {"torch"} | kernels.get(path.name, set()), path
 
 
 def in_a_fresh_process(code: str) -> str:

@@ -43,9 +43,8 @@ def on_device(session: Session) -> None:
         run = functools.partial(_corrected, session, shape, device)
         session.measure("correction", _name(shape, None, device), 5, run)
     for shape in session.shapes.linears[:2]:
-        for bits in (4, 2):
-            run = functools.partial(_rounded, session, shape, bits)
-            session.measure("rounding", f"{_name(shape, None, device)}, {bits} bits", 10, run)
+        run = functools.partial(_rounded, session, shape, 4)
+        session.measure("rounding", f"{_name(shape, None, device)}, 4 bits", 5, run)
     for order in sorted({min(shape) for shape in session.shapes.linears}):
         run = functools.partial(_eigh, session, order)
         session.measure("factorization", f"eigh of order {order}, {device.type}", 5 if order < _LARGE else 15, run)

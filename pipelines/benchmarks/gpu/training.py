@@ -40,15 +40,15 @@ def training(session: Session) -> None:
     """The emulator with and without autocast and a mask, and in integers; LoRA on the original with our loss, with
     transformers', and on NF4."""
     cases: dict[str, tuple[float, Callable[[], dict[str, Any]]]] = {
-        "emulator": (25, lambda: emulator_step(session)),
-        "plain LoRA on the original": (30, lambda: original_step(session, plain=True)),
-        "emulator, no autocast": (30, lambda: emulator_step(session, autocast=False)),
-        "emulator, with a mask": (25, lambda: emulator_step(session, masked=True)),
+        "emulator": (20, lambda: emulator_step(session)),
+        "plain LoRA on the original": (25, lambda: original_step(session, plain=True)),
+        "emulator, no autocast": (25, lambda: emulator_step(session, autocast=False)),
+        "emulator, with a mask": (20, lambda: emulator_step(session, masked=True)),
         "inference of the original": (15, lambda: inference(session)),
-        "LoRA on the original, loss in chunks": (30, lambda: original_step(session)),
-        "LoRA on the original in NF4": (40, lambda: original_step(session, in_4bit=True)),
-        "in 4 bits under the Grams": (60, lambda: emulator_step(session, bits=4)),
-        "in 2 bits under the Grams": (60, lambda: emulator_step(session, bits=2)),
+        "LoRA on the original, loss in chunks": (25, lambda: original_step(session)),
+        "LoRA on the original in NF4": (35, lambda: original_step(session, in_4bit=True)),
+        "in 4 bits under the Grams": (20, lambda: emulator_step(session, bits=4)),
+        "in 2 bits under the Grams": (20, lambda: emulator_step(session, bits=2)),
     }
     measured = {name: session.measure("training", name, *case) for name, case in cases.items()}
     ours, plain = measured["emulator"], measured["plain LoRA on the original"]
@@ -221,7 +221,7 @@ def smaller_card(session: Session) -> None:
     try:
         for rows in sorted(set(sizes)):
             case = f"{rows} rows, {'within the plan' if rows <= planned else 'beyond the plan'}"
-            if not session.measure("24 GiB", case, 25, functools.partial(_on_card, session, rows)).get("passed"):
+            if not session.measure("24 GiB", case, 20, functools.partial(_on_card, session, rows)).get("passed"):
                 break
     finally:
         if session.is_cuda:

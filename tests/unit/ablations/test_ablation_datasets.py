@@ -56,6 +56,7 @@ def made(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DATASETS)
 def test_no_row_and_no_file_is_in_two_splits(made: Callable[[str, int], Path], name: str) -> None:
     splits = {split: read(made(name, 0), split) for split in ("train", "selection", "eval", "calibration-own")}

@@ -33,6 +33,7 @@ def test_every_method_of_the_grid_has_a_kind() -> None:
     assert methods == {name for names, _ in KINDS.values() for name in names}
 
 
+@pytest.mark.slow
 def test_the_picture_names_its_kinds_and_is_the_same_again(tmp_path: Path) -> None:
     lines = points([record("int2", 2.2, 0.5), record("lora", 16, 1.0)])
     for name in ("one.svg", "two.svg"):

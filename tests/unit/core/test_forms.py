@@ -34,6 +34,7 @@ def stored(weight: torch.Tensor, form: Form, storage: Storage, group_size: int) 
     return [quantize(weight, inputs, form.bits, group_size)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["factors", "pivoted"])
 @pytest.mark.parametrize("group_size", [8, 64])
 def test_bytes_are_those_of_the_tensors(storage: Storage, group_size: int) -> None:

@@ -67,6 +67,7 @@ def test_an_image_ends_no_process_but_its_decoder_s(hostile: None) -> None:
         decoder(b"x")
 
 
+@pytest.mark.slow
 def test_first_rows_are_tokenized_whatever_their_images_do(
     hostile: None, tmp_path: Path, vlm_dir: Callable[[str], Path]
 ) -> None:

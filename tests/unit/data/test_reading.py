@@ -95,6 +95,7 @@ def test_parquet_reads_the_fields_alone_where_all_are_there(tmp_path: Path) -> N
     assert list(read_rows(source, [0], ["text", "other"])) == [(0, {"text": "t", "image": "i"})]
 
 
+@pytest.mark.slow
 def test_one_huge_row_group_is_read_in_parts(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [{"text": f"{i} " * 500} for i in range(40_000)], group=40_000)
     source = scan(path)

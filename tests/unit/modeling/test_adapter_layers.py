@@ -109,6 +109,7 @@ def quantized_dir(
     return functools.cache(make)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "family"), parameters(IN_4_BITS))
 def test_in_4_bits_it_is_what_peft_does_on_the_unpacked_weights(
     case: str, family: str, tmp_path: Path, quantized_dir: Callable[[str], Path], tiny_model_dir: Callable[..., Path]
@@ -354,6 +355,7 @@ def test_peft_s_loha_and_lokr_know_no_conv1d(emulator_dir: Callable[[str], Path]
         attached(emulator_dir("gpt2"), "lokr", "gpt2")
 
 
+@pytest.mark.slow
 def test_the_names_of_every_method_are_the_original_s(adapter_dir: Callable[[str, str], Path]) -> None:
     for case in ON_LINEARS:
         adapter = Adapter(adapter_dir(case, "llama"))

@@ -32,9 +32,9 @@ class Planned(Session):
 def test_all_cases_need_ten_minutes_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * training.GIB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *_: None)
-    monkeypatch.setattr(training, "planned_bytes", lambda config, ranks, rows, length: rows * training.GIB)
+    monkeypatch.setattr(training, "planned_bytes", lambda config, ranks, rows, *_: rows * training.GIB)
     session = Planned(tmp_path)
     for part in PARTS:
         part(session)
-    assert list(session.needs) == ["training", "ranks", "blocks", "24 GiB", "factorization", "correction"]
+    assert list(session.needs) == ["training", "ranks", "blocks", "24 GiB", "factorization", "correction", "rounding"]
     assert 500 < sum(session.needs.values()) <= 600, session.needs

@@ -215,6 +215,7 @@ def test_rows_of_its_own_are_read_only_where_it_heals(
         prepared({"steps": 3}, data=with_own)
 
 
+@pytest.mark.slow
 def test_healing_needs_no_more_memory_than_inference_does() -> None:
     for ratio in (0.25, 0.5):
         found = large({"steps": 100, "r": 16}, emulator={"compression_ratio": ratio})
@@ -222,6 +223,7 @@ def test_healing_needs_no_more_memory_than_inference_does() -> None:
         assert total(with_base(memory.heal())) <= total(memory.inference(1, 2048)), ratio
 
 
+@pytest.mark.slow
 def test_4_bits_come_after_healing(prepared: Callable[..., Prepared]) -> None:
     found = large({"steps": 100}, emulator={"quantization": "nf4"})
     memory = MemoryModel(found, ROW)
@@ -231,6 +233,7 @@ def test_4_bits_come_after_healing(prepared: Callable[..., Prepared]) -> None:
     assert total(with_base(memory.finetune())) < total(with_base(memory.heal()))
 
 
+@pytest.mark.slow
 def test_integers_come_after_healing_where_it_grows_them() -> None:
     whole = {"ratios": {r"down_proj": 1.0}}
     found = large({"steps": 100}, emulator={"quantization": "int4", **whole})

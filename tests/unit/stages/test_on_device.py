@@ -78,6 +78,7 @@ def test_what_linears_read_beside_the_adapter(artifacts: Artifacts, emulator_dir
     assert_alike([tmp_path / "0", tmp_path / "1"])
 
 
+@pytest.mark.slow
 def test_validation_waits_once_a_score(artifacts: Artifacts, emulator_dir: Path, tmp_path: Path) -> None:
     paths = emulator_dir, artifacts.tokens_dir, tmp_path / "adapter", tmp_path
     job = FinetuneJob(*paths, "scored", {}, [], "base", max_steps=1, batch_size=4)

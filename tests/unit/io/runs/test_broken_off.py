@@ -148,6 +148,7 @@ def break_off(run: Run, place: str, kills: list[Kill]) -> None:
     check(place, 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(kills=st.lists(KILLS, max_size=4))
 def test_on_a_disk(run: Run, kills: list[Kill]) -> None:

@@ -315,6 +315,7 @@ def test_who_was_stopped_before_asking_does_not_start() -> None:
     assert pass_through(queue, "next") == 1
 
 
+@pytest.mark.slow
 def test_a_wait_for_what_gets_nowhere_ends_and_names_it(
     pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

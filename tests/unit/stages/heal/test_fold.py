@@ -101,6 +101,7 @@ def test_an_adapter_of_another_rank_is_refused(healing: Callable[..., Healing], 
         write_piece(job, piece)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "packed"), [("qwen2", False), ("gpt2", False), ("llama", True)])
 def test_pivoted_factors_are_pivoted_anew(
     healing: Callable[..., Healing], tmp_path: Path, family: str, packed: bool
@@ -214,6 +215,7 @@ def test_without_grams_they_are_rounded_by_their_weights_alone(healing: Callable
         assert 0 < float((weight.rows() - whole).norm() / whole.norm()) < 0.2, name
 
 
+@pytest.mark.slow
 def test_where_a_gpu_is_they_are_rounded_there_as_on_the_cpu(healing: Callable[..., Healing], tmp_path: Path) -> None:
     found, device = healing("llama"), pretend_device()
     widths = {name: tensors(found.fold.out_dir)[f"{name}.down.weight"].shape[1] for name in found.healed}

@@ -118,6 +118,7 @@ def test_training_brings_the_emulator_nearer_to_the_original(healing: Callable[.
     assert abs(divergence_of(found, found.model_dir, list(range(20)))) < 1e-3 * before
 
 
+@pytest.mark.slow
 def test_gradients_flow_into_the_lora_alone(
     healing: Callable[..., Healing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from emloc_ray.stages.ray.spans import Span, Timed, listening, tell_span, timed
 from emloc_ray.stages.ray.usage import measured
 
 
+@pytest.mark.slow
 def test_a_workers_peak_is_that_of_its_own_task() -> None:
     def hold(size: int) -> int:
         held = bytearray(size)  # zeros are written, so that the pages are there

@@ -157,6 +157,7 @@ def test_a_directory_is_kept_for_the_same_inputs_alone(tmp_path: Path) -> None:
     assert not (directory / "file").exists()
 
 
+@pytest.mark.slow
 def test_large_rows_of_the_run_s_own_are_known_by_their_content(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
