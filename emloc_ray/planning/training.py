@@ -1,6 +1,6 @@
 """The trainings of a run: the fine-tuning, and the healing before it."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 
 from emloc_ray.config.adapter import AdapterConfig
@@ -79,13 +79,14 @@ def factorize_work(prepared: Prepared) -> float:
     """Floating-point operations of products with Grams, for all linears that are factorized, or rounded with them."""
     layout, ranks = prepared.layout, factor_ranks(prepared)
     specs = [spec for spec in layout.specs if spec.name in ranks]
-    late = rounded_late(layout, prepared.config.emulator.heals)
-    names = layout.bits if layout.budget is None else layout.compressed  # of forms that data decides: most are integers
-    rounding = rounding_work(layout, ranks, [name for name in names if name not in late])
+    names = set(
+        layout.bits if layout.budget is None else layout.compressed
+    )  # of forms that data decides most are integers
+    rounding = rounding_work(layout, ranks, names.difference(rounded_late(layout, prepared.config.emulator.heals)))
     return rounding + sum(2.0 * s.num_parameters * max(s.in_features, 2 * ranks[s.name]) for s in specs)
 
 
-def rounding_work(layout: Layout, ranks: Mapping[str, int], names: Collection[str]) -> float:
+def rounding_work(layout: Layout, ranks: Mapping[str, int], names: Set[str]) -> float:
     """Floating-point operations of putting linears into integers under their Grams, as factors where they have ``ranks``: of a
     weight ``9 out · in²``, of which two energies of its error are 4, the nearest planes 1 and two passes of the descent 4."""
     flops = 0.0

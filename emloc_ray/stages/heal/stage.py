@@ -128,7 +128,7 @@ def _cost(memory: MemoryModel) -> StageCost:
     return StageCost(
         own.heal(),
         flops=learning + taught * 2 * (block_work(layout) + 4 * head),
-        float32_flops=2.5 * rounding_work(layout, layout.ranks, rounded_late(layout, healing)),
+        float32_flops=2.5 * rounding_work(layout, layout.ranks, set(rounded_late(layout, healing))),
         moved_bytes=memory.moved(hold, taught / lengths.mean, batch_size),
         disk_bytes=int(memory.emulator_files + taught * healing.num_teacher_logits * BYTES_PER_LOGIT + 4 * 4 * lora),
         efficiency=0.2,
