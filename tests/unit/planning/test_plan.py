@@ -295,13 +295,14 @@ def test_factors_are_timed_by_a_gpu_s_float32(plan: Callable[..., Plan]) -> None
 def test_rounding_is_timed_by_its_work(plan: Callable[..., Plan]) -> None:
     speeds = Speeds(1e6)  # so slow that nothing else counts
     seconds = {}
-    for name, keys in {
+    emulators: dict[str, dict[str, Any]] = {
         "int4": {"compression_ratio": 1.0, "quantization": "int4"},
         "beside": {"compression_ratio": 1.0, "quantization": "int4", "residual_rank": 8},
         "budget": {"budget": "4 bits"},
         "factors": {"quantization": "int4"},
         "floats": {},
-    }.items():
+    }
+    for name, keys in emulators.items():
         ready = plan(emulator={"num_workers": 1, **keys}).prepared
         seconds[name] = stage(make_plan(STEPS, ready, speeds), "factorize").seconds
         if name == "int4":
