@@ -24,7 +24,7 @@ types: $(VENV)/installed
 units: $(VENV)/installed
 	$(PYTEST) -p no:cacheprovider -n 2 --dist loadfile -m quick tests/unit tests/compat
 
-# Twenty minutes: that, slow units that start nothing, a process a core as there, and all else that is not deep.
+# Twenty minutes: check, then slow units that start nothing, one process a core, then all else that is not deep.
 ALONE := slow and not (deep or ray or server or browser)
 test: check
 	$(PYTEST) -p no:cacheprovider -n 2 --dist loadfile -m "$(ALONE)"

@@ -117,7 +117,7 @@ class _Layer:
     def residual_shares(self) -> Tensor:
         """What factors of each rank save of all that integers lose, as a share."""
         noise = rounding_noise(self.weight, self.inputs, _DRAWN_BITS, self.group_size)
-        device = noise.device if noise.is_cuda else torch.device("cpu")  # a CPU draws as many numbers in a minute
+        device = noise.device if noise.is_cuda else torch.device("cpu")  # on a CPU 8 B numbers take half a minute
         drawn = torch.randn(noise.shape, generator=torch.Generator(device).manual_seed(0), device=device)
         errors = drawn.to(noise.device) * (noise * self.columns).sqrt()
         inside = errors if self.plain else weighed(errors, self.outputs)

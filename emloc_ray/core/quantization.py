@@ -142,10 +142,10 @@ class _Columns:
     groups: Tensor
     top: int
 
-    def round(self, part: slice, targets: Tensor, mixing: Tensor, left: Tensor, codes: Tensor, made: Tensor) -> None:
-        """:func:`round_in_turn` of some of them."""
+    def round(self, part: slice, targets: Tensor, mixing: Tensor, left: Tensor, codes: Tensor, changes: Tensor) -> None:
+        """Rounds some of them by :func:`round_in_turn`."""
         groups = self.groups[part]
-        round_in_turn(targets, mixing, left, self.scales[groups], self.zeros[groups], self.top, codes, made)
+        round_in_turn(targets, mixing, left, self.scales[groups], self.zeros[groups], self.top, codes, changes)
 
 
 def _columns(weight: Tensor, grid: IntegerWeight, order: Tensor) -> _Columns:
@@ -161,14 +161,14 @@ def _parts(count: int) -> Iterator[slice]:
 def _by_planes(weight: Tensor, whitening: Whitening, grid: IntegerWeight) -> Tensor:
     """Codes by Babai's nearest plane, ``(out, in)``."""
     order, root = whitening.root_by_energy(DAMPENING_FRAC)
-    # The last column first: what was lower triangular is so again.
-    order, mixing = order.flip(0), (root / root.diagonal()).flip(0, 1).T.contiguous()
-    columns = _columns(weight, grid, order)
+    # The last column first: turned and transposed, the factor is lower triangular again.
+    order, gains = order.flip(0), root.flip(0, 1)
+    mixing, columns = gains.div_(gains.diagonal().clone()).T, _columns(weight, grid, order)
     differences, codes = torch.empty_like(columns.weight), torch.empty_like(columns.weight, dtype=torch.uint8)
     for part in _parts(len(codes)):
         here = columns.weight[part]
         targets = torch.addmm(here, mixing[part, : part.start], differences[: part.start])
-        columns.round(part, targets, mixing[part, part], here, codes[part], differences[part])
+        columns.round(part, targets, mixing[part, part].contiguous(), here, codes[part], differences[part])
     return codes[order.argsort()].T.contiguous()
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from emloc_ray.core.compiled import compiled_or
 from emloc_ray.core.integer_forms import PLANES
 
 # Parts of a byte, by their width, become bytes of one integer: by how much its upper half moves in turn, and which bits stay.
@@ -36,7 +36,7 @@ def unpacked_weight(
     if not packed.is_cuda:
         return by_words(*arguments)
     with torch.no_grad(), torch.autocast("cuda", enabled=False):  # dynamo compiles anew for each of these states
-        return in_one_kernel(packed.device)(*arguments)
+        return cuda_unpacking(packed.device)(*arguments)
 
 
 def by_words(
@@ -93,23 +93,19 @@ def grouped_weight(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int) 
 
 
 @functools.cache
-def in_one_kernel(device: torch.device) -> Callable[..., Tensor]:
-    """:func:`by_elements`, compiled; :func:`by_words` where nothing here compiles it: Triton needs a C compiler."""
+def cuda_unpacking(device: torch.device) -> Callable[..., Tensor]:
+    """:func:`by_elements`, compiled; :func:`by_words` where nothing here compiles it."""
+    return compiled_or(by_words, functools.partial(_compiled, device), "unpacks weights of few bits")
+
+
+def _compiled(device: torch.device) -> Callable[..., Tensor]:
     from torch._dynamo import config
 
     # Few shapes and dtypes of weights; beyond the limit, which is 8, torch would run the elements uncompiled, in silence.
     config.recompile_limit = max(config.recompile_limit, _GRAPHS)
     compiled: Callable[..., Tensor] = torch.compile(by_elements, dynamic=True)
     packed, grid = (torch.zeros(8, count, dtype=torch.uint8, device=device) for count in (32, 2))
-    try:
-        compiled(packed, grid, grid, torch.zeros((), device=device), 4, 64, 32)
-    except (RuntimeError, ImportError) as error:
-        warnings.warn(
-            f"torch cannot compile what unpacks weights of few bits ({type(error).__name__}), so that steps may take three times"
-            " as long: install a C compiler, such as gcc, beside torch's own triton.",
-            stacklevel=2,
-        )
-        return by_words
+    compiled(packed, grid, grid, torch.zeros((), device=device), 4, 64, 32)
     return compiled
 
 

@@ -311,15 +311,8 @@ def measure_all(ablation: Ablation, cells: Cells, pruned: dict[str, Pruned], tel
         try:
             if not cells.is_to_be_measured(cell):
                 raise ConfigError(f"{run.run_dir} has another adapter by now: run the ablation again.")
-            if cell.start is not None:
-                from ablations.starts import trained_from
-
-                tell(f"{cell.name}: trained from its start")
-                losses = trained_from(cell.start, run, tell)
-            else:
-                measured = _recovered if cell.prune is not None else _corrected
-                losses = measured(ablation, cell, run, pruned.get(cell.name), tell)
-            cells.write_measured(cell, losses)
+            measured = _started if cell.start is not None else _recovered if cell.prune is not None else _corrected
+            cells.write_measured(cell, measured(ablation, cell, run, pruned.get(cell.name), tell))
         except EmlocError as error:
             failed[cell.name] = str(error)
         finally:
@@ -359,6 +352,15 @@ def _recovered(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | 
     submit = functools.partial(asked.task(evaluate_slice).remote, job, "original", 0, 1)
     [(original, recovered)] = bounded([("the adapter on the original", submit)], 1, Losses("evaluate", tell))
     return {"original": original.score.metrics()["loss"], "recovered": recovered.score.metrics()["loss"]}
+
+
+def _started(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | None, tell: Tell) -> dict[str, float]:
+    """Losses of emulator and original with an adapter that did not begin at zero, and the seconds of its training."""
+    from ablations.starts import trained_from
+
+    assert cell.start is not None
+    tell(f"{cell.name}: trained from its start")
+    return trained_from(cell.start, run, tell)
 
 
 def _corrected(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | None, tell: Tell) -> dict[str, float]:

@@ -7,6 +7,7 @@ CLoQ (arXiv 2501.18475). Both serve the emulator with the adapter. What the trai
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
 from dataclasses import replace
@@ -38,8 +39,8 @@ from emloc_ray.stages.ray.tasks import bounded
 
 
 def trained_from(start: Start, run: RunConfig, tell: Tell) -> dict[str, float]:
-    """Held-out losses of the emulator of a finished run with an adapter that began so, and of the original with what the
-    training added to it; and the training's seconds."""
+    """Trains an adapter from its start on the emulator of a finished run. Returns the held-out losses of the emulator with that
+    adapter and of the original with what training added to the start, and the training's seconds."""
     prepared = prepare(run)
     context = Context(prepared, original_dir(prepared))
     with tempfile.TemporaryDirectory(dir=run.run_dir) as folder:
@@ -55,14 +56,14 @@ def trained_from(start: Start, run: RunConfig, tell: Tell) -> dict[str, float]:
         losses = {}
         for family, variant in (("emulator", "emulator_adapter"), ("original", "corrected")):
             one, asked = replace(scoring, variants=(variant,)), resources_of(EVALUATE, prepared).task(evaluate_slice)
-            submit = [(variant, lambda one=one, family=family, asked=asked: asked.remote(one, family, 0, 1))]
-            [[result]] = bounded(submit, 1, Losses("evaluate", tell))
+            submit = functools.partial(asked.remote, one, family, 0, 1)
+            [[result]] = bounded([(variant, submit)], 1, Losses("evaluate", tell))
             losses[variant] = result.score.metrics()["loss"]
     return {**losses, "training_s": took}
 
 
 def write_start(directory: Path, start: Start, context: Context, settings: dict[str, Any]) -> None:
-    """Writes the adapter to begin with, in PEFT's format, of the linears that ``settings`` adapt."""
+    """Writes the start as an adapter in PEFT's format, on all linears; ``settings`` are the job's."""
     original, emulator = Checkpoint(context.model_dir), Checkpoint(context.emulator_dir)
     grams = GramStore(context.path("calibration")) if start == "activations" else None
     modules = []
@@ -77,8 +78,8 @@ def write_start(directory: Path, start: Start, context: Context, settings: dict[
 
 
 def closing(name: str, rest: Tensor, gram: Tensor | None, r: int, scale: float) -> LoraModule:
-    """The best ``s B A`` of rank r for ``rest (out, in)`` under ``gram (in, in)``, or under none; the singular values' roots
-    are in either factor."""
+    """The best ``s B A`` of rank r for ``rest (out, in)`` under ``gram (in, in)``, or under none. Both factors hold the roots of
+    its singular values."""
     whitening = Whitening.identity(rest.shape[1]) if gram is None else Whitening(gram, name=name)
     up, down = factorize(rest, whitening, r, solver="exact", name=name).factors
     left, values, right = torch.linalg.svd(down.double(), full_matrices=False)  # the columns of up are orthonormal

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emloc_ray.core.column_rounding import on_cuda, step_by_step
+from emloc_ray.core.column_rounding import cuda_rounding, step_by_step
 
 ROOT = Path(__file__).parents[3]
 
@@ -52,10 +52,10 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 from test_column_rounding import drawn
 from emloc_ray.core.column_rounding import step_by_step
-from emloc_ray.core.rounding_kernel import in_one_kernel
+from emloc_ray.core.rounding_kernel import round_by_kernel
 for n, out, top in ((64, 96, 15), (37, 33, 3), (64, 70, 255)):
     found = []
-    for compute in (step_by_step, in_one_kernel):
+    for compute in (step_by_step, round_by_kernel):
         found.append((torch.empty(n, out, dtype=torch.uint8), torch.empty(n, out)))
         compute(*drawn(n, out, top), top, *found[-1])
     (codes, made), (others, theirs) = found
@@ -78,7 +78,7 @@ for n, out, top in ((64, 96, 15), (37, 33, 3), (64, 70, 255)):
 
 def test_where_nothing_compiles_it_goes_on_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    on_cuda.cache_clear()
-    with pytest.warns(UserWarning, match=r"cannot compile what rounds weights .* install a C compiler"):
-        assert on_cuda() is step_by_step
-    on_cuda.cache_clear()
+    cuda_rounding.cache_clear()
+    with pytest.warns(UserWarning, match=r"kernel that rounds weights to integers cannot .* install a C compiler"):
+        assert cuda_rounding() is step_by_step
+    cuda_rounding.cache_clear()

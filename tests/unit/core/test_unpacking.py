@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from emloc_ray.core.integer_forms import BITS, packed_width
-from emloc_ray.core.unpacking import by_elements, by_words, in_one_kernel
+from emloc_ray.core.unpacking import by_elements, by_words, cuda_unpacking
 
 SHAPES = [(3, 1, 8), (5, 24, 24), (4, 100, 56), (7, 576, 64), (2, 84, 40)]
 
@@ -38,9 +38,9 @@ def test_both_ways_give_the_same_bits(bits: int, shape: tuple[int, int, int], dt
 
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> Iterator[None]:
-    in_one_kernel.cache_clear()
+    cuda_unpacking.cache_clear()
     yield
-    in_one_kernel.cache_clear()
+    cuda_unpacking.cache_clear()
 
 
 @pytest.mark.slow  # inductor compiles C++ for some seconds
@@ -49,7 +49,7 @@ def nothing_compiled() -> Iterator[None]:
 def test_it_compiles_to_one_kernel_for_all_shapes(bits: int) -> None:
     from torch._inductor import metrics
 
-    compiled = in_one_kernel(torch.device("cpu"))
+    compiled = cuda_unpacking(torch.device("cpu"))
     metrics.reset()
     for rows, columns, group_size in ((7, 576, 64), (9, 320, 64), (16, 128, 32)):
         arguments = drawn(rows, columns, bits, group_size, torch.bfloat16)
@@ -68,5 +68,5 @@ def test_where_nothing_compiles_it_goes_on_step_by_step(monkeypatch: pytest.Monk
         return fail
 
     monkeypatch.setattr(torch, "compile", lacking)
-    with pytest.warns(UserWarning, match=r"cannot compile what unpacks .* install a C compiler"):
-        assert in_one_kernel(torch.device("cpu")) is by_words
+    with pytest.warns(UserWarning, match=r"kernel that unpacks weights of few bits cannot .* install a C compiler"):
+        assert cuda_unpacking(torch.device("cpu")) is by_words

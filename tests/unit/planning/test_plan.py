@@ -292,27 +292,6 @@ def test_factors_are_timed_by_a_gpu_s_float32(plan: Callable[..., Plan]) -> None
     assert narrow == fast
 
 
-def test_rounding_is_timed_by_its_work(plan: Callable[..., Plan]) -> None:
-    speeds = Speeds(1e6)  # so slow that nothing else counts
-    seconds = {}
-    emulators: dict[str, dict[str, Any]] = {
-        "int4": {"compression_ratio": 1.0, "quantization": "int4"},
-        "beside": {"compression_ratio": 1.0, "quantization": "int4", "residual_rank": 8},
-        "budget": {"budget": "4 bits"},
-        "factors": {"quantization": "int4"},
-        "floats": {},
-    }
-    for name, keys in emulators.items():
-        ready = plan(emulator={"num_workers": 1, **keys}).prepared
-        seconds[name] = stage(make_plan(STEPS, ready, speeds), "factorize").seconds
-        if name == "int4":
-            flops = sum(9 * s.num_parameters * s.in_features for s in ready.layout.specs)
-            assert seconds[name] == pytest.approx(2.5 * flops / (0.5 * 1e6), rel=0.05)
-    assert seconds["int4"] < seconds["beside"]
-    assert seconds["budget"] == pytest.approx(seconds["int4"], rel=0.05)
-    assert seconds["factors"] > seconds["floats"]
-
-
 def needed_steps(prepared: Prepared) -> list[str]:
     return [stage.name for stage in STEPS if stage.wanted(prepared) and stage.cost is not None]
 
