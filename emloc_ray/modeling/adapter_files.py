@@ -19,7 +19,14 @@ from emloc_ray.io.store.atomic import atomic_directory, copy_file
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.modeling.expert_adapters import CONFIG_NAME, PREFIX, WEIGHTS_NAME, join_experts, split_experts
+from emloc_ray.modeling.expert_adapters import (
+    CONFIG_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    join_experts,
+    name_in_patterns,
+    split_experts,
+)
 from emloc_ray.modeling.matching import lookup
 
 _MAGNITUDE = "lora_magnitude_vector"
@@ -131,6 +138,7 @@ class Adapter:
 
 def adapter_scale(config: dict[str, Any], name: str) -> float:
     """``s = lora_alpha / r``, or ``lora_alpha / √r`` for rsLoRA, with the module's own r and alpha where patterns say."""
+    name = name_in_patterns(config, name)
     r = lookup(name, config.get("rank_pattern") or {}, config["r"])
     alpha = lookup(name, config.get("alpha_pattern") or {}, config["lora_alpha"])
     return float(alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r)

@@ -9,6 +9,7 @@ one, under ``base_layer`` (``peft.tuners.lora.layer.ParamWrapper``). On disk an 
 import contextlib
 import functools
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +24,13 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.checkpoint import TensorEntry, read_shard
 from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.modeling.experts import PARTS, experts_of, owner_of
-from emloc_ray.modeling.matching import lookup, matches
+from emloc_ray.modeling.matching import lookup, matches, order_free
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every module's name
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+_TABLES = (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))  # by pattern, and for all others
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def split_experts(
             apart[key] = entry
             continue
         part = targeted[-1 - module.removeprefix(container).count(".base_layer")]
-        r = lookup(f"{container}.{PARTS[part]}", config.get("rank_pattern") or {}, config["r"])
+        r = lookup(_parameter(container, part), config.get("rank_pattern") or {}, config["r"])
         num_experts = entry.shape[0 if suffix == _A else 1] // r
         for index in range(num_experts):
             apart[f"{PREFIX}{container}.{index}.{part}{suffix}"] = ExpertEntry(entry, index, num_experts)
@@ -98,10 +100,23 @@ def join_experts(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> di
     return stored
 
 
+def name_in_patterns(config: Mapping[str, Any], module: str) -> str:
+    """The name by which ``rank_pattern`` and ``alpha_pattern`` of a saved adapter know a module: its own, or, of an expert's
+    linear, that of the fused parameter that the adapter targets."""
+    owner = owner_of(module)
+    if owner is None or owner[2] not in _targeted(config, owner[0]):
+        return module
+    return _parameter(owner[0], owner[2])
+
+
+def _parameter(container: str, part: str) -> str:
+    return f"{container}.{PARTS[part]}"
+
+
 def _targeted(config: Mapping[str, Any], container: str) -> list[str]:
     """The parts of a module's experts whose fused parameters the adapter targets, in the order that they are nested."""
     targets = list(config.get("target_parameters") or ())
-    return [part for part, name in PARTS.items() if targets and matches(f"{container}.{name}", targets)]
+    return [part for part in PARTS if targets and matches(_parameter(container, part), targets)]
 
 
 def _check_parameters(config: Mapping[str, Any], where: Path) -> None:
@@ -120,7 +135,7 @@ def store_as_peft_does(directory: Path, model: nn.Module) -> None:
     adapted = sorted({(module, part) for module, _, part in owners})
     for module, part in adapted:
         _add_the_rest(tensors, module, part, experts[module].num_experts)
-    parameters = {f"{module}.{PARTS[part]}": f"{module}.0.{part}" for module, part in adapted}
+    parameters = {_parameter(module, part): f"{module}.0.{part}" for module, part in adapted}
     plain = [name for name in names if (owner_of(name) or ("",))[0] not in experts]
     model_type: Any = getattr(model.config, "model_type", None)
     parameters |= {f"{name}.weight": name for name in taken_for_experts(model_type, plain)}
@@ -150,7 +165,7 @@ def _add_patterns(config: dict[str, Any], parameters: Mapping[str, str], plain: 
     A pattern that fits parameters too, as one for shared experts' ``down_proj`` fits the experts', gives way to the names of
     the linears that it was for: of several that fit the first counts, and PEFT sorts them as it saves.
     """
-    for table, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+    for table, default in _TABLES:
         patterns, usual = config.get(table) or {}, config[default]
         mistaken = {
             key: value for key, value in patterns.items() if any(_fits(name, {key: value}) for name in parameters)
@@ -162,6 +177,19 @@ def _add_patterns(config: dict[str, Any], parameters: Mapping[str, str], plain: 
             **named,
             **{name: value for name, value in values.items() if value != usual},
         }
+
+
+def order_free_tables(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The tables of ranks and alphas among an adapter's settings, such that a saved adapter, whose keys PEFT sorts, says the
+    same of ``names`` as the one that is trained."""
+    tables = {key: settings[key] for key, _ in _TABLES if settings.get(key)}
+    return {key: order_free(table, names, exact_pattern) for key, table in tables.items()}
+
+
+def exact_pattern(name: str) -> str:
+    """A pattern that fits a module alone, or, of an expert's linear, the same linear of all experts beside it."""
+    owner = owner_of(name)
+    return f"^{re.escape(name)}" if owner is None else rf"^{re.escape(owner[0])}\.\d+\.{owner[2]}"
 
 
 def _fits(name: str, patterns: Mapping[str, Any]) -> bool:
@@ -200,8 +228,13 @@ def readable(directory: Path, model: nn.Module) -> Iterator[Path]:
         return
     stored = {entry.name: entry for entry in read_shard(directory / WEIGHTS_NAME).entries}
     entries = split_experts(config, stored, directory)
-    config["target_modules"] = [key.removeprefix(PREFIX).removesuffix(_A) for key in entries if key.endswith(_A)]
-    config["target_parameters"] = None
+    names = [key.removeprefix(PREFIX).removesuffix(_A) for key in entries if key.endswith(_A)]
+    stored_as = {exact_pattern(name): known for name in names if (known := name_in_patterns(config, name)) != name}
+    for table, default in _TABLES:  # the experts' first: of several patterns that fit the first counts
+        patterns = config.get(table) or {}
+        experts = {pattern: lookup(parameter, patterns, config[default]) for pattern, parameter in stored_as.items()}
+        config[table] = {**experts, **patterns}
+    config["target_modules"], config["target_parameters"] = names, None
     with tempfile.TemporaryDirectory() as folder:
         write_tensors(Path(folder) / WEIGHTS_NAME, {key: entry.read_rows() for key, entry in entries.items()})
         (Path(folder) / CONFIG_NAME).write_text(json.dumps(config))

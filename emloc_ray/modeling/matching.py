@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from emloc_ray.errors import ConfigError
@@ -58,6 +58,15 @@ def lookup(name: str, table: Mapping[str, Value], default: Value) -> Value:
         if re.fullmatch(rf"(.*\.)?({pattern})", name):
             return value
     return default
+
+
+def order_free(table: Mapping[str, Value], names: Iterable[str], pattern_of: Callable[[str], str]) -> dict[str, Value]:
+    """A table that says the same of each of ``names`` whatever the order of its keys, which PEFT sorts as it saves: itself
+    where it does, else one key, ``pattern_of(name)``, for each name that it holds for."""
+    values = {name: {value for key, value in table.items() if lookup(name, {key: True}, False)} for name in names}
+    if all(len(fitting) <= 1 for fitting in values.values()):
+        return dict(table)
+    return {pattern_of(name): lookup(name, table, next(iter(fitting))) for name, fitting in values.items() if fitting}
 
 
 def check_table(names: Sequence[str], table: Mapping[str, object], key: str, others: Sequence[str] = ()) -> None:

@@ -12,7 +12,7 @@ from emloc_ray.core.ranks import Storage, rank_for_ratio, rank_multiple
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter_methods import default_targets, feedforward_names, narrow_helpers
 from emloc_ray.modeling.architecture import ImageShape, LinearSpec
-from emloc_ray.modeling.expert_adapters import taken_for_experts
+from emloc_ray.modeling.expert_adapters import order_free_tables, taken_for_experts
 from emloc_ray.modeling.experts import owner_of
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.matching import ALL_LINEAR, Patterns, check_table, lookup, matches, portable_targets, select
@@ -235,8 +235,9 @@ def adapter_settings(adapter: AdapterConfig, layout: Layout, model_config: Any) 
     transposed = any(s.transposed and s.routed_share is None for s in layout.specs if s.name in layout.adapted)
     forward = {"feedforward_modules": list(layout.feedforward)} if adapter.method == "ia3" else {}
     names = {"target_modules": list(layout.adapted), "fan_in_fan_out": transposed, **forward}
+    tables = order_free_tables(adapter.settings, layout.adapted)
     task_type = "SEQ_2_SEQ_LM" if has_encoder(model_config) else "CAUSAL_LM"
-    return {"method": adapter.method, **adapter.settings, **names, "task_type": task_type}
+    return {"method": adapter.method, **adapter.settings, **tables, **names, "task_type": task_type}
 
 
 def _model_type(model_config: Any) -> str:

@@ -30,6 +30,7 @@ from emloc_ray.modeling.adapter_files import (
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import FactorizedLinear
+from emloc_ray.modeling.expert_adapters import order_free_tables
 from emloc_ray.modeling.loading import load_model
 
 IDS = torch.randint(2, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -202,6 +203,7 @@ def test_on_the_original_with_plain_peft_it_is_w_plus_s_b_a(
         {"alpha_pattern": {r"layers\.1\.self_attn\.v_proj": 3}},
         {"rank_pattern": {"layers.0.self_attn.q_proj": 2, "q_proj": 3}, "alpha_pattern": {"down_proj": 1}},
         {"use_rslora": True, "rank_pattern": {r"layers\.0\..*": 8}, "alpha_pattern": {"q_proj": 32}},
+        {"rank_pattern": {"q_proj": 2, r".*layers\.0.*": 3}, "alpha_pattern": {"q_proj": 32, r"layers\.0\..*": 8}},
     ],
     ids=str,
 )
@@ -211,12 +213,14 @@ def test_scales_are_peft_s_own(
     tiny_model_dir: Callable[..., Path],
     options: dict[str, Any],
 ) -> None:
-    _, directory = trained(tmp_path / "a", emulator_dir("llama"), **options)
+    tables = order_free_tables(options, [spec.name for spec in block_linears(load_model(tiny_model_dir("llama")))])
+    model, directory = trained(tmp_path / "a", emulator_dir("llama"), **{**options, **tables})
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama")), directory)
     adapter = Adapter(directory)
     assert adapter.names
     for name in adapter.names:
         layer = plain.base_model.model.get_submodule(name)
+        assert layer.scaling == model.base_model.model.get_submodule(name).scaling
         module = adapter.module(name)
         assert module.scale == pytest.approx(layer.scaling["default"], rel=1e-12)
         assert torch.equal(module.lora_a, layer.lora_A["default"].weight)

@@ -94,6 +94,23 @@ def test_ranks_by_pattern_and_experts_left_out_are_kept(tiny_model_dir: Callable
 
 
 @pytest.mark.parametrize("table", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("pattern", [r"layers\.0\..*", r".*\.experts\..*", r"^model\.layers\.0\.mlp\.experts\.\d+\.down"])
+def test_a_pattern_by_layer_is_the_experts_too(
+    tiny_model_dir: Callable[..., Path], table: str, pattern: str, tmp_path: Path
+) -> None:
+    model_dir = tiny_model_dir("mixtral")
+    model = trained(model_dir, ["q_proj", "gate_up", "down"], **{table: {pattern: 2}})
+    wanted = logits(model)
+    directory = save(model, tmp_path / "adapter")
+    original = AutoModelForCausalLM.from_pretrained(model_dir)
+    assert_close(logits(PeftModel.from_pretrained(original, directory)), wanted)
+    assert torch.equal(logits(load_adapter(load_model(model_dir), directory).eval()), wanted)
+    adapter = Adapter(directory)
+    for name in adapter.names:
+        assert adapter.module(name).scale == model.base_model.model.get_submodule(name).scaling["default"]
+
+
+@pytest.mark.parametrize("table", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_for_shared_experts_is_not_the_experts(
     tiny_model_dir: Callable[..., Path], table: str, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tiny import make_config
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.architecture import block_linears, empty_model
-from emloc_ray.modeling.matching import check_table, lookup, matches, portable_targets, select, suffixes
+from emloc_ray.modeling.matching import check_table, lookup, matches, order_free, portable_targets, select, suffixes
 
 NAMES = [spec.name for spec in block_linears(empty_model(make_config("llama")))]
 
@@ -116,6 +117,19 @@ def test_lookup_is_peft_s(name: str, patterns: list[str]) -> None:
     table = {pattern: number for number, pattern in enumerate(patterns)}
     theirs = table.get(get_pattern_key(patterns, name), -1)
     assert lookup(name, table, -1) == theirs
+
+
+@given(keys)
+def test_an_order_free_table_says_the_same_in_any_order(patterns: list[str]) -> None:
+    table = {pattern: number for number, pattern in enumerate(patterns)}
+    free = order_free(table, NAMES, lambda name: f"^{re.escape(name)}")
+    turned = dict(reversed(free.items()))
+    for name in NAMES:
+        assert lookup(name, free, -1) == lookup(name, turned, -1) == lookup(name, table, -1)
+
+
+def test_a_table_without_overlaps_stays_as_it_was_written() -> None:
+    assert order_free({"q_proj": 2, "down_proj": 3}, NAMES, str) == {"q_proj": 2, "down_proj": 3}
 
 
 def test_a_table_s_key_that_names_nothing() -> None:

@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.architecture import empty_model
-from emloc_ray.planning.layout import Layout, make_layout
+from emloc_ray.modeling.matching import lookup
+from emloc_ray.planning.layout import Layout, adapter_settings, make_layout
 from emloc_ray.planning.skeleton import skeleton_of
 
 
@@ -31,6 +32,17 @@ def test_every_linear_is_compressed_and_adapted_by_default() -> None:
     assert found.ranks["model.layers.1.mlp.gate_proj"] == 21  # ⌊½ · 128 · 64 / 192⌋
     grouped = [sorted(spec.name.rsplit(".", 1)[-1] for spec in group) for group in found.groups]
     assert grouped == [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
+
+
+def test_what_overlapping_patterns_say_does_not_hang_on_their_order() -> None:
+    table = {"q_proj": 32.0, r"layers\.0\..*": 8.0}
+    config = parse_config({"run_dir": "x", "model": {"source": "y"}, "data": {"train": {"path": "z"}}})
+    adapter = config.adapter.model_copy(update={"alpha_pattern": table})
+    given = adapter_settings(adapter, layout(), make_config("llama"))["alpha_pattern"]
+    for turned in (given, dict(reversed(given.items()))):
+        assert lookup("model.layers.0.self_attn.q_proj", turned, 16) == 32
+        assert lookup("model.layers.0.self_attn.k_proj", turned, 16) == 8
+        assert lookup("model.layers.1.self_attn.k_proj", turned, 16) == 16
 
 
 def test_parameters_add_up() -> None:
