@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from emloc_ray.data.hash_order import row_hash
 from emloc_ray.data.reading import SourceFile, scan
-from emloc_ray.data.splits import SPLITS, RowSelection, assign_splits
+from emloc_ray.data.splits import MIXTURE_SEED, SPLITS, RowSelection, assign_splits
 
 seeds = st.integers(0, 2**40)
+HELD_OUT = ("eval", "selection", "validation")
 files = st.lists(st.integers(1, 60), min_size=1, max_size=5)
 
 
@@ -62,6 +63,19 @@ def test_sources_with_weights_keep_their_shares_and_no_row_comes_twice(
         first, rest = chosen.split(5, 3)
         assert members(first) | members(rest) == kept
         assert len(first) == 5
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_rows_held_out_of_a_mixture_have_its_shares(name: str) -> None:
+    """They are drawn by other hashes than the mixture: by its own they would all come from the larger source."""
+    files = [SourceFile(f"f{part}", "jsonl", size, part=part) for part, size in enumerate((100, 10_000))]
+    sizes: dict[str, Any] = {f"num_{split}_samples": 20 if split == name else 0 for split in HELD_OUT}
+    of_the_first = 0
+    for seed in range(5):
+        mixture = RowSelection.mixed(files, (1, 1), seed + MIXTURE_SEED)
+        held_out = assign_splits({"train": mixture}, seed=seed, num_calibration_samples=1, **sizes)[name]
+        of_the_first += sum(row < 100 for row in members(held_out))
+    assert 30 <= of_the_first <= 70  # of 100
 
 
 def test_validation_rows_are_kept_from_train_where_they_are_asked_for() -> None:
