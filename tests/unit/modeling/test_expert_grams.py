@@ -83,6 +83,28 @@ def test_reading_again_leaves_the_output_as_it_is() -> None:
     assert hooks.grams["model.layers.0.mlp.experts.1.down"].num_tokens == 18
 
 
+@torch.no_grad()
+def test_a_second_pass_that_ran_out_of_memory_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = unfuse(make_model("mixtral"))
+    ids, name = torch.randint(2, VOCABULARY, (2, 9)), "model.layers.0.mlp.experts.1.down"
+    hooks = GramHooks(model, [[name]], reread=True)
+    experts = model.model.layers[0].mlp.experts
+    compute = experts._compute
+
+    def once(*args: Any) -> Any:
+        if experts.rereading:
+            monkeypatch.undo()
+            raise MemoryError
+        return compute(*args)
+
+    monkeypatch.setattr(experts, "_compute", once)
+    with pytest.raises(MemoryError):
+        model(ids)
+    before = hooks.grams[name].num_tokens
+    model(ids)
+    assert hooks.grams[name].num_tokens - before == 18
+
+
 def test_tokens_that_a_model_picks_in_a_way_of_its_own_are_told_not_miscounted() -> None:
     model = make_model("llama")
     hooks = GramHooks(model, [["model.layers.0.mlp.up_proj"]])
