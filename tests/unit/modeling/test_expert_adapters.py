@@ -94,7 +94,9 @@ def test_ranks_by_pattern_and_experts_left_out_are_kept(tiny_model_dir: Callable
 
 
 @pytest.mark.parametrize("table", ["rank_pattern", "alpha_pattern"])
-@pytest.mark.parametrize("pattern", [r"layers\.0\..*", r".*\.experts\..*", r"^model\.layers\.0\.mlp\.experts\.\d+\.down"])
+@pytest.mark.parametrize(
+    "pattern", [r"layers\.0\..*", r".*\.experts\..*", r"^model\.layers\.0\.mlp\.experts\.\d+\.down"]
+)
 def test_a_pattern_by_layer_is_the_experts_too(
     tiny_model_dir: Callable[..., Path], table: str, pattern: str, tmp_path: Path
 ) -> None:
