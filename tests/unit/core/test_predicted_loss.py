@@ -66,6 +66,18 @@ def test_each_form_loses_about_what_is_expected(layer: tuple[torch.Tensor, White
         assert measured / within < loss < measured * within, (form, loss / measured)
 
 
+def test_a_massive_channel_does_not_make_the_others_count(layer: tuple[torch.Tensor, Whitening, Whitening]) -> None:
+    """Rounding damps by 1 % of the mean energy, here most of what all channels but one have."""
+    weight, _, outputs = layer
+    channels = torch.ones(IN)
+    channels[5] = 100.0
+    inputs = Whitening(skewed_sum(IN, 3.0, 1) * torch.outer(channels, channels), 1e-6)
+    forms = FORMS[1:4]
+    for form, loss in zip(forms, form_losses(weight, inputs, outputs, forms, GROUP).tolist(), strict=True):
+        measured = lost(weight, made(weight, inputs, outputs, form, False), inputs, outputs)
+        assert measured / 2.5 < loss < measured * 2.5, (form, loss / measured)
+
+
 def test_losses_grow_with_fewer_bits_and_ranks_and_dense_loses_nothing(
     layer: tuple[torch.Tensor, Whitening, Whitening],
 ) -> None:
