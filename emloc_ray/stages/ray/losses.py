@@ -4,6 +4,7 @@ import collections
 import contextlib
 import errno
 import functools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,6 +38,17 @@ _KERNEL_COUNTS = tuple(
 # Ray Data adds to what is raised in its tasks how often it tried, and how to have it try more often.
 _RAY_DATA_S_ADVICE = "\nFailed to apply UDF transform after "
 SILENT = "see its log in Ray's session, and look after its node"  # what to do where a worker gave nothing for too long
+# Memory refused in errors of no kind of their own: by torch's allocator on a CPU, by CUDA, and by its libraries.
+_REFUSED = re.compile(
+    r"DefaultCPUAllocator: can't allocate memory|(CUDA|HIP) error: out of memory|_STATUS_(\w+_)?ALLOC(ATION)?_FAILED"
+)
+# What torch adds to every error of CUDA, whatever it is: where to read on, and how to run it again.
+_CUDA_HELP = (
+    "Search for `",
+    "CUDA kernel errors might be",
+    "For debugging consider passing",
+    "Compile with `TORCH_USE",
+)
 _MEMORY = "set memory_budget to what it has, or lower its batch size or num_workers"
 
 
@@ -213,14 +225,15 @@ def explain(error: BaseException, stage: str) -> EmlocError:
 
 
 def last_line(error: BaseException) -> str:
-    """The last line that an error says, in which tracebacks end, without secrets; its kind where it says nothing."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    """The last line that an error says, in which tracebacks end, without CUDA's help and secrets; its kind where it says
+    nothing."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith(_CUDA_HELP)]
     return hide_secrets(lines[-1] if lines else type(error).__name__).strip()[:300]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Killed by Ray's memory monitor, refused by the operating system, or by torch's allocator, which on a CPU raises no
-    kind of its own."""
+    """Killed by Ray's memory monitor, refused by the operating system, by torch's allocators, or by CUDA and its
+    libraries."""
     kinds = (ray.exceptions.OutOfMemoryError, MemoryError, torch.OutOfMemoryError)
-    refused = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    refused = isinstance(error, RuntimeError) and _REFUSED.search(str(error)) is not None
     return refused or isinstance(error, kinds) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)

@@ -26,6 +26,14 @@ from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.ray import losses as failures
 from emloc_ray.stages.ray.losses import Losses, explain, own_error
 
+# What torch adds to the first line of every error of CUDA.
+CUDA_HELP = (
+    "Search for `cudaErrorX' in https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more"
+    " information.\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below"
+    " might be incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to"
+    " enable device-side assertions.\n"
+)
+
 
 def as_ray_raises(error: Exception) -> BaseException:
     return RayTaskError("task", "Traceback …", error, pid=1, ip="127.0.0.1").as_instanceof_cause()
@@ -62,12 +70,25 @@ def test_anything_else_names_the_stage_and_the_last_line() -> None:
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried …"),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
         torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError(f"CUDA error: out of memory\n{CUDA_HELP}"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     ],
 )
 def test_memory_that_ran_out_is_said_whoever_ran_out_of_it(error: Exception) -> None:
     in_training = WorkerGroupError("two workers failed", {1: UserExceptionWithTraceback(error, "Traceback …")})
     for raised in (as_ray_raises(error), in_training):
         assert str(explain(raised, "finetune")).startswith("finetune: a worker ran out of memory: set memory_budget")
+
+
+def test_of_an_error_on_a_gpu_the_line_is_said_that_names_it() -> None:
+    raised = RuntimeError(f"CUDA error: device-side assert triggered\n{CUDA_HELP}")
+    on_a_worker = RayTaskError("task", f"Traceback …\ntorch.AcceleratorError: {raised}", raised, pid=1, ip="127.0.0.1")
+    for error in (raised, on_a_worker.as_instanceof_cause()):
+        assert str(explain(error, "evaluate")).endswith(": CUDA error: device-side assert triggered")
+    assert str(explain(RuntimeError(CUDA_HELP), "evaluate")) == "evaluate: RuntimeError: RuntimeError"
 
 
 def test_a_full_disk_is_said_with_its_place() -> None:
