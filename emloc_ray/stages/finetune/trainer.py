@@ -84,6 +84,14 @@ class EmulatorTrainer(Trainer):
             return on_device(data, self.args.device)
         return super()._prepare_input(data)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Loads the adapter onto the model's device; the Trainer's leaves it to PEFT, which loads it onto the first GPU on
+        every rank."""
+        adapted: Any = self.model if model is None else model
+        adapted.load_adapter(
+            resume_from_checkpoint, adapted.active_adapter, is_trainable=True, torch_device=str(adapted.device)
+        )
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's; with ``loraplus_lr_ratio`` PEFT's LoRA+ of it (https://arxiv.org/abs/2402.12354)."""
         if self.optimizer is None and self.job.loraplus_lr_ratio is not None:

@@ -133,6 +133,15 @@ def test_an_emulator_refuses_the_merge(emulator_dir: Callable[[str], Path]) -> N
 # Saving and loading.
 
 
+def test_it_is_loaded_onto_its_model_s_device(
+    tmp_path: Path, emulator_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, directory = trained(tmp_path / "a", emulator_dir("llama"))
+    # PEFT's own choice is the first of a machine's GPUs, whichever one a rank has.
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: pytest.fail("PEFT chose a device"))
+    assert load_adapter(load_model(emulator_dir("llama")), directory).device.type == "cpu"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_names_are_the_original_s(
     tmp_path: Path, emulator_dir: Callable[[str], Path], tiny_model_dir: Callable[..., Path], family: str

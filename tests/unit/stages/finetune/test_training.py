@@ -89,7 +89,10 @@ def test_a_training_beside_one_that_is_scored_is_not(job: FinetuneJob, artifacts
 @pytest.mark.parametrize(
     "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.deep) for case in CASES]
 )
-def test_it_goes_on_from_its_checkpoint(case: str, job: FinetuneJob, artifacts: Artifacts, tmp_path: Path) -> None:
+def test_it_goes_on_from_its_checkpoint(
+    case: str, job: FinetuneJob, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: pytest.fail("PEFT chose a device"))
     options = settings(case, "llama", [spec.name for spec in artifacts.specs])
     if case != "prefix":  # which the config refuses
         job = replace(job, training_arguments={**job.training_arguments, "gradient_checkpointing": True})
