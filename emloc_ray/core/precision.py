@@ -33,6 +33,14 @@ def exact_float32() -> Iterator[None]:
                 matmul.fp32_precision = precision
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """While it lasts products on a device are of the dtypes that their tensors have, and no weight is kept as autocast casts
+    it: older versions of torch give one that was cast without gradients to passes that want them."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 # Of NVIDIA's compute capabilities those with float64 at half float32's speed; others have a 32nd or a 64th of it.
 _FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 

@@ -21,6 +21,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from emloc_ray.core.precision import without_autocast
 from emloc_ray.core.products import paired_columns, row_norms
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.integer_linear import IntegerLinear
@@ -150,10 +151,11 @@ class FactorizedDora(DoraLinearLayer):
         """``‖W_E + s B A‖`` of every row ``(out,)`` in float32, by what the base gives alone, however its factors are stored:
         ``W_E Aᵀ`` at every step, and once, as they are frozen, ``W_E`` a few columns at a time."""
         a, b = lora_a.float(), lora_b.float()
-        squares = self.__dict__.get("_squares")
-        if squares is None or squares.device != a.device:
-            squares = self.__dict__["_squares"] = _squared_rows(base_layer, a.device)
-        return row_norms(squares, _without_bias(base_layer, a).float().T, a, b, scaling)
+        with without_autocast(a.device):
+            squares = self.__dict__.get("_squares")
+            if squares is None or squares.device != a.device:
+                squares = self.__dict__["_squares"] = _squared_rows(base_layer, a.device)
+            return row_norms(squares, _without_bias(base_layer, a).float().T, a, b, scaling)
 
 
 def _squared_rows(base_layer: Any, device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
 from emloc_ray.core.distillation import divergence, top_log_probs
+from emloc_ray.core.precision import without_autocast
 from emloc_ray.errors import ArtifactError
 from emloc_ray.modeling.inputs import ModelCall, model_call, on_device
 from emloc_ray.modeling.packing import packs_known
@@ -231,7 +232,7 @@ def _gives_its_head_output(model: Any) -> bool:
         given: list[Tensor] = []
         handle = head.register_forward_hook(lambda module, args, output: given.append(output))
         try:
-            with torch.random.fork_rng(), torch.no_grad():
+            with torch.random.fork_rng(), torch.no_grad(), without_autocast(model.device):
                 token = torch.zeros(1, 2, dtype=torch.long)
                 row = {
                     "input_ids": token,

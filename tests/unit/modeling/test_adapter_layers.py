@@ -28,6 +28,7 @@ from adapter_cases import (
 from dense_weights import dense_weight
 from peft import PeftModel, get_peft_model
 from tiny import make_model, save_emulator, save_quantized_emulator
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.data.formats import Tokens
@@ -163,6 +164,22 @@ def test_dora_s_lengths_know_nothing_of_a_bias(kind: type[FactorizedLinear]) -> 
     expected = (dense_weight(layer).float() + 2 * lora_b @ lora_a).norm(dim=1)
     torch.testing.assert_close(adapted.norms(layer, lora_a, lora_b, 2.0), expected, rtol=2e-2, atol=0)
     assert bool((layer(torch.zeros(1, 24, dtype=torch.bfloat16)) == 100).all())  # it is back
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_s_lengths_are_the_same_in_mixed_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = FactorizedLinear(24, 40, 8, bias=False).to(dtype)
+    lora_a, lora_b = nn.Linear(24, 4, bias=False), nn.Linear(4, 40, bias=False)
+    expected = FactorizedDora(fan_in_fan_out=False).norms(layer, lora_a.weight, lora_b.weight, 2.0)
+    mixed = FactorizedDora(fan_in_fan_out=False)
+    mixed.weight = nn.Parameter(torch.ones(40))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mixed.norms(layer, lora_a.weight, lora_b.weight, 2.0), expected)
+        added = mixed(torch.randn(3, 24), lora_A=lora_a, lora_B=lora_b, scaling=2.0, base_layer=layer)
+    added.square().sum().backward()
+    # Autocast may keep what it makes of A and B where no gradient is wanted, for where one is.
+    assert all(weight.grad is not None and bool(weight.grad.any()) for weight in (lora_a.weight, lora_b.weight))
 
 
 @pytest.mark.parametrize(("case", "family"), parameters(FITTING))

@@ -111,6 +111,16 @@ def in_mixed_precision(model: Any) -> Any:
     return made
 
 
+def test_the_head_is_tried_without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Which may keep what it makes of weights there, where no gradient is wanted, for the pass that wants them.
+    monkeypatch.setattr(loss, "CHUNK_SHARE", 21)
+    model, mixed = make_model("llama"), []
+    model.lm_head.register_forward_hook(lambda *_: mixed.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        token_loss(model, batch_of(13, 5), "all")
+    assert mixed == [False, True]
+
+
 @pytest.mark.parametrize("around", [lambda model: model, in_mixed_precision], ids=["bare", "mixed precision"])
 def test_no_more_logits_than_a_chunk_are_made(monkeypatch: pytest.MonkeyPatch, around: Callable[[Any], Any]) -> None:
     monkeypatch.setattr(loss, "CHUNK_SHARE", 21)  # three tokens
