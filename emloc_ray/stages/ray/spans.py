@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,6 @@ def timed(function: Callable[..., Any], goes_on: bool = False) -> Callable[..., 
             _leave_imports_alone()
         _give_back_memory()
         _forget_peak()
-        _let_segments_grow()
         if cuda := _cuda():
             cuda.reset_peak_memory_stats()
         begun_at = time.time()
@@ -97,14 +95,6 @@ def _cuda() -> Any:
     """torch.cuda where this process uses a GPU; asking must not begin to."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
-
-
-def _let_segments_grow() -> None:
-    """Has torch's CUDA allocator grow its segments, which keeps batches of many lengths from splitting a GPU's memory; it
-    reads the variable at its first allocation, and what the node sets itself stays."""
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        renamed = tuple(map(int, version("torch").split(".")[:2])) >= (2, 9)
-        os.environ["PYTORCH_ALLOC_CONF" if renamed else "PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _leave_imports_alone() -> None:

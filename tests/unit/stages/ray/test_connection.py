@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 from ray.exceptions import AuthenticationError
+from torch.torch_version import TorchVersion
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.stages.ray import nodes, session
 from emloc_ray.stages.ray.session import connection
+
+NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 @pytest.mark.parametrize("kind", [AuthenticationError, ConnectionError, Exception])
@@ -44,6 +47,42 @@ def test_a_ray_that_somebody_else_started_here_is_not_joined_unasked(
     with connection(given) as started:
         assert started == (address == "local")
     assert asked == [address]
+
+
+def variables_of_workers(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, str]:
+    """What ``ray.init`` is asked to set for every worker."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(session.ray, "init", lambda address, **settings: asked.append(settings))
+    monkeypatch.setattr(session, "tell_workers", lambda: None)
+    monkeypatch.setattr(session.ray, "shutdown", lambda: None)
+    with connection(**options):
+        pass
+    return asked[0]["runtime_env"]["env_vars"]
+
+
+@pytest.mark.parametrize(
+    ("version", "name"), [("2.6.0", NAMES[0]), ("2.9.1", NAMES[0]), ("2.10.0+cu128", NAMES[1]), ("3.0.0", NAMES[1])]
+)
+def test_workers_allocators_grow_their_segments(version: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Set as they start: Ray Train uses a worker's GPU before it runs anything of ours. torch 2.9 does not heed the new name.
+    for each in NAMES:
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setattr(session.torch, "__version__", TorchVersion(version))
+    variables = variables_of_workers(monkeypatch, runtime_env={"env_vars": {"DEBUG": "on"}})
+    assert {each: variables.get(each) for each in NAMES} == {**dict.fromkeys(NAMES), name: "expandable_segments:True"}
+    assert variables["DEBUG"] == "on"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_user_asks_of_the_allocator_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in NAMES:
+        monkeypatch.delenv(each, raising=False)
+    own = {name: "max_split_size_mb:64"}
+    variables = variables_of_workers(monkeypatch, runtime_env={"env_vars": own})
+    assert {key: value for key, value in variables.items() if key in NAMES} == own
+    monkeypatch.setenv(name, own[name])  # here, as a Ray that is started here and a job's driver have it
+    assert not variables_of_workers(monkeypatch).keys() & set(NAMES)
 
 
 @pytest.mark.parametrize(
