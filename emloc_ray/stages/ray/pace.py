@@ -2,10 +2,12 @@
 
 import contextlib
 import faulthandler
+import math
 import os
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +18,8 @@ from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.turns import Still
 from emloc_ray.text import duration
 
-_LOOK_S = 1.0
+_LOOK_S = 1.0  # between two looks for what takes too long, and for what such a task gave meanwhile
+_LAST_PIECES = 1000  # whose seconds are kept: a stage has hundreds of thousands, and each look sorts them
 _LAST_S = 60.0  # for a last word
 # A piece is ended where it takes so many times the median of a few, and not before so many seconds, in which
 # a slot's sums, which it writes now and then within a unit, reach a slow disk.
@@ -66,7 +69,7 @@ class WholePace:
     def __init__(self, planned_s: float = 0.0) -> None:
         """``planned_s``: as for :class:`Pace`."""
         self._planned_s, self._still = planned_s, Still(0)
-        self._took: list[float] = []
+        self._took: deque[float] = deque(maxlen=_LAST_PIECES)
 
     def check(self, done: int) -> None:
         """Notes how many pieces are done. Raises Overdue where no further one was done for longer than :func:`bound` allows."""
@@ -85,7 +88,8 @@ class Pace:
         """``planned_s``: the seconds that all of it was planned to take; 0 where that is not known."""
         self._planned_s = planned_s
         self._since: dict[Any, float] = {}
-        self._took: list[float] = []
+        self._looked = -math.inf
+        self._took: deque[float] = deque(maxlen=_LAST_PIECES)
 
     def gave(self, task: Any) -> None:
         """Notes that a task has given what it was at, or, the first time, that it has begun."""
@@ -103,12 +107,15 @@ class Pace:
         GPU, or a file system, may hang for ever.
 
         Not one that has begun nothing yet, which waits for a worker; nor what waits to be taken: this process itself may have
-        been stopped for that long.
+        been stopped for that long. Looks at most once a second, however often it is called.
         """
+        now = time.monotonic()
+        if now - self._looked < _LOOK_S:
+            return []
+        self._looked = now
         known = bound(self._took, self._planned_s)
         if known is None:
             return []
-        now = time.monotonic()
         late = [task for task, since in self._since.items() if now - since > known[0]]
         ended = []
         for task in late:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import pytest
 
-from emloc_ray.stages.ray import pace
+from emloc_ray.stages.ray import pace, tasks
+from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.pace import Overdue, WholePace
+from emloc_ray.stages.ray.spans import Timed
+from emloc_ray.stages.ray.tasks import Flight, Next, Piece
 
 Wait = Callable[[WholePace, float, int], None]
 
@@ -47,3 +51,42 @@ def test_a_process_that_was_stopped_itself_goes_on(wait: Wait, monkeypatch: pyte
     whole = WholePace(planned_s=60.0)
     monkeypatch.setattr(pace.time, "monotonic", lambda: 10**6)
     whole.check(0)
+
+
+@pytest.fixture
+def handed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pieces' seconds each look is handed."""
+    counts: list[int] = []
+    monkeypatch.setattr(pace, "bound", lambda took, planned_s: counts.append(len(took)))
+    return counts
+
+
+def test_a_look_at_many_tasks_sorts_few_times_and_comes_once_a_second(
+    handed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tasks.ray, "wait", lambda flying, **_: (flying, []))
+    monkeypatch.setattr(tasks.ray, "get", lambda given: given)
+    units = 10**5
+    done = Timed(1, "process 1 on here", 0.0, 0.001, 0)
+    given = iter([None, *[done] * units])
+
+    class Slot(Piece):
+        def take(self, given: Timed, losses: Losses) -> Next:
+            now[0] += 0.001
+            return "more" if operator.length_hint(self.submit()) else "over"
+
+    flight = Flight(1, Losses("calibrate"))
+    flight.add(Slot("slot 0", lambda: given))
+    while flight.pump():
+        pass
+    assert units / 1000 <= len(handed) <= units / 1000 + 2
+    assert max(handed) <= 1000
+
+
+def test_a_look_at_many_tasks_as_one_sorts_few_times(handed: list[int], wait: Wait) -> None:
+    whole = WholePace()
+    for done in range(3000):
+        wait(whole, 1, done)
+    assert max(handed) <= 1000
