@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
 from emloc_ray.errors import ArtifactError
-from emloc_ray.io.store.node_cache import ensure, exists, open_newest, open_version
+from emloc_ray.io.store.node_cache import ensure, exists, open_newest, open_version, replaced
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -38,8 +39,8 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor's bytes are: ``[start, stop)`` in ``file``, whose content is ``version`` (None in a file system), or in
-    ``content``, the file's bytes where they are in memory."""
+    """Where a tensor's bytes are: ``[start, stop)`` in ``file``, whose content is ``version`` (None in a file system); in
+    ``content``, the file's bytes, where they are in memory; in ``stream`` where the file is open."""
 
     name: str
     file: Path
@@ -49,6 +50,7 @@ class TensorEntry:
     stop: int
     version: str | None = None
     content: np.ndarray[Any, np.dtype[np.uint8]] | None = field(default=None, repr=False, compare=False)
+    stream: IO[bytes] | None = field(default=None, repr=False, compare=False)
 
     @property
     def num_bytes(self) -> int:
@@ -80,9 +82,14 @@ class TensorEntry:
             return torch.empty(0, dtype=torch.uint8)
         if self.content is not None:
             return torch.from_numpy(self.content[start:stop].copy())
-        with open_version(self.file, self.version) as stream:
-            buffer = np.fromfile(stream, dtype=np.uint8, count=stop - start, offset=start)
-        if buffer.size != stop - start:
+        buffer = np.empty(stop - start, dtype=np.uint8)
+        with contextlib.nullcontext(self.stream) if self.stream else open_version(self.file, self.version) as stream:
+            stream.seek(start)
+            try:
+                count = stream.readinto(buffer.data)  # type: ignore[attr-defined]
+            except FileNotFoundError as error:  # of a store, whose files are read by ranges
+                raise ArtifactError(replaced(self.file)) from error
+        if count != buffer.size:
             raise ArtifactError(f"{self.file} is cut short in tensor {self.name}: copy the file again.")
         return torch.from_numpy(buffer)
 
@@ -99,20 +106,39 @@ class Shard:
 def read_shard(file: Path) -> Shard:
     """Reads one safetensors header (https://github.com/huggingface/safetensors#format). Raises ArtifactError where the file is
     missing, no safetensors file, or shorter than its header says."""
-    try:
-        with open_newest(file) as (stream, size, version):
+    with _open(file) as (_, shard):
+        return shard
+
+
+@contextlib.contextmanager
+def open_shard(file: Path) -> Iterator[Shard]:
+    """As :func:`read_shard`; tensors are read from the one open file while the block runs, and by ranges from the store where
+    this node has no copy."""
+    with _open(file) as (stream, shard):
+        yield replace(shard, entries=tuple(replace(entry, stream=stream) for entry in shard.entries))
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[tuple[IO[bytes], Shard]]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stream, size, version = stack.enter_context(open_newest(file))
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
                 raise ArtifactError(f"{file} is cut short or no safetensors file: copy it again.")
             header = stream.read(length)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ArtifactError(
-            f"{file} is missing, though the checkpoint's index names it: copy the checkpoint again."
-        ) from error
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise ArtifactError(
+                f"{file} is missing, though the checkpoint's index names it: copy the checkpoint again."
+            ) from error
+        yield stream, _shard(file, header, size, version)
+
+
+def _shard(file: Path, header: bytes, size: int, version: str | None) -> Shard:
     try:
         described: dict[str, Any] = json.loads(header)
         described.pop("__metadata__", None)
-        read = [_entry(file, name, item, 8 + length, version) for name, item in described.items()]
+        read = [_entry(file, name, item, 8 + len(header), version) for name, item in described.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{file} has no readable safetensors header: copy it again.") from error
     entries = sorted(read, key=lambda entry: entry.start)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emloc_ray.core.gram import Gram, packed_triangle, unpack_triangle
 from emloc_ray.errors import ArtifactError
-from emloc_ray.io.formats.checkpoint import TensorEntry, check_inside, read_shard
+from emloc_ray.io.formats.checkpoint import Shard, TensorEntry, check_inside, open_shard, read_shard
 from emloc_ray.io.formats.shards import make_header, row_chunks, stream_shard, write_tensors
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.io.store.node_cache import ensure
@@ -97,8 +97,17 @@ def _write_packed(
 
 def gram_counts(path: Path) -> dict[str, int]:
     """The token counts of the Grams that :func:`write_gram_shard` wrote."""
-    counts: dict[str, int] = json.loads(json.loads(read_shard(path).header)["__metadata__"]["num_tokens"])
+    return _counts(read_shard(path))
+
+
+def _counts(shard: Shard) -> dict[str, int]:
+    counts: dict[str, int] = json.loads(_metadata(shard)["num_tokens"])
     return counts
+
+
+def _metadata(shard: Shard) -> dict[str, str]:
+    metadata: dict[str, str] = json.loads(shard.header)["__metadata__"]
+    return metadata
 
 
 def write_gram_index(
@@ -124,28 +133,35 @@ def write_slot(path: Path, grams: dict[str, Gram], last_shard: int) -> None:
 
 def add_slot(path: Path, grams: Mapping[str, Gram]) -> int:
     """Adds a slot's committed sums to those of ``grams`` in place, some rows at a time; returns the last shard they hold."""
-    shard = read_shard(path)
-    counts = gram_counts(path)
+    with open_shard(path) as shard:
+        return _add(shard, grams)
+
+
+def _add(shard: Shard, grams: Mapping[str, Gram]) -> int:
+    counts = _counts(shard)
     for entry in shard.entries:
         if entry.name in grams:
             gram = grams[entry.name]
             for begin, rows in row_chunks(entry, _CHUNK_BYTES):
                 gram.matrix[begin : begin + len(rows)] += rows.to(gram.matrix.device)
             gram.num_tokens += counts[entry.name]
-    return last_shard(path)
+    return int(_metadata(shard)["last_shard"])
 
 
 def last_shard(path: Path) -> int:
     """The last shard that a slot's committed sums hold."""
-    return int(json.loads(read_shard(path).header)["__metadata__"]["last_shard"])
+    return int(_metadata(read_shard(path))["last_shard"])
 
 
 def reduce_slots(slots: Sequence[Path], names: Sequence[str]) -> dict[str, Gram]:
     """The sums over all slots of the Grams named, in slot order, so that the rounding is always the same."""
-    orders = {entry.name: entry.shape[0] for entry in read_shard(slots[0]).entries}
-    total = {name: Gram.zero(orders[name]) for name in names}
+    total: dict[str, Gram] = {}
     for path in slots:
-        add_slot(path, total)
+        with open_shard(path) as shard:
+            if not total:
+                orders = {entry.name: entry.shape[0] for entry in shard.entries}
+                total = {name: Gram.zero(orders[name]) for name in names}
+            _add(shard, total)
     for gram in total.values():
         gram.matrix.tril_()
     return total

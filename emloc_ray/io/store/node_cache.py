@@ -196,8 +196,13 @@ def open_version(path: Path, version: str | None) -> IO[bytes]:
         ensure(path)
         copy = open_copy(here.note, path, version)
     if copy is None:
-        raise ArtifactError(f"{path} was removed or written anew while it was read: run the same command again.")
+        raise ArtifactError(replaced(path))
     return copy
+
+
+def replaced(path: Path) -> str:
+    """What is said of a file whose version that was read is no longer there."""
+    return f"{path} was removed or written anew while it was read: run the same command again."
 
 
 def exists(path: Path) -> bool:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from faulting.s3 import uri
 from slot_files import read_slot
 
 from emloc_ray.core.gram import Gram
 from emloc_ray.errors import ArtifactError
+from emloc_ray.io.formats.checkpoint import open_shard
 from emloc_ray.io.formats.grams import (
     INDEX,
     GramStore,
@@ -19,6 +21,9 @@ from emloc_ray.io.formats.grams import (
     write_gram_shard,
     write_slot,
 )
+from emloc_ray.io.store.node_cache import discard, mirror
+from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.io.store.objects import Objects
 
 
 def gram(seed: int, in_features: int = 6, tokens: int = 10) -> tuple[Gram, torch.Tensor]:
@@ -80,6 +85,40 @@ def test_reduced_slots_equal_one_pass_over_all_tokens(tmp_path: Path, in_feature
     x = torch.cat([x for _, x in made]).double()
     torch.testing.assert_close(total.symmetric().double(), x.T @ x, rtol=1e-5, atol=1e-4)
     assert total.num_tokens == len(x)
+
+
+def test_a_node_without_the_slots_reads_of_each_what_it_sums(
+    s3_port: int, node_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = mirror(uri(s3_port, "grams/slots"))
+    slots = [root / "slots" / f"slot-{number}.safetensors" for number in range(2)]
+    for number, path in enumerate(slots):
+        write_slot(path, {name: gram(seed + number)[0] for seed, name in enumerate("abc")}, number)
+    read: list[int] = []
+    read_range = Objects.read_range
+
+    def counted(self: Objects, path: str, offset: int, count: int) -> bytes:
+        read.append(count)
+        return read_range(self, path, offset, count)
+
+    monkeypatch.setattr(Objects, "read_range", counted)
+    monkeypatch.setattr(ObjectStore, "download", lambda *_: pytest.fail("fetched a whole slot"))
+    elsewhere = [tmp_path / "other" / root.name / path.relative_to(root) for path in slots]
+    [total] = reduce_slots(elsewhere, ["b"]).values()
+    assert torch.equal(total.matrix, (gram(1)[0].matrix + gram(2)[0].matrix).tril())
+    assert total.num_tokens == 20
+    length, header, matrix = read[:3]
+    assert (length, matrix) == (8, 6 * 6 * 4)
+    assert read == [length, header, matrix] * 2
+
+
+def test_a_slot_that_goes_while_it_is_read_is_told(s3_port: int, node_cache: Path, tmp_path: Path) -> None:
+    path = mirror(uri(s3_port, "grams/gone")) / "slot" / "slot.safetensors"
+    write_slot(path, {"a": gram(0)[0]}, 0)
+    with open_shard(tmp_path / "other" / path.parts[-3] / "slot" / path.name) as shard:
+        discard(path)
+        with pytest.raises(ArtifactError, match="removed or written anew while it was read"):
+            shard.entries[0].read_rows()
 
 
 def test_store_round_trip_and_groups(tmp_path: Path) -> None:
