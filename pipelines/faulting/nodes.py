@@ -44,14 +44,15 @@ _TRAINING_WORKER = "RayTrainWorker"
 class Nodes:
     """A head, on which drivers run, and two more nodes, each with a loopback address of its own."""
 
-    def __init__(self, cpus: int = 2, count: int = 2) -> None:
+    def __init__(self, cpus: int = 2, count: int = 2, head_cpus: int = 1) -> None:
         self._before = {name: os.environ.get(name) for name in _ENVIRONMENT}
         os.environ.update(_ENVIRONMENT)
-        self._cpus, self._count, self._next_address = cpus, count, 2
+        self._cpus, self._count, self._head_cpus, self._next_address = cpus, count, head_cpus, 2
         self._start()
 
     def _start(self) -> None:
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        head = {"num_cpus": self._head_cpus, "include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(self._count):
             self.add()
 
@@ -82,7 +83,7 @@ class Nodes:
         that does not train, the stage's own rather than one that Ray Data keeps for itself.
         """
         actors = self._actors()
-        named = {p: actors.get(p.pid, name) for node in self._all() for p, name in workers(node)}
+        named = {p: actors.get(p.pid, name) for node in self.all() for p, name in workers(node)}
         tasks = {p: name for p, name in named.items() if p.pid not in actors or name == _TRAINING_WORKER}
         others = {p: name for p, name in named.items() if p.pid in actors and name != _TRAINING_WORKER}
         own = [p for p, name in others.items() if not name.startswith("_")]
@@ -135,7 +136,8 @@ class Nodes:
         kill([gcs])
         return name
 
-    def _all(self) -> Sequence[Any]:
+    def all(self) -> Sequence[Any]:
+        """The head and the other nodes."""
         return [self.cluster.head_node, *self.cluster.worker_nodes]
 
     def _actors(self) -> dict[int, str]:

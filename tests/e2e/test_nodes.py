@@ -13,12 +13,13 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 from faulting.nodes import Nodes, kill, workers
 from plain_runs import train
 from plain_stages import merge
 from safetensors.torch import load_file
-from small_runs import GROUP, make_values
+from small_runs import GROUP, make_values, run_values
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.io.formats.yaml_text import write_yaml
@@ -29,6 +30,7 @@ from emloc_ray.stages.correct.correct import correct_adapter
 from emloc_ray.stages.correct.stage import correction_job
 from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.merge.stage import merge_job
+from emloc_ray.stages.ray.spans import Span, listening
 
 pytestmark = pytest.mark.deep
 
@@ -113,6 +115,30 @@ def node_of_a_slot(nodes: Nodes, driver: subprocess.Popen[bytes], log: Path) -> 
             if any("slot" in name for _, name in workers(node)):
                 return node
         time.sleep(0.05)
+
+
+def test_slots_are_summed_where_they_are_and_not_where_the_driver_is(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
+) -> None:
+    values = make_values(tmp_path / "run", tiny_model_dir("llama"), task_file, model={"hold": "block_by_block"})
+    with Nodes(cpus=1, head_cpus=0) as nodes:
+        values["ray"] = {"address": nodes.cluster.address}
+        addresses: dict[str, str] = {}
+
+        def hear(span: Span) -> None:
+            if span.unit.startswith("the sum of block"):
+                pid = int(span.worker.split()[1])
+                [node] = [n for n in nodes.all() if pid in {process.pid for process, _ in workers(n)}]
+                addresses[span.unit] = node.node_ip_address
+
+        try:
+            with listening(hear):
+                run_values(values, until="calibrate")
+        finally:
+            ray.shutdown()
+        slots = {node.node_ip_address for node in nodes.cluster.worker_nodes}
+    assert len(addresses) == 2
+    assert {*addresses.values()} <= slots
 
 
 def test_a_node_that_does_not_see_the_run_ends_it_at_once(

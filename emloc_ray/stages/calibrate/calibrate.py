@@ -16,7 +16,7 @@ from emloc_ray.io.formats.grams import (
     write_gram_index,
     write_gram_shard,
 )
-from emloc_ray.io.store.node_cache import discard, exists, local_only, sizes
+from emloc_ray.io.store.node_cache import discard, exists, is_stored, local_only, sizes
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.block_flow import block_flow
 from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob
@@ -24,7 +24,7 @@ from emloc_ray.stages.calibrate.resident_slot import ResidentSlot, smaller_batch
 from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file, last_node, part_file
 from emloc_ray.stages.calibrate.thin_experts import Gathered, clear_thin, describe, gather_thin
 from emloc_ray.stages.ray.losses import Losses, Tell, causes, is_out_of_memory, unheard
-from emloc_ray.stages.ray.slots import run_slots, start_slot
+from emloc_ray.stages.ray.slots import begun_on, run_slots, start_slot
 from emloc_ray.stages.ray.tasks import LOOK_S, Flight, Piece, Progress, Resources, run_tasks, set_threads, silent
 
 _GRAMS_PER_FILE = 4
@@ -157,22 +157,25 @@ def _stream(
     names = [[group[0] for group in job.groups_of(block)] for block in order]
     num_blocks = 1 + max(position for position, inside in enumerate(names) if inside)
     files = [grams_file(out_dir, block, num_blocks) for block in range(num_blocks)]
-    reduce = Resources(cpus_per_worker=0).task(_reduce_block)  # the slots may hold every CPU
+    reduce = Resources(cpus_per_worker=0).task(_reduce_block)  # the slots may hold every CPU of their nodes
     passed = dict.fromkeys(range(num_slots), -1)
 
     def start(slot: int) -> Any:
         arguments = job, out_dir, slot, num_slots, num_blocks, resources.threads
-        node = last_node(out_dir, slot, num_slots)
+        node = last_node(out_dir, slot, num_slots) if is_stored(out_dir) else None  # else all see its hidden states
         return start_slot(resources, f"calibrate: slot {slot}", range(num_blocks), StreamedSlot, *arguments, node=node)
+
+    def start_sum(block: int) -> Any:
+        parts = [part_file(out_dir, slot, num_slots, block) for slot in range(num_slots)]
+        node = last_node(out_dir, block % num_slots, num_slots)  # in turn: Ray would take the driver's for each
+        task = reduce.options(name=f"calibrate: {files[block].name}", **begun_on(node))
+        return task.remote(parts, names[block], files[block])
 
     def done(slot: int, position: int) -> None:
         if num_slots == 1:
             return
         for block in range(min(passed.values()) + 1, min((passed | {slot: position}).values()) + 1):
-            parts = [part_file(out_dir, s, num_slots, block) for s in range(num_slots)]
-            task = reduce.options(name=f"calibrate: {files[block].name}")
-            submit = functools.partial(task.remote, parts, names[block], files[block])
-            flight.add(Piece(f"the sum of block {block}", submit))
+            flight.add(Piece(f"the sum of block {block}", functools.partial(start_sum, block)))
         passed[slot] = position
         flight.pump()
 

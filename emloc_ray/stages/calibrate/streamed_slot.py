@@ -11,7 +11,7 @@ from emloc_ray.data.ahead import made_batches
 from emloc_ray.data.token_shards import TokenShards, length_batches
 from emloc_ray.io.formats.grams import write_gram_shard, write_slot
 from emloc_ray.io.store.atomic import write_text
-from emloc_ray.io.store.node_cache import ensure, exists, is_stored, local_only
+from emloc_ray.io.store.node_cache import ensure, exists, local_only
 from emloc_ray.modeling.block_outputs import BlockOutput, read_outputs, write_outputs
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.inputs import model_call
@@ -31,10 +31,9 @@ def part_file(out_dir: Path, slot: int, num_slots: int, position: int) -> Path:
 
 
 def last_node(out_dir: Path, slot: int, num_slots: int) -> str | None:
-    """The node, by Ray's id, whose disk has a slot's hidden states; None where all nodes see them, or there are none."""
+    """The node, by Ray's id, that a slot was begun on last; None where it never was. Of a run on an object store, its disk has
+    the slot's hidden states."""
     path = _node_file(out_dir, slot, num_slots)
-    if not is_stored(out_dir):
-        return None
     ensure(path)
     return path.read_text() if path.is_file() else None
 
@@ -65,7 +64,7 @@ class StreamedSlot:
         self.shards = TokenShards(job.tokens_dir)
         self.numbers = job.shards_of(slot, num_slots)
         self.replay = BlockReplay(job.model_dir, **dict(job.model_options))
-        if is_stored(out_dir) and ray.is_initialized():
+        if ray.is_initialized():
             write_text(_node_file(out_dir, slot, num_slots), ray.get_runtime_context().get_node_id())
         for other in _hidden(out_dir).glob("*") if job.inputs else ():
             if other.name != job.inputs:

@@ -37,8 +37,12 @@ def start_slot(
         "num_returns": "streaming",
         "_generator_backpressure_num_objects": 1,
     }
-    where = {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
-    return remote_task(work_off, **options).options(name=name, **where).remote(list(units), make, *arguments)
+    return remote_task(work_off, **options).options(name=name, **begun_on(node)).remote(list(units), make, *arguments)
+
+
+def begun_on(node: str | None) -> dict[str, Any]:
+    """The options of a Ray task that begins on a node, by Ray's id, and on any other where that node is gone; none for None."""
+    return {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
 
 
 def work_off(units: Sequence[int], make: Callable[..., Any], *arguments: Any) -> Iterator[Timed]:
