@@ -174,9 +174,10 @@ def _stream(
     def done(slot: int, position: int) -> None:
         if num_slots == 1:
             return
-        for block in range(min(passed.values()) + 1, min((passed | {slot: position}).values()) + 1):
+        before = min(passed.values())
+        passed[slot] = max(passed[slot], position)
+        for block in range(before + 1, min(passed.values()) + 1):
             flight.add(Piece(f"the sum of block {block}", functools.partial(start_sum, block)))
-        passed[slot] = position
         flight.pump()
 
     work, planned_s = [range(num_blocks)] * num_slots, resources.planned_s

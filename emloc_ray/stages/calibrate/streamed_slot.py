@@ -1,5 +1,6 @@
 """A calibration slot whose model is larger than its worker: one block's weights at a time, hidden states on disk."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -71,17 +72,19 @@ class StreamedSlot:
                 shutil.rmtree(other, ignore_errors=True)
 
     def position(self) -> int:
-        """The last block whose Grams are written, by this slot or summed over all, or -1."""
+        """The last block whose Grams are written, by this slot or summed over all, and whose hidden states, which go with their
+        node, are here; or -1. The last block of all needs none."""
         last = max(filter(self._is_done, range(self.num_blocks)), default=-1)
-        if 0 <= last < self.num_blocks - 1 and not all(
-            self._outputs(last, number).is_file() for number in self.numbers
-        ):
-            return -1  # the node that held the hidden states is gone, and they with it
-        return last
+        if last == self.num_blocks - 1:
+            return last
+        return next(filter(self._has_outputs, range(last, -1, -1)), -1)
 
     def _is_done(self, position: int) -> bool:
         summed = exists(grams_file(self.out_dir, position, self.num_blocks))
         return summed or (self.num_slots > 1 and exists(self._part(position)))
+
+    def _has_outputs(self, position: int) -> bool:
+        return all(self._outputs(position, number).is_file() for number in self.numbers)
 
     def _part(self, position: int) -> Path:
         return part_file(self.out_dir, self.slot, self.num_slots, position)
@@ -90,13 +93,23 @@ class StreamedSlot:
         return outputs_file(self.out_dir, position, number, self.job.inputs)
 
     def accumulate(self, position: int) -> int:
-        """Counts all the slot's shards in the block at ``position``; returns that."""
+        """Takes all the slot's shards through the block at ``position``, and counts them unless its Grams are written; returns
+        that."""
         self.replay.load_block(position)
-        block = self.replay.flow.order[position]
-        groups = self.job.groups_of(block)
-        hooks = GramHooks(self.replay.model, groups, dict(self.job.streams), reread=self.job.reread)
+        hooks = None if self._is_done(position) else self._hooks(position)
         for number in self.numbers:
             self._pass_shard(position, number, hooks)
+        if hooks is not None:
+            self._write(position, hooks)
+        for number in self.numbers if position else ():
+            self._outputs(position - 1, number).unlink(missing_ok=True)
+        return position
+
+    def _hooks(self, position: int) -> GramHooks:
+        groups = self.job.groups_of(self.replay.flow.order[position])
+        return GramHooks(self.replay.model, groups, dict(self.job.streams), reread=self.job.reread)
+
+    def _write(self, position: int, hooks: GramHooks) -> None:
         hooks.remove()
         hooks.check_finite()
         summed = grams_file(self.out_dir, position, self.num_blocks)
@@ -104,11 +117,8 @@ class StreamedSlot:
             write_slot(self._part(position), hooks.grams, position)
         elif not exists(summed):  # not by a task that counted as lost, over what its successor wrote
             write_gram_shard(summed, hooks.grams)
-        for number in self.numbers if position else ():
-            self._outputs(position - 1, number).unlink(missing_ok=True)
-        return position
 
-    def _pass_shard(self, position: int, number: int, hooks: GramHooks) -> None:
+    def _pass_shard(self, position: int, number: int, hooks: GramHooks | None) -> None:
         """Takes one token shard through the block; its hidden states before and after are all that is held of any."""
         before = read_outputs(self._outputs(position - 1, number)) if position else None
         parts = length_batches(self.shards.shard(number), self.job.batch_size)
@@ -121,10 +131,10 @@ class StreamedSlot:
             write_outputs(self._outputs(position, number), after)
 
     def _forward(
-        self, position: int, batch: dict[str, Tensor], outputs: dict[int, BlockOutput], hooks: GramHooks
+        self, position: int, batch: dict[str, Tensor], outputs: dict[int, BlockOutput], hooks: GramHooks | None
     ) -> dict[int, BlockOutput]:
         call = model_call(self.replay.model.config, batch, tokens=self.job.tokens).to(self.replay.device)
-        with hooks.counting(call.counted):
+        with hooks.counting(call.counted) if hooks else contextlib.nullcontext():
             given = self.replay.forward(position, call.inputs, outputs)
         flow = self.replay.flow
         known = outputs if given is None else {**outputs, position: given}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from stage_artifacts import Artifacts
 
 from emloc_ray.io.formats.grams import reduce_slots, write_gram_shard
 from emloc_ray.io.store.node_cache import local_only, mirror
+from emloc_ray.stages.calibrate import streamed_slot
 from emloc_ray.stages.calibrate.job import CalibrationJob, go_on
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
 from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file, outputs_file, part_file
@@ -69,6 +71,40 @@ def test_a_slot_of_several_goes_on_where_its_sums_were_added(job: CalibrationJob
     assert slot(job, tmp_path, 0, 2).position() == 0
     part_file(tmp_path, 0, 2, 0).rename(grams_file(tmp_path, 0, BLOCKS))
     assert slot(job, tmp_path, 0, 2).position() == 0
+
+
+def test_a_slot_that_lost_its_hidden_states_counts_no_block_twice(
+    job: CalibrationJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm, moved = tmp_path / "calm", tmp_path / "moved"
+    for position in range(BLOCKS):
+        slot(job, calm, 0, 2).accumulate(position)
+    slot(job, moved, 0, 2).accumulate(0)
+    shutil.rmtree(moved / "hidden")
+    again = slot(job, moved, 0, 2)
+    assert again.position() == -1
+    with monkeypatch.context() as patch:
+        patch.setattr(streamed_slot, "GramHooks", lambda *_, **__: pytest.fail("counts again"))
+        again.accumulate(0)
+    assert slot(job, moved, 0, 2).position() == 0
+    again.accumulate(1)
+    for position in range(BLOCKS):
+        found, expected = (part_file(out_dir, 0, 2, position) for out_dir in (moved, calm))
+        assert found.read_bytes() == expected.read_bytes()
+
+
+def test_a_slot_goes_on_after_the_highest_block_whose_hidden_states_are_here(
+    job: CalibrationJob, tmp_path: Path
+) -> None:
+    """Though the Grams of later ones are written."""
+    one = StreamedSlot(job, tmp_path, 0, 2, BLOCKS + 1, 1)
+    for position in range(BLOCKS):
+        one.accumulate(position)
+    shutil.rmtree(tmp_path / "hidden")
+    one.accumulate(0)
+    assert one.position() == 0
+    outputs_file(tmp_path, 0, one.numbers[-1], job.inputs).unlink()
+    assert one.position() == -1
 
 
 def test_a_single_slot_writes_what_its_sum_would_be(job: CalibrationJob, tmp_path: Path) -> None:
