@@ -22,8 +22,8 @@ _WHOLE = "whole-"  # whole-3 is there once folder 3 has all that the holder befo
 
 def arrow_files(path: Path) -> tuple[PyFileSystem, str] | None:
     """The file system and the path in it of a folder that mirrors a store; None in a file system. What the holder before had
-    there is copied first, by the store itself, where this one has nothing yet; of a holder that was killed while it copied,
-    what the one before that had."""
+    there is copied first (:meth:`ObjectStore.copy`), where this one has nothing yet; of a holder that was killed while it
+    copied, what the one before that had."""
     here = origin(path)
     if here is None:
         return None
@@ -39,9 +39,8 @@ def arrow_files(path: Path) -> tuple[PyFileSystem, str] | None:
 
 def _copy(store: ObjectStore, source: str, target: str) -> None:
     """Last of all the files that say which checkpoints there are."""
-    names = sorted(store.files(source), key=lambda file: (-file.count("/"), file))
-    for file in names:
-        store.client.copy(store.key(file), store.key(target + file.removeprefix(source)))
+    for stored in sorted(store.below(source), key=lambda stored: (-stored.path.count("/"), stored.path)):
+        store.copy(stored, store.key(target + stored.path.removeprefix(source)))
 
 
 class StoreFiles(FileSystemHandler):  # type: ignore[misc]
@@ -111,14 +110,14 @@ class StoreFiles(FileSystemHandler):  # type: ignore[misc]
         raise NotImplementedError
 
     def move(self, src: str, dest: str) -> None:
-        """Copied by the store, then removed."""
+        """Copied, then removed."""
         self.copy_file(src, dest)
         self.store.remove(src)
 
     def copy_file(self, src: str, dest: str) -> None:
-        """By the store itself."""
+        """By :meth:`ObjectStore.copy`."""
         self.store.checked_manifest()
-        self.store.client.copy(self.store.key(src), self.store.key(dest))
+        self.store.copy(self._there(src), self.store.key(dest))
 
     def open_input_stream(self, path: str) -> Any:
         """To read."""
@@ -126,10 +125,13 @@ class StoreFiles(FileSystemHandler):  # type: ignore[misc]
 
     def open_input_file(self, path: str) -> Any:
         """To read by ranges."""
+        return pa.PythonFile(ObjectFile(self.store, self._there(path)), mode="r")
+
+    def _there(self, path: str) -> Stored:
         stored = self.store.find(path)
         if stored is None:
             raise FileNotFoundError(path)
-        return pa.PythonFile(ObjectFile(self.store, stored), mode="r")
+        return stored
 
     def open_output_stream(self, path: str, metadata: Any) -> Any:
         """To write; it appears whole."""

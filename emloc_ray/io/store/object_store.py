@@ -21,8 +21,6 @@ from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.objects import FULL, REQUEST_S, ObjectFile, Objects, Stored, Version
 
 MANIFEST = "manifest.json"
-_RANGE = 2**25  # bytes of a file that one request reads
-_PART = 2**24  # and writes, of which S3 takes 10,000
 
 
 class ObjectStore(Objects):
@@ -124,10 +122,6 @@ class ObjectStore(Objects):
                 self._trying(lambda: self.upload(file, key, size), "write", path)
         return sha
 
-    def upload(self, file: Path, key: str, size: int) -> None:
-        """Puts a file's content under a full key, in parts where it is large."""
-        self.client.put(key, file, chunk_size=max(_PART, size // 9000))
-
     @contextlib.contextmanager
     def _new_version(self, path: str, sha256: str, size: int) -> Iterator[str | None]:
         """Gives the full key for a version to put, None where the newest is the same; then removes those that it replaces."""
@@ -146,11 +140,12 @@ class ObjectStore(Objects):
         held = [stored for stored in self.below(path) if _parent(stored) == path and self._may_read(stored)]
         return next((stored for stored in held if stored.sha256 == sha256), None)
 
-    def copy_version(self, path: str, key: str, stored: Stored) -> None:
-        """Makes ``stored``, which lies under the full ``key`` in the same bucket, a version of ``path``, by the store itself."""
+    def copy_version(self, path: str, source: Objects, stored: Stored) -> None:
+        """Makes ``stored``, which lies in ``source``, a place in the same bucket, a version of ``path``: :meth:`Objects.copy`
+        says how."""
         with self._new_version(path, stored.sha256, stored.size) as target:
             if target is not None:
-                self._trying(lambda: self.client.copy(key, target), "write", path)
+                source.copy(stored, target)
 
     def drop_others(self, path: str) -> None:
         """Removes the objects below ``path`` that this lease's holder does not see, but for those of later leases."""
@@ -162,8 +157,7 @@ class ObjectStore(Objects):
         where the disk is full, FileNotFoundError where it is gone."""
         total = hashlib.sha256()
         with _of_disk(target), target.open("wb", buffering=0) as file:
-            for offset in range(0, stored.size, _RANGE):
-                content = self.read_range(stored.path, offset, min(_RANGE, stored.size - offset))
+            for content in self.ranges(stored):
                 total.update(content)
                 file.write(content)
         if total.hexdigest() != stored.sha256:

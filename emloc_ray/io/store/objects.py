@@ -5,11 +5,13 @@ import errno
 import io
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError, PreconditionError
 
 from emloc_ray.errors import ArtifactError, ConfigError
@@ -18,6 +20,11 @@ from emloc_ray.text import one_line
 ATTEMPTS = 5  # of a request whose answer breaks off; obstore tries those that are refused
 FIRST_PAUSE_S = 0.5
 REQUEST_S = 120.0  # of one part of a large file
+_RANGE = 2**25  # bytes of a file that one request reads
+_PART = 2**24  # and writes
+_PARTS = 9000  # of a file at most: S3 takes 10,000
+# What S3 copies in one request: https://docs.aws.amazon.com/AmazonS3/latest/API/API_CopyObject.html
+LARGEST_COPY = 5 * 2**30
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _VERSION = re.compile(r"(?:(\d+)\.(\d+)\.)?([0-9a-f]{64})")
 Version = Mapping[str, Any]  # as obstore takes it: S3 and Azure compare ETags, Google Cloud its generations
@@ -147,9 +154,35 @@ class Objects:
 
         return self._trying(get, "read", path) if count > 0 else b""
 
+    def ranges(self, stored: Stored) -> Iterator[bytes]:
+        """An object's content from front to back, a request each."""
+        for offset in range(0, stored.size, _RANGE):
+            yield self.read_range(stored.path, offset, min(_RANGE, stored.size - offset))
+
     def write(self, path: str, content: bytes) -> None:
         """Puts a small object under a key of its own name: whole or not at all."""
         self._trying(lambda: self.client.put(self.key(path), content), "write", path)
+
+    def upload(self, file: Path, key: str, size: int) -> None:
+        """Puts a file's content under a full key, in parts where it is large; it is tried once."""
+        self.client.put(key, file, chunk_size=_part(size))
+
+    def copy(self, stored: Stored, key: str) -> None:
+        """Puts an object under another full key of its bucket too; raises FileNotFoundError where it is gone.
+
+        The store itself copies what is no larger than ``LARGEST_COPY``; the rest goes through this node, in parts.
+        """
+
+        def put() -> None:
+            if stored.size <= LARGEST_COPY:
+                self.client.copy(self.key(stored.path), key)
+                return
+            writer = obstore.open_writer(self.client, key, buffer_size=_part(stored.size))
+            for content in self.ranges(stored):
+                writer.write(content)
+            writer.close()  # only now it is there
+
+        self._trying(put, "copy", stored.path)
 
     def replace(self, path: str, content: bytes, known: Version | None) -> Version | None:
         """Puts a small object in the place of the version ``known`` (None: of nothing); None where another is there by now.
@@ -253,3 +286,8 @@ class ObjectFile(io.RawIOBase):
 
 def _version(meta: Mapping[str, Any]) -> Version:
     return {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
+
+
+def _part(size: int) -> int:
+    """The bytes of each part that a file of this size is put in."""
+    return max(_PART, size // _PARTS)

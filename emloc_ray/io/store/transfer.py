@@ -18,15 +18,13 @@ from emloc_ray.io.store.replacing import replacing
 
 _CHUNK = 2**22
 _FICLONE = 0x40049409
-# What S3 copies in one request: https://docs.aws.amazon.com/AmazonS3/latest/API/API_CopyObject.html
-LARGEST_COPY = 5 * 2**30
 
 
 def transfer(source: Path, target: Path, size: int, sha256: str) -> None:
     """Makes ``target`` a file of the same content as ``source``, atomically; either may mirror an object store.
 
     On one file system it shares the blocks of ``source`` where that can be (a reflink), else it is a read-only hard link,
-    checked by size. Within one store the store copies the object, whose key names its content. Otherwise the content goes
+    checked by size. Within one bucket the object, whose key names its content, is copied there. Otherwise the content goes
     through this node, and is checked by ``sha256``. Raises FileNotFoundError where there is no ``source``, DamagedArtifactError
     where it is not of this size or content (``target`` is as it was, or gone), ArtifactError where a store cannot be reached,
     TakenOver where ``target`` lies in a run that another process has taken.
@@ -49,7 +47,7 @@ def transfer(source: Path, target: Path, size: int, sha256: str) -> None:
             here.store.download(info, temporary)
             note_digest(temporary, sha256)
             check_lock(target)
-    elif not _copied_by_store(here, info, there):
+    elif not _copied_in_bucket(here, info, there):
         there.root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=there.root, suffix=".tmp") as folder:
             here.store.download(info, Path(folder, "file"))
@@ -86,11 +84,11 @@ def _clone(source: Path, target: Path) -> bool:
     return False
 
 
-def _copied_by_store(here: Origin, info: Stored, there: Origin) -> bool:
-    if there.store.client != here.store.client or info.size > LARGEST_COPY:
+def _copied_in_bucket(here: Origin, info: Stored, there: Origin) -> bool:
+    if there.store.client != here.store.client:
         return False
     try:
-        there.store.copy_version(there.path, here.store.key(info.path), info)
+        there.store.copy_version(there.path, here.store, info)
     except ArtifactError:  # on the way through this node every step is tried again
         return False
     return True

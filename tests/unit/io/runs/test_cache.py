@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from emloc_ray.io.runs import cache as artifact_cache
 from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
 from emloc_ray.io.runs.cache_place import MARKER
-from emloc_ray.io.store import transfer
+from emloc_ray.io.store import objects, transfer
 from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.digests import digest, digest_of, noted_digest
 from emloc_ray.io.store.node_cache import discard, hashes, mirror, open_artifact, sizes
@@ -182,7 +182,7 @@ def test_in_one_store_nothing_goes_through_this_node(
 def test_a_store_that_cannot_copy_is_read_and_written(
     place: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "LARGEST_COPY", 500)
+    monkeypatch.setattr(objects, "LARGEST_COPY", 500)
     cache = ArtifactCache(place("bucket", "shared"))
     added(cache, mirror(place("bucket", "first")))
     entry = cache.find(STAGE, KEY, verify=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 import pyarrow.fs as pf
 import pytest
 from faulting.s3 import uri
+from obstore.exceptions import GenericError
+from obstore.store import S3Store
 from test_lease import cut_off, quick  # noqa: F401
 
 from emloc_ray.errors import ArtifactError, TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store import objects
 from emloc_ray.io.store.arrow_files import arrow_files
 from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.node_cache import discard, ensure, hashes, open_artifact, sizes
@@ -252,3 +256,38 @@ def test_a_training_group_goes_on_from_whole_copies_alone(
     assert group_checkpoints(training) == {"checkpoint-1", "checkpoint-2"}
     put(following, "checkpoint-3")
     assert group_checkpoints(training) == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+
+
+def test_a_training_group_goes_on_from_files_that_the_store_does_not_copy(
+    begin: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "LARGEST_COPY", 500)
+    monkeypatch.setattr(objects, "FIRST_PAUSE_S", 0.0)
+    contents = {"t/checkpoint/small": b"s" * 500, "t/checkpoint/large": bytes(range(256)) * 2**12, "t/newest": b"{}"}
+    copy, tries = S3Store.copy, itertools.count()
+
+    def limited(store: S3Store, source: str, target: str, **options: Any) -> None:
+        if store.head(source)["size"] > 500:
+            raise GenericError("copies of so much are refused")
+        if next(tries) == 0:
+            raise GenericError("503 Slow Down")
+        copy(store, source, target, **options)
+
+    monkeypatch.setattr(S3Store, "copy", limited)
+    late = arrow_files(begin().path("training"))
+    assert late is not None
+    for path, content in contents.items():
+        with late[0].open_output_stream(f"{late[1]}/{path}") as stream:
+            stream.write(content)
+    run = begin()
+    following = arrow_files(run.path("training"))
+    assert following is not None
+    files, at = following
+    for path, content in contents.items():
+        with files.open_input_stream(f"{at}/{path}") as stream:
+            assert stream.read() == content
+    assert run.store is not None
+    assert f"whole-{run.store.lease}" in run.store.names("training")
+    files.copy_file(f"{at}/t/checkpoint/large", f"{at}/t/copied")
+    with files.open_input_stream(f"{at}/t/copied") as stream:
+        assert stream.read() == contents["t/checkpoint/large"]
