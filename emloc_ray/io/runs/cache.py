@@ -106,12 +106,12 @@ class ArtifactCache:
         moves: Callable[[str], object] = lambda name: None,
     ) -> Iterator[None]:
         """Lets one thread at a time make the artifact of a key: of all processes where the place is in a file system, of this
-        one where it is on an object store (two that make the same do no harm).
+        one where it is on an object store or another user's lock is refused (two that make the same do no harm).
 
-        ``tell`` hears when another one takes more than a minute; where that one has got nowhere for ``patience_s``, it is made
-        here too. Of another process nobody sees how it gets on; of the run of a ``name`` in this one ``moves(name)`` says so,
-        see :func:`wait_for_turn`. Raises Stopped where ``stopped`` turns true while another makes it, ConfigError where the
-        place cannot be written.
+        ``tell`` hears of such a refusal, and when another one takes more than a minute; where that one has got nowhere for
+        ``patience_s``, it is made here too. Of another process nobody sees how it gets on; of the run of a ``name`` in this one
+        ``moves(name)`` says so, see :func:`wait_for_turn`. Raises Stopped where ``stopped`` turns true while another makes it,
+        ConfigError where the place cannot be written.
         """
 
         def look() -> None:
@@ -120,7 +120,7 @@ class ArtifactCache:
 
         with contextlib.ExitStack() as stack:
             what = f"makes the artifact {key[:12]} of {self.place}"
-            turn, lock = ThreadTurn(self.place, key, name), self._at.lock(key, stack)
+            turn, lock = ThreadTurn(self.place, key, name), self._at.lock(key, stack, tell)
             stack.callback(turn.give_back)
 
             def holder() -> str:
@@ -236,7 +236,10 @@ class ArtifactCache:
                 break
             if entry.key == kept:
                 continue
-            self._at.remove(entry.stage, entry.key)
+            try:
+                self._at.remove(entry.stage, entry.key)
+            except PermissionError:  # another user's, in a directory with the sticky bit
+                continue
             removed.append(entry)
             users.subtract(list(blocks))
             total -= sum(size for block, size in blocks.items() if users[block] == 0)

@@ -1,7 +1,8 @@
 """Where an artifact cache lies: a directory or an object store that holds folders STAGE/KEY, their locks and our marker.
 
-A folder is an entry where it holds ``entry.json``, which is written last and removed first. On an object store a file at PATH
-is the object ``PATH/SHA256`` (:mod:`emloc_ray.io.store.object_store`), and a use is noted in the object ``used``.
+A folder is an entry where it holds ``entry.json``, which is written last and removed first. Who may write in a directory may
+add entries to each stage's folder. On an object store a file at PATH is the object ``PATH/SHA256``
+(:mod:`emloc_ray.io.store.object_store`), and a use is noted in the object ``used``.
 """
 
 import contextlib
@@ -9,11 +10,13 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from emloc_ray.errors import ArtifactError, ConfigError, EmlocError
 from emloc_ray.io.runs.run_places import check_folder
@@ -134,18 +137,22 @@ class CachePlace:
             ) from None
         return True
 
-    def lock(self, key: str, stack: contextlib.ExitStack) -> tuple[Callable[[], str], Callable[[], bool]] | None:
+    def lock(
+        self, key: str, stack: contextlib.ExitStack, tell: Callable[[str], None]
+    ) -> tuple[Callable[[], str], Callable[[], bool]] | None:
         """A call that names who has the lock of a key's file, and one that tries to take it from other processes, which ``stack``
-        then gives back; None on an object store. Raises ConfigError where the place cannot be written."""
+        then gives back; None on an object store, and where the file is another user's alone, which ``tell`` hears. Raises
+        ConfigError where the place cannot be written."""
         if self.store is not None:
             return None
         try:
             self.make()
-            path = self.root / _LOCKS / key
-            path.parent.mkdir(exist_ok=True)
-            file = stack.enter_context(path.open("a+"))
+            file = self._lock_file(key, tell)
         except OSError as error:
             raise self._unwritable(error) from error
+        if file is None:
+            return None
+        stack.enter_context(file)
 
         def acquire() -> bool:
             try:
@@ -161,6 +168,30 @@ class CachePlace:
             return True
 
         return lambda: holder_of(file), acquire
+
+    def _lock_file(self, key: str, tell: Callable[[str], None]) -> IO[str] | None:
+        path = self.root / _LOCKS / key
+        try:
+            self._make_folder(path.parent)
+            file = path.open("a+")
+        except PermissionError as error:
+            tell(
+                f"The artifact cache {self.name} gives this user no lock ({error.strerror}): another user's run may make the"
+                " same artifact at the same time, which does no harm."
+            )
+            return None
+        self._share(path)
+        return file
+
+    def _make_folder(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self._share(folder)
+
+    def _share(self, path: Path) -> None:
+        """Lets all users write there who may write in the place, but for what is another user's."""
+        mode = stat.S_IMODE(self.root.stat().st_mode)
+        with contextlib.suppress(PermissionError):
+            path.chmod(mode if path.is_dir() else mode & 0o666)
 
     def used_at(self, stage: str, key: str) -> float | None:
         """When an entry was last used, in s since 1970; None where there is none."""
@@ -204,6 +235,7 @@ class CachePlace:
         """Gives a folder to put files in; it is an entry of this ``content`` when the block ends without an error, else gone."""
         folder = self.folder(stage, key)
         if self.store is None:
+            self._make_folder(folder.parent)
             with atomic_directory(folder) as temporary:
                 yield temporary
                 write_bytes(temporary / _ENTRY, content)
