@@ -31,14 +31,15 @@ def attach_adapter(model: Any, config: PeftConfig) -> PeftModel:
 
 
 def load_adapter(model: Any, directory: Path, *, trainable: bool = False) -> PeftModel:
-    """A saved adapter, frozen unless ``trainable``, on an emulator or on its original, and on its device."""
+    """A saved adapter, frozen unless ``trainable``, on an emulator or on its original, and on its device: it is read on the
+    CPU, for PEFT reads it on the first GPU, whichever one the model is on."""
     ensure(Path(directory))
     with readable(Path(directory), model) as folder:
         config = PeftConfig.from_pretrained(str(folder))
         prompts = config.is_prompt_learning  # which PEFT opens to be used alone, its encoder trainable all the same
         with attachable(model, config), as_linears():
             loaded = PeftModel.from_pretrained(
-                model, folder, config=config, is_trainable=trainable and not prompts, torch_device=str(model.device)
+                model, folder, config=config, is_trainable=trainable and not prompts, torch_device="cpu"
             )
     if not trainable:
         return loaded.requires_grad_(False)

@@ -85,12 +85,9 @@ class EmulatorTrainer(Trainer):
         return super()._prepare_input(data)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Loads the adapter onto the model's device; the Trainer's leaves it to PEFT, which loads it onto the first GPU on
-        every rank."""
+        """Reads the adapter on the CPU; the Trainer's leaves it to PEFT, which reads it on the first GPU on every rank."""
         adapted: Any = self.model if model is None else model
-        adapted.load_adapter(
-            resume_from_checkpoint, adapted.active_adapter, is_trainable=True, torch_device=str(adapted.device)
-        )
+        adapted.load_adapter(resume_from_checkpoint, adapted.active_adapter, is_trainable=True, torch_device="cpu")
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's; with ``loraplus_lr_ratio`` PEFT's LoRA+ of it (https://arxiv.org/abs/2402.12354)."""
