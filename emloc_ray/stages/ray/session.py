@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch.torch_version import TorchVersion
 
 from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.io.store.lock_file import tell_workers
@@ -85,7 +86,7 @@ def _growing_segments(own: Mapping[str, str]) -> dict[str, str]:
     """
     if {*own, *os.environ}.intersection(_ALLOCATOR):
         return {}
-    return {_ALLOCATOR[0] if torch.__version__ >= (2, 10) else _ALLOCATOR[1]: "expandable_segments:True"}
+    return {_ALLOCATOR[0] if torch.__version__ >= TorchVersion("2.10") else _ALLOCATOR[1]: "expandable_segments:True"}
 
 
 def total(resource: str) -> float:
