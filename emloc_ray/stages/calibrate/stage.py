@@ -133,6 +133,7 @@ def _gram_cost(memory: MemoryModel) -> StageCost:
         memory.calibrate(),
         flops=tokens * 2 * (block_work(layout) + products),
         moved_bytes=moved if by_blocks else moved * len(memory.waves()),
+        waiting_bytes=memory.waiting(memory.calibration_hold()),
         disk_bytes=images + grams // 2 + held,
         efficiency=0.65,
         start_seconds=25,
@@ -152,6 +153,7 @@ def _gradient_cost(memory: MemoryModel) -> StageCost:
         memory.gradients(),
         flops=tokens * 2 * work * len(plan.waves),
         moved_bytes=WITH_BACKWARD * forward,
+        waiting_bytes=memory.waiting(plan.hold),
         disk_bytes=stored // 2 + stored * prepared.config.calibration.num_workers,
         start_seconds=25,
     )
