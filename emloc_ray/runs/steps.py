@@ -127,7 +127,7 @@ class Steps:
         self._host_bytes = plan.host_bytes if plan is not None else {}
         self._seconds = {part.name: part.seconds for part in plan.stages} if plan is not None else {}
         self._unread: list[str] = []  # finished stages whose files were not checked yet
-        self._redone: set[str] = set()
+        self._redone: dict[str, str] = {}  # damaged files: the stages that wrote them
         self.accept_versions = accept_versions
         self._mixed = False  # whether a stage of other versions was taken: others must not share what follows from it
         self._outdated: str | None = None  # the first finished stage with other inputs now
@@ -274,7 +274,8 @@ class Steps:
     def _from_cache(self, stage: Stage, context: Context, inputs: Inputs) -> Result | None:
         if self.cache is None or stage.name in self.forced:
             return None
-        entry = self.cache.find(stage.name, cache_key(stage, inputs), verify=True, outputs=stage.outputs)
+        doubted = stage.name in self._redone.values()  # what was damaged may have come from there
+        entry = self.cache.find(stage.name, cache_key(stage, inputs), True, stage.outputs, doubted)
         if entry is None:
             return None
         report = self.reporter.start(stage.name)
@@ -330,7 +331,7 @@ class Steps:
         name = self.directory.writer(error.path)
         if name is None or error.path in self._redone:  # damaged twice: the disk alters what is written
             raise error
-        self._redone.add(error.path)
+        self._redone[error.path] = name
         self._note(f"{error.path} is damaged: {name} is redone.")
         self.directory.forget(name)
         folder, *_ = error.path.split("/")

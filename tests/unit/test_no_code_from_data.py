@@ -121,7 +121,7 @@ def test_a_type_over_which_its_own_code_fails(tmp_path: Path, column: list[Any],
     files = {path.name: {"size": path.stat().st_size, "sha256": digest(path)}}
     cache = ArtifactCache(str(tmp_path / "cache"))
     assert cache.add("data", "k" * 64, tmp_path, files, {}, {}) is None
-    assert cache.find("data", "k" * 64, verify=True) is None
+    assert ArtifactCache(cache.place).find("data", "k" * 64, verify=True) is None
 
 
 def test_a_uuid_of_parquet_s_own_is_plain_bytes(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_shared_cache_s_entry(tmp_path: Path, pickled: pa.Array, mark: Path) -
     shards = TokenShards(tmp_path / "ours" / "tokens")
     assert_refused(lambda: shards.row(0), mark, shard_name(0), "column 'input_ids'", error=DamagedArtifactError)
     # Whoever looks into its files removes it, and nobody meets it again.
-    assert cache.find("data", "k" * 64, verify=True) is None
+    assert ArtifactCache(cache.place).find("data", "k" * 64, verify=True) is None
     assert cache.find("data", "k" * 64) is None
     assert not mark.exists()
 

@@ -29,6 +29,7 @@ from emloc_ray.io.store.transfer import transfer
 from emloc_ray.io.store.turns import own_name, wait_for_turn
 
 _FILES = "files"
+_WITH_COLUMNS = (".arrow", ".parquet")
 PATIENCE_S = 6 * 3600.0  # with another one that makes the same and gets nowhere: it may have been stopped
 _CONNECTIONS = 8
 _SWEEP_S = 3600.0  # between two looks of a process at all that is there for what killed ones left
@@ -137,22 +138,32 @@ class ArtifactCache:
                 wait_for_turn(named, lambda: acquire() or named() == own_name(), what, patience_s, tell, look)
             yield
 
-    def find(self, stage: str, key: str, verify: bool = False, outputs: Sequence[str] | None = None) -> Entry | None:
+    def find(
+        self,
+        stage: str,
+        key: str,
+        verify: bool = False,
+        outputs: Sequence[str] | None = None,
+        doubted: bool = False,
+    ) -> Entry | None:
         """The entry, where every file of it is there with its size; another is removed. A place that cannot be read holds
-        nothing. ``verify``: with its content, read once by this process and again where a file's times or inode changed, but by
-        its own links; and no code in it. ``outputs``: the folders of a run that its files may be for: another entry would write
-        over what other stages made, or the run's own files, and is removed too."""
+        nothing. ``verify``: unless this process added it, with its content, read once by this process and again where a file's
+        times or inode changed, but by its own links; and no code in it. On an object store the content is not read for that, as
+        it is checked when it is fetched. ``doubted``: with its content, wherever it lies and whoever has read it.
+        ``outputs``: the folders of a run that its files may be for: another entry would write over what other stages made, or
+        the run's own files, and is removed too."""
         try:
             used = self._at.used_at(stage, key)
             entry = None if used is None else self._read(stage, key, used)
-            now = None if entry is None else self._looks(entry)
-            is_whole = entry is None or (
-                _is_within(entry, outputs) and self._is_whole(entry, verify and self._verified.get(key) != now)
-            )
-            if not is_whole:
+            if entry is None:
+                return None
+            now = self._looks(entry)
+            unread = doubted or (verify and self._verified.get(key) != now)
+            is_whole = _is_within(entry, outputs) and self._has_sizes(entry)
+            if not is_whole or (unread and not self._is_safe(entry, hashed=doubted or self._at.store is None)):
                 self._at.remove(stage, key)
                 return None
-            if verify and entry is not None:
+            if unread:
                 self._verified[key] = now
             return entry
         except (OSError, ArtifactError):
@@ -195,6 +206,7 @@ class ArtifactCache:
             self._at.make()
             if self.find(stage, key) is None:
                 self._write(entry, root)
+                self._verified[key] = self._looks(entry)
                 self._held += entry.bytes
             self._prune(self.max_bytes, key)
         except (OSError, EmlocError) as error:
@@ -263,12 +275,19 @@ class ArtifactCache:
             return None
         return entry
 
-    def _is_whole(self, entry: Entry, verify: bool) -> bool:
+    def _has_sizes(self, entry: Entry) -> bool:
         folder = self._at.folder(entry.stage, entry.key) / _FILES
         held = sizes(folder)
-        if any(held.get(folder / path) != content["size"] for path, content in entry.files.items()):
-            return False
-        return not verify or all(_is_safe(folder / path, content["sha256"]) for path, content in entry.files.items())
+        return all(held.get(folder / path) == content["size"] for path, content in entry.files.items())
+
+    def _is_safe(self, entry: Entry, hashed: bool) -> bool:
+        folder = self._at.folder(entry.stage, entry.key) / _FILES
+
+        def is_safe(path: str) -> bool:
+            return _is_safe(folder / path, entry.files[path]["sha256"] if hashed else None)
+
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            return all(pool.map(is_safe, entry.files))
 
     def _looks(self, entry: Entry) -> list[tuple[int, ...]]:
         """Device, inode, size, mtime and ctime of an entry's files: the last, which nobody can put back, changes with their
@@ -313,10 +332,12 @@ def _is_within(entry: Entry, folders: Sequence[str] | None) -> bool:
     )
 
 
-def _is_safe(path: Path, sha256: str) -> bool:
-    """Whether a file is of this content, and its columns are of types that run no code."""
+def _is_safe(path: Path, sha256: str | None) -> bool:
+    """Whether a file is of this content (None: of any), and its columns, where it has some, are of types that run no code."""
+    if sha256 is None and path.suffix not in _WITH_COLUMNS:
+        return True
     with open_artifact(path) as (stream, _):
-        if digest_of(stream) != sha256:
+        if sha256 is not None and digest_of(stream) != sha256:
             return False
         try:
             stream.seek(0)

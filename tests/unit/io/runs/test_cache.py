@@ -28,6 +28,7 @@ from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.digests import digest, digest_of, noted_digest
 from emloc_ray.io.store.node_cache import discard, hashes, mirror, open_artifact, sizes
 from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.io.store.objects import ObjectFile
 
 STAGE = "factorize"
 CONTENTS = {"emulator/a.safetensors": b"a" * 1000, "emulator/deep/b.json": b"{}"}
@@ -171,10 +172,13 @@ def test_in_one_store_nothing_goes_through_this_node(
     files = made(mirror(place("bucket", "first")))
     monkeypatch.setattr(ObjectStore, "download", lambda *_: pytest.fail("downloaded"))
     monkeypatch.setattr(ObjectStore, "add_version", lambda *_: pytest.fail("uploaded"))
-    assert cache.add(STAGE, KEY, mirror(place("bucket", "first")), files, {}, {}) is None
-    entry = cache.find(STAGE, KEY)
-    assert entry is not None
-    cache.link(entry, mirror(place("bucket", "second")))
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectFile, "readinto", lambda *_: pytest.fail("read"))
+        assert cache.add(STAGE, KEY, mirror(place("bucket", "first")), files, {}, {}) is None
+        for of_process in (cache, ArtifactCache(cache.place)):
+            entry = of_process.find(STAGE, KEY, verify=True)
+            assert entry is not None
+            of_process.link(entry, mirror(place("bucket", "second")))
     assert held(mirror(place("bucket", "second"))) == CONTENTS
 
 
@@ -208,7 +212,7 @@ def test_what_is_altered_since_it_was_read_is_read_again(local: ArtifactCache, t
     assert not folder(local).exists()
 
 
-def test_what_this_process_has_linked_is_not_read_again(
+def test_what_this_process_has_added_or_linked_is_not_read_again(
     local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     added(local, tmp_path / "first")
@@ -219,15 +223,18 @@ def test_what_this_process_has_linked_is_not_read_again(
         return digest_of(stream)
 
     monkeypatch.setattr(artifact_cache, "digest_of", counted)
+    assert local.find(STAGE, KEY, verify=True) is not None  # what it has added itself
+    assert read == []
+    other = ArtifactCache(local.place)
     for run in ("second", "third"):
-        entry = local.find(STAGE, KEY, verify=True)
+        entry = other.find(STAGE, KEY, verify=True)
         assert entry is not None
-        local.link(entry, tmp_path / run)
+        other.link(entry, tmp_path / run)
     assert len(read) == len(CONTENTS)
 
 
 @pytest.mark.parametrize("suffix", ["arrow", "parquet"])
-def test_an_entry_that_carries_code_is_refused_and_goes(local: ArtifactCache, tmp_path: Path, suffix: str) -> None:
+def test_an_entry_that_carries_code_is_refused_and_goes(cache: ArtifactCache, tmp_path: Path, suffix: str) -> None:
     """Once: no later run meets it again."""
     field = pa.field("input_ids", pa.binary(), metadata={"ARROW:extension:name": "ray.data.arrow_pickled_object"})
     table, path = pa.table([[b"code"]], schema=pa.schema([field])), tmp_path / "first" / "data" / f"shard.{suffix}"
@@ -238,9 +245,9 @@ def test_an_entry_that_carries_code_is_refused_and_goes(local: ArtifactCache, tm
     else:
         pq.write_table(table, path)
     files = {f"data/{path.name}": {"size": path.stat().st_size, "sha256": digest(path)}}
-    assert local.add(STAGE, KEY, tmp_path / "first", files, {}, {}) is None
-    assert local.find(STAGE, KEY, verify=True) is None
-    assert not folder(local).exists()
+    assert cache.add(STAGE, KEY, tmp_path / "first", files, {}, {}) is None
+    assert ArtifactCache(cache.place).find(STAGE, KEY, verify=True) is None
+    assert cache.entries() == []
 
 
 def test_an_entry_with_files_of_other_stages_goes(local: ArtifactCache, tmp_path: Path) -> None:
@@ -365,9 +372,9 @@ def test_a_broken_entry_of_a_store_is_a_miss_and_goes(place: Callable[..., str])
     added(cache, root_of(place("bucket", "first")))
     info = store.versions(f"{STAGE}/{KEY}/files")["emulator/a.safetensors"]
     store.write(f"{STAGE}/{KEY}/files/emulator/a.safetensors/{info.sha256}", b"b" * 1000)
-    entry = cache.find(STAGE, KEY)
+    entry = cache.find(STAGE, KEY, verify=True)
     assert entry is not None
-    assert cache.find(STAGE, KEY, verify=True) is None
+    assert cache.find(STAGE, KEY, doubted=True) is None
     with pytest.raises(EntryGone):
         cache.link(entry, root_of(place("folder", "second")))
 

@@ -1,0 +1,80 @@
+"""A stage's result that a run takes from a cache on an object store, and finds to be altered when it reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from faulting.s3 import uri
+from small_runs import make_values
+
+from emloc_ray.config.reading import parse_config
+from emloc_ray.errors import DamagedArtifactError
+from emloc_ray.io.runs.cache import ArtifactCache
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store.atomic import write_bytes
+from emloc_ray.io.store.node_cache import ensure
+from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.runs import steps as runs_steps
+from emloc_ray.runs.reporter import Reporter
+from emloc_ray.runs.steps import AtOnce, Steps, cache_key
+from emloc_ray.stages.context import Context, Inputs, Result
+from emloc_ray.stages.ray.tasks import Progress, Resources
+from emloc_ray.stages.stage import Stage
+
+
+@pytest.mark.server
+def test_what_a_shared_cache_altered_is_made_again_for_all(
+    tiny_model_dir: Callable[..., Path],
+    task_file: Path,
+    tmp_path: Path,
+    s3_port: int,
+    node_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runs_steps, "shortage", lambda *asked: None)  # there is no cluster to look at
+    made: list[str] = []
+
+    def write(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
+        made.append(context.prepared.run.name)
+        write_bytes(context.path("calibration", "a.bin"), b"right")
+        return {}
+
+    stage = Stage(
+        name="calibrate",
+        title="a file",
+        asks=lambda config: config.merge,
+        inputs=lambda context: {"seed": 0},
+        shares=lambda context: {},
+        run=write,
+        outputs=("calibration",),
+    )
+    base = prepare(parse_config(make_values(tmp_path / "run", tiny_model_dir(), task_file)))
+    place = uri(s3_port, "shared-stages/cache")
+
+    def run(name: str) -> tuple[Steps, Context]:
+        prepared = replace(base, run=RunDirectory(uri(s3_port, f"shared-stages/{name}")))
+        prepared.run.create({}, steps=[stage.name])
+        steps = Steps(prepared, Reporter(), AtOnce(), ArtifactCache(place))
+        context = Context(prepared, base.source.directory)
+        steps.run(stage, context)
+        return steps, context
+
+    run("first")
+    store, key = ObjectStore(place), cache_key(stage, {"seed": 0, "shared": {}})
+    [entry] = store.versions(f"calibrate/{key}/files").values()
+    store.write(entry.path, b"wrong")
+    steps, context = run("second")
+    with pytest.raises(DamagedArtifactError) as damaged:
+        ensure(context.path("calibration"))
+    steps.forget_damaged(damaged.value)
+    steps.run(stage, context)
+    ensure(context.path("calibration"))
+    assert made == ["first", "second"]
+    _, context = run("third")
+    ensure(context.path("calibration"))
+    assert context.path("calibration", "a.bin").read_bytes() == b"right"
+    assert made == ["first", "second"]
