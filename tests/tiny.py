@@ -166,11 +166,11 @@ def make_emulator(model: Any, ranks: dict[str, int], storage: Storage = "factors
 
 def save_emulator(model_dir: Path, directory: Path, rank: int = 8, storage: Storage = "factors") -> Path:
     """Saves an emulator of a saved model: every linear in its blocks at one rank, but the last, which stays dense."""
-    from emloc_ray.modeling.architecture import block_linears
+    from emloc_ray.modeling.architecture import auto_class, block_linears, load_config
     from emloc_ray.modeling.emulator import write_emulator_config
     from emloc_ray.modeling.experts import unfuse
 
-    model = unfuse(AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto"))
+    model = unfuse(auto_class(load_config(model_dir)).from_pretrained(model_dir, dtype="auto"))
     ranks = {spec.name: rank for spec in block_linears(model)[:-1]}
     made = make_emulator(model, ranks, storage)
     made.save_pretrained(directory, max_shard_size="100KB", save_original_format=False)

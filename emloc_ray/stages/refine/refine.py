@@ -39,8 +39,9 @@ _FIT = "fit"
 @dataclass(frozen=True)
 class RefinementJob:
     """Artifact paths and flat settings; ``work_dir`` is where a killed try is continued from. ``inputs`` hashes what hidden
-    states depend on, for old ones may lie on other nodes. ``tokens``: which count for the error. A step is of ``batch_size``
-    rows, of which ``rows_at_once`` are read together, all by default."""
+    states depend on, for old ones may lie on other nodes. ``tokens``: which count for the error; ``decoder_blocks`` are those that
+    pass an encoder-decoder's answers on. A step is of ``batch_size`` rows, of which ``rows_at_once`` are read together, all by
+    default."""
 
     model_dir: Path
     emulator_dir: Path
@@ -57,6 +58,7 @@ class RefinementJob:
     inputs: str = ""
     model_options: tuple[tuple[str, Any], ...] = ()
     images: ImageInputs | None = None
+    decoder_blocks: tuple[str, ...] = ()
 
     def block_file(self, position: int) -> Path:
         """Where a block's factors are, once it is refined, and its :class:`Fit`."""
@@ -173,7 +175,9 @@ class Refiner:
         if wanted is None or given is None or given.tensors[0] is None or wanted.tensors[0] is None:
             return torch.zeros((), requires_grad=True), 0
         ours, theirs = given.tensors[0], on_device(wanted.tensors[0], self.device)
-        counted = next((mask for mask in call.counted.values() if mask.shape == ours.shape[:-1]), None)
+        inside = self.flow.order[position] in self.job.decoder_blocks
+        mask = call.counted["decoder" if inside else "row"]
+        counted = mask if mask.shape == ours.shape[:-1] else None  # an image's blocks read other tokens
         tokens = ours[..., 0].numel() if counted is None else int(counted.sum())
         return token_error(ours, theirs, None if counted is None else on_device(counted, self.device)), tokens
 

@@ -44,6 +44,7 @@ def refinement_job(context: Context, inputs: str = "") -> RefinementJob:
         inputs,
         tuple(context.model_options.items()),
         context.images,
+        tuple(dict.fromkeys(spec.block for spec in context.layout.specs if spec.stream == "decoder")),
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from plain_runs import plain_run
@@ -17,7 +18,10 @@ from small_runs import make_values
 from stage_artifacts import Artifacts, tensors_in, write_tokens
 from tiny import save_emulator, save_model
 
-from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.core.refinement import token_error
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.token_shards import TokenShards, shard_name, write_index, write_shard
+from emloc_ray.modeling.architecture import block_names
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.stages.correct.stage import correction_job
 from emloc_ray.stages.finetune.session import own_environment
@@ -149,6 +153,27 @@ def test_other_layers_are_refined_too(family: str, storage: Any, dtype: str, tmp
     refine_blocks(job)
     assert all(fit.after < fit.before for fit in fits(job).values())
     assert load_model(job.out_dir).dtype == getattr(torch, dtype)
+
+
+def test_a_decoder_s_blocks_are_fitted_where_its_answers_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the longest prompt of a batch is as long as its longest answer."""
+    model_dir = families.save("T5", tmp_path / "model")
+    emulator = save_emulator(model_dir, tmp_path / "emulator")
+    blocks = tuple(name for name in block_names(load_model(model_dir)) if name.startswith("decoder"))
+    lengths = [(2, 4), (5, 5), (5, 3)]  # of prompts and answers; the first row is held out
+    rows = [Tokens([*range(2, 2 + a + b)], [*[False] * a, *[True] * b]) for a, b in lengths]
+    write_shard(tmp_path / "tokens" / shard_name(0), rows)
+    write_index(tmp_path / "tokens", [3], {"tokens": 24})
+    counted: list[list[int]] = []
+
+    def note(given: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        counted.append(mask.sum(dim=1).tolist())
+        return token_error(given, wanted, mask)
+
+    monkeypatch.setattr(refining, "token_error", note)
+    refine_blocks(job_of(model_dir, emulator, tmp_path / "tokens", tmp_path, steps=1, decoder_blocks=blocks))
+    encoder, decoder = [[2], [5, 5], [2]], [[4], [3, 5], [4]]  # each held out, in a step, held out again
+    assert counted == [*encoder, *encoder, *decoder, *decoder]
 
 
 @pytest.mark.parametrize("computed", ["float16", "float32"])
