@@ -39,9 +39,9 @@ _FIT = "fit"
 @dataclass(frozen=True)
 class RefinementJob:
     """Artifact paths and flat settings; ``work_dir`` is where a killed try is continued from. ``inputs`` hashes what hidden
-    states depend on, for old ones may lie on other nodes. ``tokens``: which count for the error; ``decoder_blocks`` are those that
-    pass an encoder-decoder's answers on. A step is of ``batch_size`` rows, of which ``rows_at_once`` are read together, all by
-    default."""
+    states depend on, for old ones may lie on other nodes. ``tokens``: which count for the error; ``decoder_blocks`` are those
+    that pass an encoder-decoder's answers on. A step is of ``batch_size`` rows, of which ``rows_at_once`` are read together,
+    all by default."""
 
     model_dir: Path
     emulator_dir: Path
