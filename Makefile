@@ -24,11 +24,10 @@ types: $(VENV)/installed
 units: $(VENV)/installed
 	$(PYTEST) -p no:cacheprovider -n 2 --dist loadfile -m quick tests/unit tests/compat
 
-# Twenty minutes: check, then slow units that start nothing, one process a core, then all else that is not deep.
-ALONE := slow and not (deep or ray or server or browser)
+# Twenty minutes: check, then what else starts no Ray, one process a core, then what does and is not deep.
 test: check
-	$(PYTEST) -p no:cacheprovider -n 2 --dist loadfile -m "$(ALONE)"
-	$(PYTEST) -m "not quick and not deep and not ($(ALONE))"
+	$(PYTEST) -p no:cacheprovider -n 2 --dist loadfile -m "not (quick or deep or ray)"
+	$(PYTEST) -m "ray and not deep"
 
 # The rest: slow variants, small grids, faults, memory limits.
 test-deep: $(VENV)/installed
