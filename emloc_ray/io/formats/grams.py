@@ -145,19 +145,27 @@ def _add(shard: Shard, grams: Mapping[str, Gram]) -> int:
             for begin, rows in row_chunks(entry, _CHUNK_BYTES):
                 gram.matrix[begin : begin + len(rows)] += rows.to(gram.matrix.device)
             gram.num_tokens += counts[entry.name]
-    return int(_metadata(shard)["last_shard"])
+    return _last(shard)
 
 
 def last_shard(path: Path) -> int:
     """The last shard that a slot's committed sums hold."""
-    return int(_metadata(read_shard(path))["last_shard"])
+    return _last(read_shard(path))
 
 
-def reduce_slots(slots: Sequence[Path], names: Sequence[str]) -> dict[str, Gram]:
-    """The sums over all slots of the Grams named, in slot order, so that the rounding is always the same."""
+def _last(shard: Shard) -> int:
+    return int(_metadata(shard)["last_shard"])
+
+
+def reduce_slots(slots: Sequence[Path], names: Sequence[str], ends: Sequence[int] | None = None) -> dict[str, Gram]:
+    """The sums over all slots of the Grams named, in slot order, so that the rounding is always the same. Raises ArtifactError
+    where a slot's last shard is not its one of ``ends``, where these are given."""
     total: dict[str, Gram] = {}
-    for path in slots:
+    wanted: Sequence[int | None] = ends or [None] * len(slots)
+    for path, end in zip(slots, wanted, strict=True):
         with open_shard(path) as shard:
+            if end is not None and (last := _last(shard)) != end:
+                raise ArtifactError(f"{path} holds the sums to {last}, not to {end}: run the same command again.")
             if not total:
                 orders = {entry.name: entry.shape[0] for entry in shard.entries}
                 total = {name: Gram.zero(orders[name]) for name in names}

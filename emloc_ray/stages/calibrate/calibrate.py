@@ -19,7 +19,7 @@ from emloc_ray.io.formats.grams import (
 from emloc_ray.io.store.node_cache import discard, exists, is_stored, local_only, sizes
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.block_flow import block_flow
-from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob
+from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, by_blocks
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot, smaller_batch
 from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file, last_node, part_file
 from emloc_ray.stages.calibrate.thin_experts import Gathered, clear_thin, describe, gather_thin
@@ -71,8 +71,7 @@ def gather_as_fits(
         if job.hold == BLOCKS or not job.may_stream or not any(map(is_out_of_memory, causes(error))):
             raise
     tell(f"{job.step}: a worker ran out of memory with the model held {job.hold}; it continues block by block.")
-    discard(out_dir / "slots")
-    job = dataclasses.replace(job, hold=BLOCKS, waves=None)
+    job = by_blocks(job, out_dir)
     return job, gather(job, out_dir)
 
 
@@ -86,18 +85,21 @@ def _gather(job: CalibrationJob, out_dir: Path, *, resources: Resources, progres
 def _reside(
     job: CalibrationJob, out_dir: Path, num_slots: int, resources: Resources, progress: Progress, tell: Tell
 ) -> Gathered:
-    """One pass over the shards for each wave of Grams, with a budget of losses of its own."""
+    """One pass over the shards for each wave of Grams, with a budget of losses of its own; none for a wave that an earlier try
+    has summed. A wave's slots go once it is summed."""
     counts: dict[str, int] = {}
     weight_map: dict[str, str] = {}
     waves = job.waves or (job.groups,)
     work = [job.shards_of(slot, num_slots) for slot in range(num_slots)]
+    ends = [shards[-1] for shards in work]
+    there = sizes(out_dir)
     for number, groups in enumerate(waves):
         losses = Losses(job.step, tell)
         part = dataclasses.replace(job, groups=groups)
+        prefix = f"grams-{number + 1:05d}" if len(waves) > 1 else "grams"
+        files = _grams_of([group[0] for group in groups], prefix)
         folder = out_dir / "slots" / f"wave-{number:04d}-of-{len(waves):04d}"
         slots = [folder / f"slot-{slot:04d}-of-{num_slots:04d}.safetensors" for slot in range(num_slots)]
-        for stale in set(sizes(folder)) - set(slots):  # of a run with another number of slots
-            discard(stale)
 
         def start(slot: int, part: CalibrationJob = part, slots: Sequence[Path] = slots) -> Any:
             name, path = f"{job.step}: slot {slot}", slots[slot]
@@ -106,40 +108,47 @@ def _reside(
         def of_all_waves(done: int, total: int, number: int = number) -> None:
             progress(number * total + done, len(waves) * total)
 
-        # A task that counted as lost, and was restarted, may still have committed after its successor did.
-        ends = [shards[-1] for shards in work]
-        while (safe := [last_shard(file) if exists(file) else -1 for file in slots]) != ends:
-            run_slots(start, work, "token shard", losses, of_all_waves, safe=safe, planned_s=resources.planned_s)
-        for slot, file in enumerate(slots):
-            if rows := smaller_batch(file):
-                tell(
-                    f"{job.step}: slot {slot} ran out of memory with {job.batch_size} rows a batch and went on with {rows}."
-                )
-        names = [group[0] for group in groups]
-        prefix = f"grams-{number + 1:05d}" if len(waves) > 1 else "grams"
-        wave_counts, wave_map = _reduce(slots, names, out_dir, prefix, resources, losses)
-        counts.update(wave_counts)
-        weight_map.update(wave_map)
+        if not all(out_dir / file in there for file in files):
+            for stale in set(sizes(folder)) - set(slots):  # of a run with another number of slots
+                discard(stale)
+            # A task that counted as lost, and was restarted, may still have committed after its successor did.
+            while (safe := [last_shard(file) if exists(file) else -1 for file in slots]) != ends:
+                run_slots(start, work, "token shard", losses, of_all_waves, safe=safe, planned_s=resources.planned_s)
+            for slot, file in enumerate(slots):
+                if rows := smaller_batch(file):
+                    tell(
+                        f"{job.step}: slot {slot} ran out of memory with {job.batch_size} rows a batch and went on with"
+                        f" {rows}."
+                    )
+        counts |= _reduce(dict(zip(slots, ends, strict=True)), files, out_dir, resources, losses)
+        weight_map |= {name: file for file, names in files.items() for name in names}
+        discard(folder)
     return counts, weight_map
 
 
-def _reduce(
-    slots: Sequence[Path], names: Sequence[str], out_dir: Path, prefix: str, resources: Resources, losses: Losses
-) -> Gathered:
-    """Sums the slots, a file of a few Grams a task, without GPUs. As many tasks run at once as there are slots: their processes
-    are idle by then."""
+def _grams_of(names: Sequence[str], prefix: str) -> dict[str, list[str]]:
+    """The files of a wave's sums, each with the Grams that it holds."""
     parts = [list(names[start : start + _GRAMS_PER_FILE]) for start in range(0, len(names), _GRAMS_PER_FILE)]
-    files = [f"{prefix}-{number + 1:05d}-of-{len(parts):05d}.safetensors" for number in range(len(parts))]
-    pieces = [(f"the sum {file}", (part, out_dir / file)) for file, part in zip(files, parts, strict=True)]
+    return {f"{prefix}-{number + 1:05d}-of-{len(parts):05d}.safetensors": part for number, part in enumerate(parts)}
+
+
+def _reduce(
+    slots: dict[Path, int], files: dict[str, list[str]], out_dir: Path, resources: Resources, losses: Losses
+) -> dict[str, int]:
+    """Sums the slots, each with its last shard, a file a task, without GPUs; gives the Grams' tokens. As many tasks run at once
+    as there are slots: their processes are idle by then."""
+    pieces = [(f"the sum {file}", (names, out_dir / file)) for file, names in files.items()]
     own = dataclasses.replace(resources, num_workers=len(slots), gpus_per_worker=0)
-    results = run_tasks(_reduce_part, list(slots), pieces, own, losses)
-    counts: dict[str, int] = {name: count for result in results for name, count in result.items()}
-    return counts, {name: file for file, part in zip(files, parts, strict=True) for name in part}
+    results = run_tasks(_reduce_part, slots, pieces, own, losses)
+    return {name: count for result in results for name, count in result.items()}
 
 
-def _reduce_part(slots: list[Path], names: list[str], path: Path) -> dict[str, int]:
+def _reduce_part(slots: dict[Path, int], names: list[str], path: Path) -> dict[str, int]:
+    """Sums a file's Grams over the slots, where no earlier try has; gives their tokens."""
+    if exists(path):
+        return gram_counts(path)
     set_threads(1)
-    grams = reduce_slots(slots, names)
+    grams = reduce_slots(list(slots), names, list(slots.values()))
     write_gram_shard(path, grams)
     return {name: gram.num_tokens for name, gram in grams.items()}
 
@@ -166,7 +175,7 @@ def _stream(
         return start_slot(resources, f"calibrate: slot {slot}", range(num_blocks), StreamedSlot, *arguments, node=node)
 
     def start_sum(block: int) -> Any:
-        parts = [part_file(out_dir, slot, num_slots, block) for slot in range(num_slots)]
+        parts = {part_file(out_dir, slot, num_slots, block): block for slot in range(num_slots)}
         node = last_node(out_dir, block % num_slots, num_slots)  # in turn: Ray would take the driver's for each
         task = reduce.options(name=f"calibrate: {files[block].name}", **begun_on(node))
         return task.remote(parts, names[block], files[block])
@@ -189,9 +198,8 @@ def _stream(
     return counts, {name: files[block].name for block in range(num_blocks) for name in names[block]}
 
 
-def _reduce_block(parts: list[Path], names: list[str], path: Path) -> None:
+def _reduce_block(parts: dict[Path, int], names: list[str], path: Path) -> None:
     """Sums a block's Grams over the slots and removes what they were summed from; done once, however often it is asked."""
-    if not exists(path):
-        _reduce_part(parts, names, path)
+    _reduce_part(parts, names, path)
     for part in parts:
         discard(part)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.io.store.atomic import write_json
-from emloc_ray.io.store.node_cache import ensure
+from emloc_ray.io.store.node_cache import discard, ensure, sizes
 from emloc_ray.modeling.inputs import Stream
 
 if TYPE_CHECKING:
@@ -92,11 +92,26 @@ def go_on(job: CalibrationJob, out_dir: Path, inputs: Any, num_slots: int, auto:
     begun: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     if begun and _may_go_on(begun, job, num_slots, auto):
         waves = begun["waves"] and tuple(tuple(tuple(group) for group in wave) for wave in begun["waves"])
-        return dataclasses.replace(job, hold=begun["hold"], waves=waves)
-    if begun:
+        job = dataclasses.replace(job, hold=begun["hold"], waves=waves)
+    elif begun:
         discard_unless(out_dir, None)
         discard_unless(out_dir, inputs)
     write_json(path, {"hold": job.hold, "waves": job.waves, "slots": num_slots})
+    return job
+
+
+def by_blocks(job: CalibrationJob, out_dir: Path) -> CalibrationJob:
+    """The job block by block, for an ``out_dir`` that :func:`go_on` has begun otherwise: what is there is removed, and a later
+    try goes on in this way."""
+    path = out_dir / _BEGUN
+    ensure(path)
+    begun = json.loads(path.read_text())
+    discard(out_dir / "slots")
+    for sums in sizes(out_dir):
+        if sums.suffix == ".safetensors":
+            discard(sums)
+    job = dataclasses.replace(job, hold=BLOCKS, waves=None)
+    write_json(path, {**begun, "hold": job.hold, "waves": job.waves})
     return job
 
 

@@ -75,6 +75,15 @@ def test_slots_add_up_in_slot_order(tmp_path: Path) -> None:
     assert (other["a"].num_tokens, other["b"].num_tokens) == (6, 9)
 
 
+def test_a_slot_that_holds_other_shards_than_it_should_is_not_summed(tmp_path: Path) -> None:
+    paths = [tmp_path / f"slot-{number}" for number in range(2)]
+    for number, path in enumerate(paths):
+        write_slot(path, {"a": gram(0)[0]}, number)
+    assert reduce_slots(paths, ["a"], [0, 1])["a"].num_tokens == 20
+    with pytest.raises(ArtifactError, match="slot-1 holds the sums to 1, not to 3: run the same command again"):
+        reduce_slots(paths, ["a"], [0, 3])
+
+
 @pytest.mark.parametrize("in_features", [1, 6, 300])
 def test_reduced_slots_equal_one_pass_over_all_tokens(tmp_path: Path, in_features: int) -> None:
     made = [gram(seed, in_features, tokens=4 + seed) for seed in range(3)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from emloc_ray.io.runs.resume import discard_unless
-from emloc_ray.stages.calibrate.job import CalibrationJob, go_on
+from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, by_blocks, go_on
 
 A, B, C = ("a", "a2"), ("b",), ("c",)
 INPUTS = {"model": "m", "data": "d"}
@@ -64,3 +64,17 @@ def test_other_inputs_leave_nothing(tmp_path: Path) -> None:
     whole = job_of("resident", (A, B, C))
     assert went_on(whole, tmp_path / "c", {**INPUTS, "data": "other"}) == whole
     assert not left.exists()
+
+
+def test_what_memory_ran_out_for_is_gone_on_with_block_by_block(tmp_path: Path) -> None:
+    out_dir, resident = tmp_path / "c", job_of("resident", (A, B), (C,))
+    left = begin(out_dir, resident)
+    assert went_on(resident, out_dir, INPUTS, 3) == resident
+    sums = out_dir / "grams-00001-of-00002.safetensors"  # of a wave; a block's may have the same name
+    sums.write_text("x")
+    assert by_blocks(resident, out_dir) == dataclasses.replace(resident, hold=BLOCKS, waves=None)
+    assert not left.exists()
+    assert not sums.exists()
+    sums.write_text("of a block")
+    assert went_on(resident, out_dir, INPUTS, 3) == job_of(BLOCKS)
+    assert sums.exists()

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from ray.exceptions import WorkerCrashedError
 from safetensors.torch import load_file, save_file
 from slot_files import read_slot
 from stage_artifacts import Artifacts
 
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import NumericsError
-from emloc_ray.stages.calibrate import calibrate as calibrating
-from emloc_ray.stages.calibrate.calibrate import gather_as_fits
-from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot, smaller_batch
-from emloc_ray.stages.calibrate.thin_experts import Gathered
-from emloc_ray.stages.ray.losses import MAX_RESTARTS, Losses
-from emloc_ray.stages.ray.tasks import Resources
 
 
 def test_a_slot_made_anew_goes_on_from_its_commit(artifacts: Artifacts, tmp_path: Path) -> None:
@@ -118,54 +109,3 @@ def test_out_of_memory_with_a_row_at_a_time_is_raised(artifacts: Artifacts, tmp_
     with pytest.raises(torch.OutOfMemoryError):
         slot.accumulate(0)
     assert slot.batch_size == 1
-
-
-@pytest.mark.parametrize(("may_stream", "hold"), [(True, "resident"), (False, "resident"), (True, BLOCKS)])
-def test_out_of_memory_goes_on_block_by_block_where_it_may(
-    artifacts: Artifacts, tmp_path: Path, may_stream: bool, hold: str
-) -> None:
-    job = replace(artifacts.calibration_job, may_stream=may_stream, hold=hold)
-    notes: list[str] = []
-
-    def gather(job: CalibrationJob, out_dir: Path) -> Gathered:
-        if job.hold == hold:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return {"layer": 7}, {"layer": "file"}
-
-    if may_stream and hold == "resident":
-        found, gathered = gather_as_fits(job, tmp_path, gather, notes.append)
-        assert (found.hold, found.waves, gathered) == (BLOCKS, None, ({"layer": 7}, {"layer": "file"}))
-        assert notes == [
-            "calibrate: a worker ran out of memory with the model held resident; it continues block by block."
-        ]
-        return
-    with pytest.raises(torch.OutOfMemoryError):
-        gather_as_fits(job, tmp_path, gather, notes.append)
-    assert notes == []
-
-
-def test_workers_lost_in_one_wave_do_not_count_in_the_next(
-    artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def start_slot(
-        resources: Resources, name: str, units: Sequence[int], make: type[ResidentSlot], *arguments: Any
-    ) -> None:
-        slot = make(*arguments)
-        for unit in units:
-            slot.accumulate(unit)
-        slot.commit()
-
-    def run_slots(start: Any, work: Any, unit_name: str, losses: Losses, *rest: Any, **more: Any) -> None:
-        for _ in range(MAX_RESTARTS):
-            losses.count(f"slot 0 at {unit_name} 0", WorkerCrashedError())
-        start(0)
-
-    def run_tasks(function: Any, shared: Any, pieces: Any, *rest: Any) -> list[Any]:
-        return [function(shared, *arguments) for _, arguments in pieces]
-
-    for name, function in (("start_slot", start_slot), ("run_slots", run_slots), ("run_tasks", run_tasks)):
-        monkeypatch.setattr(calibrating, name, function)
-    job, told = artifacts.calibration_job, list[str]()
-    job = replace(job, waves=(job.groups[:2], job.groups[2:]))
-    assert calibrating.calibrate(job, tmp_path / "grams", Resources(), tell=told.append)["waves"] == 2
-    assert len(told) == 2 * MAX_RESTARTS
