@@ -19,7 +19,7 @@ from emloc_ray.data.formats import RowImage, Tokens
 from emloc_ray.errors import ArtifactError, DamagedArtifactError
 from emloc_ray.io.formats.arrow_schemas import check_as_written
 from emloc_ray.io.store.atomic import atomic_file, write_json
-from emloc_ray.io.store.node_cache import ensure, open_artifact
+from emloc_ray.io.store.node_cache import ListedFiles, open_artifact
 
 _INDEX = "index.json"
 _COUNTS = b"counts"
@@ -98,7 +98,8 @@ class TokenShards:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         path = self.directory / _INDEX
-        ensure(path)
+        self._files = ListedFiles(self.directory)
+        self._files.ensure(path)
         if not path.is_file():
             raise ArtifactError(f"{self.directory} holds no {_INDEX}: the data stage did not finish; run again.")
         self.index: dict[str, Any] = json.loads(path.read_text())
@@ -147,7 +148,7 @@ class TokenShards:
     def _table(self, number: int) -> pa.Table:
         path = self.directory / shard_name(number)
         if number not in self._present or not path.is_file():  # a node short of room drops what it can fetch again
-            ensure(path)
+            self._files.ensure(path)
             self._present.add(number)
         if not path.is_file():
             raise ArtifactError(f"{path} is missing, though the index names it: run the data stage again.")

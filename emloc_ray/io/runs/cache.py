@@ -25,7 +25,7 @@ from emloc_ray.io.runs.cache_place import FORMAT, CachePlace, ThreadTurn
 from emloc_ray.io.store.digests import digest_of
 from emloc_ray.io.store.node_cache import discard, open_artifact, origin, sizes
 from emloc_ray.io.store.places import leads_out
-from emloc_ray.io.store.transfer import transfer
+from emloc_ray.io.store.transfer import listing, transfer
 from emloc_ray.io.store.turns import own_name, wait_for_turn
 
 _FILES = "files"
@@ -306,8 +306,11 @@ _WRITTEN = ("stage", "key", "files", "result", "inputs", "created_at", "origin")
 
 
 def _transfer_all(source: Path, target: Path, files: Files) -> None:
+    folders = {path.partition("/")[0] for path in files}
+    listings = listing(source, folders), listing(target, folders)
+
     def one(path: str) -> None:
-        transfer(source / path, target / path, files[path]["size"], files[path]["sha256"])
+        transfer(source / path, target / path, files[path]["size"], files[path]["sha256"], *listings)
 
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         list(pool.map(one, files))

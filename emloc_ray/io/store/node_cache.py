@@ -145,6 +145,24 @@ def ensure(path: Path, *, weights: bool = True) -> None:
         list(pool.map(lambda file: _ensure_file(file, wanted[file], begun), wanted))
 
 
+class ListedFiles:
+    """The files below a folder that is finished: a store is asked once which there are."""
+
+    def __init__(self, folder: Path) -> None:
+        here = origin(folder)
+        self._stored = None if here is None else _stored(here, folder)
+
+    def ensure(self, file: Path) -> None:
+        """Makes one of them present on this node; raises what :func:`ensure` raises, FileNotFoundError where it is gone since."""
+        if self._stored is None:
+            return
+        info = self._stored.get(file)
+        if info is None:
+            file.unlink(missing_ok=True)  # a copy of what is no more
+        else:
+            _ensure_file(file, info, time.time())
+
+
 def _ensure_file(file: Path, info: Stored, begun: float) -> None:
     here = origin(file)
     assert here is not None

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.objects import FULL, REQUEST_S, ObjectFile, Objects, Stored, Version
 
 MANIFEST = "manifest.json"
+Listing = Mapping[str, Sequence[Stored]]
+"""The versions of files, by path, as they were when they were listed."""
 
 
 class ObjectStore(Objects):
@@ -34,6 +36,7 @@ class ObjectStore(Objects):
         super().__init__(uri, key, timeout_s)
         self.lease = lease
         self._manifest: tuple[Version, dict[str, Any]] | None = None
+        self._named: tuple[Mapping[str, Any], dict[str, str]] = {}, {}  # a manifest, and what named_files says of it
         self._written: dict[str, Version] = {}  # by path, what :meth:`write_held` put last
 
     def versions(self, path: str, manifest: Mapping[str, Any] | None = None) -> dict[str, Stored]:
@@ -45,22 +48,36 @@ class ObjectStore(Objects):
         Raises:
             TakenOver: where another holder's manifest is there by now.
         """
-        by_file: dict[str, list[Stored]] = {}
-        for stored in self.below(path):
-            if stored.sha256:
-                by_file.setdefault(stored.path.rpartition("/")[0], []).append(stored)
-        if not by_file:
+        listing = self.listing(path)
+        if not listing:
             return {}
         manifest = self.checked_manifest() if manifest is None else manifest
-        named, adopted = named_files(manifest), manifest.get("adopted", {})
+        named, adopted = self._named_files(manifest), manifest.get("adopted", {})
         seen = {}
-        for file, objects in by_file.items():
+        for file, objects in listing.items():
             newest = self._seen(objects, named.get(file), adopted.get(file))
             if newest is not None:
                 seen[file.removeprefix(path).strip("/")] = newest
         return seen
 
-    def _seen(self, objects: list[Stored], named: str | None, adopted: str | None) -> Stored | None:
+    def listing(self, *paths: str) -> Listing:
+        """All versions of the files at or below these paths, whoever wrote them."""
+        by_file: dict[str, list[Stored]] = {}
+        for path in paths:
+            for stored in self.below(path):
+                if stored.sha256:
+                    by_file.setdefault(_parent(stored), []).append(stored)
+        return by_file
+
+    def _named_files(self, manifest: Mapping[str, Any]) -> dict[str, str]:
+        """:func:`named_files`, gone through once for the manifest that was asked of last."""
+        known, named = self._named
+        if known is not manifest:
+            named = named_files(manifest)
+            self._named = manifest, named
+        return named
+
+    def _seen(self, objects: Sequence[Stored], named: str | None, adopted: str | None) -> Stored | None:
         of_sha = {stored.sha256: stored for stored in objects if self._may_read(stored)}
         if named is not None:
             return of_sha.get(named)
@@ -105,8 +122,8 @@ class ObjectStore(Objects):
                 self._written[path] = version
                 return
 
-    def add_version(self, path: str, file: Path) -> str:
-        """Puts a file's content as the version of ``path``; returns its SHA-256.
+    def add_version(self, path: str, file: Path, listing: Listing | None = None) -> str:
+        """Puts a file's content as the version of ``path``; returns its SHA-256. ``listing``: with this path, if there is one.
 
         The last version of the same lease stays beside it until the stage is committed: a process that takes the run over
         at this moment may have adopted that one. Versions of earlier leases stay.
@@ -117,16 +134,16 @@ class ObjectStore(Objects):
         if self.lease is not None:
             self.checked_manifest()
         sha, size = digest(file), file.stat().st_size
-        with self._new_version(path, sha, size) as key:
+        with self._new_version(path, sha, size, listing) as key:
             if key is not None:
                 self._trying(lambda: self.upload(file, key, size), "write", path)
         return sha
 
     @contextlib.contextmanager
-    def _new_version(self, path: str, sha256: str, size: int) -> Iterator[str | None]:
+    def _new_version(self, path: str, sha256: str, size: int, listing: Listing | None) -> Iterator[str | None]:
         """Gives the full key for a version to put, None where the newest is the same; then removes those that it replaces."""
-        held = [stored for stored in self.below(path) if _parent(stored) == path and stored.lease == self.lease]
-        own = sorted((stored for stored in held if stored.sha256), key=lambda stored: stored.order)
+        held = (self.listing(path) if listing is None else listing).get(path, ())
+        own = sorted((stored for stored in held if stored.lease == self.lease), key=lambda stored: stored.order)
         if own and (own[-1].sha256, own[-1].size) == (sha256, size):
             yield None
             return
@@ -135,15 +152,15 @@ class ObjectStore(Objects):
         replaced = own if self.lease is None else own[:-1]
         self.delete([stored for stored in replaced if self.lease is not None or stored.sha256 != sha256])
 
-    def version_of(self, path: str, sha256: str) -> Stored | None:
+    def version_of(self, path: str, sha256: str, listing: Listing | None = None) -> Stored | None:
         """The object of a file that has this content, whether or not it is the newest; None where there is none."""
-        held = [stored for stored in self.below(path) if _parent(stored) == path and self._may_read(stored)]
-        return next((stored for stored in held if stored.sha256 == sha256), None)
+        held = (self.listing(path) if listing is None else listing).get(path, ())
+        return next((stored for stored in held if stored.sha256 == sha256 and self._may_read(stored)), None)
 
-    def copy_version(self, path: str, source: Objects, stored: Stored) -> None:
+    def copy_version(self, path: str, source: Objects, stored: Stored, listing: Listing | None = None) -> None:
         """Makes ``stored``, which lies in ``source``, a place in the same bucket, a version of ``path``: :meth:`Objects.copy`
         says how."""
-        with self._new_version(path, stored.sha256, stored.size) as target:
+        with self._new_version(path, stored.sha256, stored.size, listing) as target:
             if target is not None:
                 source.copy(stored, target)
 

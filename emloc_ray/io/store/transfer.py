@@ -7,12 +7,14 @@ import io
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from emloc_ray.errors import ArtifactError, DamagedArtifactError
 from emloc_ray.io.store.digests import HashingWriter, note_digest
 from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import Origin, discard, origin
+from emloc_ray.io.store.object_store import Listing
 from emloc_ray.io.store.objects import Stored
 from emloc_ray.io.store.replacing import replacing
 
@@ -20,8 +22,22 @@ _CHUNK = 2**22
 _FICLONE = 0x40049409
 
 
-def transfer(source: Path, target: Path, size: int, sha256: str) -> None:
-    """Makes ``target`` a file of the same content as ``source``, atomically; either may mirror an object store.
+def listing(root: Path, paths: Iterable[str]) -> Listing | None:
+    """What the store that ``root`` mirrors holds at and below these ``paths`` in it; None in a file system."""
+    here = origin(root)
+    return None if here is None else here.store.listing(*(f"{here.path}/{path}".strip("/") for path in paths))
+
+
+def transfer(
+    source: Path,
+    target: Path,
+    size: int,
+    sha256: str,
+    source_listing: Listing | None = None,
+    target_listing: Listing | None = None,
+) -> None:
+    """Makes ``target`` a file of the same content as ``source``, atomically; either may mirror an object store. The
+    :func:`listing` of each, where there is one, spares its store a request.
 
     On one file system it shares the blocks of ``source`` where that can be (a reflink), else it is a read-only hard link,
     checked by size. Within one bucket the object, whose key names its content, is copied there. Otherwise the content goes
@@ -33,11 +49,11 @@ def transfer(source: Path, target: Path, size: int, sha256: str) -> None:
     if here is None:
         if there is None:
             _link_file(source, target, size, sha256)
-        elif source.stat().st_size != size or there.store.add_version(there.path, source) != sha256:
+        elif source.stat().st_size != size or there.store.add_version(there.path, source, target_listing) != sha256:
             discard(target)
             raise _damaged(source)
         return
-    info = here.store.version_of(here.path, sha256)
+    info = here.store.version_of(here.path, sha256, source_listing)
     if info is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
     if info.size != size:
@@ -47,11 +63,11 @@ def transfer(source: Path, target: Path, size: int, sha256: str) -> None:
             here.store.download(info, temporary)
             note_digest(temporary, sha256)
             check_lock(target)
-    elif not _copied_in_bucket(here, info, there):
+    elif not _copied_in_bucket(here, info, there, target_listing):
         there.root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=there.root, suffix=".tmp") as folder:
             here.store.download(info, Path(folder, "file"))
-            there.store.add_version(there.path, Path(folder, "file"))
+            there.store.add_version(there.path, Path(folder, "file"), target_listing)
 
 
 def _link_file(source: Path, target: Path, size: int, sha256: str) -> None:
@@ -84,11 +100,11 @@ def _clone(source: Path, target: Path) -> bool:
     return False
 
 
-def _copied_in_bucket(here: Origin, info: Stored, there: Origin) -> bool:
+def _copied_in_bucket(here: Origin, info: Stored, there: Origin, target_listing: Listing | None) -> bool:
     if there.store.client != here.store.client:
         return False
     try:
-        there.store.copy_version(there.path, here.store, info)
+        there.store.copy_version(there.path, here.store, info, target_listing)
     except ArtifactError:  # on the way through this node every step is tried again
         return False
     return True

@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from faulting.s3 import uri
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emloc_ray.data import token_shards
 from emloc_ray.data.formats import RowImage, Tokens
 from emloc_ray.data.token_shards import (
     TokenShards,
@@ -25,6 +25,8 @@ from emloc_ray.data.token_shards import (
     written_counts,
 )
 from emloc_ray.errors import ArtifactError
+from emloc_ray.io.store.node_cache import ListedFiles, mirror
+from emloc_ray.io.store.objects import Objects
 
 rows = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), min_size=1, max_size=20).map(
     lambda pairs: Tokens([token for token, _ in pairs], [completion for _, completion in pairs])
@@ -84,6 +86,22 @@ def test_no_index_is_not_finished(tmp_path: Path) -> None:
         TokenShards(tmp_path)
 
 
+def test_a_split_on_a_store_is_listed_once_by_each_reader(
+    s3_port: int, node_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = mirror(uri(s3_port, "token-shards/run"))
+    shards = [[Tokens([shard, row], [False, True]) for row in range(5)] for shard in range(100)]
+    write(root / "data" / "tokens" / "train", shards)
+    there = tmp_path / "another node" / root.name / "data" / "tokens" / "train"
+    listed: list[str] = []
+    below = Objects.below
+    monkeypatch.setattr(Objects, "below", lambda store, path="": (listed.append(path), below(store, path))[1])
+    for _ in range(2):
+        read = TokenShards(there)
+        assert [read.row(position) for position in range(500)] == [row for shard in shards for row in shard]
+    assert listed == ["data/tokens/train"] * 2
+
+
 def test_a_shard_that_a_node_dropped_for_room_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = write(tmp_path, [[Tokens([1], [True])], [Tokens([2], [True])]])
     first = tmp_path / shard_name(0)
@@ -91,11 +109,11 @@ def test_a_shard_that_a_node_dropped_for_room_is_fetched_again(tmp_path: Path, m
     assert shards.row(0).input_ids == [1]
     first.unlink()
 
-    def fetch(path: Path) -> None:
+    def fetch(files: ListedFiles, path: Path) -> None:
         fetched.append(path)
         path.write_bytes(content)
 
-    monkeypatch.setattr(token_shards, "ensure", fetch)
+    monkeypatch.setattr(ListedFiles, "ensure", fetch)
     assert shards.row(0).input_ids == [1]
     assert shards.row(0).input_ids == [1]
     assert fetched == [first]
