@@ -171,12 +171,13 @@ def _ensure_file(file: Path, info: Stored, begun: float) -> None:
         if copy is not None:
             copy.close()
             return
-        if not link_copy(here.root, here.path, info.sha256):
-            make_room(here.root, info.size, begun)
-            with replacing(file, durable=False) as temporary:
-                here.store.download(info, temporary)
-                status = temporary.stat()
-            write_note(here.note, info.sha256, status)
+        with alone(here.root.parent, f"{here.path} {info.sha256}"):  # and all runs
+            if not link_copy(here.root, here.path, info.sha256):
+                make_room(here.root, info.size, begun)
+                with replacing(file, durable=False) as temporary:
+                    here.store.download(info, temporary)
+                    status = temporary.stat()
+                write_note(here.note, info.sha256, status)
 
 
 @contextlib.contextmanager

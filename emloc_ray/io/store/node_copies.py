@@ -6,7 +6,6 @@ holds as long as the file is the same, and whose time says when the copy was las
 
 import contextlib
 import functools
-import glob
 import math
 import os
 import shutil
@@ -30,7 +29,9 @@ _SIZE_VARIABLE = "EMLOC_RAY_CACHE_SIZE"
 IN_USE_S = 600.0
 PATIENCE_S = 1800.0  # with one that fetches the same file: it may have been stopped
 _MAX_NAME = 255
-_hashed: set[tuple[object, ...]] = set()
+# What nobody adds to or alters in place, unlike logs.
+_NEVER_ALTERED = (".safetensors", ".arrow")
+_hashed: dict[tuple[object, ...], tuple[int, int]] = {}  # by what a copy is: its ctime and links when it was hashed
 
 
 def note_of(root: Path, path: str) -> Path:
@@ -55,12 +56,14 @@ def open_copy(note: Path, file: Path, version: str) -> IO[bytes] | None:
 
 
 def _is_of(copy: IO[bytes], status: os.stat_result, version: str) -> bool:
-    known = (version, status.st_dev, status.st_ctime_ns, *_identity(status))
-    if known not in _hashed:
+    known, now = (version, status.st_dev, *_identity(status)), (status.st_ctime_ns, status.st_nlink)
+    before = _hashed.get(known)
+    # A link, by which another run has it too, or no more, changes the ctime as well.
+    if before is None or (before[0] != now[0] and before[1] == now[1]):
         if digest_of(copy) != version:
             return False
         copy.seek(0)
-        _hashed.add(known)
+    _hashed[known] = now
     return True
 
 
@@ -78,18 +81,25 @@ def check_owner(cache: Path) -> None:
 
 
 def link_copy(root: Path, path: str, version: str) -> bool:
-    """Makes the copy that this node has of the version from an earlier lease of the run the run's own; whether it has one."""
-    for earlier in root.parent.glob(f"{glob.escape(root.name.partition('%23')[0])}*"):
-        copy = None if earlier == root else open_copy(note_of(earlier, path), earlier / path, version)
+    """Makes the copy of the version that this node has at the same path under an earlier lease of the run the run's own, or,
+    of weights and shards, in another run; whether it has one."""
+    for other in root.parent.glob(f"{MARK}*"):
+        shares = _uri(other) == _uri(root) or path.endswith(_NEVER_ALTERED)
+        copy = open_copy(note_of(other, path), other / path, version) if shares and other != root else None
         if copy is None:
             continue
         with copy, contextlib.suppress(OSError), replacing(root / path, durable=False) as temporary:
-            os.link(earlier / path, temporary)
+            os.link(other / path, temporary)
             status = temporary.stat()
             if status.st_ino == os.fstat(copy.fileno()).st_ino:
                 write_note(note_of(root, path), version, status)
                 return True
     return False
+
+
+def _uri(root: Path) -> str:
+    """Where the run is, without its lease, quoted."""
+    return root.name.partition("%23")[0]
 
 
 def write_note(note: Path, version: str, status: os.stat_result) -> None:
@@ -152,12 +162,13 @@ def _missing(root: Path, needed: int) -> int:
 
 
 def _held(cache: Path) -> int:
-    """Bytes of all copies."""
-    total = 0
+    """Bytes of all copies; what several runs have linked counts once."""
+    size_of: dict[int, int] = {}
     for _, owner, path in _copies(cache):
         with contextlib.suppress(FileNotFoundError):
-            total += (owner / path).stat().st_size
-    return total
+            status = (owner / path).stat()
+            size_of[status.st_ino] = status.st_size
+    return sum(size_of.values())
 
 
 @functools.cache
