@@ -32,6 +32,7 @@ _FILES = "files"
 _WITH_COLUMNS = (".arrow", ".parquet")
 PATIENCE_S = 6 * 3600.0  # with another one that makes the same and gets nowhere: it may have been stopped
 _CONNECTIONS = 8
+_FREED = 0.1  # of max_bytes, where an entry exceeds it: the next ones need no weighing
 _SWEEP_S = 3600.0  # between two looks of a process at all that is there for what killed ones left
 Files = Mapping[str, Mapping[str, Any]]
 
@@ -62,7 +63,8 @@ class Entry:
 
 class ArtifactCache:
     """The entries at a directory or the URI of an object store; where they exceed ``max_bytes``, those go that were used
-    longest ago. Raises ConfigError where the place holds files of something else, or cannot be opened."""
+    longest ago, until a tenth of it is free. Raises ConfigError where the place holds files of something else, or cannot be
+    opened."""
 
     def __init__(self, place: str, max_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes
@@ -196,7 +198,7 @@ class ArtifactCache:
 
     def add(self, stage: str, key: str, root: Path, files: Files, result: Mapping[str, Any], inputs: Any) -> str | None:
         """Takes in what the run at ``root`` has committed (``files`` as its manifest names them), unless it is there already;
-        then prunes to ``max_bytes``, but never this entry; what other processes add counts within the hour.
+        then makes room in ``max_bytes``, but never of this entry; what other processes add counts within the hour.
 
         Returns None, or why it could not be done (a full disk, a store out of reach): that is no failure of the run.
         """
@@ -242,9 +244,10 @@ class ArtifactCache:
         held = [(entry, self._blocks(entry)) for entry in self.entries()]
         users = Counter(block for _, blocks in held for block in blocks)
         total = sum({block: size for _, blocks in held for block, size in blocks.items()}.values())
+        goal = most if kept is None or total <= most else (1 - _FREED) * most
         removed = []
         for entry, blocks in reversed(held):
-            if total <= most:
+            if total <= goal:
                 break
             if entry.key == kept:
                 continue
