@@ -17,21 +17,19 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from emloc_ray.modeling.block_weights import BlockWeights
 from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.pinned import Pinned, may_stay_pinned, pinned_bytes
 
 Result = TypeVar("Result")
-
-_PINNED_SHARE = 0.5  # of the host's free memory: what blocks may wait in
 
 
 def open_model(directory: Path, hold: str = "resident", **options: Any) -> Any:
@@ -61,7 +59,7 @@ class _Part:
 
     position: int
     slots: list[_Slot]
-    host: list[Tensor] = field(default_factory=list)  # its weights, where they wait in pinned memory
+    pinned: Pinned | None = None  # its weights, where they wait in pinned memory
 
 
 class Offloaded:
@@ -94,8 +92,8 @@ class Offloaded:
         self.models = [self.model, *(_with_the_same_weights(self.model) for _ in range(num_models - 1))]
         names = [*self.weights.blocks, *ends]
         self._parts = [self._part(name, position, aliases) for position, name in enumerate(names)]
-        size = sum(slot.absent.numel() * slot.absent.element_size() for part in self._parts for slot in part.slots)
-        self._stays_pinned = self._on_gpu and size <= _PINNED_SHARE * psutil.virtual_memory().available
+        size = sum(pinned_bytes(slot.absent for slot in part.slots) for part in self._parts)
+        self._stays_pinned = self._on_gpu and may_stay_pinned(size)
 
     def _ends(self, outside: Sequence[Sequence[str]]) -> list[str]:
         """The embedding and the head, and whatever modules have their weights too."""
@@ -170,7 +168,7 @@ class Offloaded:
         """The part's weights on the device: those that were sent ahead, or a copy made now."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead[0] != part.position:
-            return [weight.to(self.device) for weight in self._waiting(part)]
+            return self._sent(part)
         _, weights, there = ahead
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(there)
@@ -178,14 +176,16 @@ class Offloaded:
             weight.record_stream(stream)
         return weights
 
-    def _waiting(self, part: _Part) -> list[Tensor]:
-        """The part's weights on the host: mapped, in pinned memory for a GPU."""
-        if part.host:
-            return part.host
+    def _sent(self, part: _Part) -> list[Tensor]:
+        """The part's weights on the device, copied by the current stream of a GPU."""
+        if part.pinned is not None:
+            return part.pinned.on(self.device)
         weights = [self.weights.read(slot.names) for slot in part.slots]
-        weights = [weight.pin_memory() for weight in weights] if self._on_gpu else weights
-        part.host = weights if self._stays_pinned else []
-        return weights
+        if not self._on_gpu:
+            return [weight.to(self.device) for weight in weights]
+        pinned = Pinned.of(weights)
+        part.pinned = pinned if self._stays_pinned else None
+        return pinned.on(self.device)
 
     def _send_ahead(self, position: int) -> None:
         """Begins the copy of the block that comes next, upwards or downwards as the pass goes, while this one computes."""
@@ -195,8 +195,7 @@ class Offloaded:
         if self._copies is None or not 0 <= after < len(self.weights.blocks):
             return
         with torch.cuda.stream(self._copies):
-            weights = [weight.to(self.device, non_blocking=True) for weight in self._waiting(self._parts[after])]
-            self._ahead = after, weights, self._copies.record_event()
+            self._ahead = after, self._sent(self._parts[after]), self._copies.record_event()
 
     def in_step(self, passes: Sequence[Callable[[], Result]]) -> list[Result]:
         """What passes without gradients give that each run another one of the :attr:`models`, and go through their blocks

@@ -3,6 +3,7 @@
 import functools
 import math
 
+from emloc_ray.io.available_memory import available_bytes
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.planning.holding import (
     GradientPlan,
@@ -13,7 +14,7 @@ from emloc_ray.planning.holding import (
     moved_bytes,
     plan_gradients,
 )
-from emloc_ray.planning.machine import available_bytes, gpu_bytes
+from emloc_ray.planning.machine import gpu_bytes
 from emloc_ray.planning.model_bytes import ModelBytes
 from emloc_ray.planning.sizes import DOUBLE, FLOAT, gradient_bytes, gram_bytes, in_waves
 

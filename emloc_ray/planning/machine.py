@@ -14,15 +14,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.available_memory import available_bytes
 from emloc_ray.io.store.replacing import replacing
 from emloc_ray.modeling.attention import missing_package, needs_kernel
 from emloc_ray.planning.gpu_speeds import ask_gpus, slowest_gpu
@@ -37,9 +37,6 @@ _PROBED = 64 * 2**20  # bytes that a disk is timed by
 _FIRST_WITH_BFLOAT16 = 8.0  # compute capability: Ampere
 WITH_MODELS = ("calibration", "finetune", "evaluation")
 """The config's sections whose workers run a model."""
-# A control group's files of its limit and its usage, and the key of inactive files in its memory.stat.
-_FIRST_VERSION = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_SECOND_VERSION = ("memory.max", "memory.current", "inactive_file")
 
 
 def of_each_gpu(what: str) -> tuple[float, ...]:
@@ -53,33 +50,6 @@ def of_each_gpu(what: str) -> tuple[float, ...]:
 def gpu_bytes() -> float:
     """The memory of this machine's smallest GPU; infinite where it has none, or none that ``nvidia-smi`` tells of."""
     return min(of_each_gpu("memory.total"), default=float("inf")) * 2**20
-
-
-def available_bytes(root: Path = Path("/")) -> float:
-    """The memory that is left to this machine, or to the control groups of this process (a container, a job), whose inactive
-    files count as left ("working set" in https://kubernetes.io/docs/concepts/scheduling-eviction/node-pressure-eviction)."""
-    return min([float(psutil.virtual_memory().available), *_left_in_groups(root)])
-
-
-def _left_in_groups(root: Path) -> Iterator[float]:
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # no Linux
-        return
-    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        # cgroups(7): the second version's line names no controllers. In a container the path may be the host's and missing:
-        # then the group itself is at the top.
-        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        limit, usage, inactive = _FIRST_VERSION if controllers else _SECOND_VERSION
-        folder = top / path.lstrip("/")
-        for group in (folder, *folder.parents):
-            if group.is_relative_to(top):
-                with contextlib.suppress(OSError, ValueError):  # no limit, or "max"
-                    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                    held = int((group / usage).read_text()) - int(stat.get(inactive, 0))
-                    yield max(0.0, float(int((group / limit).read_text()) - held))
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import torch
 from emloc_ray.config.emulator import EmulatorConfig
 from emloc_ray.config.schema import WORKER_SECTIONS, CorrectionConfig, RunConfig
 from emloc_ray.data.processors import IMAGE_SIDE
+from emloc_ray.io.available_memory import available_bytes
 from emloc_ray.planning.gpu_speeds import speed_of
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.machine import (
     WITH_MODELS,
-    available_bytes,
     cpu_capabilities,
     gpu_without_bfloat16,
     has_bfloat16,

@@ -17,7 +17,6 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.gpu_speeds import ask_gpus
 from emloc_ray.planning.machine import (
     Speeds,
-    available_bytes,
     check_disk,
     check_kernel,
     check_packages,
@@ -82,41 +81,6 @@ def test_a_speed_is_measured_once_a_day(tmp_path: Path) -> None:
     path.write_text("[1")
     assert kept_for_the_day(path, lambda: next(measured)) == 7.0
     assert kept_for_the_day(Path("/proc/nowhere/speed.json"), lambda: 8.0) == 8.0
-
-
-@pytest.mark.parametrize(
-    ("told", "top", "names"),
-    [
-        ("0::/job/step\n", "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")),
-        (
-            "5:cpu:/\n4:memory:/job/step\n",
-            "sys/fs/cgroup/memory",
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ),
-    ],
-    ids=["second version", "first version"],
-)
-def test_what_a_control_group_leaves(tmp_path: Path, told: str, top: str, names: tuple[str, str, str]) -> None:
-    limit, usage, inactive = names
-
-    def group(path: str, most: str, held: int, files: int) -> None:
-        (tmp_path / top / path).mkdir(parents=True, exist_ok=True)
-        for name, text in ((limit, most), (usage, str(held)), ("memory.stat", f"anon 5\n{inactive} {files}")):
-            (tmp_path / top / path / name).write_text(text + "\n")
-
-    whole = available_bytes(tmp_path)  # no such files: this machine's
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(told)
-    group("job/step", "max", 0, 0)
-    assert available_bytes(tmp_path) == pytest.approx(whole, rel=0.2)
-    group("job", str(10 * 2**20), 4 * 2**20, 2**20)  # the job's bounds its step
-    assert available_bytes(tmp_path) == 7 * 2**20
-    group("job/step", str(2 * 2**20), 3 * 2**20, 0)
-    assert available_bytes(tmp_path) == 0
-    # In a container the path may be the host's: the group itself is at the top.
-    (tmp_path / "proc/self/cgroup").write_text(told.replace("job", "elsewhere"))
-    group("", str(9 * 2**20), 2**20, 0)
-    assert available_bytes(tmp_path) == 8 * 2**20
 
 
 def test_room_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
