@@ -48,4 +48,4 @@ def token_error(given: Tensor, wanted: Tensor, counted: Tensor | None = None) ->
     all."""
     wanted = wanted.float()
     errors = (given.float() - wanted).square().sum(dim=-1) / wanted.square().sum(dim=-1).clamp_min(_LEAST)
-    return (errors if counted is None else errors[counted]).sum()
+    return (errors if counted is None else torch.where(counted, errors, 0.0)).sum()  # an index would wait for its size

@@ -1,16 +1,20 @@
 """Fits the factors of one block to what is wanted of it, in float32 whatever the model is in."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emloc_ray.core.refinement import balanced, step_size
+from emloc_ray.data.ahead import made_ahead
 from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.emulator import FactorizedLinear
+
+Batch = TypeVar("Batch")
 
 _BETAS = (0.9, 0.95)  # so few steps that a longer memory of the gradients' size would be of the first ones
 
@@ -66,7 +70,8 @@ def trained_factors(block: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 def fit_block(
     block: nn.Module,
-    error: Callable[[int], tuple[Tensor, int]],
+    read: Callable[[int], Batch],
+    error: Callable[[Batch], tuple[Tensor, int]],
     fitted: Sequence[Sequence[int]],
     held_out: Sequence[int],
     *,
@@ -78,11 +83,12 @@ def fit_block(
     """Lowers ``Σ error / Σ tokens`` by ``steps`` of Adam, each over the batches of one entry of ``fitted``, in an order drawn
     anew each time all were read; the factors are as before where that of the ``held_out`` batches is not lower then.
 
-    ``error(batch)`` gives a batch's sum of errors, with gradients, and its number of tokens. A step is at most about
+    ``read(number)`` gives a batch, in a thread of its own while the one before is computed; ``error(batch)`` its sum of errors,
+    with gradients, and its number of tokens. A step is at most about
     ``learning_rate`` times the root mean square of what it changes, falling to 0 along a cosine. Raises NumericsError where an
     error is NaN or Inf, naming the block.
     """
-    before = _mean_error(error, held_out)
+    before = _mean_error(read, error, held_out)
     if before == 0 or not factorized_in(block):
         return Fit(before, before)
     original = [parameter.detach() for parameter in _factors(block)]
@@ -90,22 +96,22 @@ def fit_block(
         groups = [{"params": [p], "lr": learning_rate * float(p.detach().square().mean().sqrt())} for p in parameters]
         optimizer = torch.optim.Adam(groups, betas=_BETAS)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step_size(step, steps))
-        draws, order = torch.Generator().manual_seed(seed), list[int]()
-        for _ in range(steps):
-            order = order or torch.randperm(len(fitted), generator=draws).tolist()
-            optimizer.zero_grad()
-            tokens = 0
-            for batch in fitted[order.pop()]:
-                with torch.enable_grad():
-                    total, counted = error(batch)
-                (total / before).backward()
-                tokens += counted
-            for factor in parameters:
-                if factor.grad is not None:
-                    factor.grad.div_(max(tokens, 1))
-            optimizer.step()
-            scheduler.step()
-    after = _mean_error(error, held_out)
+        entries = [fitted[number] for number in _drawn(len(fitted), steps, seed)]
+        with contextlib.closing(made_ahead(itertools.chain.from_iterable(entries), read, most=1)) as batches:
+            for entry in entries:
+                optimizer.zero_grad()
+                tokens = 0
+                for batch in itertools.islice(batches, len(entry)):
+                    with torch.enable_grad():
+                        total, counted = error(batch)
+                    (total / before).backward()
+                    tokens += counted
+                for factor in parameters:
+                    if factor.grad is not None:
+                        factor.grad.div_(max(tokens, 1))
+                optimizer.step()
+                scheduler.step()
+    after = _mean_error(read, error, held_out)
     if not before < float("inf") or not after < float("inf"):
         raise NumericsError(f"{name} gives NaN or Inf while it is refined: lower emulator.refinement.learning_rate.")
     fit = Fit(before, after)
@@ -115,11 +121,21 @@ def fit_block(
     return fit
 
 
+def _drawn(count: int, steps: int, seed: int) -> list[int]:
+    """The entry of each step: all of them in an order drawn anew each time."""
+    draws, numbers = torch.Generator().manual_seed(seed), list[int]()
+    while len(numbers) < steps:
+        numbers += reversed(torch.randperm(count, generator=draws).tolist())
+    return numbers[:steps]
+
+
 def _factors(block: nn.Module) -> list[Tensor]:
     return [linear.weight for module in factorized_in(block).values() for linear in (module.up, module.down)]
 
 
 @torch.no_grad()
-def _mean_error(error: Callable[[int], tuple[Tensor, int]], batches: Sequence[int]) -> float:
-    sums = [error(batch) for batch in batches]
+def _mean_error(
+    read: Callable[[int], Batch], error: Callable[[Batch], tuple[Tensor, int]], numbers: Sequence[int]
+) -> float:
+    sums = [error(batch) for batch in made_ahead(numbers, read, most=1)]
     return sum(float(total) for total, _ in sums) / max(1, sum(tokens for _, tokens in sums))

@@ -107,7 +107,8 @@ class MemoryModel(CalibrationMemory):
 
     def refine(self) -> Parts:
         """The weights of original and emulator outside the blocks and in the largest block, whose factors are there in float32
-        with gradients and Adam's moments; a batch's hidden states as both read and give them, and what the block keeps."""
+        with gradients and Adam's moments; a batch's hidden states as both read and give them, and what the fit reads of the
+        next one; what the block keeps."""
         return self._refining(self.refinement_rows())
 
     def refinement_rows(self) -> int:
@@ -131,7 +132,7 @@ class MemoryModel(CalibrationMemory):
         return {
             "weights": 2 * outside + inside,
             "optimizer": 4 * FLOAT * max(sum(map(self.layout.kept, specs)) for specs in ranked),
-            "hidden states": 4 * tokens * self.layout.hidden_size * self.itemsize,
+            "hidden states": 6 * tokens * self.layout.hidden_size * self.itemsize,
             "activations": tokens * saved,
         }
 

@@ -65,6 +65,16 @@ class RefinementJob:
         return self.work_dir / f"block-{position:05d}.safetensors"
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """A batch as a block's fit reads it, on the host: what the original's block gives for it, where that runs, and what the
+    emulator's blocks before give."""
+
+    call: ModelCall
+    wanted: BlockOutput | None
+    before: dict[int, BlockOutput]
+
+
 class Refiner:
     """Both models, a block of each at a time, and the batches of the rows: those to fit, then those that are held out."""
 
@@ -119,10 +129,10 @@ class Refiner:
 
     def _fit(self, position: int, block: nn.Module, name: str, file: Path) -> None:
         job = self.job
-        error = functools.partial(self._error, position)
         fit = fit_block(
             block,
-            error,
+            functools.partial(self._read, position),
+            functools.partial(self._error, position),
             self.fitted,
             self.held_out,
             steps=job.steps,
@@ -144,7 +154,7 @@ class Refiner:
         rows = [self.shards.row(row) for row in self.batches[number]]
         batch = pinned(collate(rows, self.job.pad_token_id, self.job.images))
         config = self.replays["emulator"].model.config
-        return model_call(config, batch, tokens=self.job.tokens).to(self.device)
+        return model_call(config, batch, tokens=self.job.tokens)
 
     def _file(self, model: str, position: int, number: int) -> Path:
         return self._hidden(position) / f"{model}-{number:05d}.safetensors"
@@ -159,27 +169,31 @@ class Refiner:
             replay.load_block(position)
         for number in range(len(self.batches)):
             outputs = self._before(model, position, number)
-            given = replay.forward(position, self._call(number).inputs, outputs)
+            given = replay.forward(position, self._call(number).to(self.device).inputs, outputs)
             known = outputs if given is None else {**outputs, position: given}
             after = {
                 k: v if k == position or self.flow.last_use(k) > position else v.shapes() for k, v in known.items()
             }
             write_outputs(self._file(model, position, number), [after])
 
-    def _error(self, position: int, number: int) -> tuple[Tensor, int]:
+    def _read(self, position: int, number: int) -> _Batch:
+        wanted = read_outputs(self._file("original", position, number))[0].get(position)
+        return _Batch(self._call(number), wanted, self._before("emulator", position, number))
+
+    def _error(self, position: int, batch: _Batch) -> tuple[Tensor, int]:
         """A batch's error at what the block gives first, its hidden states, and the number of tokens."""
-        call, wanted = self._call(number), read_outputs(self._file("original", position, number))[0].get(position)
-        given = None
+        call, wanted, given = batch.call.to(self.device), batch.wanted, None
         if wanted is not None:
-            given = self.replays["emulator"].compute(position, call.inputs, self._before("emulator", position, number))
+            given = self.replays["emulator"].compute(position, call.inputs, batch.before)
         if wanted is None or given is None or given.tensors[0] is None or wanted.tensors[0] is None:
             return torch.zeros((), requires_grad=True), 0
         ours, theirs = given.tensors[0], on_device(wanted.tensors[0], self.device)
         inside = self.flow.order[position] in self.job.decoder_blocks
-        mask = call.counted["decoder" if inside else "row"]
-        counted = mask if mask.shape == ours.shape[:-1] else None  # an image's blocks read other tokens
-        tokens = ours[..., 0].numel() if counted is None else int(counted.sum())
-        return token_error(ours, theirs, None if counted is None else on_device(counted, self.device)), tokens
+        counted = call.counted["decoder" if inside else "row"]
+        # An image's blocks read other tokens. The mask is on the host.
+        if counted.shape != ours.shape[:-1] or bool(counted.all()):
+            return token_error(ours, theirs), ours[..., 0].numel()
+        return token_error(ours, theirs, on_device(counted, self.device)), int(counted.sum())
 
 
 def _cut(rows: list[int], size: int) -> list[list[int]]:

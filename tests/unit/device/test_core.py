@@ -210,6 +210,14 @@ def test_slow_float64_is_done_on_the_cpu(device: torch.device, monkeypatch: pyte
     assert found.relative_error == pytest.approx(factorize(weight, Whitening(gram), 40).relative_error, rel=1e-3)
 
 
+def test_an_error_is_summed_without_a_wait(device: torch.device, meter: Meter) -> None:
+    x = made()["x"].to(device)
+    counted = x[:, 0] > 0
+    meter.restart()
+    token_error(x, 2 * x, counted)
+    assert not meter.waits
+
+
 def test_a_gram_is_added_to_without_a_wait(device: torch.device, meter: Meter) -> None:
     gram, x = Gram.zero(IN, device=device), made()["x"].to(device)
     meter.restart()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, Literal
 
 import pytest
@@ -24,19 +25,23 @@ class Mlp:
         mix = torch.randn(64, 64, generator=draws) / 4  # inputs of few directions, which the weights' SVD does not know
         mix[8:] *= 0.05
         self.inputs = [(torch.randn(16, 64, generator=draws) @ mix).to(getattr(torch, dtype)) for _ in range(8)]
+        self.reading: set[threading.Thread] = set()
 
-    def error(self, number: int) -> tuple[Tensor, int]:
-        x = self.inputs[number]
+    def read(self, number: int) -> Tensor:
+        self.reading.add(threading.current_thread())
+        return self.inputs[number]
+
+    def error(self, x: Tensor) -> tuple[Tensor, int]:
         return (self.block(x) - self.wanted(x)).float().square().sum(), len(x)
 
     def fit(self, **changes: Any) -> Any:
         options = {"steps": 60, "learning_rate": 0.02, **changes}
         steps = options.pop("fitted", [[number] for number in range(6)])
-        return fit_block(self.block, self.error, steps, range(6, 8), **options)
+        return fit_block(self.block, self.read, self.error, steps, range(6, 8), **options)
 
     def held_out(self) -> float:
         with torch.no_grad():
-            return sum(float(self.error(number)[0]) for number in (6, 7)) / 32
+            return sum(float(self.error(x)[0]) for x in self.inputs[6:]) / 32
 
 
 @pytest.mark.parametrize("storage", ["factors", "pivoted"])
@@ -53,6 +58,13 @@ def test_it_comes_closer_to_what_is_wanted(storage: Literal["factors", "pivoted"
     assert all(weight.dtype == getattr(torch, dtype) for weight in mlp.block.parameters())
     assert not any(weight.requires_grad for weight in mlp.block.parameters())
     assert all(isinstance(module.up, nn.Linear) for module in factorized_in(mlp.block).values())
+
+
+def test_batches_are_read_beside_the_steps() -> None:
+    mlp = Mlp()
+    mlp.fit(steps=3)
+    assert mlp.reading
+    assert threading.main_thread() not in mlp.reading
 
 
 def test_what_does_not_help_on_rows_held_out_is_taken_back() -> None:
