@@ -144,7 +144,8 @@ _Merging = tuple[_Merge, bool, torch.dtype, Callable[[], Tensor] | None]
 def compute_as_merged(model: Any, adapter: Adapter, weights: BlockWeights) -> None:
     """Has the linears of a bare model compute with what the merge makes of the checkpoint that ``weights`` reads. A weight is
     made while its linear computes, of what the model has then, or where that is rounded (a float32 checkpoint in bfloat16) of
-    what is stored; it is rounded as the merged checkpoint is, then to the model's dtype, and not kept."""
+    what is stored; it is rounded as the merged checkpoint is, then to the model's dtype, and not kept. What its rows are
+    multiplied by is kept: neither they nor the adapter change."""
     for name in adapter.names:
         linear = model.get_submodule(name)
         transposed = isinstance(linear, Conv1D)
@@ -165,8 +166,10 @@ def compute_as_merged(model: Any, adapter: Adapter, weights: BlockWeights) -> No
 
 def _forward_merged(linear: nn.Module, merges: dict[str, _Merging], compute: Callable[..., Any], *args: Any) -> Any:
     own = dict(linear._parameters)
-    for part, merge in merges.items():
-        linear._parameters[part] = nn.Parameter(_by_rows(linear.get_parameter(part), *merge), False)
+    for part, (merge, transposed, dtype, stored) in merges.items():
+        made, known = _by_rows(linear.get_parameter(part), merge, transposed, dtype, stored)
+        merges[part] = known, transposed, dtype, stored
+        linear._parameters[part] = nn.Parameter(made, False)
     try:
         return compute(*args)
     finally:
@@ -176,7 +179,8 @@ def _forward_merged(linear: nn.Module, merges: dict[str, _Merging], compute: Cal
 @exact_float32()
 def _by_rows(
     weight: Tensor, merge: _Merge, transposed: bool, dtype: torch.dtype, stored: Callable[[], Tensor] | None
-) -> Tensor:
+) -> tuple[Tensor, _Merge]:
+    """The merged weight, and the merge with the gains known."""
     made, source = torch.empty_like(weight), weight if stored is None else stored()
 
     def chunks(size: int) -> Iterator[tuple[int, Tensor]]:
@@ -186,4 +190,4 @@ def _by_rows(
     gains = merge.gains(chunks(_NORM_ROWS), transposed)
     for begin, rows in chunks(_ROWS):
         made[begin : begin + len(rows)] = merged_rows(rows, merge.update, begin, transposed, gains, merge.along_rows)
-    return made
+    return made, replace(merge, vector=gains, over_norms=False)

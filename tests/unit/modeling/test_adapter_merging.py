@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from emloc_ray.core.merging import squared_row_norms
 from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.modeling import adapter_merging
 from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.adapter_merging import changed_tensors, compute_as_merged, merged_chunks
 from emloc_ray.modeling.adapter_methods import update_rank
@@ -65,6 +68,27 @@ def test_a_model_computes_as_merged(
     torch.testing.assert_close(logits(model), logits(expected), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(logits(model), before, rtol=1e-3)
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in expected.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_norms_of_rows_are_computed_once(
+    dtype: str,
+    adapter_dir: Callable[[str, str], Path],
+    tiny_model_dir: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model_dir, adapter = tiny_model_dir("llama"), Adapter(adapter_dir("dora", "llama"))
+    model, computed = load_model(model_dir, dtype=dtype), []
+    compute_as_merged(model, adapter, BlockWeights(model_dir, dtype=dtype))
+
+    def norms(*args: Any) -> torch.Tensor:
+        computed.append(args)
+        return squared_row_norms(*args)
+
+    monkeypatch.setattr(adapter_merging, "squared_row_norms", norms)
+    first, second = logits(model), logits(model)
+    assert torch.equal(first, second)
+    assert len(computed) == len(adapter.names)
 
 
 @pytest.mark.parametrize("case", ["lora", "dora"])
