@@ -42,11 +42,6 @@ class CalibrationMemory(ModelBytes):
         """Bytes of the original's weights that come to the device while ``rows`` go through it forward."""
         return math.ceil(rows / batch_size) * moved_bytes(self.layout, self.itemsize, self._tied)[hold]
 
-    def waiting(self, hold: str) -> int:
-        """Bytes of the original's weights that wait on the node for a worker's GPU, by how it is held: all that come and go,
-        but block by block, where each comes once from its file."""
-        return 0 if hold == "block_by_block" else moved_bytes(self.layout, self.itemsize, self._tied)[hold]
-
     @property
     def _tied(self) -> bool:
         return bool(getattr(self.model_config, "tie_word_embeddings", False))

@@ -18,10 +18,9 @@ class StageCost:
 
     ``flops``: floating-point operations of all workers in the model's dtype, ``float32_flops`` those of float32 without TF32.
     ``disk_bytes``: what the stage leaves, or needs while it runs.
-    ``moved_bytes``: what comes to the devices of all workers of weights that do not stay there; ``waiting_bytes``: what waits
-    of them on its node for one worker's GPU. ``efficiency``: the share of a matrix product's speed that it reaches.
-    ``start_seconds``: starting workers and loading. ``steps``: its optimizer steps. ``scores``: what is computed and moved
-    between these, not counted in the others.
+    ``moved_bytes``: what comes to the devices of all workers of weights that do not stay there. ``efficiency``: the share of a
+    matrix product's speed that it reaches. ``start_seconds``: starting workers and loading. ``steps``: its optimizer steps.
+    ``scores``: what is computed and moved between these, not counted in the others.
     """
 
     memory: Parts
@@ -29,7 +28,6 @@ class StageCost:
     float32_flops: float = 0.0
     disk_bytes: int = 0
     moved_bytes: float = 0.0
-    waiting_bytes: int = 0
     efficiency: float = 0.5
     start_seconds: float = 5.0
     steps: float = 0.0

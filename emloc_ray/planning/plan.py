@@ -34,7 +34,6 @@ class StagePlan:
     steps: tuple[int, str] | None = None  # its optimizer steps, and of what
     step_seconds: float = 0.0  # of an optimizer step, where it has any
     step_bytes: float = 0.0  # of weights that come to its workers in one
-    waiting_bytes: int = 0  # of weights that wait on its node for one worker's GPU
     scoring_seconds: float = 0.0  # of all scores between its steps
 
     @property
@@ -44,11 +43,11 @@ class StagePlan:
 
     @property
     def host_bytes(self) -> int:
-        """What one worker holds of its node's memory: with a GPU the process, weights on their way to the GPU or waiting for
-        their turn there, and what is read or corrected on the CPU."""
+        """The part of it in the node's memory: with a GPU the process, weights on their way to the GPU, and what is read or
+        corrected on the CPU."""
         if not self.gpus_per_worker:
             return self.worker_bytes
-        return int(sum(self.memory.get(part, 0) for part in _ON_HOSTS)) + self.waiting_bytes
+        return int(sum(self.memory.get(part, 0) for part in _ON_HOSTS))
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,6 @@ def _planned(stage: Costed, memory: MemoryModel, speeds: Speeds) -> StagePlan:
         stage.steps and stage.steps(memory.prepared),
         busy / steps if cost.steps else 0.0,
         cost.moved_bytes / steps if cost.steps else 0.0,
-        max(cost.waiting_bytes, cost.scores.waiting_bytes if cost.scores else 0),
         scoring,
     )
 

@@ -131,7 +131,6 @@ def steps_cost(memory: MemoryModel, steps: float, held: Held, work: float, again
         flops=rows * memory.trained_lengths.mean * passes(again) * (work + head_work(memory.layout)),
         disk_bytes=int(4 * 4 * parameters),
         moved_bytes=WITH_BACKWARD * memory.moved(held.hold, rows, finetune.per_device_train_batch_size),
-        waiting_bytes=memory.waiting(held.hold),
         efficiency=0.2,
         start_seconds=20,
         steps=steps,
@@ -167,7 +166,6 @@ def validation_cost(memory: MemoryModel) -> StageCost:
         * memory.lengths.mean
         * (scores * (emulator_work(layout) + head) + beside * (block_work(layout) + head)),
         moved_bytes=opened + transfers * memory.moved(held.hold, rows, memory.validation_rows()),
-        waiting_bytes=memory.waiting(held.hold),
         efficiency=0.45,
     )
 

@@ -133,7 +133,6 @@ def _gram_cost(memory: MemoryModel) -> StageCost:
         memory.calibrate(),
         flops=tokens * 2 * (block_work(layout) + products),
         moved_bytes=moved if by_blocks else moved * len(waves),
-        waiting_bytes=memory.waiting(memory.calibration_hold()),
         disk_bytes=images + sum(waves) // 2 + held,
         efficiency=0.65,
         start_seconds=25,
@@ -153,7 +152,6 @@ def _gradient_cost(memory: MemoryModel) -> StageCost:
         memory.gradients(),
         flops=tokens * 2 * work * len(waves),
         moved_bytes=WITH_BACKWARD * forward,
-        waiting_bytes=memory.waiting(plan.hold),
         disk_bytes=sum(waves) // 2 + max(waves, default=0) * prepared.config.calibration.num_workers,
         start_seconds=25,
     )

@@ -117,13 +117,11 @@ def _cost(memory: MemoryModel) -> StageCost:
     )
     scoring = rows * memory.lengths.mean * 2 * (block_work(memory.layout) + head_work(memory.layout))
     seeing = 2 * tokens_adapted(memory.prepared, memory.lengths) * emulator_work(memory.layout)
-    hold = memory.searching().hold
     return StageCost(
         memory.correct(),
         flops=(scoring + seeing) * workers,  # one worker does both
         float32_flops=memory.correction_work(),
-        moved_bytes=memory.moved(hold, rows / CANDIDATES, batch_size) * workers,
-        waiting_bytes=memory.waiting(hold) if rows else 0,
+        moved_bytes=memory.moved(memory.searching().hold, rows / CANDIDATES, batch_size) * workers,
         disk_bytes=int(4 * memory.corrected_parameters + memory.thin_matrices()),
         start_seconds=15,
     )

@@ -85,7 +85,6 @@ def _cost(memory: MemoryModel) -> StageCost:
         memory.evaluate(),
         flops=2 * (memory.lengths.mean * rows * sum(works) + completed),
         moved_bytes=passes,
-        waiting_bytes=memory.waiting(hold),
         efficiency=0.45,
         start_seconds=20,
     )

@@ -130,7 +130,6 @@ def _cost(memory: MemoryModel) -> StageCost:
         flops=learning + taught * 2 * (block_work(layout) + 4 * head),
         float32_flops=2.5 * rounding_work(layout, layout.ranks, set(rounded_late(layout, healing))),
         moved_bytes=memory.moved(hold, taught / lengths.mean, batch_size),
-        waiting_bytes=memory.waiting(hold),
         disk_bytes=int(memory.emulator_files + taught * healing.num_teacher_logits * BYTES_PER_LOGIT + 4 * 4 * lora),
         efficiency=0.2,
         start_seconds=30,

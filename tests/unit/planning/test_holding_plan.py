@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,9 +11,6 @@ from tiny import make_config
 
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.planning.holding import blocks_share, choose, plan_gradients
-from emloc_ray.planning.plan import StagePlan, make_plan
-from emloc_ray.planning.prepared import Prepared
-from emloc_ray.stages.order import STEPS
 
 HELD = {"resident": 100.0, "offloaded": 30.0, "all_offloaded": 10.0}
 GEMMA: dict[str, Any] = {
@@ -62,26 +58,6 @@ def test_a_batch_shrinks_before_a_wave_is_added() -> None:
     assert (plan.hold, plan.batch_size, [len(wave) for wave in plan.waves]) == ("resident", 2, [2, 1])
     plan = plan_gradients("auto", HELD, specs, 8, lambda rows: 10 * rows, 0)
     assert (plan.hold, plan.batch_size, len(plan.waves)) == ("all_offloaded", 1, 3)
-
-
-GPU = {"gpus_per_worker": 1}
-
-
-def test_what_comes_and_goes_waits_on_a_gpu_s_node(prepared: Callable[..., Prepared]) -> None:
-    def planned(hold: str, **sections: Any) -> tuple[dict[str, StagePlan], int]:
-        whole = {"emulator": {"compression_ratio": 1.0}, "model": {"hold": hold}}  # fine-tuning is on the original
-        plan = make_plan(STEPS, prepared(**whole, **sections))
-        blocks = sum(spec.num_parameters for spec in plan.prepared.layout.specs) * 4
-        return {stage.name: stage for stage in plan.stages if stage.name in ("finetune", "evaluate")}, blocks
-
-    on_gpu: dict[str, Any] = {"ray": {"num_gpus": 1}, "finetune": GPU, "evaluation": GPU}
-    for hold, waits in (("offloaded", True), ("resident", False)):
-        stages, blocks = planned(hold, **on_gpu)
-        for stage in stages.values():
-            passing = sum(stage.memory.get(part, 0) for part in ("base", "weights", "hidden states"))
-            assert stage.host_bytes == passing + waits * blocks
-    for stage in planned("offloaded")[0].values():
-        assert stage.host_bytes == stage.worker_bytes  # a CPU reads them from the mapped file
 
 
 OF_4: dict[str, Any] = {"intermediate_size": 96, "global_head_dim": 16}
