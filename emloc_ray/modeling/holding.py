@@ -2,8 +2,8 @@
 
 - ``resident``: all of its weights on the device.
 - ``offloaded``: a block's weights come to the device when its forward pass begins and go when it ends, and once more where
-  a backward pass runs the block again. They wait in the mapped file, or for a GPU in pinned memory of the host; the next
-  block's copy runs while a block computes. One pass costs one transfer of the weights.
+  a backward pass runs the block again, but for the block at which it turns. They wait in the mapped file, or for a GPU in
+  pinned memory of the host; the next block's copy runs while a block computes. One pass costs one transfer of the weights.
 - ``all_offloaded``: the same of the embedding and the head, where these do not fit.
 - ``block_by_block``: one block at a time over all rows (:mod:`emloc_ray.modeling.replay`), which is Grams' own.
 
@@ -139,10 +139,18 @@ class Offloaded:
             try:
                 return compute(*args, **kwargs)
             finally:
-                self._drop()
+                if not self._turns_at(part):
+                    self._drop()
         result = compute(*args, **kwargs)
         self._turns.pass_on()
         return result
+
+    def _turns_at(self, part: _Part) -> bool:
+        """Whether a pass with gradients comes back to this part first: to the last block from the loss, to the first one with
+        the next batch. Head and embedding come between where they are offloaded too."""
+        turn = len(self.weights.blocks) - 1 if self._step > 0 else 0
+        only_blocks = len(self._parts) == len(self.weights.blocks)
+        return torch.is_grad_enabled() and only_blocks and part.position == turn
 
     def _enter(self, part: _Part) -> None:
         begun = torch.cuda.current_stream(self.device).record_event() if self._on_gpu else None

@@ -1,4 +1,5 @@
-"""What an offloaded model holds of a device: what is outside its blocks, one block, and no weight between passes."""
+"""What an offloaded model holds of a device: what is outside its blocks, one block, and between passes with gradients the one
+that comes next."""
 
 from __future__ import annotations
 
@@ -69,7 +70,7 @@ def test_a_pass_forward_and_back(ends: bool, directory: Path, device: torch.devi
     assert largest < forward < largest + gradients + ACTIVATIONS
     assert meter.peak - before - own < largest + gradients + 2 * ACTIVATIONS
     del loss
-    assert meter.current - before <= own + gradients + 100
+    assert meter.current - before <= own + gradients + 100 + (0 if ends else block)
 
 
 def test_sums_of_gradients_beside_one_block(directory: Path, device: torch.device, meter: Meter) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from emloc_ray.errors import ArtifactError
 from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
+from emloc_ray.modeling.block_weights import BlockWeights
 from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.holding import Offloaded, open_model
@@ -82,8 +84,26 @@ def test_losses_and_gradients_are_those_of_the_whole_model(
     assert not [
         name
         for name, p in held.named_parameters()
-        if "layers.0" in name and not p.isnan().all() and not p.requires_grad
+        if "layers.1" in name and not p.isnan().all() and not p.requires_grad
     ]
+
+
+@pytest.mark.parametrize(("hold", "often"), [("offloaded", [1, 2, 1]), ("all_offloaded", [2, 2, 2])])
+def test_a_pass_with_gradients_turns_at_a_block_that_is_there(
+    hold: str, often: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path, "llama", num_hidden_layers=3)
+    held, read = trained(open_model(tmp_path, hold)), Counter[str]()
+    inner = BlockWeights.read
+
+    def counted(weights: BlockWeights, names: Sequence[str]) -> Tensor:
+        read[names[0]] += 1
+        return inner(weights, names)
+
+    gradients(held)
+    monkeypatch.setattr(BlockWeights, "read", counted)
+    gradients(held)
+    assert [read[f"model.layers.{number}.mlp.up_proj.weight"] for number in range(3)] == often
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mixtral", "T5"])
