@@ -1,6 +1,7 @@
 """Token shards: Arrow files with fixed boundaries, read by row number through a memory map."""
 
 import bisect
+import contextlib
 import functools
 import itertools
 import json
@@ -148,7 +149,8 @@ class TokenShards:
     def _table(self, number: int) -> pa.Table:
         path = self.directory / shard_name(number)
         if number not in self._present or not path.is_file():  # a node short of room drops what it can fetch again
-            self._files.ensure(path)
+            with contextlib.suppress(FileNotFoundError):  # gone from the store since it was listed
+                self._files.ensure(path)
             self._present.add(number)
         if not path.is_file():
             raise ArtifactError(f"{path} is missing, though the index names it: run the data stage again.")

@@ -139,13 +139,13 @@ class Offloaded:
             try:
                 return compute(*args, **kwargs)
             finally:
-                if not self._turns_at(part):
+                if not self._is_read_next(part):
                     self._drop()
         result = compute(*args, **kwargs)
         self._turns.pass_on()
         return result
 
-    def _turns_at(self, part: _Part) -> bool:
+    def _is_read_next(self, part: _Part) -> bool:
         """Whether a pass with gradients comes back to this part first: to the last block from the loss, to the first one with
         the next batch. Head and embedding come between where they are offloaded too."""
         turn = len(self.weights.blocks) - 1 if self._step > 0 else 0

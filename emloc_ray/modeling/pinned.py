@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,11 +48,16 @@ class Pinned:
     def of(cls, weights: Sequence[Tensor]) -> Pinned:
         """A copy of weights on the host."""
         sizes = piece_sizes(sum(map(_aligned_bytes, weights)))
-        stretch = torch.empty(sum(sizes), dtype=torch.uint8)
-        for place, weight in zip(_places(stretch, weights), weights, strict=True):
-            place.copy_(weight)
-        pieces = [piece.pin_memory() for piece in stretch.split(sizes)]
-        return cls(pieces, [torch.empty_like(weight, device="meta") for weight in weights])
+        pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
+        ends, begin = [*itertools.accumulate(sizes)], 0
+        for weight in weights:
+            content = weight.contiguous().view(-1).view(torch.uint8)
+            for piece, end in zip(pieces, ends, strict=True):  # a weight may lie in several
+                first, last = max(begin, end - len(piece)), min(begin + len(content), end)
+                if first < last:
+                    piece[first - end + len(piece) : last - end + len(piece)] = content[first - begin : last - begin]
+            begin += _aligned_bytes(weight)
+        return cls(pieces, [torch.empty(weight.shape, dtype=weight.dtype, device="meta") for weight in weights])
 
     def on(self, device: torch.device) -> list[Tensor]:
         """The weights on a GPU, in one stretch of its memory: the current stream copies them while the host goes on."""

@@ -84,9 +84,8 @@ def fit_block(
     anew each time all were read; the factors are as before where that of the ``held_out`` batches is not lower then.
 
     ``read(number)`` gives a batch, in a thread of its own while the one before is computed; ``error(batch)`` its sum of errors,
-    with gradients, and its number of tokens. A step is at most about
-    ``learning_rate`` times the root mean square of what it changes, falling to 0 along a cosine. Raises NumericsError where an
-    error is NaN or Inf, naming the block.
+    with gradients, and its number of tokens. A step is at most about ``learning_rate`` times the root mean square of what it
+    changes, falling to 0 along a cosine. Raises NumericsError where an error is NaN or Inf, naming the block.
     """
     before = _mean_error(read, error, held_out)
     if before == 0 or not factorized_in(block):

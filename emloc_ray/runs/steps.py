@@ -275,7 +275,8 @@ class Steps:
         if self.cache is None or stage.name in self.forced:
             return None
         doubted = stage.name in self._redone.values()  # what was damaged may have come from there
-        entry = self.cache.find(stage.name, cache_key(stage, inputs), True, stage.outputs, doubted)
+        key = cache_key(stage, inputs)
+        entry = self.cache.find(stage.name, key, verify=True, outputs=stage.outputs, doubted=doubted)
         if entry is None:
             return None
         report = self.reporter.start(stage.name)

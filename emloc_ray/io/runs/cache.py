@@ -149,9 +149,11 @@ class ArtifactCache:
         doubted: bool = False,
     ) -> Entry | None:
         """The entry, where every file of it is there with its size; another is removed. A place that cannot be read holds
-        nothing. ``verify``: unless this process added it, with its content, read once by this process and again where a file's
-        times or inode changed, but by its own links; and no code in it. On an object store the content is not read for that, as
-        it is checked when it is fetched. ``doubted``: with its content, wherever it lies and whoever has read it.
+        nothing.
+
+        ``verify``: checks that its files are of their content and run no code, once a process, and again where a file's times
+        or inode changed otherwise than by this process's links. What this process added counts as checked. On an object store
+        content is checked when it is fetched, so that only columns are read. ``doubted``: checks content in any case.
         ``outputs``: the folders of a run that its files may be for: another entry would write over what other stages made, or
         the run's own files, and is removed too."""
         try:
@@ -245,16 +247,16 @@ class ArtifactCache:
         users = Counter(block for _, blocks in held for block in blocks)
         total = sum({block: size for _, blocks in held for block, size in blocks.items()}.values())
         goal = most if kept is None or total <= most else (1 - _FREED) * most
+        own = [(entry, blocks) for entry, blocks in held if self._at.is_own(entry.stage, entry.key)]
+        if sum(entry.bytes for entry, _ in held) - sum(entry.bytes for entry, _ in own) > most:
+            own = []  # what other users hold leaves no room, whatever goes
         removed = []
-        for entry, blocks in reversed(held):
+        for entry, blocks in reversed(own):
             if total <= goal:
                 break
             if entry.key == kept:
                 continue
-            try:
-                self._at.remove(entry.stage, entry.key)
-            except PermissionError:  # another user's, in a directory with the sticky bit
-                continue
+            self._at.remove(entry.stage, entry.key)
             removed.append(entry)
             users.subtract(list(blocks))
             total -= sum(size for block, size in blocks.items() if users[block] == 0)
@@ -298,7 +300,7 @@ class ArtifactCache:
         folder = self._at.folder(entry.stage, entry.key) / _FILES
         looks: list[tuple[int, ...]] = []
         for path in entry.files if self._at.store is None else ():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # another user's may be closed
                 status = (folder / path).stat()
                 times = status.st_mtime_ns, status.st_ctime_ns
                 looks.append((status.st_dev, status.st_ino, status.st_size, *times))

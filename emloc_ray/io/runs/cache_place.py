@@ -173,7 +173,10 @@ class CachePlace:
         path = self.root / _LOCKS / key
         try:
             self._make_folder(path.parent)
-            file = path.open("a+")
+            try:  # Linux refuses to create what is another user's in a folder with the sticky bit, though it be there
+                file = os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND), "a+")
+            except FileNotFoundError:
+                file = path.open("a+")
         except PermissionError as error:
             tell(
                 f"The artifact cache {self.name} gives this user no lock ({error.strerror}): another user's run may make the"
@@ -256,15 +259,25 @@ class CachePlace:
         with contextlib.suppress(PermissionError):  # a cache that other users write
             os.utime(self.folder(stage, key) / _ENTRY)
 
+    def is_own(self, stage: str, key: str) -> bool:
+        """Whether this user can free what an entry holds."""
+        if self.store is not None or os.geteuid() == 0:
+            return True
+        try:
+            return self.folder(stage, key).stat().st_uid == os.geteuid()
+        except FileNotFoundError:  # somebody else was faster
+            return False
+
     def remove(self, stage: str, key: str) -> None:
-        """Removes an entry, for those who look for it all at once."""
+        """Removes an entry, for those who look for it all at once. One of another user stays in a folder with the sticky bit; in
+        any other its bytes stay until that user's next process sweeps."""
         folder = self.folder(stage, key)
         if self.store is not None:
             self.store.remove(f"{stage}/{key}/{_ENTRY}")
             discard(folder)
             return
         away = folder.with_name(f".{key}.{uuid.uuid4().hex}.tmp")
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # another process was faster
             folder.rename(away)
             shutil.rmtree(away, ignore_errors=True)
 

@@ -171,7 +171,7 @@ def _ensure_file(file: Path, info: Stored, begun: float) -> None:
         if copy is not None:
             copy.close()
             return
-        with alone(here.root.parent, f"{here.path} {info.sha256}"):  # and all runs
+        with alone(here.root.parent, info.sha256[:2]):  # and all runs, by 256 locks for whatever they fetch
             if not link_copy(here.root, here.path, info.sha256):
                 make_room(here.root, info.size, begun)
                 with replacing(file, durable=False) as temporary:

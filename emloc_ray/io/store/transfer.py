@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from emloc_ray.errors import ArtifactError, DamagedArtifactError
+from emloc_ray.io.store import objects
 from emloc_ray.io.store.digests import HashingWriter, note_digest
 from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import Origin, discard, origin
 from emloc_ray.io.store.object_store import Listing
-from emloc_ray.io.store.objects import Stored
 from emloc_ray.io.store.replacing import replacing
 
 _CHUNK = 2**22
@@ -100,8 +100,8 @@ def _clone(source: Path, target: Path) -> bool:
     return False
 
 
-def _copied_in_bucket(here: Origin, info: Stored, there: Origin, target_listing: Listing | None) -> bool:
-    if there.store.client != here.store.client:
+def _copied_in_bucket(here: Origin, info: objects.Stored, there: Origin, target_listing: Listing | None) -> bool:
+    if there.store.client != here.store.client or info.size > objects.LARGEST_COPY:
         return False
     try:
         there.store.copy_version(there.path, here.store, info, target_listing)

@@ -7,19 +7,18 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
-import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from torch.torch_version import TorchVersion
 
 from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.io.store.lock_file import tell_workers
 from emloc_ray.stages.ray.nodes import most
+from emloc_ray.stages.ray.spans import growing_segments
 from emloc_ray.stages.ray.tasks import NO_GPU_UNASKED, remote_task
 from emloc_ray.text import one_line
 
@@ -36,8 +35,6 @@ LEAN_MEMORY = {
     "MALLOC_ARENA_MAX": "2",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # pages of 2 MiB: large blocks are cleared twice as fast
 }
-# The name since torch 2.9, which only heeds it on CUDA since 2.10, and the one before.
-_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _SHARED = "put it on a file system that all nodes share under this path"
 _ANSWER_SECONDS = 120.0  # a node's first worker may have to start; what answers later is left to the stages
 _VISIBLE_SECONDS = 5.0  # what one node of a network file system wrote, another may see a little later
@@ -57,14 +54,16 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     settings = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False, **options}
-    given = dict(settings.get("runtime_env") or {})
-    own = given.get("env_vars", {})
-    variables = {**NO_GPU_UNASKED, **_growing_segments(own), **(LEAN_MEMORY if lean_memory else {})}
-    settings["runtime_env"] = {**given, "env_vars": {**variables, **own}}
     if address is not None:
         settings.pop("include_dashboard")
     elif not os.environ.get("RAY_ADDRESS"):
         address = "local"  # Ray's own default is whatever was last started on this machine, by anybody
+    given = dict(settings.get("runtime_env") or {})
+    own = given.get("env_vars", {})
+    # Workers of another's Ray do not have this process's variables. Ray Train uses a worker's GPU before any of our code runs.
+    growing = growing_segments({**os.environ, **own} if address == "local" else own)
+    variables = {**NO_GPU_UNASKED, **growing, **(LEAN_MEMORY if lean_memory else {})}
+    settings["runtime_env"] = {**given, "env_vars": {**variables, **own}}
     try:
         ray.init(address=address, **settings)
     except Exception as error:  # Ray raises this type itself, as where a node is slow to start
@@ -76,17 +75,6 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
         yield address == "local"
     finally:
         ray.shutdown()
-
-
-def _growing_segments(own: Mapping[str, str]) -> dict[str, str]:
-    """Has torch's CUDA allocator grow its segments, which keeps batches of many lengths from splitting a GPU's memory; empty
-    where a user says by ``own`` or this process's variables what it does.
-
-    It is read when a process first uses CUDA, which in a group of Ray Train's is before any of our code.
-    """
-    if {*own, *os.environ}.intersection(_ALLOCATOR):
-        return {}
-    return {_ALLOCATOR[0] if torch.__version__ >= TorchVersion("2.10") else _ALLOCATOR[1]: "expandable_segments:True"}
 
 
 def total(resource: str) -> float:

@@ -13,9 +13,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def timed(function: Callable[..., Any], goes_on: bool = False) -> Callable[..., 
             _leave_imports_alone()
         _give_back_memory()
         _forget_peak()
+        os.environ.update(growing_segments(os.environ))
         if cuda := _cuda():
             cuda.reset_peak_memory_stats()
         begun_at = time.time()
@@ -95,6 +97,15 @@ def _cuda() -> Any:
     """torch.cuda where this process uses a GPU; asking must not begin to."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+def growing_segments(variables: Mapping[str, str]) -> dict[str, str]:
+    """The variable that has torch's CUDA allocator grow its segments, which keeps batches of many lengths from splitting a
+    GPU's memory; empty where ``variables`` say already what it does. A process reads it when it first uses CUDA."""
+    if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & variables.keys():
+        return {}
+    renamed = tuple(map(int, version("torch").split(".")[:2])) >= (2, 10)  # 2.9 does not heed the new name on CUDA
+    return {"PYTORCH_ALLOC_CONF" if renamed else "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def _leave_imports_alone() -> None:

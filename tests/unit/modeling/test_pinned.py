@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,12 +47,14 @@ def test_half_of_the_free_memory_is_shared_by_the_ranks_of_a_node(monkeypatch: p
 
 def test_weights_arrive_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[int] = []
+    empty = torch.empty
 
-    def pin(tensor: Tensor) -> Tensor:
-        pinned.append(tensor.numel())
-        return tensor.clone()
+    def without_pinning(*size: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        made = empty(*size, **options)
+        pinned.extend([made.numel()] if pin_memory else [])
+        return made
 
-    monkeypatch.setattr(Tensor, "pin_memory", pin)  # which asks for a GPU
+    monkeypatch.setattr(torch, "empty", without_pinning)  # pinned memory asks for a GPU
     dtypes = (torch.bfloat16, torch.float32, torch.int64, torch.uint8, torch.bool)
     shapes = ((700, 1001), (3,), (), (0, 4), (5, 7))
     weights = [(9 * torch.randn(shape)).to(dtype) for dtype in dtypes for shape in shapes]

@@ -14,19 +14,7 @@ import pytest
 from test_cache import CONTENTS, KEY, STAGE, added, folder, held, local  # noqa: F401
 
 from emloc_ray.io.runs.cache import ArtifactCache
-
-
-def refuse_beside(monkeypatch: pytest.MonkeyPatch, parent: str, *calls: str) -> None:
-    """Refuses these calls of what lies in folders of this name, as to a user without rights there."""
-    for call in calls:
-        real = getattr(Path, call)
-
-        def refused(path: Path, *arguments: Any, real: Any = real, **options: Any) -> Any:
-            if path.parent.name == parent:
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-            return real(path, *arguments, **options)
-
-        monkeypatch.setattr(Path, call, refused)
+from emloc_ray.io.runs.cache_place import CachePlace
 
 
 def test_where_another_user_s_lock_cannot_be_taken_it_goes_on_without(
@@ -34,7 +22,14 @@ def test_where_another_user_s_lock_cannot_be_taken_it_goes_on_without(
 ) -> None:
     with local.alone(KEY):
         added(local, tmp_path / "first")
-    refuse_beside(monkeypatch, ".locks", "open", "chmod")
+    opened = os.open
+
+    def refused(path: Any, *arguments: Any, **options: Any) -> int:
+        if Path(path).parent.name == ".locks":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refused)
     told: list[str] = []
     other = ArtifactCache(local.place)
     with other.alone(KEY, tell=told.append):
@@ -63,21 +58,45 @@ def test_who_may_write_in_the_place_may_write_in_its_folders(
     assert stat.S_IMODE((place / ".locks" / KEY).stat().st_mode) == mode & 0o666
 
 
-def test_another_user_s_entry_that_cannot_be_removed_stays(
+def test_no_room_is_made_of_other_users_entries(
     local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a folder with the sticky bit; room is made by what can go."""
+    """Of whose folders only the names could go."""
+    for number in range(2):
+        added(local, tmp_path / str(number), ArtifactCache.key(STAGE, number), {"emulator/x": bytes([number]) * 1000})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        assert local.prune(1000) == []
+        assert len(local.entries()) == 2
+    assert len(local.prune(1000)) == 1
+
+
+def test_own_entries_stay_where_other_users_leave_no_room(
+    local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = [ArtifactCache.key(STAGE, number) for number in range(2)]
     for number, key in enumerate(keys):
         added(local, tmp_path / str(number), key, {"emulator/x": bytes([number]) * 1000})
-        os.utime(folder(local, key) / "entry.json", (number, number))
-    rename = Path.rename
+    monkeypatch.setattr(CachePlace, "is_own", lambda place, stage, key: key == keys[0])
+    assert local.prune(500) == []
+    assert [entry.key for entry in local.prune(1000)] == [keys[0]]
 
-    def refused(path: Path, target: Path) -> Path:
-        if path.name == keys[0]:
-            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
-        return rename(path, target)
 
-    monkeypatch.setattr(Path, "rename", refused)
-    assert [entry.key for entry in local.prune(1000)] == [keys[1]]
-    assert [entry.key for entry in local.entries()] == [keys[0]]
+def test_a_lock_of_another_user_in_a_folder_with_the_sticky_bit_is_taken(
+    local: ArtifactCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux refuses there to open it as what may be created."""
+    with local.alone(KEY):
+        pass
+    opened = os.open
+
+    def protected(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        if flags & os.O_CREAT and Path(path).exists():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", protected)
+    told: list[str] = []
+    with ArtifactCache(local.place).alone(KEY, tell=told.append):
+        pass
+    assert told == []

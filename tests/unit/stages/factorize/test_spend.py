@@ -105,4 +105,4 @@ def test_each_form_is_made_and_loses_about_what_is_expected(
         lost = float((difference @ gram @ difference.T @ damped(sums.read(spec.name), DAMPING)).trace())
         lost /= 2 * grams.num_tokens(spec.name)
         expected = float(losses[spec.name][job.forms(spec).index(of_each[spec.name])])
-        assert expected == pytest.approx(lost, rel=0.02 if spec is group[0] else 0.6)
+        assert expected == pytest.approx(lost, rel=0.02 if spec is group[0] else 0.5)

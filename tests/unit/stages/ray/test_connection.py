@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 from ray.exceptions import AuthenticationError
-from torch.torch_version import TorchVersion
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError, StageError
-from emloc_ray.stages.ray import nodes, session
+from emloc_ray.stages.ray import nodes, session, spans
 from emloc_ray.stages.ray.session import connection
 
 NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -68,7 +67,7 @@ def test_workers_allocators_grow_their_segments(version: str, name: str, monkeyp
     # Set as they start: Ray Train uses a worker's GPU before it runs anything of ours. torch 2.9 does not heed the new name.
     for each in NAMES:
         monkeypatch.delenv(each, raising=False)
-    monkeypatch.setattr(session.torch, "__version__", TorchVersion(version))
+    monkeypatch.setattr(spans, "version", lambda package: version)
     variables = variables_of_workers(monkeypatch, runtime_env={"env_vars": {"DEBUG": "on"}})
     assert {each: variables.get(each) for each in NAMES} == {**dict.fromkeys(NAMES), name: "expandable_segments:True"}
     assert variables["DEBUG"] == "on"
@@ -81,8 +80,9 @@ def test_what_a_user_asks_of_the_allocator_stays(name: str, monkeypatch: pytest.
     own = {name: "max_split_size_mb:64"}
     variables = variables_of_workers(monkeypatch, runtime_env={"env_vars": own})
     assert {key: value for key, value in variables.items() if key in NAMES} == own
-    monkeypatch.setenv(name, own[name])  # here, as a Ray that is started here and a job's driver have it
-    assert not variables_of_workers(monkeypatch).keys() & set(NAMES)
+    monkeypatch.setenv(name, own[name])
+    assert not variables_of_workers(monkeypatch).keys() & set(NAMES)  # a Ray that is started here has them itself
+    assert variables_of_workers(monkeypatch, address="10.0.0.1:6379").keys() & set(NAMES)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -19,6 +20,25 @@ last = blocks.pop()  # on top of what is freed now
 blocks.clear()
 print(before, held, task().peak_bytes)
 """
+
+
+GROWING = """
+import os
+from emloc_ray.stages.ray.spans import timed
+
+names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+print(timed(lambda: [os.environ[name] for name in names if name in os.environ])().result)
+"""
+
+
+@pytest.mark.parametrize("own", [None, "max_split_size_mb:64"])
+def test_a_worker_s_allocator_grows_its_segments_unless_the_node_says_otherwise(own: str | None) -> None:
+    """In a Ray that the caller started too, which sets no variables."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    environment = {key: value for key, value in os.environ.items() if key not in names}
+    environment |= {} if own is None else {names[1]: own}
+    told = subprocess.run([sys.executable, "-c", GROWING], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == str([own or "expandable_segments:True"])
 
 
 @pytest.mark.skipif(
