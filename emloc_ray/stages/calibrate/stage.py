@@ -119,21 +119,21 @@ def _gather_gradients(context: Context, inputs: Inputs, granted: Resources, prog
 def _gram_cost(memory: MemoryModel) -> StageCost:
     prepared, layout = memory.prepared, memory.layout
     products = sum(group[0].token_share * group[0].in_features ** 2 for group in layout.groups) * 1.2
-    waves = [sum(map(gram_bytes, wave)) for wave in memory.waves()]
+    grams = sum(gram_bytes(group) for wave in memory.waves() for group in wave)
     rows = sum(source.num_rows for files in prepared.files.values() for source in files) or UNKNOWN_ROWS
     images = int(rows * memory.lengths.image_bytes)  # which the token shards hold
     by_blocks = memory.calibration_hold() == BLOCKS
+    # Hidden states while the stage lasts, or a set of sums for each worker.
+    held = memory.hidden_state_disk_bytes() if by_blocks else grams * prepared.config.calibration.num_workers
     tokens, section = tokens_calibrated(prepared, memory.lengths), prepared.config.calibration
-    # Hidden states while the stage lasts, or a wave's sums for each worker.
-    held = memory.hidden_state_disk_bytes() if by_blocks else max(waves, default=0) * section.num_workers
     # Block by block each worker's weights come once for all its rows.
     rows_read = section.num_workers * section.batch_size if by_blocks else tokens / memory.lengths.mean
     moved = memory.moved(memory.calibration_hold(), rows_read, section.batch_size)
     return StageCost(
         memory.calibrate(),
         flops=tokens * 2 * (block_work(layout) + products),
-        moved_bytes=moved if by_blocks else moved * len(waves),
-        disk_bytes=images + sum(waves) // 2 + held,
+        moved_bytes=moved if by_blocks else moved * len(memory.waves()),
+        disk_bytes=images + grams // 2 + held,
         efficiency=0.65,
         start_seconds=25,
     )
@@ -145,14 +145,14 @@ def _gradient_cost(memory: MemoryModel) -> StageCost:
     # Forward, once more for what the backward pass reads, and back; and the sums.
     sums = sum(s.token_share * s.out_features**2 for s in layout.specs if s.name in weighed) * 1.2
     plan, tokens = memory.gradient_plan(), tokens_calibrated(prepared, memory.lengths) if weighed else 0.0
-    waves = [sum(map(gradient_bytes, wave)) for wave in plan.waves]
-    forward = len(waves) * memory.moved(plan.hold, tokens / memory.lengths.mean, plan.batch_size)
+    stored = sum(gradient_bytes(spec) for wave in plan.waves for spec in wave)
+    forward = len(plan.waves) * memory.moved(plan.hold, tokens / memory.lengths.mean, plan.batch_size)
     work = 3 * (block_work(layout) + head_work(layout)) + sums
     return StageCost(
         memory.gradients(),
-        flops=tokens * 2 * work * len(waves),
+        flops=tokens * 2 * work * len(plan.waves),
         moved_bytes=WITH_BACKWARD * forward,
-        disk_bytes=sum(waves) // 2 + max(waves, default=0) * prepared.config.calibration.num_workers,
+        disk_bytes=stored // 2 + stored * prepared.config.calibration.num_workers,
         start_seconds=25,
     )
 

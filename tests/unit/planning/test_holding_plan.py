@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,10 +11,6 @@ from tiny import make_config
 
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.planning.holding import blocks_share, choose, plan_gradients
-from emloc_ray.planning.memory import MemoryModel
-from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.sizes import gram_bytes
-from emloc_ray.stages.calibrate.stage import CALIBRATE
 
 HELD = {"resident": 100.0, "offloaded": 30.0, "all_offloaded": 10.0}
 GEMMA: dict[str, Any] = {
@@ -63,18 +58,6 @@ def test_a_batch_shrinks_before_a_wave_is_added() -> None:
     assert (plan.hold, plan.batch_size, [len(wave) for wave in plan.waves]) == ("resident", 2, [2, 1])
     plan = plan_gradients("auto", HELD, specs, 8, lambda rows: 10 * rows, 0)
     assert (plan.hold, plan.batch_size, len(plan.waves)) == ("all_offloaded", 1, 3)
-
-
-def test_the_disk_holds_the_slots_of_one_wave_at_a_time(prepared: Callable[..., Prepared], much_memory: None) -> None:
-    """Beside the sums, of half the size."""
-    plain = prepared(model={"hold": "resident"}, calibration={"num_workers": 3})
-    model = MemoryModel(plain)
-    assert CALIBRATE.cost is not None
-    [wave] = model.waves()
-    sizes = [gram_bytes(group) for group in wave]
-    at_once = CALIBRATE.cost(model).disk_bytes
-    model.waves = lambda: [[group] for group in wave]  # type: ignore[method-assign]
-    assert at_once - CALIBRATE.cost(model).disk_bytes == 3 * (sum(sizes) - max(sizes))
 
 
 OF_4: dict[str, Any] = {"intermediate_size": 96, "global_head_dim": 16}

@@ -172,7 +172,7 @@ def test_a_worker_that_writes_the_corrected_adapter_holds_that_and_a_module(tmp_
     block = LlamaConfig(num_hidden_layers=1, vocab_size=300)
     parts = MemoryModel(bare(block, adapter={"r": 64}, correction={"method": "adapted"})).corrected()
     assert parts["adapter"] == 4 * 64 * (4 * 2 * 4096 + 3 * (4096 + 11008))
-    assert 0.7 * total(parts) < held("correct", 4096, 11008, 64, tmp_path) < 1.1 * total(parts)
+    assert total(parts) / 2 < held("correct", 4096, 11008, 64, tmp_path) < 1.1 * total(parts)
 
 
 def test_batches_of_the_data_are_those_that_are_planned() -> None:
