@@ -12,6 +12,7 @@ from emloc_ray.errors import DataError
 from emloc_ray.text import one_line
 
 ROW_S = 60.0  # of a CPU that a template may take for one row
+_OTHER = "\ue000"  # an answer that begins as no other does
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -112,6 +113,12 @@ def _marked(text: str, begin: int, spans: Sequence[tuple[int, int]]) -> list[Seg
     return [segment for segment in segments if segment.text]
 
 
+def _shared(one: str, other: str) -> str:
+    """What both texts begin with."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return one[: len(list(same))]
+
+
 class _Chat:
     """The texts that a template makes of the beginnings of a chat."""
 
@@ -131,9 +138,12 @@ class _Chat:
             )
         prompt = self._text(self.messages[:turn], add_generation_prompt=True)
         through = self._text(self.messages[: turn + 1])
+        self._check_written(turn, prompt, through)
         if not through.startswith(prompt):
-            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, through, strict=False))
-            shared = prompt[: len(list(same))]
+            # Of answers that begin as the thought does only another one tells where they begin.
+            content = _OTHER if isinstance(self.messages[turn]["content"], str) else [{"type": "text", "text": _OTHER}]
+            other = self._text([*self.messages[:turn], {"role": "assistant", "content": content}])
+            shared = _shared(prompt, _shared(through, other))
             if not self.is_marked and len(shared) <= len(self._text(self.messages[:turn])):
                 raise DataError(
                     f"{self.where}: the chat template writes an answer in another place than it asks for one, so that"
@@ -141,6 +151,35 @@ class _Chat:
                 )
             prompt = shared
         return prompt, through, self._spans(turn) if self.is_marked else None
+
+    def _check_written(self, turn: int, prompt: str, through: str) -> None:
+        """Raises DataError where the template leaves out what an answer is to, or the calls in it."""
+        told = {
+            "tools": (prompt, [(tool.get("function") or tool).get("name") for tool in self.options.get("tools", ())]),
+            "tool calls": (
+                through,
+                [call["function"].get("name") for call in self.messages[turn].get("tool_calls", ())],
+            ),
+        }
+        missing = [what for what, (text, names) in told.items() if any(str(name) not in text for name in names)]
+        before = max((n for n in range(turn) if self.messages[n]["role"] == "assistant"), default=-1)
+        for number in range(before + 1, turn):
+            content = self.messages[number]["content"]
+            if isinstance(content, str) and content.strip() not in prompt and self._is_left_out(number, turn, prompt):
+                missing.append(f"turns of role {self.messages[number]['role']}")
+        if missing:
+            raise DataError(
+                f"{self.where}: the model's chat template writes no {missing[0]}: leave them out, or choose a model whose"
+                " template writes them."
+            )
+
+    def _is_left_out(self, number: int, turn: int, prompt: str) -> bool:
+        """Whether the prompt of a turn is the same without an earlier one."""
+        others = [message for n, message in enumerate(self.messages[:turn]) if n != number]
+        try:
+            return self._text(others, add_generation_prompt=True) == prompt
+        except DataError:  # it wants that turn
+            return False
 
     def _spans(self, turn: int) -> list[tuple[int, int]]:
         from transformers.utils.chat_template_utils import render_jinja_template

@@ -172,14 +172,17 @@ def converted(row: Row, format: str, columns: Mapping[str, str], where: str, cha
 
 def _messages(row: Row, where: str, chats: bool) -> tuple[Row, str]:
     turns = row["messages"]
-    if isinstance(turns, list):
-        turns = [_turn(_shared_turn(turn), where) if isinstance(turn, dict) else turn for turn in turns]
+    turns = _turns(turns, where) if isinstance(turns, list) else turns
     return {**row, "messages": turns, **_tools(row, where)}, "messages"
 
 
+def _turns(turns: list[Any], where: str) -> list[Any]:
+    return [_turn(_shared_turn(turn), where) if isinstance(turn, dict) else turn for turn in turns]
+
+
 def _turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    """A turn without empty fields, which Parquet gives to turns that lack them; the arguments of its calls as objects, which
-    templates write themselves."""
+    """A turn without empty fields, which Parquet gives to turns that lack them, and to calls; the arguments of these as objects,
+    which templates write themselves."""
     filled = {key: value for key, value in turn.items() if value is not None}
     calls = filled.get("tool_calls")
     if not calls:
@@ -193,8 +196,10 @@ def _turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
 def _call(call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function")
     if not isinstance(function, dict):
-        return {"type": "function", "function": {**call, "arguments": _read(call.get("arguments"))}}
-    return {**call, "function": {**function, "arguments": _read(function.get("arguments"))}}
+        return _call({"type": "function", "function": call})
+    arguments = function.get("arguments")
+    read = _read(arguments) if isinstance(arguments, str) else _without_nulls(arguments)
+    return {**call, "function": {**function, "arguments": read}}
 
 
 def _read(value: Any) -> Any:
@@ -221,7 +226,7 @@ def _tools(row: Row, where: str) -> dict[str, Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A schema without the nulls that Parquet puts where other rows' schemas have a key."""
+    """An object without the nulls that Parquet puts where those of other rows have a key."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -256,6 +261,7 @@ def _conversational(row: Row, where: str, chats: bool) -> tuple[Row, str]:
     )
     if not isinstance(before, list) or not isinstance(after, list):
         raise DataError(f"{where}: prompt or completion is no list of turns: give [{{role, content}}, …].")
+    before, after = _turns(before, where), _turns(after, where)
     asked = [
         {**turn, "weight": 0} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn for turn in before
     ]

@@ -206,6 +206,11 @@ def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...]
         "selection": ("train",),
         "validation": ("train",),
     }
+    if config.data.eval is None and (both := sorted(paths.get("train", set()) & paths.get("healing", set()))):
+        raise ConfigError(
+            f"data.healing reads {listed(both, 1)}, of whose rows some are kept for data.eval, which would be healed on: leave"
+            " data.healing out to heal on train's, or name data.eval."
+        )
     for held_out, others in disjoint.items():
         for other in others:
             both = sorted(paths.get(held_out, set()) & paths.get(other, set()))

@@ -121,13 +121,29 @@ def test_a_prompt_that_opens_a_thought_which_the_answer_lacks() -> None:
         "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
         "{% if add_generation_prompt %}<assistant><think>{% endif %}"
     )
-    assert learnt([turn("user", "a"), turn("assistant", "b")], opening) == ["<user>a;<assistant>[b;]"]
+    for answer in ("b", "<table>", "<think"):  # of which some begin as the thought does
+        assert learnt([turn("user", "a"), turn("assistant", answer)], opening) == [f"<user>a;<assistant>[{answer};]"]
 
 
 def test_an_answer_that_cannot_be_told_is_refused() -> None:
     scattered = "{% for m in messages[::-1] %}{{ m.content }};{% endfor %}{% if add_generation_prompt %}:{% endif %}"
     with pytest.raises(DataError, match=r"^row 1: the chat template writes an answer in another place"):
         learnt([turn("user", "a"), turn("assistant", "b")], scattered)
+
+
+@pytest.mark.parametrize("role", ["developer", "human"])
+def test_a_turn_that_the_template_leaves_out_is_told(role: str) -> None:
+    chat = [turn(role, "Answer in French."), turn("user", "a"), turn("assistant", "b")]
+    with pytest.raises(
+        DataError, match=f"^row 1: the model's chat template writes no turns of role {role}: leave them out"
+    ):
+        learnt(chat, QWEN3)
+
+
+def test_a_turn_that_the_template_writes_in_a_way_of_its_own_is_no_turn_left_out() -> None:
+    quoted = MARKED.replace("{% else %}{{ m['content'] }}", "{% else %}{{ m['content'] | upper }}")
+    chat = [turn("user", "a"), turn("assistant", "b")]
+    assert learnt(chat, quoted) == ["<|user|>A<eos>;<|assistant|>[b<eos>];"]
 
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

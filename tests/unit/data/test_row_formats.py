@@ -16,6 +16,7 @@ from emloc_ray.errors import DataError
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": None}}}
+SHARED = {"from": "human", "value": "a"}
 ALPACA = "Below is an instruction that describes a task"
 
 CASES: list[tuple[dict[str, Any], str, str]] = [
@@ -25,6 +26,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [USER], "completion": [ANSWER]}, "conversational", "<|user|>a<eos><|assistant|>[b<eos>]"),
     (
         {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]},  # what the prompt says is not trained on
+        "conversational",
+        "<|user|>a<eos><|assistant|>b<eos><|user|>a<eos><|assistant|>[b<eos>]",
+    ),
+    (
+        {"prompt": [SHARED, {"from": "gpt", "value": "b"}, SHARED], "completion": [{"from": "gpt", "value": "b"}]},
         "conversational",
         "<|user|>a<eos><|assistant|>b<eos><|user|>a<eos><|assistant|>[b<eos>]",
     ),
@@ -107,14 +113,15 @@ def test_preference_data_is_trained_on_as_chosen() -> None:
 def test_tools_reach_the_template_with_their_arguments_as_objects() -> None:
     template = (
         "{% if tools %}{{ tools | tojson }};{% endif %}{% for m in messages %}{{ m.role }}:"
-        "{% for call in m.tool_calls or [] %}{{ call.function.arguments.x }}{% endfor %}{{ m.content }};{% endfor %}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name }} {{ call.function.arguments.x }}{% endfor %}"
+        "{{ m.content }};{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     result = {"role": "tool", "content": "2", "tool_calls": None, "name": None}
     row = {"messages": [USER, called, result, ANSWER], "tools": json.dumps([TOOL])}
     schema = '[{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}];'
-    expected = f"{schema}user:a;assistant:[1;]tool:2;assistant:[b;]"
+    expected = f"{schema}user:a;assistant:[add 1;]tool:2;assistant:[b;]"
     assert written(row, tokenizer=make_tokenizer(template)) == expected
     shared = [
         {"from": "human", "value": "a"},
@@ -123,6 +130,24 @@ def test_tools_reach_the_template_with_their_arguments_as_objects() -> None:
         {"from": "gpt", "value": "b"},
     ]
     assert written({"conversations": shared, "tools": [TOOL]}, tokenizer=make_tokenizer(template)) == expected
+
+
+def test_what_parquet_adds_to_a_call_of_other_rows_is_not_learnt() -> None:
+    def arguments(given: Any) -> Any:
+        call = {"type": "function", "function": {"name": "add", "arguments": given}}
+        row, _ = converted({"messages": [USER, {**ANSWER, "tool_calls": [call]}]}, "messages", {}, "r")
+        return row["messages"][1]["tool_calls"][0]["function"]["arguments"]
+
+    assert arguments({"x": 1, "city": None}) == {"x": 1}
+    assert arguments('{"x": 1, "city": null}') == {"x": 1, "city": None}  # as somebody wrote it
+
+
+def test_tools_and_calls_that_the_template_does_not_write_are_refused() -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    with pytest.raises(DataError, match="the model's chat template writes no tool calls: leave them out"):
+        written({"messages": [USER, called, {"role": "tool", "content": "2"}, ANSWER]})
+    with pytest.raises(DataError, match="the model's chat template writes no tools: leave them out"):
+        written({"messages": [USER, ANSWER], "tools": [TOOL]})
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,12 @@ def test_rows_that_are_held_out_are_not_trained_on(refused: Callable[..., str], 
     hub = {"train": {"path": "hf:some/rows"}, "selection": {"path": "hf:some/rows"}, "max_seq_length": 64}
     assert "data.selection and data.train both read hf:some/rows:train" in refused(data=hub)
     assert "both read" not in refused(data={**hub, "selection": None, "eval": hub["train"]}, seed=-1)
+    healed = {"train": {"path": str(rows)}, "healing": {"path": [str(rows), str(folder / "test.jsonl")]}}
+    sizes: dict[str, Any] = {"max_seq_length": 64}
+    healing: dict[str, Any] = {"emulator": {"healing": {"steps": 2}}}
+    assert f"data.healing reads {rows}, of whose rows some are kept" in refused(data=healed | sizes, **healing)
+    named = healed | sizes | {"eval": {"path": str(folder / "test.jsonl")}, "healing": healed["train"]}
+    assert "of whose rows" not in refused(data=named, seed=-1, **healing)
 
 
 def test_liger_is_refused_where_it_computes_nothing_or_something_else(
