@@ -12,6 +12,7 @@ from emloc_ray.errors import DataError
 from emloc_ray.text import one_line
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+_BORDER = "\n"  # after which every tokenizer begins a token
 _TEXTS = {"text": ("text",), "prompt_completion": ("prompt", "completion")}
 
 
@@ -103,10 +104,15 @@ def _check_unicode(text: str, where: str) -> None:
 
 def encode(rows: Sequence[Sequence[Segment]], tokenizer: Any) -> list[Tokens]:
     """Rows in pieces (see :func:`sequences`) as tokens, before :func:`truncate`: in two calls, faster than one by one."""
-    encoded: dict[bool, Iterator[list[int]]] = {}
-    for special in (True, False):
-        texts = [s.text for parts in rows for s in parts if s.ids is None and s.add_special_tokens == special]
-        encoded[special] = iter(_encode(tokenizer, texts, special))
+    begun = [s.text for parts in rows for s in parts if s.ids is None and s.add_special_tokens]
+    others = [
+        # What follows in the same row; an encoder's text, which its end-of-sequence token ends, is one of its own.
+        (s.text, number > 0 and parts[0].eos is not True)
+        for parts in rows
+        for number, s in enumerate(parts)
+        if s.ids is None and not s.add_special_tokens
+    ]
+    encoded = {True: iter(_encode(tokenizer, begun, True)), False: iter(_encode_pieces(tokenizer, others))}
     return [_joined(parts, encoded, tokenizer) for parts in rows]
 
 
@@ -180,6 +186,31 @@ def _check_placeholders(text: str, count: int, processor: Any, where: str) -> No
         raise DataError(
             f"{where}: a text holds {stray}, which stands for an image or a video: write it in another form."
         )
+
+
+def _encode_pieces(tokenizer: Any, texts: list[tuple[str, bool]]) -> list[list[int]]:
+    """Texts without special tokens, each with whether it follows on another one: SentencePiece's tokenizers put a space before
+    whatever they are given, which a text that follows has not."""
+    if not _adds_a_space(tokenizer):
+        return _encode(tokenizer, [text for text, _ in texts], False)
+    border: list[int] = tokenizer(_BORDER, add_special_tokens=False)["input_ids"]
+    encoded = _encode(tokenizer, [_BORDER + text if follows else text for text, follows in texts], False)
+
+    def own(ids: list[int], text: str, follows: bool) -> list[int]:
+        if not follows:
+            return ids
+        if ids[: len(border)] == border:
+            return ids[len(border) :]
+        return _encode(tokenizer, [text], False)[0]  # it begins as the border does, and both are one token
+
+    return [own(ids, text, follows) for ids, (text, follows) in zip(encoded, texts, strict=True)]
+
+
+def _adds_a_space(tokenizer: Any) -> bool:
+    alone, spaced, border, behind = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("b", " b", _BORDER, f"{_BORDER}b")
+    )
+    return alone == spaced and behind[: len(border)] == border and behind[len(border) :] != alone
 
 
 def _encode(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CHAT_TEMPLATE, EOS, PAD, REWRITING, make_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from emloc_ray.data.formats import Tokens, check_row, encode, pack, sequences, truncate
 from emloc_ray.data.row_formats import converted
@@ -66,6 +68,32 @@ def test_a_tokenizer_that_adds_special_tokens_itself() -> None:
     tokens = tokenize_row({"prompt": "a", "completion": "b"}, "prompt_completion", Adding())
     assert tokens == Tokens([7, 197, 198, EOS], [False, False, True, True])
     assert tokenize_row({"text": "a"}, "text", Adding()) == Tokens([7, 197, EOS], [True] * 3)
+
+
+@pytest.mark.parametrize("has_encoder", [False, True])
+def test_what_follows_gets_no_space_that_the_row_has_not(has_encoder: bool) -> None:
+    """SentencePiece's tokenizers, as Llama 2's, put one before whatever they are given."""
+    core = Tokenizer(models.BPE({"<pad>": 0, "<eos>": 1, "▁": 2, "a": 3, "b": 4, "\n": 5, ":": 6}, []))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    llama = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+
+    def ids(prompt: str, completion: str) -> list[int]:
+        row = {"prompt": prompt, "completion": completion}
+        [tokens] = encode(sequences(row, "prompt_completion", llama, "row", has_encoder=has_encoder), llama)
+        return tokens.input_ids
+
+    if has_encoder:  # whose decoder begins a text of its own
+        assert ids("a\n", "b") == [2, 3, 5, 1, 2, 4, 1]
+        return
+    assert ids("a\n", "b") == [2, 3, 5, 4, 1]
+    assert ids("a", " b") == [2, 3, 2, 4, 1]
+    assert ids("a", "\nb") == [2, 3, 5, 4, 1]
+    llama.chat_template = (
+        "{% for m in messages %}{{ ':' + m.content }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    [tokens] = encode(sequences(chat, "messages", llama, "row"), llama)
+    assert tokens.input_ids == [2, 6, 3, 6, 4]
 
 
 def test_an_encoder_s_prompt_ends_by_itself(tokenizer: Any) -> None:
