@@ -154,14 +154,14 @@ class _Chat:
 
     def _check_written(self, turn: int, prompt: str, through: str) -> None:
         """Raises DataError where the template leaves out what an answer is to, or the calls in it."""
-        told = {
+        named = {
             "tools": (prompt, [(tool.get("function") or tool).get("name") for tool in self.options.get("tools", ())]),
             "tool calls": (
                 through,
                 [call["function"].get("name") for call in self.messages[turn].get("tool_calls", ())],
             ),
         }
-        missing = [what for what, (text, names) in told.items() if any(str(name) not in text for name in names)]
+        missing = [what for what, (text, names) in named.items() if any(str(name) not in text for name in names)]
         before = max((n for n in range(turn) if self.messages[n]["role"] == "assistant"), default=-1)
         for number in range(before + 1, turn):
             content = self.messages[number]["content"]
