@@ -161,7 +161,11 @@ class _Chat:
                 [call["function"].get("name") for call in self.messages[turn].get("tool_calls", ())],
             ),
         }
-        missing = [what for what, (text, names) in named.items() if any(str(name) not in text for name in names)]
+        missing = [
+            what
+            for what, (text, names) in named.items()
+            if any(isinstance(name, str) and name not in text for name in names)
+        ]
         before = max((n for n in range(turn) if self.messages[n]["role"] == "assistant"), default=-1)
         for number in range(before + 1, turn):
             content = self.messages[number]["content"]

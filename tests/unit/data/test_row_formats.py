@@ -148,6 +148,7 @@ def test_tools_and_calls_that_the_template_does_not_write_are_refused() -> None:
         written({"messages": [USER, called, {"role": "tool", "content": "2"}, ANSWER]})
     with pytest.raises(DataError, match="the model's chat template writes no tools: leave them out"):
         written({"messages": [USER, ANSWER], "tools": [TOOL]})
+    assert written({"messages": [USER, ANSWER], "tools": [{"type": "web_search"}]})  # which has no name to look for
 
 
 @pytest.mark.parametrize(
