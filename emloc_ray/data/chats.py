@@ -12,7 +12,7 @@ from emloc_ray.errors import DataError
 from emloc_ray.text import one_line
 
 ROW_S = 60.0  # of a CPU that a template may take for one row
-_OTHER = "\ue000"  # an answer that begins as no other does
+_OTHER = "\ue000"  # an answer that shares no first character with another
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -119,6 +119,12 @@ def _shared(one: str, other: str) -> str:
     return one[: len(list(same))]
 
 
+def _names(tools: Sequence[dict[str, Any]]) -> list[str]:
+    """The names of the functions that tools, or calls, are of; a tool of another kind has none."""
+    functions = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools]
+    return [function["name"] for function in functions if isinstance(function.get("name"), str)]
+
+
 class _Chat:
     """The texts that a template makes of the beginnings of a chat."""
 
@@ -140,7 +146,7 @@ class _Chat:
         through = self._text(self.messages[: turn + 1])
         self._check_written(turn, prompt, through)
         if not through.startswith(prompt):
-            # Of answers that begin as the thought does only another one tells where they begin.
+            # An answer may begin with the same characters as the thought: where another one begins shows the border.
             content = _OTHER if isinstance(self.messages[turn]["content"], str) else [{"type": "text", "text": _OTHER}]
             other = self._text([*self.messages[:turn], {"role": "assistant", "content": content}])
             shared = _shared(prompt, _shared(through, other))
@@ -154,18 +160,9 @@ class _Chat:
 
     def _check_written(self, turn: int, prompt: str, through: str) -> None:
         """Raises DataError where the template leaves out what an answer is to, or the calls in it."""
-        named = {
-            "tools": (prompt, [(tool.get("function") or tool).get("name") for tool in self.options.get("tools", ())]),
-            "tool calls": (
-                through,
-                [call["function"].get("name") for call in self.messages[turn].get("tool_calls", ())],
-            ),
-        }
-        missing = [
-            what
-            for what, (text, names) in named.items()
-            if any(isinstance(name, str) and name not in text for name in names)
-        ]
+        calls = self.messages[turn].get("tool_calls", ())
+        named = {"tools": (prompt, self.options.get("tools", ())), "tool calls": (through, calls)}
+        missing = [what for what, (text, tools) in named.items() if any(name not in text for name in _names(tools))]
         before = max((n for n in range(turn) if self.messages[n]["role"] == "assistant"), default=-1)
         for number in range(before + 1, turn):
             content = self.messages[number]["content"]

@@ -189,8 +189,8 @@ def _check_placeholders(text: str, count: int, processor: Any, where: str) -> No
 
 
 def _encode_pieces(tokenizer: Any, texts: list[tuple[str, bool]]) -> list[list[int]]:
-    """Texts without special tokens, each with whether it follows on another one: SentencePiece's tokenizers put a space before
-    whatever they are given, which a text that follows has not."""
+    """Encodes texts without special tokens; a text's flag says whether it follows on another one in its row. SentencePiece's
+    tokenizers put a space before each text that they are given: it is left out of those that follow."""
     if not _adds_a_space(tokenizer):
         return _encode(tokenizer, [text for text, _ in texts], False)
     border: list[int] = tokenizer(_BORDER, add_special_tokens=False)["input_ids"]
@@ -207,6 +207,7 @@ def _encode_pieces(tokenizer: Any, texts: list[tuple[str, bool]]) -> list[list[i
 
 
 def _adds_a_space(tokenizer: Any) -> bool:
+    """Whether it puts a space before a text, but not behind a border."""
     alone, spaced, border, behind = (
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("b", " b", _BORDER, f"{_BORDER}b")
     )

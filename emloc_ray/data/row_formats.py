@@ -190,7 +190,10 @@ def _turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
         return filled
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise DataError(f"{where}: tool_calls is no list of calls: give [{{function: {{name, arguments}}}}, …].")
-    return {"content": "", **filled, "tool_calls": [_call(call) for call in calls]}
+    try:
+        return {"content": "", **filled, "tool_calls": [_call(call) for call in calls]}
+    except RecursionError as error:
+        raise DataError(f"{where}: tool_calls is nested too deeply: write the calls' arguments flatter.") from error
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:

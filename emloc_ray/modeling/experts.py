@@ -68,7 +68,7 @@ class UnfusedExperts(nn.Module):
             done = self._compute(first, last, hidden_states[rows.tokens])
             return rows.sum_by_token(done, top_k_weights).to(hidden_states.dtype)
         output = torch.zeros_like(hidden_states)
-        self.rereading = False  # as the last pass left it, if it came to its end
+        self.rereading = False  # a pass that ran out of memory left it true
         for index, tokens, places, here in self._chosen(top_k_index):
             self.rows = here
             weighed = self._run(index, hidden_states[tokens]) * top_k_weights[tokens, places, None]

@@ -208,8 +208,8 @@ def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...]
     }
     if config.data.eval is None and (both := sorted(paths.get("train", set()) & paths.get("healing", set()))):
         raise ConfigError(
-            f"data.healing reads {listed(both, 1)}, of whose rows some are kept for data.eval, which would be healed on: leave"
-            " data.healing out to heal on train's, or name data.eval."
+            f"data.healing and data.train both read {listed(both, 1)}, some of whose rows are kept to be reported: healing must"
+            " not train on these; leave data.healing out to heal on the rows that are left of train, or name data.eval."
         )
     for held_out, others in disjoint.items():
         for other in others:

@@ -247,11 +247,11 @@ class ArtifactCache:
         users = Counter(block for _, blocks in held for block in blocks)
         total = sum({block: size for _, blocks in held for block, size in blocks.items()}.values())
         goal = most if kept is None or total <= most else (1 - _FREED) * most
-        own = [(entry, blocks) for entry, blocks in held if self._at.is_own(entry.stage, entry.key)]
-        if sum(entry.bytes for entry, _ in held) - sum(entry.bytes for entry, _ in own) > most:
-            own = []  # what other users hold leaves no room, whatever goes
+        free = [(entry, blocks) for entry, blocks in held if self._at.can_free(entry.stage, entry.key)]
+        if sum(entry.bytes for entry, _ in held) - sum(entry.bytes for entry, _ in free) > most:
+            free = []  # what other users hold leaves no room, whatever goes
         removed = []
-        for entry, blocks in reversed(own):
+        for entry, blocks in reversed(free):
             if total <= goal:
                 break
             if entry.key == kept:

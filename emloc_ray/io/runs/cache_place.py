@@ -259,14 +259,9 @@ class CachePlace:
         with contextlib.suppress(PermissionError):  # a cache that other users write
             os.utime(self.folder(stage, key) / _ENTRY)
 
-    def is_own(self, stage: str, key: str) -> bool:
-        """Whether this user can free what an entry holds."""
-        if self.store is not None or os.geteuid() == 0:
-            return True
-        try:
-            return self.folder(stage, key).stat().st_uid == os.geteuid()
-        except FileNotFoundError:  # somebody else was faster
-            return False
+    def can_free(self, stage: str, key: str) -> bool:
+        """Whether this user can free what an entry holds: of another user's only the name could go, and its bytes would stay."""
+        return self.store is not None or os.access(self.folder(stage, key), os.W_OK)
 
     def remove(self, stage: str, key: str) -> None:
         """Removes an entry, for those who look for it all at once. One of another user stays in a folder with the sticky bit; in

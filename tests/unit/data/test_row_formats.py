@@ -140,6 +140,11 @@ def test_what_parquet_adds_to_a_call_of_other_rows_is_not_learnt() -> None:
 
     assert arguments({"x": 1, "city": None}) == {"x": 1}
     assert arguments('{"x": 1, "city": null}') == {"x": 1, "city": None}  # as somebody wrote it
+    deep: dict[str, Any] = {}
+    for _ in range(10_000):
+        deep = {"x": deep}
+    with pytest.raises(DataError, match="r: tool_calls is nested too deeply"):
+        arguments(deep)
 
 
 def test_tools_and_calls_that_the_template_does_not_write_are_refused() -> None:
@@ -148,7 +153,9 @@ def test_tools_and_calls_that_the_template_does_not_write_are_refused() -> None:
         written({"messages": [USER, called, {"role": "tool", "content": "2"}, ANSWER]})
     with pytest.raises(DataError, match="the model's chat template writes no tools: leave them out"):
         written({"messages": [USER, ANSWER], "tools": [TOOL]})
-    assert written({"messages": [USER, ANSWER], "tools": [{"type": "web_search"}]})  # which has no name to look for
+    assert written(
+        {"messages": [USER, ANSWER], "tools": [{"type": "web_search"}, {"function": "x"}]}
+    )  # no names to look for
 
 
 @pytest.mark.parametrize(

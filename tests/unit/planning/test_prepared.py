@@ -226,9 +226,11 @@ def test_rows_that_are_held_out_are_not_trained_on(refused: Callable[..., str], 
     healed = {"train": {"path": str(rows)}, "healing": {"path": [str(rows), str(folder / "test.jsonl")]}}
     sizes: dict[str, Any] = {"max_seq_length": 64}
     healing: dict[str, Any] = {"emulator": {"healing": {"steps": 2}}}
-    assert f"data.healing reads {rows}, of whose rows some are kept" in refused(data=healed | sizes, **healing)
+    assert f"data.healing and data.train both read {rows}, some of whose rows are kept" in refused(
+        data=healed | sizes, **healing
+    )
     named = healed | sizes | {"eval": {"path": str(folder / "test.jsonl")}, "healing": healed["train"]}
-    assert "of whose rows" not in refused(data=named, seed=-1, **healing)
+    assert "some of whose rows" not in refused(data=named, seed=-1, **healing)
 
 
 def test_liger_is_refused_where_it_computes_nothing_or_something_else(
