@@ -2,17 +2,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-PYTEST := $(BIN)/python -m pytest -q --durations=25
+PYTEST := $(BIN)/python -m pytest -q --durations=40 --durations-min=0.4
 
 # What is imported again and again, by Ray's workers too, is compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart check types units test test-deep coverage benchmark clean
+.PHONY: quickstart check types units test test-deep test-all coverage benchmark clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/emloc-ray run configs/quickstart.yaml
 
-# Two and a half minutes on two cores: to run while making a change. It leaves pytest's cache alone, by which .ci/run knows whether the next tier came to its end.
+# Two minutes on two cores: to run while making a change. It leaves pytest's cache alone, by which .ci/run knows whether the tests on Ray came to their end.
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,7 +31,13 @@ test: check
 
 # The rest: slow variants, small grids, faults, memory limits.
 test-deep: $(VENV)/installed
-	$(PYTEST) -m deep
+	$(PYTEST) -p no:cacheprovider -n 2 --dist worksteal -m "deep and not ray"
+	$(PYTEST) -m "deep and ray"
+
+# Both: what they share, Ray and the runs that many tests read, is made once.
+test-all: check
+	$(PYTEST) -p no:cacheprovider -n 2 --dist worksteal -m "not (quick or ray)"
+	$(PYTEST) -m ray
 
 # Branches of emloc_ray that tests take, in the processes that they start too, Ray's workers among them: make coverage MARKS="not deep" FLOOR=88.
 MARKS ?= quick or slow

@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         marks = {STARTS[name] for name in STARTS.keys() & set(item.fixturenames)}  # type: ignore[attr-defined]
         room = item.path.relative_to(TESTS).parts[0]
-        marks |= {"ray"} if room in ("integration", "e2e") else set()
+        marks |= {"ray"} if room in ("integration", "e2e") and not item.get_closest_marker("without_ray") else set()
         for mark in marks:
             item.add_marker(mark)
         busy = {mark.name for mark in item.iter_markers()} & {*STARTS.values(), "slow", "deep", "gpu"}

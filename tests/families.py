@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tiny import EOS, HIDDEN, PAD, VOCABULARY, make_tokenizer
@@ -109,6 +110,15 @@ def _t5() -> Any:
         feed_forward_proj="gated-gelu",
         **more,
     )
+
+
+# Of each kind one that no other test runs on Ray; all others go through the same stages' plain functions.
+ON_RAY = ("T5", "gpt-oss", "Qwen2.5-VL")
+
+
+def cases(names: Iterable[str]) -> list[Any]:
+    """Families as a fixture's parameters, marked where they start no Ray."""
+    return [name if name in ON_RAY else pytest.param(name, marks=pytest.mark.without_ray) for name in names]
 
 
 # By the names that the table of emloc_ray/README.md has.

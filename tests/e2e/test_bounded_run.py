@@ -17,7 +17,7 @@ from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.planning.memory import BASE_BYTES
 from emloc_ray.stages.ray.session import LEAN_MEMORY
 
-pytestmark = pytest.mark.deep
+pytestmark = [pytest.mark.deep, pytest.mark.without_ray]
 
 TESTS = Path(__file__).parent.parent
 # What the plan does not count: Python's own objects of a model of 24 blocks and its copies, code that libraries make.

@@ -41,7 +41,8 @@ print(json.dumps({name: float(value) for name, value in figures.items()}))
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("e2e") / "quickstart"
     overrides = [
-        "finetune.max_steps=6",
+        "finetune.max_steps=4",
+        "finetune.gradient_accumulation_steps=2",
         "calibration.num_calibration_samples=8",
         "correction.num_selection_samples=4",
         "evaluation.num_samples=8",

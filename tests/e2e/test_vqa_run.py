@@ -46,6 +46,8 @@ def pretrained(directory: Path) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
     generator = torch.Generator().manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     for _ in range(steps):
         chosen = torch.randint(0, len(seen), (size,), generator=generator)
         loss = token_loss(model, {key: value[chosen] for key, value in batch.items()}, "completion")
@@ -53,6 +55,7 @@ def pretrained(directory: Path) -> Path:
         (loss.loss_sum / loss.num_tokens).backward()
         optimizer.step()
         schedule.step()
+    torch.set_num_threads(threads)
     model.save_pretrained(directory)
     return directory
 
@@ -77,6 +80,7 @@ def test_a_held_out_accuracy_far_above_chance_survives_the_merge(ray_session: No
         adapter={"r": 16, "lora_alpha": 32},
         finetune={
             **ONE,
+            "cpus_per_worker": 2,
             "max_steps": 320,
             "per_device_train_batch_size": 32,
             "learning_rate": 3e-3,

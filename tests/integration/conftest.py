@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import FAMILIES, save
+from families import FAMILIES, ON_RAY, save
 from image_rows import serve, write_image_rows
 from plain_runs import plain_run
 from small_runs import (
@@ -56,10 +56,6 @@ def healed_run(llama_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory)
 def pivoted_run(make_run: Callable[..., FinishedRun], task_file: Path) -> FinishedRun:
     """A tiny Qwen2's run, which has biases, by sensitivity and predictions; read it, or spoil a copy."""
     return make_run(task_file, "qwen2", emulator={**WEIGHED, "storage": "pivoted"})
-
-
-# Of each kind one that no other test runs on Ray; all others go through the same stages' plain functions.
-ON_RAY = ("T5", "gpt-oss", "Qwen2.5-VL")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
-"""Reads a finished run as anyone would, with plain transformers and PEFT; run as a script, prints JSON.
+"""Reads finished runs as anyone would, with plain transformers and PEFT; run as a script, prints a line of JSON for each.
 
-python plain_check.py MODEL_DIR RUN_DIR
+python plain_check.py MODEL_DIR RUN_DIR [MODEL_DIR RUN_DIR]...
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 TEXTS = ["add 3 and 4: ", "The quick brown fox jumps over the lazy dog.", "x"]
 
 
-def main(model_dir: Path, run_dir: Path) -> None:
+def check(model_dir: Path, run_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "merged")
     inputs = tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side="right")
     inputs.pop("token_type_ids", None)
@@ -45,4 +45,6 @@ def main(model_dir: Path, run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    places = [Path(argument) for argument in sys.argv[1:]]
+    for model_dir, run_dir in zip(places[::2], places[1::2], strict=True):
+        check(model_dir, run_dir)

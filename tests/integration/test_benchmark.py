@@ -76,10 +76,11 @@ def header(result: dict[str, Any]) -> str:
 def little_config(folder: Path) -> Path:
     """The small task with a narrower model and less of everything."""
     config = make_config(folder, hidden_size=32)
+    write_jsonl(folder / "rows.jsonl", task_rows(240))
     values = read_yaml(config.read_text())
     values["calibration"] |= {"num_calibration_samples": 16, "rows_per_shard": 8}
     values["emulator"]["healing"] = {"steps": 2, "r": 2}
-    values["correction"]["num_selection_samples"] = 4
+    values["correction"] = {"method": "projection"}
     values["evaluation"] |= {"num_samples": 8, "num_exact_match": 0, "num_generations": 0}
     config.write_text(write_yaml(values))
     return config

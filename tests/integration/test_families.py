@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from dense_weights import dense_weight
-from families import FAMILIES
+from families import FAMILIES, cases
 from peft import PeftModel
 from plain_runs import gather_streamed
 from small_runs import FinishedRun
@@ -32,7 +32,7 @@ from emloc_ray.stages.calibrate.stage import calibration_job
 from emloc_ray.stages.context import Context
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, *VLMS])
+@pytest.fixture(scope="module", params=cases([*FAMILIES, *VLMS]))
 def run(request: pytest.FixtureRequest, family_run: Callable[[str], FinishedRun]) -> FinishedRun:
     """A family's run."""
     return family_run(request.param)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -70,19 +71,23 @@ def killed_once(step: Step, mark: Path, when: int) -> Step:
 
 
 @pytest.mark.parametrize(
-    ("module", "when"), [(correcting, 1), (correcting, 10), (merging, 1)], ids=["modules", "candidates", "merge"]
+    "kills", [{"correct": 1, "merge": 1}, {"correct": 10}], ids=["modules and merge", "candidates"]
 )
 def test_a_run_outlives_its_final_actor(
-    module: Any, when: int, llama_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kills: dict[str, int], llama_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = "correct" if module is correcting else "merge"
-    copied, mark = llama_run.copy(tmp_path), tmp_path / "killed"
-    monkeypatch.setattr(module, stage, killed_once(getattr(module, stage), mark, when))
+    copied = llama_run.copy(tmp_path)
+    for stage, when in kills.items():
+        module: Any = {"correct": correcting, "merge": merging}[stage]
+        monkeypatch.setattr(module, stage, killed_once(getattr(module, stage), tmp_path / stage, when))
     reporter = run_values(copied.values, begin="correct", until="merge")
-    done, total = map(int, mark.read_text().split())
-    assert when <= done < total
+    for stage, when in kills.items():
+        done, total = map(int, (tmp_path / stage).read_text().split())
+        assert when <= done < total
     told = [note for note in reporter.notes if "lost its worker" in note]
-    assert [note.split(" because")[0] for note in told] == [f"{stage}: the final actor lost its worker"]
+    assert [note.split(" because")[0] for note in told] == [
+        f"{stage}: the final actor lost its worker" for stage in kills
+    ]
     for folder in ("adapter", "merged"):
         for file in {*(llama_run.root / folder).iterdir()} - {
             llama_run.root / folder / CARD
@@ -138,7 +143,10 @@ def test_it_reports_while_tasks_take_every_cpu() -> None:
     assert none_is_left()
 
 
-def test_the_runs_of_a_batch_hand_it_on() -> None:
+def test_the_runs_of_a_batch_hand_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounded_once = functools.partial(Losses, bound=1)  # an actor takes two seconds to start
+    monkeypatch.setattr("emloc_ray.stages.ray.final_actor.Losses", bounded_once)
+
     def whose(job: bool, resources: Resources, progress: Progress, tell: Tell) -> dict[str, Any]:
         if job:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -151,7 +159,7 @@ def test_the_runs_of_a_batch_hand_it_on() -> None:
     def work(run: str, lost: bool = False) -> dict[str, Any]:
         with FinalActorHandle(run, actors) as actor:
             if lost:
-                with pytest.raises(StageError, match="lost its worker 4 times"):
+                with pytest.raises(StageError, match="lost its worker 2 times"):
                     actor.work("merge", whose, True, Resources(), silent, lambda text: None)
             return dict(actor.work("merge", whose, False, Resources(), silent, lambda text: None))
 

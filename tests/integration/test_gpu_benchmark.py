@@ -10,11 +10,14 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from ablations.tables import render
 from benchmarks.gpu import training
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.shapes import SHAPES
+
+pytestmark = pytest.mark.without_ray
 
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "benchmark.py"
 # The process that runs the script finds none of these packages, whether it imports them or only asks for them.

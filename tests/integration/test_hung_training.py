@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from stage_artifacts import write_tokens
 
+from emloc_ray.stages.finetune import group_callbacks
 from emloc_ray.stages.finetune.finetune import finetune
 from emloc_ray.stages.finetune.group_callbacks import StopBeforeStart
 from emloc_ray.stages.finetune.job import FinetuneJob
@@ -49,13 +50,12 @@ def hanging(job: FinetuneJob, marker: Path, stops: bool) -> FinetuneJob:
     return Hanging(**{name: getattr(job, name) for name in asdict(job)})
 
 
-@pytest.fixture
-def job(emulator_dir: Callable[[str], Path], tmp_path: Path) -> FinetuneJob:
+def job_in(root: Path, emulator_dir: Path) -> FinetuneJob:
     return FinetuneJob(
-        emulator_dir=emulator_dir("llama"),
-        tokens_dir=write_tokens(tmp_path / "tokens", 40, 10),
-        out_dir=tmp_path / "calm-adapter",
-        storage_dir=tmp_path / "calm",
+        emulator_dir=emulator_dir,
+        tokens_dir=write_tokens(root / "tokens", 40, 10),
+        out_dir=root / "calm-adapter",
+        storage_dir=root / "calm",
         name="training",
         adapter={"r": 4, "target_modules": ["q_proj", "down_proj"]},
         portable_targets=["q_proj", "down_proj"],
@@ -66,13 +66,61 @@ def job(emulator_dir: Callable[[str], Path], tmp_path: Path) -> FinetuneJob:
     )
 
 
+@pytest.fixture
+def job(emulator_dir: Callable[[str], Path], tmp_path: Path) -> FinetuneJob:
+    return job_in(tmp_path, emulator_dir("llama"))
+
+
+@pytest.fixture(scope="module")
+def begun_again(
+    ray_session: None, emulator_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str]]:
+    """The adapter of a group of which one was frozen before it trained, and what was told."""
+    root = tmp_path_factory.mktemp("frozen")
+    job, marker, told = job_in(root, emulator_dir("llama")), root / "frozen", list[str]()
+
+    class Freezing(StopBeforeStart):
+        def after_worker_group_start(self, worker_group: Any) -> None:  # Ray Train's controller waits for it next
+            if not marker.exists():
+                marker.touch()
+                group_callbacks.LOOK_S = 0.1  # the looks that are left, one after another
+                os.kill(worker_group.get_workers()[0].metadata.pid, signal.SIGSTOP)
+
+    with pytest.MonkeyPatch.context() as patched:
+
+        def tell(text: str) -> None:
+            told.append(text)
+            patched.setattr(pace, "PATIENCE_S", 1800.0)
+
+        patched.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+        patched.setattr(Losses, "delays", (0.0,))
+        patched.setattr(pace, "PATIENCE_S", 30.0)
+        patched.setattr("emloc_ray.stages.finetune.finetune.StopBeforeStart", Freezing)
+        assert finetune(job, Resources(2, planned_s=60.0), tell=tell)["steps"] == 8
+    return job.out_dir, told
+
+
+@pytest.mark.deep
+def test_a_group_of_which_one_is_frozen_before_it_trains_is_begun_again(begun_again: tuple[Path, list[str]]) -> None:
+    assert begun_again[1] == [
+        "finetune: the training lost its worker because its workers did not start within 30 s; restarted (1 of 3)."
+    ]
+
+
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.deep)])
 def test_a_training_that_hangs_goes_on_from_its_checkpoint(
-    ray_session: None, job: FinetuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+    ray_session: None,
+    job: FinetuneJob,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    ranks: int,
 ) -> None:
     monkeypatch.setattr(Losses, "delays", (0.0,))
     resources, told = Resources(ranks, planned_s=60.0), list[str]()
-    finetune(job, resources)
+    if ranks == 1:
+        finetune(job, resources)
+    expected = job.out_dir if ranks == 1 else request.getfixturevalue("begun_again")[0]
     hung = replace(job, out_dir=tmp_path / "adapter", storage_dir=tmp_path / "hung")
     outcome = finetune(hanging(hung, tmp_path / "marker", ranks > 1), resources, tell=told.append)
     assert (outcome["steps"], outcome["resumed"]) == (8, True)
@@ -82,34 +130,8 @@ def test_a_training_that_hangs_goes_on_from_its_checkpoint(
         r" where [\d.]+ s is usual; restarted.* \(1 of 3\)\.",
         sentence,
     )
-    for file in job.out_dir.iterdir():
+    for file in expected.iterdir():
         assert (hung.out_dir / file.name).read_bytes() == file.read_bytes(), file.name
-
-
-@pytest.mark.deep
-def test_a_group_of_which_one_is_frozen_before_it_trains_is_begun_again(
-    ray_session: None, job: FinetuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    marker, told = tmp_path / "frozen", list[str]()
-
-    class Freezing(StopBeforeStart):
-        def after_worker_group_start(self, worker_group: Any) -> None:  # Ray Train's controller waits for it next
-            if not marker.exists():
-                marker.touch()
-                os.kill(worker_group.get_workers()[0].metadata.pid, signal.SIGSTOP)
-
-    def tell(text: str) -> None:
-        told.append(text)
-        monkeypatch.setattr(pace, "PATIENCE_S", 1800.0)
-
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
-    monkeypatch.setattr(Losses, "delays", (0.0,))
-    monkeypatch.setattr(pace, "PATIENCE_S", 30.0)
-    monkeypatch.setattr("emloc_ray.stages.finetune.finetune.StopBeforeStart", Freezing)
-    assert finetune(job, Resources(2, planned_s=60.0), tell=tell)["steps"] == 8
-    assert told == [
-        "finetune: the training lost its worker because its workers did not start within 30 s; restarted (1 of 3)."
-    ]
 
 
 @pytest.mark.deep
@@ -129,13 +151,13 @@ def test_a_group_whose_controller_is_frozen_is_begun_again(
                 os.kill(os.getpid(), signal.SIGSTOP)
 
     monkeypatch.setattr(Losses, "delays", (0.0,))
-    monkeypatch.setattr(pace, "PATIENCE_S", 30.0)
+    monkeypatch.setattr(pace, "PATIENCE_S", 12.0)
     monkeypatch.setattr("emloc_ray.stages.finetune.finetune.StopBeforeStart", Freezing)
     outcome = finetune(job, Resources(2, planned_s=60.0), tell=tell)
     assert outcome["steps"] == 8
     [sentence] = told
     assert re.fullmatch(
-        r"finetune: the training lost its worker because Ray Train's controller gave no sign of life for 30 s; restarted"
+        r"finetune: the training lost its worker because Ray Train's controller gave no sign of life for 12 s; restarted"
         r" \(1 of 3\)\.",
         sentence,
     )

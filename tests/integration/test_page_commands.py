@@ -22,7 +22,7 @@ OURS = {folder: rf"emloc-ray .*{name}.*" for folder, name in ((".", r"(my\.yaml|
 # What else the pages tell people to type, and where it is run.
 ELSEWHERE = {
     r"make quickstart": "tests/e2e/test_quickstart.py",  # its run, with fewer steps
-    r"make (check|test|test-deep)": ".ci/run",
+    r"make (check|test|test-deep|test-all)": ".ci/run",
     r"pip install .*": "Makefile",
     r"python pipelines/benchmark\.py gpu .*": "tests/gpu",
     r"python pipelines/benchmark\.py .*": "tests/integration/test_benchmark.py",
@@ -60,6 +60,7 @@ def given(folder: str) -> list[str]:
     return [command for command in commands(folder) if re.fullmatch(OURS[folder], command)]
 
 
+@pytest.mark.without_ray
 def test_every_command_is_run_by_somebody() -> None:
     ours = {command for folder in OURS for command in given(folder)}
     others = {command for folder in FOLDERS for command in commands(folder)} - ours

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -94,7 +95,10 @@ def dense_run(llama_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) 
     return FinishedRun(copied.root, values, copied.model_dir, run_values(values))
 
 
-@pytest.fixture(params=["llama_run", "qwen_run", "gpt2_run", "dense_run"])
+RUNS = ("llama_run", "qwen_run", "gpt2_run", "dense_run")
+
+
+@pytest.fixture(params=RUNS)
 def any_run(request: pytest.FixtureRequest) -> FinishedRun:
     """Every kind of run in turn."""
     return request.getfixturevalue(request.param)
@@ -207,11 +211,21 @@ def test_merged_scores_as_the_corrected_adapter(any_run: FinishedRun) -> None:
     assert evaluation["merged"]["loss"] == pytest.approx(evaluation["corrected"]["loss"], abs=tolerance)
 
 
-def test_plain_libraries_read_adapter_and_merged_alike(any_run: FinishedRun) -> None:
+@pytest.fixture(scope="module")
+def read_plainly(request: pytest.FixtureRequest) -> dict[Path, dict[str, Any]]:
+    """What plain transformers and PEFT read of each run, in one process, which imports them once."""
+    runs: list[FinishedRun] = [request.getfixturevalue(name) for name in RUNS]
     script = Path(__file__).with_name("plain_check.py")
-    command = [sys.executable, str(script), str(any_run.model_dir), str(any_run.root)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = json.loads(output.splitlines()[-1])
+    places = [str(place) for run in runs for place in (run.model_dir, run.root)]
+    output = subprocess.run([sys.executable, str(script), *places], capture_output=True, text=True, check=True).stdout
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    return {run.root: json.loads(line) for run, line in zip(runs, lines, strict=True)}
+
+
+def test_plain_libraries_read_adapter_and_merged_alike(
+    any_run: FinishedRun, read_plainly: dict[Path, dict[str, Any]]
+) -> None:
+    found = read_plainly[any_run.root]
     assert not found["imported"]
     assert found["unused"] == []
     assert "emloc_emulator" in found["emulator_error"]

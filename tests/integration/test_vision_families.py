@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from families import cases
 from image_rows import NUM_ROWS
 from PIL import Image
 from small_runs import FinishedRun
@@ -20,7 +21,7 @@ from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.planning.prepared import prepare
 
 
-@pytest.fixture(scope="module", params=VLMS)
+@pytest.fixture(scope="module", params=cases(VLMS))
 def run(request: pytest.FixtureRequest, family_run: Callable[[str], FinishedRun]) -> FinishedRun:
     """A family's run."""
     return family_run(request.param)

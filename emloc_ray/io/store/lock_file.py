@@ -18,8 +18,8 @@ from emloc_ray.errors import ConfigError, TakenOver
 from emloc_ray.io.store.turns import HELD, own_name
 
 NAME = ".lock"
+PATIENCE_S = 1.0  # who asks whether a run is held has its lock for a moment
 _TOKEN = uuid.uuid4().hex  # of this process: it may give a run back and take it again
-_PATIENCE_S = 1.0  # who asks whether a run is held has its lock for a moment
 _FILE_S = 0.05
 _WORKER = "RAY_RAYLET_PID"  # which Ray gives to workers
 _LEFT = "emloc_ray"  # where Ray keeps the tokens of a job's processes that hold runs
@@ -39,7 +39,7 @@ class LockFile:
         self.root.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            until = time.monotonic() + _PATIENCE_S
+            until = time.monotonic() + PATIENCE_S
             while not self._flock(descriptor, fcntl.LOCK_EX):
                 if time.monotonic() > until:
                     name = _holder(os.read(descriptor, 400)) or "another process"

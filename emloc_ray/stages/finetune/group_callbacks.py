@@ -23,7 +23,7 @@ from emloc_ray.stages.ray.losses import is_lost, is_preempted, last_line, reason
 from emloc_ray.stages.ray.pace import end_process
 from emloc_ray.text import duration
 
-_LOOK_S = 1.0
+LOOK_S = 1.0
 _FOR_PLACES_S, _MOST_FOR_PLACES_S = 60.0, 24 * 3600.0  # Ray Train's default; of more, infinity too, so much
 
 
@@ -109,7 +109,7 @@ class StartWatch(WorkerGroupCallback, ControllerCallback):
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """Watches for as long as it may wait for places and ``within_s`` beside."""
         while self.ends:  # its workers are gone, and it shall ask for no places for others
-            time.sleep(_LOOK_S)
+            time.sleep(LOOK_S)
         self._over()
         self.started = threading.Event()
         threading.Thread(target=self._watch, args=(self.started,), daemon=True).start()
@@ -147,8 +147,8 @@ class StartWatch(WorkerGroupCallback, ControllerCallback):
         """By counting its looks, for this process may have been stopped itself."""
         asked_s = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _FOR_PLACES_S))
         for_places_s = min(asked_s, _MOST_FOR_PLACES_S)
-        for _ in range(round((for_places_s + self.within_s) / _LOOK_S)):
-            if started.wait(_LOOK_S):
+        for _ in range(round((for_places_s + self.within_s) / LOOK_S)):
+            if started.wait(LOOK_S):
                 return
         self.ends = True
         why = f"its workers did not start within {duration(self.within_s)}"

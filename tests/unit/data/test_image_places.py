@@ -56,7 +56,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     Server.asked.clear()
     Server.targets.clear()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as started:
-        threading.Thread(target=started.serve_forever, daemon=True).start()
+        threading.Thread(target=started.serve_forever, args=(0.01,), daemon=True).start()
         yield started.server_address[1]
         started.shutdown()
 

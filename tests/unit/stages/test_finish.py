@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,11 +25,11 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def runs(
+def run_held(
     tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, task_file: Path
-) -> dict[str, PlainRun]:
-    found = {}
-    for hold in ("resident", "offloaded"):
+) -> Callable[[str], PlainRun]:
+    @functools.cache
+    def run_held(hold: str) -> PlainRun:
         root = tmp_path_factory.mktemp(hold)
         schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}}
         changes = {"max_steps": 4, "exact_steps": STEPS, "learning_rate": 2e-3, **schedule}
@@ -41,8 +42,9 @@ def runs(
             evaluation={"num_exact_match": 0, "num_generations": 0},
         )
         with own_environment():
-            found[hold] = plain_run(values, tiny_model_dir("llama"))
-    return found
+            return plain_run(values, tiny_model_dir("llama"))
+
+    return run_held
 
 
 @pytest.fixture(autouse=True)
@@ -52,17 +54,17 @@ def same_environment() -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_offloaded_and_resident_end_in_the_same_losses(runs: dict[str, PlainRun]) -> None:
-    resident, offloaded = runs["resident"], runs["offloaded"]
+def test_offloaded_and_resident_end_in_the_same_losses(run_held: Callable[[str], PlainRun]) -> None:
+    resident, offloaded = runs = run_held("resident"), run_held("offloaded")
     assert len(resident.step_losses) == 4 + STEPS
     assert offloaded.step_losses == pytest.approx(resident.step_losses, rel=1e-4)
     assert offloaded.losses == pytest.approx(resident.losses, rel=1e-4)
-    jobs = [finishing_job(run.context, "x") for run in runs.values()]
+    jobs = [finishing_job(run.context, "x") for run in runs]
     assert [job.hold for job in jobs] == ["resident", "offloaded"]
 
 
-def test_the_finished_adapter_is_better_and_is_what_is_merged(runs: dict[str, PlainRun]) -> None:
-    run = runs["resident"]
+def test_the_finished_adapter_is_better_and_is_what_is_merged(run_held: Callable[[str], PlainRun]) -> None:
+    run = run_held("resident")
     assert run.losses["finished"] < run.losses["corrected"]
     assert run.losses["merged"] == pytest.approx(run.losses["finished"], rel=1e-4)
     corrected, finished = (load_file(run.root / name / WEIGHTS_NAME) for name in ("adapter", "adapter_finished"))
@@ -70,15 +72,15 @@ def test_the_finished_adapter_is_better_and_is_what_is_merged(runs: dict[str, Pl
     assert any(not torch.equal(corrected[name], finished[name]) for name in corrected)
 
 
-def test_it_reads_the_rows_that_come_next_at_a_lower_learning_rate(runs: dict[str, PlainRun]) -> None:
-    job = finishing_job(runs["offloaded"].context, "x")
+def test_it_reads_the_rows_that_come_next_at_a_lower_learning_rate(run_held: Callable[[str], PlainRun]) -> None:
+    job = finishing_job(run_held("resident").context, "x")
     assert (job.steps_before, job.max_steps) == (4, STEPS)
     assert job.training_arguments["lr_scheduler_type"] == "linear"
     assert job.training_arguments["learning_rate"] == pytest.approx(0.3 * 2e-3)
 
 
-def test_without_steps_there_is_no_such_stage(runs: dict[str, PlainRun]) -> None:
-    run = runs["resident"]
+def test_without_steps_there_is_no_such_stage(run_held: Callable[[str], PlainRun]) -> None:
+    run = run_held("resident")
     assert FINISH.wanted(run.context.prepared)
     for changes in ({"finetune": {"exact_steps": 0}}, {"emulator": {"compression_ratio": 1.0}}):
         context = dataclasses.replace(run.context, prepared=prepare(parse_config(run.changed(**changes))))

@@ -66,7 +66,7 @@ def hub(tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest
     """A hub that has the tiny model; this machine has nothing of it cached."""
     Hub.root, Hub.asked = Path(shutil.copytree(tiny_model_dir("llama"), tmp_path / "hub")), []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     place = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", place)

@@ -14,6 +14,7 @@ from cli_calls import ROWS, Place, lines_of
 
 from emloc_ray.config.reading import load_config
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store import lock_file
 from emloc_ray.runs.versions import made_with
 from emloc_ray.stages.tokens.stage import DATA
 
@@ -386,8 +387,9 @@ def test_a_used_run_dir_with_another_config_is_not_taken_unasked(place: Place) -
     assert ": give --yes (in Python accept_changes=True) to agree, or name a new run_dir." in refused.stderr
 
 
-def test_a_run_that_is_held_says_by_whom(place: Place) -> None:
+def test_a_run_that_is_held_says_by_whom(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """36: the same run started twice."""
+    monkeypatch.setattr(lock_file, "PATIENCE_S", 0.05)
     place.values["run_dir"] = "held"
     holder = RunDirectory("held")
     holder.create({})

@@ -229,7 +229,7 @@ def work(place: str, log: Path, begun: Any = None) -> None:
             file.write("in\n")
         if begun is not None:
             begun.set()
-        time.sleep(0.3)
+        time.sleep(0.1)
         with log.open("a") as file:
             file.write("out\n")
 
@@ -313,11 +313,11 @@ def test_a_run_of_this_process_is_not_waited_for_where_it_gets_nowhere(cache: Ar
 
 
 def test_a_run_of_this_process_is_waited_for_as_long_as_it_gets_on(cache: ArtifactCache) -> None:
-    end, moves = time.monotonic() + 1.0, itertools.count()
+    end, moves = time.monotonic() + 0.5, itertools.count()
     with (
         cache.alone(KEY, name="first"),
         pytest.raises(Stopped),
-        cache.alone(KEY, lambda: time.monotonic() > end, patience_s=0.3, moves=lambda run: (run, next(moves))),
+        cache.alone(KEY, lambda: time.monotonic() > end, patience_s=0.1, moves=lambda run: (run, next(moves))),
     ):
         pytest.fail("two at once")
 

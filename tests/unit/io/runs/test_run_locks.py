@@ -19,6 +19,7 @@ import emloc_ray
 from emloc_ray.errors import ConfigError, TakenOver
 from emloc_ray.io.formats.json_lines import append_object
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store import lock_file
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.node_cache import discard
@@ -39,7 +40,8 @@ time.sleep(60)
 """
 
 
-def test_one_process_at_a_time_until_it_ends_however_it_ends(tmp_path: Path) -> None:
+def test_one_process_at_a_time_until_it_ends_however_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_file, "PATIENCE_S", 0.05)
     directory = RunDirectory(tmp_path / "mine")
     command = [sys.executable, "-c", HOLD, str(directory.root), str(Path(emloc_ray.__file__).parent)]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

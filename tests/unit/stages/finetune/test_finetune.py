@@ -23,6 +23,7 @@ from ray.train.v2._internal.execution.controller.state import ReschedulingState
 from emloc_ray.errors import StageError, Stopped, TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.stages.finetune import finetune as stage
+from emloc_ray.stages.finetune import group_callbacks
 from emloc_ray.stages.finetune.finetune import Watcher, finetune, mean_loss, run_alone, run_group, runner_of
 from emloc_ray.stages.finetune.group_callbacks import FailureLog, GroupRelease, StartWatch
 from emloc_ray.stages.finetune.heartbeat import HeartbeatWatch
@@ -256,6 +257,7 @@ def test_a_group_that_does_not_start_ends_with_its_controller_and_gives_back_wha
 
     class FreezesWorker(WorkerGroupCallback):
         def after_worker_group_start(self, worker_group: Any) -> None:
+            group_callbacks.LOOK_S = 0.1  # the looks that are left, one after another
             os.kill(worker_group.get_workers()[0].metadata.pid, signal.SIGSTOP)
 
     watch = HeartbeatWatch(job, 1800.0)

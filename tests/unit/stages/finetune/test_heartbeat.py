@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 
+from emloc_ray.io.store.atomic import write_text
 from emloc_ray.stages.finetune.heartbeat import Heartbeat, HeartbeatWatch
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.ray import pace
@@ -31,34 +32,54 @@ def controller() -> Any:
     return ray.remote(num_cpus=0)(Controller).remote()
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> FinetuneJob:
-    return FinetuneJob(tmp_path, tmp_path, tmp_path, tmp_path, "training", {}, None, "base", 4, 1)
+Watched = dict[str, tuple[FinetuneJob, HeartbeatWatch]]
 
 
-def test_a_frozen_controller_is_killed_and_the_reason_left(ray_session: None, job: FinetuneJob) -> None:
-    with HeartbeatWatch(job, within_s=5.0, beat_s=1.0) as watch, pytest.raises(ray.exceptions.RayActorError):
-        ray.get(controller().run.remote(watch.heartbeat, freezes=True), timeout=60)
-    said = job.last_word_path.read_text()
-    assert said.startswith("Ray Train's controller gave no sign of life for ")
+def job_in(folder: Path) -> FinetuneJob:
+    folder.mkdir()
+    return FinetuneJob(folder, folder, folder, folder, "training", {}, None, "base", 4, 1)
 
 
-def test_a_frozen_controller_is_killed_where_the_reason_cannot_be_left(
-    ray_session: None, job: FinetuneJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError("the store does not answer")
+@pytest.fixture(scope="module")
+def watched(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """Jobs and who watched their controllers, of which two froze: all at once, for they mostly sleep."""
+    root = tmp_path_factory.mktemp("jobs")
+    jobs = {name: job_in(root / name) for name in ("frozen", "frozen, store silent", "beating")}
 
-    monkeypatch.setattr(pace, "write_text", fail)
-    with HeartbeatWatch(job, within_s=5.0, beat_s=1.0) as watch, pytest.raises(ray.exceptions.RayActorError):
-        ray.get(controller().run.remote(watch.heartbeat, freezes=True), timeout=60)
+    def leave(path: Any, *rest: Any) -> None:
+        if "silent" in str(path):
+            raise OSError("the store does not answer")
+        write_text(path, *rest)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pace, "write_text", leave)
+        watches = {name: HeartbeatWatch(job, within_s=5.0, beat_s=1.0) for name, job in jobs.items()}
+        with watches["frozen"], watches["frozen, store silent"]:
+            with watches["beating"]:
+                runs = {
+                    name: controller().run.remote(watch.heartbeat, freezes=name != "beating")
+                    for name, watch in watches.items()
+                }
+                assert ray.get(runs.pop("beating"), timeout=60) > 0
+                assert watches["beating"].heartbeat.heard()
+            for run in runs.values():
+                with pytest.raises(ray.exceptions.RayActorError):
+                    ray.get(run, timeout=60)
+    return {name: (jobs[name], watches[name]) for name in jobs}
+
+
+def test_a_frozen_controller_is_killed_and_the_reason_left(watched: Watched) -> None:
+    job, _ = watched["frozen"]
+    assert job.last_word_path.read_text().startswith("Ray Train's controller gave no sign of life for ")
+
+
+def test_a_frozen_controller_is_killed_where_the_reason_cannot_be_left(watched: Watched) -> None:
+    job, _ = watched["frozen, store silent"]
     assert not job.last_word_path.exists()
 
 
-def test_a_controller_that_beats_is_left_alone_and_leaves_nothing(ray_session: None, job: FinetuneJob) -> None:
-    with HeartbeatWatch(job, within_s=5.0, beat_s=1.0) as watch:
-        assert ray.get(controller().run.remote(watch.heartbeat, freezes=False), timeout=60) > 0
-        assert watch.heartbeat.heard()
+def test_a_controller_that_beats_is_left_alone_and_leaves_nothing(watched: Watched) -> None:
+    job, watch = watched["beating"]
     for _ in range(50):
         if not watch.heartbeat.heard():
             break
