@@ -12,6 +12,7 @@ from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loss import chunk_tokens
 from emloc_ray.planning.lengths import PACKED_SHARE
+from emloc_ray.planning.model_files import named_dtype
 from emloc_ray.planning.sizes import FLOAT, Block, blocks_of, widest_step
 
 if TYPE_CHECKING:
@@ -178,12 +179,7 @@ class ModelBytes:
 def model_dtype(prepared: Prepared) -> torch.dtype:
     """The dtype of the model's weights while they are used; ``auto``, as in transformers: what its config names, else its
     files'."""
-    wanted = prepared.config.model.dtype
-    if wanted != "auto":
-        dtype: torch.dtype = getattr(torch, wanted)
-        return dtype
-    named = None if prepared.source.gguf_file else getattr(prepared.model_config, "dtype", None)
-    return named or prepared.file_dtype or torch.float32
+    return named_dtype(prepared.config, prepared.source, prepared.model_config, prepared.file_dtype)
 
 
 def file_dtype(prepared: Prepared) -> torch.dtype:

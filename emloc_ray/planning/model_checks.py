@@ -5,15 +5,12 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
-
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.core.healing import healed_layers
 from emloc_ray.data.processors import example, open_processor
 from emloc_ray.data.row_formats import CHATS
 from emloc_ray.data.token_shards import PAD_MULTIPLE, padded_length
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.formats.checkpoint import SINGLE_NAME, read_index, read_shard
 from emloc_ray.io.store.shared import Shared
 from emloc_ray.modeling.adapter_methods import count_parameters
 from emloc_ray.modeling.architecture import empty_model
@@ -25,6 +22,7 @@ from emloc_ray.modeling.packing import why_rows_mix
 from emloc_ray.planning.emulator_budget import spend_evenly
 from emloc_ray.planning.holding import blocks_share
 from emloc_ray.planning.layout import Layout, adapter_settings, make_layout
+from emloc_ray.planning.model_files import file_dtype_of, looks_of, named_dtype
 from emloc_ray.planning.skeleton import Skeleton, skeleton_of
 from emloc_ray.text import one_line
 
@@ -33,7 +31,7 @@ def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
     """The model's transformers config and its layout under this config, from its files' headers alone. Raises ConfigError where
     the model does not go with the config."""
     options = config.model
-    looks = _looks(source)
+    looks = looks_of(source)
     opened = source, options.trust_remote_code, options.attn_implementation
     skeleton = _SKELETONS.get((*opened, looks), lambda: _skeleton(*opened))
     if has_encoder(skeleton.config):
@@ -54,7 +52,8 @@ def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
     _check_liger(config, skeleton)
     layout = make_layout(config, skeleton)
     if config.emulator.budget is not None:
-        layout = spend_evenly(layout, config.emulator, _file_itemsize(config, source, skeleton))
+        dtype = file_dtype_of(source) or named_dtype(config, source, skeleton.config)
+        layout = spend_evenly(layout, config.emulator, dtype.itemsize)
     check_healing(config, layout)
     _check_refinement(config, skeleton)
     if not config.adapter.is_lora:
@@ -76,24 +75,6 @@ def check_formats(config: RunConfig, source: ModelSource, model_config: Any, for
         raise ConfigError(
             "data.format is text, and the model reads a prompt with its encoder: use prompt_completion or messages."
         )
-
-
-def file_dtype_of(source: ModelSource) -> torch.dtype | None:
-    """The dtype of the model's files; None for a GGUF file, and before a model of the hub is fetched."""
-    if source.gguf_file is not None:
-        return None
-    file = source.directory / min(read_index(source.directory).values(), default=SINGLE_NAME)
-    if not file.is_file():
-        return None
-    return next((entry.dtype for entry in read_shard(file).entries if entry.dtype.is_floating_point), None)
-
-
-def _file_itemsize(config: RunConfig, source: ModelSource, skeleton: Skeleton) -> int:
-    """Bytes of a float in the model's files, as :func:`emloc_ray.planning.model_bytes.file_dtype` has it."""
-    named = None if source.gguf_file else getattr(skeleton.config, "dtype", None)
-    wanted = named if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-    dtype: torch.dtype = file_dtype_of(source) or wanted or torch.float32
-    return dtype.itemsize
 
 
 def _check_liger(config: RunConfig, skeleton: Skeleton) -> None:
@@ -183,12 +164,6 @@ def _check_encoder_decoder(config: RunConfig) -> None:
             f"adapter.method is {config.adapter.method}, whose virtual tokens go with decoder-only models: choose a method"
             " that adapts linears, such as lora."
         )
-
-
-def _looks(source: ModelSource) -> tuple[tuple[str, int, int], ...]:
-    """Names, sizes and times of the files that a model is read from."""
-    named = [source.directory / source.gguf_file] if source.gguf_file else sorted(source.directory.iterdir())
-    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in named if file.is_file())
 
 
 def _skeleton(source: ModelSource, trust_remote_code: bool, attn_implementation: str | None) -> Skeleton:

@@ -27,7 +27,8 @@ from emloc_ray.planning.data_checks import Looks, check_columns, check_held_out,
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths, row_lengths
 from emloc_ray.planning.machine import check_packages, check_resources, gpus_expected
-from emloc_ray.planning.model_checks import check_formats, file_dtype_of, read_model
+from emloc_ray.planning.model_checks import check_formats, read_model
+from emloc_ray.planning.model_files import file_dtype_of
 from emloc_ray.planning.training_checks import check_training
 from emloc_ray.planning.training_spec import Training
 
