@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from emloc_ray.config.emulator import EmulatorConfig
 from emloc_ray.core.forms import Form, Storing
 from emloc_ray.core.ranks import rank_multiple
 from emloc_ray.errors import ConfigError
-from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.text import size_up
 
 if TYPE_CHECKING:
     from emloc_ray.planning.layout import Layout
-
-
-def forms_of(spec: LinearSpec, storing: Storing, emulator: EmulatorConfig) -> list[Form]:
-    """What a linear may be stored as under a budget."""
-    shape = spec.out_features, spec.in_features
-    return storing.forms(*shape, rank_multiple(*shape, emulator.rank_multiple))
 
 
 def spend_evenly(layout: Layout, emulator: EmulatorConfig, itemsize: int) -> Layout:
@@ -31,12 +26,14 @@ def spend_evenly(layout: Layout, emulator: EmulatorConfig, itemsize: int) -> Lay
     ConfigError where no forms meet the budget, or the linears as they are do.
     """
     storing, specs = layout.storing(itemsize), [layout.by_name[name] for name in layout.compressed]
+    shapes = Counter((spec.out_features, spec.in_features) for spec in specs)
+    costs = {shape: _costs(shape, storing, emulator) for shape in shapes}
     weights = layout.parameters_targeted
     rest = (layout.num_parameters - weights) * itemsize
     budget = int((emulator.budget_bits or 0.0) * weights / 8)
     if emulator.budget_bytes is not None:
         budget = emulator.budget_bytes - rest
-    least = sum(min(_bytes(storing, spec, form) for form in forms_of(spec, storing, emulator)) for spec in specs)
+    least = sum(number * min(costs[shape].values()) for shape, number in shapes.items())
     if budget < least:
         nearest = f"{math.ceil(800 * least / weights) / 100:g} bits"
         if emulator.budget_bytes is not None:
@@ -49,23 +46,21 @@ def spend_evenly(layout: Layout, emulator: EmulatorConfig, itemsize: int) -> Lay
             " in its place."
         )
     share = budget / weights
-    even = {spec.name: _even(spec, storing, emulator, share * spec.num_parameters) for spec in specs}
-    return dataclasses.replace(layout, budget=budget, allocation="sensitivity").with_forms(even)
+    even = {shape: _even(costs[shape], share * math.prod(shape)) for shape in shapes}
+    forms = {spec.name: even[spec.out_features, spec.in_features] for spec in specs}
+    return dataclasses.replace(layout, budget=budget, allocation="sensitivity").with_forms(forms)
 
 
-def _even(spec: LinearSpec, storing: Storing, emulator: EmulatorConfig, share: float) -> Form:
+def _costs(shape: tuple[int, int], storing: Storing, emulator: EmulatorConfig) -> dict[Form, int]:
+    """What a linear ``(out, in)`` may be stored as under a budget, with the bytes of each."""
+    forms = storing.forms(*shape, rank_multiple(*shape, emulator.rank_multiple))
+    return {form: storing.num_bytes(*shape, form) for form in forms}
+
+
+def _even(costs: Mapping[Form, int], share: float) -> Form:
     """The widest integers of at most ``share`` bytes; else 4-bit factors of the highest rank; else what takes least."""
-    forms = forms_of(spec, storing, emulator)
-    fitting = [form for form in forms if _bytes(storing, spec, form) <= share]
+    fitting = [form for form, cost in costs.items() if cost <= share]
     integers = [form for form in fitting if form.rank is None and form.bits is not None and not form.residual_rank]
     factors = [form for form in fitting if form.rank is not None and form.bits == 4]
     most = integers or factors
-    return (
-        max(most, key=lambda form: _bytes(storing, spec, form))
-        if most
-        else min(forms, key=lambda form: _bytes(storing, spec, form))
-    )
-
-
-def _bytes(storing: Storing, spec: LinearSpec, form: Form) -> int:
-    return storing.num_bytes(spec.out_features, spec.in_features, form)
+    return max(most, key=costs.__getitem__) if most else min(costs, key=costs.__getitem__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -100,7 +101,7 @@ class Layout:
         rank, bits = self.ranks.get(spec.name), self.bits.get(spec.name)
         return Form(rank, bits, self.residual_ranks.get(spec.name, 0) if rank is None and bits is not None else 0)
 
-    @property
+    @functools.cached_property
     def by_name(self) -> dict[str, LinearSpec]:
         """The linears by their names."""
         return {spec.name: spec for spec in self.specs}

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from emloc_ray.config.reading import check_config, parse_config
-from emloc_ray.core.forms import Form
+from emloc_ray.core.forms import Form, Storing
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.planning.alternatives import choose_training
 from emloc_ray.planning.budget import fitting, training_bytes
+from emloc_ray.planning.emulator_budget import spend_evenly
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel
@@ -56,6 +57,26 @@ def test_bits_are_those_of_the_linears_and_fit(values: dict[str, Any], budget: s
     assert all(layout.form(spec).kind.startswith(kind) for spec in layout.specs)
     assert layout.differs
     assert layout.allocated == layout.weighed == layout.compressed
+
+
+def test_the_forms_of_a_shape_are_made_once_however_many_linears_have_it(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, shapes = of(values, "4.3 bits"), []
+
+    def counted(self: Storing, *shape: int) -> list[Form]:
+        shapes.append(shape)
+        return forms(self, *shape)
+
+    forms = Storing.forms
+    monkeypatch.setattr(Storing, "forms", counted)
+    specs = [spec for spec in prepared.layout.specs if spec.out_features == spec.in_features or "up_proj" in spec.name]
+    many = [dataclasses.replace(spec, name=f"{spec.name}.{number}") for spec in specs for number in range(500)]
+    names = tuple(spec.name for spec in many)
+    layout = dataclasses.replace(prepared.layout, specs=tuple(many), compressed=names, ranks={}, bits={})
+    assert {spec.name for spec in many} == set(spend_evenly(layout, prepared.config.emulator, 2).bits)
+    assert len(shapes) == len({(spec.out_features, spec.in_features) for spec in many}) == 2
+    assert layout.by_name is layout.by_name  # asked for each linear of a model, it would be made as often
 
 
 def test_bytes_are_those_of_the_whole_emulator(values: dict[str, Any]) -> None:
