@@ -4,7 +4,18 @@ import re
 import typing
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Patterns = str | typing.Annotated[list[str], Field(min_length=1)]
 
@@ -41,6 +52,28 @@ class Section(BaseModel):
     @classmethod
     def _from_bare(cls, values: Any) -> Any:
         return {cls.bare: values} if cls.bare and isinstance(values, str | list) else values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_from_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for the number 1."""
+        bools = [each for each in _singles(value) if isinstance(each, bool)]
+        if bools:
+            types = _types(cls.model_fields[str(info.field_name)].annotation)
+            if bool not in types and (int in types or float in types):
+                raise ValueError(f"{str(bools[0]).lower()} is no number: give one")
+        return value
+
+
+def _singles(value: Any) -> list[Any]:
+    """What a value holds, its own items and those of what is in it."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return [value] if items is None else [each for item in items for each in _singles(item)]
+
+
+def _types(annotation: Any) -> list[Any]:
+    """An annotation and all that it is made of."""
+    return [annotation, *(each for part in typing.get_args(annotation) for each in _types(part))]
 
 
 def section_of(annotation: Any) -> type[Section] | None:

@@ -217,6 +217,8 @@ def put(values: dict[str, Any], keys: Keys, value: Any, what: str) -> None:
         section = _section(keys[:depth])
         if section is not None and section.bare and isinstance(child, str | list):
             child = {section.bare: child}
+        if section is not None and child is False:  # it is left out, as with healing: false
+            child = None
         if child is not None and not isinstance(child, dict):
             prefix = ".".join(map(str, keys[:depth]))
             raise ConfigError(f"{what} reaches into {prefix}, which is a value: override that instead.")

@@ -120,6 +120,16 @@ def test_override_reaching_into_a_value(path: Path) -> None:
         load_config(path, ["data.train.path.glob=x"])
 
 
+def test_a_section_that_a_base_leaves_out_takes_keys(path: Path) -> None:
+    base = path.with_name("without.yaml")
+    base.write_text(path.read_text() + "emulator: {healing: false, refinement: false}\n")
+    path.write_text("base: without.yaml\nemulator: {healing: {steps: 5}}\n")
+    emulator = load_config(path, ["emulator.refinement.steps=20"]).emulator
+    assert emulator.healing is not None
+    assert emulator.refinement is not None
+    assert (emulator.healing.steps, emulator.refinement.steps) == (5, 20)
+
+
 def test_override_that_is_no_yaml(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^Override adapter\.target_modules has a value that is not YAML"):
         load_config(path, ["adapter.target_modules=[q_proj"])
