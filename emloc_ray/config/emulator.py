@@ -122,7 +122,7 @@ class EmulatorConfig(StageConfig):
         if given:
             raise ValueError(
                 f"budget: {values['budget']} decides every linear's ranks and bits, and {given[0]} is given too: remove one of"
-                f" them, or set {given[0]}: null where a base has it"
+                f" them, or set the other to null: budget: null, or {given[0]}: null"
             )
         return {key: value for key, value in values.items() if key not in DECIDED}
 

@@ -170,7 +170,11 @@ def test_what_holds_every_linear_as_it_is_is_refused(values: dict[str, Any], bud
         ({"budget": 2.3}, "emulator.budget: 2.3 is no budget: give bits a weight or bytes in all"),
         ({"budget": "2.3"}, "'2.3' is no budget"),
         ({"budget": "0 bits"}, "'0 bits' is no budget"),
-        ({"budget": "2 bits", "compression_ratio": 0.5}, "compression_ratio is given too: remove one of them"),
+        (
+            {"budget": "2 bits", "compression_ratio": 0.5},
+            "compression_ratio is given too: remove one of them, or set the other to null: budget: null, or"
+            " compression_ratio: null",
+        ),
         ({"budget": "2 bits", "quantization": "int4"}, "quantization is given too"),
         ({"budget": "2 bits", "allocation": "uniform"}, "allocation is given too"),
         ({"budget": "2 bits", "objective": "weights"}, "objective: weights reads no data"),
