@@ -131,12 +131,13 @@ def plan(
     whole = as_config(config, train, eval, keys)
     if memory_budget is not None:
         whole = parse_config({**whole.model_dump(mode="json"), "memory_budget": memory_budget})
-    prepared, choice = shrink_batches(prepare(whole, needs_weights=False)), None
+    asked, choice = prepare(whole, needs_weights=False), None
+    prepared = shrink_batches(asked)
     files = sorted(prepared.source.directory.glob("*.safetensors"))
     speeds = with_disk_of(measured_speeds(), files, MemoryModel(prepared).weights)
     if whole.memory_budget is not None and not whole.budget_is_default:
-        choice = within_budget(prepared, speeds)
-        prepared = prepared if memory_budget is None else choice.recommended.memory.prepared
+        choice = within_budget(asked, speeds)
+        prepared = prepared if memory_budget is None else shrink_batches(choice.recommended.memory.prepared)
     return dataclasses.replace(make_plan(STEPS, prepared, speeds), choice=choice)
 
 

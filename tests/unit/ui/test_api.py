@@ -13,9 +13,15 @@ from typing import Any
 import pandas as pd
 import pytest
 from small_runs import task_rows, write_jsonl
+from tiny import make_tokenizer
+from transformers import LlamaConfig
 
 import emloc_ray
+from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.formats.checkpoint import write_index
+from emloc_ray.planning.plan import within_budget
+from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs import run as pipeline
 from emloc_ray.ui.api import RunResult, as_config
 from emloc_ray.ui.notebook import NotebookReporter
@@ -100,6 +106,30 @@ def test_validate_says_what_the_command_says(tmp_path: Path, tiny_model_dir: Cal
     assert emloc_ray.plan(**call).parameters > 0
     with pytest.raises(ConfigError, match=r"adapter\.r is 33"):
         emloc_ray.validate(**{**call, "adapter": {"r": 33}})
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_plan_recommends_what_fits_the_batches_as_written(tmp_path: Path, given: bool) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    heads: dict[str, Any] = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    LlamaConfig(vocab_size=8000, dtype="float32", **sizes, **heads).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    write_index(tmp_path / "model", {"lm_head.weight": "model-00001-of-00001.safetensors"}, 0, 0)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a b c d e f " * 40}] * 20)
+    call: dict[str, Any] = {
+        "model": str(tmp_path / "model"),
+        "data": {"train": str(rows), "max_seq_length": 256},
+        "run_dir": str(tmp_path / "mine"),
+        "finetune": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
+        "evaluation": {"batch_size": 256},
+    }
+    asked = parse_config({**call, "memory_budget": "900MiB"})
+    planned = emloc_ray.plan(call, memory_budget="900MiB") if given else emloc_ray.plan(asked)
+    as_written = within_budget(prepare(asked, needs_weights=False), planned.speeds)
+    assert planned.choice is not None
+    assert planned.choice.overrides == as_written.overrides
+    assert planned.choice.asked.finetune.per_device_train_batch_size == 8
+    assert planned.prepared.config.evaluation.batch_size < asked.evaluation.batch_size
 
 
 def test_a_result_is_its_metrics_and_knows_its_places(
