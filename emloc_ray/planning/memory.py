@@ -184,7 +184,7 @@ class MemoryModel(CalibrationMemory):
         return rows
 
     def _validating(self, rows: int) -> Held:
-        beside = {"optimizer": self._optimizer_bytes(), **self._scoring(rows)}
+        beside = {"unpacked": self._unpacked(), "optimizer": self._optimizer_bytes(), **self._scoring(rows)}
         if self.trained.section.eval_original_every is None or not self.layout.differs:
             hold = self.finetune_hold()
             return Held(hold, {"weights": self.emulator if hold == "resident" else self.held[hold], **beside})
@@ -266,6 +266,7 @@ class MemoryModel(CalibrationMemory):
         directions = sum(self._rank(s) * s.in_features for s in self.adapted)
         return {
             "weights": self.emulator,
+            "unpacked": self._unpacked(),
             "activations": self._forward(rows * self.lengths.longest),
             **self._adapted(1, rows),
             "correction": (DOUBLE + 2 * FLOAT) * directions,
@@ -315,10 +316,12 @@ class MemoryModel(CalibrationMemory):
         return {"chunks": max(chunk, 2 * merged), "adapter": FLOAT * (self.corrected_parameters + module)}
 
     def evaluate(self) -> Parts:
-        """Every model that is scored, one after another; the larger."""
+        """Every model that is scored, one after another; the larger, with the weight that an emulator unpacks."""
         parts = self.evaluating().parts
-        scores_emulator = self.layout.differs and {*ON_EMULATOR} & {*self.config.evaluation.variants}
-        return {**parts, "weights": max(parts["weights"], self.emulator if scores_emulator else 0)}
+        held: list[Parts] = [{"weights": parts["weights"]}]
+        if self.layout.differs and {*ON_EMULATOR} & {*self.config.evaluation.variants}:
+            held.append({"weights": self.emulator, "unpacked": self._unpacked()})
+        return {**parts, **max(held, key=total)}
 
     def evaluating(self) -> Held:
         """The original with its adapters; scoring a batch, or completing one with a cache. Where its weights come and go,

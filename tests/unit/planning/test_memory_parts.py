@@ -1,0 +1,48 @@
+"""What a worker holds at its peak in passes through an emulator, and while it is made: parts that are easily left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from emloc_ray.config.reading import parse_config
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.modeling.architecture import empty_model
+from emloc_ray.modeling.loading import ModelSource
+from emloc_ray.planning.layout import make_layout
+from emloc_ray.planning.lengths import Lengths
+from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.skeleton import skeleton_of
+
+pytestmark = pytest.mark.usefixtures("much_memory")
+
+
+def memory(model_config: Any = None, **sections: Any) -> MemoryModel:
+    """Of a model that has no files, two blocks of Llama 7B by default, in bfloat16, on rows of 64 tokens."""
+    values = {
+        "run_dir": "unused",
+        "memory_budget": None,
+        "model": {"source": "unused", "dtype": "bfloat16"},
+        "data": {"train": {"path": "unused"}},
+        **sections,
+    }
+    config, model_config = parse_config(values), model_config or LlamaConfig(num_hidden_layers=2)
+    layout = make_layout(config, skeleton_of(model_config, empty_model(model_config)))
+    prepared = Prepared(config, RunDirectory("unused"), ModelSource(Path()), model_config, layout, {})
+    return MemoryModel(prepared, Lengths(64.0, 64.0))
+
+
+def test_whatever_an_emulator_in_few_bits_computes_unpacks_a_weight() -> None:
+    in_4_bits: dict[str, Any] = {"quantization": "int4", "compression_ratio": 1.0}
+    offloaded = {"source": "unused", "dtype": "bfloat16", "hold": "offloaded"}
+    packed = memory(LlamaConfig(num_hidden_layers=16), emulator=in_4_bits, model=offloaded)
+    unpacked = packed.finetune()["unpacked"]
+    assert unpacked == 4096 * 11008 * (2 + 4 + 2)
+    assert packed.validating().parts["unpacked"] == unpacked
+    assert packed.emulator > packed.held["offloaded"]
+    for parts in (packed.correct(), packed.evaluate()):
+        assert (parts["weights"], parts["unpacked"]) == (packed.emulator, unpacked)
