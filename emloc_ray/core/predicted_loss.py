@@ -100,12 +100,12 @@ class _Layer:
 
     @property
     def inputs(self) -> Tensor:
-        return self.whitening.matrix(torch.float32).diagonal()
+        return self.whitening.diagonal()
 
     @property
     def rows(self) -> Tensor:
         """``S_ii (out,)``."""
-        return self.outputs.matrix(torch.float32).diagonal()
+        return self.outputs.diagonal()
 
     @functools.cached_property
     def inside(self) -> Tensor:

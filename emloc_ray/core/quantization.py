@@ -195,7 +195,7 @@ def _grid(weight: Tensor, whitening: Whitening, bits: int, group_size: int) -> I
     groups = num_groups(in_features, group_size)
     size = group_size_of(in_features, groups)
     lacking = groups * size - in_features
-    energies = whitening.matrix(torch.float32).diagonal()
+    energies = whitening.diagonal()
     # Inputs that were never there say nothing, unless a group has no others; nor do those that fill up a row.
     energies = torch.where(energies > 1.5 * whitening.dampening_frac, energies, 0.0)
     energies = torch.nn.functional.pad(energies, (0, lacking)).view(groups, size)

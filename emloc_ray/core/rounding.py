@@ -16,5 +16,5 @@ def rounding_energy(result: Factorization, whitening: Whitening, dtype: torch.dt
     """
     up, down = result.factors
     in_d, in_u = ((part - part.to(dtype)).square().sum(dim=0, dtype=torch.float64) for part in (down, up))
-    diagonal = whitening.matrix(torch.float32).diagonal().double() * whitening.scale
+    diagonal = whitening.diagonal().double() * whitening.scale
     return float(in_d @ diagonal + in_u @ result.eigenvalues[: up.shape[1]].to(in_u.device))

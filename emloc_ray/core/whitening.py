@@ -60,8 +60,10 @@ class Whitening:
 
     @classmethod
     def identity(cls, in_features: int, device: torch.device | str = "cpu") -> Whitening:
-        """``G = I``: what is left is the plain SVD of the weight."""
-        return cls(torch.zeros(in_features, in_features, device=device), dampening_frac=0.0)
+        """``G = I``, in no memory until its :meth:`matrix` is asked for: what is left is the plain SVD of the weight."""
+        made = cls(torch.zeros(1, 1, device=device), dampening_frac=0.0)
+        made.in_features, made._gram = in_features, made._gram.expand(in_features, in_features)
+        return made
 
     def check_reads(self, weight: Tensor, name: str) -> None:
         """Raises ValueError where a ``weight (out, in)`` reads another number of features, naming the layer."""
@@ -88,6 +90,12 @@ class Whitening:
                 made.diagonal().add_(self.dampening_frac)
             self._matrices[dtype] = made
         return self._matrices[dtype]
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of ``G'``, ``(in,)``, in float32; do not write to it."""
+        if self.is_identity:
+            return torch.ones(self.in_features, device=self._gram.device)
+        return self.matrix(torch.float32).diagonal()
 
     def root(self, dtype: torch.dtype) -> Tensor:
         """``L (in, in)``, lower triangular, ``L Lᵀ = G'``, in ``dtype``: Cholesky's factor, where there is one.

@@ -68,15 +68,28 @@ class MemoryModel(CalibrationMemory):
         """The group that needs most, with one of its layers computed once more in float64, as rounding may ask. A worker with a
         GPU takes one group after another: on its node are the one that is computed, as read, and the next."""
         section, groups = self.config.emulator, self._groups()
-        parts = max(map(self._factorize_group, groups), key=total, default={})
-        if not section.gpus or len(groups) <= section.num_workers:
+        left = {*self.layout.packed}.difference(spec.name for group in groups for spec in group)
+        alone = [group for group in self.layout.groups if any(spec.name in left for spec in group)]
+        parts = max([*map(self._factorize_group, groups), *map(self._pack_group, alone)], key=total, default={})
+        if not section.gpus or len(groups) + len(alone) <= section.num_workers:
             return parts
-        return {**parts, "read ahead": sum(sorted(map(self._as_read, groups))[-2:])}
+        read = [*map(self._as_read, groups), *map(self._weights_as_read, alone)]
+        return {**parts, "read ahead": sum(sorted(read)[-2:])}
 
     def _as_read(self, group: tuple[LinearSpec, ...]) -> int:
         """A group's weights, its Gram and its linears' sums of gradients."""
         sums = sum(map(gradient_bytes, {*group}.intersection(self._weighed())))
-        return sum(spec.num_parameters for spec in group) * self.file_itemsize + gram_bytes(group) + sums
+        return self._weights_as_read(group) + gram_bytes(group) + sums
+
+    def _weights_as_read(self, group: tuple[LinearSpec, ...]) -> int:
+        return sum(spec.num_parameters for spec in group) * self.file_itemsize
+
+    def _pack_group(self, group: tuple[LinearSpec, ...]) -> Parts:
+        """Linears that are put into few bits without a Gram: ``W`` as stored, in float32, and in as much again while it is
+        rounded; and what the whole group becomes."""
+        stored = 0 if self.file_itemsize == FLOAT else self.file_itemsize
+        weight = max(spec.num_parameters for spec in group) * (stored + FLOAT + DOUBLE)
+        return {"weights": weight, "factors": sum(self.layout.kept(spec) for spec in group) * self.file_itemsize}
 
     def _factorize_group(self, group: tuple[LinearSpec, ...]) -> Parts:
         """A Gram: as summed, damped in float32, damped in float64 (made over a copy), and where an output is wider than
@@ -86,9 +99,7 @@ class MemoryModel(CalibrationMemory):
         tall = any(spec.out_features > spec.in_features for spec in group)
         damped = square * (2 * FLOAT + DOUBLE)
         layer = max(self._layer(spec) for spec in group)
-        stored = 0 if self.file_itemsize == FLOAT else self.file_itemsize
-        weight = max(spec.num_parameters for spec in group) * (stored + FLOAT + DOUBLE)
-        factors = sum(self.layout.kept(spec) for spec in group) * self.file_itemsize
+        weights = self._pack_group(group)
         weighed = set(self.layout.weighed)
         # A sum of gradients: as summed, damped, its root; and the weight that it weighs.
         sums = max(
@@ -98,8 +109,8 @@ class MemoryModel(CalibrationMemory):
         damped += sums
         grams = damped + square * (FLOAT + DOUBLE if tall else 0)
         if grams + layer >= damped + square * DOUBLE:
-            return {"grams": grams, "weights": weight, "products": layer, "factors": factors}
-        return {"grams": damped + square * DOUBLE, "weights": weight, "factors": factors}
+            return {"grams": grams, **weights, "products": layer}
+        return {"grams": damped + square * DOUBLE, **weights}
 
     def _layer(self, spec: LinearSpec) -> float:
         order = min(spec.out_features, spec.in_features)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.gram import Gram
+from emloc_ray.core.quantization import quantize
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import NumericsError
 
@@ -96,6 +97,25 @@ def test_zero_gram_and_identity_whiten_alike() -> None:
         torch.testing.assert_close(whitening.outer(weight), weight @ weight.T)
         assert torch.equal(whitening.whiten(weight), weight)
         assert whitening.energy(weight) == pytest.approx(float(weight.square().sum()))
+
+
+def test_an_identity_takes_no_memory_until_its_matrix_is_asked_for() -> None:
+    identity = Whitening.identity(10**6)
+    assert (identity.in_features, identity.is_identity) == (10**6, True)
+    assert torch.equal(identity.diagonal(), torch.ones(10**6))
+    tokens = tokens_of(5, 4)
+    whitening = Whitening(tokens.T @ tokens)
+    assert torch.equal(whitening.diagonal(), whitening.matrix(torch.float32).diagonal())
+    order, root = Whitening.identity(3).root_by_energy(1e-2)
+    assert torch.equal(order, torch.arange(3))
+    assert torch.equal(root, torch.eye(3))
+
+
+def test_integers_under_an_identity_ask_for_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, identity = tokens_of(6, 40), Whitening.identity(40)
+    expected = quantize(weight, Whitening(torch.zeros(40, 40), 0.0), 4, 16).dense()
+    monkeypatch.delattr(Whitening, "matrix")
+    assert torch.equal(quantize(weight, identity, 4, 16).dense(), expected)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

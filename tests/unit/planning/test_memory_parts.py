@@ -36,6 +36,18 @@ def memory(model_config: Any = None, **sections: Any) -> MemoryModel:
     return MemoryModel(prepared, Lengths(64.0, 64.0))
 
 
+@pytest.mark.parametrize("quantization", ["int4", "nf4"])
+def test_linears_that_are_packed_without_a_gram_count_where_they_are_largest(quantization: str) -> None:
+    def factorize(**emulator: Any) -> dict[str, float]:
+        wide = LlamaConfig(num_hidden_layers=2, intermediate_size=44032)
+        return memory(wide, emulator={"target_modules": ["q_proj"], **emulator}).factorize()
+
+    floats, packed = factorize(), factorize(quantization=quantization)
+    assert floats["weights"] == 4096 * 4096 * (2 + 4 + 8)
+    assert packed["weights"] == 4096 * 44032 * (2 + 4 + 8)
+    assert packed.get("grams", 0) == 0
+
+
 def test_whatever_an_emulator_in_few_bits_computes_unpacks_a_weight() -> None:
     in_4_bits: dict[str, Any] = {"quantization": "int4", "compression_ratio": 1.0}
     offloaded = {"source": "unused", "dtype": "bfloat16", "hold": "offloaded"}
