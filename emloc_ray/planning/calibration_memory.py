@@ -43,6 +43,12 @@ class CalibrationMemory(ModelBytes):
         return math.ceil(rows / batch_size) * moved_bytes(self.layout, self.itemsize, self._tied)[hold]
 
     @property
+    def outside(self) -> int:
+        """Parameters outside the blocks that a pass block by block holds: never the head, unless it is the embedding too."""
+        inside = sum(spec.num_parameters for spec in self.layout.specs if not spec.between)
+        return self.layout.num_parameters - inside - (0 if self._tied else self.layout.head_parameters)
+
+    @property
     def _tied(self) -> bool:
         return bool(getattr(self.model_config, "tie_word_embeddings", False))
 
@@ -60,16 +66,13 @@ class CalibrationMemory(ModelBytes):
         """The weights outside the blocks and of the largest block, its Grams, and one token shard's hidden states: what the
         block reads and what it gives, for all the shard's rows."""
         inside = max(block.num_parameters for block in self.blocks if not block.is_between)
-        outside = self.layout.num_parameters - sum(s.num_parameters for s in self.layout.specs if not s.between)
-        # The head is never reached; where it is the embedding too, that stays.
-        head = 0 if self._tied else self.layout.head_parameters
         names = [block.name for block in self.blocks]
         grams = max(sum(gram_bytes(group) for group in self._groups() if group[0].block == name) for name in names)
         section = self.config.calibration
         rows = min(section.rows_per_shard, section.num_calibration_samples or section.rows_per_shard)
         shard = rows * self.lengths.longest * self.layout.hidden_size * self.itemsize
         return {
-            "weights": (inside + outside - head) * self.itemsize,
+            "weights": (inside + self.outside) * self.itemsize,
             "grams": grams,
             "hidden states": 2 * shard,
             "activations": self._counting(self._calibration_tokens()),

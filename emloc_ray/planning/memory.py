@@ -118,8 +118,8 @@ class MemoryModel(CalibrationMemory):
 
     def refine(self) -> Parts:
         """The weights of original and emulator outside the blocks and in the largest block, whose factors are there in float32
-        with gradients and Adam's moments; a batch's hidden states as both read and give them, and what the fit reads of the
-        next one; what the block keeps."""
+        with gradients and Adam's moments, and as cast until the backward pass; a batch's hidden states as both read and give
+        them, and what the fit reads of the next one; what the block keeps."""
         return self._refining(self.refinement_rows())
 
     def refinement_rows(self) -> int:
@@ -131,18 +131,20 @@ class MemoryModel(CalibrationMemory):
 
     def _refining(self, rows: int) -> Parts:
         blocks = [block for block in self.blocks if not block.is_between]
-        outside = self.held["offloaded"] - 2 * max(block.num_parameters for block in blocks) * self.itemsize
         inside = max(self.itemsize * (b.num_parameters + sum(map(self.layout.kept, b.specs))) for b in blocks)
         ranked = [[s for s in block.specs if s.name in self.layout.ranks] for block in blocks]
         saved = max(
             block.multiple
-            * (self._saved_per_token(block, specs) + self.itemsize * sum(self.layout.ranks[s.name] for s in specs))
+            * (
+                self._saved_per_token(block, specs)
+                + self.itemsize * sum(s.token_share * self.layout.ranks[s.name] for s in specs)
+            )
             for block, specs in zip(blocks, ranked, strict=True)
         )
-        tokens = rows * self.lengths.longest
+        tokens, cast = rows * self.lengths.longest, self.itemsize if self.itemsize < FLOAT else 0
         return {
-            "weights": 2 * outside + inside,
-            "optimizer": 4 * FLOAT * max(sum(map(self.layout.kept, specs)) for specs in ranked),
+            "weights": 2 * self.outside * self.itemsize + inside,
+            "optimizer": (4 * FLOAT + cast) * max(sum(map(self.layout.kept, specs)) for specs in ranked),
             "hidden states": 6 * tokens * self.layout.hidden_size * self.itemsize,
             "activations": tokens * saved,
         }

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.io.runs.directory import RunDirectory
@@ -46,6 +46,30 @@ def test_linears_that_are_packed_without_a_gram_count_where_they_are_largest(qua
     assert floats["weights"] == 4096 * 4096 * (2 + 4 + 8)
     assert packed["weights"] == 4096 * 44032 * (2 + 4 + 8)
     assert packed.get("grams", 0) == 0
+
+
+def refined(model_config: Any = None, **sections: Any) -> MemoryModel:
+    return memory(model_config, emulator={"refinement": {"steps": 5}}, **sections)
+
+
+def test_refining_holds_no_head_unless_it_is_the_embedding_too() -> None:
+    untied, tied = refined(), refined(LlamaConfig(num_hidden_layers=2, tie_word_embeddings=True))
+    assert untied.refine() == tied.refine()
+    kept = 4 * 1024 * 2 * 4096 + 3 * 1472 * (4096 + 11008)
+    block, outside = 4 * 4096**2 + 3 * 4096 * 11008, 32000 * 4096 + 5 * 4096
+    assert untied.refine()["weights"] == 2 * (2 * outside + block + kept)
+    assert untied.refine()["optimizer"] == (4 * 4 + 2) * kept  # as the products cast them to bfloat16
+    in_float32 = refined(model={"source": "unused", "dtype": "float32"})
+    assert in_float32.refine()["optimizer"] == 4 * 4 * kept
+
+
+def test_refining_keeps_of_experts_what_their_share_of_tokens_takes() -> None:
+    def activations(num_experts: int) -> float:
+        sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 2}
+        config = MixtralConfig(vocab_size=64, num_local_experts=num_experts, num_experts_per_tok=2, **sizes)
+        return refined(config).refine()["activations"]
+
+    assert activations(8) == activations(4)
 
 
 def test_whatever_an_emulator_in_few_bits_computes_unpacks_a_weight() -> None:
