@@ -90,7 +90,8 @@ class Refiner:
         lengths = self.shards.lengths()
         rows = sorted(range(len(lengths)), key=lengths.__getitem__)
         held_out = rows[_HELD_OUT // 2 :: _HELD_OUT] or rows[:1]
-        fitted = [row for row in rows if row not in {*held_out}] or rows
+        apart = {*held_out}
+        fitted = [row for row in rows if row not in apart] or rows
         self.batches: list[list[int]] = []
         self.fitted = [self._add(step) for step in _cut(fitted, job.batch_size)]
         self.held_out = self._add(held_out)
