@@ -65,8 +65,10 @@ class ModelBytes:
         return self.layout.num_parameters * itemsize
 
     def _emulator(self, itemsize: int) -> int:
-        if self.layout.budget is not None:
-            return (self.layout.num_parameters - self.layout.parameters_targeted) * itemsize + self.layout.budget
+        if self.layout.budget is not None:  # the bytes of its files
+            rest = (self.layout.num_parameters - self.layout.parameters_targeted) * itemsize
+            wider = self.layout.stored_bytes(itemsize) - self.layout.stored_bytes(self.file_itemsize)
+            return rest + self.layout.budget + wider
         saved = self.layout.parameters_targeted - self.layout.parameters_factorized
         return (self.layout.num_parameters - saved) * itemsize - self._packed_away(itemsize) + self.layout.order_bytes
 

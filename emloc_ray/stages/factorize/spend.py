@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ FORMS = "forms.json"
 @dataclass(frozen=True)
 class Spending:
     """A ``budget`` of bytes for all linears, how they are stored (``storing``), and the ``even`` form of each, which it
-    keeps where the data says nothing of it."""
+    keeps where the data says nothing of it and the others have room for a form beside that."""
 
     budget: int
     storing: Storing
@@ -60,13 +61,18 @@ def spend(
     def num_bytes(spec: LinearSpec, form: Form) -> int:
         return spending.storing.num_bytes(spec.out_features, spec.in_features, form)
 
-    known = [spec for spec in specs if float(losses[spec.name].sum()) > 0]
-    chosen = {spec.name: spending.even[spec.name] for spec in specs}
-    fixed = sum(num_bytes(s, chosen[s.name]) for s in specs) - sum(num_bytes(s, chosen[s.name]) for s in known)
+    says = {spec.name: float(losses[spec.name].sum()) > 0 for spec in specs}
+    known = [spec for spec in specs if says[spec.name]]
+    others = [spec for spec in specs if not says[spec.name]]
     options = [forms(spec) for spec in known]
     costs = [[num_bytes(spec, form) for form in choices] for spec, choices in zip(known, options, strict=True)]
     lost = [losses[spec.name].tolist() for spec in known]
-    packed = pack(costs, lost, max(spending.budget - fixed, sum(map(min, costs))))
+    room = spending.budget - sum(map(min, costs))
+    chosen = {spec.name: spending.even[spec.name] for spec in others}
+    if sum(num_bytes(spec, chosen[spec.name]) for spec in others) > room:
+        chosen = {spec.name: min(forms(spec), key=functools.partial(num_bytes, spec)) for spec in others}
+    fixed = sum(num_bytes(spec, chosen[spec.name]) for spec in others)
+    packed = pack(costs, lost, spending.budget - fixed)
     chosen |= {spec.name: choices[pick] for spec, choices, pick in zip(known, options, packed.picks, strict=True)}
     even_loss = sum(
         loss[choices.index(spending.even[spec.name])] for spec, choices, loss in zip(known, options, lost, strict=True)

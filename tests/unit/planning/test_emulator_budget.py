@@ -88,6 +88,17 @@ def test_bytes_are_those_of_the_whole_emulator(values: dict[str, Any]) -> None:
     assert prepared.layout.budget + rest == 200 * 2**10
 
 
+def test_floats_of_a_budget_take_what_the_model_computes_in(values: dict[str, Any]) -> None:
+    prepared = of({**values, "model": {**values["model"], "dtype": "float32"}}, "9 bits")
+    layout = prepared.layout
+    first, second = (layout.by_name[name] for name in layout.compressed[:2])
+    layout = layout.with_forms({first.name: Form(), second.name: Form(rank=4)})
+    memory = MemoryModel(dataclasses.replace(prepared, layout=layout))
+    floats = first.num_parameters + 4 * (second.in_features + second.out_features)
+    others = layout.num_parameters - layout.parameters_targeted
+    assert memory.emulator - memory.emulator_files == 2 * (others + floats)
+
+
 def test_what_a_budget_gives_is_healed_in_floats_where_it_grows(values: dict[str, Any]) -> None:
     prepared = of(values, "1.2 bits", healing={"steps": 3, "r": 1})
     healing, layout = prepared.config.emulator.heals, prepared.layout

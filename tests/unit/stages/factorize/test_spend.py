@@ -74,6 +74,21 @@ def test_a_linear_of_which_the_data_says_nothing_keeps_the_even_form(
     assert result["left"] >= 0
 
 
+def test_it_takes_the_least_where_the_even_form_leaves_no_room_for_the_others(
+    artifacts: Artifacts, gradients_dir: Path, losses: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    job, silent = budget_job(artifacts, gradients_dir, 4), artifacts.specs[0].name
+    assert job.spending is not None
+    least = sum(
+        min(STORING.num_bytes(spec.out_features, spec.in_features, form) for form in job.forms(spec))
+        for spec in artifacts.specs
+    )
+    without = {**losses, silent: torch.zeros_like(losses[silent])}
+    result = spend(replace(job.spending, budget=least), artifacts.specs, job.forms, without, tmp_path)
+    assert result["left"] == 0
+    assert read_forms(tmp_path)[silent] != Form(bits=2)
+
+
 def test_each_form_is_made_and_loses_about_what_is_expected(
     artifacts: Artifacts, gradients_dir: Path, losses: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
