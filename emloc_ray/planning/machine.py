@@ -191,6 +191,11 @@ def gpu_without_bfloat16() -> tuple[str, float] | None:
     return (name, capability) if capability < _FIRST_WITH_BFLOAT16 else None
 
 
+def gpus_compute_bfloat16() -> bool:
+    """Whether this machine has GPUs, and all have instructions for bfloat16."""
+    return min(of_each_gpu("compute_cap"), default=0.0) >= _FIRST_WITH_BFLOAT16
+
+
 def gpus_expected(config: RunConfig) -> float:
     """The GPUs of a Ray that is started here, as far as torch can use them; of one that is joined none is known yet."""
     if config.ray.joins:

@@ -12,6 +12,7 @@ from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loss import chunk_tokens
 from emloc_ray.planning.lengths import PACKED_SHARE
+from emloc_ray.planning.machine import WITH_MODELS, gpus_compute_bfloat16
 from emloc_ray.planning.model_files import named_dtype
 from emloc_ray.planning.sizes import FLOAT, Block, blocks_of, widest_step
 
@@ -180,10 +181,27 @@ class ModelBytes:
 
 def model_dtype(prepared: Prepared) -> torch.dtype:
     """The dtype of the model's weights while they are used; ``auto``, as in transformers: what its config names, else its
-    files'."""
-    return named_dtype(prepared.config, prepared.source, prepared.model_config, prepared.file_dtype)
+    files'; but bfloat16 for float32 where all that holds them is a GPU of this machine which computes it."""
+    return torch.bfloat16 if _is_narrowed(prepared) else _named_dtype(prepared)
 
 
 def file_dtype(prepared: Prepared) -> torch.dtype:
     """The dtype of the files of the model, the emulator and the merged model."""
-    return prepared.file_dtype or model_dtype(prepared)
+    return prepared.file_dtype or _named_dtype(prepared)
+
+
+def _named_dtype(prepared: Prepared) -> torch.dtype:
+    return named_dtype(prepared.config, prepared.source, prepared.model_config, prepared.file_dtype)
+
+
+def _is_narrowed(prepared: Prepared) -> bool:
+    """Whether every pass loads the model in bfloat16, as :func:`emloc_ray.modeling.loading.dtype_on` decides it; a training
+    without autocast to it does not. Of the GPUs of a Ray that is joined it is not known."""
+    config, finetune = prepared.config, prepared.config.finetune
+    is_float32 = prepared.source.gguf_file is None and getattr(prepared.model_config, "dtype", None) == torch.float32
+    in_bfloat16 = finetune.bf16 is True or (
+        finetune.bf16 == "auto" and prepared.zero_config is None and not (finetune.model_extra or {}).get("fp16")
+    )
+    if config.model.dtype != "auto" or not is_float32 or not in_bfloat16 or config.ray.joins:
+        return False
+    return all(getattr(config, name).gpus for name in WITH_MODELS) and gpus_compute_bfloat16()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig, MixtralConfig
 
 from emloc_ray.config.reading import parse_config
@@ -46,6 +47,32 @@ def test_linears_that_are_packed_without_a_gram_count_where_they_are_largest(qua
     assert floats["weights"] == 4096 * 4096 * (2 + 4 + 8)
     assert packed["weights"] == 4096 * 44032 * (2 + 4 + 8)
     assert packed.get("grams", 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "sections", "itemsize"),
+    [
+        ("8.9", {}, 2),
+        ("7.5", {}, 4),
+        (None, {}, 4),
+        ("8.9", {"model": {"source": "unused", "dtype": "float32"}}, 4),
+        ("8.9", {"evaluation": {"gpus_per_worker": 0}}, 4),
+        ("8.9", {"finetune": {"gpus_per_worker": 1, "bf16": False}}, 4),
+        ("8.9", {"finetune": {"gpus_per_worker": 1, "fp16": True}}, 4),
+        ("8.9", {"ray": {"address": "local-cluster:6379"}}, 4),
+    ],
+)
+def test_a_float32_model_counts_as_the_gpus_of_all_passes_hold_it(
+    monkeypatch: pytest.MonkeyPatch, capability: str | None, sections: dict[str, Any], itemsize: int
+) -> None:
+    figures = {} if capability is None else {"compute_cap": (capability, "9.0"), "memory.total": ("24000", "80000")}
+    monkeypatch.setattr("emloc_ray.planning.machine.ask_gpus", lambda what: figures.get(what, ()))
+    asked = {name: {"gpus_per_worker": 1} for name in ("calibration", "finetune", "evaluation")}
+    wide = LlamaConfig(num_hidden_layers=2, dtype=torch.float32)
+    found = memory(wide, **{"model": {"source": "unused"}, **asked, **sections})
+    assert found.itemsize == itemsize
+    assert found.file_itemsize == 4
+    assert found.weights == itemsize * found.layout.num_parameters
 
 
 def refined(model_config: Any = None, **sections: Any) -> MemoryModel:
