@@ -42,7 +42,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 # Of NVIDIA's compute capabilities those with float64 at half float32's speed; others have a 32nd or a 64th of it.
-_FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 
 def computes_bfloat16(device: torch.device | str) -> bool:
@@ -53,5 +53,5 @@ def computes_bfloat16(device: torch.device | str) -> bool:
 def has_fast_float64(device: torch.device) -> bool:
     """Whether a device computes in float64 at about half its speed in float32."""
     if device.type == "cuda" and torch.version.hip is None:
-        return torch.cuda.get_device_capability(device) in _FAST_FLOAT64
+        return torch.cuda.get_device_capability(device) in FAST_FLOAT64
     return device.type in ("cpu", "cuda")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from emloc_ray.core.precision import FAST_FLOAT64
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.available_memory import available_bytes
 from emloc_ray.io.store.replacing import replacing
@@ -194,6 +195,11 @@ def gpu_without_bfloat16() -> tuple[str, float] | None:
 def gpus_compute_bfloat16() -> bool:
     """Whether this machine has GPUs, and all have instructions for bfloat16."""
     return min(of_each_gpu("compute_cap"), default=0.0) >= _FIRST_WITH_BFLOAT16
+
+
+def gpus_of_slow_float64() -> bool:
+    """Whether a GPU of this machine leaves float64 to the CPU (:func:`emloc_ray.core.precision.has_fast_float64`)."""
+    return any(divmod(round(10 * capability), 10) not in FAST_FLOAT64 for capability in of_each_gpu("compute_cap"))
 
 
 def gpus_expected(config: RunConfig) -> float:

@@ -16,6 +16,7 @@ from emloc_ray.io.store.atomic import COPY_BYTES
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.planning.calibration_memory import BASE_BYTES, CalibrationMemory, Parts, total
 from emloc_ray.planning.holding import choose
+from emloc_ray.planning.machine import gpus_of_slow_float64
 from emloc_ray.planning.model_bytes import DIVERGENCE_COPIES, LOSS_COPIES
 from emloc_ray.planning.optimizers import optimizer_bytes
 from emloc_ray.planning.sizes import DOUBLE, FLOAT, gradient_bytes, gram_bytes
@@ -65,12 +66,15 @@ class MemoryModel(CalibrationMemory):
         }
 
     def factorize(self) -> Parts:
-        """The group that needs most, with one of its layers computed once more in float64, as rounding may ask. A worker with a
-        GPU takes one group after another: on its node are the one that is computed, as read, and the next."""
+        """The group that needs most, with one of its layers computed once more in float64, as rounding may ask: on the host where
+        the GPU's float64 is slow. A worker with a GPU takes one group after another: on its node are the one that is computed,
+        as read, and the next."""
         section, groups = self.config.emulator, self._groups()
         left = {*self.layout.packed}.difference(spec.name for group in groups for spec in group)
         alone = [group for group in self.layout.groups if any(spec.name in left for spec in group)]
         parts = max([*map(self._factorize_group, groups), *map(self._pack_group, alone)], key=total, default={})
+        if section.gpus and not self.config.ray.joins and gpus_of_slow_float64():
+            parts = {"in float64": total(parts)}
         if not section.gpus or len(groups) + len(alone) <= section.num_workers:
             return parts
         read = [*map(self._as_read, groups), *map(self._weights_as_read, alone)]
@@ -334,7 +338,8 @@ class MemoryModel(CalibrationMemory):
         held: list[Parts] = [{"weights": parts["weights"]}]
         if self.layout.differs and {*ON_EMULATOR} & {*self.config.evaluation.variants}:
             held.append({"weights": self.emulator, "unpacked": self._unpacked()})
-        return {**parts, **max(held, key=total)}
+        larger: Parts = max(held, key=total)
+        return {**parts, **larger}
 
     def evaluating(self) -> Held:
         """The original with its adapters; scoring a batch, or completing one with a cache. Where its weights come and go,

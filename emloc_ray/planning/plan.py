@@ -14,7 +14,7 @@ from emloc_ray.planning.training import longest_lengths
 from emloc_ray.text import counted
 
 # The parts of a GPU worker's memory that are on its node.
-_ON_HOSTS = ("base", "weights", "correction", "hidden states", "teacher", "read ahead")
+_ON_HOSTS = ("base", "weights", "correction", "hidden states", "teacher", "in float64", "read ahead")
 _SECONDS_BEFORE = 20  # to start Ray and make token shards
 
 

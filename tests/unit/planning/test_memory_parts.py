@@ -15,7 +15,8 @@ from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.lengths import Lengths
-from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.memory import MemoryModel, total
+from emloc_ray.planning.plan import StagePlan
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.skeleton import skeleton_of
 
@@ -73,6 +74,20 @@ def test_a_float32_model_counts_as_the_gpus_of_all_passes_hold_it(
     assert found.itemsize == itemsize
     assert found.file_itemsize == 4
     assert found.weights == itemsize * found.layout.num_parameters
+
+
+@pytest.mark.parametrize(("capability", "is_slow"), [("8.9", True), ("12.0", True), ("8.0", False), ("9.0", False)])
+def test_what_is_computed_again_in_float64_is_on_the_host_of_a_gpu_that_is_slow_at_it(
+    monkeypatch: pytest.MonkeyPatch, capability: str, is_slow: bool
+) -> None:
+    on_cpu = total(memory().factorize())
+    figures = {"compute_cap": (capability,), "memory.total": ("24000",)}
+    monkeypatch.setattr("emloc_ray.planning.machine.ask_gpus", lambda what: figures.get(what, ()))
+    parts = memory(emulator={"gpus_per_worker": 1}).factorize()
+    assert total(parts) - parts["read ahead"] == on_cpu
+    on_host = StagePlan("factorize", parts, 0, 0.0, 1, 1, 1).host_bytes
+    assert (on_host == total(parts)) is is_slow
+    assert is_slow is (on_host - parts["read ahead"] >= 20 * 11008**2)
 
 
 def refined(model_config: Any = None, **sections: Any) -> MemoryModel:
