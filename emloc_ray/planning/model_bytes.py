@@ -68,6 +68,8 @@ class ModelBytes:
     def _emulator(self, itemsize: int) -> int:
         if self.layout.budget is not None:  # the bytes of its files
             rest = (self.layout.num_parameters - self.layout.parameters_targeted) * itemsize
+            if itemsize == self.file_itemsize:
+                return rest + self.layout.budget
             wider = self.layout.stored_bytes(itemsize) - self.layout.stored_bytes(self.file_itemsize)
             return rest + self.layout.budget + wider
         saved = self.layout.parameters_targeted - self.layout.parameters_factorized
