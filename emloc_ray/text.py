@@ -109,11 +109,6 @@ def visible(text: str) -> str:
     return re.sub(r"[\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
 
 
-def describe_matches(exact: Mapping[str, Any]) -> str:
-    """The shares of exact matches in words: ``12.5% before, 50.0% after``."""
-    return f"{exact['original']:.1%} before, {exact.get('merged', exact.get('corrected')):.1%} after"
-
-
 def describe_choice(choice: dict[str, Any]) -> str:
     """A correction in words: ``covariance, λ = 3, strength 0.5``."""
     if choice["method"] == "none":

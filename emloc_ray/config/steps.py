@@ -1,5 +1,6 @@
 """The steps of a run, and the models that its evaluation scores, by name and in order."""
 
+from collections.abc import Container
 from typing import Literal, get_args
 
 # The names in the manifest and in the log.
@@ -33,3 +34,9 @@ VERBS = tuple(RESULTS)
 Variant = Literal["original", "emulator", "emulator_adapter", "uncorrected", "corrected", "finished", "merged"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 ON_EMULATOR = ("emulator", "emulator_adapter")
+
+
+def served_variant(scored: Container[str]) -> Variant:
+    """What is served of those that were ``scored``: the merged model, else the original with its finished adapter, else with the
+    corrected one."""
+    return "merged" if "merged" in scored else "finished" if "finished" in scored else "corrected"

@@ -9,8 +9,8 @@ from emloc_ray.io.runs.directory import CARD, RunDirectory
 from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.stored_files import shown
 from emloc_ray.stages.order import STEPS
-from emloc_ray.text import describe_choice, describe_matches, described_bits, listed
-from emloc_ray.ui.terminal import evaluation_rows
+from emloc_ray.text import describe_choice, described_bits, listed
+from emloc_ray.ui.terminal import describe_matches, evaluation_rows
 
 METHOD_NAMES = {
     "lora": "LoRA",

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from emloc_ray.config.adapter import PROMPT_METHODS
-from emloc_ray.config.steps import STEP_NAMES
+from emloc_ray.config.steps import STEP_NAMES, served_variant
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.directory import SPECTRA, RunDirectory
@@ -95,7 +95,7 @@ def _environment(step_names: tuple[str, ...]) -> jinja2.Environment:
     )
     environment.filters |= {function.__name__: function for function in (size, signed, duration, counted, visible)}
     environment.filters |= {"choice": describe_choice, "headings": headings}
-    functions = (bar, before_after, share, grids, column_tops)
+    functions = (bar, before_after, share, grids, column_tops, served_variant)
     environment.globals |= {
         "STEP_NAMES": step_names,
         "COLOURS": COLOURS,

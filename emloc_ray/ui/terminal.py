@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,9 +15,9 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.table import Table
 
 from emloc_ray.config.keys import KeySection
-from emloc_ray.config.steps import VARIANTS
+from emloc_ray.config.steps import VARIANTS, served_variant
 from emloc_ray.core.ranks import factor_parameters
-from emloc_ray.text import NO_BREAK, counted, describe_choice, describe_matches, described_bits, duration, size
+from emloc_ray.text import NO_BREAK, counted, describe_choice, described_bits, duration, size
 
 if TYPE_CHECKING:
     from emloc_ray.planning.alternatives import Choice
@@ -301,6 +301,11 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _as_shown(measured: dict[str, Any]) -> str:
     return f"{measured['loss']:.4f} {measured['token_accuracy']:.3f}"
+
+
+def describe_matches(exact: Mapping[str, Any]) -> str:
+    """The shares of exact matches in words: ``12.5% before, 50.0% after``."""
+    return f"{exact['original']:.1%} before, {exact[served_variant(exact)]:.1%} after"
 
 
 _DEFAULTS = {"allocation": "uniform", "objective": "activations", "storage": "factors"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from emloc_ray.config.steps import ON_EMULATOR, VARIANTS
+from emloc_ray.config.steps import ON_EMULATOR, VARIANTS, served_variant
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards
@@ -78,7 +78,7 @@ class EvaluationJob:
     @property
     def generating(self) -> tuple[str, str]:
         """The variants that complete prompts: before and after."""
-        return ("original", next((v for v in ("merged", "finished") if v in self.scored), "corrected"))
+        return ("original", served_variant(self.scored))
 
 
 @dataclass(frozen=True)
