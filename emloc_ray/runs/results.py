@@ -11,7 +11,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import auto_class
 from emloc_ray.planning.memory import BASE_BYTES
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.runs.status import older_stages
+from emloc_ray.runs.status import current_stages
 from emloc_ray.stages.order import STEPS
 
 _LIBRARIES = ("emloc-ray", "ray", "torch", "transformers", "peft", "safetensors", "pyarrow")
@@ -24,9 +24,10 @@ def assemble_metrics(
     hardware: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that the finished stages measured, the memory that was ``planned`` for a worker of each, and where they ran; without
-    a stage that finished before an earlier one was redone, or has to be redone: its numbers may be another run's."""
+    a stage that finished before an earlier one was redone, or has to be redone, or that the config leaves out: its numbers are
+    another run's."""
     manifest = directory.manifest()
-    stages = _current_stages(manifest)
+    stages = {name: manifest["stages"][name]["result"] for name in current_stages(manifest)}
     metrics: dict[str, Any] = {
         "versions": dict(_versions()),
         "stages": {name: _usage(result) | _accepted(manifest["stages"][name]) for name, result in stages.items()},
@@ -69,9 +70,3 @@ def _usage(result: Mapping[str, Any]) -> dict[str, Any]:
 def _accepted(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The versions that a stage was made with, where it was taken as it is under others."""
     return {"versions": entry.get("versions")} if "accepted" in entry else {}
-
-
-def _current_stages(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    entries, older = manifest["stages"], older_stages(manifest)
-    names = [stage.name for stage in STEPS]
-    return {name: entries[name]["result"] for name in names if name in entries and name not in older}

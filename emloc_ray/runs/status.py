@@ -35,6 +35,12 @@ def older_stages(manifest: Mapping[str, Any]) -> list[str]:
     return older
 
 
+def current_stages(manifest: Mapping[str, Any]) -> list[str]:
+    """Finished stages of the config that the manifest holds, in order, without those that may be out of date."""
+    done, older = manifest.get("stages", {}), older_stages(manifest)
+    return [step for step in asked_steps(manifest) if step in done and step not in older]
+
+
 def begun_stage(events: Iterable[Mapping[str, Any]]) -> tuple[str | None, tuple[int, int] | None]:
     """The last stage that the log has begun and not ended, with the number of its units that are done, and of all."""
     stage, progress = None, None

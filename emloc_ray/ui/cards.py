@@ -8,6 +8,7 @@ from typing import Any
 from emloc_ray.io.runs.directory import CARD, RunDirectory
 from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.stored_files import shown
+from emloc_ray.runs.status import current_stages
 from emloc_ray.stages.order import STEPS
 from emloc_ray.text import describe_choice, described_bits, listed
 from emloc_ray.ui.terminal import describe_matches, evaluation_rows
@@ -33,13 +34,14 @@ WRITTEN_BY = {
 
 
 def write_cards(run: RunDirectory, copy: Path | None = None) -> None:
-    """Writes the card of each folder that is there, in the run or in a ``copy`` of it. On an object store itself there are
-    none: its folders are read through the manifest, which names no cards."""
+    """Writes the card of each folder that is there and up to date, in the run or in a ``copy`` of it. On an object store itself
+    there are none: its folders are read through the manifest, which names no cards."""
     if run.store is not None and copy is None:
         return
     root, manifest, metrics = copy or run.root, run.manifest(), run.metrics()
+    current = current_stages(manifest)
     for folder, step in WRITTEN_BY.items():
-        if step in manifest["stages"] and (root / folder).is_dir():
+        if step in current and (root / folder).is_dir():
             write_text(root / folder / CARD, card(run.name, folder, manifest["config"], metrics))
 
 

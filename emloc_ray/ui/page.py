@@ -21,7 +21,7 @@ from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.node_cache import ensure, exists
 from emloc_ray.runs.log import read_events
 from emloc_ray.runs.reporter import Reporter
-from emloc_ray.runs.status import asked_steps, begun_stage, older_stages
+from emloc_ray.runs.status import asked_steps, begun_stage, current_stages, older_stages
 from emloc_ray.runs.trace import TRACE
 from emloc_ray.stages.order import STEPS as STAGES
 from emloc_ray.text import counted, describe_choice, described_bits, duration, listed, signed, size, visible
@@ -123,8 +123,7 @@ def page_view(
     results = {key: (metrics.get(key) or {}) if stage.name in done else {} for stage in STAGES for key in stage.keys}
     config = manifest.get("config") or {}
     emulator, method = config.get("emulator") or {}, (config.get("adapter") or {}).get("method", "lora")
-    optional = set(STEP_NAMES) - set(asked_steps(manifest))
-    older = older_stages(manifest)
+    current = current_stages(manifest)
     usages = metrics.get("stages") or {}
     stages = [(stage, usages[stage]) for stage in STEP_NAMES if stage in usages and stage in done]
     return {
@@ -137,14 +136,10 @@ def page_view(
         "ratio": emulator.get("compression_ratio"),
         "budget": emulator.get("budget"),
         "bits": described_bits(emulator.get("quantization", "none")),
-        "progress": [
-            (stage, stage in done and stage not in older)
-            for stage in STEP_NAMES
-            if stage in done or stage not in optional
-        ],
+        "progress": [(stage, stage in current) for stage in asked_steps(manifest)],
         "begun": begun_stage(events)[0],
         "updated": last_minute([entry["finished_at"] for entry in done.values() if "finished_at" in entry]),
-        "older": older,
+        "older": older_stages(manifest),
         "evaluation": evaluation_rows(results["evaluation"]),
         "candidates": candidate_rows(results["correction"]),
         "shortfall": total_shortfall(results["correction"].get("modules", {}).values()),

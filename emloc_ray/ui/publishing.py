@@ -16,6 +16,7 @@ from rich.console import Console
 from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.io.runs.directory import CARD, RunDirectory
 from emloc_ray.io.runs.fetch import fetch
+from emloc_ray.runs.status import current_stages
 from emloc_ray.text import counted, one_line, size
 from emloc_ray.ui.cards import WRITTEN_BY, base_name, card
 from emloc_ray.ui.terminal import progress_bar
@@ -27,14 +28,15 @@ _CONVERTERS = {"merged": "convert_hf_to_gguf.py", "adapter": "convert_lora_to_gg
 
 def result_name(run: RunDirectory, part: Part) -> str:
     """The folder of a run's merged model, or of its last adapter for the original. Raises ConfigError where the run has not
-    come so far."""
-    stages, there = run.existing().stages(), run.names()
-    names = ["merged"] if part == "merged" else ["adapter_finished", "adapter"]
+    come so far, or not again since its config has changed or a stage is redone."""
+    manifest, there = run.existing().manifest(), run.names()
+    current, names = current_stages(manifest), ["merged"] if part == "merged" else ["adapter_finished", "adapter"]
     for name in names:
-        if WRITTEN_BY[name] in stages and name in there:
+        if WRITTEN_BY[name] in current and name in there:
             return name
-    step = WRITTEN_BY[names[-1]]
-    raise ConfigError(f"{run.place} has no {names[-1]}/: run it up to there, emloc-ray {step} CONFIG.")
+    last, step = names[-1], WRITTEN_BY[names[-1]]
+    lack = f"{last}/ in {run.place} is out of date" if step in manifest["stages"] else f"{run.place} has no {last}/"
+    raise ConfigError(f"{lack}: run it up to there, emloc-ray {step} CONFIG.")
 
 
 @contextlib.contextmanager

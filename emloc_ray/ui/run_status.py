@@ -17,15 +17,15 @@ def show_status(console: Console, run: RunDirectory) -> None:
     from emloc_ray.config.steps import STEP_NAMES
     from emloc_ray.io.store.node_cache import exists
     from emloc_ray.io.store.places import below
-    from emloc_ray.runs.status import asked_steps, status_lines
+    from emloc_ray.runs.status import asked_steps, current_stages, status_lines
     from emloc_ray.runs.trace import TRACE
     from emloc_ray.text import duration, size
     from emloc_ray.ui.terminal import evaluation_table, result_lines
 
     manifest = run.manifest()
-    stages, asked, metrics = manifest["stages"], asked_steps(manifest), run.metrics()
+    stages, current, metrics = manifest["stages"], current_stages(manifest), run.metrics()
     for stage in STEP_NAMES:
-        if stage in stages:
+        if stage in current:
             usage = stages[stage]["result"]["usage"]
             took, peak = duration(usage["wall_s"]), size(usage["peak_pss_bytes"])
             gpu = (
@@ -34,7 +34,9 @@ def show_status(console: Console, run: RunDirectory) -> None:
                 else ""
             )
             console.print(f"[green]✓[/] {stage:<10} {took:>9}  peak {peak}{gpu}")
-        elif stage in asked:
+        elif stage in stages:
+            console.print(f"[dim]· {stage:<10} out of date[/]")
+        elif stage in asked_steps(manifest):
             console.print(f"[dim]· {stage:<10} not done[/]")
     for line in status_lines(run):
         console.print(escape(line), soft_wrap=True)

@@ -35,7 +35,7 @@ def prepared(tmp_path: Path) -> Prepared:
     values = {"run_dir": str(tmp_path / "run"), "model": {"source": "y"}, "data": {"train": {"path": "z"}}}
     config, model_config = parse_config(values), make_config("llama")
     run = RunDirectory(config.run_dir)
-    run.create({}, steps=["calibrate", "factorize", "finetune", "correct", "merge", "evaluate"])
+    run.create({}, steps=["data", "calibrate", "factorize", "finetune", "correct", "merge", "evaluate"])
     layout = make_layout(config, skeleton_of(model_config, empty_model(model_config)))
     return Prepared(config, run, ModelSource(tmp_path), model_config, layout, {})
 
@@ -77,8 +77,8 @@ def test_the_files_of_finished_stages_are_counted_until_they_are_dropped(prepare
 
 
 def test_the_emulators_parameters_are_told_beside_its_error(prepared: Prepared) -> None:
-    result = {"usage": USAGE, "mean_relative_error": 0.25, "layers": {}, "fewest_tokens": 1}
-    for stage in ("calibrate", "factorize"):
+    result = {"usage": USAGE, "mean_relative_error": 0.25, "layers": {}, "fewest_tokens": 1, "splits": {}}
+    for stage in ("data", "calibrate", "factorize"):
         prepared.run.commit(stage, "key", [], {**result, "num_tokens": 1, "num_shards": 1})
     emulator = assemble_metrics(prepared.run, prepared)["emulator"]
     layout = prepared.layout
