@@ -1,7 +1,7 @@
 """One run: import, calibrate, factorize, heal, finetune, correct, merge, evaluate; each is skipped where it is done."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,23 +54,25 @@ def run(
     actors: FinalActors | None = None,
     accept_changes: Accept = False,
 ) -> dict[str, Any]:
-    """Runs the pipeline up to ``until``; skips finished stages with unchanged inputs, but redoes all from ``begin`` on. What is
-    raised, and the arguments not named here, are those of :func:`emloc_ray.ui.api.run`.
+    """Runs the pipeline up to ``until``; skips finished stages with unchanged inputs, but redoes all from ``begin`` on, and what
+    an earlier try was asked to redo and has not. What is raised, and the arguments not named here, are those of
+    :func:`emloc_ray.ui.api.run`.
 
     ``turns`` says when each stage may start, by default at once. ``batch`` is the locked directory of the batch whose task this
     is, ``actors`` that batch's. ``accept_changes``: whether finished stages may be redone or removed where config or files have
     changed, or a function that is asked. Returns the content of metrics.json.
     """
     _check_order(begin or until, until)
-    prepared = shrink_batches(prepared or prepare(config))
-    plan = _checked_plan(prepared, begin, fresh, in_batch=turns is not None)
-    reporter, forced = reporter or Reporter(), redone_from(begin)
+    prepared, reporter = shrink_batches(prepared or prepare(config)), reporter or Reporter()
+    redo = [stage.name for stage in up_to(until) if stage.name in redone_from(begin) and stage.wanted(prepared)]
+    plan = _checked_plan(prepared, redo, fresh, in_batch=turns is not None)
     try:
         prepared.run.lock(reporter.note, under=batch)
+        forced = [*redo, *prepared.run.to_redo()]
         if not fresh:
             check_versions(prepared, forced, until, accept_versions, in_batch=turns is not None)
         if not fresh and not config.ray.joins:
-            _check_changes(prepared, begin, until, accept_changes)
+            _check_changes(prepared, forced, until, accept_changes)
         if turns is None and not fresh and not config.ray.joins and is_finished(prepared, forced, until):
             _create(prepared, fresh)
             with _recorded(prepared, reporter, cache) as reporters:
@@ -82,20 +84,21 @@ def run(
         lean = keeps_small(prepared.config)
         with connection(config.ray.address, lean_memory=lean, **config.ray.init_options) as started:
             if turns is None and not started:
-                prepared, plan = _within_reach(prepared, plan, _gathers(prepared, begin, fresh))
+                prepared, plan = _within_reach(prepared, plan, _gathers(prepared, forced, fresh))
                 config = prepared.config
             if not fresh and config.ray.joins:  # by the GPUs that its Ray has
-                _check_changes(prepared, begin, until, accept_changes)
+                _check_changes(prepared, forced, until, accept_changes)
             if turns is None:  # again, by what Ray counts: in a container less than the machine has
                 check_resources(config, total("CPU"), total("GPU"))
                 if config.ray.joins:
                     check_kernel(config)
                     check_nodes([config])
-            _create(prepared, fresh)
+            _create(prepared, fresh, redo)
             with _recorded(prepared, reporter, cache) as reporters:
                 check_visible(prepared)
                 for remark in remarks.of_machines([config], total("CPU")) if turns is None else ():
                     reporter.note(remark)
+                forced = prepared.run.to_redo()
                 steps = Steps(prepared, reporters, turns or AtOnce(), cache, forced, plan, accept_versions)
                 run_stages(steps, until, actors)
         return prepared.run.metrics()
@@ -110,9 +113,10 @@ def _check_order(begin: str, until: str) -> None:
         raise ConfigError(f"There is no stage from {begin} until {until}: name them in order, {', '.join(VERBS)}.")
 
 
-def _create(prepared: Prepared, fresh: bool) -> None:
+def _create(prepared: Prepared, fresh: bool, redo: Sequence[str] = ()) -> None:
     config = (prepared.as_written or prepared.config).model_dump(mode="json")
-    prepared.run.create(config, fresh=fresh, steps=[stage.name for stage in STEPS if stage.wanted(prepared)])
+    steps = [stage.name for stage in STEPS if stage.wanted(prepared)]
+    prepared.run.create(config, fresh=fresh, steps=steps, redo=redo)
 
 
 @contextlib.contextmanager
@@ -127,11 +131,11 @@ def _recorded(prepared: Prepared, reporter: Reporter, cache: ArtifactCache | Non
         yield Reporters(reporter, log, trace, gauges)
 
 
-def _checked_plan(prepared: Prepared, begin: str | None, fresh: bool, in_batch: bool) -> Plan:
+def _checked_plan(prepared: Prepared, forced: Collection[str], fresh: bool, in_batch: bool) -> Plan:
     """The plan, of a run that this machine's memory and disk have room for, as far as it takes part."""
     if not prepared.config.ray.joins:
         check_kernel(prepared.config)
-    if not in_batch and _gathers(prepared, begin, fresh):  # in a batch a stage waits until others have freed memory
+    if not in_batch and _gathers(prepared, forced, fresh):  # in a batch a stage waits until others have freed memory
         check_holding(prepared)
     plan = make_plan(STEPS, prepared)
     if prepared.run.store is None:  # a store has room, and a node's cache makes its own
@@ -139,9 +143,9 @@ def _checked_plan(prepared: Prepared, begin: str | None, fresh: bool, in_batch: 
     return plan
 
 
-def _gathers(prepared: Prepared, begin: str | None, fresh: bool) -> bool:
+def _gathers(prepared: Prepared, forced: Collection[str], fresh: bool) -> bool:
     """Whether sums of the original's Grams and gradients are still to be gathered, for which it is held."""
-    return fresh or begin == VERBS[0] or "gradients" not in prepared.run.stages()
+    return fresh or "gradients" in forced or "gradients" not in prepared.run.stages()
 
 
 def _within_reach(prepared: Prepared, plan: Plan, gathers: bool) -> tuple[Prepared, Plan]:
@@ -162,8 +166,8 @@ def _within_reach(prepared: Prepared, plan: Plan, gathers: bool) -> tuple[Prepar
     return reached, plan
 
 
-def _check_changes(prepared: Prepared, begin: str | None, until: str, accept: Accept) -> None:
-    changes = None if accept is True else find_changes(prepared, redone_from(begin), until)
+def _check_changes(prepared: Prepared, forced: Collection[str], until: str, accept: Accept) -> None:
+    changes = None if accept is True else find_changes(prepared, forced, until)
     check_accepted([] if changes is None else [f"run_dir {prepared.run.place}: {changes}"], accept)
 
 

@@ -97,7 +97,7 @@ def _accepted(stages: Mapping[str, Any]) -> list[str]:
 
 
 def _command(run: RunDirectory, begun: Event) -> str:
-    """The command that began a run, without ``--fresh``; for a run from Python, one that continues it."""
+    """The command that began a run, without ``--fresh`` and ``--from``; for a run from Python, one that continues it."""
     words = shlex.split(begun.get("command", ""))
     if not words or words[0] != "emloc-ray":
         if run.store:
@@ -105,7 +105,11 @@ def _command(run: RunDirectory, begun: Event) -> str:
         config = leaves(run.manifest()["config"])
         hidden = [f"{'.'.join(path)}={HIDDEN}" for path, value in config if value == HIDDEN]
         return shlex.join(["emloc-ray", "run", str(run.path(CONFIG)), *hidden])
-    return f"cd {shlex.quote(begun['directory'])} && {shlex.join(word for word in words if word != '--fresh')}"
+    pairs = zip(["", *words], words, strict=False)
+    kept = [
+        word for before, word in pairs if before != "--from" and word.partition("=")[0] not in ("--fresh", "--from")
+    ]
+    return f"cd {shlex.quote(begun['directory'])} && {shlex.join(kept)}"
 
 
 def _age(event: Event, now: datetime) -> str:

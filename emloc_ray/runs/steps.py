@@ -206,9 +206,9 @@ class Steps:
             if result is not None:
                 return result
             self._check_read(stage, context)
-            if not stage.resumes or stage.name in self.forced:
-                others = self.directory.begun().get(stage.name) != made_with(stage)
-                for path in self._outputs(stage, *stage.scratch) if others and stage.name in self.forced else outputs:
+            anew = stage.name in self.forced and self.directory.begun().get(stage.name) != made_with(stage)
+            if anew or not stage.resumes:
+                for path in self._outputs(stage, *(stage.scratch if anew else ())):
                     discard(path)
             asked = resources_of(stage, self.prepared)
             with self.turns.take(stage.name, asked, 1 if stage.divisible else asked.num_workers) as granted:

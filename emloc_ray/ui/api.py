@@ -96,7 +96,7 @@ def run(
 
     Raises ConfigError before any stage starts or anything is written, also where what is finished is of other versions, or
     would be redone or removed unasked; EmlocError where a stage failed: finished stages stay, and the same call continues from
-    them.
+    them, without ``begin`` and ``fresh``.
     """
     whole = as_config(config, train, eval, keys)
     prepared = prepared or prepare(whole)

@@ -19,7 +19,7 @@ from emloc_ray.ui.batch_verbs import KEYS, asking, batch, cache_app, cancel, sho
 from emloc_ray.ui.config_verbs import ConfigPath, init, prepare_config, preview, schema, validate
 from emloc_ray.ui.result_verbs import RunPath, chat, fetch, gguf, place_of, push, report
 from emloc_ray.ui.run_status import show_status
-from emloc_ray.ui.shell import AcceptVersions, Overrides, Verbs, Yes, agrees, console, flag, guarded
+from emloc_ray.ui.shell import AcceptVersions, Overrides, Verbs, Yes, agrees, console, flag, guarded, same_command
 
 app = typer.Typer(
     cls=Verbs,
@@ -153,7 +153,8 @@ def run(
             )
     except EmlocError as error:
         if not isinstance(error, ConfigError):
-            stays = f"Finished stages stay in {prepared.run.place}; the same command continues from there."
+            command = same_command({"fresh": fresh, "begin": begin})
+            stays = f"Finished stages stay in {prepared.run.place}; {command} continues from there."
             raise type(error)(f"{error}\n{stays}") from error
         raise
     if until is _LAST:
@@ -202,7 +203,7 @@ def _stage_command(verb: Verb, text: str) -> None:
         yes: Yes = False,
         quiet: Quiet = False,
     ) -> None:
-        run(config, overrides, None, verb, fresh, accept_versions, yes, quiet)
+        run(config, overrides, until=verb, fresh=fresh, accept_versions=accept_versions, yes=yes, quiet=quiet)
 
 
 for _name, _result in RESULTS.items():

@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ParamSpec
 
 import typer
@@ -13,6 +13,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from emloc_ray.errors import ConfigError, EmlocError
+from emloc_ray.text import listed
 
 Arguments = ParamSpec("Arguments")
 
@@ -69,6 +70,12 @@ def agrees(console: Console, sentences: Sequence[str]) -> bool:
     return True
 
 
+def same_command(options: Mapping[str, Any]) -> str:
+    """What continues a command that was given these options: the same, without those that make what is finished again."""
+    left_out = [name for name, key in (("--fresh", "fresh"), ("--from", "begin")) if options.get(key)]
+    return f"the same command{f' without {listed(left_out)}' if left_out else ''}"
+
+
 def guarded(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:
     """A verb that turns a failure into a sentence on stderr and an exit code: 1 failed, 2 bad call, 130 or 143 stopped."""
 
@@ -83,7 +90,7 @@ def guarded(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:
                 errors.print(f"[red]Error:[/] {escape(line)}")
             raise typer.Exit(error.exit_code) from None
         except (KeyboardInterrupt, SystemExit) as error:  # Ray makes a SystemExit of SIGTERM
-            errors.print("Stopped. Finished stages stay; the same command continues from there.")
+            errors.print(f"Stopped. Finished stages stay; {same_command(options)} continues from there.")
             raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 143) from None
 
     return call

@@ -112,10 +112,16 @@ class RunDirectory:
         return self
 
     def create(
-        self, config: dict[str, Any], *, fresh: bool = False, kind: Kind = "run", steps: Sequence[str] = ()
+        self,
+        config: dict[str, Any],
+        *,
+        fresh: bool = False,
+        kind: Kind = "run",
+        steps: Sequence[str] = (),
+        redo: Sequence[str] = (),
     ) -> None:
-        """Makes the directory with its manifest and config, without its secrets, and the ``steps`` that it will take;
-        ``fresh`` removes what an earlier run of this name left."""
+        """Makes the directory with its manifest and config, without its secrets, and the ``steps`` that it will take; ``fresh``
+        removes what an earlier run of this name left. Notes the stages to ``redo``, each until it is committed again."""
         self.check(kind)
         config = without_secrets(config)
         self.root.mkdir(parents=True, exist_ok=True)
@@ -125,6 +131,9 @@ class RunDirectory:
         before: dict[str, Any] = self.manifest() if MANIFEST in names else {"stages": {}}
         manifest: dict[str, Any] = {"stages": {}} if fresh else dict(before)
         manifest.update({"format": FORMAT, "kind": kind, "name": self.name, "config": config, "steps": list(steps)})
+        if redo:
+            manifest["redo"] = [*dict.fromkeys([*manifest.get("redo", ()), *redo])]
+            manifest["begun"] = {name: begun for name, begun in manifest.get("begun", {}).items() if name not in redo}
         if self.lease is not None and before.get("lease") != self.lease.number:
             manifest = self._adopted(before, manifest, fresh)
         self._write_manifest(manifest)
@@ -223,6 +232,11 @@ class RunDirectory:
         begun: dict[str, Any] = self.manifest().get("begun", {}) if MANIFEST in self.names() else {}
         return begun
 
+    def to_redo(self) -> list[str]:
+        """The stages that an earlier try was asked to redo, and has not redone."""
+        redo: list[str] = self.manifest().get("redo", []) if MANIFEST in self.names() else []
+        return redo
+
     def begin(self, name: str, versions: Mapping[str, Any]) -> None:
         """Records with what a stage is begun, before it writes files that a later try goes on from."""
         manifest = self.manifest()
@@ -261,6 +275,8 @@ class RunDirectory:
             **({} if versions is None else {"versions": dict(versions)}),
         }
         manifest.get("begun", {}).pop(name, None)
+        if name in manifest.get("redo", ()):
+            manifest["redo"].remove(name)
         adopted = manifest.get("adopted", {})
         for path in adopted.keys() & files.keys():
             del adopted[path]

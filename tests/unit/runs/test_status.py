@@ -15,7 +15,7 @@ from emloc_ray.runs.status import asked_steps, status_lines
 from emloc_ray.ui.cli import app
 
 BEGUN = datetime(2026, 5, 1, 12, 0, tzinfo=timezone.utc)
-COMMAND = "emloc-ray run my.yaml finetune.max_steps=5 --fresh"
+COMMAND = "emloc-ray run my.yaml finetune.max_steps=5 --fresh --from merge --from=correct"
 
 
 def write(run: RunDirectory, *events: dict[str, Any]) -> None:

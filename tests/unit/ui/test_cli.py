@@ -118,7 +118,9 @@ def test_a_failed_run_is_one_sentence_and_code_1(call: Call, monkeypatch: pytest
     assert result.exit_code == 1
     first, second = result.stderr.splitlines()
     assert first == "Error: model.layers.0 holds NaN [in row 3]."
-    assert f"Finished stages stay in {call.run_dir}" in second
+    assert second.endswith(f"Finished stages stay in {call.run_dir}; the same command continues from there.")
+    second = call("run", "--fresh", "--from", "merge").stderr.splitlines()[1]
+    assert second.endswith("; the same command without --fresh, --from continues from there.")
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (SystemExit(15), 143)])
@@ -132,6 +134,9 @@ def test_a_stopped_run_is_no_failure(
     result = call("run")
     assert result.exit_code == code
     assert result.stderr.splitlines() == ["Stopped. Finished stages stay; the same command continues from there."]
+    for verb, option in (("run", "--fresh"), ("merge", "--fresh"), ("run", "--from=merge")):
+        left_out = option.partition("=")[0]
+        assert f"; the same command without {left_out} continues" in call(verb, option).stderr
 
 
 def test_the_stages_verbs_say_how_far_to_go(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

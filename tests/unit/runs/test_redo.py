@@ -1,0 +1,107 @@
+"""What --from asks to redo is redone once, however often its run is killed on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import RecordingReporter, make_values
+
+from emloc_ray.config.reading import parse_config
+from emloc_ray.errors import Stopped
+from emloc_ray.io.runs.cache import ArtifactCache
+from emloc_ray.io.store.atomic import write_bytes
+from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.runs import steps as runs_steps
+from emloc_ray.runs.steps import AtOnce, Steps
+from emloc_ray.stages.calibrate.stage import CALIBRATE
+from emloc_ray.stages.context import Context, Inputs
+from emloc_ray.stages.stage import Stage
+
+NAMES = ["calibrate", "factorize", "merge"]
+
+
+@pytest.fixture
+def prepared(
+    tiny_model_dir: Callable[..., Path], task_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Prepared:
+    monkeypatch.setattr(runs_steps, "shortage", lambda *asked: None)
+    monkeypatch.setattr(runs_steps, "assemble_metrics", lambda *measured: {})
+    return prepare(parse_config(make_values(tmp_path / "run", tiny_model_dir(), task_file)))
+
+
+class Pipeline:
+    """Three stages of two units each, which are kept from one try to the next; all share a cache."""
+
+    def __init__(self, prepared: Prepared, cache: Path) -> None:
+        self.prepared, self.cache = prepared, ArtifactCache(str(cache))
+
+    def stage(self, name: str, made: list[str], stops_in: str) -> Stage:
+        def make(context: Context, inputs: Inputs, *granted: Any) -> dict[str, Any]:
+            for unit in (1, 2):
+                if not context.path(name, f"{unit}").exists():
+                    if unit == 2 and name == stops_in:
+                        raise Stopped(f"{name} was stopped at 1 of 2.")
+                    made.append(f"{name} {unit}")
+                    write_bytes(context.path(name, f"{unit}"), b"1")
+            return {}
+
+        return replace(
+            CALIBRATE,
+            name=name,
+            outputs=(name,),
+            scratch=(f"{name}_scratch",),
+            inputs=lambda context: {"made": name},
+            shares=lambda context: {},
+            run=make,
+            reads=lambda context: (),
+            drops=lambda context: (),
+            remarks=lambda context, result: (),
+        )
+
+    def __call__(self, *redo: str, stops_in: str = "") -> list[str]:
+        """The units that a try makes."""
+        made: list[str] = []
+        run = self.prepared.run
+        run.create({}, steps=NAMES, redo=redo)
+        steps = Steps(self.prepared, RecordingReporter(), AtOnce(), self.cache, run.to_redo())
+        context = Context(self.prepared, self.prepared.source.directory)
+        try:
+            for name in NAMES:
+                steps.run(self.stage(name, made, stops_in), context)
+        except Stopped:
+            assert stops_in
+        return made
+
+
+def test_what_is_left_of_a_redo_is_redone_by_the_next_try(prepared: Prepared, tmp_path: Path) -> None:
+    tries = Pipeline(prepared, tmp_path / "cache")
+    all_units = [f"{name} {unit}" for name in NAMES for unit in (1, 2)]
+    assert tries() == all_units
+    assert tries() == []
+    assert tries(*NAMES, stops_in="factorize") == all_units[:3]
+    assert prepared.run.to_redo() == ["factorize", "merge"]
+    assert tries(stops_in="merge") == all_units[3:5]  # past the cache, and from the unit that was in flight
+    assert tries() == all_units[5:]
+    assert prepared.run.to_redo() == []
+    assert tries() == []
+
+
+def test_asked_again_it_begins_anew(prepared: Prepared, tmp_path: Path) -> None:
+    tries = Pipeline(prepared, tmp_path / "cache")
+    tries()
+    tries("factorize", "merge", stops_in="factorize")
+    write_bytes(prepared.run.path("factorize_scratch", "step"), b"1")
+    assert tries("factorize", "merge", stops_in="factorize") == ["factorize 1"]
+    assert not prepared.run.path("factorize_scratch").exists()
+    assert tries() == ["factorize 2", "merge 1", "merge 2"]
+
+
+def test_what_was_left_to_redo_goes_with_a_fresh_start(prepared: Prepared) -> None:
+    prepared.run.create({}, steps=NAMES, redo=["merge"])
+    assert prepared.run.to_redo() == ["merge"]
+    prepared.run.create({}, steps=NAMES, fresh=True)
+    assert prepared.run.to_redo() == []
