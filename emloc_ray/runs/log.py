@@ -125,7 +125,7 @@ class RunLog(Reporter):
     def _write(self, event: str, message: str, level: int = logging.INFO, **fields: Any) -> None:
         fields, message = {"run": self.run.name, "event": event, **fields}, hide_secrets(message)
         when = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": when, **fields, "message": message}, ensure_ascii=False)
+        line = json.dumps({"time": when, **fields, "message": message})
         # A disk or a store that fails ends the run at its next own write.
         with contextlib.suppress(EmlocError, OSError):
             self.run.check_held()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
+import sys
 import time
 from enum import Enum
 from importlib.metadata import version
@@ -212,6 +214,8 @@ for _name, _result in RESULTS.items():
 
 def main() -> None:
     """The ``emloc-ray`` command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks, such as half a surrogate pair, ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     # emloc_ray says in one sentence that the hub cannot be reached.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     app()

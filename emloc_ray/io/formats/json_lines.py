@@ -27,9 +27,9 @@ def append_object(path: Path, value: dict[str, Any]) -> None:
 def read_objects(content: bytes) -> list[dict[str, Any]]:
     """The objects of a file's lines, but for lines that hold none, such as one that was left unfinished."""
     objects = []
-    for line in content.decode(errors="replace").splitlines():
+    for line in content.split(b"\n"):
         try:
-            value = json.loads(line)
+            value = json.loads(line.decode(errors="replace"))
         except ValueError:
             continue
         if isinstance(value, dict):

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -134,6 +135,18 @@ def test_no_secret_is_told(run: RunDirectory) -> None:
 def test_an_interrupt_is_no_failure(run: RunDirectory, error: BaseException) -> None:
     fail(run, "merge", error)
     assert read_events(run)[-1]["event"] == "run_stopped"
+
+
+@pytest.mark.parametrize(
+    "text", ["row 3 holds \u2028 and \x85", "row 3 holds \ud83d", "M\udcfcller/my.yaml is missing"]
+)
+def test_whatever_text_an_event_quotes_it_is_logged(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["emloc-ray", "run", text])
+    fail(run, "data", DataError(text))
+    begun, _, failed = read_events(run)
+    assert (shlex.split(begun["command"])[-1], failed["event"], failed["message"]) == (text, "run_failed", text)
 
 
 def test_half_a_line_of_a_killed_process_spoils_no_other(run: RunDirectory) -> None:

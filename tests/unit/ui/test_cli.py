@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from emloc_ray.config.reading import load_config
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs import run as pipeline
+from emloc_ray.runs.log import RunLog
 
 pytestmark = pytest.mark.usefixtures("no_ray")
 
@@ -137,6 +141,16 @@ def test_a_stopped_run_is_no_failure(
     for verb, option in (("run", "--fresh"), ("merge", "--fresh"), ("run", "--from=merge")):
         left_out = option.partition("=")[0]
         assert f"; the same command without {left_out} continues" in call(verb, option).stderr
+
+
+def test_half_of_a_character_that_an_error_quotes_is_shown_as_its_code(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.create({})
+    with contextlib.suppress(NumericsError), RunLog(run):
+        raise NumericsError("row 3 holds \ud83d.")
+    program = "import sys; from emloc_ray.ui.cli import main; main()"
+    shown = subprocess.run([sys.executable, "-c", program, "status", run.place], capture_output=True, check=True)
+    assert rb": row 3 holds \ud83d." in shown.stdout
 
 
 def test_the_stages_verbs_say_how_far_to_go(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

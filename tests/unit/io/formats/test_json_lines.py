@@ -26,6 +26,11 @@ def test_lines_that_are_no_objects_are_left_out() -> None:
     assert read_objects(b"") == []
 
 
+def test_a_line_ends_at_its_newline_alone() -> None:
+    text = "one\u2028two\u2029three\x85four"
+    assert read_objects(json.dumps({"a": text}, ensure_ascii=False).encode() + b"\r\n") == [{"a": text}]
+
+
 def test_nothing_is_ended_where_nothing_was_begun(tmp_path: Path) -> None:
     end_last_line(tmp_path / "none")
     assert not (tmp_path / "none").exists()
