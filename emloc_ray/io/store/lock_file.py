@@ -60,7 +60,7 @@ class LockFile:
             with self.path.open("rb") as file:
                 free = self._flock(file.fileno(), fcntl.LOCK_SH)
                 return None if free else _holder(file.read()) or "another process"
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def give_back(self) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_calls import invoke
+from cli_calls import Call, invoke
 from rich.console import Console
 from typer.testing import Result
 
 from emloc_ray.errors import ArtifactError
+from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.batch.config import BatchConfig, TaskKeys
@@ -124,6 +125,16 @@ def test_a_long_name_takes_few_lines() -> None:
     assert "".join(rows) == name
     assert len(rows) <= 4
     assert "notes" in " ".join(shown(BatchState(BEGIN, tasks), 200))
+
+
+def test_a_place_that_is_a_file_or_lies_below_one_is_no_batch_s(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "afile").touch()
+    call.config.write_text(write_yaml(call.values))
+    for place in (tmp_path / "afile", tmp_path / "afile" / "sweep"):
+        many = tmp_path / "many.yaml"
+        many.write_text(write_yaml({"base": str(call.config), "run_dir": str(place), "tasks": [{"name": "a"}]}))
+        assert f"{tmp_path}/afile is a file, not a directory" in refused(invoke("batch", str(many)))
+        assert "is no batch's directory" in refused(invoke("cancel", str(place), "a"))
 
 
 # What is cancelled.
