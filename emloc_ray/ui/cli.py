@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import shlex
 import sys
 import time
 from enum import Enum
@@ -91,7 +92,7 @@ def plan(
     for line in plan_lines(planned, api.plan_without_budget):
         console.print(escape(line), soft_wrap=True)
     if planned.choice is not None:
-        console.print("  " + " ".join(planned.choice.overrides), soft_wrap=True, highlight=False)
+        console.print("  " + shlex.join(planned.choice.overrides), soft_wrap=True, highlight=False, markup=False)
     check_holding(planned.prepared)
 
 

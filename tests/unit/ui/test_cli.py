@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import emloc_ray
 from emloc_ray.config.reading import load_config
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.planning.alternatives import Choice
 from emloc_ray.runs import run as pipeline
 from emloc_ray.runs.log import RunLog
 
@@ -52,6 +54,12 @@ def test_plan_shows_shapes_ranks_parameters_and_stages(call: Call) -> None:
     for stage in ("calibrate", "factorize", "finetune", "correct", "merge", "evaluate", "together"):
         assert stage in lines
     assert not call.run_dir.parent.exists()
+
+
+def test_the_overrides_that_plan_recommends_are_a_shell_s_words(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["memory_budget=24GiB", "emulator.budget=2 bits", "emulator.target_modules=[q_proj]"]
+    monkeypatch.setattr(Choice, "overrides", property(lambda choice: overrides))
+    assert shlex.split(call("plan", "--memory-budget", "2GiB").stdout.splitlines()[-1]) == overrides
 
 
 def test_plan_at_ratio_one_keeps_everything_dense(call: Call) -> None:
