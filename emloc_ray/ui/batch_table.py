@@ -118,7 +118,8 @@ class BatchView:
         for task in state.tasks:
             before = self._statuses.get(task.name)
             self._statuses[task.name] = task.status
-            if before != task.status and (task.is_over or self._live is None) and task.status != "waiting":
+            changed = before not in (None, task.status)
+            if changed and (task.is_over or self._live is None) and task.status != "waiting":
                 self.tell(_line(task))
         if self._live is not None and time.monotonic() - self._shown_at > 0.5:
             self._shown_at = time.monotonic()

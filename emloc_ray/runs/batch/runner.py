@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from emloc_ray.errors import EmlocError, Stopped
@@ -26,7 +27,7 @@ from emloc_ray.text import one_line
 
 _MIN_CONCURRENT = 4
 _TICK_S = 0.5
-_WRITE_S = 2.0
+WRITE_S = 2.0  # between two writes of the state
 _GRACE_S = 60.0  # for stages to end once they were asked to
 
 
@@ -59,8 +60,9 @@ class BatchRun:
         """``capacity``: what the tasks may use now; ``max_concurrent``: see :func:`concurrency`."""
         self.directory, self.work, self.capacity, self.max_concurrent = run, work, capacity, max_concurrent
         self.show, self.tell = show, tell
-        before = read_state(run)
-        self.board = Board(before.started_at if before else time.time(), (self._begin(task) for task in tasks))
+        before = read_state(run) or BatchState(time.time())
+        self._done = {task.name: task for task in before.tasks if task.status == "done"}
+        self.board = Board(before.started_at, map(self._begin, tasks))
         self.admission = Admission()
         in_order = sorted(tasks, key=lambda task: -task.priority)  # of the same priority as in the file
         self._order = {task.name: number for number, task in enumerate(in_order)}
@@ -70,7 +72,6 @@ class BatchRun:
         self._failing: set[Callable[[], None]] = set()
         self._ending = False
         self._task_ended = threading.Event()
-        self.write_s = _WRITE_S
         self._written = (-1, 0.0)
         self._last: BatchState | None = None  # as written
 
@@ -79,6 +80,7 @@ class BatchRun:
         the batch over, while this one was cut off from its object store, KeyboardInterrupt after the running stages were
         stopped, or a minute has passed."""
         self._write()  # at once, for status and cancel
+        self.show(self.board.state())
         try:
             while True:
                 self.directory.check_held()  # else another process has taken the batch and its tasks over
@@ -97,8 +99,9 @@ class BatchRun:
             self._publish(at_once=True)
 
     def _begin(self, task: Task) -> TaskState:
-        plan = self.work.planned(task)
-        return TaskState(task.name, planned_seconds=plan.seconds, planned_bytes=plan.peak_bytes)
+        """A task that is done stays so, with its results, until it is its turn to be checked again."""
+        plan, before = self.work.planned(task), self._done.get(task.name, TaskState(task.name))
+        return replace(before, planned_seconds=plan.seconds, planned_bytes=plan.peak_bytes)
 
     def _start_tasks(self) -> None:
         capacity = self.capacity()
@@ -111,7 +114,7 @@ class BatchRun:
 
     def _do(self, task: Task) -> None:
         name = task.name
-        self.board.change(name, status="running", started_at=time.time())
+        self.board.change(name, status="running", started_at=time.time(), notes=0)
         reporter = TaskReporter(self.board, name, self.tell)
         try:
             plan = self.work.planned(task)
@@ -144,19 +147,19 @@ class BatchRun:
     def _cancel_asked(self) -> None:
         """Cancels tasks that have a cancel file: waiting ones at once, running ones as soon as their stage can stop."""
         for name in read_cancelled(self.directory):
-            if name in self._waiting:
+            if name in self.board and self.board[name].status == "done":
+                remove_cancel(self.directory, name)  # it came too late
+            elif name in self._waiting:
                 self.board.end(name, "cancelled")
                 self.work.forget(self._waiting.pop(name))
             elif name in self._running and name not in self._cancelled:
                 self._cancelled.add(name)
                 self.tell(f"{name} ends as soon as its stage can stop.")
-            elif name in self.board and self.board[name].status == "done":
-                remove_cancel(self.directory, name)  # it came too late
 
     def _publish(self, at_once: bool = False) -> None:
         self.show(self.board.state())
         version, written_at = self._written
-        if at_once or (self.board.version != version and time.monotonic() - written_at >= self.write_s):
+        if at_once or (self.board.version != version and time.monotonic() - written_at >= WRITE_S):
             self._attempt(self._write)
 
     def _write(self) -> None:

@@ -214,8 +214,8 @@ class TaskReporter(Reporter):
 
     def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
         """A stage has finished: notes whether it was taken from the cache."""
-        task = self.board[self.name]
-        self.board.change(self.name, active=False, taken=(*task.taken, *([stage] if result.get("taken_from") else [])))
+        others = (taken for taken in self.board[self.name].taken if taken != stage)
+        self.board.change(self.name, active=False, taken=(*others, *([stage] if result.get("taken_from") else [])))
 
     def skip(self, stage: str) -> None:
         """A stage was done already."""
@@ -228,13 +228,12 @@ class TaskReporter(Reporter):
 
     def changed(self, run: RunDirectory) -> None:
         """Keeps the run's time and losses so far, with the stages of earlier tries."""
-        self.results(run.metrics())
-
-    def results(self, metrics: dict[str, Any]) -> None:
-        """Keeps the time and the losses that are in the run's ``metrics``."""
-        values: dict[str, Any] = {"seconds": sum(stage["wall_s"] for stage in metrics["stages"].values())}
-        if "finetune" in metrics:
-            values["train_loss"] = metrics["finetune"]["train_loss"]
-        if "evaluation" in metrics:
-            values |= {f"{name}_loss": metrics["evaluation"][name]["loss"] for name in ("original", "corrected")}
-        self.board.change(self.name, **values)
+        metrics = run.metrics()
+        losses = {name: values["loss"] for name, values in metrics.get("evaluation", {}).items()}
+        self.board.change(
+            self.name,
+            seconds=sum(stage["wall_s"] for stage in metrics["stages"].values()),
+            train_loss=metrics.get("finetune", {}).get("train_loss"),
+            original_loss=losses.get("original"),
+            corrected_loss=losses.get("corrected"),
+        )

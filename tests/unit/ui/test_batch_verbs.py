@@ -21,7 +21,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.batch.config import BatchConfig, TaskKeys
 from emloc_ray.runs.batch.state import STATE, BatchState, TaskState, read_cancelled, read_state, write_state
 from emloc_ray.text import duration
-from emloc_ray.ui.batch_table import at_rest, batch_table
+from emloc_ray.ui.batch_table import BatchView, at_rest, batch_table
 
 BEGIN = 1.8e9
 TASKS = (
@@ -135,6 +135,14 @@ def test_a_place_that_is_a_file_or_lies_below_one_is_no_batch_s(call: Call, tmp_
         many.write_text(write_yaml({"base": str(call.config), "run_dir": str(place), "tasks": [{"name": "a"}]}))
         assert f"{tmp_path}/afile is a file, not a directory" in refused(invoke("batch", str(many)))
         assert "is no batch's directory" in refused(invoke("cancel", str(place), "a"))
+
+
+def test_a_line_says_what_a_task_became_and_not_what_it_was_before() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    with BatchView(console) as view:
+        for status in ("done", "running", "done"):
+            view.show(BatchState(BEGIN, (TaskState("a", status), TaskState("b"))))  # type: ignore[arg-type]
+    assert console.file.getvalue().splitlines() == ["… a begins", "✓ a done in 0 s"]  # type: ignore[attr-defined]
 
 
 # What is cancelled.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,16 @@ from emloc_ray.runs.batch import admission, runner
 from emloc_ray.runs.batch.admission import Amount
 from emloc_ray.runs.batch.driver import check_free
 from emloc_ray.runs.batch.runner import BatchRun, concurrency
-from emloc_ray.runs.batch.state import BatchState, TaskReporter, cancel, read_cancelled, read_state, write_state
+from emloc_ray.runs.batch.state import (
+    BatchState,
+    Board,
+    TaskReporter,
+    TaskState,
+    cancel,
+    read_cancelled,
+    read_state,
+    write_state,
+)
 from emloc_ray.runs.batch.tasks import Task
 from emloc_ray.runs.batch.work import TaskPlan, TaskTurns
 from emloc_ray.stages.ray.tasks import Resources
@@ -59,17 +68,25 @@ class Waits:
                     with self._lock:
                         self._now -= 1
                 reporter.finish(stage, {}, {"wall_s": self.seconds})
-        reporter.results({"stages": {}, "finetune": {"train_loss": 2.0}})
+        reporter.board.change(task.name, train_loss=2.0)
 
     def forget(self, task: Task) -> None:
         self.forgotten.append(task.name)
 
 
 def batch_run(
-    tmp_path: Path, work: Waits, *names: str, cpus: float = 2.0, max_concurrent: int | None = 4, **priorities: int
+    tmp_path: Path,
+    work: Waits,
+    *names: str,
+    cpus: float = 2.0,
+    max_concurrent: int | None = 4,
+    before: Sequence[TaskState] = (),
+    **priorities: int,
 ) -> BatchRun:
     run = RunDirectory(tmp_path / "batch")
     run.create({}, kind="batch")
+    if before:
+        write_state(run, BatchState(0.0, tuple(before)))
     tasks = [Task(name, CONFIG, priorities.get(name, 0)) for name in names]
     return BatchRun(run, tasks, work, lambda: Amount(cpus=cpus, memory=1e6), max_concurrent)
 
@@ -231,6 +248,52 @@ def test_an_interrupt_ends_stages_and_the_next_run_goes_on(tmp_path: Path) -> No
     )
 
 
+def test_a_task_that_is_done_stays_so_until_it_was_checked_again(tmp_path: Path) -> None:
+    losses = {"train_loss": 2.0, "original_loss": 4.0, "corrected_loss": 3.0, "seconds": 60.0, "notes": 2}
+    done = TaskState("done", "done", "evaluate", **losses)  # type: ignore[arg-type]
+    started, let_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        started.set()
+        assert let_go.wait(20)
+
+    work = Waits({"new": hold})
+    run = batch_run(tmp_path, work, "new", "done", cpus=1, max_concurrent=1, before=(TaskState("new", "failed"), done))
+    shown: list[dict[str, str]] = []
+    run.show = lambda state: shown.append(statuses(state))
+    thread = threading.Thread(target=run.run)
+    thread.start()
+    assert started.wait(20)
+    state = read_state(run.directory)
+    assert state is not None
+    assert state.tasks[1] == dataclasses.replace(done, planned_seconds=2.0, planned_bytes=100)
+    with pytest.raises(ConfigError, match="done is done already: there is nothing to cancel"):
+        cancel(run.directory, ["done"])
+    run.directory.path("cancel-done").write_text("done")  # asked before it was done
+    let_go.set()
+    thread.join(20)
+    assert read_cancelled(run.directory) == set()
+    assert shown[0] == {"new": "waiting", "done": "done"}
+    assert statuses(run.board.state()) == {"new": "done", "done": "done"}
+    assert ("done", "finetune") in work.begun
+    assert run.board["done"].notes == 0  # counted anew
+
+
+def test_what_is_redone_has_its_old_losses_no_more(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "task")
+    run.create({})
+    board = Board(
+        0.0, [TaskState("a", "running", train_loss=2.0, original_loss=4.0, corrected_loss=3.0, taken=("data",))]
+    )
+    reporter = TaskReporter(board, "a", lambda text: None)
+    run.write_metrics({"stages": {"data": {"wall_s": 5.0}}})
+    reporter.changed(run)
+    reporter.finish("data", {"taken_from": "other"}, {})
+    assert board["a"] == TaskState("a", "running", seconds=5.0, taken=("data",))
+    reporter.finish("data", {}, {})
+    assert board["a"].taken == ()
+
+
 def test_a_full_disk_for_a_moment_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     run = batch_run(tmp_path, Waits(seconds=0.5), "a", "b")
@@ -243,7 +306,7 @@ def test_a_full_disk_for_a_moment_ends_nothing(tmp_path: Path, monkeypatch: pyte
         write_state(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(runner, "write_state", fail_twice)
-    run.write_s = 0.0
+    monkeypatch.setattr(runner, "WRITE_S", 0.0)
     state = run.run()
     assert statuses(state) == {"a": "done", "b": "done"}
     assert read_state(run.directory) == state
