@@ -24,8 +24,8 @@ _MOST = 6  # keys that a sentence names
 
 
 def find_changes(prepared: Prepared, forced: Collection[str] = (), until: str = VERBS[-1]) -> str | None:
-    """Names the up-to-date stages that a run up to the verb ``until`` would redo or remove, and the changed keys, as a
-    sentence without its end; None where there are none.
+    """Names the up-to-date stages that a run up to the verb ``until`` would redo, remove or leave out of date, and the changed
+    keys, as a sentence without its end; None where there are none.
 
     The stages in ``forced`` are redone on request. Stages behind one that is missing or damaged are no longer up to date.
     """
@@ -38,8 +38,9 @@ def find_changes(prepared: Prepared, forced: Collection[str] = (), until: str = 
     removed = [stage for stage in steps if stage.name in kept and not stage.wanted(prepared)]
     outdated = _outdated(prepared, [stage for stage in steps if stage.wanted(prepared)], kept)
     following = STEPS[STEPS.index(outdated) :] if outdated is not None else ()
-    redone = [stage for stage in following if stage.name in manifest["stages"] and stage.wanted(prepared)]
-    if not redone and not removed:
+    there = [stage for stage in following if stage.name in manifest["stages"] and stage.wanted(prepared)]
+    redone = [stage for stage in there if stage in up_to(until)]
+    if not there and not removed:
         return None
     config = (prepared.as_written or prepared.config).model_dump(mode="json")
     keys = _changed_keys(manifest["config"], without_secrets(config))
@@ -50,10 +51,12 @@ def find_changes(prepared: Prepared, forced: Collection[str] = (), until: str = 
     if redone:
         first, *others = (stage.name for stage in redone)
         does.append(f"redoes {first}" + (f", and of {', '.join(others)} what follows from it" if others else ""))
+    if len(redone) < len(there):
+        does.append(f"makes {', '.join(stage.name for stage in there[len(redone) :])} out of date")
     if removed:
         does.append(f"removes {', '.join(stage.name for stage in removed)}")
     folders = ", ".join(f"{folder}/" for folder in _folders(prepared.run, [*redone, *removed]))
-    return f"{what}: that {' and '.join(does)} (in {folders})"
+    return f"{what}: that {' and '.join(does)}" + (f" (in {folders})" if folders else "")
 
 
 def _outdated(prepared: Prepared, steps: Sequence[Stage], kept: Mapping[str, Any]) -> Stage | None:

@@ -126,7 +126,7 @@ class Steps:
         self.planned = plan.worker_bytes if plan is not None else {}
         self._host_bytes = plan.host_bytes if plan is not None else {}
         self._seconds = {part.name: part.seconds for part in plan.stages} if plan is not None else {}
-        self._unread: list[str] = []  # finished stages whose files were not checked yet
+        self._checked: dict[str, bool] = {}  # of finished stages, whether their files were
         self._redone: dict[str, str] = {}  # damaged files: the stages that wrote them
         self.accept_versions = accept_versions
         self._mixed = False  # whether a stage of other versions was taken: others must not share what follows from it
@@ -172,7 +172,7 @@ class Steps:
         self._check_versions(stage, entry)
         self.reporter.skip(stage.name)
         self.directory.confirm(stage.name, ahead=STEP_NAMES[: STEP_NAMES.index(stage.name)])
-        self._unread.append(stage.name)
+        self._checked.setdefault(stage.name, False)
         result: Result = entry["result"]
         return result
 
@@ -315,9 +315,9 @@ class Steps:
     def _check_artifacts(self) -> None:
         """Checks the files of finished stages once, before the first stage runs. Raises DamagedArtifactError where the content
         of a stage's files differs from the manifest; removes these files."""
-        while self._unread:
-            name = self._unread.pop(0)
+        for name in [name for name, is_checked in self._checked.items() if not is_checked]:
             damaged = self.directory.damaged(name)
+            self._checked[name] = not damaged
             for file in damaged:
                 discard(file)
             for file in damaged[:1]:

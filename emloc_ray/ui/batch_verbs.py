@@ -109,7 +109,7 @@ def show_batch(run: Any, watch: bool) -> None:
         return batch_table(state, width=console.width)
 
     if watch:
-        with Live(table(), console=console, auto_refresh=False) as live:
+        with Live(table(), console=console, auto_refresh=False, transient=True) as live:
             while not console.quiet and run.holder() is not None:
                 live.update(table(), refresh=True)
                 time.sleep(1)

@@ -7,18 +7,22 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from emloc_ray.errors import ConfigError
 from emloc_ray.ui.batch_verbs import asking, state_now
 from emloc_ray.ui.shell import console, flag, guarded
 
 
 def place_of(run_dir: str) -> str:
-    """A run's place, or the one that a config names."""
+    """A run's place, or the one that a config names; raises ConfigError where that names none."""
     from emloc_ray.config.reading import read_values, with_variables
 
     path = Path(run_dir)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         return run_dir
-    return str(with_variables(read_values(path))[0].get("run_dir", run_dir))
+    place = with_variables(read_values(path))[0].get("run_dir")
+    if not place:
+        raise ConfigError(f"{run_dir}: run_dir is missing: set it.")
+    return str(place)
 
 
 RunPath = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's directory, or its place on an object store.")]

@@ -146,6 +146,15 @@ def test_what_is_asked_for_by_name_is_not_asked_again(values: dict[str, Any]) ->
     assert find_changes(prepared, until="factorize") is None
 
 
+def test_what_a_verb_does_not_reach_is_left_out_of_date(values: dict[str, Any]) -> None:
+    finish(values)
+    prepared = changed(values, calibration={"num_calibration_samples": 16})
+    assert str(find_changes(prepared, until="calibrate")).endswith(
+        "that redoes data, and of calibrate what follows from it and makes factorize, finetune, correct, finish, merge,"
+        " evaluate out of date (in data/, calibration/)"
+    )
+
+
 def test_an_unfinished_run_goes_on(values: dict[str, Any]) -> None:
     finish(values)
     prepared = changed(values, finetune={"learning_rate": 1e-3})

@@ -1,4 +1,4 @@
-"""What --from asks to redo is redone once, however often its run is killed on the way."""
+"""What --from asks to redo is redone once, however often its run is killed on the way; so is what was damaged."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import pytest
 from small_runs import RecordingReporter, make_values
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.errors import Stopped
+from emloc_ray.errors import DamagedArtifactError, Stopped
+from emloc_ray.io.runs import directory
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.store.atomic import write_bytes
+from emloc_ray.io.store.digests import digest
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import steps as runs_steps
 from emloc_ray.runs.steps import AtOnce, Steps
@@ -70,8 +72,11 @@ class Pipeline:
         steps = Steps(self.prepared, RecordingReporter(), AtOnce(), self.cache, run.to_redo())
         context = Context(self.prepared, self.prepared.source.directory)
         try:
-            for name in NAMES:
-                steps.run(self.stage(name, made, stops_in), context)
+            for name in NAMES * 2:
+                try:
+                    steps.run(self.stage(name, made, stops_in), context)
+                except DamagedArtifactError as error:
+                    steps.forget_damaged(error)
         except Stopped:
             assert stops_in
         return made
@@ -105,3 +110,21 @@ def test_what_was_left_to_redo_goes_with_a_fresh_start(prepared: Prepared) -> No
     assert prepared.run.to_redo() == ["merge"]
     prepared.run.create({}, steps=NAMES, fresh=True)
     assert prepared.run.to_redo() == []
+
+
+def test_no_file_is_read_twice_to_find_one_that_is_damaged(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    tries = Pipeline(prepared, tmp_path / "cache")
+    tries()
+    prepared.run.forget("merge")
+    prepared.run.path("calibrate", "2").write_bytes(b"0")
+
+    def note(file: Path) -> str:
+        read.append(f"{file.parent.name} {file.name}")
+        return digest(file)
+
+    monkeypatch.setattr(directory, "digest", note)
+    assert tries() == ["calibrate 1", "calibrate 2"]
+    assert sorted(read) == ["calibrate 1", "calibrate 2", "factorize 1", "factorize 2"]

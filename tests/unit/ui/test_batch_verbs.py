@@ -21,6 +21,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.batch.config import BatchConfig, TaskKeys
 from emloc_ray.runs.batch.state import STATE, BatchState, TaskState, read_cancelled, read_state, write_state
 from emloc_ray.text import duration
+from emloc_ray.ui import batch_verbs
 from emloc_ray.ui.batch_table import BatchView, at_rest, batch_table
 
 BEGIN = 1.8e9
@@ -143,6 +144,15 @@ def test_a_line_says_what_a_task_became_and_not_what_it_was_before() -> None:
         for status in ("done", "running", "done"):
             view.show(BatchState(BEGIN, (TaskState("a", status), TaskState("b"))))  # type: ignore[arg-type]
     assert console.file.getvalue().splitlines() == ["… a begins", "✓ a done in 0 s"]  # type: ignore[attr-defined]
+
+
+def test_the_table_that_was_watched_is_left_once(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(batch_verbs, "console", Console(file=screen, force_terminal=True, width=200))
+    batch_verbs.show_batch(run, watch=True)
+    before, _, after = screen.getvalue().rpartition("\x1b[2K")  # what erases a line of the live table
+    assert before
+    assert after.count("interrupted in finetune") == 1
 
 
 # What is cancelled.

@@ -309,3 +309,10 @@ def test_the_adapter_makes_a_difference_in_one_of_them(run: RunDirectory) -> Non
     answers = pair.answers("add 3 and 3: ")
     assert set(answers) == {"original", "fine-tuned"}
     assert answers["original"] != answers["fine-tuned"]
+
+
+def test_a_config_without_a_run_dir_names_no_run(tmp_path: Path) -> None:
+    for text in ("model: x\n", "run_dir:\n"):
+        (tmp_path / "my.yaml").write_text(text)
+        shown = invoke("status", str(tmp_path / "my.yaml"))
+        assert (shown.exit_code, shown.stderr) == (2, f"Error: {tmp_path}/my.yaml: run_dir is missing: set it.\n")
