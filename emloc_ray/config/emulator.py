@@ -56,6 +56,7 @@ class HealingConfig(Section):
     lora_alpha: float = Field(16, gt=0, allow_inf_nan=False, description="scale of its update, times r")
     learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False, description="left out: finetune's")
     per_device_train_batch_size: int | None = Field(None, ge=1, description="left out: finetune's")
+    gradient_accumulation_steps: int | None = Field(None, ge=1, description="left out: finetune's")
     num_teacher_logits: int = Field(64, ge=1, description="top logits of the original to cache for each label")
     loss_on: Literal["completion", "all"] = Field("all", description="the tokens to distil at")
 

@@ -191,9 +191,10 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 def _solved(config: RunConfig) -> list[str]:
     """What :func:`fitting` solves for, as the command line takes it."""
     finetune, emulator = config.finetune, config.emulator
-    healing = None if emulator.heals is None else emulator.heals.per_device_train_batch_size
+    batch = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    own = {} if emulator.heals is None else emulator.heals.model_dump(include=batch, exclude_none=True)
     return [
-        *([] if healing is None else [f"emulator.healing.per_device_train_batch_size={healing}"]),
+        *(f"emulator.healing.{key}={value}" for key, value in own.items()),
         *([] if emulator.budget is not None else [f"emulator.compression_ratio={emulator.compression_ratio:g}"]),
         f"finetune.per_device_train_batch_size={finetune.per_device_train_batch_size}",
         f"finetune.gradient_accumulation_steps={finetune.gradient_accumulation_steps}",

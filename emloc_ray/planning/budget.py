@@ -12,7 +12,7 @@ from emloc_ray.planning.holding import allowed
 from emloc_ray.planning.layout import layout_under
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
-from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.prepared import Prepared, worker_rows
 from emloc_ray.text import size_up
 
 _FEWER = 4
@@ -125,7 +125,8 @@ def check_holding(prepared: Prepared) -> None:
 def with_settings(
     prepared: Prepared, ratio: float, micro_batch: int, accumulation: int, checkpointing: bool
 ) -> Prepared:
-    """The same run at another ratio, micro-batch and checkpointing; healing with its own batch keeps its rows a step."""
+    """The same run at another ratio, micro-batch and checkpointing. Healing with its own batch keeps its rows a step, in
+    micro-batches that are as large as its own at most."""
     config = prepared.config
     finetune = config.finetune.model_copy(
         update={
@@ -135,9 +136,12 @@ def with_settings(
         }
     )
     healing = config.emulator.healing
-    if healing is not None and healing.per_device_train_batch_size is not None:
-        rows = healing.per_device_train_batch_size * config.finetune.gradient_accumulation_steps
-        healing = healing.model_copy(update={"per_device_train_batch_size": max(1, rows // accumulation)})
+    if healing is not None and (healing.per_device_train_batch_size or healing.gradient_accumulation_steps):
+        rows = worker_rows(healing, config.finetune)
+        most = min(micro_batch, healing.per_device_train_batch_size or config.finetune.per_device_train_batch_size)
+        size = next(size for size in range(most, 0, -1) if rows % size == 0)
+        own = {"per_device_train_batch_size": size, "gradient_accumulation_steps": rows // size}
+        healing = healing.model_copy(update=own)
     emulator = config.emulator.model_copy(update={"compression_ratio": ratio, "healing": healing})
     return with_config(prepared, config.model_copy(update={"finetune": finetune, "emulator": emulator}))
 

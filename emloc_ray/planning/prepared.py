@@ -83,10 +83,10 @@ class Prepared:
             return self
         batched = ("calibration", "evaluation")
         sections: dict[str, Any] = {n: _with(getattr(config, n), getattr(written, n), "batch_size") for n in batched}
-        if _rows(config.finetune, config.finetune) == _rows(written.finetune, written.finetune):
+        if worker_rows(config.finetune, config.finetune) == worker_rows(written.finetune, written.finetune):
             sections["finetune"] = _with(config.finetune, written.finetune, *_OF_A_STEP)
         ours, theirs = config.emulator.healing, written.emulator.healing
-        if ours is not None and theirs is not None and _rows(ours, config.finetune) == _rows(theirs, written.finetune):
+        if ours and theirs and worker_rows(ours, config.finetune) == worker_rows(theirs, written.finetune):
             sections["emulator"] = config.emulator.model_copy(update={"healing": theirs})
         return dataclasses.replace(self, config=config.model_copy(update=sections))
 
@@ -127,9 +127,10 @@ def _with(section: Settings, written: Settings, *keys: str) -> Settings:
     return section.model_copy(update={key: getattr(written, key) for key in keys})
 
 
-def _rows(section: FinetuneConfig | HealingConfig, finetune: FinetuneConfig) -> int:
+def worker_rows(section: FinetuneConfig | HealingConfig, finetune: FinetuneConfig) -> int:
     """Rows of a worker's optimizer step."""
-    return (section.per_device_train_batch_size or 0) * finetune.gradient_accumulation_steps
+    micro_batch = section.per_device_train_batch_size or finetune.per_device_train_batch_size
+    return micro_batch * (section.gradient_accumulation_steps or finetune.gradient_accumulation_steps)
 
 
 def splits_of(config: RunConfig) -> tuple[str, ...]:

@@ -49,6 +49,7 @@ def healing_training(config: RunConfig, healing: HealingConfig, layout: Layout) 
         "loss_on": healing.loss_on,
         "learning_rate": healing.learning_rate or finetune.learning_rate,
         "per_device_train_batch_size": healing.per_device_train_batch_size or finetune.per_device_train_batch_size,
+        "gradient_accumulation_steps": healing.gradient_accumulation_steps or finetune.gradient_accumulation_steps,
     }
     healed, late = healed_layers(layout.ranks, healing.r), set(packed_late(layout, healing))
     return Training(

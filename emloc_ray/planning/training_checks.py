@@ -55,7 +55,7 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
     training = argparse.Namespace(**{**vars(arguments), **extra})
     check_zero_config(section.deepspeed, zero_config, training, section.num_workers)
     if (healing := config.emulator.heals) is not None:  # trains under the same config
-        own = healing.model_dump(include={"learning_rate", "per_device_train_batch_size"}, exclude_none=True)
+        own = healing.model_dump(include={*_BATCHES}, exclude_none=True)
         training = argparse.Namespace(**{**vars(training), **own})
         check_zero_config(section.deepspeed, zero_config, training, section.num_workers, "emulator.healing")
     emulator = config.emulator

@@ -112,7 +112,7 @@ class Context:
         """The inputs that identify a training that was broken off: those of its stage, and how a step's rows are read."""
         finetune, healing = self.prepared.config.finetune, self.prepared.config.emulator.healing
         parts: list[int | None] = [finetune.per_device_train_batch_size, finetune.gradient_accumulation_steps]
-        parts += [] if healing is None else [healing.per_device_train_batch_size]
+        parts += [] if healing is None else [healing.per_device_train_batch_size, healing.gradient_accumulation_steps]
         return {**inputs, "read in": parts}
 
     @property

@@ -54,7 +54,7 @@ def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJ
         training.tokens_dir,
         context.path(_PLACE, "teacher"),
         order,
-        training.max_steps * config.finetune.gradient_accumulation_steps,
+        training.max_steps * own.section.gradient_accumulation_steps,
         healing.num_teacher_logits,
         training.loss_on,
         training.batch_size,
@@ -91,7 +91,9 @@ def _inputs(context: Context) -> Inputs:
         **({"refine": context.made["refine"]} if config.emulator.refines is not None else {}),
         "data": context.split_key(training.split),
         "options": context.model_options,
-        "healing": healing.model_dump(mode="json"),
+        "healing": healing.model_dump(
+            mode="json", exclude={"gradient_accumulation_steps"}
+        ),  # which is finetune's below
         "finetune": learned(training.section, *_OWN),
         "ranks": layout.ranks,
         **({} if layout.budget is None else {"bits": layout.bits, "residual_ranks": layout.residual_ranks}),

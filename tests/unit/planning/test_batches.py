@@ -25,6 +25,8 @@ from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.skeleton import skeleton_of
+from emloc_ray.planning.training import healing_training
+from emloc_ray.planning.work import rows_a_step
 from emloc_ray.runs.remarks import over_budget, smaller_batches
 from emloc_ray.stages.order import STEPS
 from emloc_ray.ui.terminal import budget_lines
@@ -78,7 +80,7 @@ def test_every_stage_stays_within_inference_and_a_step_keeps_its_rows() -> None:
 
 def test_what_a_budget_shrank_is_told_apart_by_what_was_asked() -> None:
     healing = {"steps": 4, "per_device_train_batch_size": 8}
-    for rows, same in ((8, True), (9, False)):  # 9 rows do not divide into as many passes as 8
+    for rows in (1, 8, 9):
         asked = prepared("inference", emulator={"healing": {**healing, "per_device_train_batch_size": rows}})
         asked = dataclasses.replace(asked, as_written=asked.config)
         ready = shrink_batches(asked)
@@ -86,7 +88,10 @@ def test_what_a_budget_shrank_is_told_apart_by_what_was_asked() -> None:
         known = ready.as_asked.config
         assert known.finetune == asked.config.finetune
         assert known.evaluation == asked.config.evaluation
-        assert (known.emulator.healing == asked.config.emulator.healing) is same
+        assert known.emulator.healing == asked.config.emulator.healing
+        section = ready.config.emulator.healing
+        assert section is not None
+        assert rows_a_step(healing_training(ready.config, section, ready.layout).section) == rows
     fewer = asked.config.model_copy(update={"finetune": asked.config.finetune.model_copy(update={"max_steps": 3})})
     assert dataclasses.replace(ready, config=fewer).as_asked.config.finetune.max_steps == 3
 

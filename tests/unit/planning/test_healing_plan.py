@@ -30,6 +30,7 @@ from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.planning.training import factor_ranks, healing_split, healing_training, packed_late, rounded_late
 from emloc_ray.planning.training_spec import Training
+from emloc_ray.planning.work import rows_a_step
 from emloc_ray.stages.context import Context, Inputs
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.stage import FACTORIZE, factorization_job
@@ -309,21 +310,51 @@ def test_a_budget_is_for_the_healing_too() -> None:
     solution = fitting(found, budget, ROW)
     assert training_bytes(solution) <= budget
     assert total(with_base(solution.heal())) <= budget  # its teacher is the original, which is larger, offloaded
-    healed, plain = (s.config.emulator for s in (solution, fitting(large(None), budget, ROW)))
-    assert healed.compression_ratio < plain.compression_ratio
+    section = healed(solution.prepared).section
+    assert (section.per_device_train_batch_size, section.gradient_accumulation_steps) == (1, 4)
+    plain = fitting(large(None), budget, ROW).config.emulator.compression_ratio
+    assert solution.config.emulator.compression_ratio <= plain
 
 
 @pytest.mark.slow
 def test_a_budget_leaves_the_healing_its_rows_a_step() -> None:
     found = large({"steps": 100, "per_device_train_batch_size": 4}, finetune={"per_device_train_batch_size": 8})
-    solution = fitting(found, 10 * 2**30, ROW)
-    accumulation = solution.config.finetune.gradient_accumulation_steps
-    assert accumulation > 1
-    changed = with_settings(found, 0.5, 1, accumulation, True)
-    own = max(1, 4 // accumulation)
-    assert healed(changed).section.per_device_train_batch_size == own
-    assert f"emulator.healing.per_device_train_batch_size={own}" in emulators_overrides(found)
+    section = healed(fitting(found, 10 * 2**30, ROW).prepared).section
+    assert 1 <= section.per_device_train_batch_size < 4
+    assert rows_a_step(section) == 4
+    own = f"emulator.healing.per_device_train_batch_size={section.per_device_train_batch_size}"
+    passes = f"emulator.healing.gradient_accumulation_steps={section.gradient_accumulation_steps}"
+    assert {own, passes} <= set(emulators_overrides(found))
     assert "healing" not in " ".join(emulators_overrides(large({"steps": 100})))
+
+
+@pytest.mark.parametrize("own", [{}, {"per_device_train_batch_size": 1}, {"gradient_accumulation_steps": 3}])
+@pytest.mark.parametrize("micro_batch", [1, 4, 8, 64])
+def test_whatever_a_micro_batch_is_healing_reads_the_rows_that_are_written(
+    prepared: Callable[..., Prepared], own: dict[str, int], micro_batch: int
+) -> None:
+    batches = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8}
+    found = prepared({"steps": 3, **own}, finetune=batches)
+    found = dataclasses.replace(found, as_written=found.config)
+    changed = with_settings(found, 0.5, micro_batch, 64 // micro_batch, True)
+    written, read = healed(found).section, healed(changed).section
+    assert rows_a_step(read) == rows_a_step(written)
+    assert read.per_device_train_batch_size <= micro_batch
+    assert changed.as_asked.config.emulator.healing == found.config.emulator.healing
+    assert changed.as_asked.config.finetune.gradient_accumulation_steps == 8
+
+
+def test_a_healing_may_have_its_own_accumulation(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
+    """The teacher's rows are those of all passes."""
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    found = prepared({"steps": 3, "gradient_accumulation_steps": 2}, finetune=batches)
+    context, section = Context(found, found.source.directory), found.config.emulator.healing
+    assert section is not None
+    write_shard(context.tokens("train") / shard_name(0), [Tokens([2, 3], [True, True])] * 40)
+    write_index(context.tokens("train"), [40], {"tokens": 80})
+    job = healing_job(context, section, "heal")
+    assert sum(map(len, job.teacher.shards())) == 3 * 2 * 2
+    assert job.training.training_arguments["gradient_accumulation_steps"] == 2
 
 
 def emulators_overrides(found: Prepared) -> list[str]:
