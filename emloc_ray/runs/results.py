@@ -61,10 +61,9 @@ def _disk_bytes(manifest: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _usage(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What a stage used: only linking where it came from the cache (``taken_from``), only the rest where it continued an
-    earlier try (``resumed``)."""
-    partly = {key: result[key] for key in ("taken_from", "resumed") if result.get(key)}
-    return {**result["usage"], "num_workers": result.get("num_workers", 1), **partly}
+    """What a stage used, ``wall_s`` in all its tries: only linking where it came from the cache (``taken_from``)."""
+    taken = {"taken_from": result["taken_from"]} if result.get("taken_from") else {}
+    return {**result["usage"], "num_workers": result.get("num_workers", 1), **taken}
 
 
 def _accepted(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,6 +34,7 @@ from emloc_ray.stages.ray.usage import measured
 from emloc_ray.stages.stage import Stage
 from emloc_ray.text import version_changes
 
+_NOTE_S = 60.0  # between two notes of how long a stage has run: what a kill loses at most
 _TERMINATED = 128 + signal.SIGTERM  # a shell's exit code of what SIGTERM ended
 
 
@@ -210,11 +212,13 @@ class Steps:
             if anew or not stage.resumes:
                 for path in self._outputs(stage, *(stage.scratch if anew else ())):
                     discard(path)
+            goes_on = not anew and (stage.resumes or bool(stage.scratch))
+            spent = self.directory.spent(stage.name, context.made[stage.name]) if goes_on else 0.0
             asked = resources_of(stage, self.prepared)
             with self.turns.take(stage.name, asked, 1 if stage.divisible else asked.num_workers) as granted:
                 context.check_original()  # after the wait for its turn
-                self._begin(stage)
-                result = self._execute(stage, context, inputs, granted)
+                self._begin(stage, context.made[stage.name], spent)
+                result = self._execute(stage, context, inputs, granted, spent)
             for path in outputs:
                 remove_leftovers(path)
             self._record(stage, context, result)
@@ -222,13 +226,16 @@ class Steps:
                 self._to_cache(stage, cached, result)
         return result
 
-    def _begin(self, stage: Stage) -> None:
+    def _begin(self, stage: Stage, key: str, spent: float) -> None:
         now, begun = made_with(stage), self.directory.begun()
         if stage.name not in self.forced and is_begun_by_others(stage, begun):  # and accepted: see check_versions
             self._note(f"{stage.name} continues what was begun with {version_changes(begun[stage.name], now)}.")
-        self.directory.begin(stage.name, now)
+        self.directory.begin(stage.name, now, key, spent)
 
-    def _execute(self, stage: Stage, context: Context, inputs: Inputs, granted: Resources) -> Result:
+    def _execute(
+        self, stage: Stage, context: Context, inputs: Inputs, granted: Resources, spent_before: float
+    ) -> Result:
+        """What the stage gives, and what it used; ``wall_s`` counts the seconds of all its tries."""
         together = stage.asks(self.prepared.config).together
         self._note(shortage(stage.name, granted, together))
         planned = self._host_bytes.get(stage.name, 0)
@@ -239,19 +246,34 @@ class Steps:
         seconds = self._seconds.get(stage.name, 0.0)
         granted = dataclasses.replace(granted, memory_per_worker=memory, planned_s=seconds)
         report = self.reporter.start(stage.name)
+        begun_at = noted_at = time.monotonic()
+
+        def spent() -> float:
+            return round(spent_before + time.monotonic() - begun_at, 2)
+
+        def note_spent() -> None:
+            with contextlib.suppress(EmlocError, OSError):  # what fails for long ends the run elsewhere
+                self.directory.begin(stage.name, made_with(stage), context.made[stage.name], spent())
 
         def progress(done: int, total: int) -> None:
+            nonlocal noted_at
             self.directory.check_held()
             if self.turns.stopped():
                 raise Stopped(f"{stage.name} was stopped at {done} of {total}.")
             report(done, total)
+            if time.monotonic() >= noted_at + _NOTE_S:
+                noted_at = time.monotonic()
+                note_spent()
 
         try:
             with measured(stage.name) as usage:
                 result = stage.run(context, inputs, granted, progress)
-        except Exception as error:
-            raise explain(error, stage.name) from error
-        return {**result, "usage": usage.as_dict()}
+        except BaseException as error:
+            note_spent()
+            if isinstance(error, Exception):
+                raise explain(error, stage.name) from error
+            raise
+        return {**result, "usage": {**usage.as_dict(), "wall_s": spent()}}
 
     def _record(self, stage: Stage, context: Context, result: Result) -> None:
         made = context.made[stage.name]

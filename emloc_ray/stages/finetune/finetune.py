@@ -81,7 +81,6 @@ def finetune(
         "steps": outcome["steps"],
         "train_loss": mean_loss(history) if outcome["resumed"] and history else outcome["train_loss"],
         "history": [{"step": line["step"], "loss": line["loss"]} for line in history],
-        "resumed": outcome["resumed"],
         "trainable_parameters": outcome["trainable_parameters"],
         # A resumed training's rate counts rows that an earlier try had read.
         "sequences_per_second": None if outcome["resumed"] else outcome["sequences_per_second"],

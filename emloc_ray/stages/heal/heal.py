@@ -54,8 +54,7 @@ def heal(
         "folded pieces": 1,  # all folding takes no longer than a few steps
     }
     (taught, learnt, folded), said = in_parts(parts, progress, detail)
-    outcome, cached_before = _outcome(job), bool(sizes(job.teacher.out_dir))
-    resumed = outcome is not None or cached_before
+    outcome = _outcome(job)
     if outcome is None:
         teach(job.teacher, resources, taught, tell)
         cached = sum(size for file, size in sizes(job.teacher.out_dir).items() if file.suffix == ".safetensors")
@@ -64,8 +63,7 @@ def heal(
         outcome = {**trained, "teacher_rows": rows, "teacher_bytes": cached}
         write_json(job.outcome_path, outcome)
     total_size = fold(job.fold, base_config, resources, folded, tell)
-    resumed = resumed or outcome.get("resumed", False)
-    return {**outcome, "resumed": resumed, "healed_layers": len(job.fold.healed), "bytes": total_size}
+    return {**outcome, "healed_layers": len(job.fold.healed), "bytes": total_size}
 
 
 def in_parts(parts: Mapping[str, int], progress: Progress, detail: Tell) -> tuple[list[Progress], Tell]:

@@ -143,7 +143,7 @@ def test_what_was_measured_on_another_adapter_counts_as_missing(write: Write) ->
     assert cells.measured(cell) is None
 
 
-def test_healing_from_the_cache_or_after_a_kill_says_nothing_of_its_time() -> None:
+def test_healing_from_the_cache_says_nothing_of_its_time() -> None:
     usage = {"wall_s": 3.0}
     metrics = {
         "versions": {},
@@ -154,9 +154,8 @@ def test_healing_from_the_cache_or_after_a_kill_says_nothing_of_its_time() -> No
         "emulator": {"parameters_kept": 0.5, "bits_per_weight": 8.0},
     }
     assert figures(metrics)["training"] == {"wall_s": 6.0, "planned_bytes": 2}
-    for partly in ({"taken_from": "another"}, {"resumed": True}):
-        metrics["stages"] = {"heal": {**usage, **partly}, "finetune": usage}
-        assert figures(metrics)["training"]["wall_s"] is None
+    metrics["stages"] = {"heal": {**usage, "taken_from": "another"}, "finetune": usage}
+    assert figures(metrics)["training"]["wall_s"] is None
 
 
 def test_what_two_files_ask_for_is_one_run(write: Write, tmp_path: Path) -> None:

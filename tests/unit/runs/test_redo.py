@@ -1,10 +1,12 @@
-"""What --from asks to redo is redone once, however often its run is killed on the way; so is what was damaged."""
+"""What --from asks to redo is redone once, however often its run is killed on the way; so is what was damaged. A
+stage's seconds are those of all its tries."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from emloc_ray.runs import steps as runs_steps
 from emloc_ray.runs.steps import AtOnce, Steps
 from emloc_ray.stages.calibrate.stage import CALIBRATE
 from emloc_ray.stages.context import Context, Inputs
+from emloc_ray.stages.ray.tasks import Progress
 from emloc_ray.stages.stage import Stage
 
 NAMES = ["calibrate", "factorize", "merge"]
@@ -40,10 +43,17 @@ class Pipeline:
 
     def __init__(self, prepared: Prepared, cache: Path) -> None:
         self.prepared, self.cache = prepared, ArtifactCache(str(cache))
+        self.takes_s, self.killed_in, self.now, self.noted_s = 0.0, "", 0.0, 0.0
+        self.changed: dict[str, Any] = {}
 
     def stage(self, name: str, made: list[str], stops_in: str) -> Stage:
-        def make(context: Context, inputs: Inputs, *granted: Any) -> dict[str, Any]:
+        def make(context: Context, inputs: Inputs, granted: Any, progress: Progress) -> dict[str, Any]:
             for unit in (1, 2):
+                self.now += self.takes_s
+                progress(unit, 2)
+                if name == self.killed_in:
+                    self.noted_s = self.prepared.run.manifest()["tries"][name]["seconds"]
+                    raise SystemExit
                 if not context.path(name, f"{unit}").exists():
                     if unit == 2 and name == stops_in:
                         raise Stopped(f"{name} was stopped at 1 of 2.")
@@ -56,7 +66,7 @@ class Pipeline:
             name=name,
             outputs=(name,),
             scratch=(f"{name}_scratch",),
-            inputs=lambda context: {"made": name},
+            inputs=lambda context: {"made": name, **self.changed},
             shares=lambda context: {},
             run=make,
             reads=lambda context: (),
@@ -82,8 +92,14 @@ class Pipeline:
         return made
 
 
-def test_what_is_left_of_a_redo_is_redone_by_the_next_try(prepared: Prepared, tmp_path: Path) -> None:
-    tries = Pipeline(prepared, tmp_path / "cache")
+@pytest.fixture
+def tries(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    pipeline = Pipeline(prepared, tmp_path / "cache")
+    monkeypatch.setattr(runs_steps, "time", SimpleNamespace(monotonic=lambda: pipeline.now))
+    return pipeline
+
+
+def test_what_is_left_of_a_redo_is_redone_by_the_next_try(prepared: Prepared, tries: Pipeline) -> None:
     all_units = [f"{name} {unit}" for name in NAMES for unit in (1, 2)]
     assert tries() == all_units
     assert tries() == []
@@ -95,8 +111,7 @@ def test_what_is_left_of_a_redo_is_redone_by_the_next_try(prepared: Prepared, tm
     assert tries() == []
 
 
-def test_asked_again_it_begins_anew(prepared: Prepared, tmp_path: Path) -> None:
-    tries = Pipeline(prepared, tmp_path / "cache")
+def test_asked_again_it_begins_anew(prepared: Prepared, tries: Pipeline) -> None:
     tries()
     tries("factorize", "merge", stops_in="factorize")
     write_bytes(prepared.run.path("factorize_scratch", "step"), b"1")
@@ -113,10 +128,9 @@ def test_what_was_left_to_redo_goes_with_a_fresh_start(prepared: Prepared) -> No
 
 
 def test_no_file_is_read_twice_to_find_one_that_is_damaged(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepared, tries: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    tries = Pipeline(prepared, tmp_path / "cache")
     tries()
     prepared.run.forget("merge")
     prepared.run.path("calibrate", "2").write_bytes(b"0")
@@ -128,3 +142,27 @@ def test_no_file_is_read_twice_to_find_one_that_is_damaged(
     monkeypatch.setattr(directory, "digest", note)
     assert tries() == ["calibrate 1", "calibrate 2"]
     assert sorted(read) == ["calibrate 1", "calibrate 2", "factorize 1", "factorize 2"]
+
+
+def test_a_stage_s_seconds_are_those_of_all_its_tries(prepared: Prepared, tries: Pipeline) -> None:
+    tries.takes_s = 10.0
+    tries(stops_in="factorize")
+    tries(stops_in="factorize")
+    tries.takes_s = 1.0
+    tries()
+    took = {name: entry["result"]["usage"]["wall_s"] for name, entry in prepared.run.stages().items()}
+    assert took == {"calibrate": 20.0, "factorize": 42.0, "merge": 2.0}
+    tries("factorize", stops_in="factorize")
+    tries.changed = {"another": "config"}
+    tries()
+    assert prepared.run.stages()["factorize"]["result"]["usage"]["wall_s"] == 2.0
+
+
+def test_a_try_that_is_killed_has_noted_its_seconds(prepared: Prepared, tries: Pipeline) -> None:
+    tries.takes_s, tries.killed_in = 70.0, "calibrate"
+    with pytest.raises(SystemExit):
+        tries()
+    assert tries.noted_s == 70.0
+    tries.takes_s, tries.killed_in = 1.0, ""
+    tries()
+    assert prepared.run.stages()["calibrate"]["result"]["usage"]["wall_s"] == 72.0
