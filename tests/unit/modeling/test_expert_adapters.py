@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,21 @@ def test_an_adapter_that_is_read_and_written_is_the_same(tiny_model_dir: Callabl
     config = json.loads((tmp_path / "written" / "adapter_config.json").read_text())
     assert "model.layers.1.mlp.experts.gate_up_proj" in config["target_parameters"]
     assert config["lora_dropout"] == 0
+
+
+def test_of_an_adapter_that_was_sent_in_memory_no_file_is_looked_at(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = save(trained(tiny_model_dir("mixtral"), ALL), tmp_path / "adapter")
+    adapter = Adapter(directory)
+    wanted = [adapter.module(name) for name in adapter.names]
+    sent = pickle.dumps(Adapter(directory, whole=True))
+    shutil.rmtree(directory)
+    whole: Adapter = pickle.loads(sent)
+    for module in wanted:
+        again = whole.module(module.name)
+        assert torch.equal(again.lora_a, module.lora_a)
+        assert torch.equal(again.lora_b, module.lora_b)
 
 
 def test_of_an_adapter_on_attention_nothing_changes(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
