@@ -270,7 +270,7 @@ def traced_inputs(config: Any) -> dict[str, torch.Tensor]:
 class Trace:
     """``groups``: the names of linears that read the same tensor; ``streams``: which tokens each of them reads;
     ``image_tokens``: how many those read that an image brings to run, for one image; ``whole_logits``: whether the model
-    does something to what its head gives (a cap, a scale), so that they have to be made all at once."""
+    does something to what its head gives (a cap, a scale, a mask), so that they have to be made all at once."""
 
     groups: list[list[str]]
     streams: dict[str, Stream]
@@ -339,7 +339,7 @@ def _traced(model: Any, specs: Sequence[LinearSpec], inputs: Mapping[str, torch.
         model.get_submodule(s.name).register_forward_pre_hook(functools.partial(reads.note, s.name)) for s in specs
     ]
     if (head := getattr(model, "get_output_embeddings", lambda: None)()) is not None:
-        handles.append(head.register_forward_hook(lambda module, args, output: given.append(output)))
+        handles.append(head.register_forward_hook(lambda module, args, output: given.append((output, output._version))))
     try:
         with torch.no_grad(), MetaPass():
             result = model(**inputs, use_cache=False)
@@ -348,7 +348,7 @@ def _traced(model: Any, specs: Sequence[LinearSpec], inputs: Mapping[str, torch.
     finally:
         for handle in handles:
             handle.remove()
-    whole_logits = any(result.logits is not output for output in given)
+    whole_logits = any(result.logits is not output or output._version != version for output, version in given)
     return Trace(_grouped(reads.seen, specs), reads.streams, reads.counts, whole_logits)
 
 

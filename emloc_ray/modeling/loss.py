@@ -222,15 +222,15 @@ _PLAIN_HEADS: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
 def _gives_its_head_output(model: Any) -> bool:
-    """Whether the model's logits are what its head gives, with nothing done to them (no capping, no scaling): tried once on two
-    tokens, of the model below what gives logits of another dtype, as mixed precision does."""
+    """Whether the model's logits are what its head gives, with nothing done to them (no capping, no scaling, no masking): tried
+    once on two tokens, of the model below what gives logits of another dtype, as mixed precision does."""
     from peft import PeftModel  # here, for who only reads losses need not wait for it
 
     if model not in _PLAIN_HEADS:
         is_wrapped = isinstance(model, PeftModel) and "forward" in vars(model)
         tried, head = model.get_base_model() if is_wrapped else model, model.get_output_embeddings()
-        given: list[Tensor] = []
-        handle = head.register_forward_hook(lambda module, args, output: given.append(output))
+        given: list[tuple[Tensor, int]] = []
+        handle = head.register_forward_hook(lambda module, args, output: given.append((output, output._version)))
         try:
             with torch.random.fork_rng(), torch.no_grad(), without_autocast(model.device):
                 token = torch.zeros(1, 2, dtype=torch.long)
@@ -242,6 +242,8 @@ def _gives_its_head_output(model: Any) -> bool:
                 logits = tried(**model_call(model.config, row).to(model.device).inputs, use_cache=False).logits
         finally:
             handle.remove()
-        # The same memory: DeepSpeed's hooks may have put another tensor around it.
-        _PLAIN_HEADS[model] = len(given) == 1 and logits.data_ptr() == given[0].data_ptr()
+        # The same memory, not written since: DeepSpeed's hooks may have put another tensor around it.
+        _PLAIN_HEADS[model] = len(given) == 1 and all(
+            logits.data_ptr() == output.data_ptr() and output._version == version for output, version in given
+        )
     return _PLAIN_HEADS[model]

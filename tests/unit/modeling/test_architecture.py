@@ -182,6 +182,14 @@ def test_logits_that_are_changed_after_the_head_are_found() -> None:
     assert not whole(Gemma2ForCausalLM, Gemma2Config(**sizes, **heads, final_logit_softcapping=None))
     assert not whole(LlamaForCausalLM, LlamaConfig(**sizes, **heads))
 
+    class Masked(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits[..., 3] = -1e4
+            return output
+
+    assert whole(Masked, LlamaConfig(**sizes, **heads))
+
 
 def test_only_repeated_blocks_with_linears_count() -> None:
     assert block_names(Model()) == ["blocks.0", "blocks.1"]

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from tiny import FAMILIES, PAD, VOCABULARY, make_model
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import collate
@@ -149,6 +149,24 @@ def test_logits_that_are_changed_after_the_head_are_left_to_the_model(monkeypatc
     whole = token_loss(capped, batch_of(16, 9), "all")
     monkeypatch.setattr(loss, "CHUNK_SHARE", 64)
     assert torch.equal(token_loss(capped, batch_of(16, 9), "all").loss_sum, whole.loss_sum)
+
+
+class Masked(LlamaForCausalLM):
+    """As Chameleon, which allows no image token in its answer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits[..., 3] = -1e4
+        return output
+
+
+def test_so_are_logits_that_are_changed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = Masked(make_model("llama").config).eval(), batch_of(16, 9)
+    whole = token_loss(model, batch, "all")
+    monkeypatch.setattr(loss, "CHUNK_SHARE", 21)
+    in_chunks = Masked(model.config).eval()
+    in_chunks.load_state_dict(model.state_dict())
+    assert torch.equal(token_loss(in_chunks, batch, "all").loss_sum, whole.loss_sum)
 
 
 def test_the_random_state_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
