@@ -24,13 +24,17 @@ TEACHER, CALL = "teacher", "call"  # what a batch holds beside what the model is
 
 
 class RankBatches(IterableDataset[dict[str, Any]]):
-    """This rank's micro-batches from the Trainer's current step on, each with what the teacher says of it, if there is one."""
+    """This rank's micro-batches from the Trainer's current step on, each with what the teacher says of it, if there is one; none
+    where the training is over."""
 
     def __init__(self, job: FinetuneJob, order: SampleOrder, accumulation: int) -> None:
         self.job, self.order, self.accumulation = job, order, accumulation
         self.trainer: Trainer | None = None
+        self.is_over = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.is_over:
+            return
         before = self.job.steps_before
         begin = (before + (self.trainer.state.global_step if self.trainer else 0)) * self.accumulation
         end = (before + self.job.max_steps) * self.accumulation

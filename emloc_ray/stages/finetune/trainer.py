@@ -56,6 +56,7 @@ class EmulatorTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Our own order, resumed by position: nothing is skipped over."""
         self.batches.trainer = self
+        self.batches.is_over = self.validation is not None and self.validation.is_over
         return DataLoader(self.batches, batch_size=None)
 
     def get_batch_samples(

@@ -1,0 +1,77 @@
+"""Scores of a training: counted once each, whenever it is broken off."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from adapter_cases import TARGETS, settings
+from stage_artifacts import Artifacts
+from tiny import save_emulator
+
+from emloc_ray.modeling.adapter_files import WEIGHTS_NAME
+from emloc_ray.stages.finetune.job import FinetuneJob, ValidationJob
+from emloc_ray.stages.finetune.session import LoneSession
+from emloc_ray.stages.finetune.training import train
+from emloc_ray.stages.finetune.validation import Validation
+
+
+class Killed(Exception):
+    pass
+
+
+class DyingSession(LoneSession):
+    """Dies once its first checkpoint is there."""
+
+    def save(self, folder: Path | None, step: int) -> None:
+        super().save(folder, step)
+        raise Killed
+
+
+@pytest.fixture
+def job(artifacts: Artifacts, tmp_path: Path) -> FinetuneJob:
+    """Of four steps, scored at each, which ends at the second score: none is better than the first by enough."""
+    return FinetuneJob(
+        emulator_dir=save_emulator(artifacts.model_dir, tmp_path / "emulator"),
+        tokens_dir=artifacts.tokens_dir,
+        out_dir=tmp_path / "adapter",
+        storage_dir=tmp_path,
+        name="training",
+        adapter=settings("lora", "llama", [spec.name for spec in artifacts.specs]),
+        portable_targets=TARGETS["llama"],
+        base_model="the/original",
+        max_steps=4,
+        batch_size=4,
+        training_arguments={"save_steps": 2, "logging_steps": 1, "disable_tqdm": True},
+        validation=ValidationJob(artifacts.tokens_dir, 1, 4, patience=1, threshold=1e9),
+    )
+
+
+def test_a_score_counts_once_though_a_training_that_goes_on_begins_with_it(job: FinetuneJob, tmp_path: Path) -> None:
+    def score(scores: Validation, step: int, loss: float) -> bool:
+        control = SimpleNamespace(should_training_stop=False)
+        scores.on_evaluate(None, SimpleNamespace(global_step=step), control, {"eval_loss": loss}, torch.nn.Linear(1, 1))
+        return control.should_training_stop
+
+    asked = ValidationJob(tmp_path, 10, 1, patience=2)
+    whole = Validation(job, asked, LoneSession(tmp_path))
+    assert not score(whole, 10, 1.0)
+    assert not score(whole, 20, 1.1)
+    whole.save(tmp_path)
+    resumed = Validation(job, asked, LoneSession(tmp_path))
+    resumed.load(str(tmp_path))
+    assert not score(resumed, 20, 1.1)
+    assert resumed.num_worse == 1
+    assert score(resumed, 30, 1.2)
+
+
+def test_a_training_that_was_over_takes_no_further_step(job: FinetuneJob, tmp_path: Path) -> None:
+    assert train(job, LoneSession(tmp_path / "whole"))["steps"] == 2
+    broken = replace(job, out_dir=tmp_path / "broken-adapter")
+    with pytest.raises(Killed):
+        train(broken, DyingSession(tmp_path / "broken"))
+    assert train(broken, LoneSession(tmp_path / "broken"))["steps"] == 2
+    assert (broken.out_dir / WEIGHTS_NAME).read_bytes() == (job.out_dir / WEIGHTS_NAME).read_bytes()
