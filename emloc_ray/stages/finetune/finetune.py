@@ -25,6 +25,7 @@ from emloc_ray.stages.finetune.group_callbacks import FailureLog, GroupRelease, 
 from emloc_ray.stages.finetune.heartbeat import HeartbeatWatch
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.session import own_folder
+from emloc_ray.stages.finetune.trainer import STORE_POLL_S
 from emloc_ray.stages.finetune.training import train_alone, train_loop
 from emloc_ray.stages.ray import pace
 from emloc_ray.stages.ray.losses import SILENT, Losses, Tell, explain, is_lost, last_line, unheard
@@ -33,7 +34,6 @@ from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, silent
 from emloc_ray.text import Rate
 
 _POLL_S = 0.5
-_STORE_POLL_S = 5.0
 _BEGIN_S = 300.0  # a worker's imports and a large emulator's loading take less
 
 
@@ -227,7 +227,7 @@ def _interruptible() -> Iterator[None]:
 
 
 class Watcher:
-    """Polls what the workers log while the training blocks the driver, and shows how far it is and what was lost."""
+    """Polls what the workers tell while the training blocks the driver, and shows how far it is and what was lost."""
 
     def __init__(
         self,
@@ -241,12 +241,13 @@ class Watcher:
         """``begin_s``: how long no worker may begin before that is told."""
         self.job, self.progress, self.tell, self.detail = job, progress, tell, detail
         self.pace = Rate()
+        self.newest: dict[str, Any] = {"done": 0}  # of what rank 0 left in the step file
         self.num_shown = len(_lines(job.failure_path))
         self.stop: EmlocError | None = None
         self.asked = False
         self.failed_looks: set[str] = set()
         self.begins_by: float | None = time.monotonic() + begin_s  # None once a worker has begun, or its delay was told
-        self.poll_s = poll_s or (_STORE_POLL_S if is_stored(job.storage_dir) else _POLL_S)
+        self.poll_s = poll_s or (STORE_POLL_S if is_stored(job.storage_dir) else _POLL_S)
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -269,13 +270,13 @@ class Watcher:
                     self.tell(text)
 
     def _show(self) -> None:
-        logged = read_objects(content(self.job.log_path))
+        if objects := read_objects(content(self.job.step_path)):
+            self.newest = objects[-1]
         if self.stop is None:
             try:
-                step = max(logged[-1]["step"] if logged else 0, self._step())
-                if logged:
-                    self.detail(self._said(step, logged[-1]))
-                self.progress(step, self.job.max_steps)
+                if "loss" in self.newest:
+                    self.detail(self._said(self.newest))
+                self.progress(self.newest["done"], self.job.max_steps)
             except EmlocError as error:
                 self.stop = error
         if self.stop is not None and not self.asked:
@@ -302,14 +303,8 @@ class Watcher:
         if late or begun:
             self.begins_by = None
 
-    def _step(self) -> int:
-        """The steps done, between two lines of the log too."""
-        path = self.job.step_path
-        text = "" if is_stored(self.job.storage_dir) or not path.is_file() else path.read_text()
-        return int(text) if text.isdigit() else 0
-
-    def _said(self, step: int, line: dict[str, Any]) -> str:
-        rate = self.pace.rate(step, time.monotonic())
+    def _said(self, line: dict[str, Any]) -> str:
+        rate = self.pace.rate(line["done"], time.monotonic())
         parts = [f"loss {line['loss']:.3f}"]
         parts += [f"learning rate {line['learning_rate']:.2g}"] if "learning_rate" in line else []
         parts += [f"{rate * self.job.tokens_a_step:,.0f} tokens/s"] if rate and self.job.tokens_a_step else []

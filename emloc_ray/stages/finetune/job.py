@@ -110,7 +110,7 @@ class FinetuneJob:
 
     @property
     def step_path(self) -> Path:
-        """The number of steps that are done, written by rank 0 now and then, in a file system."""
+        """One JSON object, written by rank 0 now and then: how many steps are ``done``, and the newest line of the log."""
         return self.storage_dir / f"{self.name}.step"
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import shutil
 import time
@@ -31,6 +32,7 @@ from emloc_ray.stages.finetune.zero import step_was_finite, whole_parameters
 from emloc_ray.stages.ray.departures import ASK_S
 
 _POLL_S = 0.5
+STORE_POLL_S = 5.0  # on an object store, where each write and each look costs
 _NOTHING, _ASK, _STOP = range(3)  # what the first rank says at a step
 
 
@@ -153,7 +155,12 @@ class StepKeeper(TrainerCallback):
         self.stopped = self._saved_to_leave = False
         self._heard = _NOTHING
         self.ask_s = ask_s
-        self._looked = self._asked = time.monotonic()
+        self._looked = self._asked = self._shown = time.monotonic()
+        self._line: dict[str, Any] = {}  # the log's newest
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tells from which step on it trains."""
+        self._show(state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Seeds the step."""
@@ -194,25 +201,34 @@ class StepKeeper(TrainerCallback):
         seen = _NOTHING
         if self.session.rank == 0 and time.monotonic() >= self._looked + self.poll_s:
             self._looked = time.monotonic()
-            if not is_stored(self.job.storage_dir):  # where each write costs, the log says it
-                check_lock(self.job.step_path)
-                self.job.step_path.write_text(str(step))
+            if not is_stored(self.job.storage_dir) or self._looked >= self._shown + STORE_POLL_S:
+                self._show(step)
             if exists(self.job.stop_path):
                 seen = _STOP
             elif time.monotonic() >= self._asked + self.ask_s:
                 seen, self._asked = _ASK, time.monotonic()
         return seen
 
+    def _show(self, done: int) -> None:
+        """Leaves for the driver how far it is, in a small file: the log grows with the training."""
+        if self.session.rank == 0:
+            path, self._shown = self.job.step_path, time.monotonic()
+            check_lock(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"done": done, **self._line}))
+            publish(path)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Appends the losses to the job's log."""
+        """Appends the losses to the job's log. A store is given it with each checkpoint: what comes after that a later try logs
+        again."""
         if logs and "loss" in logs and state.is_world_process_zero:
-            append_object(self.job.log_path, {"step": state.global_step, **logs})
-            publish(self.job.log_path)
+            self._line = {"step": state.global_step, **logs}
+            append_object(self.job.log_path, self._line)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Hands the checkpoint to the session, and removes the Trainer's copy."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        publish_events(self.job, self.session)
+        publish_logs(self.job, self.session)
         if self.failure is None:
             if self.trainer is not None and self.trainer.validation is not None and self.session.rank == 0:
                 self.trainer.validation.save(folder)
@@ -220,8 +236,13 @@ class StepKeeper(TrainerCallback):
             self.session.save(folder if folder.is_dir() else None, state.global_step)
         shutil.rmtree(folder, ignore_errors=True)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tells its last step."""
+        self._show(state.global_step)
 
-def publish_events(job: FinetuneJob, session: TrainingSession) -> None:
-    """Hands the events of those whom ``report_to`` names to the run's storage; the first rank has them."""
-    if session.rank == 0 and job.events_dir.is_dir():
-        publish(job.events_dir)
+
+def publish_logs(job: FinetuneJob, session: TrainingSession) -> None:
+    """Hands the log, and the events of those whom ``report_to`` names, to the run's storage; the first rank has them."""
+    for path in (job.log_path, job.events_dir):
+        if session.rank == 0 and path.exists():
+            publish(path)

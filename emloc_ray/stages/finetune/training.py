@@ -33,7 +33,7 @@ from emloc_ray.modeling.packing import check_rows_apart
 from emloc_ray.stages.finetune.batches import RankBatches
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.session import GroupSession, LoneSession, TrainingSession, own_environment
-from emloc_ray.stages.finetune.trainer import EmulatorTrainer, StepKeeper, publish_events
+from emloc_ray.stages.finetune.trainer import EmulatorTrainer, StepKeeper, publish_logs
 from emloc_ray.stages.finetune.validation import Validation
 from emloc_ray.stages.finetune.watchdog import Watchdog
 from emloc_ray.stages.finetune.zero import join_as_deepspeed_rank, scattered_in
@@ -103,7 +103,7 @@ def train(job: FinetuneJob, session: TrainingSession) -> dict[str, Any]:
                     f"{folder} holds something else than a training's checkpoint: delete {job.storage_dir} and run the same"
                     " command again."
                 ) from error
-        publish_events(job, session)
+        publish_logs(job, session)
         if keeper.failure is None and not keeper.stopped:
             if trainer.validation is not None:
                 trainer.validation.restore(trainer.model)

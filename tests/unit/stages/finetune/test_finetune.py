@@ -112,23 +112,6 @@ def test_a_training_that_does_not_begin_is_told_once(tmp_path: Path, begun: bool
     )
 
 
-def test_steps_between_two_lines_of_the_log_are_seen(tmp_path: Path) -> None:
-    job = dataclasses.replace(JOB, storage_dir=tmp_path, tokens_a_step=10.0)
-    session: Any = SimpleNamespace(rank=0, world_size=1, is_leaving=lambda: False)
-    keeper, state = StepKeeper(job, session, poll_s=0), SimpleNamespace(global_step=2, is_world_process_zero=True)
-    seen: list[tuple[int, int]] = []
-    said: list[str] = []
-    watcher = Watcher(job, lambda done, total: seen.append((done, total)), print, poll_s=60, detail=said.append)
-    keeper.on_log(None, state, None, logs={"loss": 1.25, "learning_rate": 2e-4})
-    with watcher:
-        pass  # looks once at its end
-    keeper.hear(None, torch.device("cpu"), step=5)
-    with Watcher(job, lambda done, total: seen.append((done, total)), print, poll_s=60, detail=said.append):
-        pass
-    assert seen == [(2, job.max_steps), (5, job.max_steps)]
-    assert said == ["loss 1.250, learning rate 0.0002"] * 2
-
-
 def test_who_lost_its_run_leaves_no_word_to_the_other_s_training(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "mine")
     run.lock()

@@ -1,0 +1,87 @@
+"""How far a training is: told in a small file, whatever its log has grown to."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from emloc_ray.io.formats.json_lines import append_object
+from emloc_ray.stages.finetune import finetune as stage
+from emloc_ray.stages.finetune import trainer
+from emloc_ray.stages.finetune.finetune import Watcher
+from emloc_ray.stages.finetune.job import FinetuneJob
+from emloc_ray.stages.finetune.trainer import StepKeeper
+
+JOB = FinetuneJob(Path("e"), Path("t"), Path("o"), Path("s"), "name", {}, None, "base", 4, 1)
+CPU = torch.device("cpu")
+
+
+def at(step: int) -> Any:
+    return SimpleNamespace(global_step=step, is_world_process_zero=True)
+
+
+@pytest.fixture
+def session() -> Any:
+    return SimpleNamespace(rank=0, world_size=1, is_leaving=lambda: False, save=lambda folder, step: None)
+
+
+def test_steps_between_two_lines_of_the_log_are_seen(tmp_path: Path, session: Any) -> None:
+    job = dataclasses.replace(JOB, storage_dir=tmp_path, tokens_a_step=10.0)
+    keeper, seen, said = StepKeeper(job, session, poll_s=0), list[int](), list[str]()
+
+    def look() -> None:
+        with Watcher(job, lambda done, total: seen.append(done), print, poll_s=60, detail=said.append):
+            pass  # looks once at its end
+
+    look()
+    keeper.on_train_begin(None, at(1), None)
+    look()
+    keeper.on_log(None, at(2), None, logs={"loss": 1.25, "learning_rate": 2e-4})
+    keeper.hear(None, CPU, step=3)
+    look()
+    keeper.on_train_end(None, at(4), None)
+    look()
+    assert seen == [0, 1, 3, 4]
+    assert said == ["loss 1.250, learning rate 0.0002"] * 2
+
+
+def test_a_look_reads_as_much_of_a_long_log_as_of_a_short_one(
+    tmp_path: Path, session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = dataclasses.replace(JOB, storage_dir=tmp_path)
+    for step in range(1000):
+        append_object(job.log_path, {"step": step, "loss": 1.0})
+    StepKeeper(job, session).on_train_begin(None, at(7), None)
+    read: list[int] = []
+
+    def content(path: Path) -> bytes:
+        found = path.read_bytes() if path.is_file() else b""
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(stage, "content", content)
+    with Watcher(job, lambda done, total: None, print, poll_s=60):
+        pass
+    assert 0 < sum(read) < 100
+
+
+def test_a_store_is_given_the_log_with_a_checkpoint_and_not_a_line_at_a_time(
+    tmp_path: Path, session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, given = dataclasses.replace(JOB, storage_dir=tmp_path), list[Path]()
+    monkeypatch.setattr(trainer, "publish", given.append)
+    monkeypatch.setattr(trainer, "is_stored", lambda path: True)
+    monkeypatch.setattr(trainer, "STORE_POLL_S", math.inf)
+    keeper = StepKeeper(job, session, poll_s=0)
+    for step in range(1000):
+        keeper.hear(None, CPU, step)
+        keeper.on_log(None, at(step), None, logs={"loss": 1.0})
+    assert not given
+    keeper.on_save(SimpleNamespace(output_dir=str(tmp_path)), at(1000), None)
+    assert given[-1] == job.log_path
