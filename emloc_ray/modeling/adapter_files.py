@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from emloc_ray.core.updates import HadamardUpdate, KroneckerUpdate, LowRankUpdate, Update
@@ -150,8 +151,9 @@ def write_adapter(
     modules: Sequence[LoraModule],
     magnitudes: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes LoRA or a variant in PEFT's format, atomically; ``config`` is an ``adapter_config.json`` whose scales hold.
-    ``magnitudes`` are DoRA's, by module."""
+    """Writes LoRA or a variant in PEFT's format, atomically, in :func:`portable_form`; ``config`` is an
+    ``adapter_config.json`` of such an adapter. ``magnitudes`` are DoRA's, by module."""
+    config, modules = portable_form(config, modules)
     tensors = {f"{PREFIX}{name}.{_MAGNITUDE}": m.to(torch.float32) for name, m in (magnitudes or {}).items()}
     for module in modules:
         tensors[f"{PREFIX}{module.name}.lora_A.weight"] = module.lora_a.to(torch.float32)
@@ -159,6 +161,25 @@ def write_adapter(
     with atomic_directory(directory) as temporary:
         write_tensors(temporary / WEIGHTS_NAME, join_experts(config, tensors))
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def portable_form(config: dict[str, Any], modules: Sequence[LoraModule]) -> tuple[dict[str, Any], Sequence[LoraModule]]:
+    """The same updates at one rank and one scale ``lora_alpha / r``. vLLM reads no patterns, nor does llama.cpp, which takes
+    rsLoRA for LoRA: either would scale other adapters wrongly, without a word.
+
+    The rank is the largest, to which the others are padded with zeros; the scale is that of the modules that no pattern names.
+    """
+    r = max(module.lora_a.shape[0] for module in modules)
+    alpha = config["lora_alpha"] * r / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    one = {"r": r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
+    form = {**config, **one, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    return form, [_at_scale(module, r, alpha / r) for module in modules]
+
+
+def _at_scale(module: LoraModule, r: int, scale: float) -> LoraModule:
+    missing = r - module.lora_a.shape[0]
+    lora_b = module.lora_b * (module.scale / scale)
+    return LoraModule(module.name, F.pad(module.lora_a, (0, 0, 0, missing)), F.pad(lora_b, (0, missing)), scale)
 
 
 def copy_adapter(source: Path, directory: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -112,20 +111,20 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def adapter_updates(run: FinishedRun) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """``module: (B, A, s)``, with s worked out here, from the test's own config."""
-    settings = run.values["adapter"]
+    """``module: (B, A, s)``, with the one s that any server reads."""
+    config = json.loads((run.root / "adapter" / "adapter_config.json").read_text())
     found = {}
     with safe_open(run.root / "adapter" / "adapter_model.safetensors", "pt") as file:
         for key in file.keys():  # noqa: SIM118
             name = key.removeprefix("base_model.model.").split(".lora_")[0]
             if key.endswith("lora_A.weight"):
-                last = name.rsplit(".", 1)[-1]
-                r = settings.get("rank_pattern", {}).get(last, settings["r"])
-                alpha = settings.get("alpha_pattern", {}).get(last, settings["lora_alpha"])
-                s = alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
                 lora_a = file.get_tensor(key)
-                assert lora_a.shape[0] == r
-                found[name] = (file.get_tensor(key.replace("lora_A", "lora_B")), lora_a, s)
+                assert lora_a.shape[0] == config["r"]
+                found[name] = (
+                    file.get_tensor(key.replace("lora_A", "lora_B")),
+                    lora_a,
+                    config["lora_alpha"] / config["r"],
+                )
     return found
 
 
@@ -325,7 +324,7 @@ def test_covariance_closes_the_shortfall_of_every_module(qwen_run: FinishedRun) 
 
 
 def test_rslora_and_patterns_reach_the_adapter(qwen_run: FinishedRun) -> None:
-    config = json.loads((qwen_run.root / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((qwen_run.root / "adapter_emulator" / "adapter_config.json").read_text())
     assert config["use_rslora"] is True
     assert config["rank_pattern"] == {"v_proj": 2}
     assert config["alpha_pattern"] == {"down_proj": 6}

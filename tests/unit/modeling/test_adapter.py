@@ -250,6 +250,40 @@ def test_every_node_loads_the_newest_adapter(
     assert not torch.allclose(found[0], found[1])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha_pattern": {"q_proj": 64}},
+        {"rank_pattern": {"down_proj": 9, "q_proj": 2}},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 6}},
+    ],
+    ids=str,
+)
+def test_what_is_written_has_one_rank_and_one_scale(
+    tmp_path: Path, emulator_dir: Callable[[str], Path], tiny_model_dir: Callable[..., Path], options: dict[str, Any]
+) -> None:
+    """As vLLM takes it, which knows ``r`` and ``lora_alpha`` alone."""
+    _, directory = trained(tmp_path / "a", emulator_dir("llama"), **options)
+    adapter = Adapter(directory)
+    write_adapter(tmp_path / "b", adapter.config, [adapter.module(name) for name in adapter.names])
+    config = json.loads((tmp_path / "b" / CONFIG_NAME).read_text())
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    assert not config["use_rslora"]
+    written = load_file(tmp_path / "b" / WEIGHTS_NAME)
+    for name in adapter.names:
+        before = adapter.module(name)
+        lora_a, lora_b = (written[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        assert lora_a.shape[0] == lora_b.shape[1] == config["r"]
+        update = config["lora_alpha"] / config["r"] * lora_b @ lora_a
+        torch.testing.assert_close(update, before.scale * before.lora_b @ before.lora_a, rtol=1e-5, atol=1e-6)
+    models = (AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama")) for _ in range(2))
+    first, second = (
+        logits(PeftModel.from_pretrained(model, tmp_path / part)) for model, part in zip(models, "ab", strict=True)
+    )
+    torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_write_adapter_writes_plain_peft_reads(
     tmp_path: Path, emulator_dir: Callable[[str], Path], tiny_model_dir: Callable[..., Path], family: str
