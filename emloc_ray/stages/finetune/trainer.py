@@ -109,6 +109,7 @@ class EmulatorTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The validation losses."""
         assert self.validation is not None
+        self._take_average()
         metrics = self.validation.losses(self.model, self.state.global_step)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -130,8 +131,17 @@ class EmulatorTrainer(Trainer):
         self.norm = self.keeper.hear(norm, self.args.device, self.state.global_step + 1)
         return self.norm
 
+    def _take_average(self) -> None:
+        """Gives the model the weights that the optimizer returns, where those are not where it takes gradients (schedule-free);
+        a training step sets it back."""
+        if callable(settle := getattr(self.optimizer, "eval", None)):
+            settle()
+
     def save_adapter(self) -> None:
-        """Rank 0 writes the adapter; all ranks have to call this."""
+        """Rank 0 writes the adapter, that of the lowest score where that is kept; all ranks have to call this."""
+        self._take_average()
+        if self.validation is not None:
+            self.validation.restore(self.model)
         model = self.accelerator.unwrap_model(self.model)
         state = whole_parameters(model) if self.is_deepspeed_enabled else None
         if self.is_world_process_zero():

@@ -105,8 +105,6 @@ def train(job: FinetuneJob, session: TrainingSession) -> dict[str, Any]:
                 ) from error
         publish_logs(job, session)
         if keeper.failure is None and not keeper.stopped:
-            if trainer.validation is not None:
-                trainer.validation.restore(trainer.model)
             trainer.save_adapter()
     a_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * session.world_size
     outcome = {"failure": keeper.failure, "stopped": keeper.stopped, "resumed": folder is not None}

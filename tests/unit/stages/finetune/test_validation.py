@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from stage_artifacts import Artifacts
 from tiny import save_emulator
 
 from emloc_ray.modeling.adapter_files import WEIGHTS_NAME
+from emloc_ray.stages.finetune import trainer
 from emloc_ray.stages.finetune.job import FinetuneJob, ValidationJob
 from emloc_ray.stages.finetune.session import LoneSession
+from emloc_ray.stages.finetune.trainer import EmulatorTrainer
 from emloc_ray.stages.finetune.training import train
 from emloc_ray.stages.finetune.validation import Validation
 
@@ -75,3 +78,34 @@ def test_a_training_that_was_over_takes_no_further_step(job: FinetuneJob, tmp_pa
         train(broken, DyingSession(tmp_path / "broken"))
     assert train(broken, LoneSession(tmp_path / "broken"))["steps"] == 2
     assert (broken.out_dir / WEIGHTS_NAME).read_bytes() == (job.out_dir / WEIGHTS_NAME).read_bytes()
+
+
+def test_what_is_scored_and_saved_is_the_average_of_an_optimizer_that_keeps_one(
+    job: FinetuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the schedule-free ones, whose gradients are taken elsewhere."""
+    made: list[Averaging] = []
+    seen: list[str] = []
+
+    class Averaging(torch.optim.SGD):
+        mode = "train"
+
+        def train(self) -> None:
+            self.mode = "train"
+
+        def eval(self) -> None:
+            self.mode = "eval"
+
+    def create_optimizer(trainer: EmulatorTrainer, model: Any = None) -> torch.optim.Optimizer:
+        trainer.optimizer = Averaging([p for p in trainer.model.parameters() if p.requires_grad], lr=0.01)
+        made.append(trainer.optimizer)
+        return trainer.optimizer
+
+    monkeypatch.setattr(EmulatorTrainer, "create_optimizer", create_optimizer)
+    monkeypatch.setattr(Validation, "measure", lambda self, model: seen.append(made[0].mode) or 1.0)
+    monkeypatch.setattr(trainer, "save_trained_adapter", lambda *_, **__: seen.append(made[0].mode))
+    for one in (job, replace(job, validation=None, max_steps=1)):
+        made.clear()
+        train(one, LoneSession(tmp_path / f"{one.max_steps} steps"))
+        assert made[0].mode == "eval"
+    assert seen == ["eval"] * 4
