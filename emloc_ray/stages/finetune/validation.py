@@ -7,14 +7,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from emloc_ray.data.ahead import made_batches
-from emloc_ray.data.token_shards import TokenShards, length_batches
+from emloc_ray.data.ahead import made_ahead, pinned
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.io.formats.json_lines import append_object
 from emloc_ray.io.store.node_cache import publish
 from emloc_ray.modeling.adapter import load_adapter, save_trained_adapter
@@ -65,14 +67,15 @@ class Validation(TrainerCallback):
 
     @torch.no_grad()
     def measure(self, model: Any) -> float:
-        """The loss a label over all validation rows, in nats, of which each rank reads its part."""
+        """The loss a label over all validation rows, in nats, of which each rank reads its part, a few batches at a time."""
         was_training = model.training
         model.eval()
         shards = TokenShards(self.asked.tokens_dir)
-        rows = [row for number in range(shards.num_shards) for row in shards.shard(number)]
-        batches = length_batches(rows, self.asked.batch_size)[self.session.rank :: self.session.world_size]
+        order, size = np.argsort(shards.lengths(), kind="stable"), self.asked.batch_size
+        starts = range(0, len(order), size)[self.session.rank :: self.session.world_size]
+        parts = (map(shards.row, order[start : start + size].tolist()) for start in starts)
         sums = torch.zeros(2, dtype=torch.float64, device=model.device)
-        for batch in made_batches(batches, self.job.pad_token_id, self.job.images):
+        for batch in made_ahead(map(list, parts), self._made, ahead=shards.has_images):
             scored = token_loss(model, batch, self.job.loss_on)
             sums[0] += scored.loss_sum
             sums[1] += scored.num_tokens
@@ -81,6 +84,9 @@ class Validation(TrainerCallback):
         model.train(was_training)
         loss, count = sums.tolist()
         return float(loss / count)
+
+    def _made(self, rows: list[Tokens]) -> dict[str, Tensor]:
+        return pinned(collate(rows, self.job.pad_token_id, self.job.images))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Scores the last step too."""

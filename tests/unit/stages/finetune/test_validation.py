@@ -13,8 +13,10 @@ from adapter_cases import TARGETS, settings
 from stage_artifacts import Artifacts
 from tiny import save_emulator
 
+from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.modeling.adapter_files import WEIGHTS_NAME
-from emloc_ray.stages.finetune import trainer
+from emloc_ray.modeling.loss import TokenLoss
+from emloc_ray.stages.finetune import trainer, validation
 from emloc_ray.stages.finetune.job import FinetuneJob, ValidationJob
 from emloc_ray.stages.finetune.session import LoneSession
 from emloc_ray.stages.finetune.trainer import EmulatorTrainer
@@ -109,3 +111,26 @@ def test_what_is_scored_and_saved_is_the_average_of_an_optimizer_that_keeps_one(
         train(one, LoneSession(tmp_path / f"{one.max_steps} steps"))
         assert made[0].mode == "eval"
     assert seen == ["eval"] * 4
+
+
+def test_rows_are_read_as_their_batches_are_made(
+    job: FinetuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, read, seen = TokenShards.row, list[int](), list[int]()
+
+    def score(model: Any, batch: dict[str, torch.Tensor], loss_on: str) -> TokenLoss:
+        seen.append(len(read))
+        return TokenLoss(torch.ones(()), torch.zeros(()), 1)
+
+    monkeypatch.setattr(TokenShards, "shard", lambda *_: pytest.fail("a whole shard was read"))
+    monkeypatch.setattr(TokenShards, "row", lambda shards, position: read.append(position) or row(shards, position))
+    monkeypatch.setattr(validation, "token_loss", score)
+    model = torch.nn.Linear(1, 1)
+    model.device = torch.device("cpu")  # type: ignore[assignment]
+    asked = ValidationJob(job.tokens_dir, 1, 3)
+    session: Any = SimpleNamespace(rank=1, world_size=2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: None)
+    Validation(job, asked, session).measure(model)
+    assert seen == [3, 6, 9]  # of twenty rows in seven batches the second, fourth and sixth
+    lengths = TokenShards(job.tokens_dir).lengths()
+    assert read == [p for p, _ in sorted(enumerate(lengths), key=lambda item: item[1])][3:6] + read[3:]
