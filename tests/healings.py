@@ -20,7 +20,7 @@ from emloc_ray.stages.factorize.factorize import finish_emulator
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.session import LoneSession
 from emloc_ray.stages.finetune.training import train
-from emloc_ray.stages.heal.fold import FoldJob, pieces, write_piece
+from emloc_ray.stages.heal.fold import FoldJob, pieces, write_pieces
 from emloc_ray.stages.heal.teacher import TeacherJob, teach_part
 
 RANK, R, STEPS = 8, 4, 24
@@ -59,8 +59,7 @@ def taught(job: TeacherJob) -> TeacherJob:
 
 def fold_alone(job: FoldJob, model_dir: Path) -> None:
     """What :func:`emloc_ray.stages.heal.fold.fold` does, without Ray."""
-    for piece in pieces(job):
-        write_piece(job, piece)
+    write_pieces(job, pieces(job))
     kept_wide = job.kept_wide if job.in_4bit else None
     files = [piece.file for piece in pieces(job)]
     base = AutoConfig.from_pretrained(model_dir)

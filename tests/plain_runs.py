@@ -35,7 +35,7 @@ from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.finetune.training import train_alone
 from emloc_ray.stages.finish import finishing_job
-from emloc_ray.stages.heal.fold import pieces, write_piece
+from emloc_ray.stages.heal.fold import pieces, write_pieces
 from emloc_ray.stages.heal.stage import healing_job
 from emloc_ray.stages.heal.teacher import teach_part
 from emloc_ray.stages.merge.stage import merge_job
@@ -159,8 +159,7 @@ def heal(context: Context) -> None:
     teach_part(job.teacher, 0, 1)
     write_teacher_index(job.teacher.out_dir, [rows[0] for rows in job.teacher.shards()])
     train(job.training)
-    for piece in pieces(job.fold):
-        write_piece(job.fold, piece)
+    write_pieces(job.fold, pieces(job.fold))
     files = [piece.file for piece in pieces(job.fold)]
     finish_emulator(files, context.base_config(), job.fold.emulator_dir, job.fold.ranks, job.fold.storage, None)
 

@@ -1,5 +1,6 @@
 """Fold: a LoRA trained on an emulator becomes part of its factors; one Ray task a shard, the other tensors byte for byte."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,6 +68,30 @@ class FoldJob:
         return frozenset(self.healed) & self.integers.bits.keys()
 
 
+class _Opened:
+    """A job and what all pieces of a task are made from, opened once: for each of thousands of experts' linears the adapter's
+    header would be read anew, and on a store asked after."""
+
+    def __init__(self, job: FoldJob) -> None:
+        self.job = job
+        self.healed, self.rounded = frozenset(job.healed), job.rounded
+        self.in_4bit, self.transposed = frozenset(job.in_4bit), frozenset(job.transposed)
+
+    @functools.cached_property
+    def adapter(self) -> Adapter:
+        return Adapter(self.job.adapter_dir)
+
+    def whitening(self, name: str, width: int, device: torch.device | str) -> Whitening:
+        """Of the Gram under which a linear of ``width`` inputs is rounded."""
+        if self._grams is None:
+            return Whitening.identity(width, device)
+        return whitening_of(self._grams.stored(name), self.job.dampening_frac, device)
+
+    @functools.cached_property
+    def _grams(self) -> GramStore | None:
+        return None if self.job.calibration_dir is None else GramStore(self.job.calibration_dir)
+
+
 @dataclass(frozen=True)
 class FoldPiece:
     """A shard of the healed emulator: its file, and the emulator's tensors that it is made of. Those of a ``changed`` linear
@@ -105,9 +130,9 @@ def _linear(job: FoldJob, entry: TensorEntry) -> tuple[str, str]:
     return "", ""
 
 
-def _grown(job: FoldJob, name: str, factors: LowRankFactors) -> LowRankFactors:
+def _grown(opened: _Opened, name: str, factors: LowRankFactors) -> LowRankFactors:
     """A healed layer's factors ``[up, added]`` and ``[down; added]``, in their own dtype."""
-    lora = Adapter(job.adapter_dir).module(name)
+    job, lora = opened.job, opened.adapter.module(name)
     added = added_factors(lora.lora_a, lora.lora_b, lora.scale)
     rank, wanted = factors.down.shape[0] + added.down.shape[0], job.ranks[name]
     if rank != wanted:
@@ -120,19 +145,19 @@ def _grown(job: FoldJob, name: str, factors: LowRankFactors) -> LowRankFactors:
     )
 
 
-def make_linear(
-    job: FoldJob, name: str, entries: dict[str, TensorEntry], device: torch.device | str = "cpu"
+def _make_linear(
+    opened: _Opened, name: str, entries: dict[str, TensorEntry], device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """The tensors of a linear: its factors grown where it is healed, and pivoted anew where they were; in few bits. ``entries``
     are the emulator's tensors of the linear, by the part that each is; it is rounded on ``device``."""
     weights = {part: entry.read_rows() for part, entry in entries.items()}
     order, bias = weights.pop(".order", None), weights.pop(".bias", None)
-    if name in job.healed:
+    if name in opened.healed:
         factors = LowRankFactors(weights[".up"], weights[".down"])
-        grown = _grown(job, name, factors if order is None else PivotedFactors(*factors, order).plain())
-        if name in job.rounded:
+        grown = _grown(opened, name, factors if order is None else PivotedFactors(*factors, order).plain())
+        if name in opened.rounded:
             held = {} if bias is None else {f"{name}.up.bias": bias}
-            return held | _in_integers(job, name, grown, entries[".up"].dtype, device)
+            return held | _in_integers(opened, name, grown, entries[".up"].dtype, device)
         if order is None:
             weights[".up"], weights[".down"] = grown
         else:
@@ -141,24 +166,22 @@ def make_linear(
     tensors = {f"{name}.{key}": tensor for key, tensor in beside.items() if tensor is not None}
     for part, weight in weights.items():
         stored = {"weight": weight}
-        if name in job.in_4bit:
-            turned = name in job.transposed and not part
+        if name in opened.in_4bit:
+            turned = name in opened.transposed and not part
             stored = quantize(weight.T if turned else weight, entries[part].dtype, name)
         tensors |= {f"{name}{part}.{key}": tensor for key, tensor in stored.items()}
     return tensors
 
 
 def _in_integers(
-    job: FoldJob, name: str, factors: LowRankFactors, dtype: torch.dtype, device: torch.device | str
+    opened: _Opened, name: str, factors: LowRankFactors, dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, torch.Tensor]:
     """Grown factors rounded under the Gram of their inputs, with orthonormal columns of ``up`` as they are rounded best."""
     place = device if has_fast_float64(torch.device(device)) else "cpu"
     up, down = (part.to(place, torch.float64) for part in factors)
     q, upper = torch.linalg.qr(up)
     plain = LowRankFactors(q.to(device, torch.float32), (upper @ down).to(device, torch.float32))
-    whitening = Whitening.identity(down.shape[1], device)
-    if job.calibration_dir is not None:
-        whitening = whitening_of(GramStore(job.calibration_dir).stored(name), job.dampening_frac, device)
+    whitening, job = opened.whitening(name, down.shape[1], device), opened.job
     bits, group_size = job.integers.bits[name], job.integers.group_size
     rounded = quantize_factors(plain, plain.up @ plain.down, whitening, bits, group_size, name=name)
     return {
@@ -169,22 +192,19 @@ def _in_integers(
 
 
 @exact_float32()
-def write_piece(job: FoldJob, piece: FoldPiece, device: torch.device | str = "cpu") -> None:
-    """Writes a shard, unless it is there, whole, from a try that was killed; what is rounded to integers is on ``device``."""
-    if exists(piece.file):
-        return
-    if piece.linear is not None:
-        parts = {_linear(job, entry)[1]: entry for entry in piece.entries}
-        write_tensors(piece.file, make_linear(job, piece.linear, parts, device))
-        return
-    chunks = ((entry, copy_chunks(entry, _CHUNK_BYTES)) for entry in piece.entries)
-    stream_shard(piece.file, make_header(piece.entries), chunks)
-
-
 def write_pieces(job: FoldJob, shards: Sequence[FoldPiece], device: torch.device | str = "cpu") -> None:
-    """:func:`write_piece` of each."""
+    """Writes shards, but for those that are there, whole, from a try that was killed; what is rounded to integers is on
+    ``device``."""
+    opened = _Opened(job)
     for piece in shards:
-        write_piece(job, piece, device)
+        if exists(piece.file):
+            continue
+        if piece.linear is not None:
+            parts = {_linear(job, entry)[1]: entry for entry in piece.entries}
+            write_tensors(piece.file, _make_linear(opened, piece.linear, parts, device))
+        else:
+            chunks = ((entry, copy_chunks(entry, _CHUNK_BYTES)) for entry in piece.entries)
+            stream_shard(piece.file, make_header(piece.entries), chunks)
 
 
 def fold(

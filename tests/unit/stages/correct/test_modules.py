@@ -31,7 +31,7 @@ from emloc_ray.stages.correct.modules import CorrectableModule, Opened, read_mod
 from emloc_ray.stages.factorize.factorize import finish_emulator
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.layer_reports import read_reports
-from emloc_ray.stages.heal.fold import FoldJob, pieces, write_piece
+from emloc_ray.stages.heal.fold import FoldJob, pieces, write_pieces
 from emloc_ray.stages.ray.tasks import Resources
 
 RANK, R, FRAC = 12, 4, 1e-6
@@ -88,8 +88,7 @@ def healed(job: CorrectionJob, root: Path, **changes: Any) -> CorrectionJob:
     ranks = {spec.name: RANK + R for spec in specs}
     names = tuple(ranks)
     fold = FoldJob(job.emulator_dir, write_lora(root / "healing", specs), root / "healed", ranks, names, **changes)
-    for piece in pieces(fold):
-        write_piece(fold, piece)
+    write_pieces(fold, pieces(fold))
     files = [piece.file for piece in pieces(fold)]
     kept_wide = fold.kept_wide if fold.in_4bit else None
     finish_emulator(files, AutoConfig.from_pretrained(job.model_dir), job.emulator_dir, ranks, fold.storage, kept_wide)

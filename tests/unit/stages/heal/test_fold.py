@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.emulator import FactorizedLinear, PivotedLinear
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.quantization import dequantize, emulator_weight, quantize
-from emloc_ray.stages.heal.fold import pieces, write_piece, write_pieces
+from emloc_ray.stages.heal import fold
+from emloc_ray.stages.heal.fold import pieces, write_pieces
 
 
 @pytest.mark.slow
@@ -82,13 +84,32 @@ def test_shards_of_a_killed_fold_stay_and_the_rest_is_the_same(healing: Callable
     found = healing("llama")
     job = replace(found.fold, out_dir=tmp_path / "healed")
     first, *_ = pieces(job)
-    write_piece(job, first)
+    write_pieces(job, [first])
     inode = first.file.stat().st_ino
-    for piece in pieces(job):
-        write_piece(job, piece)
+    write_pieces(job, pieces(job))
     assert first.file.stat().st_ino == inode
     for piece in pieces(found.fold):
         assert (job.out_dir / piece.file.name).read_bytes() == piece.file.read_bytes()
+
+
+def test_what_all_linears_are_folded_from_is_opened_once(
+    healing: Callable[..., Healing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, opened = healing("llama"), list[str]()
+    widths = {name: tensors(found.fold.out_dir)[f"{name}.down.weight"].shape[1] for name in found.healed}
+    grams = write_grams(tmp_path / "grams", {name: torch.eye(width) for name, width in widths.items()})
+    for kind in (fold.Adapter, fold.GramStore):
+
+        def made(place: Path, kind: Any = kind) -> Any:
+            opened.append(kind.__name__)
+            return kind(place)
+
+        monkeypatch.setattr(fold, kind.__name__, made)
+    forms = IntegerForms(dict.fromkeys(found.healed, 4), {}, 16)
+    job = replace(found.fold, out_dir=tmp_path / "healed", integers=forms, calibration_dir=grams)
+    write_pieces(job, pieces(job))
+    assert opened == ["Adapter", "GramStore"]
+    assert len(found.healed) > 1
 
 
 def test_an_adapter_of_another_rank_is_refused(healing: Callable[..., Healing], tmp_path: Path) -> None:
@@ -98,7 +119,7 @@ def test_an_adapter_of_another_rank_is_refused(healing: Callable[..., Healing], 
     name = f"{found.healed[0]}.up.weight"
     piece = next(piece for piece in pieces(job) if name in {entry.name for entry in piece.entries})
     with pytest.raises(ArtifactError, match=f"{found.healed[0]} would grow to rank {RANK + R}, not {RANK + R + 1}"):
-        write_piece(job, piece)
+        write_pieces(job, [piece])
 
 
 @pytest.mark.slow
@@ -175,7 +196,7 @@ def test_integers_are_those_of_the_grown_factors(
 ) -> None:
     found = healing(family)
     emulator = save_emulator(found.model_dir, tmp_path / "emulator", RANK, storage)
-    fold = replace(found.fold, emulator_dir=emulator, storage=storage)
+    job = replace(found.fold, emulator_dir=emulator, storage=storage)
     wide, generator, lost = tensors(found.fold.out_dir), torch.Generator().manual_seed(0), list[float]()
     grown = {name: wide[f"{name}.up.weight"] @ wide[f"{name}.down.weight"] for name in found.healed}
     inputs = {name: torch.randn(200, w.shape[1], generator=generator) for name, w in grown.items()}
@@ -185,7 +206,7 @@ def test_integers_are_those_of_the_grown_factors(
     for matrices in (seen, {name: torch.eye(len(gram)) for name, gram in seen.items()}):
         out = tmp_path / f"{len(lost)}"
         grams = write_grams(tmp_path / f"grams-{len(lost)}", matrices)
-        fold_alone(replace(fold, out_dir=out, integers=forms, calibration_dir=grams), found.model_dir)
+        fold_alone(replace(job, out_dir=out, integers=forms, calibration_dir=grams), found.model_dir)
         stored, error = tensors(out), 0.0
         for name, whole in grown.items():
             weight = emulator_weight(Checkpoint(out), name, whole.shape[1])
