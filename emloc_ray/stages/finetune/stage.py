@@ -75,9 +75,10 @@ def steps_of(context: Context) -> int:
 
 
 def trained_tokens(context: Context) -> float:
-    """Tokens that all steps of the fine-tuning read, of rows or packs of mean length."""
+    """Tokens that all steps of the fine-tuning read, of rows or packs of mean length: of those that it did, once it has."""
     training = context.prepared.finetuning
-    return steps_of(context) * rows_a_step(training.section) * _sequence_tokens(context, training)
+    steps = context.results.get("finetune", {}).get("steps", steps_of(context))
+    return float(steps) * rows_a_step(training.section) * _sequence_tokens(context, training)
 
 
 def _pack_length(context: Context, training: Training) -> int | None:

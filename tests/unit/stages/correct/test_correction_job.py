@@ -30,7 +30,7 @@ def correction(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[
         "num_workers": 2,
     }
 
-    def make(**section: Any) -> CorrectionJob:
+    def make(steps_done: int | None = None, **section: Any) -> CorrectionJob:
         values = {
             "run_dir": str(tmp_path / "run"),
             "model": {"source": str(model_dir)},
@@ -40,7 +40,8 @@ def correction(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[
         }
         prepared = prepare(parse_config(values))
         write_index(prepared.run.path("data", "tokens", "train"), [8, 4], {"tokens": 40})
-        found = correction_job(Context(prepared, model_dir))
+        results = {} if steps_done is None else {"finetune": {"steps": steps_done}}
+        found = correction_job(Context(prepared, model_dir, results=results))
         shutil.rmtree(tmp_path / "run")
         return found
 
@@ -51,6 +52,10 @@ def test_what_choosing_may_read_is_a_share_of_what_training_reads(correction: Ca
     assert correction().max_tokens == 16  # a tenth of 48 rows of 10/3 tokens
     assert correction(max_share=2.5).max_tokens == 400
     assert correction(max_share=None).max_tokens is None
+
+
+def test_a_training_that_ended_early_has_read_less(correction: Callable[..., CorrectionJob]) -> None:
+    assert correction(steps_done=2, max_share=2.5).max_tokens == 266
 
 
 def test_none_is_measured_first(correction: Callable[..., CorrectionJob]) -> None:
