@@ -169,7 +169,8 @@ class StepKeeper(TrainerCallback):
         self._line: dict[str, Any] = {}  # the log's newest
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tells from which step on it trains."""
+        """Tells from which step on it trains, and saves as often as is asked now, not as a checkpoint had it."""
+        state.compute_steps(args, state.max_steps)
         self._show(state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -23,7 +23,9 @@ CPU = torch.device("cpu")
 
 
 def at(step: int) -> Any:
-    return SimpleNamespace(global_step=step, is_world_process_zero=True)
+    return SimpleNamespace(
+        global_step=step, is_world_process_zero=True, max_steps=4, compute_steps=lambda args, max_steps: None
+    )
 
 
 @pytest.fixture

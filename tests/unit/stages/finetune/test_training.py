@@ -124,6 +124,23 @@ def test_how_often_it_is_saved_changes_nothing(job: FinetuneJob, artifacts: Arti
     assert written[0] == written[1]
 
 
+def test_a_training_that_goes_on_is_saved_as_often_as_is_asked_now(
+    job: FinetuneJob, artifacts: Artifacts, tmp_path: Path
+) -> None:
+    options = settings("lora", "llama", [spec.name for spec in artifacts.specs])
+    job = replace(job, adapter=options, storage_dir=tmp_path, out_dir=tmp_path / "adapter", max_steps=5)
+    with pytest.raises(Killed):
+        train(job, DyingSession(tmp_path / "broken"))
+    saved = []
+
+    class Counting(LoneSession):
+        def save(self, folder: Path | None, step: int) -> None:
+            saved.append(step)
+
+    train(replace(job, training_arguments={**job.training_arguments, "save_steps": 1}), Counting(tmp_path / "broken"))
+    assert saved == [3, 4, 5]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor:UserWarning"
