@@ -17,7 +17,9 @@ class FinetuneConfig(StageConfig):
 
     loss_on: Literal["completion", "all"] = Field("completion", description="the tokens of a row to learn")
     max_steps: int = Field(-1, description="optimizer steps; -1: num_train_epochs of the data")
-    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data, where max_steps is -1")
+    num_train_epochs: float = Field(
+        1.0, gt=0, description="passes over the data, where max_steps is -1; the last step is full"
+    )
     per_device_train_batch_size: int = Field(8, ge=1, description="rows of a worker's forward pass")
     gradient_accumulation_steps: int = Field(1, ge=1, description="passes a step")
     learning_rate: float = Field(

@@ -1,6 +1,7 @@
 """How much a run reads and computes: its rows, their tokens, and the multiply-adds of a token."""
 
 import math
+from fractions import Fraction
 from typing import Any
 
 from emloc_ray.core.correction import ADAPTED_ROWS
@@ -17,10 +18,12 @@ WITH_BACKWARD = 2  # times that offloaded weights come where a pass is run back:
 
 
 def num_steps(finetune: Any, num_rows: int) -> int:
-    """Optimizer steps of a training: ``max_steps``, or what ``num_train_epochs`` of the rows make."""
+    """Optimizer steps of a training: ``max_steps``, or what reads ``num_train_epochs`` of the rows. The last is as full as the
+    others: rows of the next epoch fill it."""
     if finetune.max_steps > 0:
         return int(finetune.max_steps)
-    return max(1, round(finetune.num_train_epochs * num_rows / rows_a_step(finetune)))
+    epochs = Fraction(str(finetune.num_train_epochs))  # as it is written: 0.1 of 30 rows are 3
+    return max(1, math.ceil(epochs * num_rows / rows_a_step(finetune)))
 
 
 def rows_a_step(finetune: Any) -> int:

@@ -178,6 +178,9 @@ def test_packs_are_fewer_and_longer_than_rows(prepared: Callable[..., Prepared])
         ({"per_device_train_batch_size": 4, "num_workers": 2, "num_train_epochs": 2}, 100, 25),
         ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 5}, 100, 5),
         ({"per_device_train_batch_size": 64}, 3, 1),
+        ({"per_device_train_batch_size": 64}, 90, 2),
+        ({"per_device_train_batch_size": 8}, 20, 3),
+        ({"per_device_train_batch_size": 1, "num_train_epochs": 0.1}, 30, 3),
     ],
 )
 def test_steps_are_the_epochs_of_the_rows(finetune: dict[str, Any], rows: int, steps: int) -> None:
@@ -198,7 +201,7 @@ def test_chats_whose_template_rewrites_turns_are_planned_as_the_sequences_they_b
         steps_trained(prepared(data=data, finetune={"per_device_train_batch_size": 4}, model={"source": str(place)}))
         for place in (tiny_model_dir("llama"), model)
     ]
-    assert steps == [4, 5]  # of 14 rows, as two are held out; every second becomes two sequences
+    assert steps == [4, 6]  # of 14 rows, as two are held out; every second becomes two sequences
 
 
 def test_rows_that_are_held_out_are_not_trained_on(prepared: Callable[..., Prepared]) -> None:
