@@ -142,7 +142,7 @@ def test_a_line_says_what_a_task_became_and_not_what_it_was_before() -> None:
     console = Console(file=io.StringIO(), width=200)
     with BatchView(console) as view:
         for status in ("done", "running", "done"):
-            view.show(BatchState(BEGIN, (TaskState("a", status), TaskState("b"))))  # type: ignore[arg-type]
+            view.show(BatchState(BEGIN, (TaskState("a", status), TaskState("b"))))
     assert console.file.getvalue().splitlines() == ["… a begins", "✓ a done in 0 s"]  # type: ignore[attr-defined]
 
 
