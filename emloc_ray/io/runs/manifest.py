@@ -9,8 +9,10 @@ from emloc_ray.errors import ArtifactError
 from emloc_ray.io.store.places import leads_out
 
 FORMAT = 2
-_PARTS: dict[str, Any] = {"stages": dict, "config": dict, "steps": list, "begun": dict, "redo": list, "adopted": dict}
-_PARTS |= {"tries": dict, "lease": int}
+_PARTS: dict[str, Any] = {
+    **dict.fromkeys(("stages", "config", "begun", "tries", "adopted"), dict),
+    **{"steps": list, "redo": list, "lease": int},
+}
 _CONFIG: dict[str, Any] = {"model": dict, "data": dict}
 _ENTRY: dict[str, Any] = {"finished_at": int | float, "confirmed_at": int | float, "outputs": dict, "result": dict}
 
