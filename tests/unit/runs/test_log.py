@@ -144,6 +144,7 @@ def test_whatever_text_an_event_quotes_it_is_logged(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.setattr("sys.argv", ["emloc-ray", "run", text])
+    monkeypatch.setattr(logging.getLogger("emloc_ray"), "propagate", False)  # to pytest, which cannot send it on
     fail(run, "data", DataError(text))
     begun, _, failed = read_events(run)
     assert (shlex.split(begun["command"])[-1], failed["event"], failed["message"]) == (text, "run_failed", text)

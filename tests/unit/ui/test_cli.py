@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shlex
 import subprocess
 import sys
@@ -151,7 +152,10 @@ def test_a_stopped_run_is_no_failure(
         assert f"; the same command without {left_out} continues" in call(verb, option).stderr
 
 
-def test_half_of_a_character_that_an_error_quotes_is_shown_as_its_code(tmp_path: Path) -> None:
+def test_half_of_a_character_that_an_error_quotes_is_shown_as_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("emloc_ray"), "propagate", False)  # to pytest, which cannot send it on
     run = RunDirectory(tmp_path / "run")
     run.create({})
     with contextlib.suppress(NumericsError), RunLog(run):
