@@ -59,6 +59,7 @@ class _Part:
 
     position: int
     slots: list[_Slot]
+    is_head: bool
     pinned: Pinned | None = None  # its weights, where they wait in pinned memory
 
 
@@ -110,7 +111,7 @@ class Offloaded:
             absent = nn.Parameter(nan.expand(parameter.shape), False)
             owners = [model.get_submodule(owner) for model in self.models]
             slots.append(_Slot(owners, attribute, aliases.get(own, [own]), absent))
-        part = _Part(position, slots)
+        part = _Part(position, slots, modules[0] is self.model.get_output_embeddings())
         self._leave(part)
         for module in modules:
             module.forward = functools.partial(self._forward, part, module, module.forward)
@@ -146,8 +147,11 @@ class Offloaded:
         return result
 
     def _is_read_next(self, part: _Part) -> bool:
-        """Whether a pass with gradients comes back to this part first: to the last block from the loss, to the first one with
-        the next batch. Head and embedding come between where they are offloaded too."""
+        """Whether a pass comes back to this part first: to the head with the next chunk of labels; one with gradients to the last
+        block from the loss, to the first one with the next batch. Head and embedding come between where they are offloaded
+        too."""
+        if part.is_head:
+            return True
         turn = len(self.weights.blocks) - 1 if self._step > 0 else 0
         only_blocks = len(self._parts) == len(self.weights.blocks)
         return torch.is_grad_enabled() and only_blocks and part.position == turn
@@ -197,6 +201,8 @@ class Offloaded:
 
     def _send_ahead(self, position: int) -> None:
         """Begins the copy of the block that comes next, upwards or downwards as the pass goes, while this one computes."""
+        if position >= len(self.weights.blocks):
+            return
         after = position + self._step
         if after == len(self.weights.blocks) and not torch.is_grad_enabled():
             after = 0  # of the next batch

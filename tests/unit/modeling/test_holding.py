@@ -19,6 +19,7 @@ from torch import Tensor
 
 from emloc_ray.data.token_shards import collate
 from emloc_ray.errors import ArtifactError
+from emloc_ray.modeling import loss
 from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
@@ -104,6 +105,30 @@ def test_a_pass_with_gradients_turns_at_a_block_that_is_there(
     monkeypatch.setattr(BlockWeights, "read", counted)
     gradients(held)
     assert [read[f"model.layers.{number}.mlp.up_proj.weight"] for number in range(3)] == often
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_head_comes_once_for_all_chunks_of_a_batch_s_labels(
+    learns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path, "llama")
+    held, read = trained(open_model(tmp_path, "all_offloaded")), Counter[str]()
+    inner = BlockWeights.read
+
+    def counted(weights: BlockWeights, names: Sequence[str]) -> Tensor:
+        read[names[0]] += 1
+        return inner(weights, names)
+
+    monkeypatch.setattr(loss, "CHUNK_SHARE", 16)
+    gradients(held)
+    monkeypatch.setattr(BlockWeights, "read", counted)
+    for _ in range(2):
+        if learns:
+            gradients(held)
+        else:
+            with torch.no_grad():
+                token_loss(held.get_base_model(), BATCH, "completion")
+    assert read["lm_head.weight"] == read["model.embed_tokens.weight"] == 2
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mixtral", "T5"])
