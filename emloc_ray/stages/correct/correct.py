@@ -71,9 +71,10 @@ def correct(
     largest = sorted(plan.groups, key=_parameters, reverse=True)
     work = [(_names(bundle), (bundle, resources.device)) for bundle in bundles(largest, _parameters, resources)]
 
-    def by_groups(done: int, _: int) -> None:
-        # A worker with a GPU takes many groups one after another: their files tell how far it is.
-        done = len(set(sizes(job.state_dir)) & paths) if resources.gpus_per_worker else done
+    def by_groups(done: int, of: int) -> None:
+        # A worker with a GPU takes all its groups one after another: their files tell how far it is.
+        on_gpus = bool(resources.gpus_per_worker)
+        done = len(set(sizes(job.state_dir)) & paths) if on_gpus else len(paths) * done // of
         progress(plan.num_passes + done, plan.total)
 
     paths = {group.path for group in plan.groups}

@@ -273,12 +273,14 @@ def build_emulator(
             task = copy.options(name=f"factorize: {file.name}")
             submits.append((f"shard {file.name}", functools.partial(task.remote, kept, file)))
 
+    left = len(todo) + sum(file not in there for file in files[len(work) :])
+
     def by_files(done: int, of: int) -> None:
-        # A worker with a GPU takes many groups one after another: their files tell how far it is.
+        # A worker with a GPU takes all its groups one after another: their files tell how far it is.
         if done < of and resources.gpus_per_worker:
             progress(min(len(set(sizes(job.out_dir)) & set(files)), total - 1), total)
         else:
-            progress(total - of + done, total)
+            progress(total - math.ceil(left * (of - done) / max(of, 1)), total)
 
     bounded(submits, resources.num_workers, Losses("factorize", tell), by_files, planned_s=resources.planned_s)
     kept_wide = job.kept_wide if job.in_4bit else None

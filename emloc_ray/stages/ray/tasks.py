@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import heapq
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from emloc_ray.stages.ray.spans import Span, Timed, tell_span, timed
 Progress = Callable[[int, int], None]
 Work = TypeVar("Work")
 Next = Literal["more", "over", "again"]  # after what a task gave
+_TASKS_A_WORKER = 16
 LOOK_S = 1.0  # between two looks at tasks in flight
 
 
@@ -259,12 +261,16 @@ def run_tasks(
 
 
 def bundles(pieces: Sequence[Work], cost: Callable[[Work], float], resources: Resources) -> list[list[Work]]:
-    """What each task does: a piece, or with GPUs as many as leave one task a worker, of about equal cost. Ray ends the process
-    of a task that had a GPU, and a new one takes seconds to import torch and to open the card."""
-    if not resources.gpus_per_worker:
+    """What each task does: a piece, or where there are many as many as leave some tasks a worker, of about equal cost, as each
+    task reads anew what all share. With GPUs one a worker: Ray ends the process of a task that had a GPU, and a new one takes
+    seconds to import torch and to open the card."""
+    tasks = resources.num_workers * (1 if resources.gpus_per_worker else _TASKS_A_WORKER)
+    if len(pieces) <= tasks:
         return [[piece] for piece in pieces]
-    made: list[tuple[float, list[Work]]] = [(0.0, []) for _ in range(min(resources.num_workers, len(pieces)))]
+    made: list[list[Work]] = [[] for _ in range(tasks)]
+    costs = [(0.0, number) for number in range(tasks)]
     for piece in sorted(pieces, key=cost, reverse=True):
-        number = min(range(len(made)), key=lambda k: made[k][0])
-        made[number] = made[number][0] + cost(piece), [*made[number][1], piece]
-    return [bundle for _, bundle in made]
+        least, number = heapq.heappop(costs)
+        made[number].append(piece)
+        heapq.heappush(costs, (least + cost(piece), number))
+    return made

@@ -102,3 +102,13 @@ def test_a_worker_with_a_gpu_takes_its_share_in_one_task() -> None:
     shared = bundles(pieces, float, Resources(num_workers=2, gpus_per_worker=1))
     assert [sum(bundle) for bundle in shared] == [9, 9]
     assert len(bundles([1, 1], float, Resources(num_workers=5, gpus_per_worker=1))) == 2
+
+
+def test_workers_with_cpus_alone_take_a_few_tasks_each_of_equal_cost() -> None:
+    """Each reads anew what all share, which of thousands of experts' linears takes a second."""
+    pieces = [*range(1, 12_001)]
+    shared = bundles(pieces, float, Resources(num_workers=4))
+    assert len(shared) <= 64
+    assert sorted(piece for bundle in shared for piece in bundle) == pieces
+    costs = [sum(bundle) for bundle in shared]
+    assert max(costs) - min(costs) < 0.001 * max(costs)
