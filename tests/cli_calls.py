@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from typer.testing import CliRunner, Result
 
 from emloc_ray.io.formats.yaml_text import write_yaml
@@ -57,3 +59,8 @@ class Place:
         result = invoke(*arguments)
         assert not (self.root / "runs").exists()
         return result
+
+
+def hub_is_slow(names: Iterable[str]) -> list[Any]:
+    """Cases by their names, those of the hub's data (29) marked: they import its library."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name.startswith("29 ") else name for name in names]

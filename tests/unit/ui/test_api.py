@@ -108,6 +108,7 @@ def test_validate_says_what_the_command_says(tmp_path: Path, tiny_model_dir: Cal
         emloc_ray.validate(**{**call, "adapter": {"r": 33}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [False, True])
 def test_a_plan_recommends_what_fits_the_batches_as_written(tmp_path: Path, given: bool) -> None:
     sizes: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
