@@ -37,10 +37,10 @@ def hanging(job: FinetuneJob, marker: Path, stops: bool) -> FinetuneJob:
             return super().events_dir
 
         @property
-        def log_path(self) -> Path:  # asked for by the first rank after each step
+        def log_path(self) -> Path:  # asked for by the first rank after each step, and with each checkpoint
             path = super().log_path
             steps = path.read_bytes().count(b"\n") if path.is_file() else 0
-            if os.getpid() != driver and steps == HANGS_AFTER and not marker.exists():
+            if os.getpid() != driver and steps == HANGS_AFTER - 1 and not marker.exists():
                 marker.touch()
                 if stops:
                     os.kill(os.getpid(), signal.SIGSTOP)
@@ -62,7 +62,7 @@ def job_in(root: Path, emulator_dir: Path) -> FinetuneJob:
         base_model="the/original",
         max_steps=8,
         batch_size=4,
-        training_arguments={"save_steps": 2, "logging_steps": 1, "learning_rate": 0.01},
+        training_arguments={"save_steps": 4, "logging_steps": 1, "learning_rate": 0.01},
     )
 
 
