@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from faulting.s3 import uri
 
-from emloc_ray.io.formats.json_lines import append_object
+from emloc_ray.io.formats.json_lines import append_object, read_objects
+from emloc_ray.io.store.node_cache import mirror
 from emloc_ray.stages.finetune import finetune as stage
 from emloc_ray.stages.finetune import trainer
 from emloc_ray.stages.finetune.finetune import Watcher
+from emloc_ray.stages.finetune.group_callbacks import content
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.trainer import StepKeeper
 
@@ -87,3 +90,17 @@ def test_a_store_is_given_the_log_with_a_checkpoint_and_not_a_line_at_a_time(
     assert not given
     keeper.on_save(SimpleNamespace(output_dir=str(tmp_path)), at(1000), None)
     assert given[-1] == job.log_path
+
+
+def test_a_driver_elsewhere_reads_both_from_the_store(s3_port: int, node_cache: Path, session: Any) -> None:
+    job = dataclasses.replace(JOB, storage_dir=mirror(uri(s3_port, "far/run")) / "training")
+    keeper, seen = StepKeeper(job, session), list[int]()
+    keeper.on_train_begin(None, at(3), None)
+    keeper.on_log(None, at(4), None, logs={"loss": 1.0})
+    keeper.on_save(SimpleNamespace(output_dir=str(node_cache)), at(4), None)
+    for path in (job.step_path, job.log_path):
+        path.unlink()  # as on a node that has neither
+    with Watcher(job, lambda done, total: seen.append(done), print, poll_s=60):
+        pass
+    assert seen == [3]
+    assert read_objects(content(job.log_path)) == [{"step": 4, "loss": 1.0}]
