@@ -3,7 +3,7 @@
 import functools
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -31,7 +31,7 @@ def assemble_metrics(
     metrics: dict[str, Any] = {
         "versions": dict(_versions()),
         "stages": {name: _usage(result) | _accepted(manifest["stages"][name]) for name, result in stages.items()},
-        "disk_bytes": _disk_bytes(manifest),
+        "disk_bytes": _disk_bytes(manifest["stages"][name] for name in stages),
     }
     metrics["auto_class"] = auto_class(prepared.model_config).__name__  # of transformers: what opens the model
     metrics["base_model"] = prepared.original_name
@@ -51,10 +51,10 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
 
 
-def _disk_bytes(manifest: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of the files of finished stages that are still there, by the run directory's folders."""
+def _disk_bytes(entries: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Bytes of the files of stages that are still there, by the run directory's folders."""
     held: Counter[str] = Counter()
-    for entry in manifest["stages"].values():
+    for entry in entries:
         for path, content in ({} if entry.get("dropped") else entry["outputs"]).items():
             held[path.partition("/")[0]] += content["size"]
     return dict(held)

@@ -26,7 +26,7 @@ from emloc_ray.core.precision import exact_float32
 from emloc_ray.core.products import ROWS, product_by_rows, row_norms, seen_rows
 from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.core.updates import LowRankUpdate
-from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
+from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry, read_shard
 from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.store.node_cache import exists
 from emloc_ray.modeling.adapter_files import Adapter, LoraModule
@@ -236,9 +236,12 @@ def write_modules(path: Path, modules: Sequence[CorrectableModule]) -> None:
 def read_modules(path: Path) -> Iterator[CorrectableModule]:
     """What :func:`write_modules` wrote, module by module."""
     shard = read_shard(path)
+    entries: dict[str, dict[str, TensorEntry]] = {}  # a large mixture's file has tens of thousands
+    for entry in shard.entries:
+        name, _, key = entry.name.rpartition("/")
+        entries.setdefault(name, {})[key] = entry
     for name, numbers in json.loads(json.loads(shard.header)["__metadata__"][_NUMBERS]).items():
-        own = (entry for entry in shard.entries if entry.name.startswith(f"{name}/"))
-        t = {entry.name.removeprefix(f"{name}/"): entry.read_rows() for entry in own}
+        t = {key: entry.read_rows() for key, entry in entries[name].items()}
         seen = magnitudes = None
         if "delta_q" in t:
             gram_parts = t.get("delta_gq"), t.get("inner")

@@ -38,6 +38,10 @@ def test_unknown_keys_are_told_beside_a_bad_value_of_their_section() -> None:
         ({"adam_epsilon": 0.0}, "finetune.adam_epsilon is 0.0"),
         ({"bf16_full_eval": True}, "finetune.bf16_full_eval is not read: scores while training are the loss alone"),
         ({"save_only_model": True}, "finetune.save_only_model would save no optimizer"),
+        (
+            {"label_smoothing_factor": 0.1},
+            "finetune.label_smoothing_factor is not supported, as the loss is the labels'",
+        ),
         ({"do_train": True}, "finetune.do_train is set by emloc_ray itself"),
         ({"ddp_backend": "gloo"}, "finetune.ddp_backend is set by emloc_ray itself"),
         ({"eval_on_start": True}, "eval_on_start needs validation losses"),

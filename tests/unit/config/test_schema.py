@@ -228,7 +228,7 @@ def test_training_arguments_pass_through() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["output_dir", "seed", "remove_unused_columns", "ignore_data_skip", "label_smoothing_factor"]
+    "key", ["output_dir", "seed", "remove_unused_columns", "ignore_data_skip", "greater_is_better"]
 )
 def test_training_arguments_that_are_ours(key: str) -> None:
     assert f"finetune.{key} is set by emloc_ray itself: remove it." in error_of(finetune={key: 1})

@@ -64,16 +64,18 @@ def test_what_was_planned_stands_beside_what_was_measured(prepared: Prepared) ->
     assert assemble_metrics(prepared.run, prepared, planned=planned)["planned_memory"] == planned
 
 
-def test_the_files_of_finished_stages_are_counted_until_they_are_dropped(prepared: Prepared) -> None:
-    for folder, stages in {"merged": ["merge"], "data": ["data", "calibrate"]}.items():
-        for stage in stages:
-            write_bytes(prepared.run.path(folder, f"{stage}.bin"), b"12345")
-            result = {"usage": USAGE, "splits": {}, "num_tokens": 1, "num_shards": 1}
-            prepared.run.commit(stage, "key", [prepared.run.path(folder, f"{stage}.bin")], result)
+def test_the_files_of_stages_are_counted_until_they_are_dropped_or_out_of_date(prepared: Prepared) -> None:
+    counts = {"num_tokens": 1, "num_shards": 1, "fewest_tokens": 1, "mean_relative_error": 0.25}
+    for stage, folder in {"data": "data", "calibrate": "data", "factorize": "emulator"}.items():
+        file = prepared.run.path(folder, f"{stage}.bin")
+        write_bytes(file, b"12345")
+        prepared.run.commit(stage, "key", [file], {"usage": USAGE, "splits": {}, "layers": {}, **counts})
     write_bytes(prepared.run.path("adapter", "half"), b"12345")
-    assert assemble_metrics(prepared.run, prepared)["disk_bytes"] == {"merged": 5, "data": 10}
-    prepared.run.drop("merge")
-    assert assemble_metrics(prepared.run, prepared)["disk_bytes"] == {"data": 10}
+    assert assemble_metrics(prepared.run, prepared)["disk_bytes"] == {"data": 10, "emulator": 5}
+    prepared.run.drop("calibrate")
+    assert assemble_metrics(prepared.run, prepared)["disk_bytes"] == {"data": 5, "emulator": 5}
+    prepared.run.forget("calibrate")  # of what follows nothing is taken for a result
+    assert assemble_metrics(prepared.run, prepared)["disk_bytes"] == {"data": 5}
 
 
 def test_the_emulators_parameters_are_told_beside_its_error(prepared: Prepared) -> None:
