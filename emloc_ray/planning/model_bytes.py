@@ -200,10 +200,12 @@ def _is_narrowed(prepared: Prepared) -> bool:
     """Whether every pass loads the model in bfloat16, as :func:`emloc_ray.modeling.loading.dtype_on` decides it; a training
     without autocast to it does not. Of the GPUs of a Ray that is joined it is not known."""
     config, finetune = prepared.config, prepared.config.finetune
-    is_float32 = prepared.source.gguf_file is None and getattr(prepared.model_config, "dtype", None) == torch.float32
+    if config.model.dtype != "auto" or config.ray.joins or prepared.source.gguf_file is not None:
+        return False
+    if getattr(prepared.model_config, "dtype", None) != torch.float32:
+        return False
     in_bfloat16 = finetune.bf16 is True or (
         finetune.bf16 == "auto" and prepared.zero_config is None and not (finetune.model_extra or {}).get("fp16")
     )
-    if config.model.dtype != "auto" or not is_float32 or not in_bfloat16 or config.ray.joins:
-        return False
-    return all(getattr(config, name).gpus for name in WITH_MODELS) and gpus_compute_bfloat16()
+    with_gpus = all(getattr(config, name).gpus for name in WITH_MODELS)
+    return in_bfloat16 and with_gpus and gpus_compute_bfloat16()

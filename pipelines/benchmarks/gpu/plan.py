@@ -45,6 +45,7 @@ def planned_bytes(
     prepared: Any = SimpleNamespace(
         config=settings,
         finetuning=SimpleNamespace(section=settings.finetune, adapter=settings.adapter, layout=layout),
+        source=SimpleNamespace(gguf_file=None),
         model_config=config,
         file_dtype=torch.bfloat16,
         calibration_tokens=lambda mean: 0.0,
