@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -159,7 +160,11 @@ def kill_worker(name: str) -> int:
 
 def worker_processes() -> list[psutil.Process]:
     """The Ray workers of this test session."""
-    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::")]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            found += [process] if process.name().startswith("ray::") else []
+    return found
 
 
 class FinishedRun:

@@ -43,6 +43,7 @@ def hanging(job: FinetuneJob, marker: Path, stops: bool) -> FinetuneJob:
             if os.getpid() != driver and steps == HANGS_AFTER - 1 and not marker.exists():
                 marker.touch()
                 if stops:
+                    time.sleep(3)  # Ray Train's controller looks each second for what was saved
                     os.kill(os.getpid(), signal.SIGSTOP)
                 time.sleep(600)
             return path

@@ -26,7 +26,7 @@ def controller() -> Any:
             time.sleep(2)
             if freezes:
                 os.kill(os.getpid(), signal.SIGSTOP)
-            time.sleep(6)
+            time.sleep(5.5)  # it ends between two beats
             return os.getpid()
 
     return ray.remote(num_cpus=0)(Controller).remote()
@@ -56,12 +56,14 @@ def watched(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Watc
         watches = {name: HeartbeatWatch(job, within_s=5.0, beat_s=1.0) for name, job in jobs.items()}
         with watches["frozen"], watches["frozen, store silent"]:
             with watches["beating"]:
+                actors = {name: controller() for name in jobs}
                 runs = {
-                    name: controller().run.remote(watch.heartbeat, freezes=name != "beating")
-                    for name, watch in watches.items()
+                    name: actor.run.remote(watches[name].heartbeat, freezes=name != "beating")
+                    for name, actor in actors.items()
                 }
                 assert ray.get(runs.pop("beating"), timeout=60) > 0
                 assert watches["beating"].heartbeat.heard()
+                ray.kill(actors["beating"])
             for run in runs.values():
                 with pytest.raises(ray.exceptions.RayActorError):
                     ray.get(run, timeout=60)
