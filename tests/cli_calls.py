@@ -61,6 +61,6 @@ class Place:
         return result
 
 
-def hub_is_slow(names: Iterable[str]) -> list[Any]:
+def with_slow_hub(names: Iterable[str]) -> list[Any]:
     """Cases by their names, those of the hub's data (29) marked: they import its library."""
     return [pytest.param(name, marks=pytest.mark.slow) if name.startswith("29 ") else name for name in names]

@@ -2,7 +2,8 @@
 
 Parts that are never there at the same time are not added up: a pass is at its head or inside a block, a stage reads
 layers before it opens the model. Not counted, because it depends on the machine: the pages of code that a library maps at
-its first call (some 15 MiB), and what its kernels pack weights into.
+its first call (some 15 MiB), and what its kernels pack weights into. Of the machine only its GPUs are asked: whether they
+compute in bfloat16, and whether they are slow in float64.
 """
 
 from collections.abc import Callable

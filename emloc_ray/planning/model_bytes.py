@@ -108,9 +108,13 @@ class ModelBytes:
 
     @property
     def corrected_parameters(self) -> int:
-        """Those of the adapter as corrected: another method's may be in LoRA's form by then."""
+        """Those of the adapter as corrected: another method's may be in LoRA's form by then, where all modules
+        have one rank."""
         corrected = self.config.correction.method != "none" and self.layout.differs
-        return max(self.adapter_parameters, self._lora_parameters() if corrected else 0)
+        if not (corrected or self.trained.adapter.is_lora):
+            return self.adapter_parameters
+        r = max(map(self._rank, self.adapted), default=0)
+        return max(self.adapter_parameters, r * sum(s.in_features + s.out_features for s in self.adapted))
 
     def _rank(self, spec: LinearSpec) -> int:
         """The rank of the adapter's update of this linear, as it is corrected: at most the smaller side."""

@@ -81,6 +81,7 @@ def test_a_run_is_that_of_the_cpu(tmp_path: Path) -> None:
 
 def test_a_killed_training_goes_on_and_gives_its_memory_back(tmp_path: Path) -> None:
     from adapter_cases import TARGETS
+    from dying_session import DyingSession, Killed
     from safetensors.torch import load_file
     from tiny import save_emulator, save_model
 
@@ -90,14 +91,6 @@ def test_a_killed_training_goes_on_and_gives_its_memory_back(tmp_path: Path) -> 
     from emloc_ray.stages.finetune.job import FinetuneJob
     from emloc_ray.stages.finetune.session import LoneSession, own_environment
     from emloc_ray.stages.finetune.training import train
-
-    class Killed(Exception):
-        pass
-
-    class DyingSession(LoneSession):
-        def save(self, folder: Path | None, step: int) -> None:
-            super().save(folder, step)
-            raise Killed
 
     rows = [
         Tokens([2 + (row * place) % 290 for place in range(12)], [place > 5 for place in range(12)])

@@ -85,15 +85,13 @@ def _inputs(context: Context) -> Inputs:
     healing = config.emulator.heals
     assert healing is not None
     check_healing(config, layout)
-    training = healing_training(config, healing, layout)
+    training, batch = healing_training(config, healing, layout), {"gradient_accumulation_steps"}
     return {
         "factorize": context.made["factorize"],
         **({"refine": context.made["refine"]} if config.emulator.refines is not None else {}),
         "data": context.split_key(training.split),
         "options": context.model_options,
-        "healing": healing.model_dump(
-            mode="json", exclude={"gradient_accumulation_steps"}
-        ),  # which is finetune's below
+        "healing": healing.model_dump(mode="json", exclude=batch),  # it is in what is learned
         "finetune": learned(training.section, *_OWN),
         "ranks": layout.ranks,
         **({} if layout.budget is None else {"bits": layout.bits, "residual_ranks": layout.residual_ranks}),

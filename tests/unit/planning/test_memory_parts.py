@@ -124,3 +124,10 @@ def test_whatever_an_emulator_in_few_bits_computes_unpacks_a_weight() -> None:
     assert packed.emulator > packed.held["offloaded"]
     for parts in (packed.correct(), packed.evaluate()):
         assert (parts["weights"], parts["unpacked"]) == (packed.emulator, unpacked)
+
+
+def test_an_adapter_is_corrected_at_the_highest_of_its_ranks() -> None:
+    adapter = {"r": 8, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 64}}
+    narrow, wide = memory(adapter={**adapter, "rank_pattern": {}}), memory(adapter=adapter)
+    assert wide.corrected_parameters == 8 * narrow.corrected_parameters
+    assert wide.adapter_parameters < wide.corrected_parameters

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from cli_calls import ROWS, Place, hub_is_slow, lines_of
+from cli_calls import ROWS, Place, lines_of, with_slow_hub
 
 from emloc_ray.config.reading import load_config
 from emloc_ray.io.runs.directory import RunDirectory
@@ -322,7 +322,7 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", hub_is_slow(REFUSED))
+@pytest.mark.parametrize("name", with_slow_hub(REFUSED))
 def test_a_mistake_is_told(place: Place, name: str) -> None:
     change, words = REFUSED[name]
     change(place)

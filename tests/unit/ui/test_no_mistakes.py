@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 
 import pytest
-from cli_calls import ROWS, Place, hub_is_slow, lines_of
+from cli_calls import ROWS, Place, lines_of, with_slow_hub
 from test_mistakes import TURNS, given, of_the_hub, rows, set_key
 
 GOES_ON: dict[str, tuple[Callable[[Place], None], list[str]]] = {
@@ -129,7 +129,7 @@ GOES_ON: dict[str, tuple[Callable[[Place], None], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", hub_is_slow(GOES_ON))
+@pytest.mark.parametrize("name", with_slow_hub(GOES_ON))
 def test_what_is_no_mistake_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("ROWS", str(place.root))
     change, words = GOES_ON[name]

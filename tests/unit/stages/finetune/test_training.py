@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_cases import CASES, TARGETS, settings
+from dying_session import DyingSession, Killed
 from payloads import Leaves
 from safetensors.torch import load_file
 from stage_artifacts import Artifacts
@@ -36,18 +37,6 @@ from emloc_ray.stages.finetune.trainer import EmulatorTrainer
 from emloc_ray.stages.finetune.training import train
 from emloc_ray.stages.finetune.validation import Validation
 from emloc_ray.stages.ray.tasks import Resources
-
-
-class Killed(Exception):
-    pass
-
-
-class DyingSession(LoneSession):
-    """Dies once its first checkpoint is there."""
-
-    def save(self, folder: Path | None, step: int) -> None:
-        super().save(folder, step)
-        raise Killed
 
 
 @pytest.fixture(scope="module")

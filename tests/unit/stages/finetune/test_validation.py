@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_cases import TARGETS, settings
+from dying_session import DyingSession, Killed
 from stage_artifacts import Artifacts
 from tiny import save_emulator
 
@@ -22,18 +23,6 @@ from emloc_ray.stages.finetune.session import LoneSession
 from emloc_ray.stages.finetune.trainer import EmulatorTrainer
 from emloc_ray.stages.finetune.training import train
 from emloc_ray.stages.finetune.validation import Validation
-
-
-class Killed(Exception):
-    pass
-
-
-class DyingSession(LoneSession):
-    """Dies once its first checkpoint is there."""
-
-    def save(self, folder: Path | None, step: int) -> None:
-        super().save(folder, step)
-        raise Killed
 
 
 @pytest.fixture
