@@ -39,12 +39,18 @@ def made_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def made_batches(
-    parts: Sequence[Sequence[Tokens]], pad_token_id: int, images: ImagesToInputs | None
-) -> Iterator[dict[str, Tensor]]:
-    """A padded batch of each part's rows, pinned; made ahead where rows show images."""
-    shows = images is not None and any(row.images for part in parts for row in part)
-    return made_ahead(parts, lambda part: pinned(collate(part, pad_token_id, images)), ahead=shows)
+def batches_by_length(
+    rows: Sequence[Tokens], batch_size: int, pad_token_id: int, images: ImagesToInputs | None = None
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Padded and pinned batches of rows of like length, each after the numbers of its rows in ``rows``. They depend on the
+    rows alone, and are made ahead where rows show images."""
+    numbers = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    parts = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
+
+    def make(part: list[int]) -> tuple[list[int], dict[str, Tensor]]:
+        return part, pinned(collate([rows[number] for number in part], pad_token_id, images))
+
+    return made_ahead(parts, make, ahead=images is not None and any(row.images for row in rows))
 
 
 def pinned(batch: dict[str, Tensor]) -> dict[str, Tensor]:

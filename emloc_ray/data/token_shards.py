@@ -5,9 +5,9 @@ import contextlib
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -229,12 +229,3 @@ def collate(
 
 def _positions(row_lengths: Sequence[int], length: int) -> Tensor:
     return torch.cat([torch.arange(count) for count in (*row_lengths, length - sum(row_lengths))])
-
-
-_Row = TypeVar("_Row", bound=Sized)
-
-
-def length_batches(rows: Sequence[_Row], batch_size: int) -> list[list[_Row]]:
-    """Batches of rows of like length, so that there is little padding; a function of the rows alone."""
-    ordered = sorted(rows, key=len)
-    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from emloc_ray.data.ahead import made_batches
+from emloc_ray.data.ahead import batches_by_length
 from emloc_ray.data.formats import Tokens
-from emloc_ray.data.token_shards import ImagesToInputs, length_batches
+from emloc_ray.data.token_shards import ImagesToInputs
 from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.architecture import learned_positions
 from emloc_ray.modeling.inputs import has_encoder
@@ -57,8 +57,8 @@ def score_rows(
 ) -> Score:
     """The model's score on the rows; ``images`` makes its inputs of theirs. Raises NumericsError with ``name``, where its loss
     is no number."""
-    batches = made_batches(length_batches(rows, batch_size), pad_token_id, images)
-    results = [token_loss(model, batch, loss_on) for batch in batches]
+    batches = batches_by_length(rows, batch_size, pad_token_id, images)
+    results = [token_loss(model, batch, loss_on) for _, batch in batches]
     total = Score()
     for result in results:  # read when all are asked for: a GPU is kept busy meanwhile
         total += Score(float(result.loss_sum), int(result.num_correct), result.num_tokens)
@@ -86,10 +86,7 @@ def losses_by_row(
 ) -> RowLosses:
     """The summands of :func:`score_rows`, row by row in the order given; NaN and Inf are kept."""
     losses = RowLosses(torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64))
-    by_length = sorted(range(len(rows)), key=lambda number: len(rows[number]))
-    parts = [by_length[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    batches = made_batches([[rows[number] for number in numbers] for numbers in parts], pad_token_id, images)
-    for numbers, batch in zip(parts, batches, strict=True):
+    for numbers, batch in batches_by_length(rows, batch_size, pad_token_id, images):
         sums, counts = row_losses(model, batch, loss_on)
         losses.sums[numbers], losses.counts[numbers] = sums.cpu().double(), counts
     return losses

@@ -30,9 +30,10 @@ from benchmarks.figures import (
     write_result,
 )
 from emloc_ray.config.schema import RunConfig
+from emloc_ray.data.ahead import batches_by_length
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.ingest import SampleOrder, read_micro_steps
-from emloc_ray.data.token_shards import TokenShards, collate, length_batches
+from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
@@ -244,7 +245,7 @@ def calibration(out: Path) -> Figures:
     config, run = calibrated(out)
     shards = TokenShards(run / "data" / "tokens" / "calibration")
     rows = [shards.row(position) for position in range(min(64, len(shards)))]
-    batches = [collate(part, 0) for part in length_batches(rows, config.calibration.batch_size)]
+    batches = [batch for _, batch in batches_by_length(rows, config.calibration.batch_size, 0)]
     groups = list(GramStore(run / "calibration").index["groups"].values())
 
     plain = GramHooks(load_model(run / "model"), [])

@@ -4,14 +4,12 @@ backward ones."""
 import gc
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from emloc_ray.data.ahead import made_batches
-from emloc_ray.data.formats import Tokens
-from emloc_ray.data.token_shards import TokenShards, length_batches
+from emloc_ray.data.ahead import batches_by_length
+from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.formats.grams import add_slot, write_slot
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.io.store.node_cache import ensure, exists
@@ -23,17 +21,6 @@ from emloc_ray.stages.ray.losses import is_out_of_memory
 from emloc_ray.stages.ray.tasks import set_threads
 
 _COMMIT_SHARE = 0.05  # of a slot's time, at the most
-
-
-@dataclass(frozen=True)
-class _Numbered:
-    """A row and its position in the whole sample."""
-
-    position: int
-    tokens: Tokens
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 def smaller_batch(path: Path) -> int | None:
@@ -115,15 +102,13 @@ class ResidentSlot:
             add_slot(self.path, self.hooks.grams)
 
     def _add(self, number: int) -> None:
-        rows = [_Numbered(*pair) for pair in enumerate(self.shards.shard(number), self.shards.first_position(number))]
-        parts = length_batches(rows, self.batch_size)
-        tokens = [[row.tokens for row in part] for part in parts]
-        batches = made_batches(tokens, self.job.pad_token_id, self.job.images)
-        for part, batch in zip(parts, batches, strict=True):
+        rows, first = self.shards.shard(number), self.shards.first_position(number)
+        batches = batches_by_length(rows, self.batch_size, self.job.pad_token_id, self.job.images)
+        for numbers, batch in batches:
             if isinstance(self.hooks, GramHooks):
                 self.hooks.forward(batch, self.job.tokens)
             else:
-                self.hooks.forward(batch, self.job.tokens, [row.position for row in part])
+                self.hooks.forward(batch, self.job.tokens, [first + row for row in numbers])
 
     def commit(self) -> None:
         """Writes the sums and the last shard they hold, atomically."""

@@ -8,8 +8,8 @@ import ray
 import torch
 from torch import Tensor
 
-from emloc_ray.data.ahead import made_batches
-from emloc_ray.data.token_shards import TokenShards, length_batches
+from emloc_ray.data.ahead import batches_by_length
+from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.formats.grams import write_gram_shard, write_slot
 from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.node_cache import ensure, exists, local_only
@@ -121,11 +121,11 @@ class StreamedSlot:
     def _pass_shard(self, position: int, number: int, hooks: GramHooks | None) -> None:
         """Takes one token shard through the block; its hidden states before and after are all that is held of any."""
         before = read_outputs(self._outputs(position - 1, number)) if position else None
-        parts = length_batches(self.shards.shard(number), self.job.batch_size)
-        batches = made_batches(parts, self.job.pad_token_id, self.job.images)
+        rows = self.shards.shard(number)
+        batches = batches_by_length(rows, self.job.batch_size, self.job.pad_token_id, self.job.images)
         after = [
             self._forward(position, batch, {} if before is None else before[index], hooks)
-            for index, batch in enumerate(batches)
+            for index, (_, batch) in enumerate(batches)
         ]
         if position + 1 < self.num_blocks:
             write_outputs(self._outputs(position, number), after)

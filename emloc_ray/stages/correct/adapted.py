@@ -5,9 +5,9 @@ import random
 from torch import Tensor
 
 from emloc_ray.core.correction import ADAPTED_ROWS, canonical_form
-from emloc_ray.data.ahead import made_batches
+from emloc_ray.data.ahead import batches_by_length
 from emloc_ray.data.formats import Tokens
-from emloc_ray.data.token_shards import TokenShards, length_batches
+from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.store.node_cache import exists
 from emloc_ray.modeling.adapter_files import Adapter
@@ -32,7 +32,7 @@ def see_adapted_inputs(job: CorrectionJob) -> None:
         directions[name] = canonical_form(lora.lora_a, lora.lora_b).q
     model = load_adapter(open_model(job.emulator_dir, **job.model_options), job.adapter_dir).eval()
     hooks = ColumnHooks(model.get_base_model(), directions, dict(job.streams))
-    for batch in made_batches(length_batches(_rows(job), job.batch_size), job.pad_token_id, job.images):
+    for _, batch in batches_by_length(_rows(job), job.batch_size, job.pad_token_id, job.images):
         hooks.forward(batch, job.calibration_tokens)
     hooks.remove()
     hooks.check_finite()

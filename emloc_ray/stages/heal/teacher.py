@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from emloc_ray.data.ahead import made_batches
+from emloc_ray.data.ahead import batches_by_length
 from emloc_ray.data.ingest import SampleOrder
 from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards
@@ -58,17 +58,15 @@ def teach_shard(job: TeacherJob, model: Any, rows: Sequence[int]) -> list[TopRow
     """What the model predicts at the labels of some rows, in their order, in batches of rows of like length. Raises
     NumericsError where a log-probability is no number, naming the row."""
     shards = TokenShards(job.tokens_dir)
-    tokens = {row: shards.row(row) for row in rows}
-    by_length = sorted(rows, key=lambda row: len(tokens[row]))
+    tokens = [shards.row(row) for row in rows]
     tops: dict[int, TopRow] = {}
-    parts = [by_length[start : start + job.batch_size] for start in range(0, len(rows), job.batch_size)]
-    batches = made_batches([[tokens[row] for row in numbers] for numbers in parts], job.pad_token_id, job.images)
-    for numbers, batch in zip(parts, batches, strict=True):
-        for row, top in zip(numbers, teacher_logits(model, batch, job.loss_on, job.num_logits), strict=True):
+    for numbers, batch in batches_by_length(tokens, job.batch_size, job.pad_token_id, job.images):
+        for number, top in zip(numbers, teacher_logits(model, batch, job.loss_on, job.num_logits), strict=True):
             if bool(torch.isnan(top.log_probs).any()):
-                raise NumericsError(f"The original's logits of training row {row} are NaN or Inf: check its weights.")
-            tops[row] = top.ids.to(torch.int32), top.log_probs.to(torch.float16)
-    return [tops[row] for row in rows]
+                what = f"The original's logits of training row {rows[number]} are NaN or Inf"
+                raise NumericsError(f"{what}: check its weights.")
+            tops[number] = top.ids.to(torch.int32), top.log_probs.to(torch.float16)
+    return [tops[number] for number in range(len(rows))]
 
 
 def teach_part(job: TeacherJob, part: int, num_parts: int) -> None:

@@ -6,8 +6,11 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from emloc_ray.data.ahead import made_ahead, pinned
+from emloc_ray.data.ahead import batches_by_length, made_ahead, pinned
+from emloc_ray.data.formats import Tokens
 
 
 def test_items_are_made_in_order_by_another_thread_before_they_are_asked_for() -> None:
@@ -52,3 +55,16 @@ def test_nothing_is_pinned_without_a_gpu() -> None:
     batch = {"a": torch.zeros(2)}
     assert not torch.cuda.is_available()
     assert pinned(batch) is batch
+
+
+@given(st.lists(st.integers(1, 20), max_size=20), st.integers(1, 6))
+def test_batches_by_length_hold_every_row_once_under_its_number(lengths: list[int], batch_size: int) -> None:
+    rows = [Tokens([number] * length, [True] * length) for number, length in enumerate(lengths)]
+    batches = list(batches_by_length(rows, batch_size, pad_token_id=99))
+    assert sorted(number for numbers, _ in batches for number in numbers) == list(range(len(rows)))
+    assert all(len(numbers) == batch_size for numbers, _ in batches[:-1])
+    in_order = [lengths[number] for numbers, _ in batches for number in numbers]
+    assert in_order == sorted(lengths)
+    for numbers, batch in batches:
+        assert batch["input_ids"][:, 0].tolist() == numbers
+        assert batch["attention_mask"].sum(dim=1).tolist() == [lengths[number] for number in numbers]

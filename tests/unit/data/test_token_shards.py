@@ -17,7 +17,6 @@ from emloc_ray.data.token_shards import (
     TokenShards,
     collate,
     from_table,
-    length_batches,
     shard_name,
     to_table,
     write_index,
@@ -141,13 +140,3 @@ def test_collate_pads_right_and_counts_no_padding(many: list[Tokens], multiple: 
         assert batch["input_ids"][line].tolist() == row.input_ids + [5] * (length - n)
         assert batch["attention_mask"][line].tolist() == [1] * n + [0] * (length - n)
         assert batch["completion_mask"][line].tolist() == row.completion_mask + [False] * (length - n)
-
-
-@given(st.lists(rows, max_size=20), st.integers(1, 6))
-def test_length_batches_hold_every_row_once_with_little_padding(many: list[Tokens], batch_size: int) -> None:
-    batches = length_batches(many, batch_size)
-    flat = [id(row) for batch in batches for row in batch]
-    assert sorted(flat) == sorted(map(id, many))
-    assert all(len(batch) == batch_size for batch in batches[:-1])
-    lengths = [len(row) for batch in batches for row in batch]
-    assert lengths == sorted(lengths)
