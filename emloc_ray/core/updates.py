@@ -12,7 +12,7 @@ So no dense ``ΔW`` is ever decomposed, except for a LoHa whose r² exceeds the 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,20 +31,6 @@ class Subspace(NamedTuple):
     error: float
 
 
-class Update(Protocol):
-    """``ΔW (out, in)``."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-
-    def rows(self, first: int, last: int, transposed: bool = False) -> Tensor:
-        """Rows ``[first, last)`` of ``ΔW``, or of ``ΔWᵀ``, in float32."""
-
-    def dominant(self, tolerance: float) -> Subspace:
-        """The fewest singular directions whose rest is at most ``tolerance · ‖ΔW‖_F``, in float64; at least one."""
-
-
 @dataclass(frozen=True)
 class LowRankUpdate:
     """``ΔW = s B A``: ``lora_a (r, in)``, ``lora_b (out, r)``."""
@@ -59,7 +45,7 @@ class LowRankUpdate:
         return self.lora_b.shape[0], self.lora_a.shape[1]
 
     def rows(self, first: int, last: int, transposed: bool = False) -> Tensor:
-        """See :class:`Update`."""
+        """Rows ``[first, last)`` of ``ΔW``, or of ``ΔWᵀ``, in float32."""
         if transposed:
             product = (self.lora_b.float() @ self.lora_a.float()[:, first:last]).T
         else:
@@ -67,7 +53,7 @@ class LowRankUpdate:
         return product.mul_(self.scale)
 
     def dominant(self, tolerance: float) -> Subspace:
-        """See :class:`Update`."""
+        """The fewest singular directions whose rest is at most ``tolerance · ‖ΔW‖_F``, in float64; at least one."""
         return _dominant_of_product(self.scale * self.lora_b.double(), self.lora_a.double(), tolerance)
 
 
@@ -87,7 +73,7 @@ class HadamardUpdate:
         return self.w1_a.shape[0], self.w1_b.shape[1]
 
     def rows(self, first: int, last: int, transposed: bool = False) -> Tensor:
-        """See :class:`Update`."""
+        """Rows ``[first, last)`` of ``ΔW``, or of ``ΔWᵀ``, in float32."""
         parts = []
         for a, b in ((self.w1_a, self.w1_b), (self.w2_a, self.w2_b)):
             left, right = (b.float().T, a.float().T) if transposed else (a.float(), b.float())
@@ -95,7 +81,7 @@ class HadamardUpdate:
         return parts[0].mul_(parts[1]).mul_(self.scale)
 
     def dominant(self, tolerance: float) -> Subspace:
-        """See :class:`Update`."""
+        """The fewest singular directions whose rest is at most ``tolerance · ‖ΔW‖_F``, in float64; at least one."""
         w1_a, w1_b, w2_a, w2_b = (factor.double() for factor in (self.w1_a, self.w1_b, self.w2_a, self.w2_b))
         if w1_a.shape[1] * w2_a.shape[1] < min(self.shape):
             return _dominant_of_product(
@@ -119,14 +105,14 @@ class KroneckerUpdate:
         return self.w1.shape[0] * self.w2.shape[0], self.w1.shape[1] * self.w2.shape[1]
 
     def rows(self, first: int, last: int, transposed: bool = False) -> Tensor:
-        """See :class:`Update`."""
+        """Rows ``[first, last)`` of ``ΔW``, or of ``ΔWᵀ``, in float32."""
         w1, w2 = (self.w1.float().T, self.w2.float().T) if transposed else (self.w1.float(), self.w2.float())
         row = torch.arange(first, last)
         left, right = w1[row // w2.shape[0]], w2[row % w2.shape[0]]
         return (left.unsqueeze(2) * right.unsqueeze(1)).reshape(last - first, -1).mul_(self.scale)
 
     def dominant(self, tolerance: float) -> Subspace:
-        """See :class:`Update`."""
+        """The fewest singular directions whose rest is at most ``tolerance · ‖ΔW‖_F``, in float64; at least one."""
         u1, s1, vh1 = torch.linalg.svd(self.scale * self.w1.double(), full_matrices=False)
         u2, s2, vh2 = torch.linalg.svd(self.w2.double(), full_matrices=False)
         s, order = (s1.unsqueeze(1) * s2).flatten().sort(descending=True)
@@ -135,6 +121,9 @@ class KroneckerUpdate:
         u = (u1[:, one].unsqueeze(1) * u2[:, two]).reshape(-1, k)
         vh = (vh1[one].unsqueeze(2) * vh2[two].unsqueeze(1)).reshape(k, -1)
         return Subspace(vh, u * s[:k], _share(s, k))
+
+
+Update = LowRankUpdate | HadamardUpdate | KroneckerUpdate
 
 
 def _dominant_of_product(left: Tensor, right: Tensor, tolerance: float) -> Subspace:

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-from types import TracebackType
 from typing import Any
 
 from emloc_ray.data.images import MAX_PIXELS, decode
@@ -36,7 +35,7 @@ class DecoderApart:
     def __enter__(self) -> DecoderApart:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._end()
 
     def __call__(self, content: bytes | memoryview) -> Any:

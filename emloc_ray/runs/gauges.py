@@ -9,7 +9,6 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge
@@ -58,7 +57,7 @@ class RunGauges(Reporter):
     def __enter__(self) -> RunGauges:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: object, at: object) -> None:
         if isinstance(error, EmlocError):
             self._failed.set(1, {"run": self.run.name, "kind": type(error).__name__})
 

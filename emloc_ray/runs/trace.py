@@ -11,7 +11,6 @@ import contextlib
 import json
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 from emloc_ray.errors import ArtifactError, EmlocError
@@ -44,7 +43,7 @@ class WorkerTrace(Reporter):
         self._listening.enter_context(listening(self.hear))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._listening.close()
         self._write()
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,17 +97,19 @@ def _write_packed(
 
 def gram_counts(path: Path) -> dict[str, int]:
     """The token counts of the Grams that :func:`write_gram_shard` wrote."""
-    return _counts(read_shard(path))
+    return _written(read_shard(path)).num_tokens
 
 
-def _counts(shard: Shard) -> dict[str, int]:
-    counts: dict[str, int] = json.loads(_metadata(shard)["num_tokens"])
-    return counts
+class _Written(NamedTuple):
+    """What a shard's metadata says of its sums: the tokens in each, and, of a slot's, the last token shard they hold."""
+
+    num_tokens: dict[str, int]
+    last_shard: int
 
 
-def _metadata(shard: Shard) -> dict[str, str]:
-    metadata: dict[str, str] = json.loads(shard.header)["__metadata__"]
-    return metadata
+def _written(shard: Shard) -> _Written:
+    metadata = json.loads(shard.header)["__metadata__"]
+    return _Written(json.loads(metadata["num_tokens"]), int(metadata.get("last_shard", -1)))
 
 
 def write_gram_index(
@@ -138,23 +140,19 @@ def add_slot(path: Path, grams: Mapping[str, Gram]) -> int:
 
 
 def _add(shard: Shard, grams: Mapping[str, Gram]) -> int:
-    counts = _counts(shard)
+    written = _written(shard)
     for entry in shard.entries:
         if entry.name in grams:
             gram = grams[entry.name]
             for begin, rows in row_chunks(entry, _CHUNK_BYTES):
                 gram.matrix[begin : begin + len(rows)] += rows.to(gram.matrix.device)
-            gram.num_tokens += counts[entry.name]
-    return _last(shard)
+            gram.num_tokens += written.num_tokens[entry.name]
+    return written.last_shard
 
 
 def last_shard(path: Path) -> int:
     """The last shard that a slot's committed sums hold."""
-    return _last(read_shard(path))
-
-
-def _last(shard: Shard) -> int:
-    return int(_metadata(shard)["last_shard"])
+    return _written(read_shard(path)).last_shard
 
 
 def reduce_slots(slots: Sequence[Path], names: Sequence[str], ends: Sequence[int] | None = None) -> dict[str, Gram]:
@@ -164,7 +162,7 @@ def reduce_slots(slots: Sequence[Path], names: Sequence[str], ends: Sequence[int
     wanted: Sequence[int | None] = ends or [None] * len(slots)
     for path, end in zip(slots, wanted, strict=True):
         with open_shard(path) as shard:
-            if end is not None and (last := _last(shard)) != end:
+            if end is not None and (last := _written(shard).last_shard) != end:
                 raise ArtifactError(f"{path} holds the sums to {last}, not to {end}: run the same command again.")
             if not total:
                 orders = {entry.name: entry.shape[0] for entry in shard.entries}

@@ -8,7 +8,6 @@ import os
 import threading
 import time
 import uuid
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -75,9 +74,7 @@ class HeartbeatWatch:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._over.set()
         self._thread.join(_TASK_S)  # Ray may not answer it
 

@@ -8,9 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
 
 import ray.train
 
@@ -20,22 +18,6 @@ from emloc_ray.io.store.node_cache import discard, ensure, is_stored, sizes
 from emloc_ray.stages.ray.departures import Departures
 
 _NEWEST = "newest.json"
-
-
-class TrainingSession(Protocol):
-    """One rank of a training: which it is, and where its checkpoints are."""
-
-    rank: int
-    world_size: int
-
-    def checkpoint(self) -> AbstractContextManager[str | None]:
-        """The folder of the newest checkpoint, while the block lasts; None where there is none."""
-
-    def is_leaving(self) -> bool:
-        """Whether a node of this training is about to leave. All ranks ask it together."""
-
-    def save(self, folder: Path | None, step: int) -> None:
-        """Keeps what this rank wrote for a step (``folder``, where it did), in place of earlier steps'. All ranks call it."""
 
 
 class GroupSession:
@@ -48,7 +30,7 @@ class GroupSession:
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[str | None]:
-        """The one that Ray Train keeps."""
+        """The folder of the newest checkpoint, which Ray Train keeps, while the block lasts; None where there is none."""
         kept = ray.train.get_checkpoint()
         if kept is None:
             yield None
@@ -57,13 +39,14 @@ class GroupSession:
             yield folder
 
     def is_leaving(self) -> bool:
-        """As Ray Train says, from 2.56 on."""
+        """Whether a node of this training is about to leave, as Ray Train says from 2.56 on. All ranks ask it together."""
         ask = getattr(ray.train, "get_preemption_info", None)
         return ask is not None and ask() is not None
 
     def save(self, folder: Path | None, step: int) -> None:
-        """Ray Train puts the files of all ranks together in one directory. Raises TakenOver where another process holds the run
-        by now: its training would go on from what this one hands in."""
+        """Keeps what this rank wrote for a step (``folder``, where it did), in place of earlier steps'; all ranks call it. Ray
+        Train puts the files of all ranks together in one directory. Raises TakenOver where another process holds the run by
+        now: its training would go on from what this one hands in."""
         check_lock(self.directory)
         checkpoint = ray.train.Checkpoint.from_directory(folder) if folder is not None else None
         ray.train.report({"step": step}, checkpoint=checkpoint)
@@ -79,12 +62,12 @@ class LoneSession:
         self._departures = Departures()
 
     def is_leaving(self) -> bool:
-        """As Ray says of this process's node."""
+        """Whether this process's node is about to leave, as Ray says."""
         return self._departures.here()
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[str | None]:
-        """The newest that is whole."""
+        """The folder of the newest checkpoint that is whole, while the block lasts; None where there is none."""
         newest = self.directory / _NEWEST
         ensure(newest)
         if not newest.is_file():
@@ -95,7 +78,7 @@ class LoneSession:
         yield str(folder) if folder.is_dir() else None
 
     def save(self, folder: Path | None, step: int) -> None:
-        """Writes the new one whole, then names it, then removes the others."""
+        """Keeps what was written for a step: the new folder whole, then its name in the file, then no others."""
         if folder is None:
             return
         target = self.directory / f"checkpoint-{step}"
@@ -105,6 +88,9 @@ class LoneSession:
         for name in {file.relative_to(self.directory).parts[0] for file in sizes(self.directory)}:
             if name not in (target.name, _NEWEST):
                 discard(self.directory / name)
+
+
+TrainingSession = GroupSession | LoneSession  # one rank of a training: which it is, and where its checkpoints are
 
 
 def own_folder(storage_dir: Path) -> str:

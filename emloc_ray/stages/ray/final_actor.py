@@ -14,7 +14,6 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeVar
 
 import ray
@@ -77,7 +76,7 @@ class FinalActors:
     def __enter__(self) -> FinalActors:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         while self.idle:
             ray.kill(self.idle.pop())
 
@@ -100,7 +99,7 @@ class FinalActorHandle:
     def __enter__(self) -> FinalActorHandle:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: object, at: object) -> None:
         actor, self._actor = self._actor, None
         if actor is not None and self.actors is not None and error is None:
             self.actors.idle.append(actor)

@@ -16,6 +16,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from emloc_ray.errors import StageError
 from emloc_ray.stages.finetune.group_callbacks import FailureLog
 from emloc_ray.stages.finetune.job import FinetuneJob
+from emloc_ray.stages.finetune.session import LoneSession
 from emloc_ray.stages.finetune.trainer import StepKeeper
 from emloc_ray.stages.ray import departures, pace, slots, tasks
 from emloc_ray.stages.ray.departures import Departures
@@ -219,9 +220,10 @@ def job(tmp_path: Path) -> FinetuneJob:
                        base_model="", max_steps=9, batch_size=1, max_failures=1)  # fmt: skip
 
 
-def test_a_training_saves_once_where_its_node_is_about_to_go(tmp_path: Path) -> None:
+def test_a_training_saves_once_where_its_node_is_about_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leaving = [False]
-    session = SimpleNamespace(rank=0, world_size=1, is_leaving=lambda: leaving[0])
+    session = LoneSession(tmp_path / "training")
+    monkeypatch.setattr(session, "is_leaving", lambda: leaving[0])
     (tmp_path / "training").mkdir()
     keeper = StepKeeper(job(tmp_path), session, poll_s=0, ask_s=0)
 
