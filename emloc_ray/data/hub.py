@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from emloc_ray.data.splits import hub_split
+from emloc_ray.data.hub_splits import HubSplit
 from emloc_ray.errors import DataError
 from emloc_ray.io.formats.arrow_schemas import check_no_extensions
 from emloc_ray.io.store.atomic import atomic_file
@@ -24,16 +24,20 @@ _REFUSED = 3  # the exit code for a whole sentence of ours on stdout
 def download(
     place: str, split: str, path: Path, first: int | None = None, look: Callable[[], None] = lambda: None
 ) -> None:
-    """Writes the rows of ``hf:NAME[@SUBSET][:SPLIT]`` (also of a local folder that ``datasets`` reads) to ``path``; only the
-    ``first`` ones, which are then all that is fetched. ``look`` is called every second, and may raise. Raises DataError where it
-    cannot be loaded, where nothing comes for half an hour, or where a column has an extension type."""
+    """Writes the rows of ``hf:NAME[@SUBSET][:SPLIT]`` (also of a local folder that ``datasets`` reads) to ``path``; with
+    ``first`` only so many, of the whole split, which are then all that is fetched. ``look`` is called every second, and may
+    raise. Raises DataError where it cannot be loaded, where nothing comes for half an hour, or where a column has an extension
+    type."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=path.parent, prefix=".hub.", suffix=".tmp") as folder,
         tempfile.TemporaryFile("w+") as said,
     ):
         rows = Path(folder, path.name)
-        command = [sys.executable, "-m", __name__, *hub_split(place, split), place, str(rows), str(first or "")]
+        named = HubSplit.of(place, split)
+        if first:
+            named = named._replace(part=named.whole())
+        command = [sys.executable, "-m", __name__, *named, place, str(rows), str(first or "")]
         with subprocess.Popen(command, stdout=said, stderr=said) as loading:
             try:
                 code = _watched(loading, look)

@@ -193,11 +193,3 @@ def assign_splits(
         "eval": splits["eval"].sample(num_eval_samples, seed + 5),
         **{name: rows for name, rows in splits.items() if name not in SPLITS},
     }
-
-
-def hub_split(path: str, split: str) -> tuple[str, str, str]:
-    """The data set, the subset and the split of ``hf:NAME[@SUBSET][:SPLIT]``; the subset is empty where none is named, the
-    split ``test`` for rows to report on, else ``train``."""
-    place, _, part = path.removeprefix("hf:").partition(":")
-    name, _, subset = place.partition("@")
-    return name, subset, part or ("test" if split == "eval" else "train")

@@ -14,11 +14,12 @@ from typing import Any
 from emloc_ray.config.schema import DataConfig, RunConfig, SplitConfig
 from emloc_ray.data.files import list_files
 from emloc_ray.data.formats import check_row
+from emloc_ray.data.hub_splits import HubSplit
 from emloc_ray.data.image_places import ImagePlaces
 from emloc_ray.data.images import has_images, look
 from emloc_ray.data.reading import BadRow, Place, Row, SourceFile, each, read_rows, scan, value_errors
 from emloc_ray.data.row_formats import columns_of, converted, recognized, unknown_format
-from emloc_ray.data.splits import SPLITS, counts_in_shares, hub_split
+from emloc_ray.data.splits import SPLITS, counts_in_shares
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.runs.fingerprint import fingerprint, look_of
 from emloc_ray.io.store.shared import Shared
@@ -196,25 +197,27 @@ def with_format(source: SourceFile, data: DataConfig) -> SourceFile:
 def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...] | None]) -> None:
     """Raises ConfigError where rows to report or to choose on are also trained on."""
     paths = {name: {_place(source) for source in sources or ()} for name, sources in files.items()}
-    for name in paths:
-        section = getattr(config.data, name)
-        for place in section.hub if section is not None else ():
-            dataset, subset, part = hub_split(place, name)
-            paths[name].add(f"hf:{dataset}{f'@{subset}' if subset else ''}:{part}")
+    sections = {name: section for name in files if (section := getattr(config.data, name)) is not None}
+    hub = {name: [HubSplit.of(place, name) for place in section.hub] for name, section in sections.items()}
+
+    def read_by_both(one: str, other: str) -> list[str]:
+        same = paths.get(one, set()) & paths.get(other, set())
+        pairs = ((a, b) for a in hub.get(one, ()) for b in hub.get(other, ()) if a.overlaps(b))
+        return sorted(same) + [str(a) if a == b else f"{a} (rows of {b})" for a, b in pairs]
+
     disjoint = {
         "eval": ("train", "selection", "healing", "validation"),
         "selection": ("train",),
         "validation": ("train",),
     }
-    if config.data.eval is None and (both := sorted(paths.get("train", set()) & paths.get("healing", set()))):
+    if config.data.eval is None and (both := read_by_both("train", "healing")):
         raise ConfigError(
             f"data.healing and data.train both read {listed(both, 1)}, some of whose rows are kept to be reported: healing must"
             " not train on these; leave data.healing out to heal on the rows that are left of train, or name data.eval."
         )
     for held_out, others in disjoint.items():
         for other in others:
-            both = sorted(paths.get(held_out, set()) & paths.get(other, set()))
-            if both:
+            if both := read_by_both(held_out, other):
                 raise ConfigError(
                     f"data.{held_out} and data.{other} both read {listed(both, 1)}: held-out rows must not be trained on;"
                     f" leave data.{held_out} out to have rows of train kept for it, or name other files."

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from emloc_ray.config.reading import parse_config
+from emloc_ray.data.hub import download
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import ConfigError, DataError
 from emloc_ray.planning.prepared import prepare
@@ -73,3 +75,15 @@ def test_a_split_can_be_named_and_a_wrong_name_is_told(
     wrong = _config(model, tmp_path / "other", f"hf:{folder}", f"hf:{tmp_path / 'nowhere'}")
     with pytest.raises(DataError, match="nowhere"):
         tokenize_data(prepare(wrong), model, tmp_path / "data2")
+
+
+@pytest.mark.without_ray
+def test_a_slice_of_a_split_is_loaded_and_looked_at(tmp_path: Path) -> None:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    _write(folder / "train.jsonl", "train", 40)
+    place = f"hf:{folder}:train[75%:]"
+    download(place, "train", tmp_path / "all.parquet")
+    assert pq.read_table(tmp_path / "all.parquet")["prompt"].to_pylist() == [f"train {i}" for i in range(30, 40)]
+    download(place, "train", tmp_path / "first.parquet", first=3)  # streamed, which knows no slices
+    assert pq.read_table(tmp_path / "first.parquet")["prompt"].to_pylist() == [f"train {i}" for i in range(3)]

@@ -223,6 +223,8 @@ def test_rows_that_are_held_out_are_not_trained_on(refused: Callable[..., str], 
     hub = {"train": {"path": "hf:some/rows"}, "selection": {"path": "hf:some/rows"}, "max_seq_length": 64}
     assert "data.selection and data.train both read hf:some/rows:train" in refused(data=hub)
     assert "both read" not in refused(data={**hub, "selection": None, "eval": hub["train"]}, seed=-1)
+    sliced = {**hub, "selection": {"path": "hf:some/rows:train[:10%]"}}
+    assert "both read hf:some/rows:train[:10%] (rows of hf:some/rows:train): held-out" in refused(data=sliced)
     healed = {"train": {"path": str(rows)}, "healing": {"path": [str(rows), str(folder / "test.jsonl")]}}
     sizes: dict[str, Any] = {"max_seq_length": 64}
     healing: dict[str, Any] = {"emulator": {"healing": {"steps": 2}}}

@@ -1,0 +1,75 @@
+"""Which rows ``hf:NAME[@SUBSET][:SPLIT]`` names, before any is fetched.
+
+A split is named as ``datasets`` does (https://huggingface.co/docs/datasets/loading#slice-splits): ``train``,
+``train[:80%]``, ``train[100:200]``, ``train+test``.
+"""
+
+import re
+from typing import NamedTuple
+
+_SLICE = re.compile(r"(?P<name>[^\[(]+)(?:\[(?P<begin>-?\d+%?)?:(?P<end>-?\d+%?)?\])?")
+
+
+class HubSplit(NamedTuple):
+    """A data set, its subset ("" where none is named) and a split of it."""
+
+    dataset: str
+    subset: str
+    part: str
+
+    @classmethod
+    def of(cls, place: str, split: str) -> "HubSplit":
+        """The one of ``hf:NAME[@SUBSET][:SPLIT]``; the split is ``test`` for rows to report on where none is named, else
+        ``train``."""
+        name, _, part = place.removeprefix("hf:").partition(":")
+        dataset, _, subset = name.partition("@")
+        return cls(dataset, subset, part or ("test" if split == "eval" else "train"))
+
+    def __str__(self) -> str:
+        return f"hf:{self.dataset}{f'@{self.subset}' if self.subset else ''}:{self.part}"
+
+    def whole(self) -> str:
+        """The first split that ``part`` takes rows of, all of it: what can be streamed."""
+        return re.split(r"[\[(+]", self.part)[0]
+
+    def overlaps(self, other: "HubSplit") -> bool:
+        """Whether both have rows in common for certain: not where one is counted in rows, the other in per cent or from the
+        end."""
+        if (self.dataset, self.subset) != (other.dataset, other.subset):
+            return False
+        return self.part == other.part or any(
+            _overlap(_piece(one), _piece(two)) for one in self.part.split("+") for two in other.part.split("+")
+        )
+
+
+class _Piece(NamedTuple):
+    """Rows ``[begin, end)`` of a split, ``unit``: of 100 (``%``), or counted; no unit where it is all of the split, None where
+    it is not known which rows these are."""
+
+    name: str
+    unit: str | None = ""
+    begin: float = 0
+    end: float = float("inf")
+
+
+def _piece(text: str) -> _Piece:
+    match = _SLICE.fullmatch(text.strip())
+    if match is None:
+        return _Piece(re.split(r"[\[(]", text.strip())[0], None)
+    bounds = [bound for bound in match.group("begin", "end") if bound is not None]
+    units = {"%" if bound.endswith("%") else "rows" for bound in bounds}
+    if not units:
+        return _Piece(match["name"])
+    numbers = {name: int(match[name].rstrip("%")) for name in ("begin", "end") if match[name] is not None}
+    if units == {"%"}:
+        numbers = {name: number + 100 if number < 0 else number for name, number in numbers.items()}
+    known = len(units) == 1 and min(numbers.values()) >= 0
+    return _Piece(match["name"], units.pop() if known else None, **numbers)
+
+
+def _overlap(one: _Piece, other: _Piece) -> bool:
+    if one.name != other.name:
+        return False
+    if "" in (one.unit, other.unit):
+        return True
+    return one.unit == other.unit is not None and max(one.begin, other.begin) < min(one.end, other.end)
