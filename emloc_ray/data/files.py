@@ -24,6 +24,7 @@ ENDINGS = (*_ALL, *_PACKED)
 ROWS = tuple(ending for ending in ENDINGS if ".txt" not in ending)
 """How the files end that are read of a directory; text files, such as a README.txt, only where they are named."""
 _KINDS = "a .jsonl, .json, .parquet, .csv, .tsv or .txt file (also .gz, .zst)"
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 _DELIMITERS = ";\t|"
 
 
@@ -51,10 +52,12 @@ def list_files(patterns: str | Sequence[str], key: str) -> list[Path | str]:
     """
     files: dict[str, Path | str] = {}  # each once; absolute, as workers run in other directories
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matched: Sequence[Path | str] = find_stored(pattern, key, ROWS) if is_store_uri(pattern) else _local(pattern)
+        named: Sequence[Path | str] = find_stored(pattern, key, ROWS) if is_store_uri(pattern) else _local(pattern)
+        matched = [place for place in named if pattern.endswith(_name(place)) or not _describes(place, named)]
         if not matched:
+            saved = f", or hf:{Path(pattern).absolute()} for what datasets saved there" if named else ""
             raise DataError(
-                f"{key}: {pattern} names no file{_looked_in(pattern)}: give {_KINDS}, a directory or a glob."
+                f"{key}: {pattern} names no file{_looked_in(pattern)}: give {_KINDS}, a directory or a glob{saved}."
             )
         for place in matched:
             whole = place if isinstance(place, str) else Path(os.path.normpath(place.absolute()))
@@ -62,8 +65,21 @@ def list_files(patterns: str | Sequence[str], key: str) -> list[Path | str]:
     for place in files.values():
         if not str(_lowered(place)).endswith(ENDINGS):
             ending = PurePosixPath(shown(str(place))).suffix or "nothing"
-            raise DataError(f"{key}: {shown(str(place))} ends in {ending}: give {_KINDS}.")
+            saved = ", or hf:FOLDER for a folder that datasets saved" if ending == ".arrow" else ""
+            raise DataError(f"{key}: {shown(str(place))} ends in {ending}: give {_KINDS}{saved}.")
     return list(files.values())
+
+
+def _name(place: Path | str) -> str:
+    return PurePosixPath(str(place)).name
+
+
+def _describes(place: Path | str, beside: Sequence[Path | str]) -> bool:
+    """Whether a file holds no rows, but what the library ``datasets`` writes about those in its folder."""
+    path = PurePosixPath(str(place))
+    return path.name in _DESCRIPTIONS or (
+        path.name == "state.json" and str(path.with_name("dataset_info.json")) in map(str, beside)
+    )
 
 
 def _local(pattern: str) -> list[Path]:

@@ -133,3 +133,17 @@ def test_a_missing_relative_path_says_where_it_was_looked_for(tmp_path: Path, mo
     with pytest.raises(DataError) as caught:
         list_files("rows.jsonl", "data.train.path")
     assert f"data.train.path: rows.jsonl names no file in {tmp_path}: give a .jsonl" in str(caught.value)
+
+
+def test_what_datasets_writes_about_rows_is_none(tmp_path: Path) -> None:
+    for name in ("rows.jsonl", "state.json", "dataset_infos.json"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    assert list_files(str(tmp_path), "data.train.path") == [tmp_path / "rows.jsonl", tmp_path / "state.json"]
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert list_files(str(tmp_path), "data.train.path") == [tmp_path / "rows.jsonl"]
+    assert list_files(str(tmp_path / "state.json"), "data.train.path") == [tmp_path / "state.json"]
+    (tmp_path / "rows.jsonl").rename(tmp_path / "data-00000-of-00001.arrow")
+    with pytest.raises(DataError, match=rf"or a glob, or hf:{tmp_path} for what datasets saved there\.$"):
+        list_files(str(tmp_path), "data.train.path")
+    with pytest.raises(DataError, match=r"ends in \.arrow: give .*, or hf:FOLDER for a folder that datasets saved"):
+        list_files(str(tmp_path / "data-00000-of-00001.arrow"), "data.train.path")
