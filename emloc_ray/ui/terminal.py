@@ -215,9 +215,11 @@ def budget_lines(plan: Plan, free: Plan) -> list[str]:
     peaks = [max(stage.worker_bytes for stage in one.stages) for one in (plan, free)]
     lines = [smaller_batches(plan.prepared), over_budget(plan.prepared.config, plan.worker_bytes)]
     if peaks[0] != peaks[1]:
+        times = [duration(one.seconds) for one in (free, plan)]
+        takes = f"about {times[0]} instead of {times[1]}" if times[0] != times[1] else "as long"
         lines.append(
             f"With memory_budget: null a worker would hold up to {size(peaks[1])} instead of {size(peaks[0])}, and the run take"
-            f" about {duration(free.seconds)} instead of {duration(plan.seconds)}."
+            f" {takes}."
         )
     return [line for line in lines if line is not None]
 
