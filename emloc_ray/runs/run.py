@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from emloc_ray.config.schema import RunConfig
@@ -39,6 +39,15 @@ from emloc_ray.stages.ray.session import (
 )
 
 
+@dataclass(frozen=True)
+class InBatch:
+    """What a task shares with its batch: when each of its stages may start, the batch's locked directory, its final actors."""
+
+    turns: Turns
+    directory: RunDirectory | None
+    actors: FinalActors | None
+
+
 def run(
     config: RunConfig,
     *,
@@ -47,65 +56,72 @@ def run(
     fresh: bool = False,
     reporter: Reporter | None = None,
     prepared: Prepared | None = None,
-    turns: Turns | None = None,
     cache: ArtifactCache | None = None,
     accept_versions: bool = False,
-    batch: RunDirectory | None = None,
-    actors: FinalActors | None = None,
     accept_changes: Accept = False,
+    in_batch: InBatch | None = None,
 ) -> dict[str, Any]:
     """Runs the pipeline up to ``until``; skips finished stages with unchanged inputs, but redoes all from ``begin`` on, and what
     an earlier try was asked to redo and has not. What is raised, and the arguments not named here, are those of
     :func:`emloc_ray.ui.api.run`.
 
-    ``turns`` says when each stage may start, by default at once. ``batch`` is the locked directory of the batch whose task this
-    is, ``actors`` that batch's. ``accept_changes``: whether finished stages may be redone or removed where config or files have
-    changed, or a function that is asked. Returns the content of metrics.json.
+    ``accept_changes``: whether finished stages may be redone or removed where config or files have changed, or a function that
+    is asked. ``in_batch``: the batch whose task this is; the stages of a run alone start at once. Returns the content of
+    metrics.json.
     """
     _check_order(begin or until, until)
     prepared, reporter = shrink_batches(prepared or prepare(config)), reporter or Reporter()
     redo = [stage.name for stage in up_to(until) if stage.name in redone_from(begin) and stage.wanted(prepared)]
-    plan = _checked_plan(prepared, redo, fresh, in_batch=turns is not None)
-    try:
-        prepared.run.lock(reporter.note, under=batch)
+    plan = _checked_plan(prepared, redo, fresh, in_batch is not None)
+    with _locked(prepared, reporter, in_batch):
         forced = [*redo, *prepared.run.to_redo()]
         if not fresh:
-            check_versions(prepared, forced, until, accept_versions, in_batch=turns is not None)
+            check_versions(prepared, forced, until, accept_versions, in_batch is not None)
         if not fresh and not config.ray.joins:
             _check_changes(prepared, forced, until, accept_changes)
-        if turns is None and not fresh and not config.ray.joins and is_finished(prepared, forced, until):
-            _create(prepared, fresh)
-            with _recorded(prepared, reporter, cache) as reporters:
-                steps = Steps(prepared, reporters, AtOnce(), cache, (), plan, accept_versions)
-                run_stages(steps, until)
-                if not prepared.run.metrics():  # who reads a damaged one is told to remove it
-                    steps.write_results()
-            return prepared.run.metrics()
+            if in_batch is None and is_finished(prepared, forced, until):
+                _check_again(prepared, reporter, cache, plan, until, accept_versions)
+                return prepared.run.metrics()
         lean = keeps_small(prepared.config)
         with connection(config.ray.address, lean_memory=lean, **config.ray.init_options) as started:
-            if turns is None and not started:
-                prepared, plan = _within_reach(prepared, plan, _gathers(prepared, forced, fresh))
-                config = prepared.config
+            if in_batch is None:
+                prepared, plan = _checked_on_ray(prepared, plan, _gathers(prepared, forced, fresh), started)
             if not fresh and config.ray.joins:  # by the GPUs that its Ray has
                 _check_changes(prepared, forced, until, accept_changes)
-            if turns is None:  # again, by what Ray counts: in a container less than the machine has
-                check_resources(config, total("CPU"), total("GPU"))
-                if config.ray.joins:
-                    check_kernel(config)
-                    check_nodes([config])
             _create(prepared, fresh, redo)
             with _recorded(prepared, reporter, cache) as reporters:
                 check_visible(prepared)
-                for remark in remarks.of_machines([config], total("CPU")) if turns is None else ():
+                for remark in remarks.of_machines([prepared.config], total("CPU")) if in_batch is None else ():
                     reporter.note(remark)
-                forced = prepared.run.to_redo()
-                steps = Steps(prepared, reporters, turns or AtOnce(), cache, forced, plan, accept_versions)
+                turns, actors = (in_batch.turns, in_batch.actors) if in_batch is not None else (AtOnce(), None)
+                steps = Steps(prepared, reporters, turns, cache, prepared.run.to_redo(), plan, accept_versions)
                 run_stages(steps, until, actors)
         return prepared.run.metrics()
-    except OSError as error:  # of the run's own small files: stages explain theirs
+
+
+@contextlib.contextmanager
+def _locked(prepared: Prepared, reporter: Reporter, in_batch: InBatch | None) -> Iterator[None]:
+    """The run is this process's while the block lasts. Raises StageError for an OSError of the run's own small files; stages
+    explain theirs."""
+    try:
+        prepared.run.lock(reporter.note, under=None if in_batch is None else in_batch.directory)
+        yield
+    except OSError as error:
         raise explain(error, "the run") from error
     finally:
         prepared.run.unlock()
+
+
+def _check_again(
+    prepared: Prepared, reporter: Reporter, cache: ArtifactCache | None, plan: Plan, until: str, accept_versions: bool
+) -> None:
+    """Goes through a finished run without Ray: its files are checked, and its results written where they are missing."""
+    _create(prepared, fresh=False)
+    with _recorded(prepared, reporter, cache) as reporters:
+        steps = Steps(prepared, reporters, AtOnce(), cache, (), plan, accept_versions)
+        run_stages(steps, until)
+        if not prepared.run.metrics():  # who reads a damaged one is told to remove it
+            steps.write_results()
 
 
 def _check_order(begin: str, until: str) -> None:
@@ -132,7 +148,7 @@ def _recorded(prepared: Prepared, reporter: Reporter, cache: ArtifactCache | Non
 
 
 def _checked_plan(prepared: Prepared, forced: Collection[str], fresh: bool, in_batch: bool) -> Plan:
-    """The plan, of a run that this machine's memory and disk have room for, as far as it takes part."""
+    """The run's plan. Raises ConfigError where this machine, as far as it takes part, lacks memory or disk for it."""
     if not prepared.config.ray.joins:
         check_kernel(prepared.config)
     if not in_batch and _gathers(prepared, forced, fresh):  # in a batch a stage waits until others have freed memory
@@ -164,6 +180,18 @@ def _within_reach(prepared: Prepared, plan: Plan, gathers: bool) -> tuple[Prepar
         for stage, each in asked
     )
     return reached, plan
+
+
+def _checked_on_ray(prepared: Prepared, plan: Plan, gathers: bool, started: bool) -> tuple[Prepared, Plan]:
+    """The run and its plan by what Ray counts, which in a container is less than the machine has; ``started``: that was
+    started for this run. Raises ConfigError where it is not enough."""
+    if not started:
+        prepared, plan = _within_reach(prepared, plan, gathers)
+    check_resources(prepared.config, total("CPU"), total("GPU"))
+    if prepared.config.ray.joins:
+        check_kernel(prepared.config)
+        check_nodes([prepared.config])
+    return prepared, plan
 
 
 def _check_changes(prepared: Prepared, forced: Collection[str], until: str, accept: Accept) -> None:

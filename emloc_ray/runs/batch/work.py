@@ -175,12 +175,10 @@ class PipelineWork:
             task.config,
             reporter=both,
             prepared=prepared,
-            turns=turns,
             cache=self.cache,
             accept_versions=self.accept_versions,
-            batch=self.batch,
-            actors=self.actors,
             accept_changes=True,  # by whoever began the batch
+            in_batch=pipeline.InBatch(turns, self.batch, self.actors),
         )
 
     def forget(self, task: Task) -> None:
