@@ -359,9 +359,8 @@ def layout_under(layout: Layout, config: RunConfig) -> Layout:
 def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, int]:
     """The rank of every linear that the config compresses; those that stay dense are left out."""
     emulator = config.emulator
-    if (
-        emulator.compression_ratio == 1 or emulator.budget is not None
-    ):  # plain LoRA, whatever the patterns say; or forms
+    # Ratio 1 is plain LoRA, whatever the patterns say; a budget decides forms, not ranks.
+    if emulator.compression_ratio == 1 or emulator.budget is not None:
         return {}
     by_name = {spec.name: spec for spec in specs}
     ratios = {name: lookup(name, emulator.ratios, emulator.compression_ratio) for name in compressed}

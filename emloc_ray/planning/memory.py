@@ -56,8 +56,8 @@ class MemoryModel(CalibrationMemory):
         return {"header": _HEADER_BYTES * self._vocabulary(), "weights": self.weight_files, **tensor}
 
     def tokenize(self) -> Parts:
-        """The tokenizer; a batch of rows from their texts to lists of tokens; of images those of a batch as read and as parts of
-        its rows, with one decoded, and those that are written at once, as a group, as a table and in the writer."""
+        """The tokenizer; a batch of rows, from text to token lists. For rows with images: a batch as read and as rows, one
+        decoded image, and the rows being written, which are held three times (group, table, writer)."""
         image = self.lengths.image_bytes
         return {
             "tokenizer": _TOKENIZER_BYTES * self._vocabulary(),

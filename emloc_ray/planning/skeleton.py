@@ -47,9 +47,8 @@ def skeleton_of(
         by_name = {spec.name: spec for spec in (*linears, *linears_between(model, next_blocks))}
         linears = [by_name[name] for name, _ in model.named_modules() if name in by_name]  # in the model's order
     trace = trace_inputs(model, linears, example)
-    if (
-        not example
-    ):  # a linear that is not called in a block that ran is read as a weight by its owner: it stays as it is
+    # A linear that is never called, in a block that ran, has its weight read by its owner: it stays as it is.
+    if not example:
         ran = {spec.block for spec in linears if spec.name in trace.streams and spec.routed_share is None}
         linears = [s for s in linears if s.name in trace.streams or s.block not in ran or s.routed_share is not None]
     specs = [replace(spec, stream=trace.streams.get(spec.name, spec.stream)) for spec in linears]

@@ -80,9 +80,8 @@ def factorize_work(prepared: Prepared) -> float:
     """Floating-point operations of products with Grams, for all linears that are factorized, or rounded with them."""
     layout, ranks = prepared.layout, factor_ranks(prepared)
     specs = [spec for spec in layout.specs if spec.name in ranks]
-    names = set(
-        layout.bits if layout.budget is None else layout.compressed
-    )  # of forms that data decides most are integers
+    # Under a budget most forms are integers.
+    names = set(layout.bits if layout.budget is None else layout.compressed)
     rounding = rounding_work(layout, ranks, names.difference(rounded_late(layout, prepared.config.emulator.heals)))
     return rounding + sum(2.0 * s.num_parameters * max(s.in_features, 2 * ranks[s.name]) for s in specs)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from emloc_ray.data.processors import ImageInputs
 
 Groups = tuple[tuple[str, ...], ...]
-_BEGUN = ".way.json"
+_BEGUN = ".way.json"  # the name on disk; it holds hold, waves and slots
 BLOCKS = "block_by_block"
 
 
@@ -80,17 +80,19 @@ class CalibrationJob:
         return range(self.shards[0] + slot, self.shards[1], num_slots)
 
 
-def go_on(job: CalibrationJob, out_dir: Path, inputs: Any, num_slots: int, auto: bool) -> CalibrationJob:
-    """The job with the ``hold`` and the waves of a killed try of the same ``inputs``, so that its sums count: ``auto`` chose by
-    the memory that was free, and may choose otherwise now. The job itself, over an empty ``out_dir``, where there was none, it
-    held more than the job may now, or, block by block, it had another number of slots, each of which left the hidden states of
-    its own shards."""
+def resume_job(job: CalibrationJob, out_dir: Path, inputs: Any, num_slots: int, auto: bool) -> CalibrationJob:
+    """The job with the ``hold`` and the waves of a killed try of the same ``inputs``, so that its sums count. ``auto`` had chosen
+    them by the memory that was free then.
+
+    A new job over an emptied ``out_dir`` where there was no such try, where it held more than this job may, or where it went
+    block by block with another number of slots: each slot has the hidden states of its own shards.
+    """
     discard_unless(out_dir, inputs)
     job = dataclasses.replace(job, inputs=fingerprint([inputs, job.batch_size]))
     path = out_dir / _BEGUN
     ensure(path)
     begun: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    if begun and _may_go_on(begun, job, num_slots, auto):
+    if begun and _may_resume(begun, job, num_slots, auto):
         waves = begun["waves"] and tuple(tuple(tuple(group) for group in wave) for wave in begun["waves"])
         job = dataclasses.replace(job, hold=begun["hold"], waves=waves)
     elif begun:
@@ -101,8 +103,8 @@ def go_on(job: CalibrationJob, out_dir: Path, inputs: Any, num_slots: int, auto:
 
 
 def by_blocks(job: CalibrationJob, out_dir: Path) -> CalibrationJob:
-    """The job block by block, for an ``out_dir`` that :func:`go_on` has begun otherwise: what is there is removed, and a later
-    try goes on in this way."""
+    """The job block by block, for an ``out_dir`` that :func:`resume_job` began otherwise. Removes its slots and sums; a later try
+    resumes block by block."""
     path = out_dir / _BEGUN
     ensure(path)
     begun = json.loads(path.read_text())
@@ -115,7 +117,7 @@ def by_blocks(job: CalibrationJob, out_dir: Path) -> CalibrationJob:
     return job
 
 
-def _may_go_on(begun: dict[str, Any], job: CalibrationJob, num_slots: int, auto: bool) -> bool:
+def _may_resume(begun: dict[str, Any], job: CalibrationJob, num_slots: int, auto: bool) -> bool:
     if begun.get("hold", BLOCKS) == BLOCKS:
         return begun["slots"] == num_slots and "hold" in begun and (auto or job.hold == BLOCKS)
     return job.hold != BLOCKS and len(begun["waves"] or ()) >= len(job.waves or ())

@@ -12,7 +12,7 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import UNKNOWN_ROWS
 from emloc_ray.planning.sizes import gradient_bytes, gram_bytes
 from emloc_ray.planning.work import WITH_BACKWARD, block_work, head_work, tokens_calibrated
-from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, Labels, go_on
+from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, Labels, resume_job
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.stage import Stage, by_weights, part
 
@@ -100,19 +100,18 @@ def _gather_grams(context: Context, inputs: Inputs, granted: Resources, progress
 
     config, out_dir = context.prepared.config, context.path("calibration")
     job = calibration_job(context)
-    job = go_on(job, out_dir, inputs, config.calibration.num_workers, config.model.hold == "auto")
+    job = resume_job(job, out_dir, inputs, config.calibration.num_workers, config.model.hold == "auto")
     return calibrate(job, out_dir, granted, progress, context.note)
 
 
 def _gather_gradients(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
     from emloc_ray.stages.calibrate.calibrate import calibrate
 
-    prepared, out_dir = context.prepared, context.path("gradients")
-    if (
-        prepared.config.memory_budget is not None and not prepared.config.budget_is_default
-    ):  # of a run whose config has changed since it was prepared
-        check_holding(prepared)
-    job = go_on(gradient_job(context), out_dir, inputs, prepared.config.calibration.num_workers, False)
+    config, out_dir = context.prepared.config, context.path("gradients")
+    # Only where the config has changed since the run was prepared: prepare checks it too.
+    if config.memory_budget is not None and not config.budget_is_default:
+        check_holding(context.prepared)
+    job = resume_job(gradient_job(context), out_dir, inputs, config.calibration.num_workers, False)
     return calibrate(job, out_dir, granted, progress, context.note)
 
 

@@ -98,34 +98,39 @@ def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int) -
     num_prompts = max(job.num_generations, job.num_exact_match)
     prompts = [shards.row(position) for position in positions if position < num_prompts]
     variants = [name for name in job.scored if job.family(name) == family]
-    alike = {"corrected": "uncorrected"} if {"corrected", "uncorrected"} <= {*variants} and _is_as_trained(job) else {}
-    if family == "original":
-        pairs = {"emulator": "original", "emulator_adapter": "uncorrected"}
-        alike |= {one: other for one, other in pairs.items() if {one, other} <= {*variants}}
+    same_as = _same_scores(job, family, variants)
+    to_run = [variant for variant in variants if variant not in same_as]
 
-    def result(variant: str, model: Any) -> VariantResult:
+    def measure(variant: str, model: Any) -> VariantResult:
         score = _score(job, model, shards, positions, variant)
-        completes = any(name in job.generating for name in variants if alike.get(name, name) == variant)
+        completes = any(name in job.generating for name in variants if same_as.get(name, name) == variant)
         return VariantResult(variant, score, tuple(_completions(job, model, prompts) if completes else ()))
 
-    apart = [variant for variant in variants if variant not in alike]
     directories = {"original": job.model_dir, "emulator": job.emulator_dir, "merged": job.merged_dir}
-    adapters = [None if variant == family else job.adapter(variant) for variant in apart]
+    adapters = [None if variant == family else job.adapter(variant) for variant in to_run]
     hold = "resident" if family == "emulator" else job.hold
-    models = list(zip(apart, adapters, strict=True))
-    results = dict(zip(apart, _with_each(job, directories[family], hold, models, result), strict=True))
-    return [replace(results[alike.get(variant, variant)], variant=variant) for variant in variants]
+    models = list(zip(to_run, adapters, strict=True))
+    results = dict(zip(to_run, _measure_each(job, directories[family], hold, models, measure), strict=True))
+    return [replace(results[same_as.get(variant, variant)], variant=variant) for variant in variants]
 
 
-def _with_each(
+def _same_scores(job: EvaluationJob, family: str, variants: Sequence[str]) -> dict[str, str]:
+    """Variants that need no pass of their own, each with the variant whose score it has."""
+    same = {"emulator": "original", "emulator_adapter": "uncorrected"} if family == "original" else {}
+    if {"corrected", "uncorrected"} <= {*variants} and _is_as_trained(job):
+        same["corrected"] = "uncorrected"
+    return {one: other for one, other in same.items() if {one, other} <= {*variants}}
+
+
+def _measure_each(
     job: EvaluationJob,
     directory: Path | None,
     hold: str,
     named: Sequence[tuple[str, Path | None]],
     measure: Callable[[str, Any], VariantResult],
 ) -> list[VariantResult]:
-    """What ``measure(name, model)`` gives of a base model with each of some adapters: one after another; together where its
-    weights come and go, ``merged`` computed of these on the way."""
+    """``measure(name, model)`` of a base model with each of the adapters: one after another, or together where the base's weights
+    come and go. ``merged`` is then computed from the weights as they come."""
     assert directory is not None
     if hold == "resident":
         model, results = open_model(directory, **job.model_options), []
@@ -146,7 +151,7 @@ def _with_each(
 
 
 def _score(job: EvaluationJob, model: Any, shards: TokenShards, positions: range, name: str) -> Score:
-    """The score of the rows at ``positions``, of which about a hundred are held at a time."""
+    """The score of the rows at ``positions``, held :data:`_ROWS_AT_ONCE` at a time."""
     total = Score()
     for start in range(0, len(positions), _ROWS_AT_ONCE):
         total += score_rows(

@@ -23,8 +23,8 @@ FORMS = "forms.json"
 
 @dataclass(frozen=True)
 class Spending:
-    """A ``budget`` of bytes for all linears, how they are stored (``storing``), and the ``even`` form of each, which it
-    keeps where the data says nothing of it and the others have room for a form beside that."""
+    """``budget``: bytes for all linears. ``storing``: how they are stored. ``even``: each linear's form at its own share of the
+    budget. A linear that the calibration says nothing of keeps that form if all fit so, else takes its smallest one."""
 
     budget: int
     storing: Storing
@@ -51,33 +51,34 @@ def spend(
     losses: Mapping[str, Tensor],
     out_dir: Path,
 ) -> dict[str, Any]:
-    """Writes ``forms.json`` into ``out_dir``: every linear's form, its bytes and the nats a sample that it is expected to lose;
-    together they lose least within the budget.
+    """Writes ``forms.json`` into ``out_dir``: for every linear its form, the form's bytes and its expected loss in nats a sample.
+    Together the forms lose least within the budget.
 
-    ``losses`` has what each of a linear's ``forms`` loses, ``(len(forms(spec)),)`` by name; all zeros where the data says
-    nothing.
+    ``losses``: the loss of each of a linear's ``forms``, ``(len(forms(spec)),)`` by name; all zeros where the calibration says
+    nothing of the linear.
     """
 
     def num_bytes(spec: LinearSpec, form: Form) -> int:
         return spending.storing.num_bytes(spec.out_features, spec.in_features, form)
 
-    says = {spec.name: float(losses[spec.name].sum()) > 0 for spec in specs}
-    known = [spec for spec in specs if says[spec.name]]
-    others = [spec for spec in specs if not says[spec.name]]
-    options = [forms(spec) for spec in known]
-    costs = [[num_bytes(spec, form) for form in choices] for spec, choices in zip(known, options, strict=True)]
-    lost = [losses[spec.name].tolist() for spec in known]
-    room = spending.budget - sum(map(min, costs))
-    chosen = {spec.name: spending.even[spec.name] for spec in others}
-    if sum(num_bytes(spec, chosen[spec.name]) for spec in others) > room:
-        chosen = {spec.name: min(forms(spec), key=functools.partial(num_bytes, spec)) for spec in others}
-    fixed = sum(num_bytes(spec, chosen[spec.name]) for spec in others)
-    packed = pack(costs, lost, spending.budget - fixed)
-    chosen |= {spec.name: choices[pick] for spec, choices, pick in zip(known, options, packed.picks, strict=True)}
+    has_losses = {spec.name: float(losses[spec.name].sum()) > 0 for spec in specs}
+    measured = [spec for spec in specs if has_losses[spec.name]]
+    unmeasured = [spec for spec in specs if not has_losses[spec.name]]
+    options = [forms(spec) for spec in measured]
+    costs = [[num_bytes(spec, form) for form in choices] for spec, choices in zip(measured, options, strict=True)]
+    losses_of = [losses[spec.name].tolist() for spec in measured]
+    left_for_unmeasured = spending.budget - sum(map(min, costs))
+    chosen = {spec.name: spending.even[spec.name] for spec in unmeasured}
+    if sum(num_bytes(spec, chosen[spec.name]) for spec in unmeasured) > left_for_unmeasured:
+        chosen = {spec.name: min(forms(spec), key=functools.partial(num_bytes, spec)) for spec in unmeasured}
+    fixed = sum(num_bytes(spec, chosen[spec.name]) for spec in unmeasured)
+    packed = pack(costs, losses_of, spending.budget - fixed)
+    chosen |= {spec.name: choices[pick] for spec, choices, pick in zip(measured, options, packed.picks, strict=True)}
     even_loss = sum(
-        loss[choices.index(spending.even[spec.name])] for spec, choices, loss in zip(known, options, lost, strict=True)
+        loss[choices.index(spending.even[spec.name])]
+        for spec, choices, loss in zip(measured, options, losses_of, strict=True)
     )
-    by_name = {spec.name: loss[pick] for spec, loss, pick in zip(known, lost, packed.picks, strict=True)}
+    by_name = {spec.name: loss[pick] for spec, loss, pick in zip(measured, losses_of, packed.picks, strict=True)}
     layers = {
         spec.name: {
             **asdict(chosen[spec.name]),
@@ -95,6 +96,6 @@ def spend(
         "even_loss": even_loss,
         "gap": packed.gap,
         "num_dense": sum(form == Form() for form in chosen.values()),
-        "num_kept_uniform": len(specs) - len(known),
+        "num_kept_uniform": len(unmeasured),
         "forms": dict(Counter(form.kind for form in chosen.values()).most_common()),
     }

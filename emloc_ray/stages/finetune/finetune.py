@@ -21,10 +21,16 @@ from emloc_ray.io.formats.json_lines import read_objects
 from emloc_ray.io.store.arrow_files import arrow_files
 from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.node_cache import discard, exists, is_stored, sizes
-from emloc_ray.stages.finetune.group_callbacks import FailureLog, GroupRelease, StartWatch, StopBeforeStart, content
+from emloc_ray.stages.finetune.group_callbacks import (
+    FailureLog,
+    GroupRelease,
+    StartWatch,
+    StopBeforeStart,
+    read_small_file,
+)
 from emloc_ray.stages.finetune.heartbeat import HeartbeatWatch
 from emloc_ray.stages.finetune.job import FinetuneJob
-from emloc_ray.stages.finetune.session import own_folder
+from emloc_ray.stages.finetune.session import claim_try_folder
 from emloc_ray.stages.finetune.trainer import STORE_POLL_S
 from emloc_ray.stages.finetune.training import train_alone, train_loop
 from emloc_ray.stages.ray import pace
@@ -58,7 +64,7 @@ def finetune(
     and what ``progress`` raised to stop the training; a checkpoint of where it was is there then.
     """
     job.storage_dir.mkdir(parents=True, exist_ok=True)
-    job = replace(job, planned_s=resources.planned_s, folder=own_folder(job.storage_dir))
+    job = replace(job, planned_s=resources.planned_s, folder=claim_try_folder(job.storage_dir))
     for left in (job.stop_path, job.step_path, job.begun_path, job.out_of_memory_path, job.last_word_path):
         discard(left)
     with Watcher(job, progress, tell, detail=detail) as watcher:
@@ -70,9 +76,9 @@ def finetune(
     if outcome["failure"]:
         raise NumericsError(outcome["failure"])
     # Steps that a lost worker had logged and its successor did again count once.
-    logged = {line["step"]: line for line in read_objects(content(job.log_path))}
+    logged = {line["step"]: line for line in read_objects(read_small_file(job.log_path))}
     history = sorted(logged.values(), key=lambda line: line["step"])
-    scores = {line["step"]: line for line in read_objects(content(job.validation_path))}
+    scores = {line["step"]: line for line in read_objects(read_small_file(job.validation_path))}
     ordered = sorted(scores.values(), key=lambda line: line["step"])
     keeps_best = job.validation is not None and job.validation.keeps_best
     goes_by = "loss" if job.validation is None else job.validation.goes_by
@@ -183,7 +189,7 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
         if isinstance(failure := getattr(error, "controller_failure", None), EmlocError):
             raise failure from error
         watch.release()
-        time.sleep(losses.count("the training", error))
+        time.sleep(losses.record_loss("the training", error))
         discard(job.last_word_path)  # told by now
         return None
 
@@ -205,11 +211,11 @@ def group_checkpoints(job: FinetuneJob) -> set[str]:
 
 
 def _last_word(job: FinetuneJob) -> str:
-    return content(job.last_word_path).decode()
+    return read_small_file(job.last_word_path).decode()
 
 
 def _lines(path: Path) -> list[str]:
-    return content(path).decode(errors="replace").splitlines()
+    return read_small_file(path).decode(errors="replace").splitlines()
 
 
 @contextlib.contextmanager
@@ -238,15 +244,17 @@ class Watcher:
         detail: Tell = unheard,
         begin_s: float = _BEGIN_S,
     ) -> None:
-        """``begin_s``: how long no worker may begin before that is told."""
+        """``begin_s``: seconds after which it is reported that no worker has begun."""
         self.job, self.progress, self.tell, self.detail = job, progress, tell, detail
         self.pace = Rate()
         self.newest: dict[str, Any] = {"done": 0}  # of what rank 0 left in the step file
         self.num_shown = len(_lines(job.failure_path))
         self.stop: EmlocError | None = None
-        self.asked = False
+        self.stop_requested = False
         self.failed_looks: set[str] = set()
-        self.begins_by: float | None = time.monotonic() + begin_s  # None once a worker has begun, or its delay was told
+        self.begin_deadline: float | None = (
+            time.monotonic() + begin_s
+        )  # None once a worker has begun, or its delay was told
         self.poll_s = poll_s or (STORE_POLL_S if is_stored(job.storage_dir) else _POLL_S)
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -270,24 +278,24 @@ class Watcher:
                     self.tell(text)
 
     def _show(self) -> None:
-        if objects := read_objects(content(self.job.step_path)):
+        if objects := read_objects(read_small_file(self.job.step_path)):
             self.newest = objects[-1]
         if self.stop is None:
             try:
                 if "loss" in self.newest:
-                    self.detail(self._said(self.newest))
+                    self.detail(self._detail_line(self.newest))
                 self.progress(self.newest["done"], self.job.max_steps)
             except EmlocError as error:
                 self.stop = error
-        if self.stop is not None and not self.asked:
+        if self.stop is not None and not self.stop_requested:
             if not isinstance(self.stop, TakenOver):  # the other's training reads the same file
                 try:
                     write_text(self.job.stop_path, str(self.stop))
                 except TakenOver as error:
                     self.stop = error
-            self.asked = True
-        if self.begins_by is not None:
-            self._look_for_begin(self.begins_by)
+            self.stop_requested = True
+        if self.begin_deadline is not None:
+            self._look_for_begin(self.begin_deadline)
         failures = _lines(self.job.failure_path)
         for text in failures[self.num_shown :]:
             self.tell(text)
@@ -301,9 +309,9 @@ class Watcher:
                 " them), for the emulator's files, or for a node that does not answer."
             )
         if late or begun:
-            self.begins_by = None
+            self.begin_deadline = None
 
-    def _said(self, line: dict[str, Any]) -> str:
+    def _detail_line(self, line: dict[str, Any]) -> str:
         rate = self.pace.rate(line["done"], time.monotonic())
         parts = [f"loss {line['loss']:.3f}"]
         parts += [f"learning rate {line['learning_rate']:.2g}"] if "learning_rate" in line else []

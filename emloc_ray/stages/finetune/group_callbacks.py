@@ -27,8 +27,8 @@ LOOK_S = 1.0
 _FOR_PLACES_S, _MOST_FOR_PLACES_S = 60.0, 24 * 3600.0  # Ray Train's default; of more, infinity too, so much
 
 
-def content(path: Path) -> bytes:
-    """Reads a file that workers write, without a copy on this node; empty where there is none."""
+def read_small_file(path: Path) -> bytes:
+    """Reads a file that workers write, without keeping a copy on this node; empty where there is none."""
     try:
         with open_artifact(path) as (stream, _):
             return stream.read()
@@ -64,7 +64,7 @@ class FailureLog(ray.train.UserCallback):
         lost = [rank for rank, error in worker_exceptions.items() if is_lost(error)]
         rank = min(lost or worker_exceptions)
         error = worker_exceptions[rank]
-        word = content(self.job.last_word_path).decode()
+        word = read_small_file(self.job.last_word_path).decode()
         why = f"lost its worker because {word or reason(error)[0]}" if lost or word else f"failed ({last_line(error)})"
         again = f"restarted from the last checkpoint ({self.failures} of {self.job.max_failures})"
         if taken_back:

@@ -93,10 +93,10 @@ class LoneSession:
 TrainingSession = GroupSession | LoneSession  # one rank of a training: which it is, and where its checkpoints are
 
 
-def own_folder(storage_dir: Path) -> str:
-    """Gives a new try a folder of its own in ``storage_dir``, named by the next number, and returns the name. It is the last
-    try's folder, renamed, and so has what was trained so far. A late write of the last try makes that folder anew, where nobody
-    reads. Raises TakenOver where another process holds the run. Returns "" on an object store, whose keys name the lease."""
+def claim_try_folder(storage_dir: Path) -> str:
+    """Renames the last try's folder in ``storage_dir`` to the next number, and returns it: a new try thereby has what was trained
+    so far. A late write of the last try makes its folder anew, where nobody reads. Raises TakenOver where another process holds
+    the run. Returns "" on an object store, whose keys name the lease."""
     while not is_stored(storage_dir):
         check_lock(storage_dir)
         last = max((int(entry.name) for entry in storage_dir.iterdir() if entry.name.isdigit()), default=0)

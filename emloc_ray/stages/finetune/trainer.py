@@ -33,7 +33,7 @@ from emloc_ray.stages.ray.departures import ASK_S
 
 _POLL_S = 0.5
 STORE_POLL_S = 5.0  # on an object store, where each write and each look costs
-_NOTHING, _ASK, _STOP = range(3)  # what the first rank says at a step
+_NOTHING, _ASK, _STOP = range(3)  # what rank 0 requests of all ranks at a step
 
 
 class EmulatorTrainer(Trainer):
@@ -128,7 +128,7 @@ class EmulatorTrainer(Trainer):
         """As a number, which is none where a gradient is not: the check and the log wait for a GPU once, and with it all ranks
         hear what the first one says."""
         norm = super()._get_grad_norm(model, grad_norm)
-        self.norm = self.keeper.hear(norm, self.args.device, self.state.global_step + 1)
+        self.norm = self.keeper.sync_norm_and_stop(norm, self.args.device, self.state.global_step + 1)
         return self.norm
 
     def _take_average(self) -> None:
@@ -158,14 +158,14 @@ class StepKeeper(TrainerCallback):
     def __init__(
         self, job: FinetuneJob, session: TrainingSession, poll_s: float = _POLL_S, ask_s: float = ASK_S
     ) -> None:
-        """``poll_s``: seconds between looks whether it is to stop; ``ask_s``: between questions whether a node leaves."""
+        """``poll_s``: seconds between polls of the stop file; ``ask_s``: between questions whether a node is about to leave."""
         self.job, self.session, self.poll_s = job, session, poll_s
         self.trainer: EmulatorTrainer | None = None
         self.failure: str | None = None
         self.stopped = self._saved_to_leave = False
-        self._heard = _NOTHING
+        self._request = _NOTHING
         self.ask_s = ask_s
-        self._looked = self._asked = self._shown = time.monotonic()
+        self._polled_at = self._asked_node_at = self._shown_at = time.monotonic()
         self._line: dict[str, Any] = {}  # the log's newest
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -191,39 +191,39 @@ class StepKeeper(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Saves and ends the training where it is asked to."""
-        if self._heard == _STOP:
+        if self._request == _STOP:
             self.stopped = control.should_save = control.should_training_stop = True
-        elif self._heard == _ASK and not self._saved_to_leave and self.session.is_leaving():
+        elif self._request == _ASK and not self._saved_to_leave and self.session.is_leaving():
             self._saved_to_leave = control.should_save = True  # and trains on: Ray may give it longer than it says
 
-    def hear(self, norm: Tensor | float | None, device: torch.device, step: int) -> float | None:
-        """The norm of a step's gradients, the same on all ranks, as a number. The first rank says with it what it saw."""
-        self._heard = self._look(step)
+    def sync_norm_and_stop(self, norm: Tensor | float | None, device: torch.device, step: int) -> float | None:
+        """The gradient norm as a number, the same on all ranks; rank 0 sends its stop request with it."""
+        self._request = self._poll(step)
         if self.session.world_size > 1:
-            known = torch.as_tensor(math.nan if norm is None else norm, dtype=torch.float64, device=device)
-            said = torch.stack([known, torch.full_like(known, self._heard)])
-            torch.distributed.broadcast(said, src=0)
-            first, self._heard = said.tolist()
-            return None if norm is None else first
+            own_norm = torch.as_tensor(math.nan if norm is None else norm, dtype=torch.float64, device=device)
+            message = torch.stack([own_norm, torch.full_like(own_norm, self._request)])
+            torch.distributed.broadcast(message, src=0)
+            norm_of_rank_0, self._request = message.tolist()
+            return None if norm is None else norm_of_rank_0
         return float(norm) if isinstance(norm, Tensor) else norm
 
-    def _look(self, step: int) -> int:
-        """What the first rank sees, now and then: whether to stop, or to ask if its node is about to leave."""
-        seen = _NOTHING
-        if self.session.rank == 0 and time.monotonic() >= self._looked + self.poll_s:
-            self._looked = time.monotonic()
-            if not is_stored(self.job.storage_dir) or self._looked >= self._shown + STORE_POLL_S:
+    def _poll(self, step: int) -> int:
+        """Rank 0's request, at most every ``poll_s``: to stop, or that each rank asks whether its node is about to leave."""
+        request = _NOTHING
+        if self.session.rank == 0 and time.monotonic() >= self._polled_at + self.poll_s:
+            self._polled_at = time.monotonic()
+            if not is_stored(self.job.storage_dir) or self._polled_at >= self._shown_at + STORE_POLL_S:
                 self._show(step)
             if exists(self.job.stop_path):
-                seen = _STOP
-            elif time.monotonic() >= self._asked + self.ask_s:
-                seen, self._asked = _ASK, time.monotonic()
-        return seen
+                request = _STOP
+            elif time.monotonic() >= self._asked_node_at + self.ask_s:
+                request, self._asked_node_at = _ASK, time.monotonic()
+        return request
 
     def _show(self, done: int) -> None:
         """Leaves for the driver how far it is, in a small file: the log grows with the training."""
         if self.session.rank == 0:
-            path, self._shown = self.job.step_path, time.monotonic()
+            path, self._shown_at = self.job.step_path, time.monotonic()
             check_lock(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"done": done, **self._line}))

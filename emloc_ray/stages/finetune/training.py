@@ -82,7 +82,7 @@ def train_alone(job: FinetuneJob) -> dict[str, Any]:
 
 def train(job: FinetuneJob, session: TrainingSession) -> dict[str, Any]:
     """Trains one rank's part, from the newest checkpoint on, and writes the adapter."""
-    _settle_reports(job)
+    _configure_trackers(job)
     if session.rank == 0:
         discard(job.last_word_path)  # of an earlier try, told by now
     watchdog = Watchdog(job.planned_s, functools.partial(end_process, job.last_word_path))
@@ -117,10 +117,10 @@ def train(job: FinetuneJob, session: TrainingSession) -> dict[str, Any]:
     }
 
 
-def _settle_reports(job: FinetuneJob) -> None:
-    """Tells those whom ``report_to`` names where their files belong and which runs make up one training.
+def _configure_trackers(job: FinetuneJob) -> None:
+    """Sets where the trackers of ``report_to`` write, and the group that all tries of one training share.
 
-    transformers reads these from the environment, reports from rank 0 alone, and what is set there already stays.
+    transformers reads both from the environment and reports from rank 0 alone. A value that is set already stays.
     """
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(job.events_dir))
     os.environ.setdefault("WANDB_RUN_GROUP", job.name)

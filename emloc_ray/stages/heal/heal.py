@@ -53,34 +53,34 @@ def heal(
         "training steps": job.training.max_steps,
         "folded pieces": 1,  # all folding takes no longer than a few steps
     }
-    (taught, learnt, folded), said = in_parts(parts, progress, detail)
+    (of_teacher, of_training, of_fold), add_detail = in_parts(parts, progress, detail)
     outcome = _outcome(job)
     if outcome is None:
-        teach(job.teacher, resources, taught, tell)
+        teach(job.teacher, resources, of_teacher, tell)
         cached = sum(size for file, size in sizes(job.teacher.out_dir).items() if file.suffix == ".safetensors")
-        trained = finetune(job.training, resources, learnt, tell, detail=said)
+        trained = finetune(job.training, resources, of_training, tell, detail=add_detail)
         rows = sum(map(len, job.teacher.shards()))
         outcome = {**trained, "teacher_rows": rows, "teacher_bytes": cached}
         write_json(job.outcome_path, outcome)
-    total_size = fold(job.fold, base_config, resources, folded, tell)
+    total_size = fold(job.fold, base_config, resources, of_fold, tell)
     return {**outcome, "healed_layers": len(job.fold.healed), "bytes": total_size}
 
 
 def in_parts(parts: Mapping[str, int], progress: Progress, detail: Tell) -> tuple[list[Progress], Tell]:
-    """A callback for each part of a stage, by its units and their number, which moves the stage's bar and details how many of
-    these units are done; and one for what else there is to say of the part that runs."""
-    said: list[str] = []
+    """One progress callback for each part (``parts``: unit → number), which share the stage's bar, and one to add a detail to the
+    part that runs."""
+    details: list[str] = []
 
     def report_of(before: int, units: str) -> Progress:
         def tell(done: int, total: int) -> None:
-            detail(", ".join([f"{done:,} of {total:,} {units}", *said]))
+            detail(", ".join([f"{done:,} of {total:,} {units}", *details]))
             progress(before + done * parts[units] // max(total, 1), sum(parts.values()))
-            said.clear()
+            details.clear()
 
         return tell
 
     starts = itertools.accumulate(parts.values(), initial=0)
-    return [report_of(before, units) for before, units in zip(starts, parts, strict=False)], said.append
+    return [report_of(before, units) for before, units in zip(starts, parts, strict=False)], details.append
 
 
 def _outcome(job: HealingJob) -> dict[str, Any] | None:

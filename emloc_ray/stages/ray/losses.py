@@ -27,8 +27,6 @@ LOST = (
     ray.exceptions.RayActorError,
     ray.exceptions.ObjectLostError,
 )
-# Seconds before the first, second and later tries. Together they outlast the 15 s for which, by Ray's defaults, a node
-# counts as alive whose raylet is dead: work restarted at once may be sent to such a node each time.
 # Where errors of Ray's tasks, and of Ray Train's, keep what they were raised from.
 _HELD = ("cause", "_base_exc", "controller_failure", "health_check_failure")
 # Control groups of the second and the first version, and the machine; proc(5).
@@ -59,7 +57,9 @@ def unheard(text: str) -> None:
 class Losses:
     """How often each piece of a stage's work has lost its worker; with a node that a cloud took back does not count."""
 
-    delays: tuple[float, ...] = (0.0, 4.0, 16.0)  # seconds before each of its tries
+    # Seconds before the first, second and later tries. Together they outlast the 15 s for which, by Ray's defaults, a node
+    # counts as alive whose raylet is dead: work restarted at once may be sent to such a node each time.
+    delays: tuple[float, ...] = (0.0, 4.0, 16.0)
 
     def __init__(
         self,
@@ -83,10 +83,12 @@ class Losses:
         """Looks for nodes that are about to leave; to be called while work is waited for."""
         self._departures.look()
 
-    def count(self, piece: str, error: BaseException, at: object = None) -> float:
-        """Counts and reports a loss; returns the seconds to wait before the piece is restarted. One that has come on since its
-        last loss, which ``at`` says, is counted anew. Raises StageError where it has lost its worker more than ``bound`` times,
-        naming it and what to do, and ``error`` itself where no worker was lost."""
+    def record_loss(self, piece: str, error: BaseException, at: object = None) -> float:
+        """Counts and reports a lost worker; returns the seconds to wait before its piece is restarted.
+
+        Progress since the piece's last loss (another ``at``) starts the count again. Raises StageError after more than ``bound``
+        losses of the piece, and ``error`` itself where no worker was lost.
+        """
         if not is_lost(error):
             raise error
         self.look()
@@ -103,7 +105,7 @@ class Losses:
         return self._add(piece, why, what_to_do, error, at)
 
     def give_up_waiting(self, piece: str, why: str, error: BaseException | None = None, at: object = None) -> float:
-        """As :meth:`count`, of a piece whose worker was ended, for it gave nothing for too long."""
+        """As :meth:`record_loss`, for a piece whose worker was ended because it gave nothing for too long."""
         self._measure("it gave nothing for too long")
         return self._add(piece, why, SILENT, error, at)
 

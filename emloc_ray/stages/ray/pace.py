@@ -103,11 +103,11 @@ class Pace:
         self._since.pop(task, None)
 
     def end_overdue(self) -> list[Ended]:
-        """Ends the tasks that have been at one piece for much longer than pieces take, or than all was planned to: a driver of a
-        GPU, or a file system, may hang for ever.
+        """Cancels tasks whose current piece takes much longer than pieces usually do, or than the whole stage was planned to: a
+        GPU driver or a file system may hang for ever. Returns them with the reason.
 
-        Not one that has begun nothing yet, which waits for a worker; nor what waits to be taken: this process itself may have
-        been stopped for that long. Looks at most once a second, however often it is called.
+        Leaves alone a task that has yielded nothing yet, as it may wait for a worker, and one whose result waits to be taken, as
+        this process may have been stopped. Looks at most once a second.
         """
         now = time.monotonic()
         if now - self._looked < _LOOK_S:

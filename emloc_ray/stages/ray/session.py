@@ -158,9 +158,8 @@ def _probe(run: RunDirectory) -> Iterator[list[SharedFile]]:
 def _model_files(prepared: Prepared) -> list[SharedFile]:
     source = prepared.source
     brought = source.hub_id is not None or prepared.run.store is not None
-    if (
-        brought and source.gguf_file is None
-    ):  # the run holds it: this process alone reads it here, or a worker on the hub
+    # The run holds it: this process reads it here, or a worker fetches it from the hub.
+    if brought and source.gguf_file is None:
         return []
     file = source.directory / (source.gguf_file or "config.json")
     return [SharedFile("model.source", str(file), file, file.stat().st_size)]

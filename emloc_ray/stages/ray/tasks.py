@@ -207,7 +207,7 @@ class Flight:
             given: Timed | None = ray.get(next(task))
         except ray.exceptions.RayError as error:
             self._over(task)  # its worker may be at another's work, which a cancel would kill
-            self._again(piece, self.losses.count(piece.name, error, piece.reached))
+            self._again(piece, self.losses.record_loss(piece.name, error, piece.reached))
             return
         self._pace.gave(task)
         if given is None or (follows := piece.take(given, self.losses)) == "more":  # it has begun, or goes on
@@ -260,9 +260,9 @@ def run_tasks(
 
 
 def bundles(pieces: Sequence[Work], cost: Callable[[Work], float], resources: Resources) -> list[list[Work]]:
-    """What each task does: a piece, or where there are many as many as leave some tasks a worker, of about equal cost, as each
-    task reads anew what all share. With GPUs one a worker: Ray ends the process of a task that had a GPU, and a new one takes
-    seconds to import torch and to open the card."""
+    """Groups pieces into tasks of about equal cost, because each task reads anew what all share: at most :data:`_TASKS_A_WORKER`
+    tasks a worker, each piece alone where there are no more. One task a worker with a GPU: Ray ends such a task's process, and
+    a new one takes seconds to import torch and to open the card."""
     tasks = resources.num_workers * (1 if resources.gpus_per_worker else _TASKS_A_WORKER)
     if len(pieces) <= tasks:
         return [[piece] for piece in pieces]

@@ -96,7 +96,7 @@ def retried(work: Callable[[], Result], losses: Losses, piece: Callable[[], str]
             time.sleep(losses.give_up_waiting(piece(), str(error), error))
         except Exception as error:  # noqa: BLE001  Ray Data raises kinds of its own around Ray's
             # To find the piece means to look at what is written, of a store too.
-            time.sleep(losses.count(piece() if is_lost(error) else "", error))
+            time.sleep(losses.record_loss(piece() if is_lost(error) else "", error))
 
 
 def rows_of_splits(
@@ -131,9 +131,8 @@ def rows_of_splits(
         workers = config.calibration.num_workers
 
         def lengths(part: RowSelection) -> NDArray[np.int64]:
-            look = watched(
-                lambda done, total: progress(0, 1), resources.planned_s
-            )  # none of what the stage makes is done
+            # Counting tokens makes nothing of what the stage's bar counts.
+            look = watched(lambda done, total: progress(0, 1), resources.planned_s)
             return row_lengths(part, options, workers, lambda done: look(done, 1), resources.memory_per_worker)
 
         rows = rows_within(splits["calibration"], num_tokens, seed, lengths)

@@ -16,7 +16,7 @@ from emloc_ray.errors import ArtifactError, Stopped
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.stages.calibrate import calibrate as calibrating
 from emloc_ray.stages.calibrate.calibrate import calibrate, gather_as_fits
-from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, go_on
+from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, resume_job
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
 from emloc_ray.stages.calibrate.thin_experts import Gathered
 from emloc_ray.stages.ray.losses import MAX_RESTARTS, Losses
@@ -27,7 +27,9 @@ from emloc_ray.stages.ray.tasks import Resources
 def test_out_of_memory_goes_on_block_by_block_where_it_may(
     artifacts: Artifacts, tmp_path: Path, may_stream: bool, hold: str
 ) -> None:
-    job = go_on(replace(artifacts.calibration_job, may_stream=may_stream, hold=hold), tmp_path, "inputs", 2, auto=True)
+    job = resume_job(
+        replace(artifacts.calibration_job, may_stream=may_stream, hold=hold), tmp_path, "inputs", 2, auto=True
+    )
     notes: list[str] = []
 
     def gather(job: CalibrationJob, out_dir: Path) -> Gathered:
@@ -92,7 +94,7 @@ def test_workers_lost_in_one_wave_do_not_count_in_the_next(
 ) -> None:
     def lost(losses: Losses) -> None:
         for _ in range(MAX_RESTARTS):
-            losses.count("slot 0 at token shard 0", WorkerCrashedError())
+            losses.record_loss("slot 0 at token shard 0", WorkerCrashedError())
 
     one_process.lost = lost
     told: list[str] = []

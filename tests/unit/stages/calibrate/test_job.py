@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from emloc_ray.io.runs.resume import discard_unless
-from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, by_blocks, go_on
+from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, by_blocks, resume_job
 
 A, B, C = ("a", "a2"), ("b",), ("c",)
 INPUTS = {"model": "m", "data": "d"}
@@ -19,7 +19,7 @@ def job_of(hold: str, *waves: tuple[tuple[str, ...], ...]) -> CalibrationJob:
 
 
 def went_on(job: CalibrationJob, out_dir: Path, inputs: dict[str, str], num_slots: int = 2) -> CalibrationJob:
-    return dataclasses.replace(go_on(job, out_dir, inputs, num_slots, auto=True), inputs="")
+    return dataclasses.replace(resume_job(job, out_dir, inputs, num_slots, auto=True), inputs="")
 
 
 def begin(out_dir: Path, job: CalibrationJob, num_slots: int = 2) -> Path:
@@ -52,7 +52,7 @@ def test_what_would_hold_more_than_is_allowed_now_is_begun_again(tmp_path: Path)
 )
 def test_a_try_block_by_block(tmp_path: Path, num_slots: int, auto: bool, hold: str, kept: bool) -> None:
     left = begin(tmp_path / "c", job_of("block_by_block"))
-    found = go_on(job_of(hold, (A, B, C)), tmp_path / "c", INPUTS, num_slots, auto)
+    found = resume_job(job_of(hold, (A, B, C)), tmp_path / "c", INPUTS, num_slots, auto)
     assert found.hold == ("block_by_block" if kept or hold == "block_by_block" else "resident")
     assert left.exists() == kept
 

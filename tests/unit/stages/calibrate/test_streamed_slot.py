@@ -14,7 +14,7 @@ from stage_artifacts import Artifacts
 from emloc_ray.io.formats.grams import reduce_slots, write_gram_shard
 from emloc_ray.io.store.node_cache import local_only, mirror
 from emloc_ray.stages.calibrate import streamed_slot
-from emloc_ray.stages.calibrate.job import CalibrationJob, go_on
+from emloc_ray.stages.calibrate.job import CalibrationJob, resume_job
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
 from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file, outputs_file, part_file
 
@@ -131,8 +131,8 @@ def test_a_slot_that_moves_takes_no_hidden_states_of_another_config(
 ) -> None:
     root = mirror(uri(s3_port, "moved/run"))
     out_dir, elsewhere = root / "calibration", tmp_path / "other" / root.name / "calibration"
-    slot(go_on(job, out_dir, "first", 1, False), elsewhere).accumulate(0)
-    second = go_on(job, out_dir, "second", 1, False)
+    slot(resume_job(job, out_dir, "first", 1, False), elsewhere).accumulate(0)
+    second = resume_job(job, out_dir, "second", 1, False)
     one = slot(second, out_dir)
     assert one.position() == -1
     one.accumulate(0)

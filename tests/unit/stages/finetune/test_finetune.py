@@ -121,7 +121,7 @@ def test_who_lost_its_run_leaves_no_word_to_the_other_s_training(tmp_path: Path)
     keeper, log = StepKeeper(job, session, poll_s=0), FailureLog(job)
     (tmp_path / "mine" / ".lock").write_text("process 2 on here\nanother\n")
     for write in (
-        lambda: keeper.hear(None, torch.device("cpu"), step=1),
+        lambda: keeper.sync_norm_and_stop(None, torch.device("cpu"), step=1),
         lambda: keeper.on_log(None, SimpleNamespace(global_step=1, is_world_process_zero=True), None, {"loss": 1.0}),
         lambda: log.after_exception(None, {0: RuntimeError("failed")}),
     ):
@@ -148,7 +148,7 @@ def _steps_until_stopped(rank: int, root: Path, found: Any) -> None:
         if step == 5 and rank == 1:
             keeper.job.stop_path.touch()
         time.sleep(0.001)
-        norm = keeper.hear(torch.tensor(float(step)), torch.device("cpu"), step)
+        norm = keeper.sync_norm_and_stop(torch.tensor(float(step)), torch.device("cpu"), step)
         keeper.on_step_end(None, None, control)
         if keeper.stopped:
             break

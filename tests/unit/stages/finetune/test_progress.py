@@ -17,7 +17,7 @@ from emloc_ray.io.store.node_cache import mirror
 from emloc_ray.stages.finetune import finetune as stage
 from emloc_ray.stages.finetune import trainer
 from emloc_ray.stages.finetune.finetune import Watcher
-from emloc_ray.stages.finetune.group_callbacks import content
+from emloc_ray.stages.finetune.group_callbacks import read_small_file
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.trainer import StepKeeper
 
@@ -48,7 +48,7 @@ def test_steps_between_two_lines_of_the_log_are_seen(tmp_path: Path, session: An
     keeper.on_train_begin(None, at(1), None)
     look()
     keeper.on_log(None, at(2), None, logs={"loss": 1.25, "learning_rate": 2e-4})
-    keeper.hear(None, CPU, step=3)
+    keeper.sync_norm_and_stop(None, CPU, step=3)
     look()
     keeper.on_train_end(None, at(4), None)
     look()
@@ -70,7 +70,7 @@ def test_a_look_reads_as_much_of_a_long_log_as_of_a_short_one(
         read.append(len(found))
         return found
 
-    monkeypatch.setattr(stage, "content", content)
+    monkeypatch.setattr(stage, "read_small_file", content)
     with Watcher(job, lambda done, total: None, print, poll_s=60):
         pass
     assert 0 < sum(read) < 100
@@ -85,7 +85,7 @@ def test_a_store_is_given_the_log_with_a_checkpoint_and_not_a_line_at_a_time(
     monkeypatch.setattr(trainer, "STORE_POLL_S", math.inf)
     keeper = StepKeeper(job, session, poll_s=0)
     for step in range(1000):
-        keeper.hear(None, CPU, step)
+        keeper.sync_norm_and_stop(None, CPU, step)
         keeper.on_log(None, at(step), None, logs={"loss": 1.0})
     assert not given
     keeper.on_save(SimpleNamespace(output_dir=str(tmp_path)), at(1000), None)
@@ -103,4 +103,4 @@ def test_a_driver_elsewhere_reads_both_from_the_store(s3_port: int, node_cache: 
     with Watcher(job, lambda done, total: seen.append(done), print, poll_s=60):
         pass
     assert seen == [3]
-    assert read_objects(content(job.log_path)) == [{"step": 4, "loss": 1.0}]
+    assert read_objects(read_small_file(job.log_path)) == [{"step": 4, "loss": 1.0}]

@@ -12,7 +12,7 @@ import pytest
 from emloc_ray.errors import TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.stages.finetune import session as training_session
-from emloc_ray.stages.finetune.session import GroupSession, LoneSession, own_environment, own_folder
+from emloc_ray.stages.finetune.session import GroupSession, LoneSession, claim_try_folder, own_environment
 
 
 class Killed(Exception):
@@ -78,19 +78,19 @@ def test_each_try_has_a_folder_of_its_own_with_what_was_trained_so_far(tmp_path:
     run.lock()
     training = run.path("training")
     training.mkdir()
-    late = training / own_folder(training) / "name"
+    late = training / claim_try_folder(training) / "name"
     LoneSession(late).save(checkpoint(tmp_path / "first", 2), 2)
-    own = training / own_folder(training) / "name"
+    own = training / claim_try_folder(training) / "name"
     assert found(own) == ("2", "ww")
     assert not late.exists()
     checkpoint(late / "checkpoint-9", 9)
     (late / "newest.json").write_text('{"folder": "checkpoint-9"}')
     assert found(own) == ("2", "ww")
-    assert found(training / own_folder(training) / "name") == ("2", "ww")
+    assert found(training / claim_try_folder(training) / "name") == ("2", "ww")
     (tmp_path / "mine" / ".lock").write_text("process 2 on here\nanother\n")
     before = sorted(training.iterdir())
     with pytest.raises(TakenOver):
-        own_folder(training)
+        claim_try_folder(training)
     assert sorted(training.iterdir()) == before
     run.unlock()
 
@@ -100,16 +100,16 @@ def test_of_two_that_begin_at_once_one_has_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     if call == "rename":
-        assert own_folder(tmp_path) == "1"
+        assert claim_try_folder(tmp_path) == "1"
 
     def slow(path: Path, *rest: Path) -> object:
         monkeypatch.undo()
-        others.append(own_folder(tmp_path))
+        others.append(claim_try_folder(tmp_path))
         return getattr(path, call)(*rest)
 
     others: list[str] = []
     monkeypatch.setattr(Path, call, slow)
-    own = own_folder(tmp_path)
+    own = claim_try_folder(tmp_path)
     assert int(own) == int(others[0]) + 1
     assert [place.name for place in tmp_path.iterdir()] == [own]
 

@@ -37,11 +37,11 @@ def test_what_is_lost_with_a_node_that_was_taken_back_does_not_count() -> None:
     losses.look()
     leaving.clear()  # it has gone
     for error in (taken_back(), NodeDiedError(f"Node IP: 10.0.0.3, node ID: {NODE}. This can happen if …")):
-        assert losses.count("shard a", error) == 0
+        assert losses.record_loss("shard a", error) == 0
     assert told == ["merge: shard a lost its worker because its node was taken back; restarted elsewhere."] * 2
     assert (losses.preempted, dict(losses.counts)) == (2, {})
     with pytest.raises(StageError, match="because its node died"):
-        losses.count(
+        losses.record_loss(
             "shard a", NodeDiedError(f"Node IP: 10.0.0.4, node ID: {'cd' * 28}. This can happen if the node was")
         )
 
@@ -209,9 +209,9 @@ def test_what_has_come_on_since_its_last_loss_is_counted_anew() -> None:
     losses.delays = (0.0,)
     for step in (0, 0, 5, 5, 9, 9):
         reached[0] = step
-        losses.count("the training", WorkerCrashedError())
+        losses.record_loss("the training", WorkerCrashedError())
     with pytest.raises(StageError, match="lost its worker 3 times"):
-        losses.count("the training", WorkerCrashedError())
+        losses.record_loss("the training", WorkerCrashedError())
 
 
 def job(tmp_path: Path) -> FinetuneJob:
@@ -229,7 +229,7 @@ def test_a_training_saves_once_where_its_node_is_about_to_go(tmp_path: Path, mon
 
     def saves() -> bool:
         control = SimpleNamespace(should_save=False, should_training_stop=False)
-        keeper.hear(None, torch.device("cpu"), step=1)
+        keeper.sync_norm_and_stop(None, torch.device("cpu"), step=1)
         keeper.on_step_end(None, None, control)
         assert not control.should_training_stop
         return control.should_save
