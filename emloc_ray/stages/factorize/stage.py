@@ -133,31 +133,34 @@ def _budget(context: Context) -> Inputs:
 
 
 def _factorize_inputs(context: Context) -> Inputs:
-    """What the emulator follows from: of allocated ranks what they are made from, for a cache must find it without them."""
+    """What decides the emulator. Allocated ranks count by what decides them: a cache must find the emulator without them."""
     config, layout, allocation = context.prepared.config, context.layout, _allocation(context)
     heals, objective = config.emulator.heals, layout.objective
     late = set(rounded_late(layout, heals))
-    # What healing grows is floats until then: in NF4 all, in integers where it grows all that the emulator stores so.
+    # Whether nothing is quantized in this stage: NF4 waits for healing; integers do where all of them are on healed linears.
     only_later = heals is not None and (layout.in_4bit or (not allocation and bool(late) and late == set(layout.bits)))
-    return {
-        **({"allocation": allocation} if allocation else {}),
-        # Of allocated ranks healing takes its own, and what it grows stays floats: the ranks below need not show it.
-        **({"healing": heals.r} if heals is not None and (allocation or (late and not only_later)) else {}),
-        **({"objective": objective} if objective == "weights" or _reads_gradients(layout) else {}),
-        **(_weighing(context) if _reads_gradients(layout) else {}),
-        **(
-            {"quantization": config.emulator.quantization}
-            if config.emulator.quantization != "none" and not only_later
-            else {}
-        ),
-        **({"integers": [layout.group_size, config.emulator.residual_rank]} if layout.bits and not only_later else {}),
-        **_storage(layout),
+    inputs: Inputs = {
         "calibrate": context.made.get(CALIBRATE.name, ""),
         "model": context.model_key,
         "ranks": factor_ranks(context.prepared),
         "dampening_frac": config.emulator.dampening_frac,
         "seed": config.seed,
+        **_storage(layout),
     }
+    if allocation:
+        inputs["allocation"] = allocation
+    # ``ranks`` shows neither what healing takes of allocated ranks, nor that the linears that it grows stay floats.
+    if heals is not None and (allocation or (late and not only_later)):
+        inputs["healing"] = heals.r
+    if objective == "weights" or _reads_gradients(layout):
+        inputs["objective"] = objective
+    if _reads_gradients(layout):
+        inputs |= _weighing(context)
+    if config.emulator.quantization != "none" and not only_later:
+        inputs["quantization"] = config.emulator.quantization
+    if layout.bits and not only_later:
+        inputs["integers"] = [layout.group_size, config.emulator.residual_rank]
+    return inputs
 
 
 def _allocated(context: Context) -> Layout:

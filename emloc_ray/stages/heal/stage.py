@@ -86,20 +86,25 @@ def _inputs(context: Context) -> Inputs:
     assert healing is not None
     check_healing(config, layout)
     training, batch = healing_training(config, healing, layout), {"gradient_accumulation_steps"}
-    return {
+    inputs: Inputs = {
         "factorize": context.made["factorize"],
-        **({"refine": context.made["refine"]} if config.emulator.refines is not None else {}),
         "data": context.split_key(training.split),
         "options": context.model_options,
         "healing": healing.model_dump(mode="json", exclude=batch),  # it is in what is learned
         "finetune": learned(training.section, *_OWN),
         "ranks": layout.ranks,
-        **({} if layout.budget is None else {"bits": layout.bits, "residual_ranks": layout.residual_ranks}),
         "quantization": config.emulator.quantization,
-        **({"group_size": layout.group_size} if rounded_late(layout, healing) else {}),
         "seed": config.seed,
-        **({} if zero_config is None else {"deepspeed": zero_config}),
     }
+    if config.emulator.refines is not None:
+        inputs["refine"] = context.made["refine"]
+    if layout.budget is not None:
+        inputs |= {"bits": layout.bits, "residual_ranks": layout.residual_ranks}
+    if rounded_late(layout, healing):
+        inputs["group_size"] = layout.group_size
+    if zero_config is not None:
+        inputs["deepspeed"] = zero_config
+    return inputs
 
 
 def _heal(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
