@@ -70,9 +70,9 @@ def main() -> None:
     holds = {
         "calibrate": memory.calibration_hold(),
         "gradients": memory.gradient_plan().hold,
-        "correct": memory.searching().hold,
-        "finish": memory.finishing().hold,
-        "evaluate": memory.evaluating().hold,
+        "correct": memory.selection_plan().hold,
+        "finish": memory.finishing_plan().hold,
+        "evaluate": memory.evaluation_plan().hold,
     }
     inference = total(memory.inference()) - BASE_BYTES
     found = {"peaks": meter.peaks, "holds": holds, "losses": run.losses, "step_losses": run.step_losses}

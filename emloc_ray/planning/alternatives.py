@@ -81,7 +81,7 @@ class Choice:
             text += f" of {finetune.gradient_accumulation_steps} × {finetune.per_device_train_batch_size} rows"
         if ratio == 1:
             text += "; no emulator is needed"
-        if best.memory.finetune_hold() != "resident":
+        if best.memory.finetuning_hold() != "resident":
             text += f"; its {size(best.memory.weights)} of weights wait in the host's memory"
         return text + "."
 
@@ -153,7 +153,7 @@ def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Spe
     if hold != "resident":
         asked = "offloaded" if resident.fits else "auto"
         offloaded = at("the original, its blocks offloaded", (1.0,), original, asked, largest_batch=rows)
-        if offloaded.memory.finetune_hold() != "resident":  # which some methods need
+        if offloaded.memory.finetuning_hold() != "resident":  # which some methods need
             yield offloaded
     zero = (prepared.zero_config or {}).get("zero_optimization", {})
     few_bits = () if zero.get("stage") == 3 else _FEW_BITS

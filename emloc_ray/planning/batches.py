@@ -12,16 +12,16 @@ from emloc_ray.planning.training import longest_lengths
 
 
 def shrink_batches(prepared: Prepared) -> Prepared:
-    """The run with batches as small as fit its ``memory_budget`` (:meth:`MemoryModel.bound`), which change no figure but in
-    rounding: calibration's and the evaluation's, and the fine-tuning's micro-batch, its rows a step kept by accumulation. Blocks
-    are run again in the backward pass where there is no room to keep what they computed. A batch of one row that does not fit
-    stays.
+    """The run with batches as small as fit its ``memory_budget`` (:meth:`MemoryModel.budget_bytes`): those of calibration and
+    evaluation, and the fine-tuning's micro-batch, whose rows a step are kept by accumulation. Figures change in rounding alone.
+
+    Blocks are run again in the backward pass where what they computed cannot be kept. A batch of one row that does not fit stays.
     """
     if prepared.config.memory_budget is None:
         return prepared
     prepared = _trained_within(prepared)
-    prepared = _smaller(prepared, "calibration", lambda memory: [memory.calibrate()])
-    return _smaller(prepared, "evaluation", lambda memory: [memory.evaluate(), memory.correct()])
+    prepared = _smaller(prepared, "calibration", lambda memory: [memory.calibration_parts()])
+    return _smaller(prepared, "evaluation", lambda memory: [memory.evaluation_parts(), memory.correction_parts()])
 
 
 def _trained_within(prepared: Prepared) -> Prepared:
@@ -30,11 +30,15 @@ def _trained_within(prepared: Prepared) -> Prepared:
         return prepared
     lengths = longest_lengths(prepared)
     own = MemoryModel(prepared, lengths)
-    budget = own.bound("finetune") or 0.0
+    budget = own.budget_bytes("finetune") or 0.0
 
     def needed(memory: MemoryModel) -> int:
         # Smaller steps would not make room for the scores between them, whose batch is as small as it has to be.
-        parts = [memory.heal(), memory.training(), *([memory.finishing().parts] if memory.prepared.finishes else [])]
+        parts = [
+            memory.healing_stage_parts(),
+            memory.training_step_parts(),
+            *([memory.finishing_plan().parts] if memory.prepared.finishes else []),
+        ]
         return max(total(with_base(part)) for part in parts)
 
     if needed(own) <= budget:
@@ -45,11 +49,11 @@ def _trained_within(prepared: Prepared) -> Prepared:
     return dataclasses.replace(prepared, config=prepared.config.model_copy(update=sections))
 
 
-def _smaller(prepared: Prepared, section: str, held: Callable[[MemoryModel], list[Parts]]) -> Prepared:
+def _smaller(prepared: Prepared, section: str, parts_of: Callable[[MemoryModel], list[Parts]]) -> Prepared:
     """Halves a section's batch until it fits, or is a row."""
 
     def fits(memory: MemoryModel) -> bool:
-        return max(total(with_base(parts)) for parts in held(memory)) <= (memory.bound(section) or 0.0)
+        return max(total(with_base(parts)) for parts in parts_of(memory)) <= (memory.budget_bytes(section) or 0.0)
 
     while not fits(MemoryModel(prepared)) and (rows := getattr(prepared.config, section).batch_size) > 1:
         smaller = getattr(prepared.config, section).model_copy(update={"batch_size": rows // 2})

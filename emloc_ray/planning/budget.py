@@ -61,7 +61,7 @@ def fitting(
     again = next(at(ratio, size) for size in sizes if fits(at(ratio, size)))
     number = again.config.finetune.per_device_train_batch_size
     # A step on the original moves its blocks for each micro-batch, where they are not held.
-    moves = prepared.finishes and again.finishing().hold != "resident"
+    moves = prepared.finishes and again.finishing_plan().hold != "resident"
     fewer = [size for size in sizes if (size == number if moves else number >= size >= number / _FEWER)]
     kept = (at(ratio, size, checkpointing=False) for size in fewer)
     return next((memory for memory in kept if fits(memory)), again)
@@ -69,7 +69,7 @@ def fitting(
 
 def training_bytes(memory: MemoryModel) -> int:
     """What a worker of the fine-tuning takes, or of the healing before it where that takes more."""
-    return max(total(with_base(parts)) for parts in (memory.healing(), memory.finetune()))
+    return max(total(with_base(parts)) for parts in (memory.healing_training_parts(), memory.finetuning_parts()))
 
 
 def check_gpus(prepared: Prepared) -> None:
@@ -78,7 +78,7 @@ def check_gpus(prepared: Prepared) -> None:
     memory = MemoryModel(prepared)
     least, parts = _least_held(memory)
     for section in ("calibration", "evaluation"):
-        share, gpus = memory.there(section), getattr(prepared.config, section).gpus
+        share, gpus = memory.free_bytes(section), getattr(prepared.config, section).gpus
         if gpus and least > share:
             raise ConfigError(
                 f"{section}.gpus_per_worker is {gpus:g}, of which {size_up(int(share))} of memory can be filled, and a worker"
@@ -100,7 +100,7 @@ def check_holding(prepared: Prepared) -> None:
     asks, memory = prepared.config.emulator.asks_for_gradients, MemoryModel(prepared)
     if is_compiled((training := prepared.config.finetune).model_extra or {}):
         experts = any(spec.routed_share is not None for spec in prepared.layout.specs)
-        holds = {memory.finetune_hold(), *([memory.finishing().hold] if prepared.finishes else [])}
+        holds = {memory.finetuning_hold(), *([memory.finishing_plan().hold] if prepared.finishes else [])}
         check_compiling(experts, training.deepspeed is not None, holds != {"resident"})
     check_gpus(prepared)
     is_written = not prepared.config.budget_is_default
@@ -113,11 +113,11 @@ def check_holding(prepared: Prepared) -> None:
         )
     if asks is None or not prepared.layout.weighed:
         return
-    room = memory.worker_bytes("calibration") if is_written else memory.there("calibration")
+    limit = memory.worker_bytes("calibration") if is_written else memory.free_bytes("calibration")
     needed = memory.least_for_gradients()
-    if needed > room:
+    if needed > limit:
         raise ConfigError(
-            f"{asks} needs gradients through the whole model, {size_up(needed)} in a worker that may hold {size_up(room)}: give"
+            f"{asks} needs gradients through the whole model, {size_up(needed)} in a worker that may hold {size_up(limit)}: give"
             " it more, lower data.max_seq_length, or set allocation uniform and objective activations, which need none."
         )
 

@@ -52,17 +52,19 @@ class CalibrationMemory(ModelBytes):
     def _tied(self) -> bool:
         return bool(getattr(self.model_config, "tie_word_embeddings", False))
 
-    def calibrate(self) -> Parts:
+    def calibration_parts(self) -> Parts:
         """What a worker holds, however the calibration holds the model."""
-        return self.calibrate_blocks() if self.calibration_hold() == "block_by_block" else self.calibrate_whole()
+        if self.calibration_hold() == "block_by_block":
+            return self.calibration_parts_by_block()
+        return self.calibration_parts_whole()
 
-    def calibrate_whole(self) -> Parts:
+    def calibration_parts_whole(self) -> Parts:
         """The model, the Grams of the largest wave, and a pass without the head."""
         largest = max((sum(map(gram_bytes, wave)) for wave in self.waves()), default=0)
         held = self.held[self.calibration_hold()]
         return {"weights": held, "grams": largest, "activations": self._counting(self._calibration_tokens())}
 
-    def calibrate_blocks(self) -> Parts:
+    def calibration_parts_by_block(self) -> Parts:
         """The weights outside the blocks and of the largest block, its Grams, and one token shard's hidden states: what the
         block reads and what it gives, for all the shard's rows."""
         inside = max(block.num_parameters for block in self.blocks if not block.is_between)
@@ -85,20 +87,19 @@ class CalibrationMemory(ModelBytes):
     def calibration_hold(self) -> str:
         """As the config says; ``auto``: resident where all Grams fit beside the model, else block by block. Where blocks read
         what is inside others, as shared keys and values, offloaded takes the place of block by block."""
-        asked, room = self.config.model.hold, self.worker_bytes("calibration") - BASE_BYTES
+        hold, budget = self.config.model.hold, self.worker_bytes("calibration") - BASE_BYTES
         counting = self._counting(self._calibration_tokens())
-        if asked == "auto" and self.weights + sum(map(gram_bytes, self._groups())) + counting <= room:
+        if hold == "auto" and self.weights + sum(map(gram_bytes, self._groups())) + counting <= budget:
             return "resident"
         if self.may_stream():
             return "block_by_block"
         largest = max(map(gram_bytes, self._groups()), default=0)
-        return choose(asked if asked == "resident" else "offloaded", self.held, counting + largest, room)
+        return choose(hold if hold == "resident" else "offloaded", self.held, counting + largest, budget)
 
     def may_stream(self) -> bool:
         """Whether calibration may go block by block, where that is what fits."""
-        trusted = self.config.model.trust_remote_code
-        asked = self.config.model.hold in ("auto", "block_by_block")
-        return asked and not blocks_share(self.model_config, trusted)
+        model = self.config.model
+        return model.hold in ("auto", "block_by_block") and not blocks_share(self.model_config, model.trust_remote_code)
 
     def waves(self) -> list[list[tuple[LinearSpec, ...]]]:
         """The groups of linears, in parts whose Grams fit beside the model in a worker's memory; one part where all do."""
@@ -108,42 +109,42 @@ class CalibrationMemory(ModelBytes):
         )
         return in_waves(self._groups(), gram_bytes, self.worker_bytes("calibration") - BASE_BYTES - beside)
 
-    def gradients(self) -> Parts:
+    def gradient_parts(self) -> Parts:
         """The model, the largest wave's sums of gradients, and a pass forward and back: the blocks' inputs, and inside one
         block what its backward pass reads, with one output's gradient in float32; or a chunk of logits."""
         plan = self.gradient_plan()
         largest = max((sum(map(gradient_bytes, wave)) for wave in plan.waves), default=0)
-        passed = self._backward(plan.batch_size * self.lengths.longest)
+        passed = self._backward_parts(plan.batch_size * self.lengths.longest)
         return {"weights": self.held[plan.hold], "gradients": largest, **passed}
 
     def gradient_plan(self) -> GradientPlan:
         """How the sums of gradients are gathered within a worker's memory. Every wave costs a pass: the default budget is
         exceeded rather than take many."""
 
-        def within(held: float) -> GradientPlan:
-            batch_size, asked = self.config.calibration.batch_size, self.config.model.hold
-            room = held - BASE_BYTES
-            return plan_gradients(asked, self.held, self._weighed(), batch_size, self._rows_backward, room)
+        def within(worker_bytes: float) -> GradientPlan:
+            hold, batch_size = self.config.model.hold, self.config.calibration.batch_size
+            budget = worker_bytes - BASE_BYTES
+            return plan_gradients(hold, self.held, self._weighed(), batch_size, self._backward_bytes, budget)
 
         plan = within(self.worker_bytes("calibration"))
         if len(plan.waves) <= _WAVES or not self.config.budget_is_default:
             return plan
-        return within(self.there("calibration"))
+        return within(self.free_bytes("calibration"))
 
     def least_for_gradients(self) -> float:
         """Bytes that a worker needs for gradients at least: a row at a time, with one linear's sum, in the leanest way."""
         largest = max(map(gradient_bytes, self._weighed()), default=0)
         leanest = min(self.held[hold] for hold in allowed(self.config.model.hold))
-        return BASE_BYTES + leanest + self._rows_backward(1) + largest
+        return BASE_BYTES + leanest + self._backward_bytes(1) + largest
 
     def _weighed(self) -> list[LinearSpec]:
         weighed = set(self.layout.weighed)
         return [spec for spec in self.layout.specs if spec.name in weighed]
 
-    def _rows_backward(self, rows: int) -> int:
-        return total(self._backward(rows * self.lengths.longest))
+    def _backward_bytes(self, rows: int) -> int:
+        return total(self._backward_parts(rows * self.lengths.longest))
 
-    def _backward(self, tokens: float) -> Parts:
+    def _backward_parts(self, tokens: float) -> Parts:
         inputs = tokens * self.itemsize * sum(block.multiple * block.width for block in self.blocks)
         saved = max(block.multiple * self._saved_per_token(block, ()) for block in self.blocks)
         widest = max((spec.out_features for spec in self.layout.specs), default=0)
@@ -157,17 +158,16 @@ class CalibrationMemory(ModelBytes):
 
     @property
     def budget(self) -> float | None:
-        """:meth:`bound` of the fine-tuning's workers."""
-        return self.bound("finetune")
+        """:meth:`budget_bytes` of the fine-tuning's workers."""
+        return self.budget_bytes("finetune")
 
-    def bound(self, section: str) -> float | None:
-        """The bytes of ``memory_budget`` for a worker of a section, at most what fits its share of a GPU, where its memory is
-        known; None: no bound."""
-        asked, gpus = self.config.memory_budget, getattr(self.config, section).gpus
-        if asked is None:
+    def budget_bytes(self, section: str) -> float | None:
+        """``memory_budget`` in bytes for one worker, at most what fits its share of the GPU. None without a budget."""
+        memory_budget, gpus = self.config.memory_budget, getattr(self.config, section).gpus
+        if memory_budget is None:
             return None
-        wanted = self._yardstick if asked == "inference" else float(asked)
-        return min(wanted, _GPU_SHARE * self._gpu_bytes() * gpus) if gpus else wanted
+        budget = self._inference_bytes if memory_budget == "inference" else float(memory_budget)
+        return min(budget, _GPU_SHARE * self._gpu_bytes() * gpus) if gpus else budget
 
     def _gpu_bytes(self) -> float:
         """The memory of the smallest GPU: of the Ray that was joined, or here; infinite where it is not known."""
@@ -176,27 +176,25 @@ class CalibrationMemory(ModelBytes):
         return float("inf") if self.config.ray.joins else gpu_bytes()
 
     def worker_bytes(self, section: str) -> float:
-        """Bytes that a worker may hold: its :meth:`bound`, and where the budget is the default no more than
-        :meth:`there`."""
-        bound, there = self.bound(section), functools.partial(self.there, section)
-        if bound is None:
-            return there()
-        return min(bound, there()) if self.config.budget_is_default else bound
+        """Bytes that one worker may hold: the budget; under the default budget no more than what is free."""
+        budget = self.budget_bytes(section)
+        if budget is None:
+            return self.free_bytes(section)
+        return min(budget, self.free_bytes(section)) if self.config.budget_is_default else budget
 
-    def there(self, section: str) -> float:
-        """Bytes that there are for a worker: of its share of a GPU, or of this machine's memory; of another machine's
-        unbounded."""
-        asked = getattr(self.config, section)
-        if asked.gpus:
-            return _GPU_SHARE * self._gpu_bytes() * asked.gpus
-        return float("inf") if self.config.ray.joins else self._left / asked.num_workers
+    def free_bytes(self, section: str) -> float:
+        """Free bytes for one worker: its share of a GPU, or of this machine's memory. Infinite for workers of another machine."""
+        workers = getattr(self.config, section)
+        if workers.gpus:
+            return _GPU_SHARE * self._gpu_bytes() * workers.gpus
+        return float("inf") if self.config.ray.joins else self._free_on_machine / workers.num_workers
 
     @functools.cached_property
-    def _left(self) -> float:
+    def _free_on_machine(self) -> float:
         return available_bytes()
 
     @functools.cached_property
-    def _yardstick(self) -> int:
+    def _inference_bytes(self) -> int:
         return total(self.inference())
 
     def inference(self, rows: int = 1, length: int | None = None) -> Parts:

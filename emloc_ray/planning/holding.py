@@ -51,10 +51,10 @@ def allowed(asked: str) -> tuple[str, ...]:
     return HOLDS if asked == "auto" else HOLDS[1:]
 
 
-def choose(asked: str, held: Mapping[str, float], beside: float, room: float) -> str:
-    """The fastest way that fits ``room`` bytes with what is held ``beside`` the weights; the leanest where none does."""
+def choose(asked: str, held: Mapping[str, float], beside: float, budget: float) -> str:
+    """The fastest way that fits ``budget`` bytes with what is held ``beside`` the weights; the leanest where none does."""
     holds = allowed(asked)
-    return next((hold for hold in holds if held[hold] + beside <= room), holds[-1])
+    return next((hold for hold in holds if held[hold] + beside <= budget), holds[-1])
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def plan_gradients(
     specs: Sequence[LinearSpec],
     batch_size: int,
     beside: Callable[[int], float],
-    room: float,
+    budget: float,
 ) -> GradientPlan:
-    """The fewest waves that fit ``room`` bytes; among equals resident first, then the largest batch.
+    """The fewest waves that fit ``budget`` bytes; among equals resident first, then the largest batch.
 
     ``beside(rows)``: bytes of a batch's pass forward and back. A wave costs a pass over all rows, a smaller batch nearly
     nothing. Where nothing fits: one linear's sum at a time, in the leanest way.
@@ -84,7 +84,7 @@ def plan_gradients(
     plans = []
     for hold in allowed(asked):
         for rows in batches:
-            left = room - held[hold] - beside(rows)
+            left = budget - held[hold] - beside(rows)
             if left >= largest or (hold, rows) == (allowed(asked)[-1], 1):
                 plans.append(GradientPlan(hold, rows, tuple(map(tuple, in_waves(specs, gradient_bytes, left)))))
     return min(plans, key=lambda plan: len(plan.waves))

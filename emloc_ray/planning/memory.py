@@ -32,8 +32,8 @@ _TOKENIZER_BYTES, _TOKEN_BYTES = 1200, 256
 _DECODED = 32  # pixels' bytes for a byte of a photograph
 
 
-class Held(NamedTuple):
-    """How the original is held for a pass, and all that its worker holds then."""
+class HoldPlan(NamedTuple):
+    """How the original is held for a pass, and a worker's bytes by part."""
 
     hold: str
     parts: Parts
@@ -42,7 +42,7 @@ class Held(NamedTuple):
 class MemoryModel(CalibrationMemory):
     """Predicts from a layout, a config and row lengths; every method gives bytes by part, ``total`` adds them up."""
 
-    def importing(self) -> Parts:
+    def import_parts(self) -> Parts:
         """Of a GGUF file one tensor in float32, a linear's twice, as it may be laid out otherwise; the whole model and the file's
         header where its tensors are made of several. Else a chunk that is copied."""
         if self.prepared.source.gguf_file is None:
@@ -55,7 +55,7 @@ class MemoryModel(CalibrationMemory):
             return tensor
         return {"header": _HEADER_BYTES * self._vocabulary(), "weights": self.weight_files, **tensor}
 
-    def tokenize(self) -> Parts:
+    def tokenization_parts(self) -> Parts:
         """The tokenizer; a batch of rows, from text to token lists. For rows with images: a batch as read and as rows, one
         decoded image, and the rows being written, which are held three times (group, table, writer)."""
         image = self.lengths.image_bytes
@@ -66,45 +66,45 @@ class MemoryModel(CalibrationMemory):
             + 3 * min(WRITTEN_IMAGE_BYTES + image, TOKENIZED_ROWS * image),
         }
 
-    def factorize(self) -> Parts:
+    def factorization_parts(self) -> Parts:
         """The group that needs most, with one of its layers computed once more in float64, as rounding may ask: on the host where
         the GPU's float64 is slow. A worker with a GPU takes one group after another: on its node are the one that is computed,
         as read, and the next."""
         section, groups = self.config.emulator, self._groups()
         left = {*self.layout.packed}.difference(spec.name for group in groups for spec in group)
         alone = [group for group in self.layout.groups if any(spec.name in left for spec in group)]
-        parts = max([*map(self._factorize_group, groups), *map(self._pack_group, alone)], key=total, default={})
+        parts = max([*map(self._group_parts, groups), *map(self._quantized_group_parts, alone)], key=total, default={})
         if section.gpus and not self.config.ray.joins and gpus_of_slow_float64():
             parts = {"in float64": total(parts)}
         if not section.gpus or len(groups) + len(alone) <= section.num_workers:
             return parts
-        read = [*map(self._as_read, groups), *map(self._weights_as_read, alone)]
+        read = [*map(self._group_bytes_as_read, groups), *map(self._weight_bytes_as_read, alone)]
         return {**parts, "read ahead": sum(sorted(read)[-2:])}
 
-    def _as_read(self, group: tuple[LinearSpec, ...]) -> int:
+    def _group_bytes_as_read(self, group: tuple[LinearSpec, ...]) -> int:
         """A group's weights, its Gram and its linears' sums of gradients."""
         sums = sum(map(gradient_bytes, {*group}.intersection(self._weighed())))
-        return self._weights_as_read(group) + gram_bytes(group) + sums
+        return self._weight_bytes_as_read(group) + gram_bytes(group) + sums
 
-    def _weights_as_read(self, group: tuple[LinearSpec, ...]) -> int:
+    def _weight_bytes_as_read(self, group: tuple[LinearSpec, ...]) -> int:
         return sum(spec.num_parameters for spec in group) * self.file_itemsize
 
-    def _pack_group(self, group: tuple[LinearSpec, ...]) -> Parts:
+    def _quantized_group_parts(self, group: tuple[LinearSpec, ...]) -> Parts:
         """Linears that are put into few bits without a Gram: ``W`` as stored, in float32, and in as much again while it is
         rounded; and what the whole group becomes."""
         stored = 0 if self.file_itemsize == FLOAT else self.file_itemsize
         weight = max(spec.num_parameters for spec in group) * (stored + FLOAT + DOUBLE)
         return {"weights": weight, "factors": sum(self.layout.kept(spec) for spec in group) * self.file_itemsize}
 
-    def _factorize_group(self, group: tuple[LinearSpec, ...]) -> Parts:
+    def _group_parts(self, group: tuple[LinearSpec, ...]) -> Parts:
         """A Gram: as summed, damped in float32, damped in float64 (made over a copy), and where an output is wider than
         the input a Cholesky factor of each. A layer: ``W`` as stored, in float32 and in float64, its product with the
         Gram, ``M`` with eigenvectors and LAPACK's workspace of twice their size, and the factors of the whole group."""
         square = group[0].in_features ** 2
         tall = any(spec.out_features > spec.in_features for spec in group)
         damped = square * (2 * FLOAT + DOUBLE)
-        layer = max(self._layer(spec) for spec in group)
-        weights = self._pack_group(group)
+        layer = max(self._linear_bytes(spec) for spec in group)
+        weights = self._quantized_group_parts(group)
         weighed = set(self.layout.weighed)
         # A sum of gradients: as summed, damped, its root; and the weight that it weighs.
         sums = max(
@@ -117,24 +117,24 @@ class MemoryModel(CalibrationMemory):
             return {"grams": grams, **weights, "products": layer}
         return {"grams": damped + square * DOUBLE, **weights}
 
-    def _layer(self, spec: LinearSpec) -> float:
+    def _linear_bytes(self, spec: LinearSpec) -> float:
         order = min(spec.out_features, spec.in_features)
         return spec.num_parameters * DOUBLE + 4 * order**2 * DOUBLE + self.layout.kept(spec) * (FLOAT + DOUBLE)
 
-    def refine(self) -> Parts:
+    def refinement_parts(self) -> Parts:
         """The weights of original and emulator outside the blocks and in the largest block, whose factors are there in float32
         with gradients and Adam's moments, and as cast until the backward pass; a batch's hidden states as both read and give
         them, and what the fit reads of the next one; what the block keeps."""
-        return self._refining(self.refinement_rows())
+        return self._refinement_parts_of(self.refinement_rows())
 
     def refinement_rows(self) -> int:
         """The rows that are read at once: those of a step, calibration's batch, or as many of them as fit a worker."""
         rows = self.config.calibration.batch_size
-        while rows > 1 and BASE_BYTES + total(self._refining(rows)) > self.worker_bytes("emulator"):
+        while rows > 1 and BASE_BYTES + total(self._refinement_parts_of(rows)) > self.worker_bytes("emulator"):
             rows //= 2
         return rows
 
-    def _refining(self, rows: int) -> Parts:
+    def _refinement_parts_of(self, rows: int) -> Parts:
         blocks = [block for block in self.blocks if not block.is_between]
         inside = max(self.itemsize * (b.num_parameters + sum(map(self.layout.kept, b.specs))) for b in blocks)
         ranked = [[s for s in block.specs if s.name in self.layout.ranks] for block in blocks]
@@ -154,26 +154,26 @@ class MemoryModel(CalibrationMemory):
             "activations": tokens * saved,
         }
 
-    def heal(self) -> Parts:
+    def healing_stage_parts(self) -> Parts:
         """The training, the original's pass over its batches before it, or the rounding of grown factors under their Grams after
         it; the largest."""
-        healing, training = self.config.emulator.heals, self.healing()
+        healing, training = self.config.emulator.heals, self.healing_training_parts()
         if healing is None:
             return training
         from emloc_ray.planning.training import rounded_late  # as below
 
         rows = healing.per_device_train_batch_size or self.config.finetune.per_device_train_batch_size
-        rounding = self.factorize() if rounded_late(self.layout, healing) else {}
-        return max(training, self.teaching(rows).parts, rounding, key=total)
+        rounding = self.factorization_parts() if rounded_late(self.layout, healing) else {}
+        return max(training, self.teacher_plan(rows).parts, rounding, key=total)
 
-    def teaching(self, rows: int) -> Held:
+    def teacher_plan(self, rows: int) -> HoldPlan:
         """The original's pass over a batch of so many rows for its top logits, and a shard of these, put together."""
         healing, mean = self.config.emulator.heals, self.lengths.mean
         logits = 0 if healing is None else healing.num_teacher_logits
         shard = rows_per_shard(mean, logits) * BYTES_PER_LOGIT * mean * logits
-        return self._holding("finetune", {**self._scoring(rows), "teacher": 2 * shard})
+        return self._plan_beside("finetune", {**self._scoring_parts(rows), "teacher": 2 * shard})
 
-    def healing(self) -> Parts:
+    def healing_training_parts(self) -> Parts:
         """The training of the healing alone; nothing where nothing is healed."""
         healing = self.config.emulator.heals
         if healing is None:
@@ -181,42 +181,42 @@ class MemoryModel(CalibrationMemory):
         from emloc_ray.planning.training import healing_training  # needs the config: the rest plans from shapes alone
 
         training = healing_training(self.config, healing, self.layout)
-        return MemoryModel(self.prepared, self.lengths, training).finetune(DIVERGENCE_COPIES)
+        return MemoryModel(self.prepared, self.lengths, training).finetuning_parts(DIVERGENCE_COPIES)
 
-    def finetune(self, logit_copies: int = LOSS_COPIES) -> Parts:
+    def finetuning_parts(self, logit_copies: int = LOSS_COPIES) -> Parts:
         """The steps, or where more is held for them the scores between these."""
-        steps = self.training(logit_copies)
-        return max(steps, self.validating().parts, key=total) if self.trained.section.validates else steps
+        steps = self.training_step_parts(logit_copies)
+        return max(steps, self.validation_plan().parts, key=total) if self.trained.section.validates else steps
 
-    def validating(self) -> Held:
+    def validation_plan(self) -> HoldPlan:
         """The emulator with its optimizer while a batch is scored on it, or on the original, which comes beside it then."""
-        return self._validating(self.validation_rows())
+        return self._validation_plan_of(self.validation_rows())
 
     def validation_rows(self) -> int:
         """The rows of a batch that is scored while training: as many as asked for, or as fit a worker."""
         section = self.trained.section
         rows = int((section.model_extra or {}).get("per_device_eval_batch_size", section.per_device_train_batch_size))
-        room = self.worker_bytes("finetune") - BASE_BYTES
-        while rows > 1 and total(self._validating(rows).parts) > room:
+        budget = self.worker_bytes("finetune") - BASE_BYTES
+        while rows > 1 and total(self._validation_plan_of(rows).parts) > budget:
             rows //= 2
         return rows
 
-    def _validating(self, rows: int) -> Held:
-        beside = {"unpacked": self._unpacked(), "optimizer": self._optimizer_bytes(), **self._scoring(rows)}
+    def _validation_plan_of(self, rows: int) -> HoldPlan:
+        beside = {"unpacked": self._unpacked(), "optimizer": self._optimizer_bytes(), **self._scoring_parts(rows)}
         if self.trained.section.eval_original_every is None or not self.layout.differs:
-            hold = self.finetune_hold()
-            return Held(hold, {"weights": self.emulator if hold == "resident" else self.held[hold], **beside})
-        return self._holding("finetune", {"emulator": self.emulator, **beside, **self._adapted(1, rows)})
+            hold = self.finetuning_hold()
+            return HoldPlan(hold, {"weights": self.emulator if hold == "resident" else self.held[hold], **beside})
+        return self._plan_beside("finetune", {"emulator": self.emulator, **beside, **self._adapter_parts(1, rows)})
 
-    def training(self, logit_copies: int = LOSS_COPIES) -> Parts:
+    def training_step_parts(self, logit_copies: int = LOSS_COPIES) -> Parts:
         """Emulator, adapter with its optimizer, and a step: what blocks keep for the backward pass, or only their inputs
         and one block's at a time under gradient checkpointing; beside it the logits, or one linear's update by LoRA."""
-        hold = self.finetune_hold()
+        hold = self.finetuning_hold()
         again = self.trained.section.gradient_checkpointing or hold != "resident"
         weights = self.emulator if hold == "resident" else self.held[hold]
-        return {"weights": weights, "unpacked": self._unpacked(), **self._training(again, logit_copies)}
+        return {"weights": weights, "unpacked": self._unpacked(), **self._step_parts(again, logit_copies)}
 
-    def _training(self, again: bool, logit_copies: int = LOSS_COPIES) -> Parts:
+    def _step_parts(self, again: bool, logit_copies: int = LOSS_COPIES) -> Parts:
         section = self.trained.section
         virtual = self.trained.adapter.settings.get("num_virtual_tokens", 0)
         tokens = section.per_device_train_batch_size * (self.trained_lengths.longest + virtual)
@@ -241,44 +241,43 @@ class MemoryModel(CalibrationMemory):
         narrow = section.bf16 is True or extra.get("fp16") or (section.bf16 == "auto" and section.gpus > 0)
         return self.adapter_parameters * (wide + (_HALF if narrow else 0))
 
-    def finetune_hold(self) -> str:
+    def finetuning_hold(self) -> str:
         """How the fine-tuning holds its model: offloaded only where that is the original, at ratio 1.0, and does not fit. Then
         the batch is planned with blocks run again. DeepSpeed, DoRA and prefixes want the whole model."""
         section, method = self.trained.section, self.trained.adapter.method
         own = section.deepspeed is None and method not in ("dora", "prefix_tuning")
-        return self.finishing().hold if own and not self.layout.differs else "resident"
+        return self.finishing_plan().hold if own and not self.layout.differs else "resident"
 
-    def finishing(self) -> Held:
+    def finishing_plan(self) -> HoldPlan:
         """Steps on the original: its weights, the adapter with its optimizer, and a step with blocks run again. A prefix works
         through the cache that running a block again would fill twice: its original is held whole."""
-        beside = self._training(again=True)
         if self.config.adapter.method == "prefix_tuning":
-            return Held("resident", {"weights": self.weights, **self._training(again=False)})
-        return self._holding("finetune", beside)
+            return HoldPlan("resident", {"weights": self.weights, **self._step_parts(again=False)})
+        return self._plan_beside("finetune", self._step_parts(again=True))
 
-    def correct(self) -> Parts:
+    def correction_parts(self) -> Parts:
         """The largest of: the emulator with the adapter on some rows; the linears that share a Gram, a task each; the original,
         unless there is nothing to choose between, with the adapter and every module's thin matrices; what writes the adapter."""
         if not self.config.adapter.is_additive:
             return {}
         needed: list[Parts] = [
-            {"correction": max((self._difference(spec) for spec in self.adapted), default=0.0)},
-            self.corrected(),
+            {"correction": max((self._difference_bytes(spec) for spec in self.adapted), default=0.0)},
+            self.adapter_writing_parts(),
         ]
         if not self.layout.differs:
             return max(needed, key=total)
         if self.config.correction.reads_adapted:
-            needed.append(self._seeing_inputs())
+            needed.append(self._adapted_inputs_parts())
         if self.config.correction.method == "auto":
-            needed.append(self.searching().parts)
+            needed.append(self.selection_plan().parts)
         return max(needed, key=total)
 
-    def corrected(self) -> Parts:
+    def adapter_writing_parts(self) -> Parts:
         """The adapter as corrected, with one module's thin matrices as read and while it is corrected."""
-        module = max(map(self._thin, self.adapted), default=0.0)
+        module = max(map(self._thin_bytes, self.adapted), default=0.0)
         return {"adapter": FLOAT * self.corrected_parameters, "correction": 2 * module}
 
-    def _seeing_inputs(self) -> Parts:
+    def _adapted_inputs_parts(self) -> Parts:
         """The emulator with the adapter on a batch, without its head, and every module's directions with their sums."""
         rows = self.config.evaluation.batch_size
         directions = sum(self._rank(s) * s.in_features for s in self.adapted)
@@ -286,23 +285,21 @@ class MemoryModel(CalibrationMemory):
             "weights": self.emulator,
             "unpacked": self._unpacked(),
             "activations": self._forward(rows * self.lengths.longest),
-            **self._adapted(1, rows),
+            **self._adapter_parts(1, rows),
             "correction": (DOUBLE + 2 * FLOAT) * directions,
         }
 
-    def searching(self) -> Held:
+    def selection_plan(self) -> HoldPlan:
         """The original with adapters on a batch of the selection rows, beside every module's thin matrices."""
         rows = self.config.evaluation.batch_size
-        return self._together(
-            lambda number: {**self._scoring(rows), **self._adapted(number, rows), "correction": self.thin_matrices()},
-            CANDIDATES,
-        )
+        scoring, correction = self._scoring_parts(rows), {"correction": self.thin_matrices()}
+        return self._together(lambda n: {**scoring, **self._adapter_parts(n, rows), **correction}, CANDIDATES)
 
     def thin_matrices(self) -> float:
         """Bytes of all that the adapter's modules see of the difference: in memory to score them, and on disk."""
-        return sum(map(self._thin, self.adapted))
+        return sum(map(self._thin_bytes, self.adapted))
 
-    def _thin(self, spec: LinearSpec) -> float:
+    def _thin_bytes(self, spec: LinearSpec) -> float:
         # What DoRA's magnitudes follow from, and what the directions see of the inputs in the emulator.
         wide = 3 + (self.config.adapter.method == "dora") + self.config.correction.reads_adapted
         width, height = spec.in_features, spec.out_features
@@ -316,14 +313,14 @@ class MemoryModel(CalibrationMemory):
             for s in self.adapted
         )
 
-    def _difference(self, spec: LinearSpec) -> float:
+    def _difference_bytes(self, spec: LinearSpec) -> float:
         """W and what the emulator stores of it, the Gram, some rows of one in float64, and thin matrices."""
         rows = min(ROWS, max(spec.out_features, spec.in_features))
         stored = spec.num_parameters * self.file_itemsize + self.layout.kept(spec) * self.itemsize
         thin = 4 * self._rank(spec) * (spec.in_features + spec.out_features)
         return stored + gram_bytes((spec,)) * 1.5 + (2 * rows * spec.in_features + thin) * DOUBLE
 
-    def merge(self) -> Parts:
+    def merge_parts(self) -> Parts:
         """A row chunk that is copied, or one that is merged with its sum in float32; the adapter, and one module's."""
         if self.config.adapter.is_prompt:
             return {}
@@ -333,16 +330,16 @@ class MemoryModel(CalibrationMemory):
         module = max((self._rank(s) * (s.in_features + s.out_features) for s in self.adapted), default=0)
         return {"chunks": max(chunk, 2 * merged), "adapter": FLOAT * (self.corrected_parameters + module)}
 
-    def evaluate(self) -> Parts:
+    def evaluation_parts(self) -> Parts:
         """Every model that is scored, one after another; the larger, with the weight that an emulator unpacks."""
-        parts = self.evaluating().parts
+        parts = self.evaluation_plan().parts
         held: list[Parts] = [{"weights": parts["weights"]}]
         if self.layout.differs and {*ON_EMULATOR} & {*self.config.evaluation.variants}:
             held.append({"weights": self.emulator, "unpacked": self._unpacked()})
         larger: Parts = max(held, key=total)
         return {**parts, **larger}
 
-    def evaluating(self) -> Held:
+    def evaluation_plan(self) -> HoldPlan:
         """The original with its adapters; scoring a batch, or completing one with a cache. Where its weights come and go,
         all variants at once, and of one linear what merging makes of it."""
         section = self.config.evaluation
@@ -351,8 +348,8 @@ class MemoryModel(CalibrationMemory):
         merged = self.itemsize * max((s.num_parameters for s in self.adapted), default=0)
 
         def beside(number: int) -> Parts:
-            adapters = self._adapted(max(1, number - 1), rows)  # the original has none
-            scoring = {**self._scoring(rows), **adapters}
+            adapters = self._adapter_parts(max(1, number - 1), rows)  # the original has none
+            scoring = {**self._scoring_parts(rows), **adapters}
             forward = self._forward(rows * self.lengths.longest)
             completing = {"kv cache": min(2, number) * cached, "activations": forward, **adapters}
             most = max(scoring, completing if completes else {}, key=total)
@@ -363,7 +360,7 @@ class MemoryModel(CalibrationMemory):
     def prompts_at_once(self) -> int:
         """How many prompts are completed together: a batch, and where weights come anew for every token as many more as fit
         beside it."""
-        section, held = self.config.evaluation, self.evaluating()
+        section, held = self.config.evaluation, self.evaluation_plan()
         asked = max(section.num_generations, section.num_exact_match, 1)
         if held.hold == "resident" or asked <= section.batch_size:
             return section.batch_size
@@ -372,7 +369,7 @@ class MemoryModel(CalibrationMemory):
         more = max(0.0, left / (2 * cached + self._forward(self.lengths.longest)))
         return int(min(asked, section.batch_size + more))
 
-    def _adapted(self, number: int, rows: int) -> Parts:
+    def _adapter_parts(self, number: int, rows: int) -> Parts:
         """So many adapters, and the hidden states of those that wait for their turn at a block: its input and output."""
         waiting = 2 * (number - 1) * rows * self.lengths.longest * self.layout.hidden_size * self.itemsize
         return {
@@ -381,18 +378,18 @@ class MemoryModel(CalibrationMemory):
             "hidden states": waiting,
         }
 
-    def _together(self, beside: Callable[[int], Parts], number: int) -> Held:
+    def _together(self, beside: Callable[[int], Parts], number: int) -> HoldPlan:
         """One adapter after another beside the whole original, or so many at once where it does not fit."""
-        alone = self._holding("evaluation", beside(1))
-        return alone if alone.hold == "resident" else self._holding("evaluation", beside(number))
+        alone = self._plan_beside("evaluation", beside(1))
+        return alone if alone.hold == "resident" else self._plan_beside("evaluation", beside(number))
 
-    def _scoring(self, rows: int) -> Parts:
+    def _scoring_parts(self, rows: int) -> Parts:
         tokens = rows * self.lengths.longest
         inside, logits = self._forward(tokens), self._logits(tokens)
         return {"activations": inside} if inside >= logits else {"logits": logits}
 
-    def _holding(self, section: str, beside: Parts) -> Held:
+    def _plan_beside(self, section: str, beside: Parts) -> HoldPlan:
         """The original as a worker of a section holds it, with what is beside it."""
-        room = self.worker_bytes(section)
-        hold = choose(self.config.model.hold, self.held, BASE_BYTES + total(beside), room)
-        return Held(hold, {"weights": self.held[hold], **beside})
+        budget = self.worker_bytes(section)
+        hold = choose(self.config.model.hold, self.held, BASE_BYTES + total(beside), budget)
+        return HoldPlan(hold, {"weights": self.held[hold], **beside})

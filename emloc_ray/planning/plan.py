@@ -103,7 +103,7 @@ def make_plan(stages: Sequence[Costed], prepared: Prepared, speeds: Speeds | Non
         layout.num_parameters,
         layout.num_parameters - saved,
         memory.inference(),
-        with_base(memory.tokenize()),
+        with_base(memory.tokenization_parts()),
         memory.calibration_hold(),
         speeds,
     )

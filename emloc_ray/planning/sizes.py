@@ -52,12 +52,12 @@ def gradient_bytes(spec: LinearSpec) -> int:
     return FLOAT * spec.out_features**2
 
 
-def in_waves(parts: Iterable[Part], size: Callable[[Part], int], room: float) -> list[list[Part]]:
-    """Parts in order, in waves that fit ``room`` bytes; a part that does not fit is a wave of its own."""
+def in_waves(parts: Iterable[Part], size: Callable[[Part], int], budget: float) -> list[list[Part]]:
+    """Parts in order, in waves that fit ``budget`` bytes; a part that does not fit is a wave of its own."""
     waves: list[list[Part]] = []
     used = 0.0
     for part in parts:
-        if not waves or used + size(part) > room:
+        if not waves or used + size(part) > budget:
             waves.append([])
             used = 0.0
         waves[-1].append(part)

@@ -11,7 +11,7 @@ from emloc_ray.planning.data_checks import rows_taken
 from emloc_ray.planning.first_rows import sequences_a_row
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import PACKED_SHARE, Lengths
-from emloc_ray.planning.memory import CANDIDATES, Held, MemoryModel
+from emloc_ray.planning.memory import CANDIDATES, HoldPlan, MemoryModel
 from emloc_ray.planning.prepared import UNKNOWN_ROWS, Prepared, splits_of
 
 WITH_BACKWARD = 2  # times that offloaded weights come where a pass is run back: a block is run again there
@@ -124,16 +124,18 @@ def passes(again: bool) -> int:
     return 6 if again else 4
 
 
-def steps_cost(memory: MemoryModel, steps: float, held: Held, work: float, again: bool, parameters: float) -> StageCost:
+def steps_cost(
+    memory: MemoryModel, steps: float, plan: HoldPlan, work: float, again: bool, parameters: float
+) -> StageCost:
     """Optimizer steps with an adapter of so many ``parameters``, of a model whose blocks' linears take ``work`` multiply-adds
     a token; ``again``: blocks are run again in the backward pass."""
     finetune = memory.config.finetune
     rows = steps * rows_a_step(finetune)
     return StageCost(
-        held.parts,
+        plan.parts,
         flops=rows * memory.trained_lengths.mean * passes(again) * (work + head_work(memory.layout)),
         disk_bytes=int(4 * 4 * parameters),
-        moved_bytes=WITH_BACKWARD * memory.moved(held.hold, rows, finetune.per_device_train_batch_size),
+        moved_bytes=WITH_BACKWARD * memory.moved(plan.hold, rows, finetune.per_device_train_batch_size),
         efficiency=0.2,
         start_seconds=20,
         steps=steps,
@@ -158,23 +160,23 @@ def num_scores(prepared: Prepared) -> tuple[int, int]:
 
 def validation_cost(memory: MemoryModel) -> StageCost:
     """The scores between the steps of the fine-tuning; the original is opened anew for each of its own."""
-    layout, held, rows = memory.layout, memory.validating(), rows_validated(memory.prepared)
+    layout, plan, rows = memory.layout, memory.validation_plan(), rows_validated(memory.prepared)
     scores, beside = num_scores(memory.prepared)
     head, transfers = head_work(layout), beside if layout.differs else scores
-    opened = beside * memory.weights * memory.config.finetune.num_workers if held.hold == "resident" else 0
+    opened = beside * memory.weights * memory.config.finetune.num_workers if plan.hold == "resident" else 0
     return StageCost(
-        held.parts,
+        plan.parts,
         flops=2
         * rows
         * memory.lengths.mean
         * (scores * (emulator_work(layout) + head) + beside * (block_work(layout) + head)),
-        moved_bytes=opened + transfers * memory.moved(held.hold, rows, memory.validation_rows()),
+        moved_bytes=opened + transfers * memory.moved(plan.hold, rows, memory.validation_rows()),
         efficiency=0.45,
     )
 
 
 def training_cost(memory: MemoryModel, steps: float) -> StageCost:
     """Steps of the fine-tuning."""
-    held = Held(memory.finetune_hold(), memory.finetune())
-    again = memory.config.finetune.gradient_checkpointing or held.hold != "resident"
-    return steps_cost(memory, steps, held, emulator_work(memory.layout), again, memory.adapter_parameters)
+    plan = HoldPlan(memory.finetuning_hold(), memory.finetuning_parts())
+    again = memory.config.finetune.gradient_checkpointing or plan.hold != "resident"
+    return steps_cost(memory, steps, plan, emulator_work(memory.layout), again, memory.adapter_parameters)

@@ -224,7 +224,7 @@ def late_warmup(prepared: Prepared) -> str | None:
 def moved_for_completions(prepared: Prepared) -> str | None:
     """Says what completions move where the original's blocks come over a GPU's link or from disk: its weights for each token."""
     section, memory = prepared.config.evaluation, MemoryModel(prepared)
-    prompts, hold = max(section.num_generations, section.num_exact_match), memory.evaluating().hold
+    prompts, hold = max(section.num_generations, section.num_exact_match), memory.evaluation_plan().hold
     if not prompts or hold == "resident" or not (section.gpus or memory.weights > available_bytes()):
         return None
     moved = size(memory.moved(hold, 1, 1))

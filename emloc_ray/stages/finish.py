@@ -52,7 +52,7 @@ def finishing_job(context: Context, name: str) -> FinetuneJob:
         zero_config=None,
         stage="finish",
         validation=None,
-        hold=context.memory.finishing().hold,
+        hold=context.memory.finishing_plan().hold,
     )
 
 
@@ -80,7 +80,7 @@ def _finish(context: Context, inputs: Inputs, granted: Resources, progress: Prog
 
 def _cost(memory: MemoryModel) -> StageCost:
     steps, work, again = memory.config.finetune.exact_steps, block_work(memory.layout), runs_again(memory.config)
-    return steps_cost(memory, steps, memory.finishing(), work, again, memory.corrected_parameters)
+    return steps_cost(memory, steps, memory.finishing_plan(), work, again, memory.corrected_parameters)
 
 
 def runs_again(config: RunConfig) -> bool:

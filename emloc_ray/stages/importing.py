@@ -59,8 +59,8 @@ def _import(context: Context, inputs: Inputs, granted: Resources, progress: Prog
 
 def _cost(memory: MemoryModel) -> StageCost:
     if memory.prepared.source.gguf_file is None:  # copied, as it comes
-        return StageCost(memory.importing(), disk_bytes=memory.weight_files)
-    return StageCost(memory.importing(), disk_bytes=memory.weight_files, start_seconds=5 + memory.weights / 20e6)
+        return StageCost(memory.import_parts(), disk_bytes=memory.weight_files)
+    return StageCost(memory.import_parts(), disk_bytes=memory.weight_files, start_seconds=5 + memory.weights / 20e6)
 
 
 IMPORT = Stage(

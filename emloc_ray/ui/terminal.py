@@ -187,7 +187,7 @@ def scores_line(plan: Plan) -> str | None:
     if not of_original:
         return None
     stage = next(stage for stage in plan.stages if stage.name == "finetune")
-    hold = MemoryModel(plan.prepared).validating().hold.replace("_", " ")
+    hold = MemoryModel(plan.prepared).validation_plan().hold.replace("_", " ")
     return (
         f"While training the emulator is scored {counted(scores, 'time')}, the original {of_original}, held {hold} beside it:"
         f" {duration(stage.scoring_seconds)} in all."

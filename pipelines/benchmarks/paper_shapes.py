@@ -107,14 +107,14 @@ def plan_shape(shape: Shape) -> dict[str, Any]:
         "parameters": prepared.layout.num_parameters,
         "weights": original.weights / GB,
         "inference": _gb(original.inference(ROWS)),
-        "lora_on_the_original": _gb(_held_whole(original).finetune()),
+        "lora_on_the_original": _gb(_held_whole(original).finetuning_parts()),
         "paper_lora": shape.lora_gb,
         "paper_emloc": shape.emloc_gb,
     }
     ratios = (step / 100 for step in range(99, 0, -1))
     five = next((ratio for ratio in ratios if at(ratio).emulator <= 5e9 * torch.bfloat16.itemsize), None)
     if five is not None:
-        figures["five_billion"] = {"ratio": five, "finetune": _gb(at(five).finetune())}
+        figures["five_billion"] = {"ratio": five, "finetune": _gb(at(five).finetuning_parts())}
     solved = fitting(prepared, BUDGET, lengths)
     figures["budget"] = f"No compression ratio fits {BUDGET / GB:.0f} GB"
     if training_bytes(solved) <= BUDGET:

@@ -64,12 +64,12 @@ def quickstart_cases(config: RunConfig, run: Path, out: Path) -> Iterator[Case]:
     calibration = CalibrationJob(run / "model", tokens / "calibration", groups, (0, num_shards))
     memory = MemoryModel(prepared, lengths["calibration"])
     arguments: dict[str, Any] = {"job": calibration, "out_dir": made_directory(out / "resident"), "threads": 1}
-    yield "calibrate, resident", "calibrate_resident", arguments, memory.calibrate_whole()
+    yield "calibrate, resident", "calibrate_resident", arguments, memory.calibration_parts_whole()
     arguments = {**arguments, "out_dir": made_directory(out / "streamed"), "num_blocks": _BLOCKS}
-    yield "calibrate, streamed", "calibrate_streamed", arguments, memory.calibrate_blocks()
+    yield "calibrate, streamed", "calibrate_streamed", arguments, memory.calibration_parts_by_block()
     job = FactorizationJob(run / "model", out, layout.groups, layout.ranks)
     arguments = {"job": job, "grams_dir": run / "calibration", "threads": 1}
-    yield "factorize", "factorize", arguments, memory.factorize()
+    yield "factorize", "factorize", arguments, memory.factorization_parts()
     yield from trained_cases(prepared, run / "model", run / "emulator", rows=4)
     correction = CorrectionJob(
         run / "model",
@@ -83,13 +83,13 @@ def quickstart_cases(config: RunConfig, run: Path, out: Path) -> Iterator[Case]:
         (Candidate("none"), Candidate("adapted", None)),
     )
     arguments = {"job": correction, "threads": 2}
-    yield "correct", "correct", arguments, MemoryModel(prepared, lengths["selection"]).correct()
+    yield "correct", "correct", arguments, MemoryModel(prepared, lengths["selection"]).correction_parts()
     merging = MergeJob(run / "model", run / "adapter_emulator", made_directory(out / "merged"), layout.specs)
-    yield "merge", "merge", {"job": merging, "threads": 2}, memory.merge()
+    yield "merge", "merge", {"job": merging, "threads": 2}, memory.merge_parts()
     adapters = run / "adapter_emulator", run / "adapter_emulator"
     evaluation = EvaluationJob(run / "model", run / "emulator", *adapters, run / "model", tokens / "eval")
     arguments = {"job": evaluation, "family": "original", "num_parts": 4, "threads": 1}
-    yield "evaluate", "evaluate", arguments, MemoryModel(prepared, lengths["eval"]).evaluate()
+    yield "evaluate", "evaluate", arguments, MemoryModel(prepared, lengths["eval"]).evaluation_parts()
 
 
 def trained_cases(prepared: Prepared, model: Path, emulator: Path, rows: int) -> Iterator[Case]:
@@ -100,10 +100,15 @@ def trained_cases(prepared: Prepared, model: Path, emulator: Path, rows: int) ->
         memory = MemoryModel(with_settings(prepared, ratio, rows, 1, checkpointing), Lengths(LENGTH, LENGTH))
         arguments = {**size, "directory": emulator, "checkpointing": checkpointing}
         name = f"finetune, {'with' if checkpointing else 'without'} gradient checkpointing"
-        yield name, "finetune", arguments, memory.finetune()
+        yield name, "finetune", arguments, memory.finetuning_parts()
         arguments = {**arguments, "num_logits": LOGITS}
-        yield name.replace("finetune", "heal: training"), "finetune", arguments, memory.finetune(DIVERGENCE_COPIES)
-    yield "heal: teacher", "teach", {**size, "directory": model}, memory.teaching(rows).parts
+        yield (
+            name.replace("finetune", "heal: training"),
+            "finetune",
+            arguments,
+            memory.finetuning_parts(DIVERGENCE_COPIES),
+        )
+    yield "heal: teacher", "teach", {**size, "directory": model}, memory.teacher_plan(rows).parts
     yield "inference", "inference", {**size, "directory": model}, memory.inference(rows, LENGTH)
 
 

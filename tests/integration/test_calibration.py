@@ -59,7 +59,7 @@ def test_auto_goes_block_by_block_under_a_budget_and_a_killed_worker_leaves_no_t
     calibrated: Callable[..., Path], llama_run: FinishedRun
 ) -> None:
     prepared = prepare(parse_config(llama_run.values))
-    needed = total(with_base(MemoryModel(prepared).calibrate()))
+    needed = total(with_base(MemoryModel(prepared).calibration_parts()))
     reporter = KillingReporter()
     run = calibrated(reporter, memory_budget=needed - 1)
     assert reporter.killed
@@ -74,7 +74,7 @@ def test_waves_under_a_memory_budget_give_the_same_grams(
     values = llama_run.changed(model={"hold": "resident"})
     prepared = prepare(parse_config(values))
     memory = MemoryModel(prepared)
-    parts = with_base(memory.calibrate())
+    parts = with_base(memory.calibration_parts())
     largest = max(gram_bytes(group) for group in prepared.layout.groups)
     assert parts["grams"] > 2 * largest
     budget = total(parts) - int(parts["grams"]) + 2 * largest

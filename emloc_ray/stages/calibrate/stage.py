@@ -129,7 +129,7 @@ def _gram_cost(memory: MemoryModel) -> StageCost:
     rows_read = section.num_workers * section.batch_size if by_blocks else tokens / memory.lengths.mean
     moved = memory.moved(memory.calibration_hold(), rows_read, section.batch_size)
     return StageCost(
-        memory.calibrate(),
+        memory.calibration_parts(),
         flops=tokens * 2 * (block_work(layout) + products),
         moved_bytes=moved if by_blocks else moved * len(memory.waves()),
         disk_bytes=images + grams // 2 + held,
@@ -148,7 +148,7 @@ def _gradient_cost(memory: MemoryModel) -> StageCost:
     forward = len(plan.waves) * memory.moved(plan.hold, tokens / memory.lengths.mean, plan.batch_size)
     work = 3 * (block_work(layout) + head_work(layout)) + sums
     return StageCost(
-        memory.gradients(),
+        memory.gradient_parts(),
         flops=tokens * 2 * work * len(plan.waves),
         moved_bytes=WITH_BACKWARD * forward,
         disk_bytes=stored // 2 + stored * prepared.config.calibration.num_workers,

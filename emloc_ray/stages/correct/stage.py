@@ -53,7 +53,7 @@ def correction_job(context: Context) -> CorrectionJob:
         streams=tuple((s.name, s.stream) for s in layout.specs if s.stream != "row"),
         pad_token_id=context.pad_token_id(),
         model_options=context.model_options,
-        hold=context.memory.searching().hold,
+        hold=context.memory.selection_plan().hold,
         images=context.images,
     )
 
@@ -118,10 +118,10 @@ def _cost(memory: MemoryModel) -> StageCost:
     scoring = rows * memory.lengths.mean * 2 * (block_work(memory.layout) + head_work(memory.layout))
     seeing = 2 * tokens_adapted(memory.prepared, memory.lengths) * emulator_work(memory.layout)
     return StageCost(
-        memory.correct(),
+        memory.correction_parts(),
         flops=(scoring + seeing) * workers,  # one worker does both
         float32_flops=memory.correction_work(),
-        moved_bytes=memory.moved(memory.searching().hold, rows / CANDIDATES, batch_size) * workers,
+        moved_bytes=memory.moved(memory.selection_plan().hold, rows / CANDIDATES, batch_size) * workers,
         disk_bytes=int(4 * memory.corrected_parameters + memory.thin_matrices()),
         start_seconds=15,
     )

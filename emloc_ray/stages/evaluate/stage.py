@@ -48,7 +48,7 @@ def evaluation_job(context: Context) -> EvaluationJob:
         prompts_at_once=context.memory.prompts_at_once(),
         variants=tuple(section.variants),
         model_options=context.model_options,
-        hold=context.memory.evaluating().hold,
+        hold=context.memory.evaluation_plan().hold,
         images=context.images,
     )
 
@@ -71,7 +71,7 @@ def _evaluate(context: Context, inputs: Inputs, granted: Resources, progress: Pr
 
 
 def _cost(memory: MemoryModel) -> StageCost:
-    section, layout, hold = memory.config.evaluation, memory.layout, memory.evaluating().hold
+    section, layout, hold = memory.config.evaluation, memory.layout, memory.evaluation_plan().hold
     blocks, kept, head = block_work(layout), emulator_work(layout), head_work(layout)
     rows, prompts = section.num_samples or 1000, max(section.num_generations, section.num_exact_match)
     apart = [name for name in section.variants if layout.differs or name not in ON_EMULATOR]
@@ -82,7 +82,7 @@ def _cost(memory: MemoryModel) -> StageCost:
     turns = section.num_workers * math.ceil(prompts / section.num_workers / memory.prompts_at_once())
     passes = memory.moved(hold, rows, section.batch_size) + memory.moved(hold, turns * section.max_new_tokens, 1)
     return StageCost(
-        memory.evaluate(),
+        memory.evaluation_parts(),
         flops=2 * (memory.lengths.mean * rows * sum(works) + completed),
         moved_bytes=passes,
         efficiency=0.45,

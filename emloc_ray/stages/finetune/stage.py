@@ -121,7 +121,7 @@ def finetune_job(context: Context, name: str, training: Training | None = None) 
         training_arguments={"run_name": prepared.run.name, **_training_arguments(section)},
         zero_config=prepared.zero_config,
         model_options=context.model_options,
-        hold=memory.finetune_hold(),
+        hold=memory.finetuning_hold(),
         pack_length=_pack_length(context, training),
         validation=_validation_job(context, section, memory),
         loraplus_lr_ratio=section.loraplus_lr_ratio,
@@ -138,7 +138,7 @@ def _validation_job(context: Context, section: FinetuneConfig, memory: MemoryMod
         return None
     if section.eval_original_every is not None and context.layout.differs:
         decides = section.metric_for_best_model == "eval_original_loss"
-        original = OriginalJob(context.model_dir, section.eval_original_every, memory.validating().hold, decides)
+        original = OriginalJob(context.model_dir, section.eval_original_every, memory.validation_plan().hold, decides)
     return ValidationJob(
         context.tokens("validation"),
         section.scores_every,

@@ -60,7 +60,7 @@ def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJ
         training.batch_size,
         training.pad_token_id,
         context.model_options,
-        MemoryModel(context.prepared, context.prepared.lengths_of(own.split)).teaching(training.batch_size).hold,
+        MemoryModel(context.prepared, context.prepared.lengths_of(own.split)).teacher_plan(training.batch_size).hold,
         context.images,
     )
     fold = FoldJob(
@@ -129,9 +129,9 @@ def _cost(memory: MemoryModel) -> StageCost:
     lora = MemoryModel(prepared, lengths, training).adapter_parameters
     learning = rows * lengths.mean * passes(section.gradient_checkpointing) * (emulator_work(layout) + 4 * head)
     batch_size = section.per_device_train_batch_size
-    hold = own.teaching(batch_size).hold
+    hold = own.teacher_plan(batch_size).hold
     return StageCost(
-        own.heal(),
+        own.healing_stage_parts(),
         flops=learning + taught * 2 * (block_work(layout) + 4 * head),
         float32_flops=2.5 * rounding_work(layout, layout.ranks, set(rounded_late(layout, healing))),
         moved_bytes=memory.moved(hold, taught / lengths.mean, batch_size),

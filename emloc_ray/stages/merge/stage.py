@@ -61,7 +61,7 @@ MERGE = Stage(
     inputs=_inputs,
     outputs=("merged",),
     run=_merge,
-    cost=lambda memory: StageCost(memory.merge(), disk_bytes=memory.weight_files, start_seconds=4),
+    cost=lambda memory: StageCost(memory.merge_parts(), disk_bytes=memory.weight_files, start_seconds=4),
     resumes=True,
     divisible=True,
     summary=lambda result: f"{result['merged_tensors']} tensors changed",

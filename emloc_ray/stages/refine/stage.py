@@ -82,7 +82,7 @@ def _cost(memory: MemoryModel) -> StageCost:
     tokens, rows = tokens_calibrated(memory.prepared, memory.lengths), memory.refinement_rows()
     steps = 6 * refinement.steps * _rows_a_step(memory.prepared) * memory.lengths.mean * emulator_work(layout)
     return StageCost(
-        memory.refine(),
+        memory.refinement_parts(),
         flops=steps + 2 * tokens * (block_work(layout) + 2 * emulator_work(layout)),
         moved_bytes=2 * memory.moved("block_by_block", rows, rows),
         disk_bytes=2 * memory.emulator_files + 2 * memory.hidden_state_disk_bytes(),

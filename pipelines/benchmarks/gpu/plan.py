@@ -51,4 +51,4 @@ def planned_bytes(
         calibration_tokens=lambda mean: 0.0,
         gpu_bytes=None,
     )
-    return total(MemoryModel(prepared, Lengths(length, length)).training())
+    return total(MemoryModel(prepared, Lengths(length, length)).training_step_parts())

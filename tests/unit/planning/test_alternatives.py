@@ -85,7 +85,7 @@ def test_what_fits_whole_needs_no_emulator() -> None:
     finetune = choice.recommended.memory.prepared.config.finetune
     assert (finetune.per_device_train_batch_size, finetune.gradient_accumulation_steps) == (4, 2)
     assert choice.recommended.memory.prepared.config.model.hold == "auto"
-    assert MemoryModel(choice.recommended.memory.prepared, ROW).finetune_hold() == "resident"
+    assert MemoryModel(choice.recommended.memory.prepared, ROW).finetuning_hold() == "resident"
 
 
 def test_what_does_not_fit_goes_by_its_blocks_where_the_link_allows() -> None:
@@ -116,7 +116,7 @@ def test_the_overrides_make_the_recommended_run(tmp_path: Path, megabytes: int, 
     config = load_config(file, choice.overrides)
     assert config == choice.recommended.memory.prepared.config
     assert (
-        MemoryModel(dataclasses.replace(choice.recommended.memory.prepared, config=config), ROW).finetune_hold()
+        MemoryModel(dataclasses.replace(choice.recommended.memory.prepared, config=config), ROW).finetuning_hold()
         == "resident"
     )
 
@@ -193,7 +193,7 @@ def test_a_model_that_is_to_be_held_whole_is_not_offloaded() -> None:
 def test_an_offloaded_step_moves_the_blocks_twice_a_micro_batch() -> None:
     ready = prepared(BASE_BYTES + 330 * MIB, emulator={"compression_ratio": 1.0})
     memory = MemoryModel(ready, ROW)
-    assert memory.finetune_hold() == "offloaded"
+    assert memory.finetuning_hold() == "offloaded"
     blocks = 2 * sum(spec.num_parameters for spec in ready.layout.specs)
     cost = training_cost(memory, 10)
     assert cost.moved_bytes == 2 * 10 * 2 * blocks

@@ -184,8 +184,8 @@ def test_a_card_that_is_smaller_than_inference_bounds_what_was_left_out(monkeypa
     yardstick = total(MemoryModel(large).inference())
     monkeypatch.setattr(calibration_memory, "gpu_bytes", lambda: yardstick)
     ready = MemoryModel(shrink_batches(large))
-    assert ready.bound("finetune") == ready.worker_bytes("evaluation") == pytest.approx(0.92 * yardstick)
-    assert total(with_base(ready.finetune())) <= 0.92 * yardstick
+    assert ready.budget_bytes("finetune") == ready.worker_bytes("evaluation") == pytest.approx(0.92 * yardstick)
+    assert total(with_base(ready.finetuning_parts())) <= 0.92 * yardstick
     assert ready.worker_bytes("calibration") <= yardstick
 
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("much_memory")
 def test_waves_fill_the_room_that_the_model_leaves(prepared: Callable[..., Prepared]) -> None:
     free = MemoryModel(prepared(), LENGTHS)
     assert len(free.waves()) == 1
-    beside = total(with_base(free.calibrate())) - int(with_base(free.calibrate())["grams"])
+    beside = total(with_base(free.calibration_parts())) - int(with_base(free.calibration_parts())["grams"])
     room = 4 * 128**2 + 4 * 64**2
     bounded = MemoryModel(prepared(memory_budget=beside + room, model={"hold": "resident"}), LENGTHS)
     waves = bounded.waves()
@@ -57,7 +57,7 @@ def test_workers_with_a_gpu_go_by_its_memory(
 
 def test_a_budget_is_solved_for_the_largest_ratio_that_fits(prepared: Callable[..., Prepared]) -> None:
     ready = prepared(finetune={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2})
-    least = total(with_base(MemoryModel(with_settings(ready, 0.1, 1, 16, True), LENGTHS).finetune()))
+    least = total(with_base(MemoryModel(with_settings(ready, 0.1, 1, 16, True), LENGTHS).finetuning_parts()))
     budgets = range(least, least + 40_000_000, 400_000)
     found = [fitting(ready, budget, LENGTHS) for budget in budgets]
     for solution, budget in zip(found, budgets, strict=True):
@@ -102,7 +102,7 @@ def test_sums_of_gradients_go_in_waves_too(prepared: Callable[..., Prepared]) ->
     free = MemoryModel(prepared(emulator=WEIGHED, calibration={"batch_size": 1}))
     [whole] = free.gradient_plan().waves
     assert [spec.name for spec in whole] == list(free.layout.weighed)
-    beside = total(with_base(free.gradients())) - int(with_base(free.gradients())["gradients"])
+    beside = total(with_base(free.gradient_parts())) - int(with_base(free.gradient_parts())["gradients"])
     room = 4 * 128**2 + 4 * 64**2
     changes = {"emulator": WEIGHED, "model": {"hold": "resident"}, "calibration": {"batch_size": 1}}
     bounded = MemoryModel(prepared(memory_budget=beside + room, **changes))
@@ -141,7 +141,7 @@ def test_blocks_that_are_no_graph_are_not_compiled(experts: bool, scattered: boo
 def test_compiling_is_checked_before_a_run(prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = prepared(finetune={"torch_compile_mode": "default"})
     check_holding(asked)
-    monkeypatch.setattr(MemoryModel, "finetune_hold", lambda self: "offloaded")
+    monkeypatch.setattr(MemoryModel, "finetuning_hold", lambda self: "offloaded")
     check_holding(prepared())
     with pytest.raises(ConfigError, match="torch_compile does not go with weights that come and go"):
         check_holding(asked)
@@ -177,7 +177,7 @@ def test_prompts_are_completed_together_where_weights_come_for_every_token(prepa
     changes["model"] = {"hold": "offloaded"}
     free = MemoryModel(prepared(**changes), LENGTHS)
     assert free.prompts_at_once() == 64
-    needed = BASE_BYTES + total(free.evaluating().parts)
+    needed = BASE_BYTES + total(free.evaluation_plan().parts)
     numbers = [
         MemoryModel(prepared(**{**changes, "memory_budget": needed + more}), LENGTHS).prompts_at_once()
         for more in (0, 500_000, 2_000_000)
@@ -193,4 +193,4 @@ def test_completions_move_weights_once_a_token_for_all_prompts_of_a_turn(prepare
     evaluate = next(stage for stage in STEPS if stage.name == "evaluate")
     assert evaluate.cost is not None
     assert memory.prompts_at_once() == 64
-    assert evaluate.cost(memory).moved_bytes == (12 / 4 + 5) * memory.moved(memory.evaluating().hold, 1, 1)
+    assert evaluate.cost(memory).moved_bytes == (12 / 4 + 5) * memory.moved(memory.evaluation_plan().hold, 1, 1)

@@ -221,7 +221,7 @@ def test_healing_needs_no_more_memory_than_inference_does() -> None:
     for ratio in (0.25, 0.5):
         found = large({"steps": 100, "r": 16}, emulator={"compression_ratio": ratio})
         memory = MemoryModel(found, ROW)
-        assert total(with_base(memory.heal())) <= total(memory.inference(1, 2048)), ratio
+        assert total(with_base(memory.healing_stage_parts())) <= total(memory.inference(1, 2048)), ratio
 
 
 @pytest.mark.slow
@@ -230,8 +230,10 @@ def test_4_bits_come_after_healing(prepared: Callable[..., Prepared]) -> None:
     memory = MemoryModel(found, ROW)
     assert packed_late(found.layout, found.config.emulator.heals) == found.layout.in_4bit
     assert not packed_late(found.layout, None)
-    assert total(with_base(memory.heal())) == total(with_base(MemoryModel(large({"steps": 100}), ROW).heal()))
-    assert total(with_base(memory.finetune())) < total(with_base(memory.heal()))
+    assert total(with_base(memory.healing_stage_parts())) == total(
+        with_base(MemoryModel(large({"steps": 100}), ROW).healing_stage_parts())
+    )
+    assert total(with_base(memory.finetuning_parts())) < total(with_base(memory.healing_stage_parts()))
 
 
 @pytest.mark.slow
@@ -244,8 +246,12 @@ def test_integers_come_after_healing_where_it_grows_them() -> None:
     }
     memory, floats = MemoryModel(found, ROW), MemoryModel(large({"steps": 100}, emulator=whole), ROW)
     # While it is healed its factors are floats, and what nothing grows is integers already.
-    assert total(memory.finetune()) < total(memory.healing()) < total(floats.healing())
-    assert total(memory.heal()) >= total(memory.factorize()) > 0
+    assert (
+        total(memory.finetuning_parts())
+        < total(memory.healing_training_parts())
+        < total(floats.healing_training_parts())
+    )
+    assert total(memory.healing_stage_parts()) >= total(memory.factorization_parts()) > 0
 
 
 def test_an_emulator_that_is_healed_is_not_taken_for_one_in_integers(prepared: Callable[..., Prepared]) -> None:
@@ -309,7 +315,9 @@ def test_a_budget_is_for_the_healing_too() -> None:
     found = large({"steps": 100, "per_device_train_batch_size": 4})
     solution = fitting(found, budget, ROW)
     assert training_bytes(solution) <= budget
-    assert total(with_base(solution.heal())) <= budget  # its teacher is the original, which is larger, offloaded
+    assert (
+        total(with_base(solution.healing_stage_parts())) <= budget
+    )  # its teacher is the original, which is larger, offloaded
     section = healed(solution.prepared).section
     assert (section.per_device_train_batch_size, section.gradient_accumulation_steps) == (1, 4)
     plain = fitting(large(None), budget, ROW).config.emulator.compression_ratio

@@ -75,7 +75,7 @@ def test_llama_7b_by_hand(llama_7b: Prepared) -> None:
     assert inference["logits"] == 32000 * 2
     assert [gram_bytes(group) for group in llama_7b.layout.groups[:4]] == [67_108_864] * 3 + [484_704_256]
     assert sum(gram_bytes(group) for wave in model.waves() for group in wave) == 32 * (3 * 67_108_864 + 484_704_256)
-    streamed = model.calibrate_blocks()
+    streamed = model.calibration_parts_by_block()
     assert streamed["weights"] == 2 * (block + 32000 * 4096 + 65 * 4096)  # embedding and norms, no head
     assert streamed["grams"] == 3 * 67_108_864 + 484_704_256
     assert streamed["hidden states"] == 2 * (32 * 2048 * 4096 * 2)
@@ -83,7 +83,7 @@ def test_llama_7b_by_hand(llama_7b: Prepared) -> None:
 
 
 def test_finetuning_llama_7b_by_hand(llama_7b: Prepared) -> None:
-    parts = MemoryModel(llama_7b, ROW).finetune()
+    parts = MemoryModel(llama_7b, ROW).finetuning_parts()
     kept = 4 * 1024 * 2 * 4096 + 3 * 1472 * (4096 + 11008)  # of a block, at ratio 0.5
     assert parts["weights"] == 2 * (32 * kept + 2 * 32000 * 4096 + 65 * 4096)
     assert parts["optimizer"] == 16 * 19_988_480
@@ -92,31 +92,33 @@ def test_finetuning_llama_7b_by_hand(llama_7b: Prepared) -> None:
     saved = read + 2 * 4096 * 4 + inner
     update = 11008 * (2 + 3 * 4)
     assert parts["activations"] == 2048 * (32 * 4096 * 2 + saved + update)
-    whole = MemoryModel(with_settings(llama_7b, 0.5, 1, 1, False), ROW).finetune()
+    whole = MemoryModel(with_settings(llama_7b, 0.5, 1, 1, False), ROW).finetuning_parts()
     assert whole["activations"] == 2048 * (32 * saved + update)
     assert whole["weights"] == parts["weights"]
 
 
 def test_a_chunk_of_logits_counts_where_it_is_more_than_a_block(llama_7b: Prepared) -> None:
-    short = MemoryModel(llama_7b, Lengths(8.0, 8.0)).finetune()
+    short = MemoryModel(llama_7b, Lengths(8.0, 8.0)).finetuning_parts()
     assert short["logits"] == 0
     wide = bare(LlamaConfig(vocab_size=2_000_000, num_hidden_layers=2))
-    parts = MemoryModel(wide, ROW).finetune()
+    parts = MemoryModel(wide, ROW).finetuning_parts()
     assert parts["logits"] == 3 * 4 * 512 * 2_000_000
     assert parts["activations"] == 2048 * 2 * 4096 * 2
     capped = dataclasses.replace(wide, layout=dataclasses.replace(wide.layout, whole_logits=True))
-    assert MemoryModel(capped, ROW).finetune()["logits"] == 3 * 4 * 2048 * 2_000_000
+    assert MemoryModel(capped, ROW).finetuning_parts()["logits"] == 3 * 4 * 2048 * 2_000_000
 
 
 def test_factorizing_and_merging_llama_7b_by_hand(llama_7b: Prepared) -> None:
     model = MemoryModel(llama_7b, ROW)
-    parts = model.factorize()  # down_proj: 4096 × 11008, its Gram in float32, damped in float32 and in float64
+    parts = (
+        model.factorization_parts()
+    )  # down_proj: 4096 × 11008, its Gram in float32, damped in float32 and in float64
     assert parts["grams"] == 11008**2 * (2 * 4 + 8)
     assert parts["weights"] == 4096 * 11008 * (2 + 4 + 8)
     kept = 1472 * (4096 + 11008)
     assert parts["products"] == 8 * 4096 * 11008 + 4 * 8 * 4096**2 + kept * (4 + 8)
     assert parts["factors"] == 2 * kept
-    merge = model.merge()
+    merge = model.merge_parts()
     assert merge["chunks"] == 2 * (32000 * 4096 * 2 // 8)
     adapter = 32 * 8 * (4 * (4096 + 4096) + 3 * (4096 + 11008))  # which all workers map, and one module's copy
     assert merge["adapter"] == 4 * (adapter + 8 * (4096 + 11008))
@@ -125,7 +127,7 @@ def test_factorizing_and_merging_llama_7b_by_hand(llama_7b: Prepared) -> None:
 def test_a_gpu_s_worker_holds_the_group_that_it_computes_and_the_next_as_read() -> None:
     def read_ahead(workers: int, **more: Any) -> float | None:
         gpus = {"emulator": {"gpus_per_worker": 1, "num_workers": workers, **more}, "ray": {"num_gpus": 200}}
-        return MemoryModel(bare(LlamaConfig(num_hidden_layers=2), **gpus), ROW).factorize().get("read ahead")
+        return MemoryModel(bare(LlamaConfig(num_hidden_layers=2), **gpus), ROW).factorization_parts().get("read ahead")
 
     down = 2 * 4096 * 11008 + 4 * 11008**2
     assert read_ahead(7) == 2 * down
@@ -163,14 +165,14 @@ def test_a_worker_that_tokenizes_holds_its_tokenizer_and_two_batches_of_rows(tok
     small = LlamaConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=30000
     )
-    plan = total(MemoryModel(bare(small), Lengths(tokens, tokens)).tokenize())
+    plan = total(MemoryModel(bare(small), Lengths(tokens, tokens)).tokenization_parts())
     assert plan / 2 < held("data", 30000, tokens, tmp_path) < plan
 
 
 @pytest.mark.slow
 def test_a_worker_that_writes_the_corrected_adapter_holds_that_and_a_module(tmp_path: Path) -> None:
     block = LlamaConfig(num_hidden_layers=1, vocab_size=300)
-    parts = MemoryModel(bare(block, adapter={"r": 64}, correction={"method": "adapted"})).corrected()
+    parts = MemoryModel(bare(block, adapter={"r": 64}, correction={"method": "adapted"})).adapter_writing_parts()
     assert parts["adapter"] == 4 * 64 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     assert total(parts) / 2 < held("correct", 4096, 11008, 64, tmp_path) < 1.1 * total(parts)
 
@@ -179,13 +181,13 @@ def test_batches_of_the_data_are_those_that_are_planned() -> None:
     rows = tokenizing.ROWS_PER_BATCH, tokenizing.IMAGE_ROWS_PER_BATCH, token_shards.BATCH_BYTES
     assert rows == (planned.TOKENIZED_ROWS, planned.IMAGE_ROWS, planned.WRITTEN_IMAGE_BYTES)
     photos = Lengths(100.0, 100.0, images=1.0, image_bytes=1e5)
-    assert MemoryModel(bare(LlamaConfig()), photos).tokenize()["images"] == 96 * 1e5 + 3 * 256 * 1e5
+    assert MemoryModel(bare(LlamaConfig()), photos).tokenization_parts()["images"] == 96 * 1e5 + 3 * 256 * 1e5
 
 
 def test_correction_opens_the_original_only_to_choose(llama_7b: Prepared) -> None:
-    chosen = MemoryModel(bare(LlamaConfig(), correction={"method": "projection"}), ROW).correct()
+    chosen = MemoryModel(bare(LlamaConfig(), correction={"method": "projection"}), ROW).correction_parts()
     assert "weights" not in chosen
-    assert MemoryModel(llama_7b, ROW).correct()["weights"] == 13_476_831_232
+    assert MemoryModel(llama_7b, ROW).correction_parts()["weights"] == 13_476_831_232
     assert total(chosen) < 4 * 2**30
 
 
@@ -205,13 +207,13 @@ def test_a_vision_tower_sees_tokens_of_its_own() -> None:
     one, four = (MemoryModel(ready, dataclasses.replace(ROW, images=factor)) for factor in (1.0, 4.0))
     assert one.inference(1, 2048)["kv cache"] == 2 * 3 * (2 * 16) * 2048 * 2  # the language model's alone
     inputs = 2048 * 2 * (2 * 64)  # of the tower's two blocks
-    assert four.finetune()["activations"] - one.finetune()["activations"] > 3 * inputs
+    assert four.finetuning_parts()["activations"] - one.finetuning_parts()["activations"] > 3 * inputs
     assert {block.width for block in four.blocks} == {64, 96}
 
 
 def test_grams_are_in_squared_float32_once_a_shared_input(prepared: Callable[..., Prepared]) -> None:
     # Two blocks: q, k, v share 64 inputs, o has 64, gate and up share 64, down has 128.
-    parts = with_base(MemoryModel(prepared(), LENGTHS).calibrate())
+    parts = with_base(MemoryModel(prepared(), LENGTHS).calibration_parts())
     assert parts["grams"] == 2 * 4 * (3 * 64**2 + 128**2)
     assert parts["base"] == BASE_BYTES
 
@@ -221,7 +223,7 @@ def test_streamed_holds_a_block_and_not_the_head(prepared: Callable[..., Prepare
     model = MemoryModel(ready, LENGTHS)
     block = sum(spec.num_parameters for spec in ready.layout.specs) // 2
     outside = ready.layout.num_parameters - 2 * block - ready.layout.head_parameters
-    parts = with_base(model.calibrate())
+    parts = with_base(model.calibration_parts())
     assert parts["weights"] == 4 * (block + outside)
     assert parts["grams"] == 4 * (3 * 64**2 + 128**2)
     assert model.hidden_state_disk_bytes() == 2 * 128 * 40 * 64 * 4
@@ -229,7 +231,7 @@ def test_streamed_holds_a_block_and_not_the_head(prepared: Callable[..., Prepare
 
 def test_what_costs_less_is_predicted_to_cost_less(prepared: Callable[..., Prepared]) -> None:
     def finetune(**section: Any) -> int:
-        return total(with_base(MemoryModel(prepared(finetune=section), LENGTHS).finetune()))
+        return total(with_base(MemoryModel(prepared(finetune=section), LENGTHS).finetuning_parts()))
 
     assert finetune(gradient_checkpointing=True) < finetune(gradient_checkpointing=False)
     assert finetune(per_device_train_batch_size=1) < finetune(per_device_train_batch_size=8)
@@ -271,9 +273,9 @@ def test_each_method_counts_its_own_parameters(prepared: Callable[..., Prepared]
     assert dora.adapter_parameters - lora.adapter_parameters == sum(spec.out_features for spec in dora.adapted)
     prompt = memory(method="prompt_tuning", num_virtual_tokens=5)
     assert prompt.adapter_parameters == 5 * 64
-    assert with_base(prompt.finetune())["optimizer"] == 16 * 5 * 64
-    assert with_base(prompt.merge()) == {"base": BASE_BYTES}
-    assert with_base(prompt.correct()) == {"base": BASE_BYTES}
+    assert with_base(prompt.finetuning_parts())["optimizer"] == 16 * 5 * 64
+    assert with_base(prompt.merge_parts()) == {"base": BASE_BYTES}
+    assert with_base(prompt.correction_parts()) == {"base": BASE_BYTES}
     loha = memory(method="loha", r=2)  # trained small, corrected as LoRA of rank r²
     assert loha.adapter_parameters == 2 * sum(2 * (s.in_features + s.out_features) for s in loha.adapted)
     assert loha.corrected_parameters == sum(4 * (s.in_features + s.out_features) for s in loha.adapted)
@@ -284,7 +286,7 @@ def test_what_is_scaled_by_what_is_learned_is_kept(prepared: Callable[..., Prepa
         run = prepared(
             adapter=adapter, finetune={"per_device_train_batch_size": 1}, emulator={"compression_ratio": 1.0}
         )
-        return MemoryModel(run, LENGTHS).finetune()
+        return MemoryModel(run, LENGTHS).finetuning_parts()
 
     lora, dora, vera = finetune(r=4), finetune(method="dora", r=4), finetune(method="vera", r=4)
     outputs = 2 * (3 * 64 + 64 + 2 * 128 + 64)  # of two blocks' linears, grouped heads aside
@@ -302,17 +304,17 @@ def test_scores_while_training_are_within_the_budget_and_have_the_original_besid
         return MemoryModel(bare(LlamaConfig(), finetune={**asked, **more}, memory_budget=budget), ROW)
 
     free, tight = (of(budget, eval_original_every=2) for budget in (None, "inference"))
-    assert (free.validating().hold, free.validation_rows()) == ("resident", 64)
-    assert free.finetune()["weights"] == free.weights
-    assert free.finetune()["emulator"] == free.emulator > 0.5 * free.weights
-    assert tight.validating().hold == "offloaded"
+    assert (free.validation_plan().hold, free.validation_rows()) == ("resident", 64)
+    assert free.finetuning_parts()["weights"] == free.weights
+    assert free.finetuning_parts()["emulator"] == free.emulator > 0.5 * free.weights
+    assert tight.validation_plan().hold == "offloaded"
     assert 1 <= tight.validation_rows() < 64
-    assert total(with_base(tight.finetune())) <= (tight.bound("finetune") or 0)
+    assert total(with_base(tight.finetuning_parts())) <= (tight.budget_bytes("finetune") or 0)
     alone = of("inference")
-    assert alone.validating().parts["weights"] == alone.emulator
+    assert alone.validation_plan().parts["weights"] == alone.emulator
     assert alone.validation_rows() >= tight.validation_rows()
     with_original = MemoryModel(with_settings(tight.prepared, 1.0, 1, 1, True), ROW)
-    assert "emulator" not in with_original.validating().parts
+    assert "emulator" not in with_original.validation_plan().parts
 
 
 def mixture(num_experts: int) -> MemoryModel:
@@ -330,13 +332,13 @@ def mixture(num_experts: int) -> MemoryModel:
 
 def test_experts_count_as_weights_all_and_as_activations_by_their_share_of_tokens() -> None:
     few, many = mixture(4), mixture(8)
-    for of in (MemoryModel.finetune, MemoryModel.correct, MemoryModel.evaluate):
+    for of in (MemoryModel.finetuning_parts, MemoryModel.correction_parts, MemoryModel.evaluation_parts):
         assert of(many)["weights"] > 1.7 * of(few)["weights"]
-    assert with_base(many.finetune())["activations"] == with_base(few.finetune())["activations"]
+    assert with_base(many.finetuning_parts())["activations"] == with_base(few.finetuning_parts())["activations"]
     spec = next(spec for spec in many.layout.specs if spec.name.endswith("0.down"))
     assert (spec.routed_share, spec.token_share) == (0.25, 0.25)
     # A Gram for what each expert's gate and up read, and one for what its down reads.
-    grams = with_base(many.calibrate())["grams"] - with_base(few.calibrate())["grams"]
+    grams = with_base(many.calibration_parts())["grams"] - with_base(few.calibration_parts())["grams"]
     assert grams == 2 * 4 * 4 * (1024**2 + 3584**2)
 
 
@@ -351,9 +353,9 @@ def test_llama_7b_in_4_bits_by_hand() -> None:
     quarter = MemoryModel(bare(LlamaConfig(), emulator={"quantization": "nf4", "compression_ratio": 0.25}), ROW)
     assert 0.24 < (quarter.emulator - 2 * outside) / (packed.emulator - 2 * outside) < 0.26
     # Unpacked one at a time, the largest: indices of two elements each, float32, bfloat16.
-    assert packed.finetune()["unpacked"] == 4096 * 11008 * (2 + 4 + 2)
-    assert "unpacked" not in with_base(MemoryModel(bare(LlamaConfig()), ROW).finetune())
-    assert packed.calibrate()["grams"] > 0
+    assert packed.finetuning_parts()["unpacked"] == 4096 * 11008 * (2 + 4 + 2)
+    assert "unpacked" not in with_base(MemoryModel(bare(LlamaConfig()), ROW).finetuning_parts())
+    assert packed.calibration_parts()["grams"] > 0
 
 
 @pytest.mark.slow
@@ -362,19 +364,19 @@ def test_llama_7b_in_integers_by_hand(bits: int, bits_a_weight: float) -> None:
     packed = MemoryModel(bare(LlamaConfig(), emulator={"quantization": f"int{bits}", "compression_ratio": 1.0}), ROW)
     block, outside = 4 * 4096**2 + 3 * 4096 * 11008, 2 * 32000 * 4096 + 65 * 4096
     assert packed.emulator == pytest.approx(2 * outside + 32 * block * bits_a_weight / 8, rel=1e-5)
-    assert packed.finetune()["unpacked"] == 4096 * 11008 * (2 + 4 + 2)
+    assert packed.finetuning_parts()["unpacked"] == 4096 * 11008 * (2 + 4 + 2)
 
 
 @pytest.mark.slow
 def test_gradients_of_llama_7b_by_hand() -> None:
     ready = bare(LlamaConfig(), memory_budget="200GiB", emulator=WEIGHED, calibration={"batch_size": 1})
     model = MemoryModel(ready, ROW)
-    parts = model.gradients()
+    parts = model.gradient_parts()
     assert parts["weights"] == 13_476_831_232
     assert parts["gradients"] == 32 * 4 * (4 * 4096**2 + 2 * 11008**2 + 4096**2)
     inner = 2 * (3 * 4096 + 4096 + 2 * 11008 + 11008)
     saved = 2 * 4096 * 4 + inner
     assert parts["activations"] == 2048 * (32 * 4096 * 2 + saved + 11008 * (2 + 4))
-    square = MemoryModel(bare(LlamaConfig()), ROW).factorize()["grams"]
-    assert model.factorize()["grams"] == square + 3 * 4 * 4096**2 + 4 * 4096 * 11008
-    assert MemoryModel(bare(LlamaConfig()), ROW).gradients()["gradients"] == 0
+    square = MemoryModel(bare(LlamaConfig()), ROW).factorization_parts()["grams"]
+    assert model.factorization_parts()["grams"] == square + 3 * 4 * 4096**2 + 4 * 4096 * 11008
+    assert MemoryModel(bare(LlamaConfig()), ROW).gradient_parts()["gradients"] == 0

@@ -42,7 +42,7 @@ def memory(model_config: Any = None, **sections: Any) -> MemoryModel:
 def test_linears_that_are_packed_without_a_gram_count_where_they_are_largest(quantization: str) -> None:
     def factorize(**emulator: Any) -> dict[str, float]:
         wide = LlamaConfig(num_hidden_layers=2, intermediate_size=44032)
-        return memory(wide, emulator={"target_modules": ["q_proj"], **emulator}).factorize()
+        return memory(wide, emulator={"target_modules": ["q_proj"], **emulator}).factorization_parts()
 
     floats, packed = factorize(), factorize(quantization=quantization)
     assert floats["weights"] == 4096 * 4096 * (2 + 4 + 8)
@@ -80,10 +80,10 @@ def test_a_float32_model_counts_as_the_gpus_of_all_passes_hold_it(
 def test_what_is_computed_again_in_float64_is_on_the_host_of_a_gpu_that_is_slow_at_it(
     monkeypatch: pytest.MonkeyPatch, capability: str, is_slow: bool
 ) -> None:
-    on_cpu = total(memory().factorize())
+    on_cpu = total(memory().factorization_parts())
     figures = {"compute_cap": (capability,), "memory.total": ("24000",)}
     monkeypatch.setattr("emloc_ray.planning.machine.ask_gpus", lambda what: figures.get(what, ()))
-    parts = memory(emulator={"gpus_per_worker": 1}).factorize()
+    parts = memory(emulator={"gpus_per_worker": 1}).factorization_parts()
     assert total(parts) - parts["read ahead"] == on_cpu
     on_host = StagePlan("factorize", parts, 0, 0.0, 1, 1, 1).host_bytes
     assert (on_host == total(parts)) is is_slow
@@ -96,20 +96,20 @@ def refined(model_config: Any = None, **sections: Any) -> MemoryModel:
 
 def test_refining_holds_no_head_unless_it_is_the_embedding_too() -> None:
     untied, tied = refined(), refined(LlamaConfig(num_hidden_layers=2, tie_word_embeddings=True))
-    assert untied.refine() == tied.refine()
+    assert untied.refinement_parts() == tied.refinement_parts()
     kept = 4 * 1024 * 2 * 4096 + 3 * 1472 * (4096 + 11008)
     block, outside = 4 * 4096**2 + 3 * 4096 * 11008, 32000 * 4096 + 5 * 4096
-    assert untied.refine()["weights"] == 2 * (2 * outside + block + kept)
-    assert untied.refine()["optimizer"] == (4 * 4 + 2) * kept  # as the products cast them to bfloat16
+    assert untied.refinement_parts()["weights"] == 2 * (2 * outside + block + kept)
+    assert untied.refinement_parts()["optimizer"] == (4 * 4 + 2) * kept  # as the products cast them to bfloat16
     in_float32 = refined(model={"source": "unused", "dtype": "float32"})
-    assert in_float32.refine()["optimizer"] == 4 * 4 * kept
+    assert in_float32.refinement_parts()["optimizer"] == 4 * 4 * kept
 
 
 def test_refining_keeps_of_experts_what_their_share_of_tokens_takes() -> None:
     def activations(num_experts: int) -> float:
         sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 2}
         config = MixtralConfig(vocab_size=64, num_local_experts=num_experts, num_experts_per_tok=2, **sizes)
-        return refined(config).refine()["activations"]
+        return refined(config).refinement_parts()["activations"]
 
     assert activations(8) == activations(4)
 
@@ -118,11 +118,11 @@ def test_whatever_an_emulator_in_few_bits_computes_unpacks_a_weight() -> None:
     in_4_bits: dict[str, Any] = {"quantization": "int4", "compression_ratio": 1.0}
     offloaded = {"source": "unused", "dtype": "bfloat16", "hold": "offloaded"}
     packed = memory(LlamaConfig(num_hidden_layers=16), emulator=in_4_bits, model=offloaded)
-    unpacked = packed.finetune()["unpacked"]
+    unpacked = packed.finetuning_parts()["unpacked"]
     assert unpacked == 4096 * 11008 * (2 + 4 + 2)
-    assert packed.validating().parts["unpacked"] == unpacked
+    assert packed.validation_plan().parts["unpacked"] == unpacked
     assert packed.emulator > packed.held["offloaded"]
-    for parts in (packed.correct(), packed.evaluate()):
+    for parts in (packed.correction_parts(), packed.evaluation_parts()):
         assert (parts["weights"], parts["unpacked"]) == (packed.emulator, unpacked)
 
 

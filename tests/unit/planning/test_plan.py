@@ -166,8 +166,8 @@ def test_packs_are_fewer_and_longer_than_rows(prepared: Callable[..., Prepared])
     rows, packs = (MemoryModel(prepared(data=data, finetune={"packing": on, **one})) for on in (False, True))
     assert packs.trained_lengths.longest == 120 > rows.trained_lengths.longest
     assert rows_trained(packs.prepared) < rows_trained(rows.prepared)
-    assert total(packs.finetune()) > total(rows.finetune())
-    assert packs.calibrate() == rows.calibrate()
+    assert total(packs.finetuning_parts()) > total(rows.finetuning_parts())
+    assert packs.calibration_parts() == rows.calibration_parts()
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,9 @@ def test_a_budget_has_it_read_fewer_rows_at_once(monkeypatch: pytest.MonkeyPatch
     free, bounded = MemoryModel(large(memory_budget=None), ROW), MemoryModel(large(memory_budget="5GiB"), ROW)
     assert free.refinement_rows() == 8
     assert bounded.refinement_rows() < 8
-    assert total(with_base(bounded.refine())) <= 5 * 2**30 < total(with_base(free.refine()))
+    assert total(with_base(bounded.refinement_parts())) <= 5 * 2**30 < total(with_base(free.refinement_parts()))
     within = MemoryModel(large(), ROW)
-    assert total(with_base(within.refine())) <= total(within.inference(1, 2048))
+    assert total(with_base(within.refinement_parts())) <= total(within.inference(1, 2048))
 
 
 def test_what_is_refined_is_what_healing_begins_with(values: Callable[..., dict[str, Any]]) -> None:

@@ -236,7 +236,7 @@ def test_the_plan_counts_an_image_s_tokens_and_patches(prepared: Make) -> None:
     assert lengths.images == 1
     assert lengths.mean == pytest.approx(words.mean + one.layout.image.row_tokens)
     assert MemoryModel(one).blocks[0].multiple == pytest.approx(17 / lengths.longest)
-    assert total(with_base(MemoryModel(one).calibrate())) > 0
+    assert total(with_base(MemoryModel(one).calibration_parts())) > 0
     assert make_plan(STEPS, one).parameters == one.layout.num_parameters
 
 
