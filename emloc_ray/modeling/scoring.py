@@ -110,14 +110,14 @@ def complete(
 ) -> list[str]:
     """Greedy completions of the rows' prompts, as text, stopped at the end-of-sequence token, or with the model's last
     position. ``images`` makes the model's inputs of those that the prompts show."""
-    room = _room(model)
+    longest = _longest_row(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     texts: list[str] = []
-    for batch in _batches(rows, batch_size, room - max_new_tokens):
+    for batch in _batches(rows, batch_size, longest - max_new_tokens):
         prompts = [row.input_ids[: prompt_length(row)] for row in batch]
         shown = [[image.content for image in row.images if image.end <= prompt_length(row)] for row in batch]
         others = functools.partial(_other_inputs, images, shown, model.device)
-        most = min(max_new_tokens, *(room - len(prompt) for prompt in prompts))
+        most = min(max_new_tokens, *(longest - len(prompt) for prompt in prompts))
         if _virtual_tokens(model) is not None:
             completions = _whole_rows(model, prompts, others, most, pad)
         else:
@@ -126,8 +126,8 @@ def complete(
     return texts
 
 
-def _room(model: Any) -> int:
-    """How many tokens of a row, and after it, the model has positions for."""
+def _longest_row(model: Any) -> int:
+    """The tokens of a row, completion included, that the model has positions for."""
     positions = learned_positions(model)
     if positions is None or has_encoder(model.config):
         return sys.maxsize

@@ -229,10 +229,10 @@ def check_columns(data: DataConfig, files: Mapping[str, tuple[SourceFile, ...] |
     sections = [getattr(data, name) for name in files]
     if None in files.values() or any(section is not None and section.hub for section in sections):
         return
-    there = {name for sources in files.values() for source in sources or () for name in source.columns}
+    columns = {name for sources in files.values() for source in sources or () for name in source.columns}
     for ours, theirs in data.columns.items():
-        if there and theirs not in there:
-            near = sorted(sorted(there), key=lambda name: -SequenceMatcher(None, name, theirs).ratio())
+        if columns and theirs not in columns:
+            near = sorted(sorted(columns), key=lambda name: -SequenceMatcher(None, name, theirs).ratio())
             raise ConfigError(
                 f"data.columns.{ours} names {theirs!r}, a column that none of the first rows has: name one that they have"
                 f" ({listed([one_line(name, 80) for name in near], 8)}), or take {ours} out."

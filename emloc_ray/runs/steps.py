@@ -27,7 +27,7 @@ from emloc_ray.runs.versions import check_versions, is_begun_by_others, is_forei
 from emloc_ray.stages import order
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.ray.losses import explain
-from emloc_ray.stages.ray.nodes import addable, alive, memory_to_ask, shortage
+from emloc_ray.stages.ray.nodes import autoscaler_nodes, live_nodes, memory_to_ask, shortage
 from emloc_ray.stages.ray.session import hardware
 from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.stages.ray.usage import measured
@@ -240,7 +240,9 @@ class Steps:
         self._note(shortage(stage.name, granted, together))
         planned = self._host_bytes.get(stage.name, 0)
         memory, remark = (
-            memory_to_ask(stage.name, planned, granted, together, alive(), addable()) if planned else (0, None)
+            memory_to_ask(stage.name, planned, granted, together, live_nodes(), autoscaler_nodes())
+            if planned
+            else (0, None)
         )
         self._note(remark)
         seconds = self._seconds.get(stage.name, 0.0)

@@ -51,8 +51,8 @@ def _import(context: Context, inputs: Inputs, granted: Resources, progress: Prog
         return {}
     context.note(f"The weights of {source.hub_id} come from the hub, unless they are cached.")
     copy_checkpoint(source.directory, target, lambda done, total: None, weights=False)
-    there = sizes(target)
-    files = [(name, (name,)) for name in weight_files(source) if target / name not in there]
+    written = sizes(target)
+    files = [(name, (name,)) for name in weight_files(source) if target / name not in written]
     run_tasks(import_weights, (source, target), files, granted, losses, progress)
     return {}
 

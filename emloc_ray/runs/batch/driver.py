@@ -24,7 +24,7 @@ from emloc_ray.runs.changes import Accept, check_accepted
 from emloc_ray.runs.gauges import BatchGauges
 from emloc_ray.runs.remarks import of_machines
 from emloc_ray.runs.reporter import Reporter
-from emloc_ray.stages.ray.nodes import Node, most, room, within_reach
+from emloc_ray.stages.ray.nodes import Node, grown_cluster, reachable_nodes, workers_that_fit
 from emloc_ray.stages.ray.session import check_nodes, connection, gpus_within_reach, smallest_gpu_bytes, total
 from emloc_ray.text import size
 
@@ -131,7 +131,7 @@ def check_fit(prepared: PreparedBatch) -> None:
 def cluster_capacity(limits: LimitsConfig) -> Amount:
     """The batch's ``limits`` of CPUs, GPUs and memory; without a limit the cluster's, with all that an autoscaler may
     add."""
-    whole = _amount(most())
+    whole = _amount(grown_cluster())
     return Amount(
         whole.cpus if limits.cpus is None else limits.cpus,
         whole.gpus if limits.gpus is None else limits.gpus,
@@ -142,7 +142,7 @@ def cluster_capacity(limits: LimitsConfig) -> Amount:
 def _unfit(stages: Iterable[StagePlan], limits: LimitsConfig) -> list[str]:
     """A sentence for each stage that can never run: a worker exceeds every node that there is or may be added, or workers that
     start together exceed the cluster, which may grow as far as its autoscaler says, or to ``limits``."""
-    reach = within_reach()
+    reach = reachable_nodes()
     nodes = [_amount({"memory": math.inf, **node}) for node, _ in reach]
     whole = cluster_capacity(limits)
     named = Amount(limits.cpus or 0.0, limits.gpus or 0.0, float(limits.memory or 0))
@@ -160,16 +160,20 @@ def _unfit(stages: Iterable[StagePlan], limits: LimitsConfig) -> list[str]:
                 f"{stage.name} needs {_text(together)} for its {stage.num_workers} workers, there is {_text(whole)}:"
                 f" {_ADVICE}"
             )
-        elif stage.together and limits == LimitsConfig() and (there := _room(worker, reach)) < stage.num_workers:
+        elif (
+            stage.together
+            and limits == LimitsConfig()
+            and (fitting := _workers_that_fit(worker, reach)) < stage.num_workers
+        ):
             problems.append(
                 f"{stage.name} needs {_text(worker)} for each of its {stage.num_workers} workers at once, the nodes hold"
-                f" {there:g} of them: {_ADVICE}"
+                f" {fitting:g} of them: {_ADVICE}"
             )
     return problems
 
 
-def _room(worker: Amount, reach: Iterable[tuple[Node, float]]) -> float:
-    return room({"CPU": worker.cpus, "GPU": worker.gpus, "memory": worker.memory}, reach)
+def _workers_that_fit(worker: Amount, reach: Iterable[tuple[Node, float]]) -> float:
+    return workers_that_fit({"CPU": worker.cpus, "GPU": worker.gpus, "memory": worker.memory}, reach)
 
 
 def _amount(resources: Mapping[str, float]) -> Amount:

@@ -92,7 +92,7 @@ def _reside(
     waves = job.waves or (job.groups,)
     work = [job.shards_of(slot, num_slots) for slot in range(num_slots)]
     ends = [shards[-1] for shards in work]
-    there = sizes(out_dir)
+    files_before = sizes(out_dir)
     for number, groups in enumerate(waves):
         losses = Losses(job.step, tell)
         part = dataclasses.replace(job, groups=groups)
@@ -108,7 +108,7 @@ def _reside(
         def of_all_waves(done: int, total: int, number: int = number) -> None:
             progress(number * total + done, len(waves) * total)
 
-        if not all(out_dir / file in there for file in files):
+        if not all(out_dir / file in files_before for file in files):
             for stale in set(sizes(folder)) - set(slots):  # of a run with another number of slots
                 discard(stale)
             # A task that counted as lost, and was restarted, may still have committed after its successor did.

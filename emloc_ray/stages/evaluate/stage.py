@@ -100,8 +100,8 @@ def gap_closed(evaluation: dict[str, Any], upper_bound: str | Path) -> dict[str,
     gap = original - bound
     if gap <= 0:
         return None
-    there = [name for name in ("uncorrected", "corrected", "finished", "merged") if name in evaluation]
-    shares: dict[str, Any] = {name: (original - evaluation[name]["loss"]) / gap for name in there}
+    scored = [name for name in ("uncorrected", "corrected", "finished", "merged") if name in evaluation]
+    shares: dict[str, Any] = {name: (original - evaluation[name]["loss"]) / gap for name in scored}
     return {"upper_bound": str(upper_bound), "upper_bound_loss": bound, **shares}
 
 

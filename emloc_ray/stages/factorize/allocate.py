@@ -126,8 +126,8 @@ def allocate_ranks(
     files = [out_dir / f"spectra-{k + 1:05d}-of-{len(job.groups):05d}.safetensors" for k in range(len(job.groups))]
     grams = GramStore(job.calibration_dir)
     sums = GramStore(job.gradients_dir)
-    there = set(sizes(out_dir))
-    todo = [pair for pair in zip(job.groups, files, strict=True) if pair[1] not in there]
+    written = set(sizes(out_dir))
+    todo = [pair for pair in zip(job.groups, files, strict=True) if pair[1] not in written]
     todo.sort(key=lambda pair: group_cost(pair[0]), reverse=True)
     work = []
     for bundle in bundles(todo, lambda pair: group_cost(pair[0]), resources):

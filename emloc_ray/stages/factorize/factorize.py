@@ -254,14 +254,14 @@ def build_emulator(
     work, rest = sorted(_rewritten(job), key=group_cost, reverse=True), rest_of_shards(job)
     total = len(work) + len(rest)
     files = [job.out_dir / f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
-    there, without_gram = set(sizes(job.out_dir)), set(job.without_gram)
+    written, without_gram = set(sizes(job.out_dir)), set(job.without_gram)
     grams = functools.cache(functools.partial(GramStore, calibration_dir))
     shared_job = ray.put(job)  # once, not with every task
     factorize, copy = resources.task(factorize_groups), Resources().task(copy_rest)
     submits: list[tuple[str, Callable[[], Any]]] = []
     todo = []
     for group, file in zip(work, files, strict=False):
-        if not (file in there and spectra_file(file) in there):
+        if not (file in written and spectra_file(file) in written):
             gram = None if group[0].name in without_gram else grams().stored(group[0].name)
             todo.append((group, gram, file))
     for bundle in bundles(todo, lambda piece: group_cost(piece[0]), resources):
@@ -269,11 +269,11 @@ def build_emulator(
         task = factorize.options(name=f"factorize: {name}")
         submits.append((name, functools.partial(task.remote, shared_job, bundle, resources.device)))
     for kept, file in zip(rest, files[len(work) :], strict=True):
-        if file not in there:
+        if file not in written:
             task = copy.options(name=f"factorize: {file.name}")
             submits.append((f"shard {file.name}", functools.partial(task.remote, kept, file)))
 
-    left = len(todo) + sum(file not in there for file in files[len(work) :])
+    left = len(todo) + sum(file not in written for file in files[len(work) :])
 
     def by_files(done: int, of: int) -> None:
         # A worker with a GPU takes all its groups one after another: their files tell how far it is.

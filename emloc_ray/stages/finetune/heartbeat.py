@@ -112,8 +112,8 @@ class HeartbeatWatch:
 
 def _run(work: Any, *arguments: Any, node: str | None = None) -> None:
     """Has Ray run it, on a ``node`` or on any; does nothing where no node does so in time."""
-    there = NodeAffinitySchedulingStrategy(node, soft=False) if node else "DEFAULT"
-    task = remote_task(work, num_cpus=0, max_retries=0).options(scheduling_strategy=there)
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False) if node else "DEFAULT"
+    task = remote_task(work, num_cpus=0, max_retries=0).options(scheduling_strategy=strategy)
     with contextlib.suppress(Exception):
         ray.get(task.remote(*arguments), timeout=_TASK_S)
 

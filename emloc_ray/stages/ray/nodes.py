@@ -16,57 +16,57 @@ _LAUNCHED = "ray.io/node-group"
 Node = Mapping[str, float]
 
 
-def alive() -> list[Node]:
-    """The resources of each node."""
+def live_nodes() -> list[Node]:
+    """The resources of each live node."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def addable() -> list[Node]:
+def autoscaler_nodes() -> list[Node]:
     """The resources of a node of each kind that an autoscaler says it may add."""
-    return [node for node, _ in _kinds()]
+    return [node for node, _ in _autoscaler_kinds()]
 
 
-def within_reach() -> list[tuple[Node, float]]:
-    """The nodes, and one of each kind that an autoscaler says it may add, with how many of each there may be."""
-    return [*((node, 1.0) for node in alive()), *_kinds()]
+def reachable_nodes() -> list[tuple[Node, float]]:
+    """The live nodes, once each, and one of each kind that an autoscaler says it may add, with how many it may add."""
+    return [*((node, 1.0) for node in live_nodes()), *_autoscaler_kinds()]
 
 
-def _kinds() -> list[tuple[Node, float]]:
+def _autoscaler_kinds() -> list[tuple[Node, float]]:
     config = state.get_cluster_config()
     groups = () if config is None else config.node_group_configs
     return [(dict(g.resources), math.inf if g.max_count < 0 else g.max_count) for g in groups if g.max_count]
 
 
-def may_grow() -> bool:
-    """Whether nodes may be added of which nobody tells Ray: KubeRay and Ray's cluster launcher label theirs, and their
-    autoscaler leaves its limits nowhere."""
+def has_unknown_autoscaler() -> bool:
+    """Whether an autoscaler may add nodes without telling Ray how many: KubeRay and Ray's cluster launcher label their nodes, and
+    publish no limits."""
     labelled = (node["Alive"] and _LAUNCHED in node.get("Labels", ()) for node in ray.nodes())
     return state.get_cluster_config() is None and any(labelled)
 
 
-def room(wanted: Node, nodes: Iterable[tuple[Node, float]]) -> float:
-    """How many workers that each ask for ``wanted`` so many of the nodes hold at once, node by node; what Ray's object store
-    takes of a node counts as its memory."""
-    return sum(number * held for node, number in nodes if (held := _held(wanted, node)))
+def workers_that_fit(wanted: Node, nodes: Iterable[tuple[Node, float]]) -> float:
+    """How many workers that each ask for ``wanted`` fit on the nodes at once, each a node and how many there are of it. Ray's
+    object store counts as a node's memory."""
+    return sum(number * workers for node, number in nodes if (workers := _workers_on(wanted, node)))
 
 
-def _held(wanted: Node, node: Node) -> float:
-    """How many of these workers one node holds; any number by its memory where it does not say that."""
-    has = {**node, "memory": _whole(node)} if "memory" in node else node
-    asked = {kind: amount for kind, amount in wanted.items() if amount and (kind != "memory" or "memory" in node)}
-    return min((int(has.get(kind, 0.0) / amount + _ROUNDING) for kind, amount in asked.items()), default=math.inf)
+def _workers_on(wanted: Node, node: Node) -> float:
+    """How many of these workers fit on one node. A node that does not declare its memory has enough for any number."""
+    has = {**node, "memory": _memory_with_object_store(node)} if "memory" in node else node
+    counted = {kind: amount for kind, amount in wanted.items() if amount and (kind != "memory" or "memory" in node)}
+    return min((int(has.get(kind, 0.0) / amount + _ROUNDING) for kind, amount in counted.items()), default=math.inf)
 
 
-def _whole(node: Node) -> float:
+def _memory_with_object_store(node: Node) -> float:
     """A node's memory with its object store."""
     return node["memory"] + node.get("object_store_memory", 0.0)
 
 
-def most() -> dict[str, float]:
-    """What all nodes have of each resource, or may have once an autoscaler has added all that it may. A kind of node that does
-    not say its memory may have any."""
+def grown_cluster() -> dict[str, float]:
+    """The cluster's total of each resource, with all nodes that the autoscaler may still add. Memory is infinite where a kind of
+    node does not declare it."""
     grown: dict[str, float] = dict(state.get_max_resources_from_cluster_config() or {})
-    if any("memory" not in node for node in addable()):
+    if any("memory" not in node for node in autoscaler_nodes()):
         grown["memory"] = math.inf
     now = ray.cluster_resources()
     return {name: max(now.get(name, 0.0), float(grown.get(name, 0.0))) for name in {*now, *grown}}
@@ -74,16 +74,16 @@ def most() -> dict[str, float]:
 
 def check_workers(stages: Iterable[tuple[str, Resources, bool]]) -> None:
     """Raises ConfigError where a worker of a stage asks for more CPUs or GPUs than any node has, or is planned to hold more than
-    any node's memory, or where workers that have to be there together, which the flag says, do not fit on all nodes at once;
-    nor with what an autoscaler may add: the stage would wait for ever. On a single node memory decides nothing. Where nodes may
-    be added that nobody knows of, a stage waits, and :func:`shortage` tells."""
-    if may_grow():
+    any node's memory, or where workers that have to run together (the flag) do not fit on all nodes at once. Nodes that an
+    autoscaler may add count: without them the stage would wait for ever. On a single node memory decides nothing. Where nodes
+    may be added that nobody knows of, a stage waits, and :func:`shortage` tells."""
+    if has_unknown_autoscaler():
         return
-    reach, problems = within_reach(), []
+    reach, problems = reachable_nodes(), []
     nodes = [node for node, _ in reach]
     for stage, asked, together in stages:
         wanted = {"CPU": asked.cpus_per_worker, "GPU": asked.gpus_per_worker}
-        able = [node for node in nodes if _held(wanted, node)]
+        able = [node for node in nodes if _workers_on(wanted, node)]
         if len(nodes) > 1:
             wanted["memory"] = asked.memory_per_worker
         each = f"{wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs a worker"
@@ -92,13 +92,13 @@ def check_workers(stages: Iterable[tuple[str, Resources, bool]]) -> None:
             problems.append(
                 f"{stage} asks for {each}, and the cluster's largest nodes have {largest}: ask for less, or add a node first."
             )
-        elif not any(_held(wanted, node) for node in able):
+        elif not any(_workers_on(wanted, node) for node in able):
             problems.append(_too_large(stage, asked.memory_per_worker, able))
-        elif together and (there := room(wanted, reach)) < asked.num_workers:
+        elif together and (fitting := workers_that_fit(wanted, reach)) < asked.num_workers:
             memory = f" in {size(wanted['memory'])} of memory" if wanted.get("memory") else ""
             problems.append(
                 f"{stage} starts {asked.num_workers} workers at once, with {each}{memory}, and the cluster's nodes hold"
-                f" {there:g} of them: lower its num_workers, ask for less, or add nodes first."
+                f" {fitting:g} of them: lower its num_workers, ask for less, or add nodes first."
             )
     if problems:
         raise ConfigError("\n".join(problems))
@@ -107,7 +107,7 @@ def check_workers(stages: Iterable[tuple[str, Resources, bool]]) -> None:
 def _too_large(stage: str, planned: float, able: Sequence[Node]) -> str:
     return (
         f"{stage} is planned to hold {size(planned)} a worker, the largest node that could take one has"
-        f" {size(max(map(_whole, able)))}: add a larger one, or set memory_budget to what it has."
+        f" {size(max(map(_memory_with_object_store, able)))}: add a larger one, or set memory_budget to what it has."
     )
 
 
@@ -118,25 +118,25 @@ def _largest(nodes: Sequence[Node]) -> list[Node]:
 
 
 def memory_to_ask(
-    stage: str, planned: int, asked: Resources, together: bool, there: Sequence[Node], more: Sequence[Node] = ()
+    stage: str, planned: int, asked: Resources, together: bool, nodes: Sequence[Node], addable: Sequence[Node] = ()
 ) -> tuple[int, str | None]:
     """The bytes that each worker of a stage asks of Ray, where it is planned to hold ``planned``, and a remark.
 
-    ``there`` are the nodes now, ``more`` those that may be added. None is asked for on the only node that there can be, where
+    ``nodes`` are those now, ``addable`` those that may be added. None is asked for on the only node that there can be, where
     memory decides nothing, or where the nodes' memory is unknown. Raises StageError where no node has so much.
     """
-    if len(there) + len(more) < 2 or not planned:
+    if len(nodes) + len(addable) < 2 or not planned:
         return 0, None
     able = [
         n
-        for n in (*there, *more)
+        for n in (*nodes, *addable)
         if n.get("CPU", 0) >= asked.cpus_per_worker and n.get("GPU", 0) >= asked.gpus_per_worker
     ]
     if not able or any("memory" not in node for node in able):
         return 0, None
     ours = math.ceil(planned / _ROUND) * _ROUND
     largest = int(max(node["memory"] for node in able))
-    if planned > max(map(_whole, able)):
+    if planned > max(map(_memory_with_object_store, able)):
         raise StageError(_too_large(stage, planned, able))
     remark = None
     if ours > largest:
@@ -145,7 +145,7 @@ def memory_to_ask(
             f"{stage} is planned to hold {size(planned)} a worker, and Ray gives out {size(largest)} of the largest node, beside"
             " its object store: a worker takes a whole node. Start Ray with a smaller --object-store-memory for more."
         )
-    if together and not more and sum(int(node["memory"] // ours) for node in able) < asked.num_workers:
+    if together and not addable and sum(int(node["memory"] // ours) for node in able) < asked.num_workers:
         return 0, (
             f"{stage} is planned to hold {size(planned)} in each of {asked.num_workers} workers at once, more than nodes"
             " have: it starts all the same, and may run out of memory."
@@ -156,7 +156,7 @@ def memory_to_ask(
 def shortage(stage: str, asked: Resources, together: bool) -> str | None:
     """What no node, or not the whole cluster, has now of what a stage asks for, as a sentence; None where it has it. A cluster
     may grow; one that does not would let the stage wait without a word."""
-    nodes = alive()
+    nodes = live_nodes()
     for kind, wanted in (("CPU", asked.cpus_per_worker), ("GPU", asked.gpus_per_worker)):
         largest, whole = max(n.get(kind, 0.0) for n in nodes), sum(n.get(kind, 0.0) for n in nodes)
         if wanted > largest:
@@ -167,9 +167,9 @@ def shortage(stage: str, asked: Resources, together: bool) -> str | None:
                 " more nodes have joined."
             )
     each = {"CPU": asked.cpus_per_worker, "GPU": asked.gpus_per_worker}
-    if together and (there := sum(_held(each, node) for node in nodes)) < asked.num_workers:
+    if together and (fitting := sum(_workers_on(each, node) for node in nodes)) < asked.num_workers:
         return (
-            f"{stage} starts {asked.num_workers} workers at once, the nodes hold {there:g} of them: it waits until more have"
+            f"{stage} starts {asked.num_workers} workers at once, the nodes hold {fitting:g} of them: it waits until more have"
             " joined."
         )
     return None

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.io.store.lock_file import tell_workers
-from emloc_ray.stages.ray.nodes import most
+from emloc_ray.stages.ray.nodes import grown_cluster
 from emloc_ray.stages.ray.spans import growing_segments
 from emloc_ray.stages.ray.tasks import NO_GPU_UNASKED, remote_task
 from emloc_ray.text import one_line
@@ -85,7 +85,7 @@ def total(resource: str) -> float:
 
 def gpus_within_reach() -> float:
     """The GPUs of all nodes, or of those that an autoscaler may add, where that is more."""
-    return most().get("GPU", 0.0)
+    return grown_cluster().get("GPU", 0.0)
 
 
 def smallest_gpu_bytes() -> float | None:

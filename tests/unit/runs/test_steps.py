@@ -182,8 +182,8 @@ def test_workers_ask_for_the_memory_that_is_planned_where_there_are_several_node
 ) -> None:
     nodes, asked, plan = [{"CPU": 8.0, "memory": 2.0**35}], list[int](), make_plan(STEPS, prepared)
     monkeypatch.setattr(runs_steps, "shortage", lambda *asked: None)
-    monkeypatch.setattr(runs_steps, "addable", lambda: [])
-    monkeypatch.setattr(runs_steps, "alive", lambda: nodes)
+    monkeypatch.setattr(runs_steps, "autoscaler_nodes", lambda: [])
+    monkeypatch.setattr(runs_steps, "live_nodes", lambda: nodes)
 
     def make(context: Context, inputs: Inputs, granted: Resources, *others: Any) -> dict[str, Any]:
         asked.append(granted.memory_per_worker)

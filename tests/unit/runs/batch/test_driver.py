@@ -29,8 +29,8 @@ def test_workers_of_a_training_have_to_fit_on_the_nodes_at_once(
     prepared: Any = SimpleNamespace(
         batch=SimpleNamespace(tasks=tasks, config=config), work=SimpleNamespace(stages=lambda task: (stage,))
     )
-    monkeypatch.setattr(driver, "within_reach", lambda: [(NODE, 2.0)])
-    monkeypatch.setattr(driver, "most", lambda: {name: 2 * amount for name, amount in NODE.items()})
+    monkeypatch.setattr(driver, "reachable_nodes", lambda: [(NODE, 2.0)])
+    monkeypatch.setattr(driver, "grown_cluster", lambda: {name: 2 * amount for name, amount in NODE.items()})
     if fits:
         check_fit(prepared)
         return

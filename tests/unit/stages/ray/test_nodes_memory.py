@@ -10,7 +10,7 @@ import pytest
 
 from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.stages.ray import nodes
-from emloc_ray.stages.ray.nodes import check_workers, memory_to_ask, most
+from emloc_ray.stages.ray.nodes import check_workers, grown_cluster, memory_to_ask
 from emloc_ray.stages.ray.tasks import Resources
 
 GIB = 2**30
@@ -70,7 +70,7 @@ def test_all_that_a_cluster_may_have(added: dict[str, float], memory: float, mon
     monkeypatch.setattr(nodes.state, "get_cluster_config", lambda: config)
     monkeypatch.setattr(nodes.state, "get_max_resources_from_cluster_config", lambda: grown)
     monkeypatch.setattr(nodes.ray, "cluster_resources", lambda: {"memory": 5.0, "node:1": 1.0})
-    assert most() == {"CPU": 32.0, "memory": memory, "node:1": 1.0}
+    assert grown_cluster() == {"CPU": 32.0, "memory": memory, "node:1": 1.0}
 
 
 @pytest.fixture
