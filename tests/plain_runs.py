@@ -78,7 +78,7 @@ def plain_run(
         tokenize_data(prepared, model_dir, context.path("data"))
     with during("calibrate"):
         gather(calibration_job(context), context.path("calibration"))
-    if context.layout.weighed:
+    if context.layout.gradient_linears:
         with during("gradients"):
             gather(gradient_job(context), context.path("gradients"))
     if context.layout.allocated:

@@ -21,7 +21,7 @@ from torch import Tensor
 from emloc_ray.core.factorization import scaled_weight
 from emloc_ray.core.precision import has_fast_float64
 from emloc_ray.core.ranks import Storage, factor_parameters
-from emloc_ray.core.two_sided import weighed
+from emloc_ray.core.two_sided import output_whitened
 from emloc_ray.core.whitening import Whitening
 
 
@@ -32,7 +32,7 @@ def spectrum(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: 
     Raises NumericsError where the weight holds a NaN or an Inf, ValueError where shapes do not fit.
     """
     whitening.check_reads(weight, name)
-    inside, scale = scaled_weight(weighed(weight, outputs), name)
+    inside, scale = scaled_weight(output_whitened(weight, outputs), name)
     values = torch.linalg.eigvalsh(_smaller_side(inside, whitening)[0])
     if _is_lost_in_rounding(values):
         values = torch.linalg.eigvalsh(_smaller_side(*_in_float64(inside, whitening))[0]).to(weight.device)
@@ -49,7 +49,7 @@ def plain_gains(weight: Tensor, whitening: Whitening, outputs: Whitening, *, nam
     whitening.check_reads(weight, name)
     inside, scale = scaled_weight(weight.detach().to(torch.float32), name)
     _, parts = energy_vectors(inside, whitening)
-    saved = weighed(parts, outputs).to(torch.float64).square().sum(dim=0)
+    saved = output_whitened(parts, outputs).to(torch.float64).square().sum(dim=0)
     return saved * (scale * scale * whitening.scale * outputs.scale)
 
 

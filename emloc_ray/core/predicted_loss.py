@@ -27,7 +27,7 @@ from emloc_ray.core.factorization import scaled_weight
 from emloc_ray.core.forms import Form
 from emloc_ray.core.integer_forms import GROUP_SIZE, factor_bits, group_size_of, num_groups
 from emloc_ray.core.quantization import DAMPENING_FRAC
-from emloc_ray.core.two_sided import weighed
+from emloc_ray.core.two_sided import output_whitened
 from emloc_ray.core.whitening import Whitening
 
 # Mean squared errors of the best uniform quantizers of a normal distribution of variance 1.
@@ -110,7 +110,7 @@ class _Layer:
     @functools.cached_property
     def inside(self) -> Tensor:
         """The weight where the best factors are plain ones."""
-        return self.weight if self.plain else weighed(self.weight, self.outputs)
+        return self.weight if self.plain else output_whitened(self.weight, self.outputs)
 
     @functools.cached_property
     def spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +124,7 @@ class _Layer:
         device = noise.device if noise.is_cuda else torch.device("cpu")  # on a CPU 8 B numbers take half a minute
         drawn = torch.randn(noise.shape, generator=torch.Generator(device).manual_seed(0), device=device)
         errors = drawn.to(noise.device) * (noise * self.columns).sqrt()
-        inside = errors if self.plain else weighed(errors, self.outputs)
+        inside = errors if self.plain else output_whitened(errors, self.outputs)
         energies, _, weights = self._directions(inside, Whitening.identity(inside.shape[1], inside.device))
         saved = (energies * weights).cumsum(0)
         return saved / saved[-1].clamp_min(torch.finfo(torch.float64).tiny)
@@ -135,7 +135,7 @@ class _Layer:
         directions = (parts / energies.sqrt().clamp_min(tiny).to(parts.dtype)).to(torch.float32)
         if not self.plain:
             return energies, directions, torch.ones_like(energies)
-        return energies, directions, weighed(directions, self.outputs).to(torch.float64).square().sum(dim=0)
+        return energies, directions, output_whitened(directions, self.outputs).to(torch.float64).square().sum(dim=0)
 
     def whole(self, bits: int) -> float:
         """What the weight loses in integers."""

@@ -28,7 +28,7 @@ from emloc_ray.core.factorization import Factorization, LowRankFactors, factoriz
 from emloc_ray.core.whitening import Whitening
 
 
-def weighed(weight: Tensor, outputs: Whitening) -> Tensor:
+def output_whitened(weight: Tensor, outputs: Whitening) -> Tensor:
     """``Lᵀ W (out, in)``, ``L Lᵀ = S_d / s`` with ``s = outputs.scale``: in float32, or float64 for a float64 weight.
 
     ``outputs`` is the whitening of ``S``, as :class:`Whitening` damps it. Raises ValueError where ``S`` is not of the weight's
@@ -53,7 +53,7 @@ def factorize_two_sided(
     and the relative error are those of ``S_d^½ W G Wᵀ S_d^½``. ``up`` is not orthonormal; its columns are in descending order
     of what they give, so that the first ones are the best of a smaller rank. A sum ``S`` of zeros leaves the plain factors.
     """
-    inside = factorize(weighed(weight, outputs), whitening, rank, seed=seed, name=name)
+    inside = factorize(output_whitened(weight, outputs), whitening, rank, seed=seed, name=name)
     up, down = inside.factors
     if not outputs.is_identity:
         up = torch.linalg.solve_triangular(outputs.root(up.dtype).T, up, upper=True)

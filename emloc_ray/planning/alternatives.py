@@ -138,7 +138,7 @@ def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Spe
     def of(name: str, changed: Prepared, ratios: Sequence[float], largest_batch: int | None = None) -> Alternative:
         memory = fitting(changed, budget, lengths, ratios, largest_batch)
         step = busy_seconds(training_cost(memory, 1), section, speeds, memory.weights)
-        asks = memory.config.emulator.asks_for_gradients is not None and memory.layout.weighed
+        asks = memory.config.emulator.asks_for_gradients is not None and memory.layout.gradient_linears
         gradients = int(memory.least_for_gradients()) if asks else 0
         needed = max(training_bytes(memory), gradients if gradients > budget else 0)
         return Alternative(name, memory, needed, needed <= budget, step, measured_for(memory.config.emulator))

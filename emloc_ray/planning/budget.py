@@ -111,7 +111,7 @@ def check_holding(prepared: Prepared) -> None:
             f"memory_budget is {size_up(budget)}, and a worker that holds {parts} takes {size_up(least)} before it reads a row:"
             " give it more than that."
         )
-    if asks is None or not prepared.layout.weighed:
+    if asks is None or not prepared.layout.gradient_linears:
         return
     limit = memory.worker_bytes("calibration") if is_written else memory.free_bytes("calibration")
     needed = memory.least_for_gradients()

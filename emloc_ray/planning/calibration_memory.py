@@ -124,7 +124,7 @@ class CalibrationMemory(ModelBytes):
         def within(worker_bytes: float) -> GradientPlan:
             hold, batch_size = self.config.model.hold, self.config.calibration.batch_size
             budget = worker_bytes - BASE_BYTES
-            return plan_gradients(hold, self.held, self._weighed(), batch_size, self._backward_bytes, budget)
+            return plan_gradients(hold, self.held, self._gradient_specs(), batch_size, self._backward_bytes, budget)
 
         plan = within(self.worker_bytes("calibration"))
         if len(plan.waves) <= _WAVES or not self.config.budget_is_default:
@@ -133,13 +133,13 @@ class CalibrationMemory(ModelBytes):
 
     def least_for_gradients(self) -> float:
         """Bytes that a worker needs for gradients at least: a row at a time, with one linear's sum, in the leanest way."""
-        largest = max(map(gradient_bytes, self._weighed()), default=0)
+        largest = max(map(gradient_bytes, self._gradient_specs()), default=0)
         leanest = min(self.held[hold] for hold in allowed(self.config.model.hold))
         return BASE_BYTES + leanest + self._backward_bytes(1) + largest
 
-    def _weighed(self) -> list[LinearSpec]:
-        weighed = set(self.layout.weighed)
-        return [spec for spec in self.layout.specs if spec.name in weighed]
+    def _gradient_specs(self) -> list[LinearSpec]:
+        names = set(self.layout.gradient_linears)
+        return [spec for spec in self.layout.specs if spec.name in names]
 
     def _backward_bytes(self, rows: int) -> int:
         return total(self._backward_parts(rows * self.lengths.longest))

@@ -66,7 +66,7 @@ class Layout:
         return tuple(name for name in self.free if name in self.ranks) if self.allocation != "uniform" else ()
 
     @property
-    def weighed(self) -> tuple[str, ...]:
+    def gradient_linears(self) -> tuple[str, ...]:
         """The linears whose outputs need gradients."""
         if self.objective == "predictions" and self.budget is None:
             return tuple(self.ranks)

@@ -83,7 +83,7 @@ class MemoryModel(CalibrationMemory):
 
     def _group_bytes_as_read(self, group: tuple[LinearSpec, ...]) -> int:
         """A group's weights, its Gram and its linears' sums of gradients."""
-        sums = sum(map(gradient_bytes, {*group}.intersection(self._weighed())))
+        sums = sum(map(gradient_bytes, {*group}.intersection(self._gradient_specs())))
         return self._weight_bytes_as_read(group) + gram_bytes(group) + sums
 
     def _weight_bytes_as_read(self, group: tuple[LinearSpec, ...]) -> int:
@@ -105,10 +105,10 @@ class MemoryModel(CalibrationMemory):
         damped = square * (2 * FLOAT + DOUBLE)
         layer = max(self._linear_bytes(spec) for spec in group)
         weights = self._quantized_group_parts(group)
-        weighed = set(self.layout.weighed)
+        with_gradients = set(self.layout.gradient_linears)
         # A sum of gradients: as summed, damped, its root; and the weight that it weighs.
         sums = max(
-            (3 * gradient_bytes(spec) + FLOAT * spec.num_parameters for spec in group if spec.name in weighed),
+            (3 * gradient_bytes(spec) + FLOAT * spec.num_parameters for spec in group if spec.name in with_gradients),
             default=0,
         )
         damped += sums

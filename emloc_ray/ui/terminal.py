@@ -153,7 +153,7 @@ def gradients_line(plan: Plan) -> str | None:
     """In how many passes sums of gradients are gathered, and how the original is held for them."""
     from emloc_ray.planning.memory import MemoryModel
 
-    if not plan.prepared.layout.weighed:
+    if not plan.prepared.layout.gradient_linears:
         return None
     sums = MemoryModel(plan.prepared).gradient_plan()
     return (

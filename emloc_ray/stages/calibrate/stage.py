@@ -89,7 +89,7 @@ def gradient_inputs(context: Context) -> Inputs:
     """What the sums of gradients are made of."""
     return {
         **_pass_inputs(context),
-        "linears": context.layout.weighed,
+        "linears": context.layout.gradient_linears,
         "loss_on": context.loss_on(),
         "seed": context.prepared.config.seed,
     }
@@ -140,10 +140,10 @@ def _gram_cost(memory: MemoryModel) -> StageCost:
 
 def _gradient_cost(memory: MemoryModel) -> StageCost:
     prepared, layout = memory.prepared, memory.layout
-    weighed = set(layout.weighed)
+    with_gradients = set(layout.gradient_linears)
     # Forward, once more for what the backward pass reads, and back; and the sums.
-    sums = sum(s.token_share * s.out_features**2 for s in layout.specs if s.name in weighed) * 1.2
-    plan, tokens = memory.gradient_plan(), tokens_calibrated(prepared, memory.lengths) if weighed else 0.0
+    sums = sum(s.token_share * s.out_features**2 for s in layout.specs if s.name in with_gradients) * 1.2
+    plan, tokens = memory.gradient_plan(), tokens_calibrated(prepared, memory.lengths) if with_gradients else 0.0
     stored = sum(gradient_bytes(spec) for wave in plan.waves for spec in wave)
     forward = len(plan.waves) * memory.moved(plan.hold, tokens / memory.lengths.mean, plan.batch_size)
     work = 3 * (block_work(layout) + head_work(layout)) + sums
@@ -195,7 +195,7 @@ GRADIENTS = Stage(
     name="gradients",
     title="Gathering gradients",
     verb="calibrate",
-    wanted=lambda prepared: bool(prepared.layout.weighed),
+    wanted=lambda prepared: bool(prepared.layout.gradient_linears),
     asks=lambda config: config.calibration,
     inputs=gradient_inputs,
     outputs=("gradients",),

@@ -79,7 +79,9 @@ def factorize_group(
         dtype = checkpoint.entry(spec.weight_rows[0].name).dtype
         weight = functools.cache(functools.partial(_weight, spec, checkpoint, device, tensors_read))
         outputs = None  # before the next one is read: three matrices of the outputs' order
-        outputs = _output_whitening(job, spec, gradients, device, tensors_read) if job.weighs(spec.name) else None
+        outputs = (
+            _output_whitening(job, spec, gradients, device, tensors_read) if job.uses_gradients(spec.name) else None
+        )
         result = _factorized(job, spec, weight, inputs, outputs) if spec.name in job.ranks else None
         if spec.name in job.integers.bits:
             held, order = (
@@ -311,7 +313,7 @@ def factorize_groups(job: FactorizationJob, groups: Sequence[GroupPiece], device
 
     def read(piece: GroupPiece) -> GroupTensors:
         specs, gram, _ = piece
-        names = [spec.name for spec in specs if job.weighs(spec.name)]
+        names = [spec.name for spec in specs if job.uses_gradients(spec.name)]
         sums = {} if gradients is None else {name: gradients.stored(name) for name in names}
         return read_group(job.model_dir, specs, gram, sums)
 

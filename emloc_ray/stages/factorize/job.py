@@ -19,7 +19,7 @@ class FactorizationJob:
     model that stay wide. ``gradients_dir`` holds the sums of gradients that weigh outputs, where factors are to keep the
     model's predictions instead of each layer's outputs. ``by_weights``: factors are the weights' own truncated SVD, whose
     errors alone are measured under the Grams. ``storage`` is how they are stored, ``integers`` which linears in integers;
-    ``weighs_residuals``: outputs are weighed for the factors beside these too.
+    ``gradients_for_residuals``: the factors beside these take gradients into account too.
     """
 
     model_dir: Path
@@ -37,11 +37,11 @@ class FactorizationJob:
     by_weights: bool = False
     storage: Storage = "factors"
     integers: IntegerForms = field(default_factory=IntegerForms)
-    weighs_residuals: bool = False
+    gradients_for_residuals: bool = False
 
-    def weighs(self, name: str) -> bool:
-        """Whether a linear has factors that sums of gradients weigh, where there are any."""
-        return name in self.ranks or (self.weighs_residuals and name in self.integers.residual_ranks)
+    def uses_gradients(self, name: str) -> bool:
+        """Whether a linear has factors that are made with its sum of gradients, where there is one."""
+        return name in self.ranks or (self.gradients_for_residuals and name in self.integers.residual_ranks)
 
     @property
     def packed(self) -> frozenset[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.factorization import factorize
-from emloc_ray.core.two_sided import factorize_two_sided, weighed
+from emloc_ray.core.two_sided import factorize_two_sided, output_whitened
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import NumericsError
 
@@ -97,7 +97,7 @@ def test_equal_gradients_leave_the_plain_factors(shape: tuple[int, int]) -> None
 def test_what_does_not_fit_is_said() -> None:
     weight, gram, gradients = sums((24, 40))
     with pytest.raises(ValueError, match="gives 24 features, but its gradients are of 40"):
-        weighed(weight, Whitening(gram, DAMPING))
+        output_whitened(weight, Whitening(gram, DAMPING))
     gradients[2, 2] = torch.nan
     with pytest.raises(NumericsError, match="the gradients of q_proj"):
         Whitening(gradients, DAMPING, name="the gradients of q_proj")

@@ -101,7 +101,7 @@ def test_a_budget_never_takes_a_prefix_its_cache(prepared: Callable[..., Prepare
 def test_sums_of_gradients_go_in_waves_too(prepared: Callable[..., Prepared]) -> None:
     free = MemoryModel(prepared(emulator=WEIGHED, calibration={"batch_size": 1}))
     [whole] = free.gradient_plan().waves
-    assert [spec.name for spec in whole] == list(free.layout.weighed)
+    assert [spec.name for spec in whole] == list(free.layout.gradient_linears)
     beside = total(with_base(free.gradient_parts())) - int(with_base(free.gradient_parts())["gradients"])
     room = 4 * 128**2 + 4 * 64**2
     changes = {"emulator": WEIGHED, "model": {"hold": "resident"}, "calibration": {"batch_size": 1}}

@@ -56,7 +56,7 @@ def test_bits_are_those_of_the_linears_and_fit(values: dict[str, Any], budget: s
     assert layout.stored_bytes(2) <= layout.budget
     assert all(layout.form(spec).kind.startswith(kind) for spec in layout.specs)
     assert layout.differs
-    assert layout.allocated == layout.weighed == layout.compressed
+    assert layout.allocated == layout.gradient_linears == layout.compressed
 
 
 def test_the_forms_of_a_shape_are_made_once_however_many_linears_have_it(

@@ -182,7 +182,7 @@ def test_integers_are_what_lies_inside_the_blocks() -> None:
 
 def test_ranks_that_follow_from_data_are_those_whose_ratio_no_pattern_names() -> None:
     plain = layout(emulator={"ratios": {"q_proj": 0.3, "o_proj": 1.0}})
-    assert plain.allocated == plain.weighed == ()
+    assert plain.allocated == plain.gradient_linears == ()
     options = {"ratios": {"q_proj": 0.3, "o_proj": 1.0}, "allocation": "sensitivity"}
     found = layout(emulator=options)
     assert found.ranks == plain.ranks
@@ -193,10 +193,10 @@ def test_ranks_that_follow_from_data_are_those_whose_ratio_no_pattern_names() ->
         "up_proj",
         "down_proj",
     }
-    assert found.weighed == found.allocated
-    assert layout(emulator={**options, "objective": "predictions"}).weighed == tuple(found.ranks)
+    assert found.gradient_linears == found.allocated
+    assert layout(emulator={**options, "objective": "predictions"}).gradient_linears == tuple(found.ranks)
     whole = layout(emulator={"allocation": "sensitivity", "objective": "predictions", "compression_ratio": 1.0})
-    assert whole.allocated == whole.weighed == ()
+    assert whole.allocated == whole.gradient_linears == ()
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

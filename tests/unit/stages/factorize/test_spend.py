@@ -105,7 +105,7 @@ def test_each_form_is_made_and_loses_about_what_is_expected(
         gradient_dampening_frac=DAMPING,
         storage="pivoted",
         integers=IntegerForms({group[1].name: 2}, {group[1].name: 8}, 16),
-        weighs_residuals=True,
+        gradients_for_residuals=True,
     )
     (tmp_path / "spectra").mkdir()
     file = tmp_path / "model.safetensors"
