@@ -1,4 +1,5 @@
-"""Calibrate: token shards go to slots, a task each; Grams accumulate inside the tasks and are summed in slot order."""
+"""Calibrate: stage → slots (one Ray task each, ``stages/ray/slots.py``) → token shards → hooks on the model
+(``modeling/gram_hooks.py``) → ``core/gram.py``. Slots commit, then are summed in slot order."""
 
 import dataclasses
 import functools
@@ -22,7 +23,7 @@ from emloc_ray.modeling.block_flow import block_flow
 from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, by_blocks
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot, smaller_batch
 from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file, last_node, part_file
-from emloc_ray.stages.calibrate.thin_experts import Gathered, clear_thin, describe, gather_thin
+from emloc_ray.stages.calibrate.thin_experts import Gathered, clear_thin, describe, gather_for_thin_experts
 from emloc_ray.stages.ray.losses import Losses, Tell, causes, is_out_of_memory, unheard
 from emloc_ray.stages.ray.slots import begun_on, run_slots, start_slot
 from emloc_ray.stages.ray.tasks import LOOK_S, Flight, Piece, Progress, Resources, run_tasks, set_threads, silent
@@ -40,20 +41,22 @@ def calibrate(
     (:mod:`emloc_ray.stages.calibrate.thin_experts`). Raises NumericsError where activations are NaN or Inf, naming the layer,
     StageError where a slot is lost more often than retries allow.
     """
-    num_shards = job.shards[1] - job.shards[0]
-    num_slots = min(resources.num_workers, num_shards)
     if not exists(out_dir / INDEX):
-        gather = functools.partial(_gather, resources=resources, progress=progress, tell=tell)
-        job, first = gather_as_fits(job, out_dir, gather, tell)
-        (counts, weight_map), routed = gather_thin(job, out_dir, first, gather)
+
+        def gather(job: CalibrationJob, out_dir: Path) -> Gathered:
+            gather_grams = _gather_block_by_block if job.hold == BLOCKS else _gather_whole_model
+            return gather_grams(job, out_dir, resources, progress, tell)
+
+        job, first = gather_or_go_by_block(job, out_dir, gather, tell)
+        (counts, weight_map), routed = gather_for_thin_experts(job, out_dir, first, gather)
         write_gram_index(out_dir, job.groups, weight_map, counts, routed_tokens=routed)
     for left in (out_dir / "slots", local_only(out_dir) / "hidden"):
         discard(left)
     clear_thin(out_dir)
     index = GramStore(out_dir).index
     return {
-        "num_workers": num_slots,
-        "num_shards": num_shards,
+        "num_workers": _num_slots(job, resources),
+        "num_shards": job.shards[1] - job.shards[0],
         "num_tokens": max(index["num_tokens"].values()),
         "hold": job.hold,
         "waves": len(job.waves or (job.groups,)),
@@ -61,7 +64,7 @@ def calibrate(
     }
 
 
-def gather_as_fits(
+def gather_or_go_by_block(
     job: CalibrationJob, out_dir: Path, gather: Callable[[CalibrationJob, Path], Gathered], tell: Tell
 ) -> tuple[CalibrationJob, Gathered]:
     """Calls ``gather`` with the job; again block by block where a worker ran out of memory with one row at a time."""
@@ -75,55 +78,67 @@ def gather_as_fits(
     return job, gather(job, out_dir)
 
 
-def _gather(job: CalibrationJob, out_dir: Path, *, resources: Resources, progress: Progress, tell: Tell) -> Gathered:
-    """The Grams of the job's groups; an index is not written."""
-    num_slots = min(resources.num_workers, job.shards[1] - job.shards[0])
-    gather = _stream if job.hold == BLOCKS else _reside
-    return gather(job, out_dir, num_slots, resources, progress, tell)
+def _num_slots(job: CalibrationJob, resources: Resources) -> int:
+    return min(resources.num_workers, job.shards[1] - job.shards[0])
 
 
-def _reside(
-    job: CalibrationJob, out_dir: Path, num_slots: int, resources: Resources, progress: Progress, tell: Tell
+def _gather_whole_model(
+    job: CalibrationJob, out_dir: Path, resources: Resources, progress: Progress, tell: Tell
 ) -> Gathered:
     """One pass over the shards for each wave of Grams, with a budget of losses of its own; none for a wave that an earlier try
     has summed. A wave's slots go once it is summed."""
     counts: dict[str, int] = {}
     weight_map: dict[str, str] = {}
     waves = job.waves or (job.groups,)
-    work = [job.shards_of(slot, num_slots) for slot in range(num_slots)]
-    ends = [shards[-1] for shards in work]
     files_before = sizes(out_dir)
     for number, groups in enumerate(waves):
-        losses = Losses(job.step, tell)
-        part = dataclasses.replace(job, groups=groups)
+        wave, losses = dataclasses.replace(job, groups=groups), Losses(job.step, tell)
         prefix = f"grams-{number + 1:05d}" if len(waves) > 1 else "grams"
         files = _grams_of([group[0] for group in groups], prefix)
         folder = out_dir / "slots" / f"wave-{number:04d}-of-{len(waves):04d}"
-        slots = [folder / f"slot-{slot:04d}-of-{num_slots:04d}.safetensors" for slot in range(num_slots)]
-
-        def start(slot: int, part: CalibrationJob = part, slots: Sequence[Path] = slots) -> Any:
-            name, path = f"{job.step}: slot {slot}", slots[slot]
-            return start_slot(resources, name, work[slot], ResidentSlot, part, path, resources.threads)
-
-        def of_all_waves(done: int, total: int, number: int = number) -> None:
-            progress(number * total + done, len(waves) * total)
-
+        slots = _slot_ends(job, folder, _num_slots(job, resources))
         if not all(out_dir / file in files_before for file in files):
-            for stale in set(sizes(folder)) - set(slots):  # of a run with another number of slots
-                discard(stale)
-            # A task that counted as lost, and was restarted, may still have committed after its successor did.
-            while (safe := [last_shard(file) if exists(file) else -1 for file in slots]) != ends:
-                run_slots(start, work, "token shard", losses, of_all_waves, safe=safe, planned_s=resources.planned_s)
-            for slot, file in enumerate(slots):
-                if rows := smaller_batch(file):
-                    tell(
-                        f"{job.step}: slot {slot} ran out of memory with {job.batch_size} rows a batch and went on with"
-                        f" {rows}."
-                    )
-        counts |= _reduce(dict(zip(slots, ends, strict=True)), files, out_dir, resources, losses)
+            of_all_waves = functools.partial(_progress_of_waves, progress, number, len(waves))
+            _fill_slots(wave, folder, slots, resources, losses, of_all_waves)
+        counts |= _reduce(slots, files, out_dir, resources, losses)
         weight_map |= {name: file for file, names in files.items() for name in names}
         discard(folder)
     return counts, weight_map
+
+
+def _progress_of_waves(progress: Progress, wave: int, num_waves: int, done: int, total: int) -> None:
+    progress(wave * total + done, num_waves * total)
+
+
+def _slot_ends(job: CalibrationJob, folder: Path, num_slots: int) -> dict[Path, int]:
+    """The file of each slot, with the last of its shards."""
+    return {
+        folder / f"slot-{slot:04d}-of-{num_slots:04d}.safetensors": job.shards_of(slot, num_slots)[-1]
+        for slot in range(num_slots)
+    }
+
+
+def _fill_slots(
+    job: CalibrationJob, folder: Path, slots: dict[Path, int], resources: Resources, losses: Losses, progress: Progress
+) -> None:
+    """Runs the slots until each has committed its last shard; reports those that went on with a smaller batch."""
+    files, ends = list(slots), list(slots.values())
+    work = [job.shards_of(slot, len(files)) for slot in range(len(files))]
+
+    def start(slot: int) -> Any:
+        name = f"{job.step}: slot {slot}"
+        return start_slot(resources, name, work[slot], ResidentSlot, job, files[slot], resources.threads)
+
+    for stale in set(sizes(folder)) - set(files):  # of a run with another number of slots
+        discard(stale)
+    # A task that counted as lost, and was restarted, may still have committed after its successor did.
+    while (safe := [last_shard(file) if exists(file) else -1 for file in files]) != ends:
+        run_slots(start, work, "token shard", losses, progress, safe=safe, planned_s=resources.planned_s)
+    for slot, file in enumerate(files):
+        if rows := smaller_batch(file):
+            losses.tell(
+                f"{job.step}: slot {slot} ran out of memory with {job.batch_size} rows a batch and went on with {rows}."
+            )
 
 
 def _grams_of(names: Sequence[str], prefix: str) -> dict[str, list[str]]:
@@ -153,12 +168,12 @@ def _reduce_part(slots: dict[Path, int], names: list[str], path: Path) -> dict[s
     return {name: gram.num_tokens for name, gram in grams.items()}
 
 
-def _stream(
-    job: CalibrationJob, out_dir: Path, num_slots: int, resources: Resources, progress: Progress, tell: Tell
+def _gather_block_by_block(
+    job: CalibrationJob, out_dir: Path, resources: Resources, progress: Progress, tell: Tell
 ) -> Gathered:
     """Every slot at its own pace through the blocks; a block's Grams are summed once all slots have passed it. Those of a single
     slot are the sums."""
-    losses = Losses(job.step, tell)
+    num_slots, losses = _num_slots(job, resources), Losses(job.step, tell)
     options = dict(job.model_options)
     trusted = options.get("trust_remote_code", False)
     config, shown = load_config(job.model_dir, trust_remote_code=trusted), example(job.model_dir, trusted)

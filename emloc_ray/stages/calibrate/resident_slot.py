@@ -67,7 +67,7 @@ class ResidentSlot:
         self._uncommitted.append(number)
         pending = [number]
         while pending:
-            if self._fits(pending[0]):
+            if self._try_to_add(pending[0]):
                 del pending[0]
             else:
                 self._begin_again()
@@ -78,10 +78,10 @@ class ResidentSlot:
             self.commit()
         return number
 
-    def _fits(self, number: int) -> bool:
-        """Adds a shard's rows to the sums, of which only some are there where memory runs out."""
+    def _try_to_add(self, number: int) -> bool:
+        """Adds a shard's rows to the sums. False where memory runs out: then only some of them are in the sums."""
         try:
-            self._add(number)
+            self._add_shard(number)
         except Exception as error:
             if self.batch_size == 1 or not is_out_of_memory(error):
                 raise
@@ -101,7 +101,7 @@ class ResidentSlot:
         if exists(self.path):
             add_slot(self.path, self.hooks.grams)
 
-    def _add(self, number: int) -> None:
+    def _add_shard(self, number: int) -> None:
         rows, first = self.shards.shard(number), self.shards.first_position(number)
         batches = batches_by_length(rows, self.batch_size, self.job.pad_token_id, self.job.images)
         for numbers, batch in batches:

@@ -20,7 +20,7 @@ def thin_names(job: CalibrationJob, counts: Mapping[str, int]) -> list[str]:
     return [name for name, _ in job.experts if counts.get(name, job.min_expert_tokens) < job.min_expert_tokens]
 
 
-def gather_thin(
+def gather_for_thin_experts(
     job: CalibrationJob, out_dir: Path, first: Gathered, gather: Callable[[CalibrationJob, Path], Gathered]
 ) -> tuple[Gathered, dict[str, int]]:
     """Has ``gather`` run all tokens through the experts that saw too few, and takes those Grams instead.

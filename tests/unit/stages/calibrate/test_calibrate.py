@@ -15,7 +15,7 @@ from stage_artifacts import Artifacts
 from emloc_ray.errors import ArtifactError, Stopped
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.stages.calibrate import calibrate as calibrating
-from emloc_ray.stages.calibrate.calibrate import calibrate, gather_as_fits
+from emloc_ray.stages.calibrate.calibrate import calibrate, gather_or_go_by_block
 from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, resume_job
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
 from emloc_ray.stages.calibrate.thin_experts import Gathered
@@ -38,14 +38,14 @@ def test_out_of_memory_goes_on_block_by_block_where_it_may(
         return {"layer": 7}, {"layer": "file"}
 
     if may_stream and hold == "resident":
-        found, gathered = gather_as_fits(job, tmp_path, gather, notes.append)
+        found, gathered = gather_or_go_by_block(job, tmp_path, gather, notes.append)
         assert (found.hold, found.waves, gathered) == (BLOCKS, None, ({"layer": 7}, {"layer": "file"}))
         assert notes == [
             "calibrate: a worker ran out of memory with the model held resident; it continues block by block."
         ]
         return
     with pytest.raises(torch.OutOfMemoryError):
-        gather_as_fits(job, tmp_path, gather, notes.append)
+        gather_or_go_by_block(job, tmp_path, gather, notes.append)
     assert notes == []
 
 

@@ -21,7 +21,7 @@ from emloc_ray.stages.calibrate.job import CalibrationJob
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
 from emloc_ray.stages.calibrate.stage import thin_experts
 from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file
-from emloc_ray.stages.calibrate.thin_experts import Gathered, describe, gather_thin, thin_names
+from emloc_ray.stages.calibrate.thin_experts import Gathered, describe, gather_for_thin_experts, thin_names
 from emloc_ray.stages.factorize.factorize import factorize_group
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.layer_reports import read_reports
@@ -88,7 +88,7 @@ def calibrated(scene: Scene, out_dir: Path, minimum: int, gather: type | object 
     """Both passes; the store, and what the stage says of experts."""
     assert callable(gather)
     job = replace(scene.job, min_expert_tokens=minimum)
-    (counts, weight_map), routed = gather_thin(job, out_dir, gather(job, out_dir), gather)
+    (counts, weight_map), routed = gather_for_thin_experts(job, out_dir, gather(job, out_dir), gather)
     write_gram_index(out_dir, job.groups, weight_map, counts, routed_tokens=routed)
     return GramStore(out_dir), describe(job, counts, routed)["experts"]
 
