@@ -63,7 +63,7 @@ def _smaller(prepared: Prepared, section: str, parts_of: Callable[[MemoryModel],
 
 def without_budget(prepared: Prepared) -> Prepared:
     """The same run, its batches as written and nothing that bounds them."""
-    written, sections = prepared.as_written or prepared.config, {}
+    written, sections = prepared.written_config or prepared.config, {}
     for name in WORKER_SECTIONS:
         gpus = getattr(prepared.config, name).gpus_per_worker
         sections[name] = getattr(written, name).model_copy(update={"gpus_per_worker": gpus})

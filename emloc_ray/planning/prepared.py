@@ -50,13 +50,13 @@ class Prepared:
     files: dict[str, tuple[SourceFile, ...]]
     zero_config: dict[str, Any] | None = None
     file_dtype: torch.dtype | None = None  # of the model's files, where they are here and safetensors
-    as_written: RunConfig | None = None  # the config before GPUs, and batches within its budget, were decided
+    written_config: RunConfig | None = None  # the config before GPUs, and batches within its budget, were decided
     gpu_bytes: float | None = None  # of the smallest GPU of a Ray that was joined; None where this machine's are meant
 
     def with_gpus(self, available: float, gpu_bytes: float | None = None) -> Prepared:
         """The run as written, planned with the ``available`` GPUs of a Ray, the smallest of which has ``gpu_bytes`` of memory,
         None where that is not known; itself where its workers' GPUs and their memory stay the same."""
-        config = (self.as_written or self.config).with_gpus(available)
+        config = (self.written_config or self.config).with_gpus(available)
         same = all(getattr(config, name).gpus == getattr(self.config, name).gpus for name in WORKER_SECTIONS)
         if same and gpu_bytes == self.gpu_bytes:
             return self
@@ -75,10 +75,10 @@ class Prepared:
         return self.config.finetune.exact_steps > 0 and self.layout.differs
 
     @functools.cached_property
-    def as_asked(self) -> Prepared:
-        """The run with the batch sizes and the checkpointing as written, where an optimizer step reads as many rows so. Both
-        make the same but for rounding. Stages are identified by this one, so that another budget redoes nothing."""
-        written, config = self.as_written, self.config
+    def for_fingerprints(self) -> Prepared:
+        """The run by which stages are fingerprinted: with the written batch sizes and checkpointing, where a step then reads as
+        many rows. Both runs make the same but for rounding, so another memory budget redoes nothing."""
+        written, config = self.written_config, self.config
         if written is None:
             return self
         batched = ("calibration", "evaluation")
@@ -140,8 +140,8 @@ def splits_of(config: RunConfig) -> tuple[str, ...]:
     return (*SPLITS, *(["healing"] if heals else []), *(["validation"] if config.finetune.validates else []))
 
 
-class Later(Protocol):
-    """Takes a call; what it gives gives the call's result, or raises what it raises."""
+class Submit(Protocol):
+    """Starts a call, perhaps in another thread; returns a function that waits for its result, or raises what it raised."""
 
     def __call__(
         self, function: Callable[Parameters, Result], /, *args: Parameters.args, **kwargs: Parameters.kwargs
@@ -150,7 +150,7 @@ class Later(Protocol):
 
 
 @dataclass(frozen=True)
-class Asked:
+class Lookups:
     """What a preparation waits for: a run's directory, its model and its data may be on an object store or the hub."""
 
     manifest: Callable[[], dict[str, Any]]  # of the run directory, without what stages made
@@ -159,23 +159,23 @@ class Asked:
     upper_bound: Callable[[], None]
 
 
-def ask(config: RunConfig, needs_weights: bool = True, later: Later = functools.partial) -> Asked:
-    """Asks for all that :func:`prepare` waits for; ``later`` may call it in other threads."""
+def start_lookups(config: RunConfig, needs_weights: bool = True, submit: Submit = functools.partial) -> Lookups:
+    """Starts all that :func:`prepare` waits for; ``submit`` may run it in other threads."""
     model = config.model
     places = {name: places_here(config, name) for name in splits_of(config)}
-    return Asked(
-        later(_check_run, config.run_dir),
-        later(resolve_source, model.source, model.revision, model.trust_remote_code, needs_weights),
-        {name: later(look_at_files, here, f"data.{name}.path") for name, here in places.items() if here},
-        later(_check_upper_bound, config.evaluation.upper_bound),
+    return Lookups(
+        submit(_check_run, config.run_dir),
+        submit(resolve_source, model.source, model.revision, model.trust_remote_code, needs_weights),
+        {name: submit(look_at_files, here, f"data.{name}.path") for name, here in places.items() if here},
+        submit(_check_upper_bound, config.evaluation.upper_bound),
     )
 
 
-def prepare(config: RunConfig, needs_weights: bool = True, asked: Asked | None = None) -> Prepared:
-    """Checks the whole config against the model, the data and the disk; a plan does not need the model's weights. ``asked``:
-    :func:`ask` of the same. Raises ConfigError with every error at once, one sentence a line; nothing was written."""
-    asked = asked or ask(config, needs_weights)
-    as_written, config = config, config.with_gpus(gpus_expected(config))
+def prepare(config: RunConfig, needs_weights: bool = True, lookups: Lookups | None = None) -> Prepared:
+    """Checks the whole config against the model, the data and the disk; a plan does not need the model's weights. ``lookups``:
+    :func:`start_lookups` of the same. Raises ConfigError with every error at once, one sentence a line; nothing was written."""
+    lookups = lookups or start_lookups(config, needs_weights)
+    written_config, config = config, config.with_gpus(gpus_expected(config))
     errors: list[str] = []
 
     def attempt(check: Callable[[], Result]) -> Result | None:
@@ -186,8 +186,8 @@ def prepare(config: RunConfig, needs_weights: bool = True, asked: Asked | None =
             return None
 
     run = RunDirectory(config.run_dir)
-    attempt(asked.manifest)
-    source = attempt(asked.source)
+    attempt(lookups.manifest)
+    source = attempt(lookups.source)
     model = None if source is None else attempt(lambda: read_model(config, source))
     reads_images = model is None or model[1].image.row_tokens > 0
     if config.data.generate == "vqa" and not reads_images:
@@ -195,7 +195,7 @@ def prepare(config: RunConfig, needs_weights: bool = True, asked: Asked | None =
             "data.generate: vqa shows images, and the model has no processor for images: choose one that has."
         )
     files = {
-        name: attempt(functools.partial(check_split, config, name, reads_images, asked.files.get(name)))
+        name: attempt(functools.partial(check_split, config, name, reads_images, lookups.files.get(name)))
         for name in splits_of(config)
     }
     formats = {source.format for sources in files.values() for source in sources or ()}
@@ -204,7 +204,7 @@ def prepare(config: RunConfig, needs_weights: bool = True, asked: Asked | None =
         attempt(functools.partial(check_formats, config, source, model[0], formats))
     attempt(lambda: check_held_out(config, files))
     attempt(lambda: check_columns(config.data, files))
-    attempt(asked.upper_bound)
+    attempt(lookups.upper_bound)
     attempt(lambda: check_resources(config))
     attempt(lambda: check_packages(config))
     zero_config = attempt(lambda: check_training(config))
@@ -212,7 +212,7 @@ def prepare(config: RunConfig, needs_weights: bool = True, asked: Asked | None =
     if errors or source is None or model is None:
         raise ConfigError("\n".join(dict.fromkeys(errors)))  # splits may share a bad file
     known = {name: sources for name, sources in files.items() if sources}
-    return Prepared(config, run, source, *model, known, zero_config, file_dtype, as_written)
+    return Prepared(config, run, source, *model, known, zero_config, file_dtype, written_config)
 
 
 def _check_run(place: str) -> dict[str, Any]:

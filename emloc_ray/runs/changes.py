@@ -42,7 +42,7 @@ def find_changes(prepared: Prepared, forced: Collection[str] = (), until: str = 
     redone = [stage for stage in there if stage in up_to(until)]
     if not there and not removed:
         return None
-    config = (prepared.as_written or prepared.config).model_dump(mode="json")
+    config = (prepared.written_config or prepared.config).model_dump(mode="json")
     keys = _changed_keys(manifest["config"], without_secrets(config))
     named = [f"{key} {new} (was {old})" for key, (old, new) in keys.items()]
     rest = f" and {len(named) - _MOST} more" if len(named) > _MOST else ""

@@ -52,7 +52,7 @@ def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
 
 def smaller_batches(prepared: Prepared) -> str | None:
     """What was made smaller than the config says, to stay within the budget."""
-    written, config, bound = prepared.as_written, prepared.config, MemoryModel(prepared).budget
+    written, config, bound = prepared.written_config, prepared.config, MemoryModel(prepared).budget
     if written is None or bound is None:
         return None
     section, changed = config.finetune, []

@@ -130,7 +130,7 @@ def _check_order(begin: str, until: str) -> None:
 
 
 def _create(prepared: Prepared, fresh: bool, redo: Sequence[str] = ()) -> None:
-    config = (prepared.as_written or prepared.config).model_dump(mode="json")
+    config = (prepared.written_config or prepared.config).model_dump(mode="json")
     steps = [stage.name for stage in STEPS if stage.wanted(prepared)]
     prepared.run.create(config, fresh=fresh, steps=steps, redo=redo)
 

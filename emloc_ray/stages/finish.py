@@ -64,7 +64,7 @@ def _inputs(context: Context) -> Inputs:
         "model": context.model_key,
         "data": context.split_key("train"),
         "options": context.model_options,
-        "finetune": learned(context.prepared.as_asked.config.finetune),
+        "finetune": learned(context.prepared.for_fingerprints.config.finetune),
         "steps": [steps_of(context), config.finetune.exact_steps],
         "learning_rate_share": LEARNING_RATE_SHARE,
         "seed": config.seed,

@@ -17,7 +17,7 @@ from emloc_ray.planning.batches import shrink_batches
 from emloc_ray.planning.budget import check_gpus, check_holding
 from emloc_ray.planning.machine import check_kernel
 from emloc_ray.planning.plan import Plan, StagePlan, make_plan
-from emloc_ray.planning.prepared import Asked, Later, Prepared, ask, prepare
+from emloc_ray.planning.prepared import Lookups, Prepared, Submit, prepare, start_lookups
 from emloc_ray.runs.batch.admission import Admission, Amount, Need, Ticket
 from emloc_ray.runs.batch.state import TaskReporter
 from emloc_ray.runs.batch.tasks import Task
@@ -117,19 +117,19 @@ class PipelineWork:
             ConfigError: with every error of every task, each once, with its tasks.
         """
         problems: dict[str, list[str]] = {}
-        with _ahead() as later:
-            asked = [ask(task.config, later=later) for task in tasks]
+        with _submit_in_threads() as submit:
+            lookups = [start_lookups(task.config, submit=submit) for task in tasks]
             for number, task in enumerate(tasks):
                 with _collected(problems, task.name):
-                    self._prepare(task, asked[number])
+                    self._prepare(task, lookups[number])
                 progress(number + 1, len(tasks))
         raise_problems(problems)
 
-    def _prepare(self, task: Task, asked: Asked | None = None) -> tuple[Prepared, Plan]:
+    def _prepare(self, task: Task, lookups: Lookups | None = None) -> tuple[Prepared, Plan]:
         ready = self._ready.get(task.name)
-        if ready is None or (ready[0].as_written or ready[0].config) != task.config:
-            asked = asked or ask(task.config)
-            prepared, manifest = shrink_batches(prepare(task.config, asked=asked)), asked.manifest()
+        if ready is None or (ready[0].written_config or ready[0].config) != task.config:
+            lookups = lookups or start_lookups(task.config)
+            prepared, manifest = shrink_batches(prepare(task.config, lookups=lookups)), lookups.manifest()
             check_versions(prepared, accept=self.accept_versions, in_batch=True, manifest=manifest)
             prepared = prepared if self._gpus is None else shrink_batches(prepared.with_gpus(*self._gpus))
             is_written = not task.config.budget_is_default and task.config.memory_budget is not None
@@ -187,18 +187,18 @@ class PipelineWork:
 
 
 @contextlib.contextmanager
-def _ahead() -> Iterator[Later]:
-    """Calls functions in a few threads, in the order asked, and each with the same arguments once."""
+def _submit_in_threads() -> Iterator[Submit]:
+    """Runs calls in a few threads, in the order submitted, and those with the same arguments once."""
     pool, begun = ThreadPoolExecutor(_WAITING), dict[Any, Future[Any]]()
 
-    def later(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+    def submit(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Callable[[], Any]:
         key = function, args, *kwargs.items()
         if key not in begun:
             begun[key] = pool.submit(function, *args, **kwargs)
         return begun[key].result
 
     try:
-        yield later
+        yield submit
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -60,7 +60,7 @@ def _inputs(context: Context) -> Inputs:
         "merge": context.made.get("merge", ""),
         **({"finish": context.made["finish"]} if context.prepared.finishes else {}),
         "data": context.split_key("eval"),
-        "evaluation": without(context.prepared.as_asked.config.evaluation, _NOT_SCORED),
+        "evaluation": without(context.prepared.for_fingerprints.config.evaluation, _NOT_SCORED),
     }
 
 

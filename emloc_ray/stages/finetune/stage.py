@@ -173,7 +173,7 @@ def _inputs(context: Context) -> Inputs:
         **({"validation": context.split_key("validation")} if config.finetune.validates else {}),
         "options": context.model_options,
         "adapter": config.adapter.model_dump(mode="json"),
-        "finetune": learned(context.prepared.as_asked.config.finetune),
+        "finetune": learned(context.prepared.for_fingerprints.config.finetune),
         "steps": steps_of(context),
         "seed": config.seed,
         **({} if prepared.zero_config is None else {"deepspeed": prepared.zero_config}),

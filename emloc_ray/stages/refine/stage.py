@@ -50,7 +50,7 @@ def refinement_job(context: Context, inputs: str = "") -> RefinementJob:
 
 def _rows_a_step(prepared: Prepared) -> int:
     """Calibration's batch, however few of its rows a worker's memory reads at once."""
-    return prepared.as_asked.config.calibration.batch_size
+    return prepared.for_fingerprints.config.calibration.batch_size
 
 
 def _inputs(context: Context) -> Inputs:

@@ -82,10 +82,10 @@ def test_what_a_budget_shrank_is_told_apart_by_what_was_asked() -> None:
     healing = {"steps": 4, "per_device_train_batch_size": 8}
     for rows in (1, 8, 9):
         asked = prepared("inference", emulator={"healing": {**healing, "per_device_train_batch_size": rows}})
-        asked = dataclasses.replace(asked, as_written=asked.config)
+        asked = dataclasses.replace(asked, written_config=asked.config)
         ready = shrink_batches(asked)
         assert ready.config.finetune.per_device_train_batch_size < 8
-        known = ready.as_asked.config
+        known = ready.for_fingerprints.config
         assert known.finetune == asked.config.finetune
         assert known.evaluation == asked.config.evaluation
         assert known.emulator.healing == asked.config.emulator.healing
@@ -93,7 +93,7 @@ def test_what_a_budget_shrank_is_told_apart_by_what_was_asked() -> None:
         assert section is not None
         assert rows_a_step(healing_training(ready.config, section, ready.layout).section) == rows
     fewer = asked.config.model_copy(update={"finetune": asked.config.finetune.model_copy(update={"max_steps": 3})})
-    assert dataclasses.replace(ready, config=fewer).as_asked.config.finetune.max_steps == 3
+    assert dataclasses.replace(ready, config=fewer).for_fingerprints.config.finetune.max_steps == 3
 
 
 def test_the_yardstick_is_a_row_whatever_the_batch() -> None:
@@ -128,7 +128,7 @@ def test_under_any_budget_batches_shrink_to_it() -> None:
 
 def test_gpus_that_come_later_have_the_batches_worked_out_anew() -> None:
     asked = prepared("inference", calibration={"gpus_per_worker": "auto", "batch_size": 64})
-    ready = dataclasses.replace(shrink_batches(asked), as_written=asked.config)
+    ready = dataclasses.replace(shrink_batches(asked), written_config=asked.config)
     on_gpus = ready.with_gpus(1)
     assert (on_gpus.config.calibration.gpus, ready.config.calibration.gpus) == (1, 0)
     assert on_gpus.config.calibration.batch_size == 64 > ready.config.calibration.batch_size

@@ -343,13 +343,13 @@ def test_whatever_a_micro_batch_is_healing_reads_the_rows_that_are_written(
 ) -> None:
     batches = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8}
     found = prepared({"steps": 3, **own}, finetune=batches)
-    found = dataclasses.replace(found, as_written=found.config)
+    found = dataclasses.replace(found, written_config=found.config)
     changed = with_settings(found, 0.5, micro_batch, 64 // micro_batch, True)
     written, read = healed(found).section, healed(changed).section
     assert rows_a_step(read) == rows_a_step(written)
     assert read.per_device_train_batch_size <= micro_batch
-    assert changed.as_asked.config.emulator.healing == found.config.emulator.healing
-    assert changed.as_asked.config.finetune.gradient_accumulation_steps == 8
+    assert changed.for_fingerprints.config.emulator.healing == found.config.emulator.healing
+    assert changed.for_fingerprints.config.finetune.gradient_accumulation_steps == 8
 
 
 def test_a_healing_may_have_its_own_accumulation(prepared: Callable[..., Prepared], tmp_path: Path) -> None:

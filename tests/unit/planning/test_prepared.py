@@ -53,8 +53,8 @@ def test_gpus_are_decided_by_what_this_machine_has_and_anew_by_what_ray_has(
     values["data"] = {"train": {"path": str(write_rows(tmp_path / "a.jsonl", 5))}}
     on_cpus, on_gpus = (prepare(parse_config({**values, "ray": {"num_gpus": gpus}})) for gpus in (0, 1))
     assert [found.config.finetune.gpus_per_worker for found in (on_cpus, on_gpus)] == [0, 1]
-    assert on_cpus.as_written is not None
-    assert on_cpus.as_written.finetune.gpus_per_worker == "auto"
+    assert on_cpus.written_config is not None
+    assert on_cpus.written_config.finetune.gpus_per_worker == "auto"
     assert on_cpus.with_gpus(0) is on_cpus
     assert on_cpus.with_gpus(4).config.finetune.gpus_per_worker == 1
 

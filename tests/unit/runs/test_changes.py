@@ -46,7 +46,7 @@ def finish(values: dict[str, Any], until: str = "evaluate") -> None:
     """A run whose stages up to this one are done, each with a file in what it writes."""
     prepared = changed(values)
     steps = [stage for stage in STEPS if stage.wanted(prepared)]
-    written = (prepared.as_written or prepared.config).model_dump(mode="json")
+    written = (prepared.written_config or prepared.config).model_dump(mode="json")
     prepared.run.create(written, steps=[stage.name for stage in steps])
     context = Context(prepared, prepared.source.directory)
     for stage in steps[: [stage.name for stage in steps].index(until) + 1]:

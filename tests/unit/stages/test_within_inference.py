@@ -29,7 +29,7 @@ def test_smaller_batches_change_nothing(tiny_model_dir: Callable[..., Path], tmp
     assert finetune_job(free.context, "x").batch_size == 8
     assert finetune_job(bounded.context, "x").batch_size < 8
     assert finetune_job(bounded.context, "x").training_arguments["gradient_accumulation_steps"] > 1
-    asked = [learned(done.context.prepared.as_asked.config.finetune) for done in (free, bounded)]
+    asked = [learned(done.context.prepared.for_fingerprints.config.finetune) for done in (free, bounded)]
     assert asked[0] == asked[1]  # what is finished under the one is so under the other
     assert bounded.step_losses == pytest.approx(free.step_losses, rel=1e-4)
     assert bounded.losses == pytest.approx(free.losses, rel=1e-4)
