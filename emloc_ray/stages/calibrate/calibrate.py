@@ -26,7 +26,7 @@ from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file, l
 from emloc_ray.stages.calibrate.thin_experts import Gathered, clear_thin, describe, gather_for_thin_experts
 from emloc_ray.stages.ray.losses import Losses, Tell, causes, is_out_of_memory, unheard
 from emloc_ray.stages.ray.slots import begun_on, run_slots, start_slot
-from emloc_ray.stages.ray.tasks import LOOK_S, Flight, Piece, Progress, Resources, run_tasks, set_threads, silent
+from emloc_ray.stages.ray.tasks import LOOK_S, Flight, FlightTask, Progress, Resources, run_tasks, set_threads, silent
 
 _GRAMS_PER_FILE = 4
 
@@ -201,7 +201,7 @@ def _gather_block_by_block(
         before = min(passed.values())
         passed[slot] = max(passed[slot], position)
         for block in range(before + 1, min(passed.values()) + 1):
-            flight.add(Piece(f"the sum of block {block}", functools.partial(start_sum, block)))
+            flight.add(FlightTask(f"the sum of block {block}", functools.partial(start_sum, block)))
         flight.pump()
 
     work, planned_s = [range(num_blocks)] * num_slots, resources.planned_s

@@ -32,7 +32,7 @@ from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, run_tasks, 
 
 RANKS = "ranks.json"
 # Linears, their Gram, their sums of gradients, the file of what their ranks gain.
-SpectraPiece = tuple[Sequence[LinearSpec], StoredGram, Mapping[str, StoredGram], Path]
+SpectraWork = tuple[Sequence[LinearSpec], StoredGram, Mapping[str, StoredGram], Path]
 _CONNECTIONS = 8  # by which small files are read at once
 
 
@@ -198,7 +198,7 @@ def _read_spectra(file: Path) -> dict[str, Tensor]:
     return {entry.name: entry.read_rows() for entry in read_shard(file).entries}
 
 
-def spectra_of_groups(job: AllocationJob, pieces: Sequence[SpectraPiece], device: torch.device | str = "cpu") -> None:
+def spectra_of_groups(job: AllocationJob, pieces: Sequence[SpectraWork], device: torch.device | str = "cpu") -> None:
     """Writes :func:`group_spectra` of each whose file is not there yet; the next one's tensors are read meanwhile."""
     todo = [piece for piece in pieces if not sizes(piece[3])]
     for piece, tensors_read in read_ahead(todo, lambda piece: read_group(job.model_dir, *piece[:3])):

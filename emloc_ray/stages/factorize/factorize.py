@@ -47,7 +47,7 @@ from emloc_ray.stages.factorize.layer_reports import (
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, bundles, silent
 
-GroupPiece = tuple[Sequence[LinearSpec], StoredGram | None, Path]  # linears, their Gram, the shard of their factors
+GroupWork = tuple[Sequence[LinearSpec], StoredGram | None, Path]  # linears, their Gram, the shard of their factors
 _CONNECTIONS = 8
 _ROUNDING_SHARE = 1e-2  # of a layer's residual energy: above it rounding is measured, not estimated
 
@@ -306,12 +306,12 @@ def _rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
     return [part for part in parts if part]
 
 
-def factorize_groups(job: FactorizationJob, groups: Sequence[GroupPiece], device: torch.device | str = "cpu") -> None:
+def factorize_groups(job: FactorizationJob, groups: Sequence[GroupWork], device: torch.device | str = "cpu") -> None:
     """:func:`factorize_group` of each whose files are not there yet; while one is computed, the next one's tensors are read."""
     todo = [piece for piece in groups if not (sizes(piece[2]) and sizes(spectra_file(piece[2])))]
     gradients = None if job.gradients_dir is None else GramStore(job.gradients_dir)
 
-    def read(piece: GroupPiece) -> GroupTensors:
+    def read(piece: GroupWork) -> GroupTensors:
         specs, gram, _ = piece
         names = [spec.name for spec in specs if job.uses_gradients(spec.name)]
         sums = {} if gradients is None else {name: gradients.stored(name) for name in names}

@@ -11,7 +11,7 @@ from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import StoredGram
 from emloc_ray.modeling.architecture import LinearSpec
 
-Piece = TypeVar("Piece")
+Work = TypeVar("Work")
 
 
 class GroupTensors(NamedTuple):
@@ -34,8 +34,8 @@ def read_group(
 
 
 def read_ahead(
-    pieces: Sequence[Piece], read: Callable[[Piece], GroupTensors]
-) -> Iterator[tuple[Piece, GroupTensors | None]]:
+    pieces: Sequence[Work], read: Callable[[Work], GroupTensors]
+) -> Iterator[tuple[Work, GroupTensors | None]]:
     """Yields each piece of a task with its tensors, and reads the next one's meanwhile; a task's only piece comes without
     tensors, as its layers are read one by one."""
     if len(pieces) == 1:

@@ -93,7 +93,7 @@ class _Opened:
 
 
 @dataclass(frozen=True)
-class FoldPiece:
+class FoldWork:
     """A shard of the healed emulator: its file, and the emulator's tensors that it is made of. Those of a ``changed`` linear
     make a shard of their own: how long they are in 4 bits is known only once they are made."""
 
@@ -102,7 +102,7 @@ class FoldPiece:
     linear: str | None = None
 
 
-def pieces(job: FoldJob) -> list[FoldPiece]:
+def pieces(job: FoldJob) -> list[FoldWork]:
     """The shards to write, by the emulator's."""
     changed = job.changed
     apart: dict[str, list[TensorEntry]] = {}
@@ -115,7 +115,7 @@ def pieces(job: FoldJob) -> list[FoldPiece]:
         parts += [(tuple(plain), None)] if plain else []
     parts += [(tuple(entries), name) for name, entries in apart.items()]
     return [
-        FoldPiece(job.out_dir / f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors", *part)
+        FoldWork(job.out_dir / f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors", *part)
         for number, part in enumerate(parts)
     ]
 
@@ -192,7 +192,7 @@ def _in_integers(
 
 
 @exact_float32()
-def write_pieces(job: FoldJob, shards: Sequence[FoldPiece], device: torch.device | str = "cpu") -> None:
+def write_pieces(job: FoldJob, shards: Sequence[FoldWork], device: torch.device | str = "cpu") -> None:
     """Writes shards, but for those that are there, whole, from a try that was killed; what is rounded to integers is on
     ``device``."""
     opened = _Opened(job)
@@ -230,5 +230,5 @@ def fold(
     return finish_emulator(files, base_config, job.emulator_dir, job.ranks, job.storage, kept_wide, job.integers)
 
 
-def _num_bytes(piece: FoldPiece) -> int:
+def _num_bytes(piece: FoldWork) -> int:
     return sum(entry.num_bytes for entry in piece.entries)

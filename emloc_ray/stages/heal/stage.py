@@ -81,7 +81,11 @@ def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJ
 
 
 def _inputs(context: Context) -> Inputs:
-    config, layout, zero_config = context.prepared.for_fingerprints.config, context.layout_made, context.prepared.zero_config
+    config, layout, zero_config = (
+        context.prepared.for_fingerprints.config,
+        context.layout_made,
+        context.prepared.zero_config,
+    )
     healing = config.emulator.heals
     assert healing is not None
     check_healing(config, layout)

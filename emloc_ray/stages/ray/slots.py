@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from emloc_ray.stages.ray.departures import Departures
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.spans import Span, Timed, tell_span, timed
-from emloc_ray.stages.ray.tasks import LOOK_S, Flight, Next, Piece, Progress, Resources, remote_task, silent
+from emloc_ray.stages.ray.tasks import LOOK_S, Flight, FlightTask, Next, Progress, Resources, remote_task, silent
 
 LEFT = -2  # no unit's number
 
@@ -107,7 +107,7 @@ def run_slots(
             tell_progress()
 
 
-class _Slot(Piece):
+class _Slot(FlightTask):
     """A slot, of whose ascending ``units`` the first ``count`` are done."""
 
     def __init__(

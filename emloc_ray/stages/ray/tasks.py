@@ -123,7 +123,7 @@ def set_threads(count: int) -> None:
 
 
 @dataclass(eq=False)
-class Piece:
+class FlightTask:
     """A task of a flight: how it is called, what starts it, from when on it may start (monotonic clock), how far it has come,
     what came out. ``submit`` starts one of :meth:`Resources.task`, so that its begin, its time and its memory are known."""
 
@@ -152,8 +152,8 @@ class Flight:
     def __init__(self, limit: int, losses: Losses, planned_s: float = 0.0, force: bool = False) -> None:
         """``planned_s``: as for :class:`Pace`."""
         self.limit, self.losses, self.force = limit, losses, force
-        self._waiting: list[Piece] = []
-        self._flying: dict[Any, Piece] = {}
+        self._waiting: list[FlightTask] = []
+        self._flying: dict[Any, FlightTask] = {}
         self._pace = Pace(planned_s)
 
     @property
@@ -161,7 +161,7 @@ class Flight:
         """How many are not done."""
         return len(self._waiting) + len(self._flying)
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: FlightTask) -> None:
         """Queues a task."""
         self._waiting.append(piece)
 
@@ -193,7 +193,7 @@ class Flight:
             for task in self._flying:
                 ray.cancel(task, force=self.force)
 
-    def _again(self, piece: Piece, delay: float) -> None:
+    def _again(self, piece: FlightTask, delay: float) -> None:
         piece.begin = time.monotonic() + delay
         self._waiting.insert(0, piece)
 
@@ -227,7 +227,7 @@ def bounded(
 ) -> list[Any]:
     """Submits named Ray tasks in order, at most ``limit`` in flight; their results in the order submitted. ``progress`` hears
     how many have ended, at least every ``look_s`` seconds. ``planned_s``: as for :class:`Pace`."""
-    pieces = [Piece(name, submit) for name, submit in tasks]
+    pieces = [FlightTask(name, submit) for name, submit in tasks]
     with Flight(limit, losses, planned_s) as flight:
         for piece in pieces:
             flight.add(piece)

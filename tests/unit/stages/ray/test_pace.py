@@ -11,7 +11,7 @@ from emloc_ray.stages.ray import pace, tasks
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.pace import Overdue, WholePace
 from emloc_ray.stages.ray.spans import Timed
-from emloc_ray.stages.ray.tasks import Flight, Next, Piece
+from emloc_ray.stages.ray.tasks import Flight, FlightTask, Next
 
 Wait = Callable[[WholePace, float, int], None]
 
@@ -72,7 +72,7 @@ def test_a_look_at_many_tasks_sorts_few_times_and_comes_once_a_second(
     done = Timed(1, "process 1 on here", 0.0, 0.001, 0)
     given = iter([None, *[done] * units])
 
-    class Slot(Piece):
+    class Slot(FlightTask):
         def take(self, given: Timed, losses: Losses) -> Next:
             now[0] += 0.001
             return "more" if operator.length_hint(self.submit()) else "over"
