@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from torch import Tensor
 
 from emloc_ray.core.factorization import Factorization, relative_error
 from emloc_ray.core.factorization import factorize as factorize_layer
@@ -47,6 +48,7 @@ from emloc_ray.stages.factorize.layer_reports import (
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, bundles, silent
 
+Parts = dict[str, dict[str, Tensor]]  # a linear's tensors by part, which is the end of a name, such as ``.up``
 GroupWork = tuple[Sequence[LinearSpec], StoredGram | None, Path]  # linears, their Gram, the shard of their factors
 _CONNECTIONS = 8
 _ROUNDING_SHARE = 1e-2  # of a layer's residual energy: above it rounding is measured, not estimated
@@ -67,53 +69,19 @@ def factorize_group(
     ``device``; what was read ahead is taken from ``tensors_read``. Raises NumericsError where a weight or the Gram holds NaN or
     Inf, naming the layer.
     """
-    checkpoint = Checkpoint(job.model_dir)
-    whitening = functools.cache(functools.partial(whitening_of, gram, job.dampening_frac, device, tensors_read))
-    alike = functools.cache(functools.partial(Whitening.identity, specs[0].in_features, device))
-    inputs = alike if job.by_weights else whitening
-    gradients = None if job.gradients_dir is None else GramStore(job.gradients_dir)
-    tensors: dict[str, torch.Tensor] = {}
-    spectra: dict[str, torch.Tensor] = {}
+    group = _Group(job, specs, gram, device, tensors_read)
+    tensors: dict[str, Tensor] = {}
+    spectra: dict[str, Tensor] = {}
     reports = []
     for spec in specs:
-        dtype = checkpoint.entry(spec.weight_rows[0].name).dtype
-        weight = functools.cache(functools.partial(_weight, spec, checkpoint, device, tensors_read))
-        outputs = None  # before the next one is read: three matrices of the outputs' order
-        outputs = (
-            _output_whitening(job, spec, gradients, device, tensors_read) if job.uses_gradients(spec.name) else None
-        )
-        result = _factorized(job, spec, weight, inputs, outputs) if spec.name in job.ranks else None
-        if spec.name in job.integers.bits:
-            held, order = (
-                _in_integers(job, spec, weight(), inputs() if gram is not None else alike(), outputs, result, dtype),
-                None,
-            )
-        else:
-            held, order = _in_floats(job, spec, weight, result, dtype)
-        tensors |= {f"{spec.name}{part}.{key}": value for part, values in held.items() for key, value in values.items()}
-        if result is not None:
-            spectra[spec.name] = result.eigenvalues.float().cpu()
-            if spec.bias_rows.name in checkpoint:
-                holder = f"{spec.name}.up" if order is None else spec.name
-                tensors[f"{holder}.bias"] = spec.bias_rows.entry(checkpoint).read_rows()
-        if order is not None:
-            tensors[f"{spec.name}.order"] = order
+        linear = _Linear(group, spec)  # in place of the one before: three matrices of the outputs' order go with it
+        tensors |= linear.tensors()
+        if linear.factorization is not None:
+            spectra[spec.name] = linear.factorization.eigenvalues.float().cpu()
         if gram is not None:
-            weighed, known = outputs is not None or job.by_weights, None
-            if result is not None and not weighed and spec.name not in job.packed:
-                known = _known_error(result, whitening(), dtype, job.storage)
-            if known is None:
-                stored = linear_weight(held, spec.in_features, order, device).rows()
-                known = relative_error(weight(), stored, whitening(), name=spec.name)
-            reports.append(_report(spec, result, *known, gram.num_tokens, weighed))
+            reports.append(linear.report(gram.num_tokens))
     write_tensors(spectra_file(path), spectra, {LAYERS: json.dumps([asdict(report) for report in reports])})
     write_tensors(path, tensors)  # last: with it, the group is done
-
-
-def _weight(
-    spec: LinearSpec, checkpoint: Checkpoint, device: torch.device | str, tensors_read: GroupTensors | None
-) -> torch.Tensor:
-    return (tensors_read.weights[spec.name] if tensors_read else spec.read_weight(checkpoint)).to(device)
 
 
 def whitening_of(
@@ -130,79 +98,142 @@ def whitening_of(
     return Whitening(inputs.to(device), dampening_frac, name=gram.name)
 
 
-def _factorized(
-    job: FactorizationJob,
-    spec: LinearSpec,
-    weight: Callable[[], torch.Tensor],
-    inputs: Callable[[], Whitening],
-    outputs: Whitening | None,
-) -> Factorization:
-    rank = job.ranks[spec.name]
-    if outputs is None:
-        return factorize_layer(weight(), inputs(), rank, seed=job.seed, name=spec.name)
-    return factorize_two_sided(weight(), inputs(), outputs, rank, seed=job.seed, name=spec.name)
+class _Group:
+    """What a group's linears share, read when first asked for."""
+
+    def __init__(
+        self,
+        job: FactorizationJob,
+        specs: Sequence[LinearSpec],
+        gram: StoredGram | None,
+        device: torch.device | str,
+        tensors_read: GroupTensors | None,
+    ) -> None:
+        self.job, self.gram, self.device, self.tensors_read = job, gram, device, tensors_read
+        self.in_features, self.checkpoint = specs[0].in_features, Checkpoint(job.model_dir)
+        self.gradients = None if job.gradients_dir is None else GramStore(job.gradients_dir)
+
+    @functools.cached_property
+    def whitening(self) -> Whitening:
+        return whitening_of(self.gram, self.job.dampening_frac, self.device, self.tensors_read)
+
+    @functools.cached_property
+    def inputs(self) -> Whitening:
+        """The whitening that factors and rounding go by: of no Gram, or by the weights alone, the identity."""
+        if self.gram is None or self.job.by_weights:
+            return Whitening.identity(self.in_features, self.device)
+        return self.whitening
 
 
-def _output_whitening(
-    job: FactorizationJob,
-    spec: LinearSpec,
-    gradients: GramStore | None,
-    device: torch.device | str,
-    tensors_read: GroupTensors | None,
-) -> Whitening | None:
-    """What weighs the outputs of a linear; None where each counts as it is."""
-    if gradients is None:
-        return None
-    name = f"the gradients of what {spec.name} gives"
-    stored = tensors_read.gradients[spec.name] if tensors_read else gradients.read(spec.name)
-    return Whitening(stored.to(device), job.gradient_dampening_frac, name=name)
+class _Linear:
+    """A linear of a group: its weight, its factors and what is stored of it, each made when first asked for."""
 
+    def __init__(self, group: _Group, spec: LinearSpec) -> None:
+        self.group, self.job, self.spec, self.name = group, group.job, spec, spec.name
+        self.dtype = group.checkpoint.entry(spec.weight_rows[0].name).dtype
 
-def _in_integers(
-    job: FactorizationJob,
-    spec: LinearSpec,
-    weight: torch.Tensor,
-    inputs: Whitening,
-    outputs: Whitening | None,
-    result: Factorization | None,
-    dtype: torch.dtype,
-) -> dict[str, dict[str, torch.Tensor]]:
-    """What is stored of a linear in integers, by what follows its name: its factors, or itself, with factors of the rest."""
-    bits, size, rank = job.integers.bits[spec.name], job.integers.group_size, job.integers.residual_ranks.get(spec.name)
-    if result is not None:
-        up, down = quantize_factors(result.factors, weight, inputs, bits, size, name=spec.name)
-        made = {".up": up, ".down": down}
-    elif rank is not None:
-        beside = factor_bits(bits)
-        whole, up, down = quantize_with_factors(
-            weight, inputs, bits, rank, beside, size, outputs=outputs, seed=job.seed, name=spec.name
+    @functools.cached_property
+    def weight(self) -> Tensor:
+        tensors_read = self.group.tensors_read
+        weight = tensors_read.weights[self.name] if tensors_read else self.spec.read_weight(self.group.checkpoint)
+        return weight.to(self.group.device)
+
+    @functools.cached_property
+    def outputs(self) -> Whitening | None:
+        """The whitening of the outputs' gradients; None where each output counts as it is."""
+        gradients, tensors_read = self.group.gradients, self.group.tensors_read
+        if gradients is None or not self.job.uses_gradients(self.name):
+            return None
+        summed = tensors_read.gradients[self.name] if tensors_read else gradients.read(self.name)
+        name = f"the gradients of what {self.name} gives"
+        return Whitening(summed.to(self.group.device), self.job.gradient_dampening_frac, name=name)
+
+    @functools.cached_property
+    def factorization(self) -> Factorization | None:
+        if self.name not in self.job.ranks:
+            return None
+        rank, seed, outputs = self.job.ranks[self.name], self.job.seed, self.outputs
+        if outputs is None:
+            return factorize_layer(self.weight, self.group.inputs, rank, seed=seed, name=self.name)
+        return factorize_two_sided(self.weight, self.group.inputs, outputs, rank, seed=seed, name=self.name)
+
+    @functools.cached_property
+    def stored(self) -> tuple[Parts, Tensor | None]:
+        """What is stored of it, and the places of pivoted rows; on the CPU."""
+        parts, order = (self._in_integers(), None) if self.name in self.job.integers.bits else self._in_floats()
+        return {part: {key: tensor.cpu() for key, tensor in tensors.items()} for part, tensors in parts.items()}, order
+
+    def _in_integers(self) -> Parts:
+        """Its factors, or itself, with factors of the rest."""
+        integers, factorization, outputs = self.job.integers, self.factorization, self.outputs
+        bits, size, rank = integers.bits[self.name], integers.group_size, integers.residual_ranks.get(self.name)
+        weight, inputs = self.weight, self.group.inputs
+        if factorization is not None:
+            up, down = quantize_factors(factorization.factors, weight, inputs, bits, size, name=self.name)
+            forms = {".up": up, ".down": down}
+        elif rank is not None:
+            base, up, down = quantize_with_factors(
+                weight, inputs, bits, rank, factor_bits(bits), size, outputs=outputs, seed=self.job.seed, name=self.name
+            )
+            forms = {".base": base, ".up": up, ".down": down}
+        else:
+            forms = {"": quantize_integers(weight, inputs, bits, size, name=self.name)}
+        return {part: form.tensors(self.dtype) for part, form in forms.items()}
+
+    def _in_floats(self) -> tuple[Parts, Tensor | None]:
+        """Its factors, or itself, in its dtype or in NF4; and the places of pivoted rows."""
+        order = None
+        if self.factorization is None:
+            parts = {"": self.weight}
+        elif self.job.storage == "factors":
+            parts = {".up": self.factorization.factors.up, ".down": self.factorization.factors.down}
+        else:
+            up, down, order = pivot(self.factorization.factors)
+            parts, order = {".up": up, ".down": down}, order.cpu()
+        if self.name in self.job.in_4bit:
+            return {part: quantize(tensor, self.dtype, self.name) for part, tensor in parts.items()}, order
+        return {part: {"weight": tensor.to(self.dtype)} for part, tensor in parts.items()}, order
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the emulator's shard has of it, by name."""
+        parts, order = self.stored
+        tensors = {
+            f"{self.name}{part}.{key}": tensor for part, of_part in parts.items() for key, tensor in of_part.items()
+        }
+        bias, checkpoint = self.spec.bias_rows, self.group.checkpoint
+        if self.factorization is not None and bias.name in checkpoint:
+            holder = f"{self.name}.up" if order is None else self.name
+            tensors[f"{holder}.bias"] = bias.entry(checkpoint).read_rows()
+        if order is not None:
+            tensors[f"{self.name}.order"] = order
+        return tensors
+
+    def report(self, num_tokens: int) -> LayerReport:
+        """Its relative error and ``tr(W G Wᵀ)`` under the Gram, and what its factorization gave."""
+        spec, factorization, (parts, order) = self.spec, self.factorization, self.stored
+        is_by_gram_alone = self.outputs is None and not self.job.by_weights
+        measured: tuple[float, float] | None = None
+        if factorization is not None and is_by_gram_alone and self.name not in self.job.packed:
+            measured = _known_error(factorization, self.group.whitening, self.dtype, self.job.storage)
+        if measured is None:
+            stored = linear_weight(parts, spec.in_features, order, self.group.device).rows()
+            measured = relative_error(self.weight, stored, self.group.whitening, name=self.name)
+        error, energy = measured
+        residual = error**2 * energy
+        if factorization is None:
+            full = min(spec.out_features, spec.in_features)
+            return LayerReport(self.name, full, error, "dense", energy, num_tokens, residual_energy=residual)
+        return LayerReport(
+            self.name,
+            factorization.factors.up.shape[1],
+            error,
+            factorization.solver,
+            factorization.total_energy,
+            num_tokens,
+            None if is_by_gram_alone else factorization.relative_error,
+            sampled(factorization.eigenvalues, factorization.total_energy),
+            residual,
         )
-        made = {".base": whole, ".up": up, ".down": down}
-    else:
-        made = {"": quantize_integers(weight, inputs, bits, size, name=spec.name)}
-    return {part: {key: tensor.cpu() for key, tensor in stored.tensors(dtype).items()} for part, stored in made.items()}
-
-
-def _in_floats(
-    job: FactorizationJob,
-    spec: LinearSpec,
-    weight: Callable[[], torch.Tensor],
-    result: Factorization | None,
-    dtype: torch.dtype,
-) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor | None]:
-    """As :func:`_in_integers` in ``dtype``, or in NF4; and the places of pivoted rows."""
-    parts, order = ({"": weight()}, None) if result is None else _parts(result, job.storage)
-    packed = spec.name in job.in_4bit
-    held = {part: quantize(x, dtype, spec.name) if packed else {"weight": x.to(dtype)} for part, x in parts.items()}
-    return {part: {key: tensor.cpu() for key, tensor in stored.items()} for part, stored in held.items()}, order
-
-
-def _parts(result: Factorization, storage: Storage) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """A layer's factors by what follows its name, and where they are pivoted the places of their rows, on the CPU."""
-    if storage == "factors":
-        return {".up": result.factors.up, ".down": result.factors.down}, None
-    up, down, order = pivot(result.factors)
-    return {".up": up, ".down": down}, order.cpu()
 
 
 def _known_error(
@@ -217,27 +248,6 @@ def _known_error(
     if storage != "factors" or (rounding := rounding_energy(result, whitening, dtype)) > _ROUNDING_SHARE * residual:
         return None
     return math.sqrt((residual + rounding) / total) if total > 0 else 0.0, total
-
-
-def _report(
-    spec: LinearSpec, result: Factorization | None, error: float, energy: float, num_tokens: int, weighed: bool
-) -> LayerReport:
-    """The report of a layer whose relative error is ``error``, and ``tr(W G Wᵀ) = energy``."""
-    residual = error**2 * energy
-    if result is None:
-        full = min(spec.out_features, spec.in_features)
-        return LayerReport(spec.name, full, error, "dense", energy, num_tokens, residual_energy=residual)
-    return LayerReport(
-        spec.name,
-        result.factors.up.shape[1],
-        error,
-        result.solver,
-        result.total_energy,
-        num_tokens,
-        result.relative_error if weighed else None,
-        sampled(result.eigenvalues, result.total_energy),
-        residual,
-    )
 
 
 def build_emulator(
