@@ -156,34 +156,9 @@ def _make_trainer(
     job: FinetuneJob, output_dir: str, session: TrainingSession, watchdog: Watchdog
 ) -> tuple[EmulatorTrainer, StepKeeper]:
     arguments = _arguments(job, output_dir)
-    with scattered_in(_stored_dtype(job)) if job.zero_config else contextlib.nullcontext():
-        wide = {} if arguments.bf16 or job.model_options.get("dtype", "auto") != "auto" else _stored_float32(job)
-        model = open_model(job.emulator_dir, job.hold, **{**job.model_options, **wide})
-    experts = any(isinstance(part, UnfusedExperts) for part in model.modules())
-    if arguments.use_liger_kernel:  # for the driver's machine may not know
-        check_liger(model.config.model_type, experts, arguments.liger_kernel_config)
-    if is_compiled(job.training_arguments):
-        check_compiling(experts, job.zero_config is not None, job.hold != "resident")
-        compile_blocks(model, job.training_arguments)
-    if not model.supports_gradient_checkpointing:
-        arguments.activation_checkpointing = arguments.gradient_checkpointing = False
-    if arguments.ddp_find_unused_parameters is None:
-        # Looked for in vain at every step, but for an expert that gets no token and a tower that gets no image.
-        arguments.ddp_find_unused_parameters = experts or bool(towers(model))
-    if arguments.ddp_broadcast_buffers is None:  # they never change, and are most of an emulator in few bits
-        arguments.ddp_broadcast_buffers = False
-    if tokenizer := job.adapter.get("tokenizer_name_or_path"):  # which a prompt of a text is begun by
-        ensure(Path(tokenizer), weights=False)
-    torch.manual_seed(job.seed)  # the same A on every rank
-    if job.start_dir is None:
-        model = attach_adapter(model, adapter_config(**job.adapter))
-    else:
-        model = load_adapter(model, job.start_dir, trainable=True)
-    if job.hold != "resident":  # DDP would make all ranks' weights the first one's, which are away
-        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        setattr(model, "_ddp_params_and_buffers_to_ignore", frozen)  # noqa: B010
-    if job.pack_length is not None and not job.zero_config:  # whose scattered weights are whole inside its engine alone
-        check_rows_apart(model, torch.bfloat16 if arguments.bf16 else model.dtype)
+    model = _opened(job, arguments)
+    _fit_arguments(arguments, model)
+    model = _adapted(job, model, arguments)
     order = SampleOrder(
         num_sequences(job.tokens_dir, job.pack_length),
         job.batch_size,
@@ -204,6 +179,51 @@ def _make_trainer(
         callbacks=[keeper, *([validation] if validation is not None else []), watchdog],
     )
     return trainer, keeper
+
+
+def _opened(job: FinetuneJob, arguments: TrainingArguments) -> Any:
+    """The emulator, its blocks compiled where that is asked for."""
+    with scattered_in(_stored_dtype(job)) if job.zero_config else contextlib.nullcontext():
+        wide = {} if arguments.bf16 or job.model_options.get("dtype", "auto") != "auto" else _stored_float32(job)
+        model = open_model(job.emulator_dir, job.hold, **{**job.model_options, **wide})
+    if arguments.use_liger_kernel:  # for the driver's machine may not know
+        check_liger(model.config.model_type, _has_experts(model), arguments.liger_kernel_config)
+    if is_compiled(job.training_arguments):
+        check_compiling(_has_experts(model), job.zero_config is not None, job.hold != "resident")
+        compile_blocks(model, job.training_arguments)
+    return model
+
+
+def _has_experts(model: Any) -> bool:
+    return any(isinstance(part, UnfusedExperts) for part in model.modules())
+
+
+def _fit_arguments(arguments: TrainingArguments, model: Any) -> None:
+    """Sets what follows from the model: whether blocks may be run again, and what DDP looks for and sends."""
+    if not model.supports_gradient_checkpointing:
+        arguments.activation_checkpointing = arguments.gradient_checkpointing = False
+    if arguments.ddp_find_unused_parameters is None:
+        # Looked for in vain at every step, but for an expert that gets no token and a tower that gets no image.
+        arguments.ddp_find_unused_parameters = _has_experts(model) or bool(towers(model))
+    if arguments.ddp_broadcast_buffers is None:  # they never change, and are most of an emulator in few bits
+        arguments.ddp_broadcast_buffers = False
+
+
+def _adapted(job: FinetuneJob, model: Any, arguments: TrainingArguments) -> Any:
+    """The model with the adapter to train: a new one, the same on every rank, or that of ``job.start_dir``."""
+    if tokenizer := job.adapter.get("tokenizer_name_or_path"):  # which a prompt of a text is begun by
+        ensure(Path(tokenizer), weights=False)
+    torch.manual_seed(job.seed)  # the same A on every rank
+    if job.start_dir is None:
+        model = attach_adapter(model, adapter_config(**job.adapter))
+    else:
+        model = load_adapter(model, job.start_dir, trainable=True)
+    if job.hold != "resident":  # DDP would make all ranks' weights the first one's, which are away
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        setattr(model, "_ddp_params_and_buffers_to_ignore", frozen)  # noqa: B010
+    if job.pack_length is not None and not job.zero_config:  # whose scattered weights are whole inside its engine alone
+        check_rows_apart(model, torch.bfloat16 if arguments.bf16 else model.dtype)
+    return model
 
 
 def trains_in_bfloat16(job: FinetuneJob) -> bool:
