@@ -8,7 +8,7 @@ from typing import Any
 from emloc_ray.config.emulator import DECIDED, EmulatorConfig
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
-from emloc_ray.planning.budget import RATIOS, fitting, training_bytes, with_config
+from emloc_ray.planning.budget import RATIOS, solve_for_budget, training_bytes, with_config
 from emloc_ray.planning.costs import busy_seconds
 from emloc_ray.planning.emulator_budget import spend_evenly
 from emloc_ray.planning.layout import layout_under
@@ -136,7 +136,7 @@ def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Spe
         return of(name, _changed(prepared, emulator, hold), ratios, largest_batch)
 
     def of(name: str, changed: Prepared, ratios: Sequence[float], largest_batch: int | None = None) -> Alternative:
-        memory = fitting(changed, budget, lengths, ratios, largest_batch)
+        memory = solve_for_budget(changed, budget, lengths, ratios, largest_batch)
         step = busy_seconds(training_cost(memory, 1), section, speeds, memory.weights)
         asks = memory.config.emulator.asks_for_gradients is not None and memory.layout.gradient_linears
         gradients = int(memory.least_for_gradients()) if asks else 0
@@ -189,7 +189,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _solved(config: RunConfig) -> list[str]:
-    """What :func:`fitting` solves for, as the command line takes it."""
+    """What :func:`solve_for_budget` solves for, as the command line takes it."""
     finetune, emulator = config.finetune, config.emulator
     batch = {"per_device_train_batch_size", "gradient_accumulation_steps"}
     own = {} if emulator.heals is None else emulator.heals.model_dump(include=batch, exclude_none=True)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from emloc_ray.config.schema import WORKER_SECTIONS, RunConfig
-from emloc_ray.planning.budget import fitting
+from emloc_ray.planning.budget import solve_for_budget
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.memory import MemoryModel, Parts, total
 from emloc_ray.planning.prepared import Prepared
@@ -44,7 +44,7 @@ def _trained_within(prepared: Prepared) -> Prepared:
     if needed(own) <= budget:
         return prepared
     ratio = prepared.config.emulator.compression_ratio
-    fit = fitting(prepared, int(budget), lengths, (ratio,), needed=needed).config
+    fit = solve_for_budget(prepared, int(budget), lengths, (ratio,), needed=needed).config
     sections = {"finetune": fit.finetune, "emulator": fit.emulator}
     return dataclasses.replace(prepared, config=prepared.config.model_copy(update=sections))
 

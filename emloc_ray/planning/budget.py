@@ -1,6 +1,7 @@
 """Solves for the settings that fit a memory budget."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 from emloc_ray.config.schema import RunConfig
@@ -19,7 +20,7 @@ _FEWER = 4
 RATIOS = tuple(step / 20 for step in range(19, 1, -1))  # 0.95, 0.90, … 0.10
 
 
-def fitting(
+def solve_for_budget(
     prepared: Prepared,
     budget: int,
     lengths: Lengths,
@@ -37,34 +38,43 @@ def fitting(
     rows = section.per_device_train_batch_size * section.gradient_accumulation_steps
     # Checkpointing drops the cache that holds a prefix.
     may_checkpoint = bounded.adapter.method != "prefix_tuning"
-
     if bounded.emulator.budget is not None:  # which says how large the emulator is
         ratios = (bounded.emulator.compression_ratio,)
 
-    def at(ratio: float, micro_batch: int, checkpointing: bool = True) -> MemoryModel:
+    def run_with(ratio: float, micro_batch: int, checkpointing: bool = True) -> MemoryModel:
         changed = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing and may_checkpoint)
         return MemoryModel(changed, lengths)
 
-    def grows_at(ratio: float) -> bool:
+    def healing_has_factors(ratio: float) -> bool:
         healing = bounded.emulator.healing
-        return healing is None or ratio == 1 or bool(healed_layers(at(ratio, 1).layout.ranks, healing.r))
+        return healing is None or ratio == 1 or bool(healed_layers(run_with(ratio, 1).layout.ranks, healing.r))
 
     def fits(memory: MemoryModel) -> bool:
         return (needed or training_bytes)(memory) <= budget
 
-    ratios = [ratio for ratio in ratios if grows_at(ratio)] or ratios
-    ratio = next((ratio for ratio in ratios if fits(at(ratio, 1))), None)
+    ratios = [ratio for ratio in ratios if healing_has_factors(ratio)] or ratios
+    ratio = next((ratio for ratio in ratios if fits(run_with(ratio, 1))), None)
     if ratio is None:
-        return at(ratios[-1], 1)
-    most = largest_batch or section.per_device_train_batch_size
-    sizes = [size for size in range(most, 0, -1) if rows % size == 0]
-    again = next(at(ratio, size) for size in sizes if fits(at(ratio, size)))
-    number = again.config.finetune.per_device_train_batch_size
-    # A step on the original moves its blocks for each micro-batch, where they are not held.
-    moves = prepared.finishes and again.finishing_plan().hold != "resident"
-    fewer = [size for size in sizes if (size == number if moves else number >= size >= number / _FEWER)]
-    kept = (at(ratio, size, checkpointing=False) for size in fewer)
-    return next((memory for memory in kept if fits(memory)), again)
+        return run_with(ratios[-1], 1)
+    largest = largest_batch or section.per_device_train_batch_size
+    sizes = [size for size in range(largest, 0, -1) if rows % size == 0]
+    return _largest_batch(functools.partial(run_with, ratio), sizes, fits, prepared.finishes)
+
+
+def _largest_batch(
+    run_with: Callable[[int, bool], MemoryModel],
+    sizes: Sequence[int],
+    fits: Callable[[MemoryModel], bool],
+    finishes: bool,
+) -> MemoryModel:
+    """The run with the first of ``sizes`` that fits with checkpointing, or without it with one that is not much smaller."""
+    with_checkpointing = next(memory for memory in (run_with(size, True) for size in sizes) if fits(memory))
+    checkpointed = with_checkpointing.config.finetune.per_device_train_batch_size
+    moves = finishes and with_checkpointing.finishing_plan().hold != "resident"
+    # Without checkpointing only where at most 4 times fewer rows fit; where each micro-batch moves blocks, only at the same size.
+    least = checkpointed if moves else checkpointed / _FEWER
+    without = (run_with(size, False) for size in sizes if checkpointed >= size >= least)
+    return next((memory for memory in without if fits(memory)), with_checkpointing)
 
 
 def training_bytes(memory: MemoryModel) -> int:

@@ -20,7 +20,7 @@ from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Qwen
 from benchmarks.figures import write_result
 from benchmarks.stage_memory import bare_prepared
 from emloc_ray.modeling.architecture import ImageShape
-from emloc_ray.planning.budget import fitting, training_bytes, with_settings
+from emloc_ray.planning.budget import solve_for_budget, training_bytes, with_settings
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import MemoryModel, Parts, total
 from emloc_ray.planning.prepared import Prepared
@@ -115,7 +115,7 @@ def plan_shape(shape: Shape) -> dict[str, Any]:
     five = next((ratio for ratio in ratios if at(ratio).emulator <= 5e9 * torch.bfloat16.itemsize), None)
     if five is not None:
         figures["five_billion"] = {"ratio": five, "finetune": _gb(at(five).finetuning_parts())}
-    solved = fitting(prepared, BUDGET, lengths)
+    solved = solve_for_budget(prepared, BUDGET, lengths)
     figures["budget"] = f"No compression ratio fits {BUDGET / GB:.0f} GB"
     if training_bytes(solved) <= BUDGET:
         chosen = solved.config

@@ -12,7 +12,7 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.compiling import check_compiling
 from emloc_ray.planning import calibration_memory
-from emloc_ray.planning.budget import check_gpus, check_holding, fitting, training_bytes, with_settings
+from emloc_ray.planning.budget import check_gpus, check_holding, solve_for_budget, training_bytes, with_settings
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
 from emloc_ray.planning.plan import make_plan, within_budget
@@ -59,7 +59,7 @@ def test_a_budget_is_solved_for_the_largest_ratio_that_fits(prepared: Callable[.
     ready = prepared(finetune={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2})
     least = total(with_base(MemoryModel(with_settings(ready, 0.1, 1, 16, True), LENGTHS).finetuning_parts()))
     budgets = range(least, least + 40_000_000, 400_000)
-    found = [fitting(ready, budget, LENGTHS) for budget in budgets]
+    found = [solve_for_budget(ready, budget, LENGTHS) for budget in budgets]
     for solution, budget in zip(found, budgets, strict=True):
         assert training_bytes(solution) <= budget
         section = solution.config.finetune
@@ -95,7 +95,7 @@ def test_the_solution_is_what_is_planned(prepared: Callable[..., Prepared]) -> N
 
 def test_a_budget_never_takes_a_prefix_its_cache(prepared: Callable[..., Prepared]) -> None:
     run = prepared(adapter={"method": "prefix_tuning", "num_virtual_tokens": 3}, memory_budget="500MiB")
-    assert fitting(run, 500 * 2**20, LENGTHS).config.finetune.gradient_checkpointing is False
+    assert solve_for_budget(run, 500 * 2**20, LENGTHS).config.finetune.gradient_checkpointing is False
 
 
 def test_sums_of_gradients_go_in_waves_too(prepared: Callable[..., Prepared]) -> None:

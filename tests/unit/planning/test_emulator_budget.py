@@ -18,7 +18,7 @@ from emloc_ray.data.token_shards import shard_name, write_index, write_shard
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.planning.alternatives import choose_training
-from emloc_ray.planning.budget import fitting, training_bytes
+from emloc_ray.planning.budget import solve_for_budget, training_bytes
 from emloc_ray.planning.emulator_budget import spend_evenly
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
@@ -223,10 +223,10 @@ def test_forms_that_data_decided_take_the_place_of_those_that_were_planned(value
 
 def test_a_memory_budget_leaves_the_emulator_s_as_it_is(values: dict[str, Any]) -> None:
     prepared, lengths = of(values, "4.3 bits"), Lengths(20.0, 40)
-    solution = fitting(prepared, 2**31, lengths)
+    solution = solve_for_budget(prepared, 2**31, lengths)
     assert solution.layout == prepared.layout
     assert training_bytes(solution) <= 2**31
-    assert training_bytes(fitting(prepared, 2**20, lengths)) > 2**20
+    assert training_bytes(solve_for_budget(prepared, 2**20, lengths)) > 2**20
 
 
 def test_the_alternatives_to_a_budget_are_without_it(values: dict[str, Any]) -> None:

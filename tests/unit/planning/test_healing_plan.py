@@ -19,7 +19,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning.alternatives import choose_training
-from emloc_ray.planning.budget import fitting, training_bytes, with_settings
+from emloc_ray.planning.budget import solve_for_budget, training_bytes, with_settings
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.lengths import Lengths
@@ -313,21 +313,21 @@ def test_it_rounds_by_what_the_factorization_rounds_by(
 def test_a_budget_is_for_the_healing_too() -> None:
     budget = 12 * 2**30
     found = large({"steps": 100, "per_device_train_batch_size": 4})
-    solution = fitting(found, budget, ROW)
+    solution = solve_for_budget(found, budget, ROW)
     assert training_bytes(solution) <= budget
     assert (
         total(with_base(solution.healing_stage_parts())) <= budget
     )  # its teacher is the original, which is larger, offloaded
     section = healed(solution.prepared).section
     assert (section.per_device_train_batch_size, section.gradient_accumulation_steps) == (1, 4)
-    plain = fitting(large(None), budget, ROW).config.emulator.compression_ratio
+    plain = solve_for_budget(large(None), budget, ROW).config.emulator.compression_ratio
     assert solution.config.emulator.compression_ratio <= plain
 
 
 @pytest.mark.slow
 def test_a_budget_leaves_the_healing_its_rows_a_step() -> None:
     found = large({"steps": 100, "per_device_train_batch_size": 4}, finetune={"per_device_train_batch_size": 8})
-    section = healed(fitting(found, 10 * 2**30, ROW).prepared).section
+    section = healed(solve_for_budget(found, 10 * 2**30, ROW).prepared).section
     assert 1 <= section.per_device_train_batch_size < 4
     assert rows_a_step(section) == 4
     own = f"emulator.healing.per_device_train_batch_size={section.per_device_train_batch_size}"
