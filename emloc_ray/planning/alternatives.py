@@ -1,6 +1,7 @@
 """What to train on within a budget: the original or an emulator, whole or offloaded, in more or fewer bits, side by side."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from emloc_ray.planning.work import training_cost
 from emloc_ray.text import described_bits, duration, size, size_up
 
 _WHOLE = {"compression_ratio": 1.0, "residual_rank": 0, "storage": "factors"}
+_IN_ALL_BITS = {"quantization": "none"}
+_ORIGINAL = {**_WHOLE, **_IN_ALL_BITS}
 _FEW_BITS = ("nf4", "int4", "int3", "int2")
 # Below those of int2.
 _BUDGETS = tuple(f"{tenths / 10:g} bits" for tenths in (22, 20, 18, 16, 14, 12, 11, 10, 9, 8))
@@ -125,58 +128,92 @@ def _best(measured: Sequence[tuple[Alternative, float]]) -> Alternative | None:
     return max(as_fast, key=lambda pair: pair[1], default=(None, 0.0))[0]
 
 
-def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Speeds) -> Iterator[Alternative]:
-    hold, section = prepared.config.model.hold, prepared.config.finetune
-    rows = section.per_device_train_batch_size * section.gradient_accumulation_steps
-    in_all_bits = {"quantization": "none"}
+class _Candidates:
+    """Every alternative within a budget, solved for when first asked for."""
 
-    def at(
-        name: str, ratios: Sequence[float], emulator: dict[str, Any], hold: str = hold, largest_batch: int | None = None
+    def __init__(self, prepared: Prepared, budget: int, lengths: Lengths, speeds: Speeds) -> None:
+        self.prepared, self.budget, self.lengths, self.speeds = prepared, budget, lengths, speeds
+
+    def solve(
+        self,
+        name: str,
+        changed: Prepared,
+        ratios: Sequence[float],
+        largest_batch: int | None = None,
+        unneeded: bool = False,
     ) -> Alternative:
-        return of(name, _changed(prepared, emulator, hold), ratios, largest_batch)
+        memory = solve_for_budget(changed, self.budget, self.lengths, ratios, largest_batch)
+        step = busy_seconds(training_cost(memory, 1), changed.config.finetune, self.speeds, memory.weights)
+        needs_gradients = memory.config.emulator.asks_for_gradients is not None and memory.layout.gradient_linears
+        gradients = int(memory.least_for_gradients()) if needs_gradients else 0
+        needed = max(training_bytes(memory), gradients if gradients > self.budget else 0)
+        measured = measured_for(memory.config.emulator)
+        return Alternative(name, memory, needed, needed <= self.budget, step, measured, unneeded)
 
-    def of(name: str, changed: Prepared, ratios: Sequence[float], largest_batch: int | None = None) -> Alternative:
-        memory = solve_for_budget(changed, budget, lengths, ratios, largest_batch)
-        step = busy_seconds(training_cost(memory, 1), section, speeds, memory.weights)
-        asks = memory.config.emulator.asks_for_gradients is not None and memory.layout.gradient_linears
-        gradients = int(memory.least_for_gradients()) if asks else 0
-        needed = max(training_bytes(memory), gradients if gradients > budget else 0)
-        return Alternative(name, memory, needed, needed <= budget, step, measured_for(memory.config.emulator))
+    @functools.cached_property
+    def resident(self) -> Alternative:
+        return self.solve("the original", _changed(self.prepared, _ORIGINAL, "resident"), (1.0,))
 
-    original = {**_WHOLE, **in_all_bits}
-    resident = at("the original", (1.0,), original, "resident")
-    if hold == "resident" or not resident.fits:
-        yield resident
-    else:  # the same training; stages beside which the original does not fit have its blocks come and go
-        changed = MemoryModel(_changed(resident.memory.prepared, {}, "auto"), lengths)
-        yield dataclasses.replace(resident, memory=changed)
-    if hold != "resident":
-        asked = "offloaded" if resident.fits else "auto"
-        offloaded = at("the original, its blocks offloaded", (1.0,), original, asked, largest_batch=rows)
-        if offloaded.memory.finetuning_hold() != "resident":  # which some methods need
-            yield offloaded
-    zero = (prepared.zero_config or {}).get("zero_optimization", {})
-    few_bits = () if zero.get("stage") == 3 else _FEW_BITS
-    names = {bits: f"the original in {described_bits(bits)}" for bits in few_bits}
-    # Where nothing is factorized there is nothing to refine, and a config with both is refused.
-    whole = {bits: at(names[bits], (1.0,), {**_WHOLE, "quantization": bits, "refinement": None}) for bits in few_bits}
-    yield from whole.values()
-    is_met = False
-    if (asked_for := prepared.config.emulator.budget) is not None:
-        own = at(f"an emulator of {asked_for}", RATIOS, {"budget": asked_for})
-        is_met = own.fits
-        yield dataclasses.replace(own, unneeded=resident.fits)
-    own = at("an emulator", RATIOS, {**in_all_bits, "residual_rank": 0})
-    yield dataclasses.replace(own, unneeded=resident.fits)
-    if "int2" in whole and not is_met:
-        unneeded = resident.fits or whole["int2"].fits
-        least = None
-        for bits, run in _of_budgets(prepared):
-            least = of(f"an emulator of {bits}", run, RATIOS)
-            if least.fits or unneeded:
+    def originals(self) -> Iterator[Alternative]:
+        """The original, whole and with its blocks offloaded."""
+        hold, section = self.prepared.config.model.hold, self.prepared.config.finetune
+        if hold == "resident" or not self.resident.fits:
+            yield self.resident
+        else:  # the same training; stages beside which the original does not fit have its blocks come and go
+            changed = MemoryModel(_changed(self.resident.memory.prepared, {}, "auto"), self.lengths)
+            yield dataclasses.replace(self.resident, memory=changed)
+        if hold != "resident":
+            changed_to = _changed(self.prepared, _ORIGINAL, "offloaded" if self.resident.fits else "auto")
+            rows = section.per_device_train_batch_size * section.gradient_accumulation_steps
+            offloaded = self.solve("the original, its blocks offloaded", changed_to, (1.0,), largest_batch=rows)
+            if offloaded.memory.finetuning_hold() != "resident":  # which some methods need
+                yield offloaded
+
+    @functools.cached_property
+    def in_few_bits(self) -> dict[str, Alternative]:
+        """The original in each number of bits."""
+        if (self.prepared.zero_config or {}).get("zero_optimization", {}).get("stage") == 3:
+            return {}
+        # Where nothing is factorized there is nothing to refine, and a config with both is refused.
+        runs = {b: _changed(self.prepared, {**_WHOLE, "quantization": b, "refinement": None}) for b in _FEW_BITS}
+        return {b: self.solve(f"the original in {described_bits(b)}", run, (1.0,)) for b, run in runs.items()}
+
+    @functools.cached_property
+    def of_budget(self) -> Alternative | None:
+        """An emulator of the config's own budget, where it has one."""
+        budget = self.prepared.config.emulator.budget
+        if budget is None:
+            return None
+        changed = _changed(self.prepared, {"budget": budget})
+        return self.solve(f"an emulator of {budget}", changed, RATIOS, unneeded=self.resident.fits)
+
+    def emulators(self) -> Iterator[Alternative]:
+        """One of the config's budget, and one of factors in all bits."""
+        if self.of_budget is not None:
+            yield self.of_budget
+        changed = _changed(self.prepared, {**_IN_ALL_BITS, "residual_rank": 0})
+        yield self.solve("an emulator", changed, RATIOS, unneeded=self.resident.fits)
+
+    def below_int2(self) -> Iterator[Alternative]:
+        """An emulator of the largest budget below that of int2 that fits, or else of the smallest, where the config's own budget
+        does not fit."""
+        if "int2" not in self.in_few_bits or (self.of_budget is not None and self.of_budget.fits):
+            return
+        unneeded, emulator = self.resident.fits or self.in_few_bits["int2"].fits, None
+        for bits, run in _of_budgets(self.prepared):
+            emulator = self.solve(f"an emulator of {bits}", run, RATIOS, unneeded=unneeded)
+            if emulator.fits or unneeded:
                 break
-        if least is not None:
-            yield dataclasses.replace(least, unneeded=unneeded)
+        if emulator is not None:
+            yield emulator
+
+
+def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Speeds) -> Iterator[Alternative]:
+    candidates = _Candidates(prepared, budget, lengths, speeds)
+    yield from candidates.originals()
+    yield from candidates.in_few_bits.values()
+    yield from candidates.emulators()
+    yield from candidates.below_int2()
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
@@ -219,10 +256,11 @@ def _of_budgets(prepared: Prepared) -> Iterator[tuple[str, Prepared]]:
         yield bits, dataclasses.replace(prepared, config=changed, layout=layout)
 
 
-def _changed(prepared: Prepared, emulator: dict[str, Any], hold: str) -> Prepared:
+def _changed(prepared: Prepared, emulator: dict[str, Any], hold: str | None = None) -> Prepared:
+    """The run with the changed settings of its emulator and, unless None, of ``model.hold``."""
     config = prepared.config
     sections = {
         "emulator": config.emulator.model_copy(update={"budget": None, **emulator}),
-        "model": config.model.model_copy(update={"hold": hold}),
+        "model": config.model.model_copy(update={"hold": hold or config.model.hold}),
     }
     return with_config(prepared, config.model_copy(update=sections))
