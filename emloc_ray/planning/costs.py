@@ -37,10 +37,10 @@ class StageCost:
 @dataclass(frozen=True, kw_only=True)
 class Costed:
     """What planning needs of a stage; it is handed the stages and imports none. ``name`` is its word in manifest and log;
-    ``asks`` gives the config section whose workers it takes."""
+    ``workers`` gives the config section whose workers it takes."""
 
     name: str
-    asks: Callable[[RunConfig], StageConfig]
+    workers: Callable[[RunConfig], StageConfig]
     divisible: bool = False
     """Whether fewer workers than asked for can do it: a bag of tasks."""
     wanted: Callable[[Prepared], bool] = lambda prepared: True

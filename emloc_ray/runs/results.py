@@ -42,7 +42,7 @@ def assemble_metrics(
         metrics["planned_imports_bytes"] = BASE_BYTES
     for stage in STEPS:
         if stage.name in stages:
-            metrics |= stage.sections(prepared, stages)
+            metrics |= stage.metrics(prepared, stages)
     return metrics
 
 

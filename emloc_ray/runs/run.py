@@ -176,7 +176,11 @@ def _within_reach(prepared: Prepared, plan: Plan, gathers: bool) -> tuple[Prepar
     holding = plan.host_bytes
     asked = [(stage, resources_of(stage, reached)) for stage in STEPS if stage.wanted(reached)]
     check_workers(
-        (stage.name, replace(each, memory_per_worker=holding.get(stage.name, 0)), stage.asks(reached.config).together)
+        (
+            stage.name,
+            replace(each, memory_per_worker=holding.get(stage.name, 0)),
+            stage.workers(reached.config).together,
+        )
         for stage, each in asked
     )
     return reached, plan

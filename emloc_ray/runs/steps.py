@@ -157,7 +157,7 @@ class Steps:
         self.directory.forget(stage.name)
         for path in self._outputs(stage, *stage.scratch):
             discard(path)
-        self._note(stage.absent(self.prepared.config))
+        self._note(stage.note_if_left_out(self.prepared.config))
 
     def _done_before(self, stage: Stage, key: str) -> Result | None:
         entry = self.directory.stage(stage.name)
@@ -201,7 +201,7 @@ class Steps:
                 discard(path)
             self.directory.forget(stage.name)
             self.write_results()  # its old numbers are no longer this run's
-        shared = None if stage.shares is None or self.cache is None else stage.shares(context)
+        shared = None if stage.cache_inputs is None or self.cache is None else stage.cache_inputs(context)
         cached = None if shared is None or self._mixed else {**inputs, "shared": shared}
         with contextlib.nullcontext() if cached is None else self._alone(stage, cached):
             result = None if cached is None else self._from_cache(stage, context, cached)
@@ -236,7 +236,7 @@ class Steps:
         self, stage: Stage, context: Context, inputs: Inputs, granted: Resources, spent_before: float
     ) -> Result:
         """What the stage gives, and what it used; ``wall_s`` counts the seconds of all its tries."""
-        together = stage.asks(self.prepared.config).together
+        together = stage.workers(self.prepared.config).together
         self._note(shortage(stage.name, granted, together))
         planned = self._host_bytes.get(stage.name, 0)
         memory, remark = (
@@ -360,7 +360,7 @@ class Steps:
         self._note(f"{error.path} is damaged: {name} is redone.")
         self.directory.forget(name)
         folder, *_ = error.path.split("/")
-        spoilt = any(stage.whole for stage in order.STEPS if stage.name == name)
+        spoilt = any(stage.all_or_nothing for stage in order.STEPS if stage.name == name)
         discard(self.directory.path(folder) if spoilt else self.directory.path(*error.path.split("/")))
 
     def write_results(self) -> None:
@@ -379,7 +379,7 @@ class Steps:
 
 def resources_of(stage: Stage, prepared: Prepared) -> Resources:
     """The workers that a stage asks of Ray."""
-    section = stage.asks(prepared.config)
+    section = stage.workers(prepared.config)
     return Resources(section.num_workers, section.cpus_per_worker, section.gpus)
 
 

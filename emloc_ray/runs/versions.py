@@ -77,7 +77,7 @@ def _redo(first: Stage, there: Collection[str], in_batch: bool) -> str:
     """What redoes ``first`` and all that is ``there`` after it."""
     if in_batch:
         return "name a new run_dir, which redoes all"
-    verb = first.verb if first.redone else None
+    verb = first.verb if first.redone_by_from else None
     names = [stage.name for stage in STEPS if stage.name in there and (verb is None or stage.name in redone_from(verb))]
     return f"{'--fresh' if verb is None else f'--from {verb}'} to redo {', '.join(names)}"
 
@@ -86,6 +86,6 @@ def redone_from(begin: str | None) -> tuple[str, ...]:
     """The stages that ``begin`` redoes: all from the verb's first one on, without the import and the data."""
     if begin is None:
         return ()
-    names = [stage.name for stage in STEPS if stage.redone]
-    first = next(stage.name for stage in STEPS if stage.verb == begin and stage.redone)
+    names = [stage.name for stage in STEPS if stage.redone_by_from]
+    first = next(stage.name for stage in STEPS if stage.verb == begin and stage.redone_by_from)
     return tuple(names[names.index(first) :])

@@ -16,7 +16,7 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.work import block_work, steps_cost
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import finetune_job, learned, steps_of
-from emloc_ray.stages.stage import Stage, part
+from emloc_ray.stages.stage import Stage, metrics_of
 
 if TYPE_CHECKING:
     from emloc_ray.stages.finetune.job import FinetuneJob
@@ -93,7 +93,7 @@ FINISH = Stage(
     title="Finishing on the original",
     verb="correct",
     wanted=lambda prepared: prepared.finishes,
-    asks=lambda config: config.finetune,
+    workers=lambda config: config.finetune,
     inputs=_inputs,
     outputs=("adapter_finished",),
     scratch=("finishing",),
@@ -101,6 +101,6 @@ FINISH = Stage(
     cost=_cost,
     steps=lambda prepared: (prepared.config.finetune.exact_steps, "on the original"),
     summary=lambda result: f"{result['steps']} steps on the original, training loss {result['train_loss']:.3f}",
-    sections=part("finishing", "finish", "steps", "train_loss", "history"),
-    keys=("finishing",),
+    metrics=metrics_of("finishing", "finish", "steps", "train_loss", "history"),
+    metrics_keys=("finishing",),
 )

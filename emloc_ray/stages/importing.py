@@ -14,7 +14,7 @@ from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.stages.context import Context, Inputs, Result
-from emloc_ray.stages.stage import Stage, by_weights, one_worker
+from emloc_ray.stages.stage import Stage, cached_by_weights, one_worker
 
 if TYPE_CHECKING:
     from emloc_ray.stages.ray.tasks import Progress, Resources
@@ -68,7 +68,7 @@ IMPORT = Stage(
     title="Importing the model",
     verb="calibrate",
     wanted=is_imported,
-    asks=lambda config: one_worker(config.calibration).model_copy(
+    workers=lambda config: one_worker(config.calibration).model_copy(
         update={"cpus_per_worker": 1, "gpus_per_worker": 0.0}
     ),
     inputs=lambda context: context.model_inputs,
@@ -76,6 +76,6 @@ IMPORT = Stage(
     run=_import,
     cost=_cost,
     resumes=True,
-    redone=False,
-    shares=by_weights,
+    redone_by_from=False,
+    cache_inputs=cached_by_weights,
 )

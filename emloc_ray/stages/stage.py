@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from emloc_ray.stages.ray.tasks import Progress, Resources
 
 
-def by_weights(context: Context) -> Inputs:
+def cached_by_weights(context: Context) -> Inputs:
     """Runs that start from the same weights share what the stage makes of equal inputs."""
     return context.weights
 
@@ -43,31 +43,31 @@ class Stage(Costed):
     """The stages whose files it reads that may have been dropped by now."""
     drops: Callable[[Context], Sequence[str]] = lambda context: ()
     """The stages whose files nothing needs once this one is recorded."""
-    shares: Callable[[Context], Inputs | None] | None = None
+    cache_inputs: Callable[[Context], Inputs | None] | None = None
     """What is hashed beside ``inputs`` to find its work in a shared cache; None: it is not shared."""
     resumes: bool = False
     """Whether what a killed try left in ``outputs`` is continued from."""
-    redone: bool = True
+    redone_by_from: bool = True
     """Whether ``--from`` its verb makes it again."""
-    whole: bool = False
+    all_or_nothing: bool = False
     """Whether a damaged file spoils all of ``outputs``: sums with an index that says that they are complete."""
     summary: Callable[[Result], str] = lambda result: ""
     """Its one line when it has ended."""
     remarks: Callable[[Context, Result], Sequence[str | None]] = lambda context, result: ()
     """What a reader should know of its result."""
-    absent: Callable[[RunConfig], str | None] = lambda config: None
+    note_if_left_out: Callable[[RunConfig], str | None] = lambda config: None
     """What a reader should know where the config leaves it out."""
-    sections: Callable[[Prepared, dict[str, Result]], dict[str, Any]] = lambda prepared, results: {}
+    metrics: Callable[[Prepared, dict[str, Result]], dict[str, Any]] = lambda prepared, results: {}
     """Its part of ``metrics.json``, from the results of the stages that are done."""
-    keys: tuple[str, ...] = ()
+    metrics_keys: tuple[str, ...] = ()
     """The keys of that part."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "verb", self.verb or self.name)
 
 
-def part(section: str, stage: str, *keys: str) -> Callable[[Prepared, dict[str, Result]], dict[str, Any]]:
-    """Makes a stage's ``sections`` of a single one: those of the keys that its result has."""
+def metrics_of(section: str, stage: str, *keys: str) -> Callable[[Prepared, dict[str, Result]], dict[str, Any]]:
+    """Makes a stage's ``metrics`` of one section: those of the ``keys`` that its result has."""
     return lambda prepared, results: {
         section: {key: results[stage][key] for key in keys if results[stage].get(key) is not None}
     }

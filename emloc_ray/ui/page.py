@@ -120,7 +120,9 @@ def page_view(
 ) -> dict[str, Any]:
     """All that the template shows; a section that the run has not reached is missing or empty."""
     done: dict[str, Any] = manifest.get("stages", {})
-    results = {key: (metrics.get(key) or {}) if stage.name in done else {} for stage in STAGES for key in stage.keys}
+    results = {
+        key: (metrics.get(key) or {}) if stage.name in done else {} for stage in STAGES for key in stage.metrics_keys
+    }
     config = manifest.get("config") or {}
     emulator, method = config.get("emulator") or {}, (config.get("adapter") or {}).get("method", "lora")
     current = current_stages(manifest)

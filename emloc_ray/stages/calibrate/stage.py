@@ -14,7 +14,7 @@ from emloc_ray.planning.sizes import gradient_bytes, gram_bytes
 from emloc_ray.planning.work import WITH_BACKWARD, block_work, head_work, tokens_calibrated
 from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, Labels, resume_job
 from emloc_ray.stages.context import Context, Inputs, Result
-from emloc_ray.stages.stage import Stage, by_weights, part
+from emloc_ray.stages.stage import Stage, cached_by_weights, metrics_of
 
 if TYPE_CHECKING:
     from emloc_ray.stages.ray.tasks import Progress, Resources
@@ -178,32 +178,32 @@ CALIBRATE = Stage(
     name="calibrate",
     title="Calibrating",
     wanted=lambda prepared: prepared.layout.differs,
-    asks=lambda config: config.calibration,
+    workers=lambda config: config.calibration,
     inputs=_gram_inputs,
     outputs=("calibration",),
     run=_gather_grams,
     cost=_gram_cost,
-    shares=by_weights,
+    cache_inputs=cached_by_weights,
     resumes=True,
-    whole=True,
+    all_or_nothing=True,
     summary=_summary,
     remarks=lambda context, result: [thin_experts(result)],
-    sections=part("calibration", "calibrate", "num_tokens", "num_shards", "hold", "waves", "experts"),
-    keys=("calibration",),
+    metrics=metrics_of("calibration", "calibrate", "num_tokens", "num_shards", "hold", "waves", "experts"),
+    metrics_keys=("calibration",),
 )
 GRADIENTS = Stage(
     name="gradients",
     title="Gathering gradients",
     verb="calibrate",
     wanted=lambda prepared: bool(prepared.layout.gradient_linears),
-    asks=lambda config: config.calibration,
+    workers=lambda config: config.calibration,
     inputs=gradient_inputs,
     outputs=("gradients",),
     run=_gather_gradients,
     cost=_gradient_cost,
-    shares=by_weights,
+    cache_inputs=cached_by_weights,
     resumes=True,
-    whole=True,
+    all_or_nothing=True,
     summary=_summary,
 )
 SUMS = (CALIBRATE.name, GRADIENTS.name)

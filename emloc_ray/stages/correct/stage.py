@@ -145,7 +145,7 @@ def _summary(result: Result) -> str:
     return f"{chosen}, best of {len(result['candidates'])} on {counted(result['selection_rows'], 'row')}{sure}"
 
 
-def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
+def _metrics(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
     left_out = ("usage", "num_workers")
     return {"correction": {key: value for key, value in results["correct"].items() if key not in left_out}}
 
@@ -153,7 +153,7 @@ def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
 CORRECT = Stage(
     name="correct",
     title="Correcting",
-    asks=lambda config: config.evaluation,  # it scores the original with adapters, as the evaluation does
+    workers=lambda config: config.evaluation,  # it scores the original with adapters, as the evaluation does
     inputs=_inputs,
     outputs=("adapter",),
     scratch=("correction",),
@@ -163,6 +163,6 @@ CORRECT = Stage(
     drops=lambda context: SUMS if context.prepared.config.calibration.keep == "none" else (),
     divisible=True,
     summary=_summary,
-    sections=_sections,
-    keys=("correction",),
+    metrics=_metrics,
+    metrics_keys=("correction",),
 )

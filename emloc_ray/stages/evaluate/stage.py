@@ -125,7 +125,7 @@ def other_bound(evaluation: Mapping[str, Any], upper_bound: str | None) -> str |
     )
 
 
-def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
+def _metrics(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
     sections = {key: results["evaluate"][key] for key in ("evaluation", "exact_match", "generations")}
     bound = prepared.config.evaluation.upper_bound
     gap = None if bound is None else gap_closed(sections["evaluation"], bound)
@@ -135,11 +135,11 @@ def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
 EVALUATE = Stage(
     name="evaluate",
     title="Evaluating",
-    asks=lambda config: config.evaluation,
+    workers=lambda config: config.evaluation,
     inputs=_inputs,
     run=_evaluate,
     cost=_cost,
     remarks=lambda context, result: [other_bound(result["evaluation"], context.prepared.config.evaluation.upper_bound)],
-    sections=_sections,
-    keys=("evaluation", "exact_match", "generations", "gap_closed"),
+    metrics=_metrics,
+    metrics_keys=("evaluation", "exact_match", "generations", "gap_closed"),
 )

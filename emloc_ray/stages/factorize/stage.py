@@ -24,7 +24,7 @@ from emloc_ray.planning.training import factor_ranks, factorize_work, healing_tr
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS, gradient_inputs
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.factorize.job import FactorizationJob
-from emloc_ray.stages.stage import Stage, by_weights
+from emloc_ray.stages.stage import Stage, cached_by_weights
 
 if TYPE_CHECKING:
     from emloc_ray.stages.factorize.allocate import AllocationJob
@@ -268,12 +268,12 @@ def _allocate_summary(result: Result) -> str:
     return f"what they lose is {lost / uniform:.0%} of what uniform ranks would" if uniform > 0 else ""
 
 
-def _allocate_sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
+def _allocate_metrics(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
     left_out = ("usage", "num_workers", "taken_from")
     return {"allocation": {key: value for key, value in results["allocate"].items() if key not in left_out}}
 
 
-def _factorize_sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
+def _factorize_metrics(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
     """What was kept of the original, layer by layer and in all, as it is after healing."""
     made = results["factorize"]
     layout = prepared.layout.as_made(made)
@@ -332,33 +332,33 @@ ALLOCATE = Stage(
     title="Allocating ranks",
     verb="factorize",
     wanted=lambda prepared: bool(prepared.layout.allocated),
-    asks=lambda config: config.emulator,
+    workers=lambda config: config.emulator,
     inputs=lambda context: {"calibrate": context.made[CALIBRATE.name], **_allocation(context)},
     outputs=("allocation",),
     run=_allocate,
     cost=_allocate_cost,
     reads=lambda context: SUMS,
-    shares=by_weights,
+    cache_inputs=cached_by_weights,
     resumes=True,
     divisible=True,
     summary=_allocate_summary,
-    sections=_allocate_sections,
-    keys=("allocation",),
+    metrics=_allocate_metrics,
+    metrics_keys=("allocation",),
 )
 FACTORIZE = Stage(
     name="factorize",
     title="Factorizing",
-    asks=lambda config: config.emulator,
+    workers=lambda config: config.emulator,
     inputs=_factorize_inputs,
     outputs=("emulator",),
     run=_factorize,
     cost=_factorize_cost,
     reads=lambda context: SUMS if _reads_gradients(context.layout) else (CALIBRATE.name,),
-    shares=by_weights,
+    cache_inputs=cached_by_weights,
     resumes=True,
     divisible=True,
     summary=lambda result: f"{len(result['layers'])} linears, mean relative error {result['mean_relative_error']:.3f}",
     remarks=_remarks,
-    sections=_factorize_sections,
-    keys=("emulator",),
+    metrics=_factorize_metrics,
+    metrics_keys=("emulator",),
 )

@@ -16,7 +16,7 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.training_spec import Training
 from emloc_ray.planning.work import num_steps, rows_a_step, steps_trained, training_cost, validation_cost
 from emloc_ray.stages.context import Context, Inputs, Result, without
-from emloc_ray.stages.stage import Stage, part
+from emloc_ray.stages.stage import Stage, metrics_of
 
 if TYPE_CHECKING:
     from emloc_ray.stages.finetune.job import FinetuneJob, ValidationJob
@@ -210,7 +210,7 @@ def _summary(result: Result) -> str:
 FINETUNE = Stage(
     name="finetune",
     title="Fine-tuning",
-    asks=lambda config: config.finetune,
+    workers=lambda config: config.finetune,
     inputs=_inputs,
     outputs=("adapter_emulator",),
     scratch=("training",),
@@ -218,7 +218,7 @@ FINETUNE = Stage(
     cost=_cost,
     steps=lambda prepared: (steps_trained(prepared), f"on the {'emulator' if prepared.layout.differs else 'original'}"),
     summary=_summary,
-    sections=part(
+    metrics=metrics_of(
         "finetune",
         "finetune",
         "steps",
@@ -228,5 +228,5 @@ FINETUNE = Stage(
         "tokens_per_second",
         "validation",
     ),
-    keys=("finetune",),
+    metrics_keys=("finetune",),
 )

@@ -20,7 +20,7 @@ from emloc_ray.planning.work import block_work, emulator_work, head_work, num_tr
 from emloc_ray.stages.calibrate.stage import CALIBRATE
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import finetune_job, learned
-from emloc_ray.stages.stage import Stage, by_weights, part
+from emloc_ray.stages.stage import Stage, cached_by_weights, metrics_of
 
 if TYPE_CHECKING:
     from emloc_ray.stages.heal.heal import HealingJob
@@ -168,7 +168,7 @@ HEAL = Stage(
     name="heal",
     title="Healing",
     wanted=lambda prepared: prepared.config.emulator.heals is not None,
-    asks=lambda config: config.finetune,
+    workers=lambda config: config.finetune,
     inputs=_inputs,
     outputs=("emulator_healed",),
     scratch=(_PLACE,),
@@ -176,12 +176,12 @@ HEAL = Stage(
     cost=_cost,
     steps=_steps,
     reads=lambda context: (CALIBRATE.name,) if _rounds_by_grams(context) else (),
-    shares=by_weights,
+    cache_inputs=cached_by_weights,
     resumes=True,
     summary=lambda result: f"{result['steps']} steps, mean divergence from the original {result['train_loss']:.3f}",
-    absent=no_healing,
-    sections=part(
+    note_if_left_out=no_healing,
+    metrics=metrics_of(
         "healing", "heal", "steps", "train_loss", "history", "healed_layers", "teacher_rows", "teacher_bytes"
     ),
-    keys=("healing",),
+    metrics_keys=("healing",),
 )

@@ -57,7 +57,7 @@ MERGE = Stage(
     name="merge",
     title="Merging",
     wanted=lambda prepared: not prepared.config.adapter.is_prompt,
-    asks=lambda config: config.merge,
+    workers=lambda config: config.merge,
     inputs=_inputs,
     outputs=("merged",),
     run=_merge,
@@ -65,5 +65,5 @@ MERGE = Stage(
     resumes=True,
     divisible=True,
     summary=lambda result: f"{result['merged_tensors']} tensors changed",
-    absent=no_merge,
+    note_if_left_out=no_merge,
 )

@@ -12,7 +12,7 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import block_work, emulator_work, tokens_calibrated
 from emloc_ray.stages.context import Context, Inputs, Result
-from emloc_ray.stages.stage import Stage, by_weights, one_worker, part
+from emloc_ray.stages.stage import Stage, cached_by_weights, metrics_of, one_worker
 
 if TYPE_CHECKING:
     from emloc_ray.stages.ray.tasks import Progress, Resources
@@ -113,17 +113,17 @@ REFINE = Stage(
     title="Refining",
     verb="factorize",
     wanted=lambda prepared: prepared.config.emulator.refines is not None,
-    asks=lambda config: one_worker(config.emulator),
+    workers=lambda config: one_worker(config.emulator),
     inputs=_inputs,
     outputs=("emulator_refined",),
     scratch=(_PLACE,),
     run=_refine,
     cost=_cost,
     steps=_steps,
-    shares=by_weights,
+    cache_inputs=cached_by_weights,
     resumes=True,
     summary=_summary,
-    absent=no_refinement,
-    sections=part("refinement", "refine", "blocks", "blocks_refined", "error_left", "errors"),
-    keys=("refinement",),
+    note_if_left_out=no_refinement,
+    metrics=metrics_of("refinement", "refine", "blocks", "blocks_refined", "error_left", "errors"),
+    metrics_keys=("refinement",),
 )

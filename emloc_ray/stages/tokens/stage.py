@@ -72,7 +72,7 @@ def may_change(prepared: Prepared) -> bool:
     return hub or any(source.images for files in prepared.files.values() for source in files)
 
 
-def _shares(context: Context) -> Inputs | None:
+def _cache_inputs(context: Context) -> Inputs | None:
     prepared = context.prepared
     return None if may_change(prepared) else {**context.weights, "rows": content_of_rows(prepared)}
 
@@ -133,19 +133,19 @@ DATA = Stage(
     name="data",
     title="Making token shards",
     verb="calibrate",
-    asks=lambda config: config.calibration.model_copy(
+    workers=lambda config: config.calibration.model_copy(
         update={"num_workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0.0}
     ),
     inputs=lambda context: {"model": context.model_key, **split_inputs(context.prepared)},
     outputs=("data/tokens",),
     run=_tokenize,
     resumes=True,
-    redone=False,
-    shares=_shares,
+    redone_by_from=False,
+    cache_inputs=_cache_inputs,
     summary=lambda result: (
         "rows: " + ", ".join(f"{split} {count['rows']:,}" for split, count in result["splits"].items())
     ),
     remarks=_remarks,
-    sections=lambda prepared, results: {"data": results["data"]["splits"]},
-    keys=("data",),
+    metrics=lambda prepared, results: {"data": results["data"]["splits"]},
+    metrics_keys=("data",),
 )

@@ -67,7 +67,7 @@ class Pipeline:
             outputs=(name,),
             scratch=(f"{name}_scratch",),
             inputs=lambda context: {"made": name, **self.changed},
-            shares=lambda context: {},
+            cache_inputs=lambda context: {},
             run=make,
             reads=lambda context: (),
             drops=lambda context: (),

@@ -46,9 +46,9 @@ def test_what_a_shared_cache_altered_is_made_again_for_all(
     stage = Stage(
         name="calibrate",
         title="a file",
-        asks=lambda config: config.merge,
+        workers=lambda config: config.merge,
         inputs=lambda context: {"seed": 0},
-        shares=lambda context: {},
+        cache_inputs=lambda context: {},
         run=write,
         outputs=("calibration",),
     )

@@ -144,7 +144,7 @@ def test_accepted_work_stands_is_told_and_is_not_shared(
         context.path("data", "tokens").mkdir(parents=True, exist_ok=True)
         return {"splits": {}}
 
-    stage = replace(DATA, inputs=lambda context: {"seed": 0}, shares=lambda context: {}, run=make)
+    stage = replace(DATA, inputs=lambda context: {"seed": 0}, cache_inputs=lambda context: {}, run=make)
     cache = ArtifactCache(str(tmp_path / "cache"))
 
     def go(stage: Any = stage, accept: bool = False) -> list[str]:
@@ -249,7 +249,7 @@ def test_others_know_who_makes_an_artifact_and_how_it_gets_on(
         DATA,
         outputs=(),
         inputs=lambda context: {},
-        shares=lambda context: {},
+        cache_inputs=lambda context: {},
         run=lambda *_: {"splits": {}},
         remarks=lambda *_: (),
     )

@@ -88,7 +88,7 @@ def write_whole(context: Context, inputs: Inputs, granted: Resources, progress: 
 SHARDS = Stage(
     name="calibrate",
     title="shards",
-    asks=lambda config: config.merge,
+    workers=lambda config: config.merge,
     inputs=lambda context: {"seed": context.prepared.config.seed},
     run=write_shards,
     outputs=("shards",),
@@ -97,7 +97,7 @@ SHARDS = Stage(
 WHOLE = Stage(
     name="merge",
     title="whole",
-    asks=lambda config: config.merge,
+    workers=lambda config: config.merge,
     inputs=lambda context: {"shards": context.made["calibrate"]},
     run=write_whole,
     outputs=("whole",),
