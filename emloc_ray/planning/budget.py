@@ -78,7 +78,7 @@ def _largest_batch(
 
 
 def training_bytes(memory: MemoryModel) -> int:
-    """What a worker of the fine-tuning takes, or of the healing before it where that takes more."""
+    """Bytes of a fine-tuning worker, or of a healing worker where that is more."""
     return max(total(with_base(parts)) for parts in (memory.healing_training_parts(), memory.finetuning_parts()))
 
 
@@ -97,16 +97,20 @@ def check_gpus(prepared: Prepared) -> None:
 
 
 def _least_held(memory: MemoryModel) -> tuple[int, str]:
-    """The fewest bytes that a pass of the original takes, and of what."""
+    """The fewest bytes that any pass of the original takes, and what they hold."""
     hold = memory.config.model.hold
     least = BASE_BYTES + min(memory.held[held_as] for held_as in allowed(hold))
     return least, "all weights, as model.hold: resident says" if hold == "resident" else "its largest blocks"
 
 
 def check_holding(prepared: Prepared) -> None:
-    """Raises ConfigError where the budget, or a worker's share of a GPU that is here (:func:`check_gpus`), is below what any
-    pass of the original takes, where the config needs gradients and a calibration worker cannot hold what they take, or where
-    a training is to compile blocks that it cannot; a budget that was left out refuses nothing else."""
+    """Raises ConfigError where any of these holds:
+
+    - The budget, where it is written, or a worker's share of a GPU of this machine (:func:`check_gpus`), is below what any pass
+      of the original takes.
+    - The config needs gradients, and a calibration worker cannot hold what they take.
+    - Blocks that cannot be compiled are to be.
+    """
     asks, memory = prepared.config.emulator.asks_for_gradients, MemoryModel(prepared)
     if is_compiled((training := prepared.config.finetune).model_extra or {}):
         experts = any(spec.routed_share is not None for spec in prepared.layout.specs)

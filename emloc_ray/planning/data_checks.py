@@ -178,8 +178,8 @@ def _nothing_left(source: SourceFile, reasons: Sequence[str]) -> DataError:
 
 
 def with_format(source: SourceFile, data: DataConfig) -> SourceFile:
-    """A file with the format of its rows: the config's or, where that is ``auto``, that of its first row that has one. Raises
-    DataError, naming the first row where it has none, or three where none has."""
+    """A file with the format of its rows: the config's, or for ``auto`` that of the first row that has one. Raises DataError,
+    naming the first row where it has none, or three where none has."""
     if data.row_format != "auto":
         return dataclasses.replace(source, format=data.row_format)
     reasons: list[str] = []

@@ -97,7 +97,7 @@ def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> Fir
 
 def sequences_a_row(prepared: Prepared, split: str = "train") -> float:
     """Sequences that a row of a split becomes: above one where the chat template rewrites earlier turns of the first rows. One
-    where these show images, none of which is opened, are packed, or are known only to the run."""
+    where rows show images, none of which is opened, are packed, or are known only to the run."""
     data, files = prepared.config.data, prepared.files.get(split, ())
     section = getattr(data, split)
     chats = bool({source.format for source in files} & CHATS)

@@ -210,8 +210,8 @@ def gpus_expected(config: RunConfig) -> float:
 
 
 def check_resources(config: RunConfig, cpus: float | None = None, gpus: float | None = None) -> None:
-    """Raises ConfigError where a stage asks more of a Ray that is started here than it has: the stage would wait for ever.
-    ``cpus`` and ``gpus``: what Ray counts; by default, before Ray runs, those of the config or of this machine."""
+    """Raises ConfigError where a stage asks more than a Ray that is started here has: it would wait for ever. ``cpus`` and
+    ``gpus``: what Ray counts; by default, before Ray runs, those of the config or of this machine."""
     from emloc_ray.config.schema import WORKER_SECTIONS  # here alone: the planner of memory runs without pydantic
 
     if config.ray.joins:

@@ -57,8 +57,8 @@ _MADE = {"allocation": "uniform", "objective": "activations", "storage": "factor
 
 
 def measured_for(emulator: Any) -> Measured | None:
-    """What was measured of such an emulator at its ratio, or at the next smaller one, or at its budget of bits or the next
-    smaller one; None where nothing was."""
+    """The measured figures of such an emulator at its ratio or budget of bits, or at the next smaller one; None where none was
+    measured."""
     ratio, made = emulator.compression_ratio, {key: getattr(emulator, key) for key in _MADE}
     healed = emulator.heals is not None
     if emulator.budget is not None:

@@ -43,8 +43,8 @@ class MemoryModel(CalibrationMemory):
     """Predicts from a layout, a config and row lengths; every method gives bytes by part, ``total`` adds them up."""
 
     def import_parts(self) -> Parts:
-        """Of a GGUF file one tensor in float32, a linear's twice, as it may be laid out otherwise; the whole model and the file's
-        header where its tensors are made of several. Else a chunk that is copied."""
+        """A chunk that is copied. Of a GGUF file one tensor in float32, a linear's twice, as it may be laid out otherwise; with
+        the whole model and the file's header where tensors are made of several."""
         if self.prepared.source.gguf_file is None:
             return {"chunks": COPY_BYTES}
         largest = max([self.layout.head_parameters, *(2 * spec.num_parameters for spec in self.layout.specs)])
@@ -67,9 +67,9 @@ class MemoryModel(CalibrationMemory):
         }
 
     def factorization_parts(self) -> Parts:
-        """The group that needs most, with one of its layers computed once more in float64, as rounding may ask: on the host where
-        the GPU's float64 is slow. A worker with a GPU takes one group after another: on its node are the one that is computed,
-        as read, and the next."""
+        """The group that needs most, with one of its linears computed once more in float64, as rounding may ask: on the host
+        where the GPU's float64 is slow. A worker with a GPU takes one group after another, so its node also holds the tensors
+        of the one that is computed and of the next."""
         section, groups = self.config.emulator, self._groups()
         left = {*self.layout.packed}.difference(spec.name for group in groups for spec in group)
         alone = [group for group in self.layout.groups if any(spec.name in left for spec in group)]
@@ -122,9 +122,9 @@ class MemoryModel(CalibrationMemory):
         return spec.num_parameters * DOUBLE + 4 * order**2 * DOUBLE + self.layout.kept(spec) * (FLOAT + DOUBLE)
 
     def refinement_parts(self) -> Parts:
-        """The weights of original and emulator outside the blocks and in the largest block, whose factors are there in float32
-        with gradients and Adam's moments, and as cast until the backward pass; a batch's hidden states as both read and give
-        them, and what the fit reads of the next one; what the block keeps."""
+        """The weights of original and emulator outside the blocks and in the largest block. The block's factors are in float32
+        with gradients and Adam's moments, and as cast until the backward pass. With them a batch's hidden states, as both read
+        and give them, what the fit reads of the next batch, and what the block keeps."""
         return self._refinement_parts_of(self.refinement_rows())
 
     def refinement_rows(self) -> int:
@@ -242,8 +242,8 @@ class MemoryModel(CalibrationMemory):
         return self.adapter_parameters * (wide + (_HALF if narrow else 0))
 
     def finetuning_hold(self) -> str:
-        """How the fine-tuning holds its model: offloaded only where that is the original, at ratio 1.0, and does not fit. Then
-        the batch is planned with blocks run again. DeepSpeed, DoRA and prefixes want the whole model."""
+        """How the fine-tuning holds its model. Offloaded only where that is the original, at ratio 1.0, and it does not fit;
+        the batch is then planned with blocks run again. DeepSpeed, DoRA and prefixes want the whole model."""
         section, method = self.trained.section, self.trained.adapter.method
         own = section.deepspeed is None and method not in ("dora", "prefix_tuning")
         return self.finishing_plan().hold if own and not self.layout.differs else "resident"
@@ -340,8 +340,8 @@ class MemoryModel(CalibrationMemory):
         return {**parts, **larger}
 
     def evaluation_plan(self) -> HoldPlan:
-        """The original with its adapters; scoring a batch, or completing one with a cache. Where its weights come and go,
-        all variants at once, and of one linear what merging makes of it."""
+        """The original with its adapters, scoring a batch or completing one with a cache. Where its weights come and go: all
+        variants at once, and one linear's merged weight."""
         section = self.config.evaluation
         rows, completes = section.batch_size, section.num_generations or section.num_exact_match
         cached = rows * (self.lengths.longest + section.max_new_tokens) * self.itemsize * self._cached_per_token()
@@ -358,8 +358,7 @@ class MemoryModel(CalibrationMemory):
         return self._together(beside, len({*section.variants} - {*ON_EMULATOR}))
 
     def prompts_at_once(self) -> int:
-        """How many prompts are completed together: a batch, and where weights come anew for every token as many more as fit
-        beside it."""
+        """How many prompts are completed together: a batch; where weights come anew for every token, as many more as fit."""
         section, held = self.config.evaluation, self.evaluation_plan()
         asked = max(section.num_generations, section.num_exact_match, 1)
         if held.hold == "resident" or asked <= section.batch_size:
@@ -379,7 +378,7 @@ class MemoryModel(CalibrationMemory):
         }
 
     def _together(self, beside: Callable[[int], Parts], number: int) -> HoldPlan:
-        """One adapter after another beside the whole original, or so many at once where it does not fit."""
+        """One adapter after another beside the whole original, or ``number`` at once where the original does not fit."""
         alone = self._plan_beside("evaluation", beside(1))
         return alone if alone.hold == "resident" else self._plan_beside("evaluation", beside(number))
 

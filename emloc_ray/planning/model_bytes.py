@@ -186,8 +186,8 @@ class ModelBytes:
 
 
 def model_dtype(prepared: Prepared) -> torch.dtype:
-    """The dtype of the model's weights while they are used; ``auto``, as in transformers: what its config names, else its
-    files'; but bfloat16 for float32 where all that holds them is a GPU of this machine which computes it."""
+    """The dtype of the model's weights in use. ``auto`` means, as in transformers, that of its config, else that of its files;
+    but bfloat16 in place of float32 where all passes run on GPUs of this machine that compute in it."""
     return torch.bfloat16 if _is_narrowed(prepared) else _named_dtype(prepared)
 
 

@@ -54,8 +54,8 @@ class Prepared:
     gpu_bytes: float | None = None  # of the smallest GPU of a Ray that was joined; None where this machine's are meant
 
     def with_gpus(self, available: float, gpu_bytes: float | None = None) -> Prepared:
-        """The run as written, planned with the ``available`` GPUs of a Ray, the smallest of which has ``gpu_bytes`` of memory,
-        None where that is not known; itself where its workers' GPUs and their memory stay the same."""
+        """The run as written, planned with the ``available`` GPUs of a Ray. ``gpu_bytes``: the memory of the smallest, None
+        where it is not known. The run itself where its workers' GPUs and their memory stay the same."""
         config = (self.written_config or self.config).with_gpus(available)
         same = all(getattr(config, name).gpus == getattr(self.config, name).gpus for name in WORKER_SECTIONS)
         if same and gpu_bytes == self.gpu_bytes:

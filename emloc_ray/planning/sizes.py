@@ -14,8 +14,8 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Block:
-    """A block's linears, those that share an input together, and how many tokens it sees for one of the row. That is 1 but for
-    a vision tower, which sees more patches than the language model sees image tokens."""
+    """A block's linears, by shared input, and the tokens that it sees for one of the row: 1, except in a vision tower, which
+    sees more patches than the language model sees image tokens."""
 
     name: str
     groups: tuple[tuple[LinearSpec, ...], ...]
@@ -73,8 +73,8 @@ def widest_step(block: Block) -> int:
 
 
 def blocks_of(groups: tuple[tuple[LinearSpec, ...], ...], multiples: Mapping[str, float]) -> tuple[Block, ...]:
-    """The blocks of a model's linears; ``multiples``: of those that see another number of tokens than the row has, how many
-    times that."""
+    """The blocks of a model's linears. ``multiples``: tokens that a block sees for one of the row, by name, where that is not
+    1."""
     blocks: dict[tuple[str, bool], list[tuple[LinearSpec, ...]]] = {}
     for group in groups:
         blocks.setdefault((group[0].block, group[0].between), []).append(group)

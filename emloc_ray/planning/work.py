@@ -47,8 +47,8 @@ def rows_held_out(prepared: Prepared) -> dict[str, int]:
 
 
 def num_rows(prepared: Prepared, split: str = "train") -> int:
-    """Rows of a split that are read: as many as the config asks for, and without those that are held out of train; estimated
-    where they are made or downloaded later."""
+    """Rows of a split that are read: as many as the config asks for, without those held out of train. Estimated where they are
+    made or downloaded later."""
     config = prepared.config
     asked = {
         "calibration": config.calibration.num_calibration_samples,

@@ -1,4 +1,4 @@
-"""Import: the original as a safetensors checkpoint of the run, where it has to be converted, or not all nodes see it."""
+"""Import: the original as a safetensors checkpoint of the run, where it has to be converted or some node does not see it."""
 
 from __future__ import annotations
 

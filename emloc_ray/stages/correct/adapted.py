@@ -1,4 +1,4 @@
-"""What each adapted linear reads in the emulator with its adapter, as far as the adapter sees it."""
+"""The inputs of each adapted linear in the emulator with its adapter, projected on the adapter's directions."""
 
 import random
 

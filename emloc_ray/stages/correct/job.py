@@ -1,4 +1,4 @@
-"""What every task of the correction needs to know, and where it leaves what it made."""
+"""What every task of the correction needs to know, and where its results go."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ class CorrectionJob:
     """Artifact paths and flat settings of the stage.
 
     Where there is more than one candidate, ``none`` is the first. ``max_tokens`` bounds what scoring all may read (None: all
-    selection rows). ``residuals`` are the linears' ``tr(Δ G' Δᵀ)`` as the factorization measured it, before healing added
-    ``healed`` ranks; linears whose weights were stored anew since are left out. ``gram_dampening_frac`` damps their G'. For
-    ``adapted`` the emulator with the adapter reads rows of the calibration, which are in ``tokens_dir``: their
-    ``calibration_tokens`` count, and ``streams`` says which of these a linear reads where not those of the row.
+    selection rows). ``residuals``: each linear's ``tr(Δ G' Δᵀ)`` as the factorization measured it, before healing added
+    ``healed`` ranks; without linears whose weights were stored anew since. ``gram_dampening_frac`` damps their G'.
+
+    For ``adapted`` the emulator with the adapter reads calibration rows of ``tokens_dir``, of which the ``calibration_tokens``
+    count. ``streams`` names the tokens that a linear reads, where these are not the row's.
     """
 
     model_dir: Path

@@ -37,8 +37,8 @@ def certainty(gain: Gain, num_rows: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class ScoredChoice:
-    """Each candidate with its rows' losses, in the order in which they were measured; and which is chosen. ``considered`` is
-    the chosen one, or the best other one where that is ``none``."""
+    """Each candidate with its rows' losses, in the order in which they were measured, and the chosen one. ``considered``: the
+    chosen one, or the best of the others where ``none`` is chosen."""
 
     losses: Mapping[Candidate, Tensor]
     counts: Tensor

@@ -59,10 +59,11 @@ def correction_job(context: Context) -> CorrectionJob:
 
 
 def _residuals(context: Context) -> dict[str, Any]:
-    """What the factorization measured of weights that are stored so still, but for what healing joined to their factors.
+    """What the factorization measured, for linears whose stored weights have not changed since, except for ranks that healing
+    added.
 
-    Refined factors are others, as are those that are put into few bits or pivoted once they are healed, and dense weights put
-    into 4 bits then.
+    They have changed where factors were refined, where they were quantized or pivoted after healing, and where dense weights
+    were put into 4 bits then.
     """
     prepared, layers = context.prepared, context.results.get("factorize", {}).get("layers", {})
     residuals = {name: layer.get("residual_energy") for name, layer in layers.items()}

@@ -40,11 +40,11 @@ _CONNECTIONS = 8  # by which small files are read at once
 class AllocationJob:
     """Artifact paths and flat settings of the stage.
 
-    ``groups`` are the linears whose ranks are to be found, those that share a Gram together, and ``ranks`` what each has
-    uniformly: the budget. Gains are of predictions, ``½ λ_i / N`` with the ``λ_i`` of the metric of both sums, or what
-    ``plain_factors`` save there. ``gradients_dir`` holds the sums of gradients. ``never_dense`` are those that cannot stay
-    dense in the emulator's quantization. ``storage`` is that of factors, which decides what a rank costs; ranks are
-    multiples of ``rank_multiple``. With ``spending`` the job chooses forms within its budget instead of ranks.
+    ``groups``: the linears whose ranks are to be found, by shared Gram. ``ranks``: the uniform rank of each, which is the
+    budget. Gains are of predictions: ``½ λ_i / N`` with the eigenvalues ``λ_i`` in the metric of both sums, or what
+    ``plain_factors`` save there. ``gradients_dir`` holds the sums of gradients. ``never_dense``: linears that cannot stay dense
+    in the emulator's quantization. ``storage``: that of factors, which decides what a rank costs. Ranks are multiples of
+    ``rank_multiple``. With ``spending`` the job chooses forms within its budget instead of ranks.
     """
 
     model_dir: Path
@@ -120,9 +120,12 @@ def group_spectra(
 def allocate_ranks(
     job: AllocationJob, out_dir: Path, resources: Resources, progress: Progress = silent, tell: Tell = unheard
 ) -> dict[str, Any]:
-    """Writes ``ranks.json`` into ``out_dir``, every linear's rank (null: dense), the share of its parameters that it keeps and
-    what it gains of all that it could; with a budget ``forms.json``. Spectra that are there already are kept. A linear of which
-    the data says nothing, as an expert that nothing was sent to, keeps its uniform rank or form."""
+    """Writes ``ranks.json`` into ``out_dir``, or with a budget ``forms.json``: every linear's rank (null: dense), the share of
+    its parameters that it keeps, and its share of all that could be gained.
+
+    Spectra that an earlier try wrote are kept. A linear that the data says nothing of, such as an expert without tokens, keeps
+    its uniform rank or form.
+    """
     files = [out_dir / f"spectra-{k + 1:05d}-of-{len(job.groups):05d}.safetensors" for k in range(len(job.groups))]
     grams = GramStore(job.calibration_dir)
     sums = GramStore(job.gradients_dir)

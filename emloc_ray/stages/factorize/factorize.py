@@ -90,8 +90,8 @@ def whitening_of(
     device: torch.device | str = "cpu",
     tensors_read: GroupTensors | None = None,
 ) -> Whitening:
-    """The whitening of a group's Gram; the identity of linears without a calibration token, such as a vision tower's without
-    images: their best factors are then those of the weight alone."""
+    """The whitening of a group's Gram. The identity without a calibration token, as in a vision tower without images: the best
+    factors are then those of the weight alone."""
     assert gram is not None
     stored = gram.read() if tensors_read is None or tensors_read.gram is None else tensors_read.gram
     inputs = stored if gram.num_tokens else torch.eye(len(stored), dtype=stored.dtype)
@@ -239,8 +239,10 @@ class _Linear:
 def _known_error(
     result: Factorization, whitening: Whitening, dtype: torch.dtype, storage: Storage
 ) -> tuple[float, float] | None:
-    """The relative error of factors as stored in ``dtype`` and ``tr(W G Wᵀ)``, from what the factorization measured; None where
-    rounding, which pivoted factors blow up by what their rows are made of, has too large a share in it: that is to be measured.
+    """The relative error of factors as stored in ``dtype``, and ``tr(W G Wᵀ)``, from what the factorization measured.
+
+    None where rounding has too large a share in the error, as it may have in pivoted factors, which amplify it: then the error
+    is to be measured.
     """
     total, residual = result.total_energy, result.relative_error**2 * result.total_energy
     if torch.finfo(dtype).eps <= torch.finfo(torch.float32).eps:
@@ -258,8 +260,8 @@ def build_emulator(
     progress: Progress = silent,
     tell: Tell = unheard,
 ) -> dict[str, Any]:
-    """Writes an emulator, shard by shard: factors of every linear in ``job.ranks``, others in 4 bits where the job says so,
-    all other tensors as they are, config, tokenizer. Shards that are there already are kept.
+    """Writes an emulator shard by shard: factors of every linear in ``job.ranks``, the others quantized where the job says so,
+    all other tensors unchanged, config, tokenizer. Shards of an earlier try are kept.
 
     ``base_config`` is the original's. Raises what a task raised, and NumericsError as :func:`factorize_group`.
     """

@@ -15,8 +15,8 @@ Work = TypeVar("Work")
 
 
 class GroupTensors(NamedTuple):
-    """The weights ``(out, in)`` of a group's linears by name, their Gram ``(in, in)``, None where nothing needs it, and the sums
-    of gradients ``(out, out)`` of those that have one."""
+    """A group's tensors: the weight ``(out, in)`` of each linear by name, the Gram ``(in, in)`` or None where nothing needs it,
+    and the sums of gradients ``(out, out)`` by name, where a linear has one."""
 
     weights: dict[str, Tensor]
     gram: Tensor | None

@@ -1,4 +1,4 @@
-"""What an emulator keeps of the original as it is, streamed from one checkpoint to the other."""
+"""The tensors that an emulator keeps unchanged, streamed from the original's checkpoint to its own."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +16,8 @@ _CHUNK_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Kept:
-    """A tensor that the emulator keeps: its name and shape there, and what of the original's checkpoint it is made of,
-    one below the other."""
+    """A tensor that the emulator keeps: its name and shape, and the parts of the original's checkpoint that it is made of, one
+    below the other."""
 
     entry: TensorEntry
     sources: tuple[TensorEntry, ...]

@@ -109,7 +109,7 @@ class _Table:
         return self._upgraded(picks, dear, budget), price, bound
 
     def _upgraded(self, picks: Picks, dear: Picks, budget: int) -> Picks:
-        """Takes as many of the picks of a lower price as fit, those first that save most a byte."""
+        """Takes as many picks of a lower price as fit, first those that save most a byte."""
         more, saved = self.cost[dear] - self.cost[picks], self.lost[picks] - self.lost[dear]
         items = np.flatnonzero((more > 0) & (saved > 0))
         left, made = budget - int(self.cost[picks].sum()), picks.copy()

@@ -24,8 +24,8 @@ TEACHER, CALL = "teacher", "call"  # what a batch holds beside what the model is
 
 
 class RankBatches(IterableDataset[dict[str, Any]]):
-    """This rank's micro-batches from the Trainer's current step on, each with what the teacher says of it, if there is one; none
-    where the training is over."""
+    """This rank's micro-batches from the Trainer's current step on, each with the teacher's top log-probabilities where there
+    is a teacher; none where the training is over."""
 
     def __init__(self, job: FinetuneJob, order: SampleOrder, accumulation: int) -> None:
         self.job, self.order, self.accumulation = job, order, accumulation
@@ -54,8 +54,8 @@ class RankBatches(IterableDataset[dict[str, Any]]):
             yield {**batch, **({} if taught is None else {TEACHER: next(taught)})}
 
     def called(self, batch: dict[str, torch.Tensor], config: Any) -> dict[str, Any]:
-        """What a model of that config is called with, and where it predicts which labels: found here, before the batch is on
-        a GPU."""
+        """A call of a model of that config, with the positions and labels that it predicts. They are found here, before the
+        batch is on a GPU."""
         call = model_call(config, batch, self.job.loss_on)
         given = {key: value for key, value in call.inputs.items() if value is not None}  # the Trainer may count a mask
         return {**given, CALL: replace(call, inputs={})}

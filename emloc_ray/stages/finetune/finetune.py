@@ -57,11 +57,12 @@ def finetune(
 ) -> dict[str, Any]:
     """Trains the adapter on the emulator and writes it to ``job.out_dir`` in PEFT's format.
 
-    A lost worker restarts the group from its newest checkpoint, at most ``max_failures`` times; so does running the stage again
-    with the same ``name``, as where Ray Train's own process is lost. One worker runs alone and several as a group, unless a
-    ``runner`` is given. ``detail`` hears loss, learning rate and tokens a second as they change. Raises NumericsError where
-    loss or gradients stop being numbers, naming the step, StageError where memory ran out, which a restart would not change,
-    and what ``progress`` raised to stop the training; a checkpoint of where it was is there then.
+    A lost worker restarts the group from its newest checkpoint, at most ``max_failures`` times. So does running the stage again
+    with the same ``name``, as after the loss of Ray Train's own process. One worker runs alone and several as a group, unless a
+    ``runner`` is given. ``detail`` hears loss, learning rate and tokens a second as they change.
+
+    Raises NumericsError, naming the step, where loss or gradients stop being numbers; StageError where memory ran out, which a
+    restart would not change; and what ``progress`` raised to stop the training, after a checkpoint.
     """
     job.storage_dir.mkdir(parents=True, exist_ok=True)
     job = replace(job, planned_s=resources.planned_s, folder=claim_try_folder(job.storage_dir))

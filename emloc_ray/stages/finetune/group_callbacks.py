@@ -1,6 +1,6 @@
-"""What Ray Train's controller calls: one callback logs why workers begin again, one ends a group that waits where it is
-stopped, one a group that does not start, one releases what a lost group held. The controller imports this alone: all of a
-training would keep it for seconds."""
+"""What Ray Train's controller calls. :class:`FailureLog` logs why workers begin again. :class:`StopBeforeStart` ends a group
+that waits while the training is stopped, :class:`StartWatch` one that does not start. :class:`GroupRelease` gives a lost
+group's resources back. The controller imports this alone: all of a training would keep it for seconds."""
 
 import os
 import threading

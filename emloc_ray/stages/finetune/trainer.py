@@ -116,7 +116,8 @@ class EmulatorTrainer(Trainer):
         return metrics
 
     def gradients_are_finite(self) -> bool:
-        """Asked before an optimizer step, or where DeepSpeed is, which does both at once, after it."""
+        """Whether this step's gradients are numbers. Asked before an optimizer step; under DeepSpeed, which takes both at once,
+        after it."""
         if self.is_deepspeed_enabled:
             return step_was_finite(self.model_wrapped)
         if (scaler := self.accelerator.scaler) is not None:
@@ -132,8 +133,8 @@ class EmulatorTrainer(Trainer):
         return self.norm
 
     def _take_average(self) -> None:
-        """Gives the model the weights that the optimizer returns, where those are not where it takes gradients (schedule-free);
-        a training step sets it back."""
+        """Gives the model the weights that the optimizer returns, where a schedule-free one takes gradients at others. The next
+        training step sets that back."""
         if callable(settle := getattr(self.optimizer, "eval", None)):
             settle()
 
@@ -169,7 +170,7 @@ class StepKeeper(TrainerCallback):
         self._line: dict[str, Any] = {}  # the log's newest
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tells from which step on it trains, and saves as often as is asked now, not as a checkpoint had it."""
+        """Reports the step that training begins at. Saves as often as this job asks, not as a checkpoint's job did."""
         state.compute_steps(args, state.max_steps)
         self._show(state.global_step)
 

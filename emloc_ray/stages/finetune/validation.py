@@ -58,7 +58,8 @@ class Validation(TrainerCallback):
         return losses
 
     def _on_original(self, model: Any, original: OriginalJob) -> float:
-        """As :meth:`measure` of the original with the adapter as it is now, read from a file as the evaluation reads it."""
+        """As :meth:`measure`, for the original with the adapter as it is now. The adapter is read from a file, as the
+        evaluation reads it."""
         with tempfile.TemporaryDirectory() as folder:
             path, job = Path(folder) / "adapter", self.job
             save_trained_adapter(model, path, targets=job.portable_targets, base_model=job.base_model)

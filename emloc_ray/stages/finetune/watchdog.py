@@ -23,9 +23,12 @@ class _At(NamedTuple):
 
 
 class Watchdog(TrainerCallback):
-    """Ends this process where a step takes so much longer than steps do that it hangs, as :func:`bound` says; a start, a score
-    or a checkpoint may take as long as fewer pieces may. It is a callback behind those that ask for scores and checkpoints, and
-    counts its own looks rather than read a clock: a process that was stopped for long goes on."""
+    """Ends this process where a step takes so much longer than other steps that it hangs (:func:`bound`). A start, a score or a
+    checkpoint may take as long as a piece may where few are known.
+
+    It comes after the callbacks that ask for scores and checkpoints. It counts its own looks rather than read a clock, so a
+    process that was stopped for long goes on.
+    """
 
     def __init__(self, planned_s: float, end: Callable[[str], None], look_s: float = 1.0) -> None:
         """``planned_s``: as for :class:`~emloc_ray.stages.ray.pace.Pace`; ``end`` hears why."""

@@ -64,7 +64,7 @@ class FoldJob:
 
     @property
     def rounded(self) -> frozenset[str]:
-        """The linears that are rounded to integers once they are grown, which is work for a GPU where there is one."""
+        """The linears to round to integers once they are grown: work for a GPU where there is one."""
         return frozenset(self.healed) & self.integers.bits.keys()
 
 
@@ -193,8 +193,7 @@ def _in_integers(
 
 @exact_float32()
 def write_pieces(job: FoldJob, shards: Sequence[FoldWork], device: torch.device | str = "cpu") -> None:
-    """Writes shards, but for those that are there, whole, from a try that was killed; what is rounded to integers is on
-    ``device``."""
+    """Writes the shards that no killed try has written whole. What is rounded to integers is on ``device``."""
     opened = _Opened(job)
     for piece in shards:
         if exists(piece.file):

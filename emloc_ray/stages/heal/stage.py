@@ -146,7 +146,7 @@ def _cost(memory: MemoryModel) -> StageCost:
 
 
 def _rounds_by_grams(context: Context) -> bool:
-    """Whether it rounds what it grew under Grams, as the factorization does the rest: by their weights alone it takes none."""
+    """Whether it rounds what it grew under Grams, as the factorization rounds the rest. By the weights alone it reads none."""
     layout = context.layout_made
     return layout.objective != "weights" and bool(rounded_late(layout, context.prepared.config.emulator.heals))
 

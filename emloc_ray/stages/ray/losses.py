@@ -55,7 +55,7 @@ def unheard(text: str) -> None:
 
 
 class Losses:
-    """How often each piece of a stage's work has lost its worker; with a node that a cloud took back does not count."""
+    """How often each piece of a stage's work has lost its worker. Losses of a node that a cloud took back do not count."""
 
     # Seconds before the first, second and later tries. Together they outlast the 15 s for which, by Ray's defaults, a node
     # counts as alive whose raylet is dead: work restarted at once may be sent to such a node each time.
@@ -161,7 +161,7 @@ def hopeless(error: BaseException) -> str | None:
 
 
 def reason(error: BaseException, kernel_killed: bool = False) -> tuple[str, str]:
-    """Why a worker was lost, as far as Ray or the kernel knows, and what to do where it happens again and again."""
+    """Why a worker was lost, as far as Ray or the kernel knows, and what to do where it happens repeatedly."""
     chain = list(causes(error))
     text = " ".join(str(cause) for cause in chain)
     if any(is_out_of_memory(cause) for cause in chain) or "memory pressure" in text:

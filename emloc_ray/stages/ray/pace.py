@@ -37,8 +37,8 @@ class Ended(NamedTuple):
 
 
 def bound(took: Sequence[float], planned_s: float) -> tuple[float, str] | None:
-    """The seconds that a piece may take at most where others ``took`` so many, and what that is held against; None where
-    nothing is known. ``planned_s``: as for :class:`Pace`."""
+    """The seconds that a piece may take at most, and the figure that they follow from, as text: how long other pieces ``took``,
+    or what was planned. None where nothing is known. ``planned_s``: as for :class:`Pace`."""
     if len(took) >= _FEW_PIECES:
         usual = statistics.median(took)
         return max(PATIENCE_S, _TIMES_USUAL * usual), f"{duration(usual)} is usual"
@@ -82,7 +82,7 @@ class WholePace:
 
 
 class Pace:
-    """When each task at work gave something last, and the seconds between what tasks gave."""
+    """When each running task last yielded something, and the seconds between what tasks yield."""
 
     def __init__(self, planned_s: float = 0.0) -> None:
         """``planned_s``: the seconds that all of it was planned to take; 0 where that is not known."""
@@ -92,7 +92,7 @@ class Pace:
         self._took: deque[float] = deque(maxlen=_LAST_PIECES)
 
     def gave(self, task: Any) -> None:
-        """Notes that a task has given what it was at, or, the first time, that it has begun."""
+        """Notes that a task has yielded a piece; the first time, that it has begun."""
         now = time.monotonic()
         if task in self._since:
             self._took.append(now - self._since[task])
@@ -133,7 +133,7 @@ def end_process(word: Path, why: str) -> None:
 
 
 def leave_word(word: Path, why: str) -> None:
-    """Writes ``why`` to a file; does without where that cannot be done within a minute, as where a store does not answer."""
+    """Writes ``why`` to a file, or gives up after a minute, for a store may not answer."""
 
     def leave() -> None:
         with contextlib.suppress(Exception):

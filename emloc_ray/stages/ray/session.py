@@ -84,7 +84,7 @@ def total(resource: str) -> float:
 
 
 def gpus_within_reach() -> float:
-    """The GPUs of all nodes, or of those that an autoscaler may add, where that is more."""
+    """The GPUs of all nodes, with those that an autoscaler may still add."""
     return grown_cluster().get("GPU", 0.0)
 
 
@@ -98,7 +98,7 @@ def smallest_gpu_bytes() -> float | None:
 
 
 def check_nodes(configs: Sequence[RunConfig]) -> None:
-    """Asks every live node that work may go to for the packages that the configs need and, of those with GPUs, what these can
+    """Asks every live node that work may go to for the packages that the configs need, and nodes with GPUs for what these can
     compute. Raises ConfigError, naming the first node that lacks something."""
     from emloc_ray.planning.machine import lacks
 

@@ -85,9 +85,9 @@ def run_slots(
     which people call ``unit_name``.
 
     ``done(slot, unit)`` is called with every finished unit, after a resume with the last one alone. A lost task is restarted
-    and says how far it had come. ``safe[slot]``, where known: the last unit of an earlier try; a slot that is at its end is not
-    begun. ``planned_s``: as for :class:`Pace`. Raises StageError where a slot is lost at one unit, or before it begins with no
-    further unit done meanwhile, more often than ``losses`` allows.
+    and reports its progress. ``safe[slot]``: the last unit of an earlier try, where known; a slot at its end is not begun.
+    ``planned_s``: as for :class:`Pace`. Raises StageError where a slot is lost more often than ``losses`` allows, either at one
+    unit, or before it begins while no unit is done.
     """
     slots = [
         _Slot(number, units, last, start, unit_name, done)

@@ -25,9 +25,12 @@ _EVERY_S = 0.02
 
 @dataclass(frozen=True)
 class Span:
-    """``count`` pieces of a stage's work, ``unit`` where it is one, by one worker; times in seconds since 1970, ``peak_bytes``
-    the most that its process held meanwhile but for mapped models, ``idle_bytes`` what it held before, which is what its imports
-    take, ``gpu_peak_bytes`` what torch reserved of its GPU; 0 where that is not known."""
+    """``count`` pieces of a stage's work by one worker; ``unit`` names it where it is one.
+
+    Times are in seconds since 1970. ``peak_bytes``: the most that its process held meanwhile, without mapped models.
+    ``idle_bytes``: what it held before, which is what its imports take. ``gpu_peak_bytes``: what torch reserved of its GPU. 0
+    where a value is not known.
+    """
 
     stage: str
     worker: str
@@ -141,10 +144,10 @@ def _peak() -> int:
 
 
 class _OwnPeak:
-    """The most that this process held while the block ran, but for pages of models' files: these are mapped, and the kernel
+    """The most that this process held while the block ran. Pages of models' files do not count: they are mapped, and the kernel
     takes them back when it needs them.
 
-    The kernel keeps no peak of that, so that it is looked at every ``_EVERY_S``. 0 where the system does not tell.
+    The kernel keeps no peak without them, so the value is read every ``_EVERY_S``. 0 where the system does not tell.
     """
 
     def __init__(self) -> None:

@@ -92,8 +92,8 @@ class Resources:
         """A function as a Ray task with :meth:`task_options` and :attr:`threads`, whose result a :class:`Flight` takes;
         ``alone``: in a process that ends with it.
 
-        Made with the options rather than given them later: only then does Ray end the process of a task that had a GPU, which
-        would hold what torch took of it, and stay with that GPU where the next task is given another.
+        The task is made with its options, not given them later. Only then does Ray end the process of a task that had a GPU. A
+        process that stays would keep torch's memory, and its GPU, where the next task is given another.
         """
         more = {"max_calls": 1} if alone else {}
         options: dict[str, Any] = {**self.task_options(), "num_returns": "streaming", **more}
@@ -124,8 +124,8 @@ def set_threads(count: int) -> None:
 
 @dataclass(eq=False)
 class FlightTask:
-    """A task of a flight: how it is called, what starts it, from when on it may start (monotonic clock), how far it has come,
-    what came out. ``submit`` starts one of :meth:`Resources.task`, so that its begin, its time and its memory are known."""
+    """A task of a :class:`Flight`: its name, the function that starts it, the earliest start (monotonic clock), its progress
+    and its result. ``submit`` starts one of :meth:`Resources.task`, so that its begin, its time and its memory are known."""
 
     name: str
     submit: Callable[[], Any]

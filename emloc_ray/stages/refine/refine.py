@@ -67,8 +67,8 @@ class RefinementJob:
 
 @dataclass(frozen=True)
 class _Batch:
-    """A batch as a block's fit reads it, on the host: what the original's block gives for it, where that runs, and what the
-    emulator's blocks before give."""
+    """A batch as a block's fit reads it, on the host: the output of the original's block, where it runs, and that of the
+    emulator's blocks before."""
 
     call: ModelCall
     wanted: BlockOutput | None
