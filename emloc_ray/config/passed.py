@@ -280,8 +280,8 @@ def trained_with(name: str) -> str | None:
 
 
 def no_such_key(key: str, last: str, known: Iterable[str]) -> str:
-    """Says that there is no such key, and which of ours means what other tools call so, is called so in another section, or
-    is nearest of ``known``."""
+    """Says that there is no such key, and names the likeliest: ours for what other tools call so, the same key in another
+    section, or the nearest of ``known``."""
     known, meant = set(known), peer_key(key)
     near = difflib.get_close_matches(last, sorted(known), n=1, cutoff=0.6)
     peer = meant or ("" if near else _elsewhere(last)) or ""

@@ -85,8 +85,11 @@ def _scaled_vectors(weight: Tensor, whitening: Whitening) -> tuple[Tensor, Tenso
 
 
 def _is_lost_in_rounding(values: Tensor) -> bool:
-    """Whether float32's rounding, some ``u λ₁`` in each of the ascending ``values``, is a hundredth or more of the value at
-    the first quarter from the top: a linear of ratio 0.5 has about as many ranks."""
+    """Whether float32 is too narrow for eigenvalues, in ascending order.
+
+    Its rounding error, about ``u λ₁`` in each, is then over 1 % of the one a quarter from the top: about the last rank that a
+    linear keeps at ratio 0.5.
+    """
     unit_roundoff = torch.finfo(torch.float32).eps / 2.0
     return bool(unit_roundoff * values[-1] > 0.01 * values[-1 - len(values) // 4])
 

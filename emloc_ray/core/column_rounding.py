@@ -17,7 +17,7 @@ from emloc_ray.core.compiled import compiled_or
 def round_in_turn(
     targets: Tensor,
     mixing: Tensor,
-    left: Tensor,
+    reference: Tensor,
     scales: Tensor,
     zeros: Tensor,
     top: int,
@@ -27,11 +27,11 @@ def round_in_turn(
     """Writes the ``codes`` q, uint8, and the ``changes`` x of the columns:
 
         t_k = targets_k + Σ_{j<k} mixing_kj x_j,    q_k = the nearest of 0 … top to t_k / s_k + z_k,
-        x_k = left_k − s_k (q_k − z_k)
+        x_k = reference_k − s_k (q_k − z_k)
 
     ``mixing (n, n)`` is read below its diagonal, all else is ``(n, out)``. On CUDA by one kernel, where Triton compiles it.
     """
-    arguments = (targets, mixing, left, scales, zeros)
+    arguments = (targets, mixing, reference, scales, zeros)
     if targets.is_cuda:
         cuda_rounding()(*(tensor.contiguous() for tensor in arguments), top, codes, changes)
     else:
@@ -41,7 +41,7 @@ def round_in_turn(
 def step_by_step(
     targets: Tensor,
     mixing: Tensor,
-    left: Tensor,
+    reference: Tensor,
     scales: Tensor,
     zeros: Tensor,
     top: int,
@@ -53,7 +53,7 @@ def step_by_step(
         target = torch.addmv(targets[k], changes[:k].T, mixing[k, :k])
         code = target.div_(scales[k]).add_(zeros[k]).round_().clamp_(0, top)
         codes[k] = code
-        torch.sub(left[k], code.sub_(zeros[k]).mul_(scales[k]), out=changes[k])
+        torch.sub(reference[k], code.sub_(zeros[k]).mul_(scales[k]), out=changes[k])
 
 
 @functools.cache

@@ -170,7 +170,8 @@ def _over(left: Tensor, inner: Tensor) -> Tensor:
 
 
 def _damped(inner: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """``inner + d I`` and d, the ``fraction`` of its mean diagonal; 1 of zeros, which say as little as the identity."""
+    """``inner + d I`` and ``d``: ``fraction`` of the mean diagonal, or 1 where ``inner`` is zero and the identity is as good as
+    any."""
     size = inner.diagonal().mean()
     damping = torch.where(size > 0, fraction * size, 1.0)
     return inner + damping * torch.eye(len(inner), dtype=inner.dtype, device=inner.device), damping

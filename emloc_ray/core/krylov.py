@@ -15,17 +15,17 @@ MAX_LOSS_SHARE = 4e-4
 # but products with few columns are slower, and by a fifth with 99 than with 96.
 _BLOCK_SHARE = 0.125
 _MIN_BLOCK = 32
-# The first look at the Ritz values, in ranks: 1/i² needs 1.5, real layers of 576 features 2.2, a normal matrix 3.5. In a
-# small matrix a look costs as much as several blocks, so that it comes later.
-_FIRST_LOOK, FIRST_LOOK_IF_SMALL = 1.75, 2.2
+# The vectors at the first check of the Ritz values, in ranks: 1/i² needs 1.5, real layers of 576 features 2.2, a normal matrix
+# 3.5. In a small matrix a check costs as much as several blocks, so that it comes later.
+_FIRST_CHECK, FIRST_CHECK_IF_SMALL = 1.75, 2.2
 _SMALL = 1024
-# In so many ranks the loss is expected to fall by a factor of ten, until two looks have told.
+# The ranks in which the loss is expected to fall by a factor of ten, until two checks have measured it.
 _DECADE = 0.25
 # Past this share of the order the full eigendecomposition is as fast.
 _MAX_SHARE = 0.75
 # A Ritz value stands at least so far, as a share of it, above what the space has not reached.
 MIN_GAP = 0.05
-# A look is in float32 where that moves less than this share of what is left.
+# A check is in float32 where that moves less than this share of what is left.
 _FLOAT32_SHARE = 1e-4
 # Below this share of the whole energy, a difference of sums (in float64, of products in the dtype) loses 1e-4 of what is left.
 _CANCELLED = {torch.float32: 6e-5, torch.float64: 1e-11}
@@ -62,8 +62,8 @@ class RitzPairs(NamedTuple):
     cancelled: bool
 
 
-class Ritz(NamedTuple):
-    """A look at a space: ``values (r,)``, ``rotation (m, r)`` and ``gaps (r,)``, ``loss`` as estimated, the rest."""
+class RitzCheck(NamedTuple):
+    """A check of a space: ``values (r,)``, ``rotation (m, r)`` and ``gaps (r,)``, ``loss`` as estimated, the rest."""
 
     values: Tensor
     rotation: Tensor
@@ -93,12 +93,12 @@ def leading_vectors(matrix: Tensor, rank: int, seed: int = 0, *, squared: bool =
     space = KrylovSpace(matrix, rank, seed, squared)
     # Beside the basis there has to be room for the block that follows.
     limit = min(int(_MAX_SHARE * min(matrix.shape)), len(matrix) - 2 * space.block + 1)
-    first = FIRST_LOOK_IF_SMALL if min(matrix.shape) <= _SMALL else _FIRST_LOOK
+    first = FIRST_CHECK_IF_SMALL if min(matrix.shape) <= _SMALL else _FIRST_CHECK
     least = rank + space.block
-    look, before = max(least, min(int(first * rank), limit)), (0, math.inf)
-    while look <= limit:
-        space.grow(look)
-        ritz = space.look(rank, total)
+    check_at, before = max(least, min(int(first * rank), limit)), (0, math.inf)
+    while check_at <= limit:
+        space.grow(check_at)
+        ritz = space.check(rank, total)
         bound = loss_bound(ritz.energy_left, float(ritz.values[0]), matrix.dtype)
         if squared and ritz.cancelled:
             return None
@@ -109,7 +109,7 @@ def leading_vectors(matrix: Tensor, rank: int, seed: int = 0, *, squared: bool =
             return top if complement_gain(matrix, top, seed + 1, squared=squared) <= bound else None
         excess = ritz.loss / bound
         blocks = _step(space.size, excess, before, rank) / space.block
-        look = space.size + max(math.ceil(blocks), 1) * space.block
+        check_at = space.size + max(math.ceil(blocks), 1) * space.block
         before = space.size, excess
     return None
 
@@ -126,7 +126,7 @@ def is_lost(energy_left: float, total: float, dtype: torch.dtype) -> bool:
 
 
 def _step(size: int, excess: float, before: tuple[int, float], rank: int) -> float:
-    """How many vectors to add before the next look: the loss falls geometrically, or a little faster."""
+    """How many vectors to add before the next check: the loss falls geometrically, or a little faster."""
     if excess >= before[1] or math.isinf(before[1]):
         return _DECADE * rank * math.log10(excess)
     return (size - before[0]) * math.log(excess) / math.log(before[1] / excess)
@@ -164,7 +164,7 @@ class KrylovSpace:
             self._next = self._new_directions(product)
             self._coupling = self._next.T @ product
 
-    def look(self, rank: int, total: float) -> Ritz:
+    def check(self, rank: int, total: float) -> RitzCheck:
         """The top Ritz pairs and the energy that they are estimated to miss."""
         known, images = len(self._gram), self._images[:, : self.size]
         gram = self._gram.new_empty(self.size, self.size)
@@ -181,9 +181,9 @@ class KrylovSpace:
         # What couples to the next block lies about as high as the last one.
         level = gram.diagonal()[-self.block :].mean()
         gaps = torch.maximum(values - level, MIN_GAP * values).clamp_min(torch.finfo(torch.float64).tiny)
-        return Ritz(values, rotation, gaps, float((residuals / gaps).sum()), pairs.energy_left, pairs.cancelled)
+        return RitzCheck(values, rotation, gaps, float((residuals / gaps).sum()), pairs.energy_left, pairs.cancelled)
 
-    def vectors(self, ritz: Ritz) -> LeadingVectors:
+    def vectors(self, ritz: RitzCheck) -> LeadingVectors:
         """The Ritz vectors themselves, and the energy left by them in full."""
         basis, images = self._basis[:, : self.size], self._images[:, : self.size]
         if not ritz.cancelled:

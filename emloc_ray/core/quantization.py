@@ -59,12 +59,12 @@ def quantize(
     whitening.check_reads(weight, name)
     scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
     grid = _grid(scaled, whitening, bits, group_size)
-    codes = _rounded(scaled, grid)
+    codes = _nearest_codes(scaled, grid)
     if not whitening.is_identity:
         lost = _row_energies(scaled - grid.with_codes(codes).dense(), whitening)
-        planes = _by_planes(scaled, whitening, grid)
+        planes = _nearest_plane_codes(scaled, whitening, grid)
         better = _row_energies(scaled - grid.with_codes(planes).dense(), whitening) < lost
-        codes = _descended(scaled, whitening, grid, torch.where(better[:, None], planes, codes))
+        codes = _descent_codes(scaled, whitening, grid, torch.where(better[:, None], planes, codes))
     exponent = grid.exponent + round(math.log2(scale))
     return IntegerWeight(codes, grid.scales, grid.zeros, exponent, bits, grid.group_size)
 
@@ -125,8 +125,8 @@ def _row_energies(difference: Tensor, whitening: Whitening) -> Tensor:
     return (difference @ whitening.matrix(torch.float32)).mul_(difference).sum(dim=1, dtype=torch.float64)
 
 
-def _rounded(weight: Tensor, grid: IntegerWeight) -> Tensor:
-    """The nearest codes."""
+def _nearest_codes(weight: Tensor, grid: IntegerWeight) -> Tensor:
+    """Each weight's nearest code, ``(out, in)``."""
     scales = scale_values(grid.scales, grid.exponent).repeat_interleave(grid.group_size, dim=1)[:, : weight.shape[1]]
     zeros = zero_values(grid.zeros, grid.bits).repeat_interleave(grid.group_size, dim=1)[:, : weight.shape[1]]
     return (weight / scales).add_(zeros).round_().clamp_(0, 2**grid.bits - 1).to(torch.uint8)
@@ -142,10 +142,12 @@ class _Columns:
     groups: Tensor
     top: int
 
-    def round(self, part: slice, targets: Tensor, mixing: Tensor, left: Tensor, codes: Tensor, changes: Tensor) -> None:
+    def round(
+        self, part: slice, targets: Tensor, mixing: Tensor, reference: Tensor, codes: Tensor, changes: Tensor
+    ) -> None:
         """Rounds some of them by :func:`round_in_turn`."""
         groups = self.groups[part]
-        round_in_turn(targets, mixing, left, self.scales[groups], self.zeros[groups], self.top, codes, changes)
+        round_in_turn(targets, mixing, reference, self.scales[groups], self.zeros[groups], self.top, codes, changes)
 
 
 def _columns(weight: Tensor, grid: IntegerWeight, order: Tensor) -> _Columns:
@@ -158,7 +160,7 @@ def _parts(count: int) -> Iterator[slice]:
     return (slice(begin, min(begin + _COLUMNS, count)) for begin in range(0, count, _COLUMNS))
 
 
-def _by_planes(weight: Tensor, whitening: Whitening, grid: IntegerWeight) -> Tensor:
+def _nearest_plane_codes(weight: Tensor, whitening: Whitening, grid: IntegerWeight) -> Tensor:
     """Codes by Babai's nearest plane, ``(out, in)``."""
     order, root = whitening.root_by_energy(DAMPENING_FRAC)
     # The last column first: turned and transposed, the factor is lower triangular again.
@@ -172,7 +174,7 @@ def _by_planes(weight: Tensor, whitening: Whitening, grid: IntegerWeight) -> Ten
     return codes[order.argsort()].T.contiguous()
 
 
-def _descended(weight: Tensor, whitening: Whitening, grid: IntegerWeight, codes: Tensor) -> Tensor:
+def _descent_codes(weight: Tensor, whitening: Whitening, grid: IntegerWeight, codes: Tensor) -> Tensor:
     """Codes ``(out, in)`` after some passes of coordinate descent, the columns of most energy first."""
     gram = whitening.matrix(torch.float32)
     order = gram.diagonal().argsort(descending=True, stable=True)
@@ -181,10 +183,10 @@ def _descended(weight: Tensor, whitening: Whitening, grid: IntegerWeight, codes:
     made = codes.T[order]
     for _ in range(_PASSES):
         for part in _parts(len(made)):
-            energies, left = gram.diagonal()[part, None], columns.weight[part] - differences[part]
-            best = left + (gram[part] @ differences) / energies  # the slope, half the derivative by Δ, leads there
-            changes = torch.empty_like(left)
-            columns.round(part, best, gram[part, part] / energies, left, made[part], changes)
+            energies, reference = gram.diagonal()[part, None], columns.weight[part] - differences[part]
+            best = reference + (gram[part] @ differences) / energies  # the slope, half the derivative by Δ, leads there
+            changes = torch.empty_like(reference)
+            columns.round(part, best, gram[part, part] / energies, reference, made[part], changes)
             differences[part] += changes
     return made[order.argsort()].T.contiguous()
 

@@ -11,7 +11,7 @@ _TO_INTEGER = tl.constexpr(12582912.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _nearest(targets, mixing, left, scales, zeros, codes, changes, out, top, n: tl.constexpr, rows: tl.constexpr):  # type: ignore[no-untyped-def]
+def _nearest(targets, mixing, reference, scales, zeros, codes, changes, out, top, n: tl.constexpr, rows: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     inside = row < out
     for k in range(n):
@@ -23,13 +23,13 @@ def _nearest(targets, mixing, left, scales, zeros, codes, changes, out, top, n: 
         code = tl.minimum(tl.maximum(tl.div_rn(target, scale) + zero, 0.0), top)
         code = (code + _TO_INTEGER) - _TO_INTEGER
         tl.store(codes + at, code.to(tl.uint8), inside)
-        tl.store(changes + at, tl.load(left + at, inside, 0.0) - (code - zero) * scale, inside)
+        tl.store(changes + at, tl.load(reference + at, inside, 0.0) - (code - zero) * scale, inside)
 
 
 def round_by_kernel(
     targets: Tensor,
     mixing: Tensor,
-    left: Tensor,
+    reference: Tensor,
     scales: Tensor,
     zeros: Tensor,
     top: int,
@@ -39,4 +39,4 @@ def round_by_kernel(
     """As :func:`emloc_ray.core.column_rounding.step_by_step`; all tensors are contiguous."""
     n, out = targets.shape
     grid = (triton.cdiv(out, _ROWS),)
-    _nearest[grid](targets, mixing, left, scales, zeros, codes, changes, out, float(top), n, _ROWS, num_warps=1)
+    _nearest[grid](targets, mixing, reference, scales, zeros, codes, changes, out, float(top), n, _ROWS, num_warps=1)

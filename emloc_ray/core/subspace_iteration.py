@@ -33,8 +33,8 @@ _FIRST_STEPS, _MOST_STEPS_AT_ONCE, _MAX_STEPS = 4, 6, 32
 def leading_by_products(matrix: Tensor, rank: int, seed: int = 0) -> LeadingVectors | None:
     """As :func:`emloc_ray.core.krylov.leading_vectors` of ``A (n, k)``, to the same bounds; ``None`` where they do not settle.
 
-    ``Q ← orth(A orth(Aᵀ Q))`` for more columns than the rank, then Rayleigh-Ritz. The host waits at the looks alone, of
-    which one or two do: how many steps go before the next follows from how far the loss is above the bound.
+    ``Q ← orth(A orth(Aᵀ Q))`` for more columns than the rank, then Rayleigh-Ritz. The host waits only at the
+    checks, of which one or two are enough: how many steps go before the next follows from how far the loss is above the bound.
     """
     order = min(matrix.shape)
     width = _ALIGNED * math.ceil((rank + max(_LEAST_SPARE, _SPARE_SHARE * rank)) / _ALIGNED)

@@ -285,8 +285,11 @@ def _dictionary_bytes(chunk: pq.ColumnChunkMetaData, stream: Any) -> int:
 def _python_rows(
     batch: pa.RecordBatch, begin: int, source: SourceFile, numbers: Sequence[int], keep_bad: bool
 ) -> Iterable[Row]:
-    """Rows of a batch whose first is ``begin``; one by one where they are large, or one holds what Arrow does not check, as
-    text that is not UTF-8, or what Python has no value for, as a date after the year 9999."""
+    """The rows ``numbers`` of a batch that begins with row ``begin``.
+
+    Converted one by one where the batch is large, or holds a value that Arrow does not check (text that is no UTF-8) or that
+    Python lacks (a date after the year 9999).
+    """
     with contextlib.suppress(*_BY_VALUES):
         if batch.nbytes <= min(2 * BATCH_BYTES, text_rows.MAX_LINE_BYTES):
             rows: list[Row] = batch.take(pa.array([number - begin for number in numbers])).to_pylist()

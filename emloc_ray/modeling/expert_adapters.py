@@ -164,10 +164,11 @@ def _add_the_rest(tensors: dict[str, Tensor], module: str, part: str, num_expert
 
 
 def _add_patterns(config: dict[str, Any], parameters: Mapping[str, str], plain: Sequence[str]) -> None:
-    """Has ranks and alphas of linears hold for the parameters that stand for them, and for no others.
+    """Makes ``rank_pattern`` and ``alpha_pattern`` hold for the fused ``parameters`` too: the values of the linears that each
+    stands for.
 
-    A pattern that fits parameters too, as one for shared experts' ``down_proj`` fits the experts', gives way to the names of
-    the linears that it was for: of several that fit the first counts, and PEFT sorts them as it saves.
+    A pattern for other linears may match a parameter as well, as one for shared experts' ``down_proj`` does. The full names of
+    those linears replace it: PEFT takes the first pattern that matches, and sorts them when it saves.
     """
     for table, default in _TABLES:
         patterns, usual = config.get(table) or {}, config[default]
@@ -184,8 +185,8 @@ def _add_patterns(config: dict[str, Any], parameters: Mapping[str, str], plain: 
 
 
 def order_free_tables(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The tables of ranks and alphas among an adapter's settings, such that a saved adapter, whose keys PEFT sorts, says the
-    same of ``names`` as the one that is trained."""
+    """The tables of ranks and alphas in an adapter's ``settings``, so written that they mean the same for ``names`` after PEFT
+    has sorted their keys, as it does when it saves."""
     tables = {key: settings[key] for key, _ in _TABLES if settings.get(key)}
     return {key: order_free(table, names, exact_pattern) for key, table in tables.items()}
 

@@ -44,8 +44,11 @@ def open_model(directory: Path, hold: str = "resident", **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Slot:
-    """A parameter: the module that has it in each model, under which name that module does and under which ones the
-    checkpoint may, and what stands in its place while it is away."""
+    """One parameter of an offloaded block.
+
+    ``owners``: the module that has it, one of each model; ``attribute``: its name there; ``names``: its names in the checkpoint;
+    ``absent``: the placeholder while its weight is away.
+    """
 
     owners: Sequence[nn.Module]
     attribute: str
@@ -66,9 +69,9 @@ class _Part:
 class Offloaded:
     """A model whose blocks' weights are on the device only while they compute.
 
-    A weight that is away is a NaN seen ``(out, in)`` times: device, dtype and shape are right, and it takes no memory. Where
-    gradients are wanted a block is run again in the backward pass. Adapters may be attached to ``model``, and stay where they
-    are; ``models`` are it so many times over, with the same weights: each may have an adapter of its own.
+    A weight that is away is one NaN expanded to ``(out, in)``: right in device, dtype and shape, and without memory. With
+    gradients, the backward pass runs each block again. Adapters may be attached to ``model``, and stay on the device. ``models``
+    are copies of it that share its weights: each may have an adapter of its own.
     """
 
     def __init__(self, directory: Path, *, ends_offloaded: bool = False, num_models: int = 1, **options: Any) -> None:
@@ -83,7 +86,7 @@ class Offloaded:
         self._ahead: tuple[int, list[Tensor], Any] | None = None
         self._turns: _Turns | None = None
         self._present: _Part | None = None
-        self._step = 1
+        self._direction = 1
         outside = self.weights.outside()
         aliases = {name: names for names in outside for name in names}
         ends = self._ends(outside) if ends_offloaded else []
@@ -120,19 +123,21 @@ class Offloaded:
     def _forward(self, part: _Part, module: nn.Module, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         run = functools.partial(self._run, part, compute)
         if torch.is_grad_enabled() and part.position < len(self.weights.blocks):
-            steps = iter((1, -1))  # up, and down where it is run again
+            directions = iter((1, -1))  # up, and down where it is run again
 
             def checkpointed(*args: Any, **kwargs: Any) -> Any:
-                return run(next(steps, -1), *args, **kwargs)
+                return run(next(directions, -1), *args, **kwargs)
 
             draws = module.training  # dropout: the same again
             return checkpoint(checkpointed, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
         return run(1, *args, **kwargs)
 
-    def _run(self, part: _Part, compute: Callable[..., Any], step: int, *args: Any, **kwargs: Any) -> Any:
-        """Also ended by an exception of torch's, where a backward pass has all that it needs of a block; ``step``: 1 where the
-        next block comes next, -1 where the one before does."""
-        self._step = step
+    def _run(self, part: _Part, compute: Callable[..., Any], direction: int, *args: Any, **kwargs: Any) -> Any:
+        """Runs a part with its weights. ``direction``: 1 upwards, where the block after it comes next; -1 downwards.
+
+        torch ends a run by an exception where the backward pass has all that it needs of the block.
+        """
+        self._direction = direction
         if self._present is not part:
             self._drop()
             self._enter(part)
@@ -140,19 +145,21 @@ class Offloaded:
             try:
                 return compute(*args, **kwargs)
             finally:
-                if not self._is_read_next(part):
+                if not self._stays_loaded(part):
                     self._drop()
         result = compute(*args, **kwargs)
         self._turns.pass_on()
         return result
 
-    def _is_read_next(self, part: _Part) -> bool:
-        """Whether a pass comes back to this part first: to the head with the next chunk of labels; one with gradients to the last
-        block from the loss, to the first one with the next batch. Head and embedding come between where they are offloaded
-        too."""
+    def _stays_loaded(self, part: _Part) -> bool:
+        """Whether the next part to run is this one again.
+
+        It is for the head, which runs once a chunk of labels. With gradients it is for the last block, where the pass turns
+        back, and for the first, where the next batch begins; but not where head and embedding, offloaded too, come between.
+        """
         if part.is_head:
             return True
-        turn = len(self.weights.blocks) - 1 if self._step > 0 else 0
+        turn = len(self.weights.blocks) - 1 if self._direction > 0 else 0
         only_blocks = len(self._parts) == len(self.weights.blocks)
         return torch.is_grad_enabled() and only_blocks and part.position == turn
 
@@ -203,7 +210,7 @@ class Offloaded:
         """Begins the copy of the block that comes next, upwards or downwards as the pass goes, while this one computes."""
         if position >= len(self.weights.blocks):
             return
-        after = position + self._step
+        after = position + self._direction
         if after == len(self.weights.blocks) and not torch.is_grad_enabled():
             after = 0  # of the next batch
         if self._copies is None or not 0 <= after < len(self.weights.blocks):

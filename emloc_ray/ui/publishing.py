@@ -40,9 +40,9 @@ def result_name(run: RunDirectory, part: Part) -> str:
 
 
 @contextlib.contextmanager
-def at_hand(console: Console, run: RunDirectory, *names: str) -> Iterator[Path]:
-    """The directory of a run; of one on an object store, a directory with copies of those of its folders that are ``names``
-    and there, as long as they are needed."""
+def local_copy(console: Console, run: RunDirectory, *names: str) -> Iterator[Path]:
+    """The run's directory. For a run on an object store: a temporary directory with those of its folders ``names`` that
+    exist."""
     if run.store is None:
         yield run.root
         return
@@ -61,7 +61,7 @@ def push(console: Console, run: RunDirectory, name: str, part: Part, private: bo
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     result = result_name(run, part)
-    with at_hand(console, run, result) as root:
+    with local_copy(console, run, result) as root:
         folder = root / result
         _check_files(folder, part)
         files = [file for file in folder.rglob("*") if file.is_file() and file != folder / CARD]
@@ -116,7 +116,7 @@ def export_gguf(
     target = output or (run.root if run.store is None else Path.cwd()) / f"{run.name}-{part}-{outtype}.gguf"
     if target.exists():
         raise ConfigError(f"{target} is there already: remove it, or name another with --output.")
-    with at_hand(console, run, result, *([MODEL] if part == "adapter" else [])) as root:
+    with local_copy(console, run, result, *([MODEL] if part == "adapter" else [])) as root:
         folder = root / result
         command = [sys.executable, str(converter), str(folder), "--outfile", str(target), "--outtype", outtype]
         _check_files(folder, part)

@@ -122,12 +122,12 @@ def chat(
     """Ask the original and the fine-tuned model the same, side by side."""
     from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.ui.chat import Pair, talk
-    from emloc_ray.ui.publishing import MODEL, at_hand, result_name
+    from emloc_ray.ui.publishing import MODEL, local_copy, result_name
     from emloc_ray.ui.terminal import quiet_libraries
 
     quiet_libraries()
     run = RunDirectory(place_of(run_dir))
-    with at_hand(console, run, result_name(run, "adapter"), MODEL) as root:
+    with local_copy(console, run, result_name(run, "adapter"), MODEL) as root:
         with console.status("Loading the original and the adapter …"):
             pair = Pair.of(run, root, plain, max_new_tokens, trust_remote_code)
         talk(console, pair)

@@ -140,9 +140,11 @@ class CachePlace:
     def lock(
         self, key: str, stack: contextlib.ExitStack, tell: Callable[[str], None]
     ) -> tuple[Callable[[], str], Callable[[], bool]] | None:
-        """A call that names who has the lock of a key's file, and one that tries to take it from other processes, which ``stack``
-        then gives back; None on an object store, and where the file is another user's alone, which ``tell`` hears. Raises
-        ConfigError where the place cannot be written."""
+        """Two functions for a key's lock file: one names its holder, one tries to take it, for ``stack`` to release.
+
+        None on an object store, and where the file is another user's alone, which ``tell`` reports. Raises ConfigError where the
+        place cannot be written.
+        """
         if self.store is not None:
             return None
         try:

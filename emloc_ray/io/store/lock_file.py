@@ -107,8 +107,12 @@ def _job(ray: Any) -> str:
 
 
 def check_lock(path: Path) -> None:
-    """Raises TakenOver where ``path`` lies in a run whose lock is another file, or names another process, than when this
-    process took it; in a worker of Ray's, than the one that began it or, where that is not known, than at its first write."""
+    """Raises TakenOver where the run that holds ``path`` has another lock than the one known here: another file, or one that
+    names another process.
+
+    A process knows the lock that it took. A worker of Ray's knows that of the process that began it, or, where it was not told
+    that, the one at its first write.
+    """
     for root in path.parents:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             now = _identity(root / NAME)

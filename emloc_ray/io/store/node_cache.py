@@ -97,8 +97,10 @@ _check_owner = functools.lru_cache(maxsize=16)(check_owner)  # once a process
 
 
 def publish(path: Path, *, whole: bool = False) -> None:
-    """Gives a file, or all files below a directory, to the store that it mirrors. What is ``whole``, to which nobody will add,
-    this node keeps as it keeps what it fetches: until it needs the room."""
+    """Uploads a file, or all files below a directory, to the store that it mirrors.
+
+    With ``whole``, where nobody will append to it, this node keeps it like a fetched file: until it needs the space.
+    """
     here = origin(path)
     # What is unfinished has its own name only when it is whole.
     if here is None or _is_unfinished(here.path) or publish_plain(path, path):

@@ -40,8 +40,10 @@ def note_of(root: Path, path: str) -> Path:
 
 
 def open_copy(note: Path, file: Path, version: str) -> IO[bytes] | None:
-    """This node's copy of a file, where it is of this version, by its content at its first use in a process and where it has
-    changed since; it counts as used now."""
+    """This node's copy of a file, where it is of this version; None otherwise.
+
+    The content is hashed at a process's first use, and again when the copy has changed. Marks the copy as used now.
+    """
     try:
         copy = file.open("rb")
     except FileNotFoundError:

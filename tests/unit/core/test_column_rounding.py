@@ -18,20 +18,20 @@ ROOT = Path(__file__).parents[3]
 
 
 def drawn(n: int, out: int, top: int) -> tuple[Tensor, ...]:
-    """targets, mixing, left, scales and zeros."""
+    """targets, mixing, reference, scales and zeros."""
     generator = torch.Generator().manual_seed(n + out)
-    targets, left = (torch.randn(n, out, generator=generator) for _ in range(2))
+    targets, reference = (torch.randn(n, out, generator=generator) for _ in range(2))
     mixing = 0.05 * torch.randn(n, n, generator=generator)  # above its diagonal too, which is not read
     scales = 0.2 * torch.rand(n, out, generator=generator) + 0.05
-    return targets, mixing, left, scales, top * torch.rand(n, out, generator=generator)
+    return targets, mixing, reference, scales, top * torch.rand(n, out, generator=generator)
 
 
 @pytest.mark.parametrize(("n", "out", "top"), [(1, 3, 15), (9, 5, 3), (20, 4, 255)])
 def test_each_column_hears_of_those_before(n: int, out: int, top: int) -> None:
-    targets, mixing, left, scales, zeros = drawn(n, out, top)
+    targets, mixing, reference, scales, zeros = drawn(n, out, top)
     codes, made = torch.empty(n, out, dtype=torch.uint8), torch.empty(n, out)
     before = targets.clone()
-    step_by_step(targets, mixing, left, scales, zeros, top, codes, made)
+    step_by_step(targets, mixing, reference, scales, zeros, top, codes, made)
     assert torch.equal(targets, before)
     for row in range(out):
         x: list[float] = []
@@ -40,7 +40,7 @@ def test_each_column_hears_of_those_before(n: int, out: int, top: int) -> None:
             place = min(max(target / float(scales[k, row]) + float(zeros[k, row]), 0.0), top)
             code = int(codes[k, row])
             assert abs(code - place) <= 0.5 + 1e-4
-            x.append(float(left[k, row]) - float(scales[k, row]) * (code - float(zeros[k, row])))
+            x.append(float(reference[k, row]) - float(scales[k, row]) * (code - float(zeros[k, row])))
             assert float(made[k, row]) == pytest.approx(x[-1], abs=1e-4)
 
 

@@ -122,7 +122,7 @@ def test_the_probe_finds_any_missing_direction_and_no_other(seed: int, missing: 
 
 
 def test_more_equal_values_than_a_block_is_wide_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(krylov, "FIRST_LOOK_IF_SMALL", 1.5)
+    monkeypatch.setattr(krylov, "FIRST_CHECK_IF_SMALL", 1.5)
     values = torch.where(torch.arange(640) < 80, 1.0, 0.5).double()
     matrix = with_singular_values(values, 640, 640)
     assert leading_vectors(matrix, 80) is None
@@ -161,19 +161,19 @@ def test_of_the_square_the_same_vectors_while_rounding_lets_it(dtype: torch.dtyp
 
 def test_what_float32_cannot_hold_ends_the_search_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = with_singular_values(torch.arange(1, 301, dtype=torch.float64) ** -4.0, 300, 300)
-    looks: list[int] = []
-    look = krylov.KrylovSpace.look
+    checks: list[int] = []
+    check = krylov.KrylovSpace.check
 
-    def counted(self: krylov.KrylovSpace, rank: int, total: float) -> krylov.Ritz:
-        looks.append(self.size)
-        return look(self, rank, total)
+    def counted(self: krylov.KrylovSpace, rank: int, total: float) -> krylov.RitzCheck:
+        checks.append(self.size)
+        return check(self, rank, total)
 
-    monkeypatch.setattr(krylov.KrylovSpace, "look", counted)
+    monkeypatch.setattr(krylov.KrylovSpace, "check", counted)
     top = leading_vectors(matrix.float(), 60)
     assert top is not None
     assert krylov.is_lost(top.energy_left, 1.0, torch.float32)
     assert not krylov.is_lost(top.energy_left, 1.0, torch.float64)
-    assert len(looks) == 1
+    assert len(checks) == 1
 
 
 def test_a_space_that_would_be_nearly_everything_is_refused() -> None:
