@@ -19,10 +19,8 @@ SKIP_BYTES = 2**20
 ARRAY_BYTES = 2**18
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)  # strings, and brackets between them
-_OUTSIDE, _INSIDE = (
-    re.compile(r'["\[\]{}]'),
-    re.compile(r'"|\\.?', re.DOTALL),
-)  # the marks that count outside JSON's strings, and inside
+# The marks that count outside JSON's strings, and inside.
+_OUTSIDE, _INSIDE = re.compile(r'["\[\]{}]'), re.compile(r'"|\\.?', re.DOTALL)
 _PARSE = json.JSONDecoder().raw_decode
 _OPEN_QUOTE = "a quote is opened that is never closed"
 _TOO_LONG = "\udcfftoo long"  # replaces a too long line of a CSV file; no UTF-8 decodes to it

@@ -133,9 +133,8 @@ def write_weights(file: Path, model: Any, directory: Path, dtype: torch.dtype, m
     names = converted_names(model)
     processor, tensors = _opened(file, model)
     kept = any(getattr(model, key, None) for key in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
-    if not set(names) <= set(tensors) or (
-        kept and dtype != torch.float32
-    ):  # the loader leaves those modules in float32
+    # The loader leaves the ``kept`` modules in float32.
+    if not set(names) <= set(tensors) or (kept and dtype != torch.float32):
         raise NeedsWhole
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     sizes = {theirs: dtype.itemsize * int(np.prod(shapes[ours], dtype=np.int64)) for theirs, ours in names.items()}
