@@ -33,9 +33,9 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Storing:
-    """How forms are stored, whichever a linear takes: floats of ``itemsize`` bytes, plain or pivoted where they are factors;
-    integers in groups of ``group_size``."""
+class FormSizes:
+    """What decides a form's bytes: floats of ``itemsize`` bytes, factors plain or pivoted (``storage``), integers in groups of
+    ``group_size`` columns that share a scale."""
 
     itemsize: int
     storage: Storage = "factors"
@@ -50,8 +50,8 @@ class Storing:
         if form.rank is not None:
             return self._factors(out_features, in_features, form.rank, form.bits)
         whole = integer_bytes(out_features, in_features, form.bits, self.group_size)
-        beside = form.residual_rank
-        return whole + (self._factors(out_features, in_features, beside, factor_bits(form.bits)) if beside else 0)
+        rank = form.residual_rank
+        return whole + (self._factors(out_features, in_features, rank, factor_bits(form.bits)) if rank else 0)
 
     def _factors(self, out_features: int, in_features: int, rank: int, bits: int) -> int:
         shapes = (out_features, rank), (rank, in_features)

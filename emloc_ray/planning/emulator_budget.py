@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from emloc_ray.config.emulator import EmulatorConfig
-from emloc_ray.core.forms import Form, Storing
+from emloc_ray.core.forms import Form, FormSizes
 from emloc_ray.core.ranks import rank_multiple
 from emloc_ray.errors import ConfigError
 from emloc_ray.text import size_up
@@ -25,9 +25,9 @@ def spend_evenly(layout: Layout, emulator: EmulatorConfig, itemsize: int) -> Lay
     Bits are those of the linears that are compressed, bytes those of the whole emulator; floats take ``itemsize`` bytes. Raises
     ConfigError where no forms meet the budget, or the linears as they are do.
     """
-    storing, specs = layout.storing(itemsize), [layout.by_name[name] for name in layout.compressed]
+    form_sizes, specs = layout.form_sizes(itemsize), [layout.by_name[name] for name in layout.compressed]
     shapes = Counter((spec.out_features, spec.in_features) for spec in specs)
-    costs = {shape: _costs(shape, storing, emulator) for shape in shapes}
+    costs = {shape: _costs(shape, form_sizes, emulator) for shape in shapes}
     weights = layout.parameters_targeted
     rest = (layout.num_parameters - weights) * itemsize
     budget = int((emulator.budget_bits or 0.0) * weights / 8)
@@ -51,10 +51,10 @@ def spend_evenly(layout: Layout, emulator: EmulatorConfig, itemsize: int) -> Lay
     return dataclasses.replace(layout, budget=budget, allocation="sensitivity").with_forms(forms)
 
 
-def _costs(shape: tuple[int, int], storing: Storing, emulator: EmulatorConfig) -> dict[Form, int]:
+def _costs(shape: tuple[int, int], form_sizes: FormSizes, emulator: EmulatorConfig) -> dict[Form, int]:
     """What a linear ``(out, in)`` may be stored as under a budget, with the bytes of each."""
-    forms = storing.forms(*shape, rank_multiple(*shape, emulator.rank_multiple))
-    return {form: storing.num_bytes(*shape, form) for form in forms}
+    forms = form_sizes.forms(*shape, rank_multiple(*shape, emulator.rank_multiple))
+    return {form: form_sizes.num_bytes(*shape, form) for form in forms}
 
 
 def _even(costs: Mapping[Form, int], share: float) -> Form:

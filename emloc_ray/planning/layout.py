@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from emloc_ray.core.forms import Form, Storing
+from emloc_ray.core.forms import Form, FormSizes
 from emloc_ray.core.integer_forms import GROUP_SIZE, IntegerForms
 from emloc_ray.core.ranks import Storage, rank_for_ratio, rank_multiple
 from emloc_ray.errors import ConfigError
@@ -173,11 +173,11 @@ class Layout:
         """Bytes of a linear in few bits."""
         if spec.name not in self.bits:
             return sum(quantized_bytes(*shape) for shape in self.stored_shapes(spec))
-        return self.storing(4).num_bytes(spec.out_features, spec.in_features, self.form(spec))
+        return self.form_sizes(4).num_bytes(spec.out_features, spec.in_features, self.form(spec))
 
-    def storing(self, itemsize: int) -> Storing:
+    def form_sizes(self, itemsize: int) -> FormSizes:
         """How forms are stored, with floats of so many bytes."""
-        return Storing(itemsize, self.storage, self.group_size)
+        return FormSizes(itemsize, self.storage, self.group_size)
 
     def stored_bytes(self, itemsize: int) -> int:
         """Bytes of all compressed linears in the emulator, floats of ``itemsize`` bytes each."""
@@ -185,7 +185,7 @@ class Layout:
         return sum(
             self.packed_bytes(specs[name])
             if name in packed
-            else self.storing(itemsize).num_bytes(
+            else self.form_sizes(itemsize).num_bytes(
                 specs[name].out_features, specs[name].in_features, self.form(specs[name])
             )
             for name in self.compressed

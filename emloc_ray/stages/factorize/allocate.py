@@ -66,7 +66,7 @@ class AllocationJob:
         return (
             []
             if self.spending is None
-            else self.spending.storing.forms(*shape, rank_multiple(*shape, self.rank_multiple))
+            else self.spending.form_sizes.forms(*shape, rank_multiple(*shape, self.rank_multiple))
         )
 
 
@@ -108,7 +108,7 @@ def group_spectra(
             continue
         weight = (tensors_read.weights[spec.name] if tensors_read else spec.read_weight(checkpoint)).to(device)
         if job.spending is not None:
-            size, plain = job.spending.storing.group_size, job.plain_factors
+            size, plain = job.spending.form_sizes.group_size, job.plain_factors
             values = form_losses(weight, whitening, outputs, forms, size, plain=plain, name=spec.name)
         else:
             gains = plain_gains if job.plain_factors else spectrum

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from emloc_ray.core.forms import Form, Storing
+from emloc_ray.core.forms import Form, FormSizes
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.modeling.architecture import LinearSpec
@@ -23,11 +23,11 @@ FORMS = "forms.json"
 
 @dataclass(frozen=True)
 class Spending:
-    """``budget``: bytes for all linears. ``storing``: how they are stored. ``even``: each linear's form at its own share of the
+    """``budget``: bytes for all linears. ``form_sizes``: how they are stored. ``even``: each linear's form at its own share of the
     budget. A linear that the calibration says nothing of keeps that form if all fit so, else takes its smallest one."""
 
     budget: int
-    storing: Storing
+    form_sizes: FormSizes
     even: Mapping[str, Form]
 
     @property
@@ -59,7 +59,7 @@ def spend(
     """
 
     def num_bytes(spec: LinearSpec, form: Form) -> int:
-        return spending.storing.num_bytes(spec.out_features, spec.in_features, form)
+        return spending.form_sizes.num_bytes(spec.out_features, spec.in_features, form)
 
     has_losses = {spec.name: float(losses[spec.name].sum()) > 0 for spec in specs}
     measured = [spec for spec in specs if has_losses[spec.name]]

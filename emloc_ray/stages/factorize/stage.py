@@ -60,7 +60,7 @@ def _spending(context: Context, budget: int) -> Spending:
 
     layout = context.layout
     even = {name: layout.form(layout.by_name[name]) for name in layout.allocated}
-    return Spending(budget, layout.storing(file_dtype(context.prepared).itemsize), even)
+    return Spending(budget, layout.form_sizes(file_dtype(context.prepared).itemsize), even)
 
 
 def factorization_job(context: Context, layout: Layout | None = None) -> FactorizationJob:
@@ -128,8 +128,8 @@ def _budget(context: Context) -> Inputs:
     layout = context.layout
     if layout.budget is None:
         return {"budget": {name: layout.ranks[name] for name in layout.allocated}}
-    storing = dataclasses.asdict(layout.storing(file_dtype(context.prepared).itemsize))
-    return {"budget": layout.budget, "linears": layout.allocated, "storing": storing}
+    form_sizes = dataclasses.asdict(layout.form_sizes(file_dtype(context.prepared).itemsize))
+    return {"budget": layout.budget, "linears": layout.allocated, "storing": form_sizes}
 
 
 def _factorize_inputs(context: Context) -> Inputs:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from emloc_ray.config.reading import check_config, parse_config
-from emloc_ray.core.forms import Form, Storing
+from emloc_ray.core.forms import Form, FormSizes
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard
 from emloc_ray.errors import ConfigError
@@ -64,12 +64,12 @@ def test_the_forms_of_a_shape_are_made_once_however_many_linears_have_it(
 ) -> None:
     prepared, shapes = of(values, "4.3 bits"), []
 
-    def counted(self: Storing, *shape: int) -> list[Form]:
+    def counted(self: FormSizes, *shape: int) -> list[Form]:
         shapes.append(shape)
         return forms(self, *shape)
 
-    forms = Storing.forms
-    monkeypatch.setattr(Storing, "forms", counted)
+    forms = FormSizes.forms
+    monkeypatch.setattr(FormSizes, "forms", counted)
     specs = [spec for spec in prepared.layout.specs if spec.out_features == spec.in_features or "up_proj" in spec.name]
     many = [dataclasses.replace(spec, name=f"{spec.name}.{number}") for spec in specs for number in range(500)]
     names = tuple(spec.name for spec in many)

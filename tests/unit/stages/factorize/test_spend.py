@@ -11,7 +11,7 @@ import torch
 from stage_artifacts import Artifacts
 from test_allocate import DAMPING, allocation_job, damped, gradients_dir, stored
 
-from emloc_ray.core.forms import Form, Storing
+from emloc_ray.core.forms import Form, FormSizes
 from emloc_ray.core.integer_forms import IntegerForms
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
@@ -22,14 +22,14 @@ from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.spend import Spending, read_forms, spend
 
 __all__ = ["gradients_dir"]
-STORING = Storing(4, "pivoted", 16)
+FORM_SIZES = FormSizes(4, "pivoted", 16)
 
 
 def budget_job(artifacts: Artifacts, sums: Path, bits: float) -> AllocationJob:
     budget = int(bits * sum(spec.num_parameters for spec in artifacts.specs) / 8)
     even = {spec.name: Form(bits=2) for spec in artifacts.specs}
     job = allocation_job(artifacts, sums)
-    return replace(job, storage="pivoted", spending=Spending(budget, STORING, even))
+    return replace(job, storage="pivoted", spending=Spending(budget, FORM_SIZES, even))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_the_forms_fit_and_lose_no_more_than_even_ones(
     assert job.spending is not None
     result = spend(job.spending, artifacts.specs, job.forms, losses, tmp_path)
     forms = read_forms(tmp_path)
-    used = sum(STORING.num_bytes(s.out_features, s.in_features, forms[s.name]) for s in artifacts.specs)
+    used = sum(FORM_SIZES.num_bytes(s.out_features, s.in_features, forms[s.name]) for s in artifacts.specs)
     assert used + result["left"] == result["budget"]
     assert result["left"] >= 0
     assert sum(result["forms"].values()) == len(artifacts.specs)
@@ -80,7 +80,7 @@ def test_it_takes_the_least_where_the_even_form_leaves_no_room_for_the_others(
     job, silent = budget_job(artifacts, gradients_dir, 4), artifacts.specs[0].name
     assert job.spending is not None
     least = sum(
-        min(STORING.num_bytes(spec.out_features, spec.in_features, form) for form in job.forms(spec))
+        min(FORM_SIZES.num_bytes(spec.out_features, spec.in_features, form) for form in job.forms(spec))
         for spec in artifacts.specs
     )
     without = {**losses, silent: torch.zeros_like(losses[silent])}
