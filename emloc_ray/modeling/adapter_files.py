@@ -189,7 +189,7 @@ def copy_adapter(source: Path, directory: Path) -> None:
             copy_file(source / name, temporary / name)
 
 
-def lora_form_settings(modules: Sequence[LoraModule]) -> dict[str, Any]:
+def lora_settings(modules: Sequence[LoraModule]) -> dict[str, Any]:
     """The settings of a LoRA adapter whose modules are these, each of its own rank and of scale 1."""
     ranks = {module.name: module.lora_a.shape[0] for module in modules}
     r = max(ranks.values())
@@ -197,9 +197,9 @@ def lora_form_settings(modules: Sequence[LoraModule]) -> dict[str, Any]:
     return {"target_modules": list(ranks), "r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": pattern}
 
 
-def lora_form(config: dict[str, Any], modules: Sequence[LoraModule]) -> dict[str, Any]:
-    """The ``adapter_config.json`` of such a LoRA adapter, on the linears of the adapter that ``config`` is of."""
-    form = adapter_config("lora", **lora_form_settings(modules)).to_dict()
+def lora_config(config: dict[str, Any], modules: Sequence[LoraModule]) -> dict[str, Any]:
+    """The ``adapter_config.json`` of a LoRA adapter of ``modules``, on the linears of the adapter that ``config`` is of."""
+    form = adapter_config("lora", **lora_settings(modules)).to_dict()
     kept = (
         "target_modules",
         "exclude_modules",

@@ -23,7 +23,7 @@ from ablations.config import Kind
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.io.store.atomic import atomic_directory, write_json
-from emloc_ray.modeling.adapter_files import Adapter, LoraModule, lora_form, write_adapter
+from emloc_ray.modeling.adapter_files import Adapter, LoraModule, lora_config, write_adapter
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.loading import copy_tokenizer, load_model
 
@@ -190,7 +190,7 @@ def recover_adapter(adapter_dir: Path, kept_path: Path, out_dir: Path) -> None:
     modules = [_recovered(adapter.module(name), kept, adapter_dir) for name in adapter.names]
     # Full names: a suffix would put untrained adapters on the layers that were dropped.
     own = {"base_model_name_or_path": kept.model, "target_modules": [m.name for m in modules], "exclude_modules": None}
-    write_adapter(out_dir, lora_form(adapter.config, modules) | own, modules)
+    write_adapter(out_dir, lora_config(adapter.config, modules) | own, modules)
 
 
 def checked_shape(config: Any, kind: Kind, ratio: float) -> Shape:

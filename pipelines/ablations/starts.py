@@ -23,7 +23,7 @@ from emloc_ray.core.factorization import factorize
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
-from emloc_ray.modeling.adapter_files import Adapter, LoraModule, lora_form, write_adapter
+from emloc_ray.modeling.adapter_files import Adapter, LoraModule, lora_config, write_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.quantization import emulator_weight
 from emloc_ray.planning.prepared import prepare
@@ -95,4 +95,4 @@ def write_added(directory: Path, begun: Adapter, trained: Adapter) -> None:
         lora_a = torch.cat([after.lora_a, before.lora_a])
         lora_b = torch.cat([after.scale * after.lora_b, -before.scale * before.lora_b], dim=1)
         modules.append(LoraModule(name, lora_a, lora_b, 1.0))
-    write_adapter(directory, lora_form(trained.config, modules), modules)
+    write_adapter(directory, lora_config(trained.config, modules), modules)

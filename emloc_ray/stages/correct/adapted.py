@@ -12,7 +12,7 @@ from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.store.node_cache import exists
 from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.stages.correct.job import CorrectionJob
-from emloc_ray.stages.correct.modules import lora_form
+from emloc_ray.stages.correct.modules import as_lora_module
 
 
 def see_adapted_inputs(job: CorrectionJob) -> None:
@@ -28,7 +28,7 @@ def see_adapted_inputs(job: CorrectionJob) -> None:
     adapter, placed = Adapter(job.adapter_dir), {spec.name: spec for spec in job.specs}
     directions = {}
     for name in adapter.names:
-        lora, _ = lora_form(adapter, placed[name], job.update_tolerance)
+        lora, _ = as_lora_module(adapter, placed[name], job.update_tolerance)
         directions[name] = canonical_form(lora.lora_a, lora.lora_b).q
     model = load_adapter(open_model(job.emulator_dir, **job.model_options), job.adapter_dir).eval()
     hooks = ColumnHooks(model.get_base_model(), directions, dict(job.streams))

@@ -12,7 +12,7 @@ import torch
 from emloc_ray.core.correction import Candidate, Method
 from emloc_ray.core.precision import exact_float32
 from emloc_ray.io.store.node_cache import discard, exists, sizes
-from emloc_ray.modeling.adapter_files import Adapter, copy_adapter, lora_form, write_adapter
+from emloc_ray.modeling.adapter_files import Adapter, copy_adapter, lora_config, write_adapter
 from emloc_ray.stages.correct.adapted import see_adapted_inputs
 from emloc_ray.stages.correct.job import CorrectionJob, ModuleGroup, module_groups
 from emloc_ray.stages.correct.modules import Opened, read_modules, see_differences, write_modules
@@ -178,7 +178,7 @@ def finish(plan: _Plan) -> dict[str, Any]:
     if chosen.method == "none":
         copy_adapter(job.adapter_dir, job.out_dir)
     else:
-        write_adapter(job.out_dir, lora_form(adapter.config, in_order), in_order, magnitudes)
+        write_adapter(job.out_dir, lora_config(adapter.config, in_order), in_order, magnitudes)
     ranks = [len(lora.lora_a) for lora in in_order]
     return {**result, "lora_form": {"largest_lack": max(lacks), "mean_rank": sum(ranks) / len(ranks)}}
 

@@ -127,7 +127,7 @@ def see_differences(opened: Opened, group: ModuleGroup, device: torch.device = _
     dora = adapter.kind == "decomposed"
     bare = []
     for spec in group.specs:
-        lora, lack = lora_form(adapter, spec, job.update_tolerance)
+        lora, lack = as_lora_module(adapter, spec, job.update_tolerance)
         magnitudes = Magnitudes(adapter.magnitude(spec.name)) if dora else None
         bare.append(CorrectableModule(lora, canonical_form(lora.lora_a, lora.lora_b), None, magnitudes, lack))
     columns = [_columns(job, module, emulator).to(device) for module in bare]
@@ -208,8 +208,11 @@ def _for_original(
     return Magnitudes(trained, squares, cross, trained.double() / trained_norms.clamp_min(_TINY))
 
 
-def lora_form(adapter: Adapter, spec: LinearSpec, tolerance: float) -> tuple[LoraModule, float]:
-    """``s B A`` itself; of an update of up to full rank its dominant subspace, and the share of its norm that it lacks."""
+def as_lora_module(adapter: Adapter, spec: LinearSpec, tolerance: float) -> tuple[LoraModule, float]:
+    """A linear's update as a LoRA module, and the share of its norm that this lacks.
+
+    It lacks nothing of ``s B A``. An update of up to full rank is represented by its dominant subspace.
+    """
     if adapter.is_lora:
         return adapter.module(spec.name), 0.0
     update = adapter.update(spec)

@@ -13,7 +13,7 @@ from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.formats.checkpoint import read_shard
 from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.store.node_cache import exists
-from emloc_ray.modeling.adapter_files import Adapter, lora_form_settings
+from emloc_ray.modeling.adapter_files import Adapter, lora_settings
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.scoring import RowLosses, losses_by_row
 from emloc_ray.stages.correct.job import CorrectionJob, module_groups
@@ -109,7 +109,7 @@ class _AdaptedModel:
 
         job = self.job
         if not self.is_lora and candidate.method != "none":
-            settings = lora_form_settings([module.lora for module in self.modules])
+            settings = lora_settings([module.lora for module in self.modules])
             form: Any = adapter_config(**settings, task_type=self.adapter.config["task_type"])
             self.model, self.is_lora = attach_adapter(detach_adapter(self.model), form).eval(), True
         for module in self.modules if self.is_lora else ():

@@ -17,7 +17,7 @@ from emloc_ray.modeling.adapter_files import (
     Adapter,
     LoraModule,
     adapter_scale,
-    lora_form,
+    lora_config,
     write_adapter,
 )
 
@@ -30,7 +30,7 @@ def test_null_patterns_as_older_peft_writes_them() -> None:
 @pytest.fixture
 def adapter_dir(tmp_path: Path) -> Path:
     module = LoraModule("model.layers.0.self_attn.q_proj", torch.ones(2, 8), torch.ones(6, 2), 1.0)
-    write_adapter(tmp_path / "a", lora_form({}, [module]), [module])
+    write_adapter(tmp_path / "a", lora_config({}, [module]), [module])
     return tmp_path / "a"
 
 
