@@ -25,8 +25,8 @@ from emloc_ray.modeling.packing import packs_known
 # then stay below the head's own weights.
 CHUNK_SHARE = 8
 
-# What is read of logits (n, vocabulary), given what is wanted of these n: a loss first, or what it is made of.
-Read = Callable[..., tuple[Tensor, ...]]
+# (logits (n, vocabulary), *targets (n, …)) → tensors; the first is a loss, or what a loss is made of.
+LogitsReader = Callable[..., tuple[Tensor, ...]]
 Head = Callable[[Tensor], Tensor]  # hidden states (n, hidden) to logits (n, vocabulary)
 
 
@@ -63,13 +63,13 @@ def call_loss(model: Any, call: ModelCall, owner: Any, teacher: TopLogProbs | No
     """:func:`token_loss` of a call that is on the model's device, as the teacher's logits are. ``owner`` has the head, where
     ``model`` is a wrapper around it (DDP)."""
     if teacher is None:
-        return _loss_at(model, owner, call, label_loss, call.targets)
+        return _loss_of_labels(model, owner, call, label_loss, call.targets)
     if len(teacher.ids) != call.targets.numel():
         raise ArtifactError(
             f"The teacher's logits are of {len(teacher.ids)} labels, the batch has {call.targets.numel()}: remove healing/ of"
             " the run directory and run again."
         )
-    return _loss_at(model, owner, call, _divergence_of, call.targets, teacher.ids, teacher.log_probs)
+    return _loss_of_labels(model, owner, call, _divergence_of, call.targets, teacher.ids, teacher.log_probs)
 
 
 def sampled_loss(model: Any, batch: dict[str, Tensor], loss_on: str, draws: Sequence[Generator]) -> TokenLoss:
@@ -83,39 +83,41 @@ def sampled_loss(model: Any, batch: dict[str, Tensor], loss_on: str, draws: Sequ
         torch.rand(count, generator=generator, dtype=torch.float64)
         for count, generator in zip(call.counts, draws, strict=True)
     ]
-    return _loss_at(model, model, call, _loss_of_drawn, on_device(torch.cat(numbers), call.targets.device))
+    return _loss_of_labels(model, model, call, _loss_of_drawn, on_device(torch.cat(numbers), call.targets.device))
 
 
-def _loss_at(model: Any, owner: Any, call: ModelCall, criterion: Read, *targets: Tensor) -> TokenLoss:
+def _loss_of_labels(model: Any, owner: Any, call: ModelCall, criterion: LogitsReader, *targets: Tensor) -> TokenLoss:
     """``criterion(logits, *targets)`` at the positions of the call's labels."""
-    parts, loss = _at_labels(model, owner, call, criterion, *targets)
+    parts, loss = _read_label_logits(model, owner, call, criterion, *targets)
     correct = torch.stack([correct for _, correct in parts]).sum()
     return TokenLoss(parts[0][0] if loss is None else loss, correct, len(targets[0]))
 
 
-def _at_labels(
-    model: Any, owner: Any, call: ModelCall, read: Read, *targets: Tensor
+def _read_label_logits(
+    model: Any, owner: Any, call: ModelCall, read: LogitsReader, *targets: Tensor
 ) -> tuple[list[tuple[Tensor, ...]], Tensor | None]:
-    """``read(logits, *targets)`` of the call's labels, by chunks where their logits are many; then also the sum of the first
-    parts, with its gradient, as the model's own output."""
+    """``read(logits, *targets)`` of the call's labels, at once, and None.
+
+    Where the logits are many, of each chunk of them, and the sum of the first tensors: the model's own output, with its gradient.
+    """
     inputs = {**call.inputs, "use_cache": False}
     if not _in_chunks(owner, len(call.targets)):
         with logits_at(owner, call.predicting), packs_known(inputs):
             return [read(model(**inputs).logits[0], *targets)], None
     chunks: list[tuple[Tensor, ...]] = []
-    forward = functools.partial(_read_in_chunks, read, targets, chunks)
-    with _in_place_of_the_head(owner, call.predicting, forward), packs_known(inputs):
+    forward = functools.partial(_chunked_head, read, targets, chunks)
+    with _head_replaced(owner, call.predicting, forward), packs_known(inputs):
         return chunks, model(**inputs).logits.sum()
 
 
-def _read_in_chunks(
-    read: Read, targets: Sequence[Tensor], chunks: list[tuple[Tensor, ...]], compute: Head, hidden: Tensor
+def _chunked_head(
+    read: LogitsReader, targets: Sequence[Tensor], chunks: list[tuple[Tensor, ...]], compute: Head, hidden: Tensor
 ) -> Tensor:
-    """Adds ``read(compute(hidden), *targets)`` to ``chunks``, a chunk at a time; gives the sum of the first parts ``(1, 1, 1)``.
+    """Appends ``read(compute(hidden), *targets)`` of each chunk to ``chunks``; gives the sum of the first tensors ``(1, 1, 1)``.
 
-    A chunk's logits are made again for its gradient, so that the logits of one chunk are all there ever are. The loss
-    has to be the head's output, and thereby the model's: so DDP finds the parameters that it uses, and ZeRO-3 gathers
-    the head's weight before its gradient is made.
+    A chunk's logits are made again for its gradient, so that no more than one chunk's logits are ever held. The loss has to
+    be the head's output, and thereby the model's: so DDP finds the parameters that it uses, and ZeRO-3 gathers the head's
+    weight before its gradient is made.
     """
 
     def read_one(hidden: Tensor, *targets: Tensor) -> tuple[Tensor, ...]:
@@ -131,7 +133,7 @@ def _read_in_chunks(
 def teacher_logits(model: Any, batch: dict[str, Tensor], loss_on: str, k: int) -> list[TopLogProbs]:
     """The top ``k`` log-probabilities at the label positions of each row of a batch, on the CPU; logits are made in chunks."""
     call = model_call(model.config, batch, loss_on).to(model.device)
-    parts, _ = _at_labels(model, model, call, lambda logits: top_log_probs(logits, k))
+    parts, _ = _read_label_logits(model, model, call, lambda logits: top_log_probs(logits, k))
     ids, log_probs = (torch.cat(tensors).cpu().split(call.counts) for tensors in zip(*parts, strict=True))
     return [TopLogProbs(*row) for row in zip(ids, log_probs, strict=True)]
 
@@ -145,7 +147,7 @@ def row_losses(model: Any, batch: dict[str, Tensor], loss_on: str) -> tuple[Tens
     def of_each(logits: Tensor, targets: Tensor) -> tuple[Tensor]:
         return (F.cross_entropy(logits.float(), targets, reduction="none"),)
 
-    parts, _ = _at_labels(model, model, call, of_each, call.targets)
+    parts, _ = _read_label_logits(model, model, call, of_each, call.targets)
     losses = torch.cat([loss for (loss,) in parts]).split(call.counts)
     return torch.stack([loss.sum() for loss in losses]), torch.tensor(call.counts)
 
@@ -203,7 +205,7 @@ def logits_at(model: Any, positions: tuple[Tensor, Tensor]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _in_place_of_the_head(
+def _head_replaced(
     model: Any, positions: tuple[Tensor, Tensor], forward: Callable[[Head, Tensor], Tensor]
 ) -> Iterator[None]:
     """While it lasts the head gives ``forward(its own forward, the hidden states at the positions)``."""
