@@ -22,7 +22,7 @@ from emloc_ray.core.updates import Update
 from emloc_ray.io.formats.checkpoint import TensorEntry
 from emloc_ray.io.formats.shards import copy_chunks, row_chunks
 from emloc_ray.modeling.adapter_files import Adapter
-from emloc_ray.modeling.architecture import LinearSpec, Part, StoredRows
+from emloc_ray.modeling.architecture import LinearSpec, StoredRows, TensorSlice
 
 if TYPE_CHECKING:
     from emloc_ray.modeling.block_weights import BlockWeights
@@ -41,7 +41,7 @@ class Change:
     is_bias: bool = False
 
 
-Changes = dict[Part, Change]  # by the part of a tensor, None for the whole of it
+Changes = dict[TensorSlice, Change]  # of a stored tensor
 
 
 def changed_tensors(adapter: Adapter, specs: Sequence[LinearSpec]) -> dict[str, Changes]:

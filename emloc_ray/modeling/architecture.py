@@ -29,7 +29,7 @@ _MAKING = threading.Lock()
 _ROUTER = re.compile(r"(.*\.)?(router|gate|router_gate|shared_expert_gate)(\..*)?")
 
 
-Part = int | tuple[int, int] | None  # of a stored tensor
+TensorSlice = int | tuple[int, int] | None  # of a stored tensor: a slice's number, rows [first, end), or all of it
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class StoredRows:
 
     name: str
     begin: int = 0
-    part: Part = None
+    part: TensorSlice = None
 
     def entry(self, checkpoint: Checkpoint) -> TensorEntry:
         """Where those rows are; raises ArtifactError where the checkpoint lacks the tensor."""

@@ -43,7 +43,7 @@ def open_model(directory: Path, hold: str = "resident", **options: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _Slot:
+class _OffloadedParameter:
     """One parameter of an offloaded block.
 
     ``owners``: the module that has it, one of each model; ``attribute``: its name there; ``names``: its names in the checkpoint;
@@ -57,11 +57,11 @@ class _Slot:
 
 
 @dataclass
-class _Part:
+class _OffloadedPart:
     """What comes and goes together: a block, or the embedding or the head."""
 
     position: int
-    slots: list[_Slot]
+    parameters: list[_OffloadedParameter]
     is_head: bool
     pinned: Pinned | None = None  # its weights, where they wait in pinned memory
 
@@ -84,8 +84,8 @@ class Offloaded:
         self._copies = torch.cuda.Stream(self.device) if self._on_gpu else None
         # The part that is on its way to a GPU, its weights, and when they will be there.
         self._ahead: tuple[int, list[Tensor], Any] | None = None
-        self._turns: _Turns | None = None
-        self._present: _Part | None = None
+        self._round_robin: _RoundRobin | None = None
+        self._present: _OffloadedPart | None = None
         self._direction = 1
         outside = self.weights.outside()
         aliases = {name: names for names in outside for name in names}
@@ -96,7 +96,7 @@ class Offloaded:
         self.models = [self.model, *(_with_the_same_weights(self.model) for _ in range(num_models - 1))]
         names = [*self.weights.blocks, *ends]
         self._parts = [self._part(name, position, aliases) for position, name in enumerate(names)]
-        size = sum(pinned_bytes(slot.absent for slot in part.slots) for part in self._parts)
+        size = sum(pinned_bytes(place.absent for place in part.parameters) for part in self._parts)
         self._stays_pinned = self._on_gpu and may_stay_pinned(size)
 
     def _ends(self, outside: Sequence[Sequence[str]]) -> list[str]:
@@ -106,21 +106,23 @@ class Offloaded:
         owners = [[name.rpartition(".")[0] for name in names] for names in outside]
         return list(dict.fromkeys(name for names in owners if own.intersection(names) for name in names))
 
-    def _part(self, name: str, position: int, aliases: Mapping[str, Sequence[str]]) -> _Part:
-        modules, slots = [model.get_submodule(name) for model in self.models], []
+    def _part(self, name: str, position: int, aliases: Mapping[str, Sequence[str]]) -> _OffloadedPart:
+        modules, parameters = [model.get_submodule(name) for model in self.models], []
         for own, parameter in list(modules[0].named_parameters(prefix=name, remove_duplicate=False)):
             owner, _, attribute = own.rpartition(".")
             nan = torch.full((), float("nan"), dtype=parameter.dtype, device=self.device)
             absent = nn.Parameter(nan.expand(parameter.shape), False)
             owners = [model.get_submodule(owner) for model in self.models]
-            slots.append(_Slot(owners, attribute, aliases.get(own, [own]), absent))
-        part = _Part(position, slots, modules[0] is self.model.get_output_embeddings())
+            parameters.append(_OffloadedParameter(owners, attribute, aliases.get(own, [own]), absent))
+        part = _OffloadedPart(position, parameters, modules[0] is self.model.get_output_embeddings())
         self._leave(part)
         for module in modules:
             module.forward = functools.partial(self._forward, part, module, module.forward)
         return part
 
-    def _forward(self, part: _Part, module: nn.Module, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _forward(
+        self, part: _OffloadedPart, module: nn.Module, compute: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         run = functools.partial(self._run, part, compute)
         if torch.is_grad_enabled() and part.position < len(self.weights.blocks):
             directions = iter((1, -1))  # up, and down where it is run again
@@ -132,7 +134,7 @@ class Offloaded:
             return checkpoint(checkpointed, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
         return run(1, *args, **kwargs)
 
-    def _run(self, part: _Part, compute: Callable[..., Any], direction: int, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, part: _OffloadedPart, compute: Callable[..., Any], direction: int, *args: Any, **kwargs: Any) -> Any:
         """Runs a part with its weights. ``direction``: 1 upwards, where the block after it comes next; -1 downwards.
 
         torch ends a run by an exception where the backward pass has all that it needs of the block.
@@ -141,17 +143,17 @@ class Offloaded:
         if self._present is not part:
             self._drop()
             self._enter(part)
-        if self._turns is None:
+        if self._round_robin is None:
             try:
                 return compute(*args, **kwargs)
             finally:
                 if not self._stays_loaded(part):
                     self._drop()
         result = compute(*args, **kwargs)
-        self._turns.pass_on()
+        self._round_robin.pass_on()
         return result
 
-    def _stays_loaded(self, part: _Part) -> bool:
+    def _stays_loaded(self, part: _OffloadedPart) -> bool:
         """Whether the next part to run is this one again.
 
         It is for the head, which runs once a chunk of labels. With gradients it is for the last block, where the pass turns
@@ -163,10 +165,10 @@ class Offloaded:
         only_blocks = len(self._parts) == len(self.weights.blocks)
         return torch.is_grad_enabled() and only_blocks and part.position == turn
 
-    def _enter(self, part: _Part) -> None:
+    def _enter(self, part: _OffloadedPart) -> None:
         begun = torch.cuda.current_stream(self.device).record_event() if self._on_gpu else None
-        for slot, weight in zip(part.slots, self._arrived(part), strict=True):
-            _put(slot, nn.Parameter(weight, False))
+        for place, weight in zip(part.parameters, self._arrived(part), strict=True):
+            _put(place, nn.Parameter(weight, False))
         self._present, self._begun = part, begun
 
     def _drop(self) -> None:
@@ -179,11 +181,11 @@ class Offloaded:
             self._begun.synchronize()  # the host may be many blocks ahead, each of whose weights would be held
             self._send_ahead(part.position)
 
-    def _leave(self, part: _Part) -> None:
-        for slot in part.slots:
-            _put(slot, slot.absent)
+    def _leave(self, part: _OffloadedPart) -> None:
+        for place in part.parameters:
+            _put(place, place.absent)
 
-    def _arrived(self, part: _Part) -> list[Tensor]:
+    def _arrived(self, part: _OffloadedPart) -> list[Tensor]:
         """The part's weights on the device: those that were sent ahead, or a copy made now."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead[0] != part.position:
@@ -195,11 +197,11 @@ class Offloaded:
             weight.record_stream(stream)
         return weights
 
-    def _sent(self, part: _Part) -> list[Tensor]:
+    def _sent(self, part: _OffloadedPart) -> list[Tensor]:
         """The part's weights on the device, copied by the current stream of a GPU."""
         if part.pinned is not None:
             return part.pinned.on(self.device)
-        weights = [self.weights.read(slot.names) for slot in part.slots]
+        weights = [self.weights.read(place.names) for place in part.parameters]
         if not self._on_gpu:
             return [weight.to(self.device) for weight in weights]
         pinned = Pinned.of(weights)
@@ -221,11 +223,11 @@ class Offloaded:
     def in_step(self, passes: Sequence[Callable[[], Result]]) -> list[Result]:
         """What passes without gradients give that each run another one of the :attr:`models`, and go through their blocks
         together: weights come once for all. Raises what a pass raised, which ends the others."""
-        self._turns = _Turns(len(passes))
+        self._round_robin = _RoundRobin(len(passes))
         try:
-            return self._turns.run(passes)
+            return self._round_robin.run(passes)
         finally:
-            self._turns = None
+            self._round_robin = None
             self._drop()
 
 
@@ -234,13 +236,13 @@ def _with_the_same_weights(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def _put(slot: _Slot, parameter: nn.Parameter) -> None:
-    for owner in slot.owners:
-        owner._parameters[slot.attribute] = parameter
+def _put(place: _OffloadedParameter, parameter: nn.Parameter) -> None:
+    for owner in place.owners:
+        owner._parameters[place.attribute] = parameter
 
 
-class _Turns:
-    """Threads of which one runs at a time, the next one whenever a block is passed."""
+class _RoundRobin:
+    """Threads that run one at a time and take turns: the next one whenever a block is passed."""
 
     def __init__(self, number: int) -> None:
         self._gates = [threading.Semaphore(0) for _ in range(number)]

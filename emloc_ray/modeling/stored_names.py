@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
-from emloc_ray.modeling.architecture import LinearSpec, Part, StoredRows
+from emloc_ray.modeling.architecture import LinearSpec, StoredRows, TensorSlice
 from emloc_ray.modeling.experts import unfused_views
 
 
@@ -31,7 +31,7 @@ class StoredParameter:
 
     parts: tuple[tuple[str, ...], ...]
     is_stack: bool = False
-    part: Part = None
+    part: TensorSlice = None
     is_transposed: bool = False
 
     @property

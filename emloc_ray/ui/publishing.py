@@ -21,12 +21,12 @@ from emloc_ray.text import counted, one_line, size
 from emloc_ray.ui.cards import WRITTEN_BY, base_name, card
 from emloc_ray.ui.terminal import progress_bar
 
-Part = Literal["adapter", "merged"]
+Result = Literal["adapter", "merged"]
 MODEL = "model"  # the folder of a run's original, where that had to be imported
 _CONVERTERS = {"merged": "convert_hf_to_gguf.py", "adapter": "convert_lora_to_gguf.py"}
 
 
-def result_name(run: RunDirectory, part: Part) -> str:
+def result_name(run: RunDirectory, part: Result) -> str:
     """The folder of a run's merged model, or of its last adapter for the original. Raises ConfigError where the run has not
     come so far, or not again since its config has changed or a stage is redone."""
     manifest, there = run.existing().manifest(), run.names()
@@ -53,7 +53,7 @@ def local_copy(console: Console, run: RunDirectory, *names: str) -> Iterator[Pat
         yield Path(folder)
 
 
-def push(console: Console, run: RunDirectory, name: str, part: Part, private: bool) -> None:
+def push(console: Console, run: RunDirectory, name: str, part: Result, private: bool) -> None:
     """Uploads one result with its card to a model repository of the hub, which it makes where there is none. Raises ConfigError
     where the run has not come so far, the name is none of the hub, or what is to be ``private`` would be public, StageError
     where the hub refuses or cannot be reached."""
@@ -107,7 +107,12 @@ def _pushed(file: Path) -> Path | bytes:
 
 
 def export_gguf(
-    console: Console, run: RunDirectory, part: Part, output: Path | None, outtype: str, trust_remote_code: bool = False
+    console: Console,
+    run: RunDirectory,
+    part: Result,
+    output: Path | None,
+    outtype: str,
+    trust_remote_code: bool = False,
 ) -> None:
     """Has llama.cpp's own converter write one result as a GGUF file. Raises ConfigError where the run has not come so far, the
     converter is not installed or the file is there, or where, unless ``trust_remote_code``, a folder names code, which the
@@ -173,7 +178,7 @@ def original(run: RunDirectory, root: Path, trust_remote_code: bool = False, nee
     return fetch_weights(source) if needs_weights else source.directory
 
 
-def _check_files(folder: Path, part: Part) -> None:
+def _check_files(folder: Path, part: Result) -> None:
     """Raises ConfigError where a result names what is not its own: a run may be anybody's."""
     from emloc_ray.modeling.loading import resolve_source
 

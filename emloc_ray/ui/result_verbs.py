@@ -67,22 +67,22 @@ def fetch(
     console.print(escape(f"{len(files)} files written to {directory}"), soft_wrap=True)
 
 
-class Part(str, Enum):
-    """What of a run is handed on."""
+class ResultOption(str, Enum):
+    """Which result of a run is handed on."""
 
     adapter = "adapter"
     merged = "merged"
 
 
 Trusting = Annotated[bool, flag("--trust-remote-code", help="Run code that came with the run's model.")]
-Chosen = Annotated[Part, typer.Option("--part", help="The adapter for the original, or the merged model.")]
+Chosen = Annotated[ResultOption, typer.Option("--part", help="The adapter for the original, or the merged model.")]
 
 
 @guarded
 def push(
     run_dir: RunPath,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The repository on the hub: OWNER/NAME.")],
-    part: Chosen = Part.adapter,
+    part: Chosen = ResultOption.adapter,
     private: Annotated[bool, flag("--private", help="Where it is made: for you alone.")] = False,
 ) -> None:
     """Upload a run's adapter or merged model, with its card, to the Hugging Face hub."""
@@ -95,7 +95,7 @@ def push(
 @guarded
 def gguf(
     run_dir: RunPath,
-    part: Chosen = Part.merged,
+    part: Chosen = ResultOption.merged,
     output: Annotated[
         Path | None,
         typer.Option("--output", help="The file; left out: in the run's directory, or here."),
