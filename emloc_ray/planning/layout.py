@@ -119,7 +119,7 @@ class Layout:
         return IntegerForms(self.bits, beside, self.group_size)
 
     @property
-    def packed(self) -> tuple[str, ...]:
+    def quantized_linears(self) -> tuple[str, ...]:
         """The linears that are stored in few bits, in the model's order."""
         return tuple(spec.name for spec in self.specs if spec.name in self.bits) or self.in_4bit
 
@@ -169,7 +169,7 @@ class Layout:
         """Whether a linear is stored as pivoted factors, as those in integers are not."""
         return self.storage == "pivoted" and spec.name in self.ranks and spec.name not in self.bits
 
-    def packed_bytes(self, spec: LinearSpec) -> int:
+    def quantized_bytes(self, spec: LinearSpec) -> int:
         """Bytes of a linear in few bits."""
         if spec.name not in self.bits:
             return sum(quantized_bytes(*shape) for shape in self.stored_shapes(spec))
@@ -181,10 +181,10 @@ class Layout:
 
     def stored_bytes(self, itemsize: int) -> int:
         """Bytes of all compressed linears in the emulator, floats of ``itemsize`` bytes each."""
-        packed, specs = set(self.packed), self.by_name
+        quantized, specs = set(self.quantized_linears), self.by_name
         return sum(
-            self.packed_bytes(specs[name])
-            if name in packed
+            self.quantized_bytes(specs[name])
+            if name in quantized
             else self.form_sizes(itemsize).num_bytes(
                 specs[name].out_features, specs[name].in_features, self.form(specs[name])
             )

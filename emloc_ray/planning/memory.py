@@ -71,7 +71,7 @@ class MemoryModel(CalibrationMemory):
         where the GPU's float64 is slow. A worker with a GPU takes one group after another, so its node also holds the tensors
         of the one that is computed and of the next."""
         section, groups = self.config.emulator, self._groups()
-        left = {*self.layout.packed}.difference(spec.name for group in groups for spec in group)
+        left = {*self.layout.quantized_linears}.difference(spec.name for group in groups for spec in group)
         alone = [group for group in self.layout.groups if any(spec.name in left for spec in group)]
         parts = max([*map(self._group_parts, groups), *map(self._quantized_group_parts, alone)], key=total, default={})
         if section.gpus and not self.config.ray.joins and gpus_of_slow_float64():

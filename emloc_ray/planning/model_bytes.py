@@ -73,14 +73,14 @@ class ModelBytes:
             wider = self.layout.stored_bytes(itemsize) - self.layout.stored_bytes(self.file_itemsize)
             return rest + self.layout.budget + wider
         saved = self.layout.parameters_targeted - self.layout.parameters_factorized
-        return (self.layout.num_parameters - saved) * itemsize - self._packed_away(itemsize) + self.layout.order_bytes
+        return (self.layout.num_parameters - saved) * itemsize - self._saved_bytes(itemsize) + self.layout.order_bytes
 
-    def _packed_away(self, itemsize: int) -> int:
+    def _saved_bytes(self, itemsize: int) -> int:
         """Bytes that the emulator's linears in few bits save."""
-        names = set(self.layout.packed)
-        packed = [spec for spec in self.layout.specs if spec.name in names]
-        stored = sum(self.layout.packed_bytes(spec) for spec in packed)
-        return sum(self.layout.kept(spec) for spec in packed) * itemsize - stored
+        names = set(self.layout.quantized_linears)
+        quantized = [spec for spec in self.layout.specs if spec.name in names]
+        stored = sum(self.layout.quantized_bytes(spec) for spec in quantized)
+        return sum(self.layout.kept(spec) for spec in quantized) * itemsize - stored
 
     def _unpacked(self) -> int:
         """Bytes of the largest weight in few bits as it is used: its codes in 8 bits or by 32-bit indices, two elements each,
@@ -88,8 +88,8 @@ class ModelBytes:
         shapes = (shape for spec in self.layout.specs for shape in self.layout.stored_shapes(spec))
         if self.layout.budget is not None:  # of forms that data decides: any may be a whole weight
             shapes = ((spec.out_features, spec.in_features) for spec in self.layout.specs)
-        is_packed = self.layout.packed or self.layout.budget is not None
-        largest = max((rows * columns for rows, columns in shapes), default=0) if is_packed else 0
+        is_quantized = self.layout.quantized_linears or self.layout.budget is not None
+        largest = max((rows * columns for rows, columns in shapes), default=0) if is_quantized else 0
         return largest * (2 + FLOAT + (0 if self.itemsize == FLOAT else self.itemsize))
 
     def _groups(self) -> list[tuple[LinearSpec, ...]]:

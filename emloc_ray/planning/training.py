@@ -19,18 +19,18 @@ def factor_ranks(prepared: Prepared) -> dict[str, int]:
     return prepared.layout.ranks if healing is None else ranks_before_healing(prepared.layout.ranks, healing.r)
 
 
-def packed_late(layout: Layout, healing: HealingConfig | None) -> tuple[str, ...]:
+def quantized_late(layout: Layout, healing: HealingConfig | None) -> tuple[str, ...]:
     """The linears that are put into few bits after healing: in NF4 all, in integers those that it grows. Grown factors have
-    other groups of weights with a common scale, so that packing them before would round weights twice."""
+    other groups of weights with a common scale, so that to quantize them before would round weights twice."""
     if healing is None:
         return ()
     grown = {*layout.in_4bit, *healed_layers(layout.ranks, healing.r)}
-    return tuple(name for name in layout.packed if name in grown)
+    return tuple(name for name in layout.quantized_linears if name in grown)
 
 
 def rounded_late(layout: Layout, healing: HealingConfig | None) -> tuple[str, ...]:
-    """Those of :func:`packed_late` that are stored in integers, rounded under their Grams."""
-    return tuple(name for name in packed_late(layout, healing) if name in layout.bits)
+    """Those of :func:`quantized_late` that are stored in integers, rounded under their Grams."""
+    return tuple(name for name in quantized_late(layout, healing) if name in layout.bits)
 
 
 def healing_split(config: RunConfig) -> str:
@@ -51,7 +51,7 @@ def healing_training(config: RunConfig, healing: HealingConfig, layout: Layout) 
         "per_device_train_batch_size": healing.per_device_train_batch_size or finetune.per_device_train_batch_size,
         "gradient_accumulation_steps": healing.gradient_accumulation_steps or finetune.gradient_accumulation_steps,
     }
-    healed, late = healed_layers(layout.ranks, healing.r), set(packed_late(layout, healing))
+    healed, late = healed_layers(layout.ranks, healing.r), set(quantized_late(layout, healing))
     return Training(
         finetune.model_copy(update=learned),
         AdapterConfig(r=healing.r, lora_alpha=healing.lora_alpha),

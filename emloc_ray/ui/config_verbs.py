@@ -94,9 +94,9 @@ def _unchecked(prepared: Prepared, splits: Iterable[str]) -> Iterator[str]:
 
 def _linears(prepared: Prepared) -> str:
     layout = prepared.layout
-    packed = f" {len(layout.packed)} in {layout.quantization}," if layout.quantization != "none" else ""
+    quantized = f" {len(layout.quantized_linears)} in {layout.quantization}," if layout.quantization != "none" else ""
     compressed = layout.ranks if layout.budget is None else layout.compressed
-    return f"{len(compressed)} of {len(layout.specs)} linears compressed,{packed} {len(layout.adapted)} adapted"
+    return f"{len(compressed)} of {len(layout.specs)} linears compressed,{quantized} {len(layout.adapted)} adapted"
 
 
 def _training(prepared: Prepared, plan: Plan) -> str:

@@ -11,7 +11,7 @@ from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import CANDIDATES, MemoryModel
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.training import packed_late
+from emloc_ray.planning.training import quantized_late
 from emloc_ray.planning.work import block_work, emulator_work, head_work, rows_selected_on, tokens_adapted
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS
 from emloc_ray.stages.context import Context, Inputs, Result
@@ -73,7 +73,7 @@ def _residuals(context: Context) -> dict[str, Any]:
     if healing is not None:
         layout = context.layout_made
         healed = dict.fromkeys(healed_layers(layout.ranks, healing.r), healing.r)
-        anew = {*packed_late(layout, healing), *(healed if layout.storage == "pivoted" else ())}
+        anew = {*quantized_late(layout, healing), *(healed if layout.storage == "pivoted" else ())}
         residuals = {name: energy for name, energy in residuals.items() if name not in anew}
     return {
         "residuals": {name: energy for name, energy in residuals.items() if energy is not None},

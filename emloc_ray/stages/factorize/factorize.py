@@ -213,7 +213,7 @@ class _Linear:
         spec, factorization, (parts, order) = self.spec, self.factorization, self.stored
         is_by_gram_alone = self.outputs is None and not self.job.by_weights
         measured: tuple[float, float] | None = None
-        if factorization is not None and is_by_gram_alone and self.name not in self.job.packed:
+        if factorization is not None and is_by_gram_alone and self.name not in self.job.quantized_linears:
             measured = _known_error(factorization, self.group.whitening, self.dtype, self.job.storage)
         if measured is None:
             stored = linear_weight(parts, spec.in_features, order, self.group.device).rows()
@@ -308,7 +308,7 @@ def build_emulator(
 
 def _rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
     """The linears that are factorized or put into 4 bits: those of one Gram together, and those without one."""
-    written = {*job.ranks, *job.packed}
+    written = {*job.ranks, *job.quantized_linears}
     without_gram = set(job.without_gram)
     parts = [
         tuple(spec for spec in group if spec.name in written and (spec.name in without_gram) == apart)

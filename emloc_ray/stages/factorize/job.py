@@ -44,7 +44,7 @@ class FactorizationJob:
         return name in self.ranks or (self.gradients_for_residuals and name in self.integers.residual_ranks)
 
     @property
-    def packed(self) -> frozenset[str]:
+    def quantized_linears(self) -> frozenset[str]:
         """The linears that are stored in few bits."""
         return frozenset((*self.in_4bit, *self.integers.bits))
 

@@ -47,11 +47,13 @@ def rest_of_shards(job: FactorizationJob) -> list[list[Kept]]:
     ]
     made = [spec for spec in specs if spec.name in job.ranks or spec in apart]
     taken = {rows.name for spec in made for rows in (*spec.weight_rows, spec.bias_rows)}
-    taken |= {rows.name for spec in specs if spec.name in job.packed for rows in spec.weight_rows}
+    taken |= {rows.name for spec in specs if spec.name in job.quantized_linears for rows in spec.weight_rows}
     kept_at: dict[str, list[Kept]] = {}
     for spec in apart:
         kept = _kept_linear(spec, checkpoint)
-        kept_at.setdefault(spec.weight_rows[0].name, []).extend(kept[1:] if spec.name in job.packed else kept)
+        kept_at.setdefault(spec.weight_rows[0].name, []).extend(
+            kept[1:] if spec.name in job.quantized_linears else kept
+        )
     rest = []
     for shard in checkpoint.shards:
         as_they_are = [entry for entry in shard.entries if entry.name not in taken]

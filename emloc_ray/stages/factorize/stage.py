@@ -20,7 +20,7 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.model_bytes import file_dtype
 from emloc_ray.planning.model_checks import check_healing
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.training import factor_ranks, factorize_work, healing_training, packed_late, rounded_late
+from emloc_ray.planning.training import factor_ranks, factorize_work, healing_training, quantized_late, rounded_late
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS, gradient_inputs
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.factorize.job import FactorizationJob
@@ -68,7 +68,7 @@ def factorization_job(context: Context, layout: Layout | None = None) -> Factori
     prepared = context.prepared if layout is None else replace(context.prepared, layout=layout)
     emulator, layout = prepared.config.emulator, prepared.layout
     placed = {spec.name: spec for spec in context.specs()}
-    late, targeted = set(packed_late(layout, emulator.heals)), set(layout.compressed)
+    late, targeted = set(quantized_late(layout, emulator.heals)), set(layout.compressed)
     in_4bit = tuple(name for name in layout.in_4bit if name not in late)
     early = {name: bits for name, bits in layout.bits.items() if name not in late}
     return FactorizationJob(

@@ -28,7 +28,7 @@ from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import StagePlan, make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.skeleton import skeleton_of
-from emloc_ray.planning.training import factor_ranks, healing_split, healing_training, packed_late, rounded_late
+from emloc_ray.planning.training import factor_ranks, healing_split, healing_training, quantized_late, rounded_late
 from emloc_ray.planning.training_spec import Training
 from emloc_ray.planning.work import rows_a_step
 from emloc_ray.stages.context import Context, Inputs
@@ -228,8 +228,8 @@ def test_healing_needs_no_more_memory_than_inference_does() -> None:
 def test_4_bits_come_after_healing(prepared: Callable[..., Prepared]) -> None:
     found = large({"steps": 100}, emulator={"quantization": "nf4"})
     memory = MemoryModel(found, ROW)
-    assert packed_late(found.layout, found.config.emulator.heals) == found.layout.in_4bit
-    assert not packed_late(found.layout, None)
+    assert quantized_late(found.layout, found.config.emulator.heals) == found.layout.in_4bit
+    assert not quantized_late(found.layout, None)
     assert total(with_base(memory.healing_stage_parts())) == total(
         with_base(MemoryModel(large({"steps": 100}), ROW).healing_stage_parts())
     )
@@ -241,9 +241,8 @@ def test_integers_come_after_healing_where_it_grows_them() -> None:
     whole = {"ratios": {r"down_proj": 1.0}}
     found = large({"steps": 100}, emulator={"quantization": "int4", **whole})
     late = rounded_late(found.layout, found.config.emulator.heals)
-    assert {name.rsplit(".", 1)[-1] for name in found.layout.packed} - {n.rsplit(".", 1)[-1] for n in late} == {
-        "down_proj"
-    }
+    early = {*found.layout.quantized_linears}.difference(late)
+    assert {name.rsplit(".", 1)[-1] for name in early} == {"down_proj"}
     memory, floats = MemoryModel(found, ROW), MemoryModel(large({"steps": 100}, emulator=whole), ROW)
     # While it is healed its factors are floats, and what nothing grows is integers already.
     assert (

@@ -169,14 +169,14 @@ def test_integers_are_what_lies_inside_the_blocks() -> None:
         "ratios": {"v_proj": 1.0},
     }
     found = layout(emulator=options)
-    assert found.packed == tuple(found.forms.bits) == tuple(spec.name for spec in found.specs)
+    assert found.quantized_linears == tuple(found.forms.bits) == tuple(spec.name for spec in found.specs)
     assert found.in_4bit == ()
     # Beside dense ones that have a Gram.
     assert {name.rsplit(".", 1)[-1] for name in found.forms.residual_ranks} == {"v_proj"}
     assert set(found.forms.residual_ranks.values()) == {4}
     value = next(spec for spec in found.specs if spec.name.endswith("v_proj"))
     size = value.num_parameters * 2.25 / 8 + 4 * (value.in_features + value.out_features) * 4.25 / 8
-    assert size < found.packed_bytes(value) < 1.5 * size  # a scale for each of the few columns of ``up``
+    assert size < found.quantized_bytes(value) < 1.5 * size  # a scale for each of the few columns of ``up``
     assert layout(emulator={**options, "compression_ratio": 1.0}).differs
 
 
