@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from emloc_ray.core.pivoting import PivotedFactors
 from emloc_ray.modeling.emulator import FactorizedLinear
-from emloc_ray.modeling.quantization import module_weight
+from emloc_ray.modeling.nf4 import module_weight
 
 
 def stored_product(up: Tensor, down: Tensor, order: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter_files import LoraModule
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.modeling.quantization import emulator_weight
+from emloc_ray.modeling.emulator_weights import emulator_weight
 
 
 def layer_difference(spec: LinearSpec, original: Checkpoint, emulator: Checkpoint) -> Tensor | None:

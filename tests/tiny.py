@@ -186,7 +186,7 @@ def save_quantized_emulator(model_dir: Path, directory: Path, ranks: dict[str, i
     from emloc_ray.modeling.architecture import block_linears
     from emloc_ray.modeling.emulator import write_emulator_config
     from emloc_ray.modeling.experts import unfuse
-    from emloc_ray.modeling.quantization import quantization_config, quantize, replaceable_linears
+    from emloc_ray.modeling.nf4 import quantization_config, quantize_nf4, replaceable_linears
 
     model = unfuse(AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto"))
     specs, wide = block_linears(model), replaceable_linears(model)
@@ -195,7 +195,7 @@ def save_quantized_emulator(model_dir: Path, directory: Path, ranks: dict[str, i
     for spec in specs:
         for part in (".up", ".down") if spec.name in ranks else ("",):
             weight = state.pop(f"{spec.name}{part}.weight")
-            packed = quantize(weight.T if spec.transposed and not part else weight, model.dtype, spec.name)
+            packed = quantize_nf4(weight.T if spec.transposed and not part else weight, model.dtype, spec.name)
             state |= {f"{spec.name}{part}.{key}": tensor for key, tensor in packed.items()}
     directory.mkdir(parents=True)
     save_file(

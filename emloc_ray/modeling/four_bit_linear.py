@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from emloc_ray.modeling.integer_linear import FrozenLinear
-from emloc_ray.modeling.quantization import module_weight
+from emloc_ray.modeling.nf4 import module_weight
 
 
 class ExactLinear4bit(FrozenLinear, bitsandbytes.nn.Linear4bit):
-    """A linear with the weight that :func:`~emloc_ray.modeling.quantization.unpacked` gives, whatever the device.
+    """A linear with the weight that :func:`~emloc_ray.modeling.nf4.nf4_weight` gives, whatever the device.
 
     On CPUs bitsandbytes' own product repacks weights into bfloat16 at the first evaluation, or fails for shapes that it
     cannot repack, and unpacks some wrongly; correction relies on ``W`` being the same everywhere.

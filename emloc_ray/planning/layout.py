@@ -17,7 +17,7 @@ from emloc_ray.modeling.expert_adapters import order_free_tables, taken_for_expe
 from emloc_ray.modeling.experts import owner_of
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.matching import ALL_LINEAR, Patterns, check_table, lookup, matches, portable_targets, select
-from emloc_ray.modeling.quantization import quantized_bytes
+from emloc_ray.modeling.nf4 import nf4_bytes
 
 if TYPE_CHECKING:
     from emloc_ray.config.adapter import AdapterConfig
@@ -172,7 +172,7 @@ class Layout:
     def quantized_bytes(self, spec: LinearSpec) -> int:
         """Bytes of a linear in few bits."""
         if spec.name not in self.bits:
-            return sum(quantized_bytes(*shape) for shape in self.stored_shapes(spec))
+            return sum(nf4_bytes(*shape) for shape in self.stored_shapes(spec))
         return self.form_sizes(4).num_bytes(spec.out_features, spec.in_features, self.form(spec))
 
     def form_sizes(self, itemsize: int) -> FormSizes:

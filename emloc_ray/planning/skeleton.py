@@ -16,7 +16,7 @@ from emloc_ray.modeling.architecture import (
     unfactorable,
 )
 from emloc_ray.modeling.block_flow import block_flow
-from emloc_ray.modeling.quantization import replaceable_linears
+from emloc_ray.modeling.nf4 import replaceable_linears
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.modeling.adapter_files import Adapter, LoraModule, lora_config, write_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
-from emloc_ray.modeling.quantization import emulator_weight
+from emloc_ray.modeling.emulator_weights import emulator_weight
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs.steps import resources_of
 from emloc_ray.stages.context import Context

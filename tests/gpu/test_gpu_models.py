@@ -181,11 +181,11 @@ def test_grams_block_by_block_are_those_of_the_whole_model(tmp_path: Path) -> No
 @pytest.mark.parametrize("shape", [(256, 128), (96, 72)])
 def test_4_bits_are_the_same_weight_on_both(shape: tuple[int, int]) -> None:
     pytest.importorskip("bitsandbytes", reason="4 bits are bitsandbytes' own")
-    from emloc_ray.modeling.quantization import dequantize, quantize
+    from emloc_ray.modeling.nf4 import dequantize_nf4, quantize_nf4
 
-    packed = quantize(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE), torch.float32)
-    there = dequantize(packed)
-    here = dequantize({key: value.cpu() for key, value in packed.items()})
+    packed = quantize_nf4(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE), torch.float32)
+    there = dequantize_nf4(packed)
+    here = dequantize_nf4({key: value.cpu() for key, value in packed.items()})
     assert there.device.type == DEVICE
     assert apart(there, here) < 1e-6
 

@@ -15,7 +15,7 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.modeling.adapter_files import Adapter
-from emloc_ray.modeling.quantization import emulator_weight
+from emloc_ray.modeling.emulator_weights import emulator_weight
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.factorize.spend import read_forms
 

@@ -19,7 +19,7 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.modeling.adapter_files import Adapter
-from emloc_ray.modeling.quantization import emulator_weight
+from emloc_ray.modeling.emulator_weights import emulator_weight
 from emloc_ray.planning.prepared import prepare
 
 FORMS: tuple[dict[str, object], ...] = (

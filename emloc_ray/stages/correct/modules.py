@@ -31,7 +31,7 @@ from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.store.node_cache import exists
 from emloc_ray.modeling.adapter_files import Adapter, LoraModule
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.modeling.quantization import emulator_weight
+from emloc_ray.modeling.emulator_weights import emulator_weight
 from emloc_ray.stages.correct.job import CorrectionJob, ModuleGroup
 
 _TINY = torch.finfo(torch.float64).tiny

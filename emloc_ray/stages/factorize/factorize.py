@@ -32,8 +32,9 @@ from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.store.node_cache import sizes
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.emulator import write_emulator_config
+from emloc_ray.modeling.emulator_weights import linear_weight, num_elements
 from emloc_ray.modeling.loading import copy_tokenizer
-from emloc_ray.modeling.quantization import linear_weight, num_elements, quantization_config, quantize
+from emloc_ray.modeling.nf4 import quantization_config, quantize_nf4
 from emloc_ray.stages.factorize.group_tensors import GroupTensors, read_ahead, read_group
 from emloc_ray.stages.factorize.job import FactorizationJob, group_cost
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
@@ -191,7 +192,7 @@ class _Linear:
             up, down, order = pivot(self.factorization.factors)
             parts, order = {".up": up, ".down": down}, order.cpu()
         if self.name in self.job.in_4bit:
-            return {part: quantize(tensor, self.dtype, self.name) for part, tensor in parts.items()}, order
+            return {part: quantize_nf4(tensor, self.dtype, self.name) for part, tensor in parts.items()}, order
         return {part: {"weight": tensor.to(self.dtype)} for part, tensor in parts.items()}, order
 
     def tensors(self) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.io.formats.shards import copy_chunks, make_header, stream_shard, write_tensors
 from emloc_ray.io.store.node_cache import exists, sizes
 from emloc_ray.modeling.adapter_files import Adapter
-from emloc_ray.modeling.quantization import quantize
+from emloc_ray.modeling.nf4 import quantize_nf4
 from emloc_ray.stages.factorize.factorize import finish_emulator, whitening_of
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, run_tasks, silent
@@ -168,7 +168,7 @@ def _make_linear(
         stored = {"weight": weight}
         if name in opened.in_4bit:
             turned = name in opened.transposed and not part
-            stored = quantize(weight.T if turned else weight, entries[part].dtype, name)
+            stored = quantize_nf4(weight.T if turned else weight, entries[part].dtype, name)
         tensors |= {f"{name}{part}.{key}": tensor for key, tensor in stored.items()}
     return tensors
 

@@ -22,9 +22,9 @@ from emloc_ray.modeling.adapter import attach_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import FactorizedLinear, ResidualLinear, write_emulator_config
+from emloc_ray.modeling.emulator_weights import emulator_weight, num_elements
 from emloc_ray.modeling.experts import unfuse
 from emloc_ray.modeling.integer_linear import IntegerLinear
-from emloc_ray.modeling.quantization import emulator_weight, num_elements
 
 IDS = torch.randint(2, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
 SIZE = 16

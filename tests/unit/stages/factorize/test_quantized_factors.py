@@ -21,7 +21,7 @@ from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
-from emloc_ray.modeling.quantization import dequantize, quantize
+from emloc_ray.modeling.nf4 import dequantize_nf4, quantize_nf4
 from emloc_ray.modeling.stored_names import stored_parameters, stored_specs
 from emloc_ray.stages.correct.correct import correct_adapter
 from emloc_ray.stages.correct.job import CorrectionJob
@@ -40,7 +40,7 @@ def unpacked(file: Path, name: str) -> torch.Tensor:
     """A linear as a shard stores it, its factors multiplied, in float64."""
     held = load_file(file)
     parts = [f"{name}.up.", f"{name}.down."] if f"{name}.up.weight" in held else [f"{name}."]
-    found = [dequantize({k.removeprefix(p): v for k, v in held.items() if k.startswith(p)}).double() for p in parts]
+    found = [dequantize_nf4({k.removeprefix(p): v for k, v in held.items() if k.startswith(p)}).double() for p in parts]
     return found[0] @ found[1] if len(found) == 2 else found[0]
 
 
@@ -73,10 +73,10 @@ def test_without_a_gram_a_linear_is_only_put_into_4_bits(artifacts: Artifacts, t
     spec = artifacts.specs[-1]
     file = tmp_path / "a.safetensors"
     factorize_group(job_of(artifacts, ranks={}), (spec,), None, file)
-    expected = quantize(Checkpoint(artifacts.model_dir).read(spec.weight_name), torch.float32)
+    expected = quantize_nf4(Checkpoint(artifacts.model_dir).read(spec.weight_name), torch.float32)
     assert read_reports(file) == []
     assert {entry.name for entry in read_shard(file).entries} == {f"{spec.name}.{key}" for key in expected}
-    assert torch.equal(unpacked(file, spec.name).float(), dequantize(expected))
+    assert torch.equal(unpacked(file, spec.name).float(), dequantize_nf4(expected))
 
 
 def test_a_dense_conv1d_is_turned(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:

@@ -15,7 +15,7 @@ from emloc_ray.core.forms import Form, FormSizes
 from emloc_ray.core.integer_forms import IntegerForms
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
-from emloc_ray.modeling.quantization import emulator_weight
+from emloc_ray.modeling.emulator_weights import emulator_weight
 from emloc_ray.stages.factorize.allocate import AllocationJob, group_spectra
 from emloc_ray.stages.factorize.factorize import factorize_group
 from emloc_ray.stages.factorize.job import FactorizationJob

@@ -26,8 +26,9 @@ from emloc_ray.io.formats.grams import write_gram_index, write_gram_shard
 from emloc_ray.modeling.adapter import load_adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.emulator import FactorizedLinear, PivotedLinear
+from emloc_ray.modeling.emulator_weights import emulator_weight
 from emloc_ray.modeling.loading import load_model
-from emloc_ray.modeling.quantization import dequantize, emulator_weight, quantize
+from emloc_ray.modeling.nf4 import dequantize_nf4, quantize_nf4
 from emloc_ray.stages.heal import fold
 from emloc_ray.stages.heal.fold import pieces, write_pieces
 
@@ -170,8 +171,8 @@ def test_4_bits_are_those_of_the_grown_factors(healing: Callable[..., Healing], 
             prefix = f"{spec.name}{part}."
             held = {key.removeprefix(prefix): t for key, t in packed.items() if key.startswith(prefix)}
             weight = wide[f"{prefix}weight"]
-            expected = quantize(weight.T if spec.transposed and not part else weight, weight.dtype)
-            assert torch.equal(dequantize({k: t for k, t in held.items() if k != "bias"}), dequantize(expected))
+            expected = quantize_nf4(weight.T if spec.transposed and not part else weight, weight.dtype)
+            assert torch.equal(dequantize_nf4({k: t for k, t in held.items() if k != "bias"}), dequantize_nf4(expected))
     model = load_model(job.out_dir)
     ids = torch.tensor([TokenShards(found.tokens).row(8).input_ids])
     with torch.no_grad():

@@ -15,13 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from emloc_ray.core.integer_forms import BITS
-from emloc_ray.core.integers import dense_weight, stored_bits
-from emloc_ray.core.pivoting import PivotedFactors
 from emloc_ray.core.products import is_finite
-from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.errors import NumericsError
-from emloc_ray.io.formats.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -29,16 +24,16 @@ if TYPE_CHECKING:
 BLOCK = 64  # elements that share a scale, along the rows of a weight as it lies in memory
 _NESTED_BLOCK = 256  # scales that share one
 _STATE = "quant_state.bitsandbytes__nf4"
-_PARTS = tuple(f"weight.{part}" for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _STATE))
+STATE_KEYS = tuple(f"weight.{part}" for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _STATE))
 _CONSTANT_BYTES = 4 * (16 + 256) + 170  # of a weight: both tables of levels, and its shape and dtype as JSON
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def quantize(weight: Tensor, dtype: torch.dtype, name: str = "the layer") -> dict[str, Tensor]:
+def quantize_nf4(weight: Tensor, dtype: torch.dtype, name: str = "the layer") -> dict[str, Tensor]:
     """``weight (out, in)``, of any floating dtype, in 4 bits as the tensors of a checkpoint, by what follows the module's name.
 
-    Rounded once, from float32; ``dtype`` is what :func:`dequantize` gives back, 16-bit floats or float32. Raises NumericsError,
-    with the layer's ``name``, where the weight holds a NaN or an Inf.
+    Rounded once, from float32; ``dtype`` is what :func:`dequantize_nf4` gives back, 16-bit floats or float32. Raises
+    NumericsError, with the layer's ``name``, where the weight holds a NaN or an Inf.
     """
     from bitsandbytes.functional import quantize_4bit
 
@@ -51,16 +46,16 @@ def quantize(weight: Tensor, dtype: torch.dtype, name: str = "the layer") -> dic
     return {"weight": packed, **{f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}}
 
 
-def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
-    """What :func:`quantize` made its ``tensors`` of, as nearly as they tell: ``(out, in)`` in the dtype they name."""
+def dequantize_nf4(tensors: Mapping[str, Tensor]) -> Tensor:
+    """What :func:`quantize_nf4` made its ``tensors`` of, as nearly as they tell: ``(out, in)`` in the dtype they name."""
     from bitsandbytes.functional import QuantState
 
     packed = tensors["weight"]
     parts = {key: value for key, value in tensors.items() if key.startswith("weight.")}
-    return unpacked(packed, QuantState.from_dict(parts, packed.device))
+    return nf4_weight(packed, QuantState.from_dict(parts, packed.device))
 
 
-def unpacked(packed: Tensor, state: QuantState) -> Tensor:
+def nf4_weight(packed: Tensor, state: QuantState) -> Tensor:
     """The weight ``(out, in)`` that ``packed`` and its state stand for.
 
     By bitsandbytes on GPUs. Not on CPUs: its AVX-512 kernel (0.50) reads other scales than it should where the inner size
@@ -83,73 +78,19 @@ def unpacked(packed: Tensor, state: QuantState) -> Tensor:
     return values.view(-1)[: math.prod(state.shape)].view(state.shape).to(state.dtype)
 
 
-def is_packed(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a module's tensors are as :func:`quantize` makes them."""
+def is_nf4(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a module's tensors are as :func:`quantize_nf4` makes them."""
     return f"weight.{_STATE}" in tensors
-
-
-def linear_weight(
-    parts: Mapping[str, Mapping[str, Tensor]],
-    in_features: int,
-    order: Tensor | None = None,
-    device: torch.device | str = "cpu",
-) -> StoredWeight:
-    """The weight of an emulator's linear on a ``device``, of all that is stored of it, by what follows its name.
-
-    ``parts`` are those of a dense weight (``""``), of factors (``.up`` and ``.down``, with the ``order`` of pivoted rows), and of
-    integers beside factors (``.base``); each in its floating dtype, in NF4 or in integers.
-    """
-
-    def dense(part: str, columns: int) -> Tensor:
-        tensors = {key: tensor.to(device) for key, tensor in parts[part].items()}  # in few bits, and unpacked there
-        if stored_bits(tensors) is not None:
-            return dense_weight(tensors, columns)
-        return dequantize(tensors) if is_packed(tensors) else tensors["weight"]
-
-    if ".down" not in parts:
-        return StoredWeight(dense("", in_features))
-    down = dense(".down", in_features)
-    up = dense(".up", len(down))
-    if order is not None:
-        up = PivotedFactors(up, down, order.to(device)).plain().up
-    return StoredWeight(up, down, dense(".base", in_features) if ".base" in parts else None)
-
-
-def emulator_weight(
-    emulator: Checkpoint, name: str, in_features: int, device: torch.device | str = "cpu"
-) -> StoredWeight | None:
-    """A linear's weight as an emulator stores it, on a ``device``; None where it keeps the original's."""
-    keys = ("weight", *_PARTS, *(f"int{bits}" for bits in BITS), "scales", "zeros", "exponent")
-    parts = {
-        part: {key: emulator.read(f"{name}{part}.{key}") for key in keys if f"{name}{part}.{key}" in emulator}
-        for part in ("", ".up", ".down", ".base")
-    }
-    stored = {part: tensors for part, tensors in parts.items() if tensors}
-    if stored.keys() <= {""} and stored.get("", {}).keys() <= {"weight"}:  # a dense expert has a name of its own
-        return None
-    order = emulator.read(f"{name}.order") if f"{name}.order" in emulator else None
-    return linear_weight(stored, in_features, order, device)
 
 
 def module_weight(module: Any) -> Tensor:
     """A linear's weight in the dtype it computes in, in 4 bits or not."""
     weight: Tensor = module.weight.detach()
     state = getattr(module.weight, "quant_state", None)
-    return weight if state is None else unpacked(weight, state)
+    return weight if state is None else nf4_weight(weight, state)
 
 
-def num_elements(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """Parameters that a tensor of a checkpoint stands for: two a byte in 4 bits, none where it holds scales, or the places
-    of pivoted rows."""
-    _, _, key = name.rpartition(".")
-    if ".weight." in name or (key == "order" and dtype == torch.int32) or key in ("scales", "zeros", "exponent"):
-        return 0
-    if stored_bits((key,)) is not None:
-        return math.prod(shape) * 8 // int(key.removeprefix("int"))
-    return math.prod(shape) * (2 if dtype == torch.uint8 else 1)
-
-
-def quantized_bytes(out_features: int, in_features: int) -> int:
+def nf4_bytes(out_features: int, in_features: int) -> int:
     """Bytes of a weight in 4 bits, its scales and tables included: on disk, and in memory."""
     size = out_features * in_features
     blocks = math.ceil(size / BLOCK)
@@ -169,7 +110,7 @@ def replaceable_linears(model: nn.Module) -> tuple[str, ...]:
 
 
 def quantization_config(dtype: torch.dtype, skipped: tuple[str, ...]) -> dict[str, Any]:
-    """``quantization_config`` of a config.json whose model holds weights of :func:`quantize`; ``skipped`` does not."""
+    """``quantization_config`` of a config.json whose model holds weights of :func:`quantize_nf4`; ``skipped`` does not."""
     import re
 
     from transformers import BitsAndBytesConfig

@@ -22,16 +22,10 @@ from emloc_ray.modeling.adapter import attach_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import FactorizedLinear
+from emloc_ray.modeling.emulator_weights import emulator_weight, num_elements
 from emloc_ray.modeling.four_bit_linear import ExactLinear4bit
 from emloc_ray.modeling.loading import load_model
-from emloc_ray.modeling.quantization import (
-    dequantize,
-    emulator_weight,
-    num_elements,
-    quantize,
-    quantized_bytes,
-    replaceable_linears,
-)
+from emloc_ray.modeling.nf4 import dequantize_nf4, nf4_bytes, quantize_nf4, replaceable_linears
 
 IDS = torch.randint(2, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
 
@@ -65,7 +59,7 @@ def nearest_levels(weight: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_comes_back_is_the_nearest_level(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = random(*shape)
-    found = dequantize(quantize(weight, dtype))
+    found = dequantize_nf4(quantize_nf4(weight, dtype))
     assert (found.shape, found.dtype) == (shape, dtype)
     expected = nearest_levels(weight.numpy())
     # Scales are in 8 bits: within 1 % of the largest.
@@ -75,30 +69,32 @@ def test_what_comes_back_is_the_nearest_level(shape: tuple[int, int], dtype: tor
 def test_the_error_is_that_of_nf4_whatever_the_scale() -> None:
     for scale in (1e-6, 1.0, 1e4):
         weight = scale * random(128, 192)
-        found = dequantize(quantize(weight, torch.float32))
+        found = dequantize_nf4(quantize_nf4(weight, torch.float32))
         assert 0.08 < float((found - weight).norm() / weight.norm()) < 0.1
 
 
 def test_zeros_stay_zeros_and_what_is_no_number_is_refused_by_name() -> None:
-    assert torch.equal(dequantize(quantize(torch.zeros(64, 96), torch.bfloat16)), torch.zeros(64, 96).bfloat16())
+    assert torch.equal(
+        dequantize_nf4(quantize_nf4(torch.zeros(64, 96), torch.bfloat16)), torch.zeros(64, 96).bfloat16()
+    )
     for value in (torch.nan, torch.inf):
         weight = random(8, 8)
         weight[3, 5] = value
         with pytest.raises(NumericsError, match=r"The weight of blocks\.3\.up holds a NaN or an Inf\."):
-            quantize(weight, torch.float32, "blocks.3.up")
+            quantize_nf4(weight, torch.float32, "blocks.3.up")
 
 
 def test_16_bit_weights_are_rounded_once() -> None:
     weight = random(64, 128)
-    narrow = {k: v for k, v in quantize(weight, torch.bfloat16).items() if "quant_state" not in k}
-    assert all(torch.equal(quantize(weight, torch.float32)[key], tensor) for key, tensor in narrow.items())
+    narrow = {k: v for k, v in quantize_nf4(weight, torch.bfloat16).items() if "quant_state" not in k}
+    assert all(torch.equal(quantize_nf4(weight, torch.float32)[key], tensor) for key, tensor in narrow.items())
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (576, 209), (1024, 1024), (3, 5)])
 def test_bytes_are_counted(shape: tuple[int, int]) -> None:
-    tensors = quantize(random(*shape), torch.bfloat16)
+    tensors = quantize_nf4(random(*shape), torch.bfloat16)
     held = sum(tensor.nbytes for tensor in tensors.values())
-    assert held == pytest.approx(quantized_bytes(*shape), abs=20)
+    assert held == pytest.approx(nf4_bytes(*shape), abs=20)
     counted = sum(num_elements(f"x.{key}", tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items())
     assert counted == shape[0] * shape[1] + shape[0] * shape[1] % 2
 
@@ -110,7 +106,7 @@ def test_the_layout_is_what_transformers_writes(tmp_path: Path, tiny_model_dir: 
     theirs.save_pretrained(tmp_path / "theirs")
     written, original = load_file(tmp_path / "theirs" / "model.safetensors"), Checkpoint(model_dir)
     for spec in block_linears(make_model("llama")):
-        ours = quantize(original.read(spec.weight_name), torch.float32)
+        ours = quantize_nf4(original.read(spec.weight_name), torch.float32)
         held = {k.removeprefix(f"{spec.name}."): v for k, v in written.items() if k.startswith(f"{spec.name}.")}
         assert held.keys() == ours.keys()
         assert all(torch.equal(held[key], ours[key]) for key in ours)
