@@ -50,7 +50,7 @@ class LeadingVectors(NamedTuple):
 
 
 class RitzPairs(NamedTuple):
-    """``values (m,)``, descending, in float64, and ``rotation (m, m)``.
+    """``values (k,)``, descending, in float64, and ``rotation (m, k)``: of a space of m vectors all pairs, or the top ones.
 
     ``energy_left`` by the first r is a difference of sums, or, where ``cancelled`` says that rounding is too much of it, a
     bound from below.
@@ -58,17 +58,6 @@ class RitzPairs(NamedTuple):
 
     values: Tensor
     rotation: Tensor
-    energy_left: float
-    cancelled: bool
-
-
-class RitzCheck(NamedTuple):
-    """A check of a space: ``values (r,)``, ``rotation (m, r)`` and ``gaps (r,)``, ``loss`` as estimated, the rest."""
-
-    values: Tensor
-    rotation: Tensor
-    gaps: Tensor
-    loss: float
     energy_left: float
     cancelled: bool
 
@@ -98,16 +87,16 @@ def leading_vectors(matrix: Tensor, rank: int, seed: int = 0, *, squared: bool =
     check_at, before = max(least, min(int(first * rank), limit)), (0, math.inf)
     while check_at <= limit:
         space.grow(check_at)
-        ritz = space.check(rank, total)
-        bound = loss_bound(ritz.energy_left, float(ritz.values[0]), matrix.dtype)
-        if squared and ritz.cancelled:
+        pairs, gaps, loss = space.check(rank, total)
+        bound = loss_bound(pairs.energy_left, float(pairs.values[0]), matrix.dtype)
+        if squared and pairs.cancelled:
             return None
-        if is_lost(ritz.energy_left, total, matrix.dtype):
-            return space.vectors(ritz)
-        if ritz.loss <= bound:
-            top = space.vectors(ritz)
+        if is_lost(pairs.energy_left, total, matrix.dtype):
+            return space.vectors(pairs, gaps)
+        if loss <= bound:
+            top = space.vectors(pairs, gaps)
             return top if complement_gain(matrix, top, seed + 1, squared=squared) <= bound else None
-        excess = ritz.loss / bound
+        excess = loss / bound
         blocks = _step(space.size, excess, before, rank) / space.block
         check_at = space.size + max(math.ceil(blocks), 1) * space.block
         before = space.size, excess
@@ -164,8 +153,9 @@ class KrylovSpace:
             self._next = self._new_directions(product)
             self._coupling = self._next.T @ product
 
-    def check(self, rank: int, total: float) -> RitzCheck:
-        """The top Ritz pairs and the energy that they are estimated to miss."""
+    def check(self, rank: int, total: float) -> tuple[RitzPairs, Tensor, float]:
+        """The top ``rank`` Ritz pairs, their ``gaps`` as of :class:`LeadingVectors`, and the energy that they are estimated to
+        miss."""
         known, images = len(self._gram), self._images[:, : self.size]
         gram = self._gram.new_empty(self.size, self.size)
         gram[:known, :known] = self._gram
@@ -181,14 +171,14 @@ class KrylovSpace:
         # What couples to the next block lies about as high as the last one.
         level = gram.diagonal()[-self.block :].mean()
         gaps = torch.maximum(values - level, MIN_GAP * values).clamp_min(torch.finfo(torch.float64).tiny)
-        return RitzCheck(values, rotation, gaps, float((residuals / gaps).sum()), pairs.energy_left, pairs.cancelled)
+        return pairs._replace(values=values, rotation=rotation), gaps, float((residuals / gaps).sum())
 
-    def vectors(self, ritz: RitzCheck) -> LeadingVectors:
-        """The Ritz vectors themselves, and the energy left by them in full."""
+    def vectors(self, pairs: RitzPairs, gaps: Tensor) -> LeadingVectors:
+        """The vectors of Ritz pairs, and the energy left by them in full."""
         basis, images = self._basis[:, : self.size], self._images[:, : self.size]
-        if not ritz.cancelled:
-            return LeadingVectors(ritz.values, basis @ ritz.rotation.to(basis.dtype), ritz.gaps, ritz.energy_left)
-        return careful_vectors(self._matrix, basis, images, self._gram, ritz.gaps)
+        if not pairs.cancelled:
+            return LeadingVectors(pairs.values, basis @ pairs.rotation.to(basis.dtype), gaps, pairs.energy_left)
+        return careful_vectors(self._matrix, basis, images, self._gram, gaps)
 
     def _new_directions(self, product: Tensor) -> Tensor:
         return _outside(self._basis[:, : self.size], product, self._generator)

@@ -164,7 +164,7 @@ def test_what_float32_cannot_hold_ends_the_search_at_once(monkeypatch: pytest.Mo
     checks: list[int] = []
     check = krylov.KrylovSpace.check
 
-    def counted(self: krylov.KrylovSpace, rank: int, total: float) -> krylov.RitzCheck:
+    def counted(self: krylov.KrylovSpace, rank: int, total: float) -> tuple[krylov.RitzPairs, torch.Tensor, float]:
         checks.append(self.size)
         return check(self, rank, total)
 
