@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from emloc_ray.io.store.places import looked_in
 from emloc_ray.modeling.architecture import auto_class, block_linears, load_config, outside_linears
 from emloc_ray.modeling.checkpoint_config import check_config, config_leaves
 from emloc_ray.modeling.experts import unfuse
-from emloc_ray.modeling.stored_names import stored_parameters
+from emloc_ray.modeling.stored_names import StoredParameter, stored_parameters
 from emloc_ray.text import one_line
 
 TOKENIZER_FILES = (
@@ -210,57 +210,72 @@ def _unknown_type(directory: Path) -> str | None:
 
 
 def check_source(source: ModelSource, model: Any, trust_remote_code: bool = False) -> None:
-    """Raises ConfigError where the checkpoint's shapes are not those of ``model`` (on the meta device), it lacks linears
-    that ``model`` has, which transformers would fill with random numbers, or it has no tokenizer."""
+    """Raises ConfigError where no emulator can be made of a model: the checkpoint is stored quantized, its code comes with it,
+    it lacks linears that ``model`` (on the meta device) has, which transformers would fill with random numbers, its shapes are
+    not those of ``model``, or it has no tokenizer."""
     if source.gguf_file is not None:
         return
-    stored_as = getattr(model.config, "quantization_config", None)
-    stored_as = stored_as or getattr(model.config.get_text_config(), "quantization_config", None)
+    _check_kind(source, model.config)
+    if source.hub_id is None and not source.only_index:
+        checkpoint = Checkpoint(source.directory)
+        stored = stored_parameters(model, {entry.name: entry.shape for entry in checkpoint})
+        _check_linears(source, model, stored)
+        _check_shapes(source, model, stored, checkpoint)
+    if not source.only_index:
+        _open_tokenizer(source, "save one beside the weights", trust_remote_code=trust_remote_code)
+
+
+def _check_kind(source: ModelSource, config: Any) -> None:
+    stored_as = getattr(config, "quantization_config", None)
+    stored_as = stored_as or getattr(config.get_text_config(), "quantization_config", None)
     if stored_as:
         method = stored_as.get("quant_method") if isinstance(stored_as, dict) else type(stored_as).__name__
         raise ConfigError(
             f"model.source {source.directory} is stored quantized ({method}), and its codes are no weights to factorize or to"
             " merge into: name the checkpoint that it was made from; emulator.quantization: nf4 is for less memory."
         )
-    if type(model.config).__module__.startswith("transformers_modules"):
+    if type(config).__module__.startswith("transformers_modules"):
         raise ConfigError(
-            f"model.source {source.directory} is of the type {model.config.model_type}, whose code comes with the model: an"
+            f"model.source {source.directory} is of the type {config.model_type}, whose code comes with the model: an"
             " emulator is opened by transformers' own classes; name a model of a type that transformers knows."
         )
-    if getattr(model.config, "rescale_every", 0):
+    if getattr(config, "rescale_every", 0):
         raise ConfigError(
-            f"model.source {source.directory} is of the type {model.config.model_type}, which divides its own weights when it"
+            f"model.source {source.directory} is of the type {config.model_type}, which divides its own weights when it"
             " predicts: set rescale_every to 0 in its config.json."
         )
+
+
+def _check_linears(source: ModelSource, model: Any, stored: Mapping[str, StoredParameter]) -> None:
+    head = model.get_output_embeddings()  # which may be the embedding itself
+    outside = [name for name in outside_linears(model) if model.get_submodule(name) is not head]
+    names = [*(spec.weight_name for spec in block_linears(model)), *(f"{name}.weight" for name in outside)]
+    missing = [name for name in names if name not in stored]
+    if missing:
+        raise ConfigError(
+            f"model.source {source.directory} holds no {missing[0]} ({len(missing)} linears of config.json's model are"
+            " missing): copy the checkpoint again, or fix config.json."
+        )
+    shared = {f"{name}.weight" for name in outside if isinstance(stored[f"{name}.weight"].part, tuple)}
+    converted = next((name for name in names if not stored[name].parts or name in shared), None)
+    if converted is not None:
+        raise ConfigError(
+            f"model.source {source.directory} holds {converted} in a form that only transformers can convert: load it with"
+            " transformers, save it again with save_pretrained(save_original_format=False), and name that."
+        )
+
+
+def _check_shapes(
+    source: ModelSource, model: Any, stored: Mapping[str, StoredParameter], checkpoint: Checkpoint
+) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    checkpoint = None if source.hub_id is not None or source.only_index else Checkpoint(source.directory)
-    stored = {} if checkpoint is None else stored_parameters(model, {e.name: e.shape for e in checkpoint})
-    if checkpoint is not None:
-        head = model.get_output_embeddings()  # which may be the embedding itself
-        outside = [name for name in outside_linears(model) if model.get_submodule(name) is not head]
-        names = [*(spec.weight_name for spec in block_linears(model)), *(f"{name}.weight" for name in outside)]
-        missing = [name for name in names if name not in stored]
-        if missing:
-            raise ConfigError(
-                f"model.source {source.directory} holds no {missing[0]} ({len(missing)} linears of config.json's model are"
-                " missing): copy the checkpoint again, or fix config.json."
-            )
-        shared = {f"{name}.weight" for name in outside if isinstance(stored[f"{name}.weight"].part, tuple)}
-        converted = next((name for name in names if not stored[name].parts or name in shared), None)
-        if converted is not None:
-            raise ConfigError(
-                f"model.source {source.directory} holds {converted} in a form that only transformers can convert: load it with"
-                " transformers, save it again with save_pretrained(save_original_format=False), and name that."
-            )
     for name, parameter in stored.items():
-        shape = checkpoint.entry(parameter.own_name).shape if checkpoint and parameter.own_name else shapes[name]
+        shape = checkpoint.entry(parameter.own_name).shape if parameter.own_name else shapes[name]
         if shape != shapes[name]:
             raise ConfigError(
                 f"model.source {source.directory}: {parameter.own_name} is of shape {list(shape)}, config.json asks for"
                 f" {list(shapes[name])}: the two are not of one model."
             )
-    if not source.only_index:
-        _open_tokenizer(source, "save one beside the weights", trust_remote_code=trust_remote_code)
 
 
 def _open_tokenizer(source: ModelSource, advice: str, **options: Any) -> Any:
