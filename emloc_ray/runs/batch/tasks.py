@@ -70,38 +70,16 @@ def read_batch(path: str | Path, overrides: Sequence[str] = ()) -> Batch:
 
 def compose_batch(values: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Batch:
     """As :func:`read_batch`, from ``values`` that were read from the file at ``path`` or derived from it."""
-    values, unset = with_variables(values)
     where = f"{path} and its overrides" if overrides else str(path)
+    values, unset = with_variables(values)
     if unset:
         raise ConfigError("\n".join(f"{where}: {line}" for line in unset))
     for key in ("base", "tasks"):
         if isinstance(values.get(key), str) and values[key].strip():
             values[key] = str(path.parent / os.path.expanduser(values[key]))
     of_tasks, errors = _apply(values, overrides)
-    of_runs = [key for key in values if key in RunConfig.model_fields.keys() - BatchConfig.model_fields.keys()]
-    config, valid, wrong = _check_batch({key: value for key, value in values.items() if key not in of_runs})
-    if of_runs:
-        names = listed(of_runs, 9)
-        wrong.insert(
-            0, f"what all tasks begin with is a config of its own: move {names} there, and name its file as base."
-        )
-    errors += [f"{where}: {line}" for line in wrong]
-    if config is None or of_runs:
-        raise ConfigError("\n".join(errors))
-    grid, wrong = _check_grid(config.grid)
-    errors += [f"{where}: {line}" for line in wrong]
-    rows: list[TaskRow] = []
-    if config.tasks is not None:
-        rows, wrong = read_task_rows(config.tasks, path) if "tasks" in valid else ([], [])
-        errors += wrong
-    count = (1 if config.tasks is None else len(rows)) * math.prod(map(len, grid.values()))
-    if grid and count > MAX_GRID_TASKS:
-        errors.append(f"{where}: its grid makes {count:,} tasks, over {MAX_GRID_TASKS:,}: take values out.")
-        raise ConfigError("\n".join(errors))
-    grid_points = points(grid)
-    if config.tasks is None:
-        rows = [TaskRow(p.values, f"{path}, grid", path.parent, joined_name("", p.name)) for p in grid_points if grid]
-        grid_points = [Point({})]
+    config, reads_tasks = _batch_config(values, where, errors)
+    rows, grid_points = _rows_and_points(config, reads_tasks, path, where, errors)
     composer = _Composer(config, of_tasks, path, len(grid_points))
     tasks = [composer.task(row, point) for row, point in itertools.product(rows, grid_points)]
     errors += composer.error_lines()
@@ -109,6 +87,44 @@ def compose_batch(values: dict[str, Any], path: Path, overrides: Sequence[str] =
         raise ConfigError("\n".join(dict.fromkeys(errors)))
     whole = tuple(task for task in tasks if task is not None)
     return Batch(config, whole, whole[0].config.ray)
+
+
+def _batch_config(values: dict[str, Any], where: str, errors: list[str]) -> tuple[BatchConfig, bool]:
+    """The batch's config without its wrong keys, and whether its ``tasks`` are right. Adds to ``errors``; raises them where
+    tasks cannot be read without the wrong keys."""
+    of_runs = [key for key in values if key in RunConfig.model_fields.keys() - BatchConfig.model_fields.keys()]
+    config, valid, config_errors = _check_batch({key: value for key, value in values.items() if key not in of_runs})
+    if of_runs:
+        names = listed(of_runs, 9)
+        moved = f"what all tasks begin with is a config of its own: move {names} there, and name its file as base."
+        config_errors = [moved, *config_errors]
+    errors += [f"{where}: {line}" for line in config_errors]
+    if config is None or of_runs:
+        raise ConfigError("\n".join(errors))
+    return config, "tasks" in valid
+
+
+def _rows_and_points(
+    config: BatchConfig, reads_tasks: bool, path: Path, where: str, errors: list[str]
+) -> tuple[list[TaskRow], list[Point]]:
+    """The rows of tasks, and the points of the grid at which each is run: where there is no file of tasks, each point is a row.
+    Adds to ``errors``; raises them where the grid makes too many tasks."""
+    grid_errors = {key: error for key, values in config.grid.items() if (error := _grid_error(key, values)) is not None}
+    errors += [f"{where}: {line}" for line in grid_errors.values()]
+    grid = {key: values for key, values in config.grid.items() if key not in grid_errors}
+    rows: list[TaskRow] = []
+    if config.tasks is not None and reads_tasks:
+        rows, row_errors = read_task_rows(config.tasks, path)
+        errors += row_errors
+    count = (1 if config.tasks is None else len(rows)) * math.prod(map(len, grid.values()))
+    if grid and count > MAX_GRID_TASKS:
+        errors.append(f"{where}: its grid makes {count:,} tasks, over {MAX_GRID_TASKS:,}: take values out.")
+        raise ConfigError("\n".join(errors))
+    grid_points = points(grid)
+    if config.tasks is not None:
+        return rows, grid_points
+    named = [TaskRow(p.values, f"{path}, grid", path.parent, joined_name("", p.name)) for p in grid_points if grid]
+    return named, [Point({})]
 
 
 def _apply(values: dict[str, Any], overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
@@ -150,20 +166,17 @@ def _check_batch(values: dict[str, Any]) -> tuple[BatchConfig | None, set[str], 
     return BatchConfig.model_validate({**filled, **right}), set(right), errors
 
 
-def _check_grid(grid: dict[str, list[Any]]) -> tuple[dict[str, list[Any]], list[str]]:
-    """The grid without its wrong keys, and the errors."""
-    errors = {}
-    for key, values in grid.items():
-        duplicates = repeated(values)
-        if key == "name":
-            errors[key] = "grid.name: the grid makes names itself: take it out."
-        elif (refused := _refused(tuple(key.split(".")))) is not None:
-            errors[key] = f"grid.{refused}"
-        elif key not in TaskKeys.model_fields and (unknown := unknown_key(key)) is not None:
-            errors[key] = f"grid.{unknown}"
-        elif duplicates:
-            errors[key] = f"grid.{key} holds {', '.join(duplicates)} twice: each once makes the same tasks."
-    return {key: values for key, values in grid.items() if key not in errors}, list(errors.values())
+def _grid_error(key: str, values: list[Any]) -> str | None:
+    """What is wrong with a key of the grid; None where nothing is."""
+    if key == "name":
+        return "grid.name: the grid makes names itself: take it out."
+    error = _refused(tuple(key.split(".")))
+    if error is None and key not in TaskKeys.model_fields:
+        error = unknown_key(key)
+    if error is not None:
+        return f"grid.{error}"
+    duplicates = repeated(values)
+    return f"grid.{key} holds {', '.join(duplicates)} twice: each once makes the same tasks." if duplicates else None
 
 
 class _Composer:
