@@ -99,15 +99,7 @@ def fit_block(
         with contextlib.closing(made_ahead(itertools.chain.from_iterable(entries), read, most=1)) as batches:
             for entry in entries:
                 optimizer.zero_grad()
-                tokens = 0
-                for batch in itertools.islice(batches, len(entry)):
-                    with torch.enable_grad():
-                        total, counted = error(batch)
-                    (total / before).backward()
-                    tokens += counted
-                for factor in parameters:
-                    if factor.grad is not None:
-                        factor.grad.div_(max(tokens, 1))
+                _accumulate(itertools.islice(batches, len(entry)), error, before, parameters)
                 optimizer.step()
                 scheduler.step()
     after = _mean_error(read, error, held_out)
@@ -118,6 +110,24 @@ def fit_block(
         for parameter, weight in zip(_factors(block), original, strict=True):
             parameter.data = weight
     return fit
+
+
+def _accumulate(
+    batches: Iterator[Batch],
+    error: Callable[[Batch], tuple[Tensor, int]],
+    scale: float,
+    parameters: Sequence[nn.Parameter],
+) -> None:
+    """Leaves the gradient of a step in ``parameters``: the mean over the tokens of its batches, divided by ``scale``."""
+    num_tokens = 0
+    for batch in batches:
+        with torch.enable_grad():
+            total, tokens = error(batch)
+        (total / scale).backward()
+        num_tokens += tokens
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.div_(max(num_tokens, 1))
 
 
 def _drawn(count: int, steps: int, seed: int) -> list[int]:
