@@ -5,6 +5,7 @@ Files are local or on an object store, where they are read by ranges and never k
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import csv
 import dataclasses
@@ -28,6 +29,7 @@ from emloc_ray.data.text_rows import (
     array_items,
     check_length,
     check_object,
+    csv_offsets,
     csv_records,
     csv_row,
     lines,
@@ -177,7 +179,7 @@ def _counted(place: str, kind: str, stream: io.BufferedReader, keep_bad: bool, v
     marks, count = [], 0
     delimiter = delimiter_of(place, stream) if kind == "csv" else ","
     of_lines = (offset for offset, _ in lines(stream))
-    for offset in _csv_offsets(stream, shown(place), keep_bad, delimiter) if kind == "csv" else of_lines:
+    for offset in csv_offsets(stream, shown(place), keep_bad, delimiter) if kind == "csv" else of_lines:
         if count % _ROWS_PER_MARK == 0:
             marks.append(offset)
         count += 1
@@ -222,37 +224,52 @@ def read_rows(
 def _read_groups(
     source: SourceFile, rows: Iterable[int], fields: Sequence[str] | None, extra: Sequence[str], keep_bad: bool
 ) -> Iterator[tuple[int, Row]]:
-    wanted = iter(rows)
-    row = next(wanted, None)
+    """Rows of Parquet files: reads the row groups that hold any, each as far as its last one."""
     start = stop = 0
     try:
         with _parquet(source.path) as (file, stream):
-            there = file.schema_arrow.names
-            wanted_names = [*(fields or ()), *(name for name in extra if name in there)]
-            columns = wanted_names if fields and set(fields) <= set(there) else None
-            for group in range(file.num_row_groups):
-                start, stop = stop, stop + file.metadata.row_group(group).num_rows
-                if row is None or row >= stop:
-                    continue
-                begin = start
-                size = _rows_a_batch(file.metadata.row_group(group), columns, stream)
-                for batch in file.iter_batches(size, [group], columns, use_threads=False):
-                    inside = []
-                    while row is not None and row < begin + batch.num_rows:
-                        inside.append(row)
-                        row = next(wanted, None)
-                    if inside:
-                        yield from zip(inside, _python_rows(batch, begin, source, inside, keep_bad), strict=True)
-                    begin += batch.num_rows
-                    if row is None or row >= stop:
-                        break
+            names = file.schema_arrow.names
+            wanted = [*(fields or ()), *(name for name in extra if name in names)]
+            columns = wanted if fields and set(fields) <= set(names) else None
+            groups = range(file.num_row_groups)
+            ends = list(itertools.accumulate(file.metadata.row_group(group).num_rows for group in groups))
+            for group, in_group in itertools.groupby(rows, functools.partial(bisect.bisect_right, ends)):
+                if group == len(ends):
+                    raise _shorter(source)
+                metadata = file.metadata.row_group(group)
+                start, stop = ends[group] - metadata.num_rows, ends[group]
+                size = _rows_a_batch(metadata, columns, stream)
+                batches = file.iter_batches(size, [group], columns, use_threads=False)
+                for batch, begin, numbers in _batches_with(in_group, batches, start, source):
+                    yield from zip(numbers, _python_rows(batch, begin, source, numbers, keep_bad), strict=True)
     except _UNREADABLE as error:
         where = f"rows {start + 1} to {stop}"
         raise DataError(
             f"{source.name}, {where}: not readable as parquet ({one_line(error)}): fix the file."
         ) from error
-    if row is not None:
-        raise DataError(f"{source.name} is shorter than when it was counted: run again.")
+
+
+def _batches_with(
+    rows: Iterator[int], batches: Iterable[pa.RecordBatch], begin: int, source: SourceFile
+) -> Iterator[tuple[pa.RecordBatch, int, list[int]]]:
+    """Those of consecutive batches that hold any of the ``rows``, each with the number of its first row and those rows; ``begin``
+    is the first row of all."""
+    row = next(rows, None)
+    for batch in batches:
+        numbers = []
+        while row is not None and row < begin + batch.num_rows:
+            numbers.append(row)
+            row = next(rows, None)
+        if numbers:
+            yield batch, begin, numbers
+        if row is None:
+            return
+        begin += batch.num_rows
+    raise _shorter(source)
+
+
+def _shorter(source: SourceFile) -> DataError:
+    return DataError(f"{source.name} is shorter than when it was counted: run again.")
 
 
 def _rows_a_batch(group: pq.RowGroupMetaData, columns: Sequence[str] | None, stream: Any) -> int:
@@ -336,7 +353,7 @@ def _read_records(source: SourceFile, rows: Iterable[int], keep_bad: bool) -> It
                 position = mark * _ROWS_PER_MARK
             record = next(itertools.islice(records, row - position, None), None)
             if record is None:
-                raise DataError(f"{source.name} is shorter than when it was counted: run again.")
+                raise _shorter(source)
             try:
                 values: Row = parse(record)
             except BadText as error:
@@ -378,29 +395,3 @@ def _parquet(path: str) -> Iterator[tuple[pq.ParquetFile, Any]]:
         open_parquet(stream, shown(path), buffer_size=size, pre_buffer=False) as file,
     ):
         yield file, stream
-
-
-def _csv_offsets(stream: io.BufferedReader, name: str, keep_bad: bool, delimiter: str) -> Iterator[int]:
-    """Where each row begins, in bytes. Raises DataError, naming the row, where the rows after it cannot be told apart."""
-    names: list[str] = []
-    row = -1  # the header
-    try:
-        for row, (offset, record) in enumerate(csv_records(stream, delimiter=delimiter)):
-            if row == 0:
-                names = record
-                _check_header(names)
-                continue
-            if not keep_bad:
-                csv_row(names, record)
-            yield offset
-    except BadText as error:
-        raise DataError(f"{name}, {f'row {row}' if row else 'header'}: {error}.") from error
-    except csv.Error as error:
-        raise DataError(f"{name}, {f'row {row + 1}' if row >= 0 else 'header'}: {error}.") from error
-
-
-def _check_header(names: Sequence[str]) -> None:
-    repeated = next((column for place, column in enumerate(names) if column in names[:place]), None)
-    if repeated is not None:
-        raise BadText(f"it names {repeated!r} twice: rename one")
-    csv_row(names, names)

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from emloc_ray.errors import DataError
+
 Row = dict[str, Any]
 
 MAX_LINE_BYTES = 2**28  # an image of 128 MiB in base64, and half as much again
@@ -235,6 +237,32 @@ def csv_records(stream: io.BufferedReader, offset: int = 0, delimiter: str = ","
             begin, held = consumed, 0
     except csv.Error as error:
         raise csv.Error(f"{_OPEN_QUOTE if ended else error} (from byte {begin} on): correct its quotes") from error
+
+
+def csv_offsets(stream: io.BufferedReader, name: str, keep_bad: bool, delimiter: str) -> Iterator[int]:
+    """Where each row begins, in bytes. Raises DataError, naming the row, where the rows after it cannot be told apart."""
+    names: list[str] = []
+    row = -1  # the header
+    try:
+        for row, (offset, record) in enumerate(csv_records(stream, delimiter=delimiter)):
+            if row == 0:
+                names = record
+                _check_header(names)
+                continue
+            if not keep_bad:
+                csv_row(names, record)
+            yield offset
+    except BadText as error:
+        raise DataError(f"{name}, {f'row {row}' if row else 'header'}: {error}.") from error
+    except csv.Error as error:
+        raise DataError(f"{name}, {f'row {row + 1}' if row >= 0 else 'header'}: {error}.") from error
+
+
+def _check_header(names: Sequence[str]) -> None:
+    repeated = next((column for place, column in enumerate(names) if column in names[:place]), None)
+    if repeated is not None:
+        raise BadText(f"it names {repeated!r} twice: rename one")
+    csv_row(names, names)
 
 
 def csv_row(names: Sequence[str], record: Sequence[str]) -> Row:
