@@ -71,7 +71,7 @@ class Offloaded:
 
     A weight that is away is one NaN expanded to ``(out, in)``: right in device, dtype and shape, and without memory. With
     gradients, the backward pass runs each block again. Adapters may be attached to ``model``, and stay on the device. ``models``
-    are copies of it that share its weights: each may have an adapter of its own.
+    are it and copies that share its weights: each may have an adapter of its own.
     """
 
     def __init__(self, directory: Path, *, ends_offloaded: bool = False, num_models: int = 1, **options: Any) -> None:
