@@ -23,8 +23,8 @@ FORMS = "forms.json"
 
 @dataclass(frozen=True)
 class Spending:
-    """``budget``: bytes for all linears. ``form_sizes``: how they are stored. ``even``: each linear's form at its own share of the
-    budget. A linear that the calibration says nothing of keeps that form if all fit so, else takes its smallest one."""
+    """``budget``: bytes for all linears. ``form_sizes``: how they are stored. ``even``: each linear's form at its own share of
+    the budget. A linear that the calibration says nothing of keeps that form if all fit so, else takes its smallest one."""
 
     budget: int
     form_sizes: FormSizes
