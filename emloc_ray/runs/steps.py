@@ -24,7 +24,6 @@ from emloc_ray.planning.prepared import Prepared
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.results import assemble_metrics
 from emloc_ray.runs.versions import check_versions, is_begun_by_others, is_foreign, made_with
-from emloc_ray.stages import order
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.ray.losses import explain
 from emloc_ray.stages.ray.nodes import autoscaler_nodes, live_nodes, memory_to_ask, shortage
@@ -358,10 +357,8 @@ class Steps:
             raise error
         self._redone[error.path] = name
         self._note(f"{error.path} is damaged: {name} is redone.")
+        discard(self.directory.path(*error.path.split("/")))  # first: a later try takes what is there for whole
         self.directory.forget(name)
-        folder, *_ = error.path.split("/")
-        spoilt = any(stage.all_or_nothing for stage in order.STEPS if stage.name == name)
-        discard(self.directory.path(folder) if spoilt else self.directory.path(*error.path.split("/")))
 
     def write_results(self) -> None:
         """Writes metrics.json from the manifest, and tells the reporter."""

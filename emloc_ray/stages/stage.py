@@ -49,8 +49,6 @@ class Stage(Costed):
     """Whether what a killed try left in ``outputs`` is continued from."""
     redone_by_from: bool = True
     """Whether ``--from`` its verb makes it again."""
-    all_or_nothing: bool = False
-    """Whether a damaged file spoils all of ``outputs``: sums with an index that says that they are complete."""
     summary: Callable[[Result], str] = lambda result: ""
     """Its one line when it has ended."""
     remarks: Callable[[Context, Result], Sequence[str | None]] = lambda context, result: ()

@@ -19,6 +19,7 @@ from emloc_ray.errors import ArtifactError, ConfigError, TakenOver
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.manifest import FORMAT, ask_to_redo, confirmed_at, end_tries, parse_manifest
 from emloc_ray.io.runs.metrics import METRICS, read_metrics, write_metrics
+from emloc_ray.io.runs.resume import INPUTS
 from emloc_ray.io.runs.run_places import check_folder, check_store
 from emloc_ray.io.runs.secret_values import without_secrets
 from emloc_ray.io.store.atomic import json_bytes, write_json, write_text
@@ -265,7 +266,8 @@ class RunDirectory:
             named, size_of = hashes(output), sizes(output)
             if not named and not output.is_dir():
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(output))
-            for path, sha256 in named.items():
+            # What is linked from a cache file by file must not say what it was begun with.
+            for path, sha256 in ((path, sha256) for path, sha256 in named.items() if path.name != INPUTS):
                 files[path.relative_to(self.root).as_posix()] = {"size": size_of[path], "sha256": sha256}
         manifest["stages"][name] = {
             "inputs": inputs,

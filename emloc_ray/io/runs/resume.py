@@ -7,7 +7,8 @@ from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.node_cache import discard, ensure
 
-_MARK = ".inputs"
+INPUTS = ".inputs"
+"""The name of the file that says what a folder was begun with."""
 
 
 def discard_unless(directory: Path, inputs: Any) -> None:
@@ -15,7 +16,7 @@ def discard_unless(directory: Path, inputs: Any) -> None:
     if not begun_with(directory, inputs):
         discard(directory)
         directory.mkdir(parents=True)
-        write_text(directory / _MARK, fingerprint(inputs))
+        write_text(directory / INPUTS, fingerprint(inputs))
 
 
 def discard_both_unless(scratch: Path, output: Path, inputs: Any) -> None:
@@ -29,6 +30,6 @@ def discard_both_unless(scratch: Path, output: Path, inputs: Any) -> None:
 
 def begun_with(directory: Path, inputs: Any) -> bool:
     """Whether what is in ``directory`` was begun with these inputs."""
-    mark = directory / _MARK
+    mark = directory / INPUTS
     ensure(mark)
     return mark.is_file() and mark.read_text() == fingerprint(inputs)

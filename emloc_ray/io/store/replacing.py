@@ -13,7 +13,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A name beside ``path`` for a file or folder that takes its place when the block ends without an error. It is on disk
     before it has its name, and so is the name; not ``durable``, a crash of the machine may lose it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _unfinished(path)
     try:
         yield temporary
         if durable:
@@ -41,9 +41,16 @@ def _fsync_one(path: Path) -> None:
         os.close(descriptor)
 
 
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
 def remove(path: Path) -> None:
-    """Removes a file or directory of this node."""
-    if path.is_dir():
+    """Removes a file or directory of this node: at once, so that a kill leaves no directory with some of its files."""
+    if path.is_dir() and not path.is_symlink():
+        if path.suffix != ".tmp":
+            with contextlib.suppress(OSError):  # where something is mounted, or another process was faster
+                path = path.replace(_unfinished(path))
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

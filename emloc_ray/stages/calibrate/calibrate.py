@@ -41,7 +41,7 @@ def calibrate(
     (:mod:`emloc_ray.stages.calibrate.thin_experts`). Raises NumericsError where activations are NaN or Inf, naming the layer,
     StageError where a slot is lost more often than retries allow.
     """
-    if not exists(out_dir / INDEX):
+    if not _is_whole(out_dir):
 
         def gather(job: CalibrationJob, out_dir: Path) -> Gathered:
             gather_grams = _gather_block_by_block if job.hold == BLOCKS else _gather_whole_model
@@ -62,6 +62,14 @@ def calibrate(
         "waves": len(job.waves or (job.groups,)),
         **describe(job, index["num_tokens"], index.get("routed_tokens", {})),
     }
+
+
+def _is_whole(out_dir: Path) -> bool:
+    """Whether the index is there, and all files that it names."""
+    files = sizes(out_dir)
+    return out_dir / INDEX in files and all(
+        out_dir / file in files for file in GramStore(out_dir).index["weight_map"].values()
+    )
 
 
 def gather_or_go_by_block(

@@ -95,8 +95,8 @@ def resume_job(job: CalibrationJob, out_dir: Path, inputs: Any, num_slots: int, 
     if begun and _may_resume(begun, job, num_slots, auto):
         waves = begun["waves"] and tuple(tuple(tuple(group) for group in wave) for wave in begun["waves"])
         job = dataclasses.replace(job, hold=begun["hold"], waves=waves)
-    elif begun:
-        discard_unless(out_dir, None)
+    else:
+        discard(out_dir)
         discard_unless(out_dir, inputs)
     write_json(path, {"hold": job.hold, "waves": job.waves, "slots": num_slots})
     return job

@@ -185,7 +185,6 @@ CALIBRATE = Stage(
     cost=_gram_cost,
     cache_inputs=cached_by_weights,
     resumes=True,
-    all_or_nothing=True,
     summary=_summary,
     remarks=lambda context, result: [thin_experts(result)],
     metrics=metrics_of("calibration", "calibrate", "num_tokens", "num_shards", "hold", "waves", "experts"),
@@ -203,7 +202,6 @@ GRADIENTS = Stage(
     cost=_gradient_cost,
     cache_inputs=cached_by_weights,
     resumes=True,
-    all_or_nothing=True,
     summary=_summary,
 )
 SUMS = (CALIBRATE.name, GRADIENTS.name)

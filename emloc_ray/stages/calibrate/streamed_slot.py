@@ -72,9 +72,9 @@ class StreamedSlot:
                 shutil.rmtree(other, ignore_errors=True)
 
     def position(self) -> int:
-        """The last block whose Grams are written, by this slot or summed over all, and whose hidden states, which go with their
-        node, are here; or -1. The last block of all needs none."""
-        last = max(filter(self._is_done, range(self.num_blocks)), default=-1)
+        """The last block up to which all Grams are written, by this slot or summed over all, and whose hidden states, which go
+        with their node, are here; or -1. The last block of all needs none."""
+        last = next((block - 1 for block in range(self.num_blocks) if not self._is_done(block)), self.num_blocks - 1)
         if last == self.num_blocks - 1:
             return last
         return next(filter(self._has_outputs, range(last, -1, -1)), -1)

@@ -13,6 +13,7 @@ from faulting.s3 import uri
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs import directory as run_directory
 from emloc_ray.io.runs.directory import CONFIG, Kind, RunDirectory
+from emloc_ray.io.runs.resume import begun_with, discard_unless
 from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.node_cache import discard
 from emloc_ray.io.store.object_store import MANIFEST
@@ -222,6 +223,14 @@ def test_a_stage_whose_file_is_missing_is_not_committed(run: RunDirectory) -> No
     with pytest.raises(FileNotFoundError):
         run.commit("merge", "abc", [run.path("merged", "absent")], {})
     assert not run.is_done("merge", "abc")
+
+
+def test_what_a_folder_was_begun_with_is_no_part_of_what_is_committed(run: RunDirectory) -> None:
+    discard_unless(run.path("emulator"), "inputs")
+    artifact(run, "emulator/a")
+    run.commit("factorize", "abc", [run.path("emulator")], {})
+    assert [*run.stages()["factorize"]["outputs"]] == ["emulator/a"]
+    assert begun_with(run.path("emulator"), "inputs")
 
 
 def test_a_dropped_stage_stays_done_without_its_files(run: RunDirectory) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from emloc_ray.io.store.atomic import atomic_directory, atomic_file, remove_leftovers, write_json
+from emloc_ray.io.store.replacing import remove
 
 
 class Interrupted(BaseException):
@@ -113,6 +115,25 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path
     remove_leftovers(folder)
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
     assert found == {"merged", "merged/spectra", "merged/a.safetensors", "other", ".other.z.tmp"}
+
+
+def test_a_folder_is_removed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "inside").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **_: (path / "inside").rmdir() or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            remove(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    remove_leftovers(tmp_path / "a")
+    assert names(tmp_path) == set()
+
+
+def test_a_link_to_a_folder_is_removed_and_not_what_it_names(tmp_path: Path) -> None:
+    (tmp_path / "a" / "inside").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("a")
+    remove(tmp_path / "link")
+    assert names(tmp_path) == {"a"}
+    assert names(tmp_path / "a") == {"inside"}
 
 
 def test_a_file_never_replaces_a_folder(tmp_path: Path) -> None:

@@ -144,3 +144,17 @@ def test_a_slot_that_was_written_over_once_it_was_whole_is_not_summed(
             calibrate(job, tmp_path, Resources())
     calibrate(job, tmp_path, Resources())
     assert GramStore(tmp_path).index["num_tokens"] == GramStore(artifacts.calibration_dir).index["num_tokens"]
+
+
+@pytest.mark.parametrize("num_slots", [1, 2])
+def test_an_index_without_all_of_its_sums_does_not_stand_for_them(
+    in_waves: CalibrationJob, tmp_path: Path, one_process: OneProcess, num_slots: int
+) -> None:
+    grams, resources = tmp_path / "grams", Resources(num_workers=num_slots)
+    calibrate(in_waves, grams, resources)
+    before = {path.name: path.read_bytes() for path in grams.iterdir()}
+    (grams / next(name for name in before if name.startswith("grams-00002"))).unlink()
+    one_process.passes.clear()
+    calibrate(in_waves, grams, resources)
+    assert one_process.passes == ["wave-0001-of-0002"] * num_slots
+    assert {path.name: path.read_bytes() for path in grams.iterdir()} == before

@@ -107,6 +107,21 @@ def test_a_slot_goes_on_after_the_highest_block_whose_hidden_states_are_here(
     assert one.position() == -1
 
 
+def test_a_slot_counts_anew_a_block_whose_sums_went(job: CalibrationJob, tmp_path: Path) -> None:
+    """Though those of a later one are there."""
+    for position in range(BLOCKS):
+        slot(job, tmp_path).accumulate(position)
+    lost = grams_file(tmp_path, 0, BLOCKS)
+    before = lost.read_bytes()
+    lost.unlink()
+    again = slot(job, tmp_path)
+    assert again.position() == -1
+    again.accumulate(0)
+    assert lost.read_bytes() == before
+    again.accumulate(1)
+    assert slot(job, tmp_path).position() == 1
+
+
 def test_a_single_slot_writes_what_its_sum_would_be(job: CalibrationJob, tmp_path: Path) -> None:
     slot(job, tmp_path / "alone").accumulate(0)
     one = slot(job, tmp_path / "two", 0, 2)
