@@ -38,6 +38,7 @@ CONFIG = "config.yaml"
 CARD = "README.md"  # in the folder of an adapter or a merged model: about it, no part of it
 SPECTRA = "spectra.json"  # in an emulator's folder: a few of each layer's eigenvalues
 _READERS = 4
+_ADOPTING = "adopting"  # in the manifest
 Kind = Literal["run", "batch"]
 
 
@@ -134,7 +135,7 @@ class RunDirectory:
         manifest.update({"format": FORMAT, "kind": kind, "name": self.name, "config": config, "steps": list(steps)})
         if redo:
             ask_to_redo(manifest, redo)
-        if self.lease is not None and before.get("lease") != self.lease.number:
+        if self.lease is not None and (before.get("lease") != self.lease.number or _ADOPTING in before):
             manifest = self._adopted(before, manifest, fresh)
         self._write_manifest(manifest)
         write_text(self.path(CONFIG), write_yaml(config))
@@ -144,15 +145,15 @@ class RunDirectory:
 
     def _adopted(self, before: dict[str, Any], manifest: dict[str, Any], fresh: bool) -> dict[str, Any]:
         """The manifest under this lease, which names what unfinished stages had written under the one before: from now on
-        nobody else writes to this run, or what they write is not read."""
+        nobody else writes to this run, or what they write is not read. A try that is broken off here leaves the number of the
+        lease before to the next one."""
         assert self.lease is not None
-        past = ObjectStore(self.place, lease=before.get("lease"))
-        manifest.update({"lease": self.lease.number, "adopted": {}})
+        past = ObjectStore(self.place, lease=before.get(_ADOPTING, before.get("lease")))
+        manifest.update({"lease": self.lease.number, _ADOPTING: past.lease})
         self._write_manifest(manifest)
-        if not fresh:
-            named, seen = named_files(before), past.versions("", before)
-            manifest["adopted"] = {path: stored.sha256 for path, stored in seen.items() if path not in named}
-        return manifest
+        named, seen = named_files(before), {} if fresh else past.versions("", before)
+        del manifest[_ADOPTING]
+        return {**manifest, "adopted": {path: stored.sha256 for path, stored in seen.items() if path not in named}}
 
     def manifest(self) -> dict[str, Any]:
         """The manifest; raises ArtifactError where there is none or it is unreadable, TakenOver where another process that

@@ -178,6 +178,26 @@ def test_what_a_holder_put_last_it_does_not_ask_for(
     assert run.metrics() == {"seed": 3}
 
 
+@pytest.mark.parametrize("error", [ArtifactError, KeyboardInterrupt])
+def test_what_was_being_taken_over_is_taken_over_by_the_next_try(
+    begin: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    write_bytes(begin().path("emulator", "a"), b"first")
+    write_bytes(begin().path("emulator", "b"), b"second")
+
+    def broken_off(*arguments: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "versions", broken_off)
+        for _ in range(2):
+            with pytest.raises(error):
+                begin()
+    run = begin()
+    assert {path.name: read(path) for path in sizes(run.path("emulator"))} == {"a": b"first", "b": b"second"}
+    assert "adopting" not in run.manifest()
+
+
 def test_a_fresh_run_adopts_nothing(begin: Callable[..., RunDirectory]) -> None:
     late = begin()
     write_bytes(late.path("emulator", "a"), b"old")
