@@ -38,7 +38,8 @@ CONFIG = "config.yaml"
 CARD = "README.md"  # in the folder of an adapter or a merged model: about it, no part of it
 SPECTRA = "spectra.json"  # in an emulator's folder: a few of each layer's eigenvalues
 _READERS = 4
-_ADOPTING = "adopting"  # in the manifest
+# In the manifest of a run that is being taken over, or emptied.
+_ADOPTING, _FRESH = "adopting", "fresh"
 Kind = Literal["run", "batch"]
 
 
@@ -123,7 +124,8 @@ class RunDirectory:
         redo: Sequence[str] = (),
     ) -> None:
         """Makes the directory with its manifest and config, without its secrets, and the ``steps`` that it will take; ``fresh``
-        removes what an earlier run of this name left. Notes the stages to ``redo``, each until it is committed again."""
+        removes what an earlier run of this name left, as does the next try where that is broken off. Notes the stages to
+        ``redo``, each until it is committed again."""
         self.check(kind)
         config = without_secrets(config)
         self.root.mkdir(parents=True, exist_ok=True)
@@ -131,7 +133,8 @@ class RunDirectory:
             discard(leftover)
         names = self.names()
         before: dict[str, Any] = self.manifest() if MANIFEST in names else {"stages": {}}
-        manifest: dict[str, Any] = {"stages": {}} if fresh else dict(before)
+        fresh = fresh or before.get(_FRESH, False)
+        manifest: dict[str, Any] = {"stages": {}, _FRESH: True} if fresh else dict(before)
         manifest.update({"format": FORMAT, "kind": kind, "name": self.name, "config": config, "steps": list(steps)})
         if redo:
             ask_to_redo(manifest, redo)
@@ -139,9 +142,11 @@ class RunDirectory:
             manifest = self._adopted(before, manifest, fresh)
         self._write_manifest(manifest)
         write_text(self.path(CONFIG), write_yaml(config))
-        # Last: whatever a kill leaves of these is a run's, with no stage done.
-        for name in set(names) - {MANIFEST, CONFIG, LOCK, LEASE} if fresh else ():
-            discard(self.path(name))
+        if fresh:  # last: whatever a kill leaves of these is a run's, with no stage done, and the next try removes it
+            for name in set(names) - {MANIFEST, CONFIG, LOCK, LEASE}:
+                discard(self.path(name))
+            del manifest[_FRESH]
+            self._write_manifest(manifest)
 
     def _adopted(self, before: dict[str, Any], manifest: dict[str, Any], fresh: bool) -> dict[str, Any]:
         """The manifest under this lease, which names what unfinished stages had written under the one before: from now on

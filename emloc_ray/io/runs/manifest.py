@@ -11,7 +11,7 @@ from emloc_ray.io.store.places import leads_out
 FORMAT = 2
 _PARTS: dict[str, Any] = {
     **dict.fromkeys(("stages", "config", "begun", "tries", "adopted"), dict),
-    **{"steps": list, "redo": list, "lease": int, "adopting": int | None},
+    **{"steps": list, "redo": list, "lease": int, "adopting": int | None, "fresh": bool},
 }
 _CONFIG: dict[str, Any] = {"model": dict, "data": dict}
 _ENTRY: dict[str, Any] = {"finished_at": int | float, "confirmed_at": int | float, "outputs": dict, "result": dict}

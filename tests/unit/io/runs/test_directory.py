@@ -128,9 +128,10 @@ def test_fresh_removes_all_but_the_lock(run: RunDirectory) -> None:
     assert not run.is_done("merge", "abc")
 
 
+@pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("removed", range(4))
-def test_fresh_that_is_killed_leaves_a_run_with_no_stage_done(
-    run: RunDirectory, removed: int, monkeypatch: pytest.MonkeyPatch
+def test_fresh_that_is_killed_leaves_a_run_with_no_stage_done_which_the_next_try_empties(
+    run: RunDirectory, removed: int, fresh: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.commit("correct", "abc", [artifact(run, "adapter/a")], {})
     run.commit("merge", "abc", [artifact(run, "merged/a")], {})
@@ -151,8 +152,11 @@ def test_fresh_that_is_killed_leaves_a_run_with_no_stage_done(
             run.create({}, fresh=True)
     run.check()
     assert run.stage("merge") is None
-    run.create({"seed": 1}, fresh=True)
+    run.create({"seed": 1}, fresh=fresh)
     assert {entry.name for entry in run.root.iterdir()} == {CONFIG, MANIFEST}
+    artifact(run, "merged/a")
+    run.create({"seed": 1})
+    assert run.path("merged/a").is_file()
 
 
 def test_leftovers_of_a_killed_write_are_removed(run: RunDirectory) -> None:
@@ -271,6 +275,8 @@ def test_a_manifest_that_names_files_outside_of_its_run_is_none(run: RunDirector
         {"config": {"data": None}},
         {"steps": 5},
         {"lease": "x"},
+        {"adopting": "x"},
+        {"fresh": "x"},
         {"stages": {"merge": "x"}},
         {"stages": {"merge": {"outputs": None}}},
         {"stages": {"merge": {"outputs": {"a": 1}}}},
