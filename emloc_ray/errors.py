@@ -3,6 +3,21 @@
 Every error is made of its message, so that it survives pickling through Ray.
 """
 
+import errno
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Of an OSError: a disk, or this user's share of it, is full."""
+
+
+def refusal(error: OSError) -> str:
+    """What the operating system refused, where, and what to do: a sentence without its stop."""
+    if error.errno in FULL:
+        where = f" at {error.filename}" if error.filename else ""
+        return f"the disk is full{where}: free some and run the same command again"
+    what = f"{error.filename} cannot be read or written" if error.filename else "A file or a host cannot be reached"
+    why = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return f"{what} ({why}): see to it, then run the same command again"
+
 
 class EmlocError(Exception):
     """Base of every error that emloc_ray raises on purpose; ``str(error)`` is one plain sentence."""

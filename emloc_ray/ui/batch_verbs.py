@@ -71,8 +71,8 @@ def batch(
     check_accepted(changes, functools.partial(agrees, console))
     with BatchView(console) as view:
         state = driver.run_batch(prepared, view.show, view.tell, accept_changes=True)
+    console.print(batch_table(state, width=console.width))  # first: the disk may be full
     write_batch_report(prepared.run, state)
-    console.print(batch_table(state, width=console.width))
     failed = state.count("failed")
     if failed:
         summary = f"{failed} of {counted(len(state.tasks), 'task')} failed: the same command tries again."

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from emloc_ray.errors import ConfigError, EmlocError
+from emloc_ray.errors import ConfigError, EmlocError, refusal
 from emloc_ray.text import listed
 
 Arguments = ParamSpec("Arguments")
@@ -83,12 +83,13 @@ def guarded(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:
     def call(*arguments: Arguments.args, **options: Arguments.kwargs) -> None:
         try:
             verb(*arguments, **options)
-        except EmlocError as error:
+        except (EmlocError, OSError) as error:
             from emloc_ray.io.runs.secret_values import hide_secrets
 
-            for line in hide_secrets(str(error)).split("\n"):
+            text = str(error) if isinstance(error, EmlocError) else f"{refusal(error)}."
+            for line in hide_secrets(text).split("\n"):
                 errors.print(f"[red]Error:[/] {escape(line)}")
-            raise typer.Exit(error.exit_code) from None
+            raise typer.Exit(getattr(error, "exit_code", 1)) from None
         except (KeyboardInterrupt, SystemExit) as error:  # Ray makes a SystemExit of SIGTERM
             errors.print(f"Stopped. Finished stages stay; {same_command(options)} continues from there.")
             raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 143) from None

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emloc_ray.errors import DamagedArtifactError, TakenOver
+from emloc_ray.errors import FULL, DamagedArtifactError, TakenOver
 from emloc_ray.io.store.digests import digest
-from emloc_ray.io.store.objects import FULL, REQUEST_S, ObjectFile, Objects, Stored, Version
+from emloc_ray.io.store.objects import REQUEST_S, ObjectFile, Objects, Stored, Version
 
 MANIFEST = "manifest.json"
 Listing = Mapping[str, Sequence[Stored]]

@@ -1,7 +1,6 @@
 """The objects below one URI, by obstore: listed, read whole or by ranges, put on condition; requests are tried again."""
 
 import contextlib
-import errno
 import io
 import re
 import time
@@ -14,7 +13,7 @@ from urllib.parse import urlsplit
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError, PreconditionError
 
-from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.errors import FULL, ArtifactError, ConfigError
 from emloc_ray.text import one_line
 
 ATTEMPTS = 5  # of a request whose answer breaks off; obstore tries those that are refused
@@ -25,7 +24,6 @@ _PART = 2**24  # and writes
 _PARTS = 9000  # of a file at most: S3 takes 10,000
 # What S3 copies in one request: https://docs.aws.amazon.com/AmazonS3/latest/API/API_CopyObject.html
 LARGEST_COPY = 5 * 2**30
-FULL = (errno.ENOSPC, errno.EDQUOT)
 _VERSION = re.compile(r"(?:(\d+)\.(\d+)\.)?([0-9a-f]{64})")
 Version = Mapping[str, Any]  # as obstore takes it: S3 and Azure compare ETags, Google Cloud its generations
 Result = TypeVar("Result")

@@ -12,7 +12,7 @@ import ray
 import torch
 from ray.util.metrics import Counter
 
-from emloc_ray.errors import EmlocError, StageError
+from emloc_ray.errors import FULL, EmlocError, StageError, refusal
 from emloc_ray.io.runs.secret_values import hide_secrets
 from emloc_ray.stages.ray.departures import Departures
 
@@ -147,9 +147,8 @@ def is_preempted(error: BaseException) -> bool:
 def hopeless(error: BaseException) -> str | None:
     """What will fail again, and what to do about it; None where another try may do."""
     for cause in causes(error):
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" at {cause.filename}" if cause.filename else ""
-            return f"the disk is full{where}: free some and run the same command again"
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            return refusal(cause)
         if isinstance(cause, ray.exceptions.OutOfDiskError):
             return (
                 "a node's disk is full where Ray keeps what its memory does not hold: free some there, or start Ray with a"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -120,6 +122,36 @@ def test_report_of_a_run_that_has_only_begun(call: Call, tmp_path: Path) -> None
     assert "report.html" in result.stdout
     assert "<html" in (call.run_dir / "report.html").read_text()
     assert invoke("report", str(tmp_path)).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/r/report.html"),
+            "the disk is full at /r/report.html: free some and run the same command again.",
+        ),
+        (
+            PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/r/report.html"),
+            "/r/report.html cannot be read or written (Permission denied): see to it, then run the same command again.",
+        ),
+        (
+            ConnectionError("https://me:secret@host\nis gone"),
+            "A file or a host cannot be reached (https://(hidden)@host is gone): see to it, then run the same command again.",
+        ),
+    ],
+    ids=["full", "closed", "no file"],
+)
+def test_what_the_system_refuses_is_one_sentence_and_code_1(
+    call: Call, monkeypatch: pytest.MonkeyPatch, error: OSError, told: str
+) -> None:
+    def refuse(run: RunDirectory) -> None:
+        raise error
+
+    RunDirectory(call.run_dir).create({})
+    monkeypatch.setattr("emloc_ray.ui.page.write_report", refuse)
+    result = invoke("report", str(call.run_dir))
+    assert (result.exit_code, result.stderr) == (1, f"Error: {told}\n")
 
 
 def test_a_failed_run_is_one_sentence_and_code_1(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
