@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def download(
         if first:
             named = named._replace(part=named.whole())
         command = [sys.executable, "-m", __name__, *named, place, str(rows), str(first or "")]
-        with subprocess.Popen(command, stdout=said, stderr=said) as loading:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said) as loading:
             try:
                 code = _watched(loading, look)
             finally:
@@ -93,7 +94,14 @@ def _write(name: str, subset: str, part: str, place: str, path: str, first: str)
     dataset.to_parquet(path)
 
 
+def _end_with_parent() -> None:
+    """Ends this process where the one that began it has ended, however that did: stdin is its pipe, and so ends too."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         _write(*sys.argv[1:])
     except DataError as error:

@@ -36,7 +36,7 @@ def import_weights(shared: tuple[ModelSource, Path], name: str) -> None:
     source, target = shared
     assert source.hub_id is not None
     target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".hub.", suffix=".tmp") as folder:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as folder:
         file = try_to_load_from_cache(source.hub_id, name, revision=commit_of(source))
         try:
             if not isinstance(file, str):

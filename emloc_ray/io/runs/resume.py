@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_ray.io.runs.fingerprint import fingerprint
-from emloc_ray.io.store.atomic import write_text
+from emloc_ray.io.store.atomic import remove_leftovers, write_text
 from emloc_ray.io.store.node_cache import discard, ensure
 
 INPUTS = ".inputs"
@@ -12,7 +12,9 @@ INPUTS = ".inputs"
 
 
 def discard_unless(directory: Path, inputs: Any) -> None:
-    """Keeps what is in ``directory`` where it was begun with the same ``inputs``; else empties it, and notes them there."""
+    """Keeps what is in ``directory`` where it was begun with the same ``inputs``, but for what killed writers left there; else
+    empties it, and notes them there."""
+    remove_leftovers(directory)
     if not begun_with(directory, inputs):
         discard(directory)
         directory.mkdir(parents=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,3 +64,21 @@ def test_who_waits_can_stop(loader: Path) -> None:
     with pytest.raises(Stop):
         hub.download("hf:some/rows", "train", loader / "out" / "train.parquet", look=look)
     assert is_gone(loader)
+
+
+def test_a_process_that_loads_ends_with_the_one_that_began_it(tmp_path: Path) -> None:
+    (tmp_path / "datasets.py").write_text(
+        f"import os, pathlib, time\npathlib.Path({str(tmp_path)!r}, 'number').write_text(str(os.getpid()))\ntime.sleep(600)"
+    )
+    path = tmp_path / "out" / "train.parquet"
+    call = f"hub.download('hf:some/rows', 'train', Path({str(path)!r}))"
+    begin = f"from pathlib import Path; from emloc_ray.data import hub; {call}"
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    with subprocess.Popen([sys.executable, "-c", begin], env={**os.environ, "PYTHONPATH": paths}) as driver:
+        while not (tmp_path / "number").exists() or not (tmp_path / "number").read_text():
+            time.sleep(0.05)
+        driver.kill()
+    until = time.monotonic() + 30
+    while not is_gone(tmp_path) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert is_gone(tmp_path)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
 import hashlib
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +22,7 @@ from small_runs import make_values, task_rows, write_jsonl
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.store.atomic import remove_leftovers
 from emloc_ray.modeling.hub_weights import weight_files
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning.prepared import prepare
@@ -174,4 +177,16 @@ def test_a_cached_file_takes_no_more_room(
     IMPORT.run(context, IMPORT.inputs(context), Resources(), lambda done, total: None)
     assert hub.asked == others
     assert (context.model_dir / name).samefile(cached / name)
-    assert not list(context.prepared.run.root.glob(".hub.*"))
+    assert not list(context.prepared.run.root.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("context", ["folder"], indirect=True)
+def test_what_a_killed_worker_left_is_known_for_its_folder_s(
+    context: Context, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda **named: contextlib.nullcontext(made(**named)))
+    IMPORT.run(context, IMPORT.inputs(context), Resources(), lambda done, total: None)
+    assert list(context.prepared.run.root.glob(".*.tmp"))
+    remove_leftovers(context.model_dir)
+    assert not list(context.prepared.run.root.glob(".*.tmp"))

@@ -196,11 +196,14 @@ def test_rows_are_made_once_for_each_seed(
             pq.write_table(pa.table({"prompt": ["p"], "completion": ["c"]}), directory / f"{name}.parquet")
 
     monkeypatch.setattr("emloc_ray.demos.tasks.write_task", generate)
+    left = tmp_path / "data" / "rows" / ".hub.x.tmp"  # by a download that was killed
     for seed in (0, 0, 5):
+        left.mkdir(parents=True)
         data = {"generate": "docstrings", "format": "prompt_completion"}
         values = {"run_dir": str(tmp_path / "run"), "model": {"source": str(tiny_model_dir("llama"))}, "data": data}
         found = split_sources(prepare(parse_config({**values, "seed": seed})), tmp_path / "data")
         assert sorted(found) == sorted(SPLITS)
+        assert not left.exists()
     assert made == [0, 5]
     others = write_jsonl(tmp_path / "others.jsonl", task_rows(3))
     healed = {"data": {**data, "healing": {"path": str(others)}}, "emulator": {"healing": {"steps": 3}}}
