@@ -18,8 +18,6 @@ from obstore.store import AzureStore, GCSStore, S3Store
 from emloc_ray.errors import ConfigError
 from emloc_ray.text import one_line
 
-ATTEMPTS = 5
-FIRST_PAUSE_S = 0.5
 _OPTIONS = {
     "s3": {"region", "scheme", "endpoint_override", "anonymous", "force_virtual_addressing"},
     "gs": {"anonymous"},
@@ -31,9 +29,10 @@ _SECRET_OPTIONS = ("key", "secret", "token", "password", "sig")
 Client = S3Store | GCSStore | AzureStore
 
 
-def open_client(uri: str, key: str, timeout_s: float) -> tuple[Client, str]:
-    """The client of the bucket that a URI names and the path in it, without the slashes around it. Raises ConfigError, naming
-    the config's ``key``, where the URI holds credentials or names no store."""
+def open_client(uri: str, key: str, timeout_s: float, attempts: int, pause_s: float) -> tuple[Client, str]:
+    """The client of the bucket that a URI names, which tries each request so often, and the path in it, without the slashes
+    around it; ``pause_s``: before the second try. Raises ConfigError, naming the config's ``key``, where the URI holds
+    credentials or names no store."""
     try:
         parts = urlsplit(uri)
         options = dict(parse_qsl(parts.query))
@@ -43,7 +42,7 @@ def open_client(uri: str, key: str, timeout_s: float) -> tuple[Client, str]:
                 f"{key} holds credentials: leave them out, and give them to the nodes as their environment."
             )
         scheme = _checked(parts, options)
-        client = _client(scheme, parts.netloc, tuple(sorted(options.items())), ATTEMPTS, FIRST_PAUSE_S, timeout_s)
+        client = _client(scheme, parts.netloc, tuple(sorted(options.items())), timeout_s, attempts, pause_s)
     except (BaseError, ValueError) as error:
         detail = one_line(error)
         raise ConfigError(
@@ -66,7 +65,7 @@ def _checked(parts: SplitResult, options: dict[str, str]) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _client(
-    scheme: str, bucket: str, options: tuple[tuple[str, str], ...], attempts: int, pause_s: float, timeout_s: float
+    scheme: str, bucket: str, options: tuple[tuple[str, str], ...], timeout_s: float, attempts: int, pause_s: float
 ) -> Client:
     given = dict(options)
     backoff = {"init_backoff": timedelta(seconds=pause_s), "max_backoff": timedelta(seconds=15), "base": 2}

@@ -16,7 +16,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError,
 from emloc_ray.errors import FULL, ArtifactError, ConfigError
 from emloc_ray.text import one_line
 
-ATTEMPTS = 5  # of a request whose answer breaks off; obstore tries those that are refused
+ATTEMPTS = 5  # of a request whose answer breaks off, and, by obstore, of one that is refused
 FIRST_PAUSE_S = 0.5
 REQUEST_S = 120.0  # of one part of a large file
 _RANGE = 2**25  # bytes of a file that one request reads
@@ -68,7 +68,7 @@ class Objects:
         from emloc_ray.io.store.clients import open_client  # obstore's stores: whoever only names them needs none
 
         self.uri = uri.rstrip("/")
-        self.client, self.base = open_client(self.uri, key, timeout_s)
+        self.client, self.base = open_client(self.uri, key, timeout_s, ATTEMPTS, FIRST_PAUSE_S)
         self.bucket, self.prefix = urlsplit(self.uri).netloc, self.base
 
     def key(self, path: str) -> str:

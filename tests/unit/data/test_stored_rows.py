@@ -22,7 +22,7 @@ from emloc_ray.data.files import list_files
 from emloc_ray.data.reading import fingerprint_sources, read_rows, scan
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
-from emloc_ray.io.store import clients, objects
+from emloc_ray.io.store import objects
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.io.store.objects import Objects
 from emloc_ray.io.store.stored_files import StoredFile, _fits, find_stored
@@ -133,8 +133,7 @@ def test_rows_are_read_without_the_rest_of_the_file(
 def test_faults_on_the_way_change_no_row(
     s3_port: int, put: Put, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (clients, objects):
-        monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(objects, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(reading, "STORED_BUFFER_BYTES", 2**13)
     rows = [{"prompt": f"p{i}", "completion": f"{i} " * 100} for i in range(300)]
     put(f"faults/a{suffix}", WRITERS[suffix](tmp_path / f"a{suffix}", rows).read_bytes())
@@ -260,8 +259,7 @@ def test_places_that_cannot_be_opened(place: str) -> None:
 
 
 def test_a_store_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (clients, objects):
-        monkeypatch.setattr(module, "ATTEMPTS", 1)
+    monkeypatch.setattr(objects, "ATTEMPTS", 1)
     with pytest.raises(ArtifactError, match=r"does not read a\.jsonl .* see that the store can be reached"):
         list_files(uri(1, "a.jsonl"), KEY)
 

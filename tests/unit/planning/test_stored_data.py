@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.store import clients, objects
+from emloc_ray.io.store import objects
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.stages.ray.session import data_files
@@ -70,8 +70,7 @@ def test_bad_rows_and_missing_objects_are_told_at_once_by_key(s3_port: int, prep
 def test_a_store_out_of_reach_is_told_by_validate(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (clients, objects):
-        monkeypatch.setattr(module, "ATTEMPTS", 1)
+    monkeypatch.setattr(objects, "ATTEMPTS", 1)
     config = tmp_path / "my.yaml"
     config.write_text(f"run_dir: {tmp_path / 'run'}\nmodel: {{source: {tiny_model_dir('llama')}}}\n")
     result = CliRunner().invoke(app, ["validate", str(config), f"data.train.path={uri(1, 'a.jsonl')}"])

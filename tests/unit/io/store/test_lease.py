@@ -18,7 +18,7 @@ from obstore.store import S3Store
 
 from emloc_ray.errors import ArtifactError, ConfigError, StageError, TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.io.store import clients, lease, objects
+from emloc_ray.io.store import lease, objects
 from emloc_ray.io.store.lease import Lease, find_holder
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.io.store.places import below
@@ -275,8 +275,7 @@ CUT = (
 
 
 def test_what_a_store_refuses_is_a_sentence(node_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (clients, objects):
-        monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(objects, "FIRST_PAUSE_S", 0.01)
     with answers(FORBIDDEN) as port:
         store = ObjectStore(uri(port, "run"))
         for ask in (Lease(store, "me").take, lambda: find_holder(store)):
@@ -298,7 +297,6 @@ def test_a_store_that_ignores_conditions_is_refused_and_left_as_it_was(
 
 
 def test_a_store_that_cannot_be_reached_is_a_sentence(node_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients, "ATTEMPTS", 1)
     monkeypatch.setattr(objects, "ATTEMPTS", 1)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]

@@ -9,7 +9,7 @@ from faulting.s3 import faulty_store, uri
 from obstore.store import S3Store
 
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.store import clients, objects
+from emloc_ray.io.store import objects
 from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.io.store.places import is_store_uri
@@ -83,7 +83,6 @@ def test_a_full_disk_is_told_at_once_and_is_not_the_store_s(store: ObjectStore, 
 
 def test_faults_are_tried_away(s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(clients, "FIRST_PAUSE_S", 0.01)
     content = bytes(range(256)) * 4096
     with faulty_store(s3_port, share=0.3, pause_s=0.01) as faulty:
         store = ObjectStore(uri(faulty.port, "faults/run"))
@@ -98,7 +97,6 @@ def test_faults_are_tried_away(s3_port: int, tmp_path: Path, monkeypatch: pytest
 
 def test_a_store_out_of_reach_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "ATTEMPTS", 1)
-    monkeypatch.setattr(clients, "ATTEMPTS", 1)
     store = ObjectStore(uri(1, "nowhere"))
     with pytest.raises(ArtifactError, match=r"does not read manifest\.json .* run the same command again"):
         store.read("manifest.json")
