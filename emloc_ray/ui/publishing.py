@@ -64,7 +64,8 @@ def push(console: Console, run: RunDirectory, name: str, part: Result, private: 
     with local_copy(console, run, result) as root:
         folder = root / result
         _check_files(folder, part)
-        files = [file for file in folder.rglob("*") if file.is_file() and file != folder / CARD]
+        # Hidden ones are notes of the stage.
+        files = [file for file in folder.rglob("[!.]*") if file.is_file() and file != folder / CARD]
         held = size(sum(file.stat().st_size for file in files))
         api = HfApi()
         try:

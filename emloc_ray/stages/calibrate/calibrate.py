@@ -137,13 +137,15 @@ def _fill_slots(
         name = f"{job.step}: slot {slot}"
         return start_slot(resources, name, work[slot], ResidentSlot, job, files[slot], resources.threads)
 
-    for stale in set(sizes(folder)) - set(files):  # of a run with another number of slots
-        discard(stale)
+    own = {file.stem for file in files}
+    for file in sizes(folder):
+        if file.name.partition(".")[0] not in own:  # of a run with another number of slots
+            discard(file)
     # A task that counted as lost, and was restarted, may still have committed after its successor did.
     while (safe := [last_shard(file) if exists(file) else -1 for file in files]) != ends:
         run_slots(start, work, "token shard", losses, progress, safe=safe, planned_s=resources.planned_s)
     for slot, file in enumerate(files):
-        if rows := smaller_batch(file):
+        if (rows := smaller_batch(file, job.batch_size)) < job.batch_size:
             losses.tell(
                 f"{job.step}: slot {slot} ran out of memory with {job.batch_size} rows a batch and went on with {rows}."
             )

@@ -23,11 +23,11 @@ from emloc_ray.stages.ray.tasks import set_threads
 _COMMIT_SHARE = 0.05  # of a slot's time, at the most
 
 
-def smaller_batch(path: Path) -> int | None:
-    """The rows of the smaller batch that the slot of ``path`` went on with after it ran out of memory, if it did."""
+def smaller_batch(path: Path, rows: int) -> int:
+    """The rows of the batch that the slot of ``path`` goes on with: fewer than ``rows`` where it ran out of memory."""
     note = path.with_suffix(".batch.json")
     ensure(note)
-    return int(json.loads(note.read_text())["rows"]) if note.is_file() else None
+    return min(rows, int(json.loads(note.read_text())["rows"])) if note.is_file() else rows
 
 
 class ResidentSlot:
@@ -53,7 +53,7 @@ class ResidentSlot:
                 seed=labels.seed,
                 checkpointing=job.hold == "resident",
             )
-        self.batch_size = smaller_batch(path) or job.batch_size
+        self.batch_size = smaller_batch(path, job.batch_size)
         self.last_shard = add_slot(path, self.hooks.grams) if exists(path) else -1
         self._uncommitted: list[int] = []
         self._commit_seconds, self._committed_at = 0.0, time.monotonic()

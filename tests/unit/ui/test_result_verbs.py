@@ -94,12 +94,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 
 @pytest.mark.parametrize("part", ["adapter", "merged"])
 def test_a_result_is_pushed_with_its_card(run: RunDirectory, hub: type[Hub], part: str) -> None:
+    own = {path.name for path in run.path(part).iterdir() if path.name != ".inputs"}
+    run.path(part, ".inputs").touch()  # its stage's own
     done = invoke("push", "run", "me/mine", "--part", part, "--private")
     assert done.exit_code == 0, (done.output, done.exception)
     assert f"Pushing {part}/ (" in done.stdout
     assert f"{part}/ is at http://127.0.0.1:" in done.stdout
     assert hub.made["visibility"] == "private"
-    assert hub.files.keys() == {"README.md", *(path.name for path in run.path(part).iterdir())}
+    assert hub.files.keys() == {"README.md", *own}
     assert hub.files["README.md"].startswith(b"---\n")
     assert b'"me/mine")' in hub.files["README.md"]  # how to load it
     weights = "adapter_model.safetensors" if part == "adapter" else "model.safetensors"

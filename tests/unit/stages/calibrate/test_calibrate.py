@@ -14,6 +14,7 @@ from stage_artifacts import Artifacts
 
 from emloc_ray.errors import ArtifactError, Stopped
 from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.io.store.atomic import write_json
 from emloc_ray.stages.calibrate import calibrate as calibrating
 from emloc_ray.stages.calibrate.calibrate import calibrate, gather_or_go_by_block
 from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, resume_job
@@ -144,6 +145,20 @@ def test_a_slot_that_was_written_over_once_it_was_whole_is_not_summed(
             calibrate(job, tmp_path, Resources())
     calibrate(job, tmp_path, Resources())
     assert GramStore(tmp_path).index["num_tokens"] == GramStore(artifacts.calibration_dir).index["num_tokens"]
+
+
+def test_the_next_try_goes_on_with_the_batch_that_fitted(
+    artifacts: Artifacts, tmp_path: Path, one_process: OneProcess
+) -> None:
+    folder = tmp_path / "slots" / "wave-0000-of-0001"
+    for of, rows in ((1, 2), (2, 1)):  # the other was of two slots
+        write_json(folder / f"slot-0000-of-{of:04d}.batch.json", {"rows": rows})
+    left: list[str] = []
+    one_process.lost = lambda losses: left.extend(path.name for path in folder.iterdir())
+    told: list[str] = []
+    calibrate(artifacts.calibration_job, tmp_path, Resources(), tell=told.append)
+    assert left == ["slot-0000-of-0001.batch.json"]
+    assert told == ["calibrate: slot 0 ran out of memory with 3 rows a batch and went on with 2."]
 
 
 @pytest.mark.parametrize("num_slots", [1, 2])

@@ -92,7 +92,7 @@ def test_out_of_memory_halves_the_batch_and_counts_nothing_twice(
     for number in (1, 2):
         tight.accumulate(number)
     assert [count for count in rows if count > 2] == [5, 4]  # of the five rows of a shard
-    assert (tight.batch_size, smaller_batch(tmp_path / "tight"), smaller_batch(tmp_path / "calm")) == (2, 2, None)
+    assert (tight.batch_size, smaller_batch(tmp_path / "tight", 8), smaller_batch(tmp_path / "calm", 8)) == (2, 2, 8)
     assert ResidentSlot(job, tmp_path / "tight", 1).batch_size == 2
     for name, gram in calm.hooks.grams.items():
         assert tight.hooks.grams[name].num_tokens == gram.num_tokens
