@@ -55,7 +55,7 @@ def prepared(tiny_model_dir: Callable[..., Path], task_file: Path, tmp_path: Pat
 
 def finish(prepared: Prepared, *names: str) -> None:
     usage = {"usage": {"wall_s": 1.0, "peak_pss_bytes": 1}, "num_tokens": 1, "num_shards": 1, "splits": {}}
-    for stage in runs_steps.order.STEPS:
+    for stage in STEPS:
         if stage.name in names:
             prepared.run.commit(stage.name, "key", [], usage, versions.made_with(stage))
 
