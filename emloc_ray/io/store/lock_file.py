@@ -45,14 +45,14 @@ class LockFile:
                     name = _holder(os.read(descriptor, 400)) or "another process"
                     raise ConfigError(f"run_dir {self.root} is in use by {name}: wait for it, or name another.")
                 time.sleep(_FILE_S)
-        except ConfigError:
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"{own_name()}\n{_TOKEN}\n".encode(), 0)
+            os.fsync(descriptor)  # on NFS other nodes see it from now on
+            _known[self.root] = _identity(self.path)
+        except BaseException:  # else this process holds it on, and can never take it again
             os.close(descriptor)
             raise
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"{own_name()}\n{_TOKEN}\n".encode(), 0)
-        os.fsync(descriptor)  # on NFS other nodes see it from now on
         self._descriptor = descriptor
-        _known[self.root] = _identity(self.path)
 
     def holder(self) -> str | None:
         """The process that holds it now, or None."""

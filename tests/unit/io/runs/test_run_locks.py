@@ -139,6 +139,19 @@ def test_a_look_at_who_holds_a_run_lets_it_start(tmp_path: Path) -> None:
         looker.join()
 
 
+def test_a_full_disk_while_the_lock_is_taken_leaves_it_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left"):
+            RunDirectory(tmp_path).lock()
+    again = RunDirectory(tmp_path)
+    again.lock()
+    again.unlock()
+
+
 def test_unlocked_can_be_locked_again(tmp_path: Path) -> None:
     one, two = RunDirectory(tmp_path), RunDirectory(tmp_path)
     one.lock()
