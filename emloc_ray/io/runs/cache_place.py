@@ -6,6 +6,7 @@ add entries to each stage's folder. On an object store a file at PATH is the obj
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -142,7 +143,7 @@ class CachePlace:
     ) -> tuple[Callable[[], str], Callable[[], bool]] | None:
         """Two functions for a key's lock file: one names its holder, one tries to take it, for ``stack`` to release.
 
-        None on an object store, and where the file is another user's alone, which ``tell`` reports. Raises ConfigError where the
+        None on an object store, and where this user is given no lock, which ``tell`` reports. Raises ConfigError where the
         place cannot be written.
         """
         if self.store is not None:
@@ -172,31 +173,44 @@ class CachePlace:
         return lambda: holder_of(file), acquire
 
     def _lock_file(self, key: str, tell: Callable[[str], None]) -> IO[str] | None:
-        path = self.root / _LOCKS / key
+        flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW
         try:
-            self._make_folder(path.parent)
-            try:  # Linux refuses to create what is another user's in a folder with the sticky bit, though it be there
-                file = os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND), "a+")
-            except FileNotFoundError:
-                file = path.open("a+")
-        except PermissionError as error:
+            with self._shared_folder(self.root / _LOCKS) as locks:
+                try:  # Linux refuses to create what is another user's in a folder with the sticky bit, though it be there
+                    descriptor = os.open(key, flags, dir_fd=locks)
+                except FileNotFoundError:
+                    descriptor = os.open(key, flags | os.O_CREAT, 0o666, dir_fd=locks)
+                file = os.fdopen(descriptor, "a+")
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+                file.close()
+                raise OSError(errno.EMLINK, "it is no file of its own")
+            self._share(descriptor)
+        except OSError as error:
             tell(
                 f"The artifact cache {self.name} gives this user no lock ({error.strerror}): another user's run may make the"
                 " same artifact at the same time, which does no harm."
             )
             return None
-        self._share(path)
         return file
 
-    def _make_folder(self, folder: Path) -> None:
+    @contextlib.contextmanager
+    def _shared_folder(self, folder: Path) -> Iterator[int]:
+        """Gives the descriptor of a folder that all users may write who may write in the place; makes it where there is none.
+        Raises OSError where it is a link, which another user may have put there."""
         folder.mkdir(exist_ok=True)
-        self._share(folder)
+        descriptor = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            self._share(descriptor)
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
-    def _share(self, path: Path) -> None:
+    def _share(self, descriptor: int) -> None:
         """Lets all users write there who may write in the place, but for what is another user's."""
-        mode = stat.S_IMODE(self.root.stat().st_mode)
+        mode, is_folder = stat.S_IMODE(self.root.stat().st_mode), stat.S_ISDIR(os.fstat(descriptor).st_mode)
         with contextlib.suppress(PermissionError):
-            path.chmod(mode if path.is_dir() else mode & 0o666)
+            os.fchmod(descriptor, mode if is_folder else mode & 0o666)
 
     def used_at(self, stage: str, key: str) -> float | None:
         """When an entry was last used, in s since 1970; None where there is none."""
@@ -208,7 +222,7 @@ class CachePlace:
         if self.store is None:
             for folder in self.root.glob(under or "*/*"):
                 stage, name = folder.parent.name, folder.name
-                if stage != _LOCKS and folder.is_dir():
+                if stage != _LOCKS and _is_folder(folder.parent) and _is_folder(folder):
                     entry = folder / _ENTRY
                     with contextlib.suppress(FileNotFoundError):
                         used[stage, name] = None  # hidden: being written or removed
@@ -240,8 +254,7 @@ class CachePlace:
         """Gives a folder to put files in; it is an entry of this ``content`` when the block ends without an error, else gone."""
         folder = self.folder(stage, key)
         if self.store is None:
-            self._make_folder(folder.parent)
-            with atomic_directory(folder) as temporary:
+            with self._shared_folder(folder.parent), atomic_directory(folder) as temporary:
                 yield temporary
                 write_bytes(temporary / _ENTRY, content)
             return
@@ -259,7 +272,7 @@ class CachePlace:
             self.store.write(f"{stage}/{key}/{_USED}", b"")
             return
         with contextlib.suppress(PermissionError):  # a cache that other users write
-            os.utime(self.folder(stage, key) / _ENTRY)
+            os.utime(self.folder(stage, key) / _ENTRY, follow_symlinks=False)
 
     def can_free(self, stage: str, key: str) -> bool:
         """Whether this user can free what an entry holds: of another user's only the name could go, and its bytes would stay."""
@@ -273,16 +286,20 @@ class CachePlace:
             self.store.remove(f"{stage}/{key}/{_ENTRY}")
             discard(folder)
             return
-        away = folder.with_name(f".{key}.{uuid.uuid4().hex}.tmp")
-        with contextlib.suppress(FileNotFoundError, PermissionError):  # another process was faster
-            folder.rename(away)
+        away = folder.with_name(f".{uuid.uuid4().hex}.tmp")
+        # Another process was faster; or another user has put a link there, in whose folder nothing has the new name.
+        with (
+            contextlib.suppress(FileNotFoundError, PermissionError, NotADirectoryError),
+            self._shared_folder(folder.parent) as at,
+        ):
+            os.rename(key, away.name, src_dir_fd=at, dst_dir_fd=at)
             shutil.rmtree(away, ignore_errors=True)
 
     def sweep(self) -> None:
         """Removes what writers and removers left that were killed: folders without an entry, unchanged for an hour."""
         for (stage, name), used in self.scan().items():
             if used is None and time.time() - self._changed_at(stage, name) > LEFT_S:
-                discard(self.folder(stage, name))
+                self.remove(stage, name)
 
     def _changed_at(self, stage: str, name: str) -> float:
         if self.store is not None:
@@ -292,6 +309,11 @@ class CachePlace:
             return max(path.lstat().st_mtime for path in [folder, *folder.rglob("*")])
         except FileNotFoundError:  # somebody is at work there
             return time.time()
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is one itself, and no link: whoever writes in a place may put links there that lead out of it."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def _names(directory: Path) -> list[str]:

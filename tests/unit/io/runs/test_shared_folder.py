@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cache import CONTENTS, KEY, STAGE, added, folder, held, local  # noqa: F401
+from test_cache import CONTENTS, KEY, STAGE, added, folder, held, local, made  # noqa: F401
 
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.cache_place import CachePlace
+from emloc_ray.io.store.lock_file import LockFile
 
 
 def test_where_another_user_s_lock_cannot_be_taken_it_goes_on_without(
@@ -25,7 +26,7 @@ def test_where_another_user_s_lock_cannot_be_taken_it_goes_on_without(
     opened = os.open
 
     def refused(path: Any, *arguments: Any, **options: Any) -> int:
-        if Path(path).parent.name == ".locks":
+        if path == KEY:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return opened(path, *arguments, **options)
 
@@ -56,6 +57,66 @@ def test_who_may_write_in_the_place_may_write_in_its_folders(
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (place / STAGE, place / ".locks")}
     assert modes == {STAGE: mode, ".locks": mode}
     assert stat.S_IMODE((place / ".locks" / KEY).stat().st_mode) == mode & 0o666
+
+
+@pytest.fixture
+def private(tmp_path: Path) -> Path:
+    """A folder of this user's alone, for which a cache has names."""
+    folder = tmp_path / "home"
+    for path in (folder / "keys", folder / KEY / "letter", folder / "old" / "letter"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+        path.chmod(0o600)
+    for path in folder.rglob("*"):
+        os.utime(path, (0, 0))
+    folder.chmod(0o700)
+    return folder
+
+
+def looks_of(folder: Path) -> dict[str, tuple[int, float]]:
+    return {str(path): (path.stat().st_mode, path.stat().st_mtime) for path in [folder, *folder.rglob("*")]}
+
+
+@pytest.mark.parametrize("linked", [f".locks/{KEY}", ".locks", STAGE, "other"])
+def test_links_that_another_user_put_there_are_not_followed(
+    local: ArtifactCache, tmp_path: Path, private: Path, linked: str
+) -> None:
+    local._at.make()
+    local._at.root.chmod(0o2775)
+    before = looks_of(private)
+    link = Path(local.place, linked)
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(private / "keys" if linked.endswith(KEY) else private)
+    told: list[str] = []
+    with local.alone(KEY, tell=told.append):
+        assert local.find(STAGE, KEY, verify=True) is None
+        refused = local.add(STAGE, KEY, tmp_path / "run", made(tmp_path / "run"), {}, {})
+    local.prune(0)
+    assert local.entries() == []
+    assert looks_of(private) == before
+    assert (private / "keys").read_text() == "mine"
+    assert [text.partition(" (")[0] for text in told] == (
+        [f"The artifact cache {local.place} gives this user no lock"] if ".locks" in linked else []
+    )
+    assert (refused is not None) == (linked == STAGE)
+
+
+def test_a_lock_that_is_also_another_file_s_name_is_not_written(local: ArtifactCache, private: Path) -> None:
+    local._at.make()
+    lock = Path(local.place, ".locks", KEY)
+    lock.parent.mkdir()
+    lock.hardlink_to(private / "keys")
+    told: list[str] = []
+    with local.alone(KEY, tell=told.append):
+        pass
+    assert ((private / "keys").read_text(), len(told)) == ("mine", 1)
+
+
+def test_the_lock_of_a_run_is_no_link(tmp_path: Path, private: Path) -> None:
+    (tmp_path / ".lock").symlink_to(private / "keys")
+    with pytest.raises(OSError, match="symbolic links"):
+        LockFile(tmp_path).take()
+    assert (private / "keys").read_text() == "mine"
 
 
 def test_no_room_is_made_of_other_users_entries(
@@ -91,7 +152,7 @@ def test_a_lock_of_another_user_in_a_folder_with_the_sticky_bit_is_taken(
     opened = os.open
 
     def protected(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
-        if flags & os.O_CREAT and Path(path).exists():
+        if flags & os.O_CREAT and path == KEY:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return opened(path, flags, *arguments, **options)
 
