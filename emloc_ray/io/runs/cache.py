@@ -9,6 +9,8 @@ import contextlib
 import hashlib
 import json
 import math
+import os
+import stat
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +27,7 @@ from emloc_ray.io.runs.cache_place import FORMAT, CachePlace, ThreadTurn
 from emloc_ray.io.store.digests import digest_of
 from emloc_ray.io.store.node_cache import discard, open_artifact, origin, sizes
 from emloc_ray.io.store.places import leads_out
-from emloc_ray.io.store.transfer import listing, transfer
+from emloc_ray.io.store.transfer import Look, listing, look_of, transfer
 from emloc_ray.io.store.turns import own_name, wait_for_turn
 
 _FILES = "files"
@@ -70,7 +72,7 @@ class ArtifactCache:
         self.max_bytes = max_bytes
         self._at = CachePlace(place)
         self.place = self._at.name
-        self._verified: dict[str, Any] = {}  # what the files of entries were when their content was read
+        self._verified: dict[str, dict[str, Look]] = {}  # the files of entries when their content was read
         self._swept_at = self._weighed_at = -math.inf  # by the monotonic clock
         self._held = math.inf  # bytes at most, but for what other processes have added since it was weighed
 
@@ -163,8 +165,8 @@ class ArtifactCache:
                 return None
             now = self._looks(entry)
             unread = doubted or (verify and self._verified.get(key) != now)
-            is_whole = _is_within(entry, outputs) and self._has_sizes(entry)
-            if not is_whole or (unread and not self._is_safe(entry, hashed=doubted or self._at.store is None)):
+            is_whole = _is_within(entry, outputs) and self._has_sizes(entry, now)
+            if not is_whole or (unread and not self._is_safe(entry, now, hashed=doubted or self._at.store is None)):
                 self._at.remove(stage, key)
                 return None
             if unread:
@@ -177,17 +179,17 @@ class ArtifactCache:
         """Puts an entry's files at their places in the run at ``root`` (:attr:`RunDirectory.root`); returns these.
 
         Each appears whole, and takes the place of what is there; :func:`emloc_ray.io.store.transfer.transfer` says how. Raises
-        EntryGone where that cannot be done, for any reason; then none of its files is in the run.
+        EntryGone where that cannot be done, for any reason, such as another file than :meth:`find` checked; then none of its
+        files is in the run.
         """
         folder = self._at.folder(entry.stage, entry.key) / _FILES
         try:
             self._at.touch(entry.stage, entry.key)
             before = self._looks(entry)
-            _transfer_all(folder, root, entry.files)
+            verified = self._verified.get(entry.key)
+            _transfer_all(folder, root, entry.files, before if verified is None else verified)
             now = self._looks(entry)
-            if self._verified.get(entry.key) == before and [look[:-1] for look in now] == [
-                look[:-1] for look in before
-            ]:
+            if verified == before and _but_ctime(now) == _but_ctime(before):
                 self._verified[entry.key] = now  # a link changes its ctime
         except (OSError, ArtifactError) as error:
             with contextlib.suppress(OSError, ArtifactError):
@@ -267,7 +269,7 @@ class ArtifactCache:
         """The sizes of an entry's files by what they are on the disk or in the store."""
         if self._at.store is not None:
             return {(entry.key, path): content["size"] for path, content in entry.files.items()}
-        return {(device, inode): size for device, inode, size, *_ in self._looks(entry)}
+        return {(device, inode): size for device, inode, size, *_ in self._looks(entry).values()}
 
     def _read(self, stage: str, key: str, used_at: float) -> Entry | None:
         """None where there is none; one that cannot be understood is removed."""
@@ -280,42 +282,49 @@ class ArtifactCache:
             return None
         return entry
 
-    def _has_sizes(self, entry: Entry) -> bool:
+    def _has_sizes(self, entry: Entry, looks: Mapping[str, Look]) -> bool:
         folder = self._at.folder(entry.stage, entry.key) / _FILES
-        held = sizes(folder)
+        held = {folder / path: size for path, (_, _, size, *_) in looks.items()}
+        if self._at.store is not None:
+            held = sizes(folder)
         return all(held.get(folder / path) == content["size"] for path, content in entry.files.items())
 
-    def _is_safe(self, entry: Entry, hashed: bool) -> bool:
+    def _is_safe(self, entry: Entry, looks: Mapping[str, Look], hashed: bool) -> bool:
         folder = self._at.folder(entry.stage, entry.key) / _FILES
 
         def is_safe(path: str) -> bool:
-            return _is_safe(folder / path, entry.files[path]["sha256"] if hashed else None)
+            return _is_safe(folder / path, entry.files[path]["sha256"] if hashed else None, looks.get(path))
 
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
             return all(pool.map(is_safe, entry.files))
 
-    def _looks(self, entry: Entry) -> list[tuple[int, ...]]:
-        """Device, inode, size, mtime and ctime of an entry's files: the last, which nobody can put back, changes with their
-        content. None in a store, whose keys name it."""
+    def _looks(self, entry: Entry) -> dict[str, Look]:
+        """The looks of an entry's files, without what is no file itself, such as a link. None in a store, whose keys name their
+        content."""
         folder = self._at.folder(entry.stage, entry.key) / _FILES
-        looks: list[tuple[int, ...]] = []
+        looks: dict[str, Look] = {}
         for path in entry.files if self._at.store is None else ():
             with contextlib.suppress(FileNotFoundError, PermissionError):  # another user's may be closed
-                status = (folder / path).stat()
-                times = status.st_mtime_ns, status.st_ctime_ns
-                looks.append((status.st_dev, status.st_ino, status.st_size, *times))
+                status = (folder / path).lstat()
+                if stat.S_ISREG(status.st_mode):
+                    looks[path] = look_of(status)
         return looks
 
 
 _WRITTEN = ("stage", "key", "files", "result", "inputs", "created_at", "origin")
 
 
-def _transfer_all(source: Path, target: Path, files: Files) -> None:
+def _but_ctime(looks: Mapping[str, Look]) -> dict[str, Look]:
+    return {path: look[:-1] for path, look in looks.items()}
+
+
+def _transfer_all(source: Path, target: Path, files: Files, looks: Mapping[str, Look] | None = None) -> None:
     folders = {path.partition("/")[0] for path in files}
     listings = listing(source, folders), listing(target, folders)
 
     def one(path: str) -> None:
-        transfer(source / path, target / path, files[path]["size"], files[path]["sha256"], *listings)
+        look = None if looks is None else looks.get(path, ())  # which no file has
+        transfer(source / path, target / path, files[path]["size"], files[path]["sha256"], *listings, look)
 
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         list(pool.map(one, files))
@@ -340,11 +349,14 @@ def _is_within(entry: Entry, folders: Sequence[str] | None) -> bool:
     )
 
 
-def _is_safe(path: Path, sha256: str | None) -> bool:
-    """Whether a file is of this content (None: of any), and its columns, where it has some, are of types that run no code."""
+def _is_safe(path: Path, sha256: str | None, look: Look | None) -> bool:
+    """Whether a file is of this content (None: of any) and look (None: in a store), and its columns, where it has some, are of
+    types that run no code."""
     if sha256 is None and path.suffix not in _WITH_COLUMNS:
         return True
     with open_artifact(path) as (stream, _):
+        if look is not None and look_of(os.fstat(stream.fileno()))[:-1] != look[:-1]:
+            return False
         if sha256 is not None and digest_of(stream) != sha256:
             return False
         try:

@@ -46,7 +46,7 @@ def _unfinished(path: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or directory of this node: at once, so that a kill leaves no directory with some of its files."""
+    """Removes a file or directory of this node, a link itself: at once, so that a kill leaves no directory with some files."""
     if path.is_dir() and not path.is_symlink():
         if path.suffix != ".tmp":
             with contextlib.suppress(OSError):  # where something is mounted, or another process was faster

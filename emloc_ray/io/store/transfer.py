@@ -14,12 +14,19 @@ from emloc_ray.errors import ArtifactError, DamagedArtifactError
 from emloc_ray.io.store import objects
 from emloc_ray.io.store.digests import HashingWriter, note_digest
 from emloc_ray.io.store.lock_file import check_lock
-from emloc_ray.io.store.node_cache import Origin, discard, origin
+from emloc_ray.io.store.node_cache import Origin, discard, origin, replaced
 from emloc_ray.io.store.object_store import Listing
 from emloc_ray.io.store.replacing import replacing
 
 _CHUNK = 2**22
 _FICLONE = 0x40049409
+Look = tuple[int, ...]
+
+
+def look_of(status: os.stat_result) -> Look:
+    """A file's device, inode, size, mtime and ctime: the last, which nobody can put back, changes with its content, but also
+    with its links."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def listing(root: Path, paths: Iterable[str]) -> Listing | None:
@@ -35,20 +42,22 @@ def transfer(
     sha256: str,
     source_listing: Listing | None = None,
     target_listing: Listing | None = None,
+    look: Look | None = None,
 ) -> None:
     """Makes ``target`` a file of the same content as ``source``, atomically; either may mirror an object store. The
     :func:`listing` of each, where there is one, spares its store a request.
 
     On one file system it shares the blocks of ``source`` where that can be (a reflink), else it is a read-only hard link,
     checked by size. Within one bucket the object, whose key names its content, is copied there. Otherwise the content goes
-    through this node, and is checked by ``sha256``. Raises FileNotFoundError where there is no ``source``, DamagedArtifactError
-    where it is not of this size or content (``target`` is as it was, or gone), ArtifactError where a store cannot be reached,
-    TakenOver where ``target`` lies in a run that another process has taken.
+    through this node, and is checked by ``sha256``. With the ``look`` of a file that was checked, no other one is shared or
+    linked, and no link is followed. Raises FileNotFoundError where there is no ``source``, DamagedArtifactError where it is not
+    of this size or content (``target`` is as it was, or gone), ArtifactError where it is not the checked file, or a store cannot
+    be reached, TakenOver where ``target`` lies in a run that another process has taken.
     """
     here, there = origin(source), origin(target)
     if here is None:
         if there is None:
-            _link_file(source, target, size, sha256)
+            _link_file(source, target, size, sha256, look)
         elif source.stat().st_size != size or there.store.add_version(there.path, source, target_listing) != sha256:
             discard(target)
             raise _damaged(source)
@@ -70,12 +79,14 @@ def transfer(
             there.store.add_version(there.path, Path(folder, "file"), target_listing)
 
 
-def _link_file(source: Path, target: Path, size: int, sha256: str) -> None:
+def _link_file(source: Path, target: Path, size: int, sha256: str, look: Look | None) -> None:
     with replacing(target) as temporary:
         try:
-            if not _clone(source, temporary):
-                os.link(os.path.realpath(source), temporary)
-                if temporary.stat().st_uid == os.geteuid():
+            if not _clone(source, temporary, look):
+                os.link(os.path.realpath(source) if look is None else source, temporary, follow_symlinks=False)
+                status = temporary.lstat()
+                _check_same(source, status, look)  # before its mode is changed
+                if status.st_uid == os.geteuid():
                     temporary.chmod(0o444)  # what is altered in place would be altered for all
         except FileNotFoundError:
             raise
@@ -90,11 +101,17 @@ def _link_file(source: Path, target: Path, size: int, sha256: str) -> None:
         check_lock(target)
 
 
-def _clone(source: Path, target: Path) -> bool:
+def _check_same(source: Path, status: os.stat_result, look: Look | None) -> None:
+    if look is not None and look_of(status)[:-1] != look[:-1]:
+        raise ArtifactError(replaced(source))
+
+
+def _clone(source: Path, target: Path, look: Look | None) -> bool:
     """Makes a file that shares its blocks with another until one is altered; whether the file system can
     (https://man7.org/linux/man-pages/man2/ioctl_ficlone.2.html)."""
     with source.open("rb") as stream, target.open("wb") as file, contextlib.suppress(OSError):
         fcntl.ioctl(file, _FICLONE, stream.fileno())
+        _check_same(source, os.fstat(stream.fileno()), look)
         return True
     target.unlink()
     return False

@@ -314,7 +314,7 @@ def test_on_one_file_system_nothing_is_copied(
 def test_where_there_are_no_links_it_is_copied(
     local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **options: Any) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "link", refuse)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from test_cache import CONTENTS, KEY, STAGE, added, folder, held, local, made  # noqa: F401
 
-from emloc_ray.io.runs.cache import ArtifactCache
+from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
 from emloc_ray.io.runs.cache_place import CachePlace
 from emloc_ray.io.store.lock_file import LockFile
 
@@ -99,6 +99,40 @@ def test_links_that_another_user_put_there_are_not_followed(
         [f"The artifact cache {local.place} gives this user no lock"] if ".locks" in linked else []
     )
     assert (refused is not None) == (linked == STAGE)
+
+
+@pytest.mark.parametrize("swapped", ["emulator/deep/b.json", "emulator/deep"])
+@pytest.mark.parametrize("shares_blocks", [False, True])
+def test_a_file_that_is_swapped_after_the_check_is_not_taken(
+    local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swapped: str, shares_blocks: bool
+) -> None:
+    if shares_blocks:
+        monkeypatch.setattr("fcntl.ioctl", lambda target, code, source: os.sendfile(target.fileno(), source, 0, 1000))
+    added(local, tmp_path / "first")
+    private = tmp_path / "home" / "b.json"
+    private.parent.mkdir()
+    private.write_text("[]")  # of the same size
+    private.chmod(0o600)
+    other = ArtifactCache(local.place)
+    entry = other.find(STAGE, KEY, verify=True)
+    assert entry is not None
+    path = folder(local) / "files" / swapped
+    path.rename(tmp_path / "away")
+    path.symlink_to(private if path.suffix else private.parent)
+    with pytest.raises(EntryGone):
+        other.link(entry, tmp_path / "second")
+    assert (stat.S_IMODE(private.stat().st_mode), private.stat().st_nlink) == (0o600, 1)
+    assert not any(file.is_file() for file in (tmp_path / "second").rglob("*"))
+    assert other.find(STAGE, KEY, verify=True) is None
+
+
+def test_an_entry_holds_files_and_no_links(local: ArtifactCache, tmp_path: Path) -> None:
+    added(local, tmp_path / "first")
+    file = folder(local) / "files" / "emulator" / "deep" / "b.json"
+    file.rename(tmp_path / "b.json")
+    file.symlink_to(tmp_path / "b.json")
+    assert local.find(STAGE, KEY) is None
+    assert local.entries() == []
 
 
 def test_a_lock_that_is_also_another_file_s_name_is_not_written(local: ArtifactCache, private: Path) -> None:
