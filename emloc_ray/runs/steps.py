@@ -127,6 +127,7 @@ class Steps:
         self.planned = plan.worker_bytes if plan is not None else {}
         self._host_bytes = plan.host_bytes if plan is not None else {}
         self._seconds = {part.name: part.seconds for part in plan.stages} if plan is not None else {}
+        self._trusts = prepared.config.model.trust_remote_code
         self._checked: dict[str, bool] = {}  # of finished stages, whether their files were
         self._redone: dict[str, str] = {}  # damaged files: the stages that wrote them
         self.accept_versions = accept_versions
@@ -202,6 +203,8 @@ class Steps:
             self.write_results()  # its old numbers are no longer this run's
         shared = None if stage.cache_inputs is None or self.cache is None else stage.cache_inputs(context)
         cached = None if shared is None or self._mixed else {**inputs, "shared": shared}
+        if cached is not None and self._trusts:
+            cached["user"] = os.geteuid()  # whose entries another user's must not stand in for
         with contextlib.nullcontext() if cached is None else self._alone(stage, cached):
             result = None if cached is None else self._from_cache(stage, context, cached)
             if result is not None:
@@ -299,7 +302,9 @@ class Steps:
             return None
         doubted = stage.name in self._redone.values()  # what was damaged may have come from there
         key = cache_key(stage, inputs)
-        entry = self.cache.find(stage.name, key, verify=True, outputs=stage.outputs, doubted=doubted)
+        entry = self.cache.find(
+            stage.name, key, verify=True, outputs=stage.outputs, doubted=doubted, own_only=self._trusts
+        )
         if entry is None:
             return None
         report = self.reporter.start(stage.name)

@@ -65,11 +65,11 @@ class Entry:
 
 class ArtifactCache:
     """The entries at a directory or the URI of an object store; where they exceed ``max_bytes``, those go that were used
-    longest ago, until a tenth of it is free. Raises ConfigError where the place holds files of something else, or cannot be
-    opened."""
+    longest ago, until a tenth of it is free. ``is_own``: whether it lies among the runs that use it, whose files are trusted
+    as much. Raises ConfigError where the place holds files of something else, or cannot be opened."""
 
-    def __init__(self, place: str, max_bytes: int | None = None) -> None:
-        self.max_bytes = max_bytes
+    def __init__(self, place: str, max_bytes: int | None = None, is_own: bool = False) -> None:
+        self.max_bytes, self.is_own = max_bytes, is_own
         self._at = CachePlace(place)
         self.place = self._at.name
         self._verified: dict[str, dict[str, Look]] = {}  # the files of entries when their content was read
@@ -149,6 +149,7 @@ class ArtifactCache:
         verify: bool = False,
         outputs: Sequence[str] | None = None,
         doubted: bool = False,
+        own_only: bool = False,
     ) -> Entry | None:
         """The entry, where every file of it is there with its size; another is removed. A place that cannot be read holds
         nothing.
@@ -157,13 +158,16 @@ class ArtifactCache:
         or inode changed otherwise than by this process's links. What this process added counts as checked. On an object store
         content is checked when it is fetched, so that only columns are read. ``doubted``: checks content in any case.
         ``outputs``: the folders of a run that its files may be for: another entry would write over what other stages made, or
-        the run's own files, and is removed too."""
+        the run's own files, and is removed too. ``own_only``: passes over what another user may have made, whose code would run
+        with this user's rights. An object store does not say who made an entry."""
         try:
             used = self._at.used_at(stage, key)
             entry = None if used is None else self._read(stage, key, used)
             if entry is None:
                 return None
             now = self._looks(entry)
+            if own_only and not (self.is_own or self._is_of_user(entry, now)):
+                return None
             unread = doubted or (verify and self._verified.get(key) != now)
             is_whole = _is_within(entry, outputs) and self._has_sizes(entry, now)
             if not is_whole or (unread and not self._is_safe(entry, now, hashed=doubted or self._at.store is None)):
@@ -288,6 +292,10 @@ class ArtifactCache:
         if self._at.store is not None:
             held = sizes(folder)
         return all(held.get(folder / path) == content["size"] for path, content in entry.files.items())
+
+    def _is_of_user(self, entry: Entry, looks: Mapping[str, Look]) -> bool:
+        owners = {look[3] for look in looks.values()}
+        return self._at.store is None and owners | {self._at.owner(entry.stage, entry.key)} == {os.geteuid()}
 
     def _is_safe(self, entry: Entry, looks: Mapping[str, Look], hashed: bool) -> bool:
         folder = self._at.folder(entry.stage, entry.key) / _FILES

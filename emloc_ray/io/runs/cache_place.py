@@ -249,6 +249,10 @@ class CachePlace:
         except FileNotFoundError:
             return None
 
+    def owner(self, stage: str, key: str) -> int:
+        """The user who wrote an entry, in a file system."""
+        return (self.folder(stage, key) / _ENTRY).lstat().st_uid
+
     @contextlib.contextmanager
     def filling(self, stage: str, key: str, content: bytes) -> Iterator[Path]:
         """Gives a folder to put files in; it is an entry of this ``content`` when the block ends without an error, else gone."""

@@ -24,9 +24,9 @@ Look = tuple[int, ...]
 
 
 def look_of(status: os.stat_result) -> Look:
-    """A file's device, inode, size, mtime and ctime: the last, which nobody can put back, changes with its content, but also
-    with its links."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    """A file's device, inode, size, owner, mtime and ctime: the last, which nobody can put back, changes with its content, but
+    also with its links."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_uid, status.st_mtime_ns, status.st_ctime_ns
 
 
 def listing(root: Path, paths: Iterable[str]) -> Listing | None:

@@ -70,6 +70,11 @@ class BatchConfig(Section):
             raise ValueError("it names no tasks: set tasks, or grid, or both")
         return self
 
+    @property
+    def has_own_cache(self) -> bool:
+        """Whether its cache lies in its own directory."""
+        return self.cache.path == below(self.run_dir, "cache")
+
     def task_dir(self, name: str) -> str:
         """The run directory of a task."""
         return below(self.run_dir, "tasks", name)

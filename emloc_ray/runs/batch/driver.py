@@ -59,7 +59,7 @@ def prepare_batch(
     """
     run = RunDirectory(batch.config.run_dir)
     run.check("batch")
-    cache = ArtifactCache(batch.config.cache.path, batch.config.cache.max_size)
+    cache = ArtifactCache(batch.config.cache.path, batch.config.cache.max_size, batch.config.has_own_cache)
     cache.check()
     work = PipelineWork(cache, reporter, accept_versions, run)
     work.prepare(batch.tasks, progress)

@@ -17,6 +17,7 @@ from small_runs import RecordingReporter, make_values, task_rows, write_jsonl
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ArtifactError, ConfigError, DataError, Stopped
 from emloc_ray.io.runs.cache import ArtifactCache
+from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.memory import BASE_BYTES
 from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
@@ -232,6 +233,40 @@ def test_data_that_changes_while_it_is_read_is_refused(
     monkeypatch.setattr("emloc_ray.stages.tokens.tokens.tokenize_data", lambda *_: rewritten(rows))
     with pytest.raises(DataError, match=r"was changed after its rows were counted: run the same command again"):
         DATA.run(context, DATA.inputs(context), Resources(), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("trusts", [False, True])
+def test_a_model_s_own_code_is_of_this_user(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusts: bool
+) -> None:
+    monkeypatch.setattr(runs_steps, "shortage", lambda *asked: None)
+    asked: list[tuple[str, bool]] = []
+
+    class Cache(ArtifactCache):
+        def find(self, stage: str, key: str, *given: Any, own_only: bool = False, **how: Any) -> Any:
+            asked.append((key, own_only))
+            return super().find(stage, key, *given, own_only=own_only, **how)
+
+    model = prepared.config.model.model_copy(update={"trust_remote_code": trusts})
+    config = prepared.config.model_copy(update={"model": model})
+    stage = replace(
+        DATA,
+        outputs=(),
+        inputs=lambda context: {},
+        shares=lambda context: {},
+        run=lambda *_: {"splits": {}},
+        remarks=lambda *_: (),
+    )
+    for user in (1, 2):
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user)
+        run = RunDirectory(tmp_path / f"of {user}")
+        run.create({})
+        changed = replace(prepared, config=config, run=run)
+        Steps(changed, RecordingReporter(), AtOnce(), Cache(str(tmp_path / "cache"))).run(
+            stage, Context(changed, prepared.source.directory)
+        )
+    assert {own_only for _, own_only in asked[::2]} == {trusts}
+    assert len({key for key, _ in asked}) == (2 if trusts else 1)
 
 
 def test_others_know_who_makes_an_artifact_and_how_it_gets_on(

@@ -7,15 +7,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cache import CONTENTS, KEY, STAGE, added, folder, held, local, made  # noqa: F401
+from test_cache import CONTENTS, KEY, STAGE, added, folder, held, local, made, place  # noqa: F401
 
 from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
 from emloc_ray.io.runs.cache_place import CachePlace
 from emloc_ray.io.store.lock_file import LockFile
+from emloc_ray.io.store.node_cache import mirror
 
 
 def test_where_another_user_s_lock_cannot_be_taken_it_goes_on_without(
@@ -124,6 +126,34 @@ def test_a_file_that_is_swapped_after_the_check_is_not_taken(
     assert (stat.S_IMODE(private.stat().st_mode), private.stat().st_nlink) == (0o600, 1)
     assert not any(file.is_file() for file in (tmp_path / "second").rglob("*"))
     assert other.find(STAGE, KEY, verify=True) is None
+
+
+@pytest.mark.parametrize("of_another", ["emulator/deep/b.json", "entry.json"])
+def test_what_may_be_code_is_taken_from_this_user_alone(
+    local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_another: str
+) -> None:
+    added(local, tmp_path / "first")
+    assert local.find(STAGE, KEY, verify=True, own_only=True) is not None
+    lstat = Path.lstat
+
+    def as_another_s(path: Path) -> os.stat_result:
+        status = list(lstat(path))
+        status[4] += path.as_posix().endswith(of_another)
+        return os.stat_result(status)
+
+    monkeypatch.setattr(Path, "lstat", as_another_s)
+    assert local.find(STAGE, KEY, verify=True, own_only=True) is None
+    assert local.find(STAGE, KEY) is not None
+    assert ArtifactCache(local.place, is_own=True).find(STAGE, KEY, own_only=True) is not None
+
+
+@pytest.mark.server
+def test_in_a_bucket_of_others_nobody_knows_whose_code_it_is(place: Callable[..., str]) -> None:
+    cache, root = (place("bucket", name) for name in ("shared", "run"))
+    added(ArtifactCache(cache), mirror(root))
+    for is_own in (False, True):
+        assert ArtifactCache(cache, is_own=is_own).find(STAGE, KEY) is not None
+        assert (ArtifactCache(cache, is_own=is_own).find(STAGE, KEY, own_only=True) is not None) == is_own
 
 
 def test_an_entry_holds_files_and_no_links(local: ArtifactCache, tmp_path: Path) -> None:

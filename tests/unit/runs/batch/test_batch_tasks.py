@@ -332,6 +332,7 @@ def test_the_batch_s_own_keys(write: Write) -> None:
     config = read_batch(write(tasks=[{"name": "a"}], limits=limits, cache={"path": "c"}, max_concurrent=8)).config
     assert (config.limits.cpus, config.limits.gpus, config.limits.memory) == (64, 8, 512 * 2**30)
     assert (config.cache.path, config.cache.max_size, config.max_concurrent) == ("c", None, 8)
+    assert not config.has_own_cache
     with pytest.raises(ValidationError):
         config.run_dir = "x"
     assert BatchConfig.model_validate(config.model_dump(mode="json")) == config
@@ -342,6 +343,7 @@ def test_places_on_an_object_store_keep_their_query(write: Write) -> None:
     batch = read_batch(write(tasks=[{"name": "a"}], run_dir=place))
     assert batch.tasks[0].config.run_dir == "s3://b/p/tasks/a?endpoint_override=h:1&scheme=http"
     assert batch.config.cache.path == "s3://b/p/cache?endpoint_override=h:1&scheme=http"
+    assert batch.config.has_own_cache
     assert below("file:///a/b?/", "c") == "file:///a/b?/c"
     assert below("/", "c") == "/c"
 
