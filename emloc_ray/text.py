@@ -103,10 +103,15 @@ def signed(value: float, digits: int = 4) -> str:
     return text if re.search("[1-9n]", text) else text[1:]
 
 
-def visible(text: str) -> str:
-    """Text that a model wrote, its control characters made visible (␀): HTML has no place for them."""
+def visible_controls(text: str) -> str:
+    """Text that others wrote, its control characters made visible (␀), which a terminal would obey."""
     text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda control: chr(0x2400 + ord(control[0])), text)
-    return re.sub(r"[\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
+    return re.sub(r"[\x7f-\x9f]", "\ufffd", text)
+
+
+def visible(text: str) -> str:
+    """Text that others wrote, all made visible that HTML has no place for: control characters, halves of surrogate pairs."""
+    return re.sub(r"[\ud800-\udfff]", "\ufffd", visible_controls(text))
 
 
 def describe_choice(choice: dict[str, Any]) -> str:

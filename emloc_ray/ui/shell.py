@@ -4,16 +4,17 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ParamSpec
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
 from typer.core import TyperGroup
 
 from emloc_ray.errors import ConfigError, EmlocError, refusal
-from emloc_ray.text import listed
+from emloc_ray.text import listed, visible_controls
 
 Arguments = ParamSpec("Arguments")
 
@@ -29,7 +30,13 @@ Yes = Annotated[bool, flag("--yes", "-y", help="Redo and remove what a changed c
 
 
 class _Console(Console):
-    """Goes silent where its reader has left (``emloc-ray keys | head``), so that a run reaches its end and exit code."""
+    """Shows the control characters of what others wrote, which would steer the terminal. Goes silent where its reader has left
+    (``emloc-ray keys | head``), so that a run reaches its end and exit code."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """As any console; rich's own moves of the cursor are segments of another kind."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible_controls(segment.text), segment.style)
 
     def on_broken_pipe(self) -> None:
         """Writes nothing from now on, not even at exit, when Python flushes the rest."""
