@@ -25,6 +25,7 @@ from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.store.digests import digest, noted_digest
 from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_copies import (
+    LOCAL,
     MARK,
     alone,
     check_owner,
@@ -125,7 +126,7 @@ def _publish_file(file: Path, whole: bool) -> None:
     version = here.store.add_version(here.path, file)
     if whole:
         write_note(here.note, version, status)
-        make_room(here.root, 0, kept_since=status.st_mtime)
+        make_room(here.root, 0, kept_since=status.st_mtime, written=status.st_size)
 
 
 def ensure(path: Path, *, weights: bool = True) -> None:
@@ -241,9 +242,7 @@ def is_stored(path: Path) -> bool:
 
 def local_only(path: Path) -> Path:
     """A place like ``path`` that the store never sees, for what is worth less than its way there and back."""
-    parts = [
-        part.replace(MARK, "local=", 1).partition("%23")[0] if part.startswith(MARK) else part for part in path.parts
-    ]
+    parts = [part.replace(MARK, LOCAL, 1).partition("%23")[0] if part.startswith(MARK) else part for part in path.parts]
     return Path(*parts)
 
 

@@ -18,20 +18,29 @@ from urllib.parse import quote
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.store.digests import digest_of
-from emloc_ray.io.store.replacing import replacing
+from emloc_ray.io.store.replacing import remove, replacing
 from emloc_ray.io.store.turns import holder_of, try_lock, wait_for_turn
 
-MARK = "store="
+MARK, LOCAL = "store=", "local="
 _VERSIONS = ".versions"
 # The copies may fill the node's disk but for this share of it; what was used in the last minutes stays.
 _FREE_SHARE = 0.1
 _SIZE_VARIABLE = "EMLOC_RAY_CACHE_SIZE"
 IN_USE_S = 600.0
+# To look at all copies takes long where they are many. So each of a node's processes, which may be so many, looks again when it
+# has added its part of the room that was left, or this share of all, where nothing can be dropped.
+_PROCESSES = 64
+_LEAST_SHARE = 0.001
+_SPARE_SHARE = 0.1  # of the room is freed beyond what is missing: what all of them add before they look again
+_SWEEP_S = 3600.0  # between two looks of a process at what killed ones left
+_LEFT_S = 86400.0  # what has not changed for so long was left for good
 PATIENCE_S = 1800.0  # with one that fetches the same file: it may have been stopped
 _MAX_NAME = 255
 # What nobody adds to or alters in place, unlike logs.
 _NEVER_ALTERED = (".safetensors", ".arrow")
 _hashed: dict[tuple[object, ...], tuple[int, int]] = {}  # by what a copy is: its ctime and links when it was hashed
+_unasked: dict[Path, float] = {}  # bytes that this process may add before it looks at all copies again
+_swept: dict[Path, float] = {}  # when this process looked for what killed ones left
 
 
 def note_of(root: Path, path: str) -> Path:
@@ -142,25 +151,62 @@ def alone(root: Path, key: str, waits: bool = True, patience_s: float = PATIENCE
         yield
 
 
-def make_room(root: Path, needed: int, kept_since: float = math.inf) -> None:
-    """Drops the copies that were used longest ago until the disk has room for a file and a share of it stays free, and all
-    copies together take no more than ``EMLOC_RAY_CACHE_SIZE`` (such as 150GiB), where that is set. What was used in the last
-    minutes stays, and since ``kept_since``, in s since 1970; so does what is no copy of what a store holds."""
-    if _missing(root, needed) <= 0:
+def make_room(root: Path, needed: int, kept_since: float = math.inf, written: int = 0) -> None:
+    """Drops the copies that were used longest ago until the disk has room for ``needed`` bytes more and a share of it stays free,
+    and all copies together take no more than ``EMLOC_RAY_CACHE_SIZE`` (such as 150GiB), where that is set. What was used in the
+    last minutes stays, and since ``kept_since``, in s since 1970; so does what is no copy of what a store holds, but for what
+    killed processes left. ``written``: bytes that were added since the last call."""
+    cache = root.parent
+    unasked = _unasked.get(cache, 0.0) - needed - written
+    if unasked >= 0:
+        _unasked[cache] = unasked
         return
-    with alone(root.parent, "room"):
-        missing = _missing(root, needed)  # another worker may have made some
-        for used, owner, path in sorted(_copies(root.parent)):
-            if missing <= 0 or used >= min(time.time() - IN_USE_S, kept_since):
-                return
-            missing -= _drop(owner, path)
+    most, taken = _disk(root)
+    if not os.environ.get(_SIZE_VARIABLE) and taken + needed <= most:
+        return
+    with alone(cache, "room"):
+        _sweep(cache)
+        rooms, gained = _rooms(root), 0
+        missing = max(taken + needed - most for most, taken in rooms)  # another worker may have made some
+        if missing > 0:
+            missing += int(_SPARE_SHARE * min(most for most, _ in rooms))
+            for used, owner, path in sorted(_copies(cache)):
+                if gained >= missing or used >= min(time.time() - IN_USE_S, kept_since):
+                    break
+                gained += _drop(owner, path)
+        _unasked[cache] = min(
+            max((most - taken - needed + gained) / _PROCESSES, _LEAST_SHARE * most) for most, taken in rooms
+        )
 
 
-def _missing(root: Path, needed: int) -> int:
-    disk = shutil.disk_usage(root)
-    missing = needed + int(_FREE_SHARE * disk.total) - disk.free
+def _rooms(root: Path) -> list[tuple[int, int]]:
+    """How many bytes there may be and are: on the disk and, where that is bounded, in all copies."""
     most = os.environ.get(_SIZE_VARIABLE)
-    return missing if not most else max(missing, _held(root.parent) + needed - _bytes(most))
+    return [_disk(root), *([(_bytes(most), _held(root.parent))] if most else [])]
+
+
+def _disk(root: Path) -> tuple[int, int]:
+    disk = shutil.disk_usage(root)
+    return disk.total - int(_FREE_SHARE * disk.total), disk.total - disk.free
+
+
+def _sweep(cache: Path) -> None:
+    """Removes what killed processes left: what is unfinished, and what a run had on this node alone, unchanged for a day."""
+    if time.monotonic() < _swept.get(cache, -math.inf) + _SWEEP_S:
+        return
+    _swept[cache] = time.monotonic()
+    left = [*cache.glob(f"{LOCAL}*")]
+    for place in cache.glob(f"{MARK}*"):
+        for folder, folders, names in os.walk(place):
+            left += [Path(folder, name) for name in (*folders, *names) if name.endswith(".tmp")]
+    for path in left:
+        below = [Path(folder, name) for folder, folders, names in os.walk(path) for name in (*folders, *names)]
+        changed = 0.0
+        for each in (path, *below):
+            with contextlib.suppress(FileNotFoundError):
+                changed = max(changed, each.lstat().st_mtime)
+        if changed < time.time() - _LEFT_S:
+            remove(path)
 
 
 def _held(cache: Path) -> int:

@@ -74,7 +74,7 @@ def transfer(
             check_lock(target)
     elif not _copied_in_bucket(here, info, there, target_listing):
         there.root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=there.root, suffix=".tmp") as folder:
+        with tempfile.TemporaryDirectory(dir=there.root, prefix=".", suffix=".tmp") as folder:
             here.store.download(info, Path(folder, "file"))
             there.store.add_version(there.path, Path(folder, "file"), target_listing)
 

@@ -321,7 +321,7 @@ def test_what_is_no_copy_stays_where_room_is_made(
     for file in kept:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"x" * 10)
-        os.utime(file, (0, 0))
+        os.utime(file, (time.time() - 3600.0, time.time() - 3600.0))
     publish(other / "a" / "log")
     monkeypatch.setattr(node_copies, "IN_USE_S", 0.0)
     write_bytes(root / "b" / "new", b"x" * 10)
