@@ -1,6 +1,5 @@
 """The objects below one URI, by obstore: listed, read whole or by ranges, put on condition; requests are tried again."""
 
-import contextlib
 import io
 import re
 import time
@@ -210,9 +209,15 @@ class Objects:
     def delete(self, objects: list[Stored]) -> None:
         """Removes them, a thousand a request: https://docs.aws.amazon.com/AmazonS3/latest/API/API_DeleteObjects.html."""
         for begin in range(0, len(objects), 1000):
-            keys = [self.key(stored.path) for stored in objects[begin : begin + 1000]]
-            with contextlib.suppress(FileNotFoundError):
-                self._trying(lambda keys=keys: self.client.delete(keys), "remove", objects[begin].path)  # type: ignore[misc]
+            part = objects[begin : begin + 1000]
+            keys = [self.key(stored.path) for stored in part]
+            try:
+                self._trying(lambda keys=keys: self.client.delete(keys), "remove", part[0].path)  # type: ignore[misc]
+            except FileNotFoundError:
+                # On Google Cloud and Azure the client stops at the first that is missing.
+                half = len(part) // 2
+                for rest in (part[:half], part[half:]) if half else ():
+                    self.delete(rest)
 
     def _trying(self, call: Callable[[], Result], what: str, path: str) -> Result:
         """Raises ArtifactError where the last try fails too; a missing object or a full disk is raised at once."""

@@ -42,6 +42,17 @@ def test_files_have_versions_and_are_read_by_ranges(place: str, tmp_path: Path) 
     assert store.versions("a") == {}
 
 
+def test_what_is_gone_already_keeps_no_other_object(place: str) -> None:
+    """The client stops at the first that is missing."""
+    store = ObjectStore(place)
+    for number in range(10):
+        store.write(f"a/{number}", b"x")
+    stored = store.below("a")
+    store.delete(stored[2:4])
+    store.delete(stored)
+    assert store.below("a") == []
+
+
 def test_an_object_is_replaced_by_who_read_it_last(place: str) -> None:
     store = ObjectStore(place)
     first = store.replace("m", b"1", None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from faulting.s3 import faulty_store, uri
-from obstore.store import S3Store
+from obstore.store import LocalStore, S3Store
 
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.store import objects
@@ -33,6 +33,20 @@ def test_a_uri_with_a_scheme_is_a_store() -> None:
         False,
         False,
     ]
+
+
+@pytest.mark.parametrize("gone", [[0], [29], [3, 4, 17], list(range(30))])
+def test_what_is_gone_already_keeps_no_other_object(gone: list[int], tmp_path: Path) -> None:
+    """Google Cloud and Azure are asked for one after another, and the client stops at the first that is missing, as here."""
+    store = objects.Objects("s3://bucket/run")
+    store.client = LocalStore(tmp_path)
+    for number in range(30):
+        store.write(f"a/{number:02d}", b"x")
+    stored = store.below("a")
+    for number in gone:
+        (tmp_path / "run" / "a" / f"{number:02d}").unlink()
+    store.delete(sorted(stored, key=lambda one: one.path))
+    assert store.below("a") == []
 
 
 def test_a_new_version_takes_the_place_of_the_old(store: ObjectStore, tmp_path: Path) -> None:
