@@ -4,7 +4,6 @@ Where the lock is lost, or somebody removes the file, two processes may each tak
 whom it names, is compared before every write in the run, by its workers too.
 """
 
-import contextlib
 import fcntl
 import os
 import re
@@ -114,25 +113,29 @@ def check_lock(path: Path) -> None:
     that, the one at its first write.
     """
     for root in path.parents:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        try:
             now = _identity(root / NAME)
-            if root not in _known and not _NAMED.fullmatch(now[1]):
-                continue  # another program's
-            # Others than workers may write reports whoever holds the run.
-            if _WORKER in os.environ and root not in _known and _is_ours(now[1]):
-                _known[root] = now
-            if _known.get(root, None if _WORKER in os.environ else now) != now:
+        except OSError as error:
+            if root not in _known:
+                continue  # there is none, or another program's
+            if isinstance(error, (FileNotFoundError, NotADirectoryError)):
                 break
-            return
-        if root in _known:
+            raise
+        if root not in _known and not _NAMED.fullmatch(now[1]):
+            continue  # another program's
+        # Others than workers may write reports whoever holds the run.
+        if _WORKER in os.environ and root not in _known and _is_ours(now[1]):
+            _known[root] = now
+        if _known.get(root, None if _WORKER in os.environ else now) != now:
             break
+        return
     else:
         return
     raise TakenOver(f"{root} was taken over by another process: leave it to that, or stop that first.")
 
 
 def _identity(path: Path) -> tuple[int, str]:
-    with path.open() as file:
+    with path.open(errors="replace") as file:
         return os.fstat(file.fileno()).st_ino, file.read(400)
 
 

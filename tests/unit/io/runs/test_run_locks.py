@@ -88,6 +88,28 @@ def test_who_lost_its_lock_writes_nothing_more(tmp_path: Path) -> None:
     run.unlock()
 
 
+@pytest.mark.parametrize("kind", ["a folder", "unreadable", "binary", "a link to itself"])
+def test_a_lock_of_another_program_further_up_is_none_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    lock, opened = tmp_path / ".lock", Path.open
+
+    def refused(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == lock:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *arguments, **options)
+
+    if kind == "a folder":
+        lock.mkdir()
+    elif kind == "a link to itself":
+        lock.symlink_to(lock)
+    else:
+        lock.write_bytes(b"\xff\x00")
+    if kind == "unreadable":
+        monkeypatch.setattr(Path, "open", refused)
+    write_json(tmp_path / "shared" / "a", 1)
+
+
 def test_a_worker_writes_for_whom_it_wrote_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock, file = tmp_path / "mine" / ".lock", tmp_path / "mine" / "slots" / "a"
     lock.parent.mkdir()
