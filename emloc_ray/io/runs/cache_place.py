@@ -97,6 +97,9 @@ class CachePlace:
             self.store.write(MARKER, content)
         else:
             write_bytes(self.root / MARKER, content)
+            descriptor = os.open(self.root / MARKER, os.O_RDONLY | os.O_NOFOLLOW)
+            self._share(descriptor)  # whatever the umask: nobody else could use the place
+            os.close(descriptor)
 
     def check(self) -> None:
         """Raises ConfigError where it cannot be written, which leaves no trace."""
@@ -223,10 +226,13 @@ class CachePlace:
             for folder in self.root.glob(under or "*/*"):
                 stage, name = folder.parent.name, folder.name
                 if stage != _LOCKS and _is_folder(folder.parent) and _is_folder(folder):
-                    entry = folder / _ENTRY
-                    with contextlib.suppress(FileNotFoundError):
-                        used[stage, name] = None  # hidden: being written or removed
-                        used[stage, name] = None if name.startswith(".") else entry.stat().st_mtime
+                    try:
+                        at = (folder / _ENTRY).stat().st_mtime
+                    except FileNotFoundError:
+                        at = None
+                    except PermissionError:
+                        continue  # another user's, who lets nobody read it
+                    used[stage, name] = None if name.startswith(".") else at  # hidden: being written or removed
             return used
         times: dict[tuple[str, ...], float] = {}
         for info in self.store.below(under):

@@ -23,7 +23,6 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     with replacing(path) as temporary:
         with HashingWriter(io.FileIO(temporary, "wb")) as file:
             yield file
-        temporary.chmod(0o644)
         sha256 = file.hexdigest()
         if sha256 is not None:
             note_digest(temporary, sha256)
@@ -40,7 +39,6 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     with replacing(path) as temporary:
         temporary.mkdir()
         yield temporary
-        temporary.chmod(0o755)
         check_lock(path)
     forget(path)
     publish(path, whole=True)

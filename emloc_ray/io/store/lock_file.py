@@ -36,7 +36,7 @@ class LockFile:
     def take(self) -> None:
         """Raises ConfigError where another process holds it, and says which; where its file system gives no locks."""
         self.root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             until = time.monotonic() + PATIENCE_S
             while not self._flock(descriptor, fcntl.LOCK_EX):

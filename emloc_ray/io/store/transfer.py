@@ -87,7 +87,7 @@ def _link_file(source: Path, target: Path, size: int, sha256: str, look: Look | 
                 status = temporary.lstat()
                 _check_same(source, status, look)  # before its mode is changed
                 if status.st_uid == os.geteuid():
-                    temporary.chmod(0o444)  # what is altered in place would be altered for all
+                    temporary.chmod(status.st_mode & 0o555)  # what is altered in place would be altered for all
         except FileNotFoundError:
             raise
         except OSError:  # another file system, one without hard links, too many links, or another user's file

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from test_cache import CONTENTS, KEY, STAGE, added, folder, held, local, made, place  # noqa: F401
 
+from emloc_ray.io.runs import cache_place
 from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
-from emloc_ray.io.runs.cache_place import CachePlace
+from emloc_ray.io.runs.cache_place import MARKER, CachePlace
 from emloc_ray.io.store.lock_file import LockFile
 from emloc_ray.io.store.node_cache import mirror
 
@@ -59,6 +60,33 @@ def test_who_may_write_in_the_place_may_write_in_its_folders(
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (place / STAGE, place / ".locks")}
     assert modes == {STAGE: mode, ".locks": mode}
     assert stat.S_IMODE((place / ".locks" / KEY).stat().st_mode) == mode & 0o666
+
+
+def test_what_one_user_closes_to_others_breaks_nothing_of_theirs(
+    local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    local._at.root.mkdir()
+    local._at.root.chmod(0o2775)
+    before = os.umask(0o077)
+    request.addfinalizer(lambda: os.umask(before))
+    added(local, tmp_path / "first")
+    other = ArtifactCache.key(STAGE, "other")
+    added(local, tmp_path / "second", other, {"emulator/x": b"open"})
+    assert stat.S_IMODE((Path(local.place) / MARKER).stat().st_mode) == 0o664
+    assert all(path.stat().st_mode & 0o077 == 0 for path in folder(local).rglob("*"))
+    status = Path.stat
+
+    def refused(path: Path, **options: Any) -> os.stat_result:
+        if folder(local) in path.parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return status(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    monkeypatch.setattr(cache_place, "LEFT_S", -1.0)
+    assert local.find(STAGE, KEY) is None
+    assert [entry.key for entry in local.entries()] == [other]
+    assert [entry.key for entry in local.prune(0)] == [other]
+    assert folder(local).is_dir()
 
 
 @pytest.fixture

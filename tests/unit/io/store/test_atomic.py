@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from emloc_ray.io.store.atomic import atomic_directory, atomic_file, remove_leftovers, write_json
+from emloc_ray.io.store.lock_file import LockFile
 from emloc_ray.io.store.replacing import remove
 
 
@@ -29,7 +30,17 @@ def test_file_appears_whole_and_only_at_the_end(tmp_path: Path) -> None:
         file.write(b" whole")
     assert path.read_bytes() == b"half whole"
     assert names(path.parent) == {"a.bin"}
-    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_the_umask_says_who_may_read_and_write(tmp_path: Path, request: pytest.FixtureRequest, umask: int) -> None:
+    before = os.umask(umask)
+    request.addfinalizer(lambda: os.umask(before))
+    with atomic_directory(tmp_path / "folder") as folder:
+        write_json(folder / "a.json", 1)
+    LockFile(tmp_path).take()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"folder": 0o777 & ~umask, "a.json": 0o666 & ~umask, ".lock": 0o666 & ~umask}
 
 
 @pytest.mark.parametrize("error", [ValueError, Interrupted])
