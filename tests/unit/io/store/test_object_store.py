@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faulting.s3 import faulty_store, uri
@@ -38,7 +39,7 @@ def test_a_uri_with_a_scheme_is_a_store() -> None:
 @pytest.mark.parametrize("gone", [[0], [29], [3, 4, 17], list(range(30))])
 def test_what_is_gone_already_keeps_no_other_object(gone: list[int], tmp_path: Path) -> None:
     """Google Cloud and Azure are asked for one after another, and the client stops at the first that is missing, as here."""
-    store = objects.Objects("s3://bucket/run")
+    store: Any = objects.Objects("s3://bucket/run")
     store.client = LocalStore(tmp_path)
     for number in range(30):
         store.write(f"a/{number:02d}", b"x")
