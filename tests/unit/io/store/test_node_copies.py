@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from emloc_ray.io.store import node_copies
 from emloc_ray.io.store.node_copies import make_room, note_of, write_note
 
 LIMIT = 100_000
