@@ -253,7 +253,7 @@ def test_a_model_s_own_code_is_of_this_user(
         DATA,
         outputs=(),
         inputs=lambda context: {},
-        shares=lambda context: {},
+        cache_inputs=lambda context: {},
         run=lambda *_: {"splits": {}},
         remarks=lambda *_: (),
     )
