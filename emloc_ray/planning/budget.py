@@ -110,8 +110,11 @@ def check_holding(prepared: Prepared) -> None:
       of the original takes.
     - The config needs gradients, and a calibration worker cannot hold what they take.
     - Blocks that cannot be compiled are to be.
+
+    A budget that was left out refuses nothing else.
     """
-    asks, memory = prepared.config.emulator.asks_for_gradients, MemoryModel(prepared)
+    emulator, memory = prepared.config.emulator, MemoryModel(prepared)
+    asks = emulator.asks_for_gradients
     if is_compiled((training := prepared.config.finetune).model_extra or {}):
         experts = any(spec.routed_share is not None for spec in prepared.layout.specs)
         holds = {memory.finetuning_hold(), *([memory.finishing_plan().hold] if prepared.finishes else [])}
@@ -130,9 +133,14 @@ def check_holding(prepared: Prepared) -> None:
     limit = memory.worker_bytes("calibration") if is_written else memory.free_bytes("calibration")
     needed = memory.least_for_gradients()
     if needed > limit:
+        without = (
+            "allocation uniform and objective activations"
+            if emulator.budget is None
+            else "budget null, compression_ratio 1.0 and quantization int4"
+        )
         raise ConfigError(
             f"{asks} needs gradients through the whole model, {size_up(needed)} in a worker that may hold {size_up(limit)}: give"
-            " it more, lower data.max_seq_length, or set allocation uniform and objective activations, which need none."
+            f" it more, lower data.max_seq_length, or set {without}, which need none."
         )
 
 

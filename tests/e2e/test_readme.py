@@ -164,6 +164,14 @@ def test_the_readmes_batch_is_valid(tmp_path: Path) -> None:
     assert cancelled[1] in {task.name for task in batch.tasks}
 
 
+def test_the_readmes_troubleshooting_quotes_what_is_said() -> None:
+    table = README.split("| what you see |", 1)[1].split("\n\n", 1)[0]
+    said = "\n".join(path.read_text() for path in (ROOT / "emloc_ray").rglob("*.py"))
+    quoted = re.findall(r'^\| "([^"]+)"', table, re.MULTILINE)
+    assert quoted
+    assert [message for message in quoted if message not in said] == []
+
+
 def test_ci_runs_the_readmes_test_commands() -> None:
     lines = [shlex.split(line, comments=True) for line in (ROOT / ".ci" / "run").read_text().splitlines()]
     assert [line[1] for line in lines if line[:1] == ["make"]] == [".venv/installed", "test-all"]

@@ -227,6 +227,26 @@ def test_the_readmes_summary_has_the_figures_of_its_tables() -> None:
     assert f"{large['inference']:.1f} GB of inference, {large['lora_on_the_original']:.1f} GB of LoRA" in text
 
 
+def test_the_readmes_advice_has_the_figures_of_its_tables() -> None:
+    """What emulators in few bits closed, in *When to use it*."""
+    text, results = (ROOT / "README.md").read_text(), read_results(RESULTS)
+
+    def closed(name: str, method: str, dataset: str = "summaries") -> str:
+        row = next(row for row in results[name]["rows"] if row["label"]["method"] == method)
+        return f"{100 * row['datasets'][dataset]['gap_closed']['mean']:.0f}"
+
+    assert closed("equal_bytes", "int4") == "100"
+    assert f"`int4` kept all of what LoRA on the original gains, `int3` {closed('equal_bytes', 'int3')} %" in text
+    assert f"and `nf4` {closed('equal_bytes', 'nf4')} %" in text
+    names, code = (closed("equal_bytes_tasks", "budget_2.4", dataset) for dataset in ("names", "code"))
+    assert len(results["equal_bytes_tasks"]["config"]["seeds"]) == 2
+    assert (
+        f"it kept {closed('equal_bytes', 'budget_2.4')} % in those runs, {names} and {code} % on two other tasks"
+        " (two seeds), and" in text
+    )
+    assert f"[{closed('one_bit', 'budget_healed_exact')} % at 1.1 bits]" in text
+
+
 def test_every_grid_has_a_table() -> None:
     assert {path.stem for path in ABLATIONS} <= read_results(RESULTS).keys()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from test_memory import LENGTHS, WEIGHED
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.formats.yaml_text import read_yaml
 from emloc_ray.modeling.compiling import check_compiling
 from emloc_ray.planning import calibration_memory
 from emloc_ray.planning.budget import check_gpus, check_holding, solve_for_budget, training_bytes, with_settings
@@ -126,6 +128,22 @@ def test_a_worker_that_cannot_hold_the_whole_model_is_refused(
     told = r"memory_budget is 450 MiB, and a worker that holds its largest blocks takes 45\d MiB"
     with pytest.raises(ConfigError, match=told):
         check_holding(prepared(memory_budget=BASE_BYTES))
+
+
+@pytest.mark.parametrize("emulator", [{"budget": "2.4 bits"}, {"allocation": "sensitivity"}])
+def test_the_settings_that_a_refusal_names_need_no_gradients(
+    prepared: Callable[..., Prepared], emulator: dict[str, Any]
+) -> None:
+    least = BASE_BYTES + MemoryModel(prepared()).held["all_offloaded"]
+    with pytest.raises(ConfigError, match="needs gradients through the whole model") as refused:
+        check_holding(prepared(memory_budget=least, emulator=emulator))
+    named = re.search(r"or set (.*), which need none\.$", str(refused.value))
+    assert named is not None
+    settings = re.findall(r"(\w+) (null|uniform|activations|1\.0|int4)", named[1])
+    assert len(settings) == named[1].count(",") + 2
+    ready = prepared(memory_budget=least, emulator={**emulator, **{key: read_yaml(value) for key, value in settings}})
+    check_holding(ready)
+    assert ready.config.emulator.asks_for_gradients is None
 
 
 @pytest.mark.parametrize(
