@@ -164,6 +164,20 @@ def test_the_readmes_batch_is_valid(tmp_path: Path) -> None:
     assert cancelled[1] in {task.name for task in batch.tasks}
 
 
+RECIPES = re.findall(r"^\| \[(\w+\.yaml)\]", PAGES["configs"], re.MULTILINE)[:3]
+SMALL_EMULATORS = re.findall(r"```yaml\n(emulator:.*?)```", PAGES["configs"], re.DOTALL)
+
+
+@pytest.mark.parametrize("block", SMALL_EMULATORS, ids=["bits", "budget"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_emulator_of_few_bytes_goes_into_each_recipe_that_the_page_names(
+    recipe: str, block: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(f"base: {ROOT / 'configs' / recipe}\n{block}")
+    emulator = load_config(tmp_path / "mine.yaml").emulator
+    assert emulator.bits == 2 or emulator.budget_bits == 2.4
+
+
 def test_the_readmes_troubleshooting_quotes_what_is_said() -> None:
     table = README.split("| what you see |", 1)[1].split("\n\n", 1)[0]
     said = "\n".join(path.read_text() for path in (ROOT / "emloc_ray").rglob("*.py"))
