@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))
@@ -57,8 +58,7 @@ def _moved(spec: LinearSpec, number: int) -> LinearSpec:
 
 def choice_for(name: str) -> Choice:
     """What a card can train on, by sensitivity and predictions where that is an emulator."""
-    config = llama_config(SIZES[name])
-    values = {
+    values: dict[str, Any] = {
         "run_dir": "runs/paper",
         "memory_budget": BUDGET,
         "model": {"source": name, "dtype": "bfloat16"},
@@ -70,9 +70,15 @@ def choice_for(name: str) -> Choice:
         "finetune": {"per_device_train_batch_size": ROWS, "gpus_per_worker": 1},
         "ray": {"num_gpus": 1},
     }
-    bare = bare_prepared(values, llama_config({**SIZES[name], "num_hidden_layers": 1}))
-    whole = replace(bare, model_config=config, layout=deepened(bare.layout, config.num_hidden_layers))
-    return choose_training(whole, Lengths(LENGTH, LENGTH), CARD)
+    return choice_under(values, SIZES[name])
+
+
+def choice_under(values: dict[str, Any], sizes: dict[str, int]) -> Choice:
+    """What the card can train on under a config whose rows are all of ``data.max_seq_length``, of a Llama of these sizes."""
+    bare = bare_prepared(values, llama_config({**sizes, "num_hidden_layers": 1}))
+    layout, length = deepened(bare.layout, sizes["num_hidden_layers"]), values["data"]["max_seq_length"]
+    whole = replace(bare, model_config=llama_config(sizes), layout=layout)
+    return choose_training(whole, Lengths(length, length), CARD)
 
 
 def choices_table(choices: dict[str, Choice]) -> str:

@@ -149,8 +149,11 @@ def readme_yaml(folder: str, name: str) -> str:
 
 
 def test_the_readmes_config_is_valid() -> None:
-    config = parse_config(read_yaml(readme_yaml(".", "my.yaml")))
-    assert config.emulator.compression_ratio == 0.5
+    values = read_yaml(readme_yaml(".", "my.yaml"))
+    parse_config(values)
+    [block] = re.findall(r"```yaml\n(emulator:.*?)```", README, re.DOTALL)  # in the place of the same sections
+    config = parse_config({**values, **read_yaml(block)})
+    assert config.emulator.budget_bits == 2.4
 
 
 def test_the_readmes_batch_is_valid(tmp_path: Path) -> None:

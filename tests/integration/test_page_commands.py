@@ -37,9 +37,9 @@ ELSEWHERE = {
 # What stands for a model of the hub and for minutes.
 SMALLER = {
     "Qwen/Qwen2.5-7B-Instruct": "MODEL",
-    "max_seq_length: 2048": "max_seq_length: 64",
+    "max_seq_length: 1024": "max_seq_length: 64",
     "finetune: {": "finetune: {max_steps: 8, ",
-    "gradient_accumulation_steps: 8, exact_steps: 20}": "gradient_accumulation_steps: 2, exact_steps: 2}\n"
+    "gradient_accumulation_steps: 4}": "gradient_accumulation_steps: 1}\n"
     "evaluation: {num_samples: 16, num_exact_match: 2, num_generations: 2, max_new_tokens: 4}",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from benchmarks.card_on_paper import (
     CARD,
     SIZES,
     choice_for,
+    choice_under,
     choices_table,
     deepened,
     inference_sentence,
@@ -29,11 +31,21 @@ from benchmarks.on_paper import (
 )
 from benchmarks.stage_memory import bare_prepared
 
+from emloc_ray.config.reading import parse_config
+from emloc_ray.io.formats.yaml_text import read_yaml
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.plan import make_plan
 from emloc_ray.stages.order import STEPS
 
 ROOT = Path(__file__).parents[3]
+QWEN = {  # Qwen2.5 7B
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+}
 
 
 @pytest.mark.slow
@@ -54,6 +66,23 @@ def test_the_page_has_the_table() -> None:
         )  # what is recommended fits, each stage of it
     emulated = next(one.memory for one in choices["8 B"].alternatives if one.name == "an emulator")
     assert len(emulated.gradient_plan().waves) <= 4
+
+
+def test_the_readmes_config_trains_on_what_the_plan_recommends() -> None:
+    block = re.search(r"```yaml\n(# my.yaml\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    values = read_yaml(block[1])
+    assert (values["model"]["source"], values["memory_budget"]) == ("Qwen/Qwen2.5-7B-Instruct", "24GiB")
+    on_card = {
+        **values,
+        "model": {**values["model"], "dtype": "bfloat16"},
+        "finetune": {**values["finetune"], "gpus_per_worker": 1},
+        "ray": {"num_gpus": 1},
+    }
+    choice = choice_under(on_card, QWEN)
+    recommended, own = choice.recommended.memory.config.emulator, parse_config(values).emulator
+    assert (own.compression_ratio, own.quantization, own.budget) == (1.0, "int4", None)
+    assert recommended == own
 
 
 def test_a_deeper_model_is_that_of_its_config() -> None:
