@@ -39,6 +39,11 @@ def result_name(run: RunDirectory, part: Result) -> str:
     raise ConfigError(f"{lack}: run it up to there, emloc-ray {step} CONFIG.")
 
 
+def part_folder(run: RunDirectory, part: str) -> str:
+    """The folder of a part of a run: :func:`result_name` of its results, else the part itself."""
+    return result_name(run, part) if part in ("adapter", "merged") else part
+
+
 @contextlib.contextmanager
 def local_copy(console: Console, run: RunDirectory, *names: str) -> Iterator[Path]:
     """The run's directory. For a run on an object store: a temporary directory with those of its folders ``names`` that

@@ -47,7 +47,7 @@ def fetch(
     run_uri: Annotated[str, typer.Argument(metavar="RUN_URI", help="A run's place on an object store.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
     part: Annotated[
-        list[str] | None, typer.Option(help="Only this part, such as adapter or merged; repeat it for several.")
+        list[str] | None, typer.Option(help="Only this part, such as adapter (the last one) or merged; repeat it for several.")
     ] = None,
 ) -> None:
     """Copy a run, or parts of it, from an object store to a local directory; results come with their cards."""
@@ -55,12 +55,13 @@ def fetch(
     from emloc_ray.io.runs.fetch import fetch
     from emloc_ray.io.store.places import below
     from emloc_ray.ui.cards import write_cards
+    from emloc_ray.ui.publishing import part_folder
     from emloc_ray.ui.terminal import progress_bar
 
     with asking(run_uri):
         run = RunDirectory(place_of(run_uri)).existing()
     with progress_bar(console, "Fetching", in_bytes=True) as progress:
-        files = fetch(run, directory, part or (), progress)
+        files = fetch(run, directory, part or (), progress, part_folder)
     is_batch = run.manifest().get("kind") == "batch"
     for copy in sorted((directory / "tasks").glob("*")) if is_batch else [directory]:
         write_cards(RunDirectory(below(run.place, "tasks", copy.name)) if is_batch else run, copy)

@@ -1,5 +1,6 @@
 """A run on an object store brought to a local directory, under the names that every tool knows."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -20,10 +21,12 @@ def fetch(
     directory: Path,
     parts: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
+    folder: Callable[[RunDirectory, str], str] = lambda run, part: part,
 ) -> list[Path]:
     """Writes the run's files (those of ``parts`` such as ``adapter`` or ``merged``, else all) to ``directory``; of a batch,
     those of all its tasks, without its cache. Returns the files written; what is there with the same content is left as it is,
-    so that a broken fetch resumes. ``progress`` counts bytes.
+    so that a broken fetch resumes. ``progress`` counts bytes. ``folder`` names a run's folder of a part; a task for which it
+    raises ConfigError is left out.
 
     Raises ConfigError where the run is in a file system or has no such part, or ``directory`` holds another run; ArtifactError
     where a file cannot be read, is not what its key names, or its name leads out of ``directory``.
@@ -34,7 +37,8 @@ def fetch(
     if (directory / MANIFEST).is_file() and RunDirectory(directory).manifest()["name"] != run.name:
         raise ConfigError(f"{directory} holds another run: name a new directory.")
     if run.manifest().get("kind") == "batch":
-        return _fetch_tasks(run, store, directory, parts, progress)
+        return _fetch_tasks(run, store, directory, parts, progress, folder)
+    parts = [folder(run, part) for part in parts]
     names = [name for name in store.names() if not name.startswith("lock")]
     missing = sorted(set(parts) - set(names))
     if missing:
@@ -57,22 +61,38 @@ def fetch(
 
 
 def _fetch_tasks(
-    batch: RunDirectory, store: ObjectStore, directory: Path, parts: Sequence[str], progress: Callable[[int, int], None]
+    batch: RunDirectory,
+    store: ObjectStore,
+    directory: Path,
+    parts: Sequence[str],
+    progress: Callable[[int, int], None],
+    folder: Callable[[RunDirectory, str], str],
 ) -> list[Path]:
     tasks = [
         RunDirectory(below(batch.place, "tasks", name)) for name in RunDirectory(below(batch.place, "tasks")).names()
     ]
-    held = {task: task.names() for task in tasks}
+    there = {task: task.names() for task in tasks}
+    held = {task: _held(task, there[task], parts, folder) for task in tasks}
     missing = sorted(set(parts).difference(*held.values()))
     if missing:
         raise ConfigError(f"No task of {batch.place} holds {missing[0]} yet.")
     names = [name for name in store.names() if name not in ("tasks", "cache") and not name.startswith("lock")]
     files = _fetch_plain(store, names, directory)
-    for task, there in held.items():
-        wanted = [part for part in parts if part in there]
-        if MANIFEST in there and (wanted or not parts):
-            files += fetch(task, _inside(directory / "tasks", task.name), wanted, progress)
+    for task, wanted in held.items():
+        if MANIFEST in there[task] and (wanted or not parts):
+            files += fetch(task, _inside(directory / "tasks", task.name), list(wanted.values()), progress)
     return files
+
+
+def _held(
+    task: RunDirectory, names: Sequence[str], parts: Sequence[str], folder: Callable[[RunDirectory, str], str]
+) -> dict[str, str]:
+    """The folder of each part that a task holds."""
+    found = {}
+    for part in parts:
+        with contextlib.suppress(ConfigError):
+            found[part] = folder(task, part)
+    return {part: name for part, name in found.items() if name in names}
 
 
 def _fetch_plain(store: ObjectStore, names: Sequence[str], directory: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import CARD, RunDirectory
 from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.ui.cards import write_cards
-from emloc_ray.ui.publishing import result_name
+from emloc_ray.ui.publishing import part_folder, result_name
 
 STEPS = ["data", "calibrate", "factorize", "finetune", "correct", "finish", "merge", "evaluate"]
 FOLDERS = {"correct": "adapter", "finish": "adapter_finished", "merge": "merged"}
@@ -40,6 +40,7 @@ def marks(run: RunDirectory) -> dict[str, str]:
 def test_a_redo_that_was_killed_leaves_no_stage_behind_it_done(run: RunDirectory) -> None:
     assert set(marks(run).values()) == {"✓"}
     assert [result_name(run, "adapter"), result_name(run, "merged")] == ["adapter_finished", "merged"]
+    assert [part_folder(run, part) for part in ("adapter", "emulator")] == ["adapter_finished", "emulator"]
     run.forget("factorize")
     run.commit("factorize", "other key", [], {"usage": {"wall_s": 2.0, "peak_pss_bytes": 2**30}})
     run.forget("finetune")

@@ -50,6 +50,13 @@ def test_a_part_comes_alone_and_what_is_there_stays(
     assert fetch(run, tmp_path, ["adapter"]) == []
 
 
+def test_a_part_may_be_called_other_than_its_folder(run: RunDirectory, tmp_path: Path) -> None:
+    write_text(run.path("adapter_finished", "adapter_config.json"), "later")
+    [file] = fetch(run, tmp_path, ["adapter"], folder=lambda _, part: f"{part}_finished")
+    assert file == tmp_path / "adapter_finished" / "adapter_config.json"
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_refusals(run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no adaptor \(it has adapter, config\.yaml"):
         fetch(run, tmp_path / "new", ["adaptor"])
@@ -93,5 +100,13 @@ def test_a_batch_comes_with_all_its_tasks(s3_port: int, node_cache: Path, tmp_pa
     fetch(batch, tmp_path / "part", ["adapter"])
     assert (tmp_path / "part" / "tasks" / "first" / "adapter").is_dir()
     assert not (tmp_path / "part" / "tasks" / "second").exists()
+
+    def unless_first(run: RunDirectory, part: str) -> str:
+        if run.name == "first":
+            raise ConfigError("It is out of date.")
+        return part
+
+    with pytest.raises(ConfigError, match=r"No task of .* holds adapter yet"):
+        fetch(batch, tmp_path / "none", ["adapter"], folder=unless_first)
     with pytest.raises(ConfigError, match=r"No task of .* holds merged yet"):
         fetch(batch, tmp_path / "none", ["merged"])
