@@ -26,7 +26,7 @@ from emloc_ray.runs.results import assemble_metrics
 from emloc_ray.runs.versions import check_versions, is_begun_by_others, is_foreign, made_with
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.ray.losses import explain
-from emloc_ray.stages.ray.nodes import autoscaler_nodes, live_nodes, memory_to_ask, shortage
+from emloc_ray.stages.ray.nodes import autoscaler_nodes, has_unknown_autoscaler, live_nodes, memory_to_ask, shortage
 from emloc_ray.stages.ray.session import hardware
 from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.stages.ray.usage import measured
@@ -241,10 +241,8 @@ class Steps:
         together = stage.workers(self.prepared.config).together
         self._note(shortage(stage.name, granted, together))
         planned = self._host_bytes.get(stage.name, 0)
-        memory, remark = (
-            memory_to_ask(stage.name, planned, granted, together, live_nodes(), autoscaler_nodes())
-            if planned
-            else (0, None)
+        memory, remark = memory_to_ask(
+            stage.name, planned, granted, together, live_nodes(), autoscaler_nodes(), has_unknown_autoscaler()
         )
         self._note(remark)
         seconds = self._seconds.get(stage.name, 0.0)

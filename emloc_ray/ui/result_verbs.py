@@ -47,7 +47,8 @@ def fetch(
     run_uri: Annotated[str, typer.Argument(metavar="RUN_URI", help="A run's place on an object store.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
     part: Annotated[
-        list[str] | None, typer.Option(help="Only this part, such as adapter (the last one) or merged; repeat it for several.")
+        list[str] | None,
+        typer.Option(help="Only this part, such as adapter (the last one) or merged; repeat it for several."),
     ] = None,
 ) -> None:
     """Copy a run, or parts of it, from an object store to a local directory; results come with their cards."""

@@ -118,26 +118,37 @@ def _largest(nodes: Sequence[Node]) -> list[Node]:
 
 
 def memory_to_ask(
-    stage: str, planned: int, asked: Resources, together: bool, nodes: Sequence[Node], addable: Sequence[Node] = ()
+    stage: str,
+    planned: int,
+    asked: Resources,
+    together: bool,
+    nodes: Sequence[Node],
+    addable: Sequence[Node] = (),
+    grows: bool = False,
 ) -> tuple[int, str | None]:
     """The bytes that each worker of a stage asks of Ray, where it is planned to hold ``planned``, and a remark.
 
-    ``nodes`` are those now, ``addable`` those that may be added. None is asked for on the only node that there can be, where
-    memory decides nothing, or where the nodes' memory is unknown. Raises StageError where no node has so much.
+    ``nodes`` are those now, ``addable`` those that may be added; ``grows``: an autoscaler that Ray knows nothing of may
+    add others. None is asked for on the only node that there can be, where memory decides nothing, or where the nodes' memory is
+    unknown. Raises StageError where no node has so much, nor will have.
     """
-    if len(nodes) + len(addable) < 2 or not planned:
+    if not planned or (len(nodes) + len(addable) < 2 and not grows):
         return 0, None
+    ours = math.ceil(planned / _ROUND) * _ROUND
     able = [
         n
         for n in (*nodes, *addable)
         if n.get("CPU", 0) >= asked.cpus_per_worker and n.get("GPU", 0) >= asked.gpus_per_worker
     ]
     if not able or any("memory" not in node for node in able):
-        return 0, None
-    ours = math.ceil(planned / _ROUND) * _ROUND
+        return (ours if grows and not able else 0), None
     largest = int(max(node["memory"] for node in able))
     if planned > max(map(_memory_with_object_store, able)):
-        raise StageError(_too_large(stage, planned, able))
+        if not grows:
+            raise StageError(_too_large(stage, planned, able))
+        return ours, (
+            f"{stage} is planned to hold {size(planned)} a worker, more than any node has: it waits for one that fits."
+        )
     remark = None
     if ours > largest:
         ours = largest
@@ -146,10 +157,10 @@ def memory_to_ask(
             " its object store: a worker takes a whole node. Start Ray with a smaller --object-store-memory for more."
         )
     if together and not addable and sum(int(node["memory"] // ours) for node in able) < asked.num_workers:
-        return 0, (
-            f"{stage} is planned to hold {size(planned)} in each of {asked.num_workers} workers at once, more than nodes"
-            " have: it starts all the same, and may run out of memory."
-        )
+        excess = f"{stage} is planned to hold {size(planned)} in each of {asked.num_workers} workers at once, more than nodes"
+        if grows:
+            return ours, f"{excess} have now: it waits until more have joined."
+        return 0, f"{excess} have: it starts all the same, and may run out of memory."
     return ours, remark
 
 

@@ -54,6 +54,19 @@ def test_above_what_ray_gives_out_a_worker_takes_a_whole_node() -> None:
         memory_to_ask("merge", 41 * GIB, Resources(1, 1), False, [SMALL, LARGE])
 
 
+def test_a_cluster_that_grows_without_a_word_is_asked_for_what_is_planned() -> None:
+    assert memory_to_ask("calibrate", 20 * GIB, Resources(4, 2), False, [HEAD], grows=True) == (20 * GIB, None)
+    assert memory_to_ask("calibrate", 20 * GIB, Resources(4, 2), False, [LARGE], grows=True) == (20 * GIB, None)
+    memory, remark = memory_to_ask("correct", 40 * GIB, Resources(1, 1), False, [HEAD, SMALL], grows=True)
+    assert memory == 40 * GIB
+    assert "more than any node has: it waits for one that fits." in str(remark)
+    memory, remark = memory_to_ask("finetune", 14 * GIB, Resources(3, 1), True, [SMALL, LARGE], grows=True)
+    assert memory == 14 * GIB
+    assert "it waits until more have joined." in str(remark)
+    memory, _ = memory_to_ask("merge", 30 * GIB, Resources(1, 1), False, [LARGE], grows=True)
+    assert memory == 28 * GIB  # a whole node
+
+
 def test_workers_that_start_together_never_wait_for_memory() -> None:
     assert memory_to_ask("finetune", 14 * GIB, Resources(2, 1), True, [SMALL, LARGE]) == (14 * GIB, None)
     memory, remark = memory_to_ask("finetune", 14 * GIB, Resources(3, 1), True, [SMALL, LARGE])
