@@ -1,8 +1,9 @@
 """Rows that a program holds, such as a list of dicts, a data frame or a data set, as a file that a config can name."""
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def write_rows(rows: Any, name: str, run_dir: str) -> str:
     if hasattr(rows, "__len__") and not len(rows):
         raise ConfigError(f"{name} has no rows: give at least one.")
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with _gone_where_empty(folder), tempfile.TemporaryDirectory(dir=folder) as temporary:
         new = Path(temporary, name)
         if is_table:
             pa.parquet.write_table(pa.table(rows), new)
@@ -44,6 +45,15 @@ def write_rows(rows: Any, name: str, run_dir: str) -> str:
         if not path.is_file():  # else it is kept, as its time tells it from others
             new.replace(path)
     return str(path)
+
+
+@contextlib.contextmanager
+def _gone_where_empty(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _lines(rows: Any, name: str) -> Iterable[str]:

@@ -11,7 +11,6 @@ from typing import Any
 from emloc_ray.config.reading import load_config, parse_config
 from emloc_ray.config.schema import DataConfig, RunConfig, SplitConfig
 from emloc_ray.data.memory_rows import is_place, write_rows
-from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.store.places import below
 from emloc_ray.planning.batches import shrink_batches, without_budget
@@ -94,7 +93,8 @@ def run(
     emloc_ray or its libraries as it is. ``accept_changes`` redoes and removes what is finished where the config or files have
     changed. Returns the content of metrics.json, with the places of what was made.
 
-    Raises ConfigError before any stage starts or anything is written, also where what is finished is of other versions, or
+    Raises ConfigError before any stage starts or anything but ``RUN_DIR.rows`` is written, which holds rows that are given,
+    and nothing either where keys are wrong; also where what is finished is of other versions, or
     would be redone or removed unasked; EmlocError where a stage failed: finished stages stay, and the same call continues from
     them, without ``begin`` and ``fresh``.
     """
@@ -147,8 +147,8 @@ def plan_without_budget(planned: Plan) -> Plan:
 
 
 def validate(config: Config | None = None, *, train: Any = None, eval: Any = None, **keys: Any) -> list[str]:
-    """Checks all that ``emloc-ray validate`` checks, and starts nothing; takes what :func:`run` takes. Returns its lines.
-    Raises ConfigError with every error at once, one sentence a line."""
+    """Checks all that ``emloc-ray validate`` checks, and starts nothing; takes what :func:`run` takes, and writes rows that are
+    given as it does. Returns its lines. Raises ConfigError with every error at once, one sentence a line."""
     prepared = shrink_batches(prepare(as_config(config, train, eval, keys)))
     return list(validation_lines(prepared, "The config"))
 
@@ -156,7 +156,8 @@ def validate(config: Config | None = None, *, train: Any = None, eval: Any = Non
 def as_config(
     config: Config | None, train: Any = None, eval: Any = None, keys: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    """A config of what :func:`run` takes; rows that a program holds are written beside the run's directory."""
+    """A config of what :func:`run` takes; rows that a program holds are written beside the run's directory, once the rest is
+    known to be valid."""
     given = {name: _without_paths(rows) for name, rows in (("train", train), ("eval", eval)) if rows is not None}
     if not isinstance(config, RunConfig | Mapping | None):
         config = load_config(config)
@@ -174,9 +175,15 @@ def as_config(
     data = values.get("data") or {}
     if not isinstance(data, Mapping):
         data = {"train": data}
-    if data or given:
-        values["data"] = {name: _split(rows, name, values) for name, rows in {**data, **given}.items()}
-    return parse_config(values, "the call")
+    data = {**data, **given}
+    rows = {name: held for name, held in data.items() if name in _SPLITS and not is_place(held)}
+    if data:
+        values["data"] = {**data, **dict.fromkeys(rows, "rows.jsonl")}
+    checked = parse_config(values, "the call")
+    if not rows:
+        return checked
+    places = {name: write_rows(held, name, checked.run_dir) for name, held in rows.items()}
+    return parse_config({**values, "data": {**data, **places}}, "the call")
 
 
 def _without_paths(value: Any) -> Any:
@@ -188,15 +195,6 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, list) and value and isinstance(value[0], os.PathLike):
         return [_without_paths(inner) for inner in value]
     return value
-
-
-def _split(rows: Any, name: str, values: Mapping[str, Any]) -> Any:
-    """A key of the section ``data``: where it is a split whose rows are given, the path of their file."""
-    if name not in _SPLITS or is_place(rows):
-        return rows
-    if not isinstance(run_dir := values.get("run_dir"), str | Path):
-        raise ConfigError("run_dir is missing: set it, as the rows are written beside it.")
-    return write_rows(rows, name, str(run_dir))
 
 
 def _default_reporter() -> Reporter:

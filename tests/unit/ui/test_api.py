@@ -78,6 +78,8 @@ def test_keywords_are_keys_over_those_of_a_config(tmp_path: Path) -> None:
         ({"train": 7}, "train is int: give a path, a list of dicts"),
         ({"train": ROWS, "run_dir": "s3://b/run"}, "train are rows, and run_dir s3://b/run is on an object store"),
         ({"train": "a.jsonl", "lr": 3}, "lr is not a key"),
+        ({"train": ROWS, "finetune": {"max_stepz": 1}}, "max_stepz is not a key"),
+        ({"train": ROWS, "run_dir": None}, "run_dir"),
         ({"train": "a.jsonl", "model": 3}, "model"),
         ({}, "data is missing"),
         ({"config": 3}, "A config of the type int cannot be read: give a YAML file's path, or a mapping of its keys"),
@@ -90,7 +92,7 @@ def test_a_bad_call_is_our_error(
     call = {"model": "org/m", "run_dir": "mine", **given}
     with pytest.raises(ConfigError, match=words):
         emloc_ray.run(**call)
-    assert not list(tmp_path.rglob("*.new"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_validate_says_what_the_command_says(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
