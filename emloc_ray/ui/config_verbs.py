@@ -197,6 +197,7 @@ def preview(
 @guarded
 def schema() -> None:
     """Print the JSON Schema of a config, for editors."""
+    from emloc_ray.config.emulator import DECIDED
     from emloc_ray.config.schema import RunConfig
 
     schema = RunConfig.model_json_schema()
@@ -206,7 +207,12 @@ def schema() -> None:
     schema["$defs"]["SplitConfig"] = {
         "anyOf": [split, {"type": "string"}, {"type": "array", "items": {"type": "string"}}]
     }
-    del schema["required"]  # a base may hold them
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)  # a base may hold them
+    emulator = schema["$defs"]["EmulatorConfig"]["properties"]
+    for keys, value in ((DECIDED, None), (("healing", "refinement"), False)):
+        for key in keys:
+            emulator[key] = {"anyOf": [emulator[key], {"const": value}]}
     typer.echo(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2))
 
 
