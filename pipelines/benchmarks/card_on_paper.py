@@ -142,8 +142,8 @@ def _cells(one: Alternative, choice: Choice) -> tuple[str, str]:
     return (f"**{cells[0]}**", f"**{cells[1]}**") if one is choice.recommended else cells
 
 
-def inference_sentence() -> str:
-    """What keeping to the memory of inference costs 8 B, beside no budget: on a card of 80 GiB with 400 TFLOPS, 50 GB/s."""
+def inference_table() -> str:
+    """The Markdown of what keeping to the memory of inference costs 8 B: on a card of 80 GiB with 400 TFLOPS, 50 GB/s."""
     on_gpu = {"gpus_per_worker": 1}
     values = {
         "run_dir": "runs/paper",
@@ -167,15 +167,21 @@ def inference_sentence() -> str:
         seconds = {f"{stage.name}_s": f"{stage.seconds:.0f}" for stage in plan.stages}
         costs.append({**seconds, **{name: f"{size / 2**30:.1f}" for name, size in plan.worker_bytes.items()}})
     (ours, none), passes = costs, len(MemoryModel(bounded).gradient_plan().waves)
-    return (
-        f"where inference takes {ours['inference']} GiB: gradients in {passes} passes take {ours['gradients_s']} s instead of"
-        f" {none['gradients_s']} and {ours['gradients']} GiB instead of {none['gradients']}; Grams block by block"
-        f" {ours['calibrate_s']} s instead of {none['calibrate_s']} (their sums need less disk) and {ours['calibrate']} GiB"
-        f" instead of {none['calibrate']}; training keeps its {ours['finetune']} GiB; correction and evaluation keep their time,"
-        f" in {ours['correct']} and {ours['evaluate']} GiB instead of {none['correct']} and {none['evaluate']}."
-    )
+    stages = {
+        "gradients": f"gradients, in {passes} passes",
+        "calibrate": "Grams, block by block: their sums need less disk",
+        "finetune": "training",
+        "correct": "correction",
+        "evaluate": "evaluation",
+    }
+    rows = [
+        [what, *(costs[key] for costs in (ours, none) for key in (f"{stage}_s", stage))]
+        for stage, what in stages.items()
+    ]
+    heads = [f"in {ours['inference']} GiB", "s", "GiB", "without budget, s", "GiB"]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
 
 
 if __name__ == "__main__":
     side_by_side = {name: choice_for(name) for name in SIZES}
-    print(choices_table(side_by_side), stages_table(side_by_side), inference_sentence(), sep="\n\n")
+    print(choices_table(side_by_side), stages_table(side_by_side), inference_table(), sep="\n\n")

@@ -121,15 +121,10 @@ def test_the_readme_names_real_make_targets() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_every_cell_of_the_table_of_families_is_a_test() -> None:
-    lines = PAGES["emloc_ray"].split("| family | ", 1)[1].split("\n\n", 1)[0].splitlines()
-    columns = [cell.strip() for cell in lines[0].strip("| ").split("|")]
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines[2:]]
-    suite = (ROOT / "tests" / "integration" / "test_families.py").read_text()
-    assert [f"def test_{column.replace(' ', '_')}(" in suite for column in columns] == [True] * len(columns)
-    assert len(columns) == suite.count("\ndef test_")
-    assert [row[0] for row in rows] == [*FAMILIES, *VLMS]
-    assert all(row[1:] == ["✓"] * len(columns) for row in rows)
+def test_the_page_of_models_names_the_families_that_are_tested() -> None:
+    named = re.search(r"test_families\.py`\), on .* each: (.*?)\. What", PAGES["emloc_ray"])
+    assert named is not None
+    assert named[1].split(", ") == [*FAMILIES, *VLMS]
 
 
 def test_the_readmes_verbs_exist() -> None:

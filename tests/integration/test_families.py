@@ -1,4 +1,4 @@
-"""Every family through every stage; the table of families in emloc_ray/README.md says what is tested here, cell by cell."""
+"""Every family through every stage; emloc_ray/README.md names them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from benchmarks.card_on_paper import (
     choice_under,
     choices_table,
     deepened,
-    inference_sentence,
+    inference_table,
     stages_table,
 )
 from benchmarks.gpu.shapes import SHAPES, llama_config
@@ -54,7 +54,7 @@ def test_the_page_has_the_table() -> None:
     assert table() in page
     assert blocks_table() in page
     assert correction_table() in page
-    assert inference_sentence() in page
+    assert inference_table() in page
     choices = {name: choice_for(name) for name in SIZES}
     assert choices_table(choices) in page
     assert stages_table(choices) in page
