@@ -17,8 +17,8 @@
 #
 # Other settings: RAY_PORT (6379), DASHBOARD_PORT (8265), SCRATCH, a folder on a local disk for Ray's session and spilled
 # objects (/tmp/emloc-ray; Ray takes no more than 39 characters), RAY_OPTIONS, more options of ray start. The token is made here where there is none, kept in
-# ~/.ray/auth_token, and goes to the hosts through ssh's standard input. Credentials of a bucket belong into the hosts' own
-# environment or ~/.aws, not here.
+# ~/.ray/auth_token, and goes to the hosts through ssh's standard input. Credentials of a bucket, and HF_TOKEN for a gated
+# model, belong into the hosts' own environment or ~/.aws, not here.
 set -euo pipefail
 
 usage() {

@@ -15,8 +15,8 @@
 #
 # Objects spill to the nodes' local disk, $SLURM_TMPDIR or /tmp; Ray's session and logs are in /tmp/emloc-ray-JOBID (RAY_TMPDIR
 # for /tmp; Ray takes no more than 43 characters). The cluster's token is made here and lives in the job's environment alone; so
-# do credentials of a bucket that you export before sbatch. Where a node knows its own name as a loopback address (Debian's
-# 127.0.1.1), export HEAD_ADDRESS.
+# do credentials of a bucket, and HF_TOKEN for a gated model, that you export before sbatch. Where a node knows its own name as a
+# loopback address (Debian's 127.0.1.1), export HEAD_ADDRESS.
 #SBATCH --job-name=emloc-ray
 #SBATCH --output=emloc-ray-%j.out
 #SBATCH --time=24:00:00

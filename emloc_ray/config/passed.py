@@ -37,7 +37,7 @@ _PUSHING = (
 _REFUSED = {
     **dict.fromkeys(("output_dir", "remove_unused_columns", "seed", "data_seed", "resume_from_checkpoint"), _OWN),
     **dict.fromkeys(("ignore_data_skip", "average_tokens_across_devices", "auto_find_batch_size"), _OWN),
-    **dict.fromkeys(("metric_for_best_model", "greater_is_better", "ddp_backend"), _OWN),
+    **dict.fromkeys(("greater_is_better", "ddp_backend"), _OWN),
     "label_smoothing_factor": "is not supported, as the loss is the labels' cross-entropy: remove it.",
     "activation_checkpointing": _NEWER.format("gradient_checkpointing"),
     "activation_checkpointing_kwargs": _NEWER.format("gradient_checkpointing_kwargs"),

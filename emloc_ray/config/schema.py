@@ -218,24 +218,24 @@ class CorrectionConfig(Section):
 class MergeConfig(StageConfig):
     """The merge of the corrected adapter into the original's weights."""
 
-    gpus_per_worker: Literal["auto"] | float = Field(0.0, description="none: merging is work for CPUs")
+    gpus_per_worker: Literal[0] = Field(0, description="none: merging is work for CPUs")
     chunk_bytes: int = Field(32 * 2**20, ge=4096, description="float32 bytes of a row chunk")
     max_shard_size: Size | None = Field(None, description="such as 5GB; left out: the original's shards")
 
-    @field_validator("gpus_per_worker")
+    @field_validator("gpus_per_worker", mode="before")
     @classmethod
     def _on_cpus(cls, gpus: Any) -> Any:
         if gpus != 0:
             raise ValueError(
                 "merging adds thin products to shards, which is work for CPUs: remove merge.gpus_per_worker"
             )
-        return gpus
+        return 0
 
 
 class EvaluationConfig(StageConfig):
     """Measurements on the held-out split."""
 
-    variants: list[Variant] = Field(list(VARIANTS), description="models to score, a pass each")
+    variants: list[Variant] = Field(list(VARIANTS), description="models to score")
     num_samples: int | None = Field(256, ge=1, description="held-out rows; null: all")
     batch_size: int = Field(8, ge=1, description="rows of a forward pass")
     num_generations: int = Field(4, ge=0, description="sample generations shown in the report")

@@ -190,15 +190,18 @@ def _figures(result: Mapping[str, Any]) -> str:
 
 
 def _census(result: Mapping[str, Any]) -> str:
-    """The types that work, in a line for each kind of model, and a line for each other one with the reason."""
+    """The types that work, in a line for each kind of model; a line for each that is refused or fails, with the reason; and
+    those without a baseline."""
     rows: Mapping[str, Mapping[str, Any]] = result["rows"]
     lines = []
     for kind in ("causal-lm", "image-text"):
         names = [name for name, row in rows.items() if row["kind"] == kind and row["outcome"] == "works"]
         lines.append([f"{len(names)} {kind}", "works", ", ".join(names)])
     others = sorted((row["outcome"], name, row["why"]) for name, row in rows.items() if row["outcome"] != "works")
-    for outcome in ("refused", "fails", "no baseline"):
+    for outcome in ("refused", "fails"):
         lines += [[name, outcome, why.replace("|", "/")] for found, name, why in others if found == outcome]
+    if without := [name for found, name, _ in others if found == "no baseline"]:
+        lines.append([f"{len(without)} others", "no baseline", ", ".join(without)])
     return markdown(["type", "outcome", "which, or why not"], lines)
 
 

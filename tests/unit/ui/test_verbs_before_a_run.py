@@ -66,6 +66,11 @@ def test_keys_shows_one_key(place: Place) -> None:
     assert "the nearest key is learning_rate" in place("keys", "learnin_rate").stderr
 
 
+def test_keys_shows_the_values_that_are_taken(place: Place) -> None:
+    assert "auto" not in place("keys", "merge.gpus_per_worker").stdout
+    parse_config({**place.values, "merge": {"gpus_per_worker": 0.0}})
+
+
 def test_version_and_schema(place: Place) -> None:
     assert place("--version").stdout == f"emloc-ray {version('emloc-ray')}\n"
     schema = json.loads(place("schema").stdout)
