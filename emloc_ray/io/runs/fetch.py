@@ -88,11 +88,11 @@ def _held(
     task: RunDirectory, names: Sequence[str], parts: Sequence[str], folder: Callable[[RunDirectory, str], str]
 ) -> dict[str, str]:
     """The folder of each part that a task holds."""
-    found = {}
+    folders = {}
     for part in parts:
         with contextlib.suppress(ConfigError):
-            found[part] = folder(task, part)
-    return {part: name for part, name in found.items() if name in names}
+            folders[part] = folder(task, part)
+    return {part: name for part, name in folders.items() if name in names}
 
 
 def _fetch_plain(store: ObjectStore, names: Sequence[str], directory: Path) -> list[Path]:
