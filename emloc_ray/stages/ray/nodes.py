@@ -157,10 +157,10 @@ def memory_to_ask(
             " its object store: a worker takes a whole node. Start Ray with a smaller --object-store-memory for more."
         )
     if together and not addable and sum(int(node["memory"] // ours) for node in able) < asked.num_workers:
-        excess = f"{stage} is planned to hold {size(planned)} in each of {asked.num_workers} workers at once, more than nodes"
+        too_many = f"{stage} is planned to hold {size(planned)} in each of {asked.num_workers} workers at once, more than nodes"
         if grows:
-            return ours, f"{excess} have now: it waits until more have joined."
-        return 0, f"{excess} have: it starts all the same, and may run out of memory."
+            return ours, f"{too_many} have now: it waits until more have joined."
+        return 0, f"{too_many} have: it starts all the same, and may run out of memory."
     return ours, remark
 
 
