@@ -30,5 +30,8 @@ def gpu(out: Path, minutes: float = 10.0, device: str = "cuda", shapes: str = "f
         )
     session = Session(device, SHAPES[shapes], out, minutes)
     for part in PARTS:
-        part(session)
+        try:
+            part(session)
+        except Exception as error:  # noqa: BLE001  as one case ends no other
+            session.failed(part.__name__, error)
     return {f"{part}: {what}": line for part, lines in session.parts.items() for what, line in lines.items()}

@@ -30,7 +30,8 @@ class Session:
     """
 
     def __init__(self, device: str, shapes: Shapes, out: Path, minutes: float) -> None:
-        self.device, self.shapes, self.out = torch.device(device), shapes, out
+        self.device = torch.device("cuda:0" if device == "cuda" else device)  # a share of memory is set by number
+        self.shapes, self.out = shapes, out
         self.is_cuda = self.device.type == "cuda"
         self.deadline = time.monotonic() + 60 * minutes
         parts: dict[str, Figures] = {}
@@ -66,10 +67,17 @@ class Session:
                 result = {"failed": _sentence(error)}
             self.give_back()
             result["seconds"] = time.monotonic() - begin
+        self._note(part, case, result)
+        return result
+
+    def failed(self, part: str, error: Exception) -> None:
+        """Writes that a part raised outside its cases."""
+        self._note(part, "beside its cases", {"failed": _sentence(error)})
+
+    def _note(self, part: str, case: str, result: dict[str, Any]) -> None:
         self.measured.setdefault(part, {})[case] = result
         write_json(self.out / FILE, self.figures)
         print(f"{part}: {case}: {result}", flush=True)
-        return result
 
     def compare(
         self, part: str, what: str, ours: float | None, baseline: float | None, unit: str, error: float | None = None

@@ -1,7 +1,9 @@
-"""The benchmark of a GPU is planned to end within its ten minutes, whatever it leaves for last."""
+"""The benchmark of a GPU is planned to end within its ten minutes, whatever it leaves for last, and a part that raises ends no
+other."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.gpu import training
-from benchmarks.gpu.command import PARTS
+from benchmarks.gpu import command, session, training
+from benchmarks.gpu.command import PARTS, gpu
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.shapes import SHAPES
 
@@ -19,8 +21,7 @@ class Planned(Session):
     """Notes what each case needs, and measures none."""
 
     def __init__(self, out: Path) -> None:
-        super().__init__("cpu", SHAPES["full"], out, minutes=10)
-        self.is_cuda = True
+        super().__init__("cuda", SHAPES["full"], out, minutes=10)
         self.needs: dict[str, float] = {}
 
     def measure(self, part: str, case: str, needs_s: float, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -30,11 +31,29 @@ class Planned(Session):
 
 
 def test_all_cases_need_ten_minutes_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limited: list[int | None] = []  # torch refuses a device without a number there
+
+    monkeypatch.setattr(session, "machine", lambda _: {})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * training.GIB))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda _, device: limited.append(device.index))
     monkeypatch.setattr(training, "planned_bytes", lambda config, ranks, rows, *_: rows * training.GIB)
-    session = Planned(tmp_path)
+    planned = Planned(tmp_path)
     for part in PARTS:
-        part(session)
-    assert list(session.needs) == ["training", "ranks", "blocks", "24 GiB", "factorization", "correction", "rounding"]
-    assert 500 < sum(session.needs.values()) <= 600, session.needs
+        part(planned)
+    assert list(planned.needs) == ["training", "ranks", "blocks", "24 GiB", "factorization", "correction", "rounding"]
+    assert 500 < sum(planned.needs.values()) <= 600, planned.needs
+    assert limited == [0, 0]
+
+
+def test_a_part_that_raises_says_so_and_the_next_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(session: Session) -> None:
+        raise ValueError("No such device. More")
+
+    def whole(session: Session) -> None:
+        session.measure("whole", "case", 0, lambda: {"s": 1.0})
+
+    monkeypatch.setattr(command, "PARTS", (broken, whole))
+    gpu(tmp_path, device="cpu", shapes="tiny")
+    measured = json.loads((tmp_path / "gpu.json").read_text())["measured"]
+    assert measured["broken"]["beside its cases"] == {"failed": "ValueError: No such device."}
+    assert measured["whole"]["case"]["s"] == 1.0
