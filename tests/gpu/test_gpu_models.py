@@ -74,8 +74,8 @@ def test_a_warmed_micro_step_never_waits_for_the_gpu() -> None:
         (result.loss_sum / result.num_tokens).backward()
 
     micro_step()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")  # which warns the first time
         micro_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -113,8 +113,8 @@ def test_experts_run_by_grouped_products_as_one_by_one() -> None:
     hidden = torch.randn(64, sizes["hidden_size"], device=DEVICE, dtype=torch.bfloat16)
     chosen = torch.randint(4, (64, 2), device=DEVICE)
     experts(hidden, chosen, torch.ones(64, 2, device=DEVICE, dtype=torch.bfloat16))
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")  # which warns the first time
         experts(hidden, chosen, torch.ones(64, 2, device=DEVICE, dtype=torch.bfloat16))
     finally:
         torch.cuda.set_sync_debug_mode("default")
