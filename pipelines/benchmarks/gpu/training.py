@@ -183,7 +183,7 @@ def host_syncs(action: Callable[[], Any]) -> int:
             action()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def _in_nf4(config: LlamaConfig, names: list[str], device: torch.device) -> Any:
