@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.gpu.plan import R
 from benchmarks.gpu.session import Session
-from benchmarks.gpu.shapes import linears_of, llama_config
+from benchmarks.gpu.shapes import llama_config
 from emloc_ray.core.allocation import spectrum
 from emloc_ray.core.correction import Candidate, canonical_form, difference, residual_energy
 from emloc_ray.core.factorization import factorize, relative_error
@@ -23,6 +23,7 @@ from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.core.unpacking import scale_values, zero_values
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.modeling.adapter_files import LoraModule
+from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.stages.correct.modules import CorrectableModule
 
 RATIOS = (0.5, 0.25)
@@ -51,12 +52,18 @@ def on_device(session: Session) -> None:
     shape = session.shapes.linears[0]
     run = functools.partial(_spectrum, session, shape)
     spectrum_of = session.measure("factorization", f"spectrum of {_name(shape, None, device)}", 10, run)
-    counts = Counter((s.out_features, s.in_features) for s in linears_of(llama_config(session.shapes.model)))
+    bare = empty_model(llama_config(session.shapes.model))
+    specs = block_linears(bare)
+    counts = Counter((s.out_features, s.in_features) for s in specs)
+    widths = {s.name: s.in_features for s in specs}
     known = session.measured["factorization"]
-    times = {s: known.get(_name(s, RATIOS[0], device), {}).get("factorize_s") for s in counts}
-    measured = {s: n for s, n in counts.items() if times[s]}
+    figures = {s: known.get(_name(s, RATIOS[0], device), {}) for s in counts}
+    measured = {s: n for s, n in counts.items() if "factorize_s" in figures[s]}
+    roots = {s[1]: figures[s]["cholesky_s"] for s in measured}
+    grams = [widths[names[0]] for names in trace_inputs(bare, specs).groups if widths[names[0]] in roots]
     what = f"{sum(measured.values())} of the model's {counts.total()} linears at ratio {RATIOS[0]}"
-    total = sum(n * times[s] for s, n in measured.items())
+    what += f", and the roots of {len(grams)} Grams"
+    total = sum(n * figures[s]["factorize_s"] for s, n in measured.items()) + sum(roots[width] for width in grams)
     session.compare("factorization", what, total, _FACTORIZED_S, "s (baseline: the target)")
     if "s" in spectrum_of:
         share = counts.total() * spectrum_of["s"]
@@ -111,12 +118,12 @@ def layer(session: Session, shape: tuple[int, int], device: torch.device) -> tup
 
 
 def _factorized(session: Session, shape: tuple[int, int], ratio: float, device: torch.device) -> dict[str, Any]:
-    """The Cholesky factor that linears share, and the layer itself; each once, after a warm-up on small ones."""
+    """The Cholesky factor that linears share, and the layer itself; each once, after a warm-up where the session computes."""
     rank = rank_for_ratio(*shape, ratio) or 1
     rank = max(rank // session.shapes.multiple, 1) * session.shapes.multiple
-    small = torch.eye(64, device=device)
-    factorize(small, Whitening(small), 8)
     weight, gram = layer(session, shape, device)
+    if device == session.device:
+        factorize(weight, Whitening(gram), rank)
     whitening = Whitening(gram)
     cholesky_s = session.timed(lambda: whitening.cholesky(torch.float32), 1, warm_up=0)
     made: list[Any] = []
@@ -139,9 +146,9 @@ def _factorized(session: Session, shape: tuple[int, int], ratio: float, device: 
 def _rounded(session: Session, shape: tuple[int, int], bits: int) -> dict[str, Any]:
     """A whole weight to integers under its Gram, and both relative errors: so, and by the nearest codes of the same grid."""
     weight, gram = layer(session, shape, session.device)
-    whitening, made = Whitening(gram), list[IntegerWeight]()
-    seconds = session.timed(lambda: made.append(quantize(weight, whitening, bits)), 1, warm_up=0)
-    kept = made[0]
+    made: list[IntegerWeight] = []
+    seconds = session.timed(lambda: made.append(quantize(weight, Whitening(gram), bits)), 1, warm_up=1)
+    kept, whitening = made[-1], Whitening(gram)
     groups = torch.arange(shape[1], device=session.device) // kept.group_size
     scale = scale_values(kept.scales, kept.exponent)[:, groups]
     codes = (weight / scale + zero_values(kept.zeros, bits)[:, groups]).round().clamp(0, 2**bits - 1)
@@ -154,8 +161,11 @@ def _spectrum(session: Session, shape: tuple[int, int]) -> dict[str, Any]:
     """What allocation by sensitivity asks of a linear: what each rank gains, under sums of inputs and of gradients."""
     weight, gram = layer(session, shape, session.device)
     _, gradients = layer(session, (8, shape[0]), session.device)
-    inputs, outputs = Whitening(gram), Whitening(gradients, 1e-2)
-    return {"s": session.timed(lambda: spectrum(weight, inputs, outputs), 1, warm_up=0), **session.peaks()}
+
+    def run() -> None:
+        spectrum(weight, Whitening(gram), Whitening(gradients, 1e-2))
+
+    return {"s": session.timed(run, 1, warm_up=1), **session.peaks()}
 
 
 def _eigh(session: Session, order: int) -> dict[str, Any]:
