@@ -6,8 +6,10 @@ import gc
 import importlib.metadata
 import os
 import platform
+import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,8 @@ class Session:
     """One run on one device.
 
     ``found`` is what :data:`FILE` holds: ``machine``, ``parts`` (figures by part, as the README's tables are made of) and
-    ``measured`` (by part and case: numbers and ``seconds``, or one sentence under ``left_out`` or ``failed``).
+    ``measured`` (by part and case: numbers and ``seconds``, or one sentence under ``left_out`` or ``failed``, and what it was
+    ``warned`` of).
     """
 
     def __init__(self, device: str, shapes: Shapes, out: Path, minutes: float) -> None:
@@ -49,7 +52,8 @@ class Session:
     def measure(self, part: str, case: str, needs_s: float, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Runs one case and writes what it figures; ``needs_s`` is about what it takes on an H100, at full shapes.
 
-        A case that lacks a package or time is left out, one that raises has failed; either says why in a sentence.
+        A case that lacks a package or time is left out, one that raises has failed; either says why in a sentence. Warnings
+        are told too: the figures may be of what takes the place of a kernel that was not compiled.
         """
         print(f"{part}: {case} …", flush=True)
         begin = time.monotonic()
@@ -59,12 +63,16 @@ class Session:
             result = {"left_out": f"It takes about {needs_s:.0f} s, and {max(left, 0.0):.0f} s were left."}
         else:
             self.give_back()
-            try:
-                result = action()
-            except ImportError as error:
-                result = {"left_out": _sentence(error)}
-            except Exception as error:  # noqa: BLE001  the next case does not depend on it
-                result = {"failed": _sentence(error)}
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("default")
+                try:
+                    result = action()
+                except ImportError as error:
+                    result = {"left_out": _sentence(error)}
+                except Exception as error:  # noqa: BLE001  the next case does not depend on it
+                    result = {"failed": _sentence(error)}
+            told = dict.fromkeys(str(each.message) for each in caught if issubclass(each.category, UserWarning))
+            result |= {"warned": list(told)} if told else {}
             self.give_back()
             result["seconds"] = time.monotonic() - begin
         self._note(part, case, result)
@@ -132,13 +140,21 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+        **{name: _version(name) for name in ("torch", "transformers", "peft", "triton")},
+        "gcc": shutil.which("gcc") is not None,
     }
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         machine |= {"name": card.name, "bytes": card.total_memory, "capability": f"{card.major}.{card.minor}"}
         machine |= {"cuda": torch.version.cuda, "tf32": torch.backends.cuda.matmul.allow_tf32}
     return machine
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _sentence(error: Exception) -> str:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from benchmarks.gpu.session import Session, machine
+from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.training import host_syncs
 
 
@@ -19,3 +25,31 @@ def test_that_torch_finds_waits_at_all_is_no_wait(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", told)
     assert host_syncs(lambda: None) == 0
     assert host_syncs(wait) == 1
+
+
+def test_a_case_that_was_warned_says_so(tmp_path: Path) -> None:
+    """As where a kernel is not compiled, and what takes several times as long is measured in its place."""
+
+    def warn() -> dict[str, Any]:
+        for _ in range(2):
+            warnings.warn("The kernel cannot be compiled here.", stacklevel=2)
+            warnings.warn("That name is old.", FutureWarning, stacklevel=2)
+        return {"s": 1.0}
+
+    def fail() -> dict[str, Any]:
+        warn()
+        raise ValueError("No.")
+
+    session = Session("cpu", SHAPES["tiny"], tmp_path, minutes=1)
+    for case, action in {"warned": warn, "failed": fail, "silent": dict}.items():
+        session.measure("part", case, 0, action)
+    measured = json.loads((tmp_path / "gpu.json").read_text())["measured"]["part"]
+    assert measured["warned"]["warned"] == measured["failed"]["warned"] == ["The kernel cannot be compiled here."]
+    assert "warned" not in measured["silent"]
+
+
+def test_a_machine_says_what_compiles_kernels_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    found = machine(torch.device("cpu"))
+    assert found["gcc"] is False
+    assert {"triton", "torch", "peft"} <= found.keys()
