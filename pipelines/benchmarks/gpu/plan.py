@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,7 @@ from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import MemoryModel, total
-from emloc_ray.planning.skeleton import skeleton_of
+from emloc_ray.planning.skeleton import Skeleton, skeleton_of
 
 R = 8  # of LoRA on every linear in the blocks
 
@@ -21,7 +23,7 @@ def planned_bytes(
     config: LlamaConfig, ranks: dict[str, int], rows: int, length: int, bits: dict[str, int] | None = None
 ) -> int:
     """Of a worker's fine-tuning with gradient checkpointing, the base in bfloat16; without its imports."""
-    skeleton = skeleton_of(config, empty_model(config))
+    skeleton = _skeleton(config.to_json_string())
     names = tuple(spec.name for spec in skeleton.specs)
     sizes = skeleton.num_parameters, skeleton.head_parameters, skeleton.hidden_size
     compressed = tuple(ranks or bits or {})
@@ -52,3 +54,10 @@ def planned_bytes(
         gpu_bytes=None,
     )
     return total(MemoryModel(prepared, Lengths(length, length)).training_step_parts())
+
+
+@functools.cache
+def _skeleton(values: str) -> Skeleton:
+    """Of the Llama whose config that is in JSON: made once, for it takes longer than the plan."""
+    config = LlamaConfig(**json.loads(values))
+    return skeleton_of(config, empty_model(config))

@@ -217,11 +217,11 @@ def smaller_card(session: Session) -> None:
     if session.is_cuda:
         fraction = min(1.0, CARD / torch.cuda.get_device_properties(session.device).total_memory)
         torch.cuda.set_per_process_memory_fraction(fraction, session.device)
-    sizes = (planned, planned * 3 // 2, planned * 2, planned * 3) if session.is_cuda else (1, 2)
+    sizes = (planned, planned * 3 // 2, planned * 2) if session.is_cuda else (1, 2)
     try:
         for rows in sorted(set(sizes)):
             case = f"{rows} rows, {'within the plan' if rows <= planned else 'beyond the plan'}"
-            if not session.measure("24 GiB", case, 20, functools.partial(_on_card, session, rows)).get("passed"):
+            if not session.measure("24 GiB", case, 2 * rows, functools.partial(_on_card, session, rows)).get("passed"):
                 break
     finally:
         if session.is_cuda:
@@ -231,7 +231,7 @@ def smaller_card(session: Session) -> None:
 def _on_card(session: Session, rows: int) -> dict[str, Any]:
     """Whether the step of so many rows stays within the card's share, and its figures."""
     try:
-        figures = emulator_step(session, rows=rows, repeats=3)
+        figures = emulator_step(session, rows=rows, repeats=2)
     except torch.OutOfMemoryError:
         return {"passed": False, **session.peaks()}
     return {**figures, "passed": figures.get("reserved_bytes", 0) <= CARD}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.gpu import command, session, training
+from benchmarks.gpu import command, plan, session, training
 from benchmarks.gpu.command import PARTS, gpu
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.shapes import SHAPES
@@ -22,10 +22,10 @@ class Planned(Session):
 
     def __init__(self, out: Path) -> None:
         super().__init__("cuda", SHAPES["full"], out, minutes=10)
-        self.needs: dict[str, float] = {}
+        self.cases: dict[str, dict[str, float]] = {}
 
     def measure(self, part: str, case: str, needs_s: float, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        self.needs[part] = self.needs.get(part, 0.0) + needs_s
+        self.cases.setdefault(part, {})[case] = needs_s
         self.measured.setdefault(part, {})[case] = {}
         return {"passed": True}
 
@@ -36,13 +36,21 @@ def test_all_cases_need_ten_minutes_at_most(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(session, "machine", lambda _: {})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * training.GIB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda _, device: limited.append(device.index))
-    monkeypatch.setattr(training, "planned_bytes", lambda config, ranks, rows, *_: rows * training.GIB)
+    skeletons: list[Any] = []
+    make = plan.skeleton_of
+    monkeypatch.setattr(plan, "skeleton_of", lambda *model: skeletons.append(make(*model)) or skeletons[-1])
     planned = Planned(tmp_path)
     for part in PARTS:
         part(planned)
-    assert list(planned.needs) == ["training", "ranks", "blocks", "24 GiB", "factorization", "correction", "rounding"]
-    assert 500 < sum(planned.needs.values()) <= 600, planned.needs
+    assert list(planned.cases) == ["training", "ranks", "blocks", "24 GiB", "factorization", "correction", "rounding"]
+    assert 500 < sum(sum(cases.values()) for cases in planned.cases.values()) <= 600, planned.cases
     assert limited == [0, 0]
+    assert planned.cases["24 GiB"] == {
+        "9 rows, within the plan": 18,
+        "13 rows, beyond the plan": 26,
+        "18 rows, beyond the plan": 36,
+    }
+    assert len(skeletons) <= 1  # each takes seconds in which the card waits
 
 
 def test_a_part_that_raises_says_so_and_the_next_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
