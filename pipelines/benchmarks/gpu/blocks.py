@@ -15,6 +15,7 @@ from emloc_ray.core.gram import Gram
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.gram_hooks import GramHooks
+from emloc_ray.modeling.packing import packs_known
 
 _VOCABULARY = 256  # so that a block is nearly all of its model
 
@@ -46,12 +47,14 @@ def _block(session: Session, values: dict[str, int]) -> dict[str, Any]:
     specs = block_linears(bare)
     groups = trace_inputs(bare, specs).groups
     model = random_llama(config, session.device)
-    batch = random_batch(session.shapes.rows, session.shapes.length, _VOCABULARY, session.device)
+    batch = random_batch(session.shapes.rows, session.shapes.length, _VOCABULARY, torch.device("cpu"))
+    inputs = {"input_ids": batch["input_ids"].to(session.device)}
     positions = range(session.shapes.rows)
 
     @torch.no_grad()
     def forward() -> None:
-        model.model(input_ids=batch["input_ids"], use_cache=False)
+        with packs_known(inputs):
+            model.model(**inputs, use_cache=False)
 
     figures: dict[str, Any] = {"tokens": session.shapes.tokens, "forward_s": session.timed(forward)}
     grams = GramHooks(model, groups)
