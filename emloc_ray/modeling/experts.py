@@ -46,8 +46,7 @@ class UnfusedExperts(nn.Module):
         self.rereading = False
         self.together = True
         self.act_fn: Any = getattr(fused, "act_fn", None)  # a gate may have its own
-        if fused.has_post_expert_norm:
-            self.post_expert_norm = fused.post_expert_norm
+        self.post_expert_norm: Any = getattr(fused, "post_expert_norm", None)
         for index in range(self.num_experts):
             expert = nn.Module()
             for part in self.parts:
@@ -111,7 +110,7 @@ class UnfusedExperts(nn.Module):
         """What is between an expert's inputs and its outputs, by its two linears."""
         fused: Any = self._fused
         output = last(fused._apply_gate(first(x)) if fused.has_gate else self.act_fn(first(x)))
-        return self.post_expert_norm(output) if fused.has_post_expert_norm else output
+        return output if self.post_expert_norm is None else self.post_expert_norm(output)
 
 
 def is_fused(module: nn.Module) -> bool:

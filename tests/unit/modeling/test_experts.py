@@ -78,6 +78,15 @@ def test_unfused_experts_compute_what_fused_ones_do(family: str) -> None:
     assert torch.equal(logits(copy.deepcopy(unfused)), found)
 
 
+def test_experts_of_a_transformers_that_knows_of_no_norm_behind_them_are_unfused() -> None:
+    """As 5.17, by which the GPU benchmark's tests may run."""
+    model = make_model("mixtral")
+    expected = logits(model)
+    for module in filter(is_fused, model.modules()):
+        del module.has_post_expert_norm
+    torch.testing.assert_close(logits(unfuse(model)), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_experts_without_a_gate_are_up_and_down() -> None:
     config = make_config("mixtral")
     for name, value in {"n_routed_experts": 4, "moe_intermediate_size": 24, "moe_latent_size": None}.items():
