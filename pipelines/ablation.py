@@ -32,6 +32,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ablations import records, runs
+from ablations.cell_figures import disagreeing
 from ablations.cells import Ablation, read_ablation
 from ablations.statistics import summarize
 from ablations.tables import read_results, render
@@ -58,7 +59,7 @@ def main() -> int:
     parser.add_argument(
         "--reuse",
         action="store_true",
-        help="take cells from pipelines/results whose rows, config and version are the same",
+        help="take cells from pipelines/results whose rows, config and code are the same",
     )
     arguments = parser.parse_intermixed_args()
     console = Console()
@@ -93,12 +94,19 @@ def run(
     with BatchView(console) as view:
         ablation = runs.unrounded(ablation, view.tell)
         cells = runs.known_data(ablation) if only_collect else runs.make_data(ablation, view.tell)
-        for name, result in published.items():
-            if "cells" in result:
-                held = result["cells"]
-                view.tell(
-                    f"{cells.take(held)} of the {len(held)} figures in {name}.json are of these cells, and new here."
-                )
+        held = {name: result["cells"] for name, result in published.items() if "cells" in result}
+        refused = disagreeing(held)
+        if refused:
+            files = ", ".join(f"{name}.json" for name in refused)
+            view.tell(
+                f"No figure is taken from {files}: they give different losses for the same inputs, some by older code."
+                " Publish the older ones again."
+            )
+        for name in sorted(held.keys() - set(refused)):
+            known = held[name]
+            view.tell(
+                f"{cells.take(known)} of the {len(known)} figures in {name}.json are of these cells, and new here."
+            )
         try:
             if not only_collect:
                 failed = runs.run(ablation, cells, view.show, view.tell)

@@ -7,8 +7,8 @@ result, that asked for the same.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.modeling.loading import content_of_source, resolve_source
+
+# Stands for the code in every digest: set it to another word where the same inputs come to give other figures, so that none of
+# the code before is taken for one of this. The first word was the package's version.
+CODE = "0.1.0"
 
 # What says where something is; the contents stand for it.
 _SPLITS = {"train", "selection", "eval", "calibration", "healing"}
@@ -44,7 +48,7 @@ class Cells:
         asked["data"] = {key: value for key, value in asked["data"].items() if value != {}}
         if not cell.config.adapter.is_lora:  # what is not set is PEFT's default there, not LoRA's
             asked["adapter"] = cell.config.adapter.model_dump(mode="json")
-        return fingerprint([asked, self._model(cell), self._rows(cell), cell.prune, version("emloc-ray")])
+        return fingerprint([asked, self._model(cell), self._rows(cell), cell.prune, CODE])
 
     def pruned_digest(self, cell: Cell) -> str:
         """Of all that a cell's pruned model follows from."""
@@ -52,7 +56,7 @@ class Cells:
         tokens = [config.data.max_seq_length, config.data.packing, self._rows(cell)["calibration"]]
         by_grams = [config.calibration.model_dump(mode="json"), *tokens] if cell.prune == "structured" else None
         inputs = [self._model(cell), config.model.dtype, cell.prune, ratio, cell.seed, by_grams]
-        return fingerprint([*inputs, version("emloc-ray")])
+        return fingerprint([*inputs, CODE])
 
     def _model(self, cell: Cell) -> Any:
         """The commit of a model on the hub; of another a hash of its files, each read once."""
@@ -142,6 +146,17 @@ class Cells:
 
     def _file(self, digest: str) -> Path:
         return self.ablation.shared / "cells" / f"{digest}.json"
+
+
+def disagreeing(published: Mapping[str, Mapping[str, dict[str, Any]]]) -> list[str]:
+    """Those of some names of results, each with what :meth:`Cells.known` gave there, that have other losses than another one for
+    the same inputs: some are of older code, and nothing says which."""
+    names: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name, held in published.items():
+        for digest, content in held.items():
+            names[digest][json.dumps(content["losses"], sort_keys=True)].add(name)
+    split = [by_losses.values() for by_losses in names.values() if len(by_losses) > 1]
+    return sorted({name for sides in split for side in sides for name in side})
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ablations.cell_figures import disagreeing
 from ablations.cells import read_ablation
 from ablations.records import asked, gap_closed
 from ablations.statistics import paired, spread, summarize
@@ -256,6 +257,12 @@ def test_a_committed_file_asks_for_what_its_table_shows(path: Path) -> None:
     published = read_results(RESULTS)[path.stem]
     assert published["config"] == asked(read_ablation(path))
     assert {record["status"] for record in published["records"]} == {"done"}
+
+
+def test_the_same_inputs_have_the_same_losses_in_all_results() -> None:
+    """But in these, whose losses were predicted with rounding's damping, or without, before a digest told the two apart."""
+    published = {name: result["cells"] for name, result in read_results(RESULTS).items() if "cells" in result}
+    assert {*disagreeing(published)} <= {"budgets", "equal_bytes", "one_bit", "rivals"}
 
 
 def test_what_is_published_names_no_place() -> None:

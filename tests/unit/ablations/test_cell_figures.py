@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ablations import records
-from ablations.cell_figures import Cells, figures
+from ablation import run
+from ablations import cell_figures, records
+from ablations.cell_figures import Cells, disagreeing, figures
 from ablations.cells import Ablation, read_ablation
 from ablations.statistics import summarize
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from emloc_ray.io.runs.directory import RunDirectory
@@ -213,3 +216,39 @@ def test_published_cells_are_taken_where_the_inputs_are_the_same(write: Write, t
     other = Cells(elsewhere, {place: {"train": "b"} for place in rows})
     assert other.take(known) == 0
     assert other.read(same) is None
+
+
+def test_figures_of_other_code_count_as_missing(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    ablation = read_ablation(write(methods=[{"name": "lora", RATIO: 1.0}, {"name": "cut", "prune": "random"}]))
+    cells = Cells(ablation, {})
+    before = [(cells.digest(cell), cells.pruned_digest(cell)) for cell in ablation.cells]
+    cells.write(ablation.cells[0], done(3.0))
+    monkeypatch.setattr(cell_figures, "CODE", "another")
+    after = [(cells.digest(cell), cells.pruned_digest(cell)) for cell in ablation.cells]
+    assert not set(sum(before, ())) & set(sum(after, ()))
+    assert cells.read(ablation.cells[0]) is None
+
+
+def test_results_that_disagree_are_told_from_others() -> None:
+    ours, theirs = {"losses": {"corrected": 3.0}}, {"losses": {"corrected": 3.1}}
+    published = {"old": {"a": ours, "b": ours}, "new": {"a": theirs, "c": ours}, "other": {"b": ours, "d": theirs}}
+    assert disagreeing(published) == ["new", "old"]
+    assert disagreeing({name: published[name] for name in ("new", "other")}) == []
+
+
+def test_no_figure_is_taken_from_results_that_disagree(write: Write, tmp_path: Path) -> None:
+    ablation = read_ablation(write(datasets=["code"], seeds=[0], grid={}))
+    cells, (bound, paper, fixed) = Cells(ablation, {}), ablation.cells
+    for cell, loss in ((bound, 3.0), (paper, 3.5), (fixed, 3.6)):
+        cells.write(cell, done(loss))
+    known = cells.known()
+    old = {name: known[name] for name in (cells.digest(bound), cells.digest(paper))}
+    new = {cells.digest(paper): done(3.4)}
+    other = {cells.digest(fixed): known[cells.digest(fixed)]}
+    elsewhere = read_ablation(write(datasets=["code"], seeds=[0], grid={}, run_dir=str(tmp_path / "elsewhere")))
+    console = Console(file=io.StringIO(), width=400)
+    published = {name: {"cells": held} for name, held in {"new": new, "old": old, "other": other}.items()}
+    assert run(elsewhere, console, only_collect=True, published={**published, "speed": {}}) == 1
+    found = Cells(elsewhere, {})
+    assert [found.read(cell) is not None for cell in elsewhere.cells] == [False, False, True]
+    assert "No figure is taken from new.json, old.json: " in console.file.getvalue()  # type: ignore[attr-defined]
