@@ -239,7 +239,7 @@ def main() -> None:
     folder, gguf = (args.model.parent, {"gguf_file": args.model.name}) if args.model.is_file() else (args.model, {})
     tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **gguf)
-    lines = map(json.loads, args.rows.read_text().splitlines())
+    lines = (json.loads(line) for line in args.rows.read_text().split("\n") if line.strip())
     rows = [row for line in lines if (row := tokenize(line, tokenizer, settings.max_seq_length))]
     tenth = max(1, len(rows) // 10)
     for variant, loss in run(model, rows[tenth:], rows[:tenth], settings):

@@ -244,7 +244,9 @@ def test_command_line(
         model = tmp_path / "model.gguf"
     else:
         model = save_model(tmp_path / "model", "llama")
-    rows = write_jsonl(tmp_path / "rows.jsonl", task_rows(40))
+    rows = tmp_path / "rows.jsonl"
+    texts = [json.dumps({**row, "prompt": "\u2028" + row["prompt"]}, ensure_ascii=False) for row in task_rows(40)]
+    rows.write_text("\n\n".join(texts))  # a line is what ends in a line feed, and may be blank
     options = ["--steps", "2", "--learning-rate", "1e-2", "--correction", "covariance"]
     monkeypatch.setattr(sys, "argv", ["reference.py", str(model), str(rows), *options])
     try:
