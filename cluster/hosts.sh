@@ -53,6 +53,7 @@ start_here() {
         echo "$address: runs already" >&2
         return
     fi
+    : >"$scratch/ray.log" # that of an earlier start says that Ray started
     # RAY_OPTIONS is a list of words.
     # shellcheck disable=SC2086
     RAY_AUTH_MODE=token setsid nohup ray start "${options[@]}" --block "--node-ip-address=$address" \
