@@ -41,7 +41,7 @@ def result_name(run: RunDirectory, part: Result) -> str:
 
 def part_folder(run: RunDirectory, part: str) -> str:
     """The folder of a part of a run: :func:`result_name` of its results, else the part itself."""
-    results: dict[str, Part] = {"adapter": "adapter", "merged": "merged"}
+    results: dict[str, Result] = {"adapter": "adapter", "merged": "merged"}
     return result_name(run, results[part]) if part in results else part
 
 
