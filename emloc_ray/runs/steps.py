@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from emloc_ray.config.steps import STEP_NAMES
-from emloc_ray.errors import DamagedArtifactError, EmlocError, Stopped
+from emloc_ray.errors import ArtifactError, DamagedArtifactError, EmlocError, Stopped
 from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.store.atomic import remove_leftovers
@@ -259,7 +259,8 @@ class Steps:
 
         def progress(done: int, total: int) -> None:
             nonlocal noted_at
-            self.directory.check_held()
+            with contextlib.suppress(ArtifactError):  # where a store does not answer, writers wait or fail
+                self.directory.check_held()
             if self.turns.stopped():
                 raise Stopped(f"{stage.name} was stopped at {done} of {total}.")
             report(done, total)

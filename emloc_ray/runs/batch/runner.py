@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from emloc_ray.errors import EmlocError, Stopped
+from emloc_ray.errors import ArtifactError, EmlocError, Stopped
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.secret_values import hide_secrets
 from emloc_ray.runs.batch.admission import Admission, Amount
@@ -83,7 +83,7 @@ class BatchRun:
         self.show(self.board.state())
         try:
             while True:
-                self.directory.check_held()  # else another process has taken the batch and its tasks over
+                self._attempt(self.directory.check_held)  # else another process has taken the batch and its tasks over
                 is_over = not self._running and not self._waiting
                 self._attempt(self._cancel_asked)
                 self._start_tasks()
@@ -168,11 +168,12 @@ class BatchRun:
         self._written, self._last = (version, time.monotonic()), state
 
     def _attempt(self, action: Callable[[], None]) -> None:
-        """Tries an action; where a disk is full or a store does not answer, says so once and leaves it to the next tick."""
+        """Tries an action; where a disk is full or a store does not answer, says so once and leaves it to the next tick. Raises
+        TakenOver."""
         try:
             action()
             self._failing.discard(action)
-        except (OSError, EmlocError) as error:
+        except (OSError, ArtifactError) as error:
             if action not in self._failing:
                 self.tell(f"{self.directory.place}: {one_line(_reason(error), 2000)}: trying again.")
             self._failing.add(action)

@@ -3,6 +3,7 @@ stage's seconds are those of all its tries."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from small_runs import RecordingReporter, make_values
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.errors import DamagedArtifactError, Stopped
+from emloc_ray.errors import ArtifactError, DamagedArtifactError, Stopped
 from emloc_ray.io.runs import directory
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.store.atomic import write_bytes
@@ -154,6 +155,20 @@ def test_a_damaged_file_goes_before_its_stage_is_forgotten(
         with pytest.raises(ZeroDivisionError):
             steps.forget_damaged(DamagedArtifactError("It has changed.", "calibrate/2"))
     assert prepared.run.stage("calibrate") is not None
+
+
+def test_a_store_that_does_not_answer_while_a_stage_is_at_work_does_not_end_it(
+    prepared: Prepared, tries: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def check_held(run: directory.RunDirectory) -> None:
+        asked.append(inspect.stack()[1].function)
+        if asked[-1] == "progress":
+            raise ArtifactError("s3://b does not write lock.")
+
+    monkeypatch.setattr(directory.RunDirectory, "check_held", check_held)
+    assert len(tries()) == asked.count("progress") == 6
 
 
 def test_a_stage_s_seconds_are_those_of_all_its_tries(prepared: Prepared, tries: Pipeline) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.errors import ConfigError, StageError, Stopped
+from emloc_ray.errors import ArtifactError, ConfigError, StageError, Stopped, TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.batch import admission, runner
 from emloc_ray.runs.batch.admission import Amount
@@ -311,6 +311,26 @@ def test_a_full_disk_for_a_moment_ends_nothing(tmp_path: Path, monkeypatch: pyte
     assert statuses(state) == {"a": "done", "b": "done"}
     assert read_state(run.directory) == state
     assert [text.endswith("No space left on device: trying again.") for text in told] == [True]
+
+
+def test_a_store_that_does_not_answer_for_a_moment_ends_nothing_and_another_process_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    errors: Iterator[Exception | None] = iter([None, *[ArtifactError("s3://b does not write lock.")] * 2])
+
+    def check_held(run: RunDirectory) -> None:
+        if (error := next(errors, None)) is not None:
+            raise error
+
+    monkeypatch.setattr(RunDirectory, "check_held", check_held)
+    run = batch_run(tmp_path, Waits(seconds=0.5), "a", "b")
+    run.tell = told.append
+    assert statuses(run.run()) == {"a": "done", "b": "done"}
+    assert [text.endswith("s3://b does not write lock: trying again.") for text in told] == [True]
+    errors = iter([None, TakenOver("taken")])
+    with pytest.raises(TakenOver):
+        batch_run(tmp_path, Waits(seconds=0.5), "c").run()
 
 
 def test_a_batch_that_runs_is_told_from_a_free_one(tmp_path: Path) -> None:
