@@ -7,7 +7,6 @@ anywhere resumes from it. On an object store ``root`` is this node's copy (:mod:
 from __future__ import annotations
 
 import errno
-import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 from emloc_ray.errors import ArtifactError, ConfigError, TakenOver
 from emloc_ray.io.formats.yaml_text import write_yaml
-from emloc_ray.io.runs.manifest import FORMAT, ask_to_redo, confirmed_at, end_tries, parse_manifest
+from emloc_ray.io.runs.manifest import FORMAT, after_all, ask_to_redo, confirmed_at, end_tries, parse_manifest
 from emloc_ray.io.runs.metrics import METRICS, read_metrics, write_metrics
 from emloc_ray.io.runs.resume import INPUTS
 from emloc_ray.io.runs.run_places import check_folder, check_store
@@ -277,10 +276,7 @@ class RunDirectory:
                 files[path.relative_to(self.root).as_posix()] = {"size": size_of[path], "sha256": sha256}
         manifest["stages"][name] = {
             "inputs": inputs,
-            # After all that is there, whatever this machine's clock says: by these times stages are known to stand or not.
-            "finished_at": max(
-                [time.time(), *(math.nextafter(confirmed_at(e), math.inf) for e in manifest["stages"].values())]
-            ),
+            "finished_at": after_all(manifest),
             "outputs": files,
             "result": result,
             **({} if versions is None else {"versions": dict(versions)}),
@@ -391,9 +387,7 @@ class RunDirectory:
 
     def holder(self) -> str | None:
         """The process that holds the run now, or None."""
-        if self.store is not None:
-            return find_holder(self.store)
-        return LockFile(self.root).holder()
+        return LockFile(self.root).holder() if self.store is None else find_holder(self.store)
 
     def unlock(self) -> None:
         """Gives the run back."""

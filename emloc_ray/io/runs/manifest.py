@@ -1,6 +1,8 @@
 """The manifest of a run or a batch as it is stored: its format, and the times in its entries."""
 
 import json
+import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -58,6 +60,12 @@ def confirmed_at(entry: Mapping[str, Any]) -> float:
     """When a manifest's entry was last known to be right: when its stage finished, or was confirmed since."""
     known: float = max(entry["finished_at"], entry.get("confirmed_at", 0.0))
     return known
+
+
+def after_all(manifest: Mapping[str, Any]) -> float:
+    """Now, but after all that a manifest's stages say, whatever this machine's clock says: by these times stages are known to
+    stand or not."""
+    return max([time.time(), *(math.nextafter(confirmed_at(e), math.inf) for e in manifest["stages"].values())])
 
 
 def ask_to_redo(manifest: dict[str, Any], stages: Sequence[str]) -> None:
