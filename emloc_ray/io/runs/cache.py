@@ -183,7 +183,7 @@ class ArtifactCache:
         """Puts an entry's files at their places in the run at ``root`` (:attr:`RunDirectory.root`); returns these.
 
         Each appears whole, and takes the place of what is there; :func:`emloc_ray.io.store.transfer.transfer` says how. Raises
-        EntryGone where that cannot be done, for any reason, such as another file than :meth:`find` checked; then none of its
+        EntryGone where that cannot be done, for any reason, such as other content than :meth:`find` checked; then none of its
         files is in the run.
         """
         folder = self._at.folder(entry.stage, entry.key) / _FILES

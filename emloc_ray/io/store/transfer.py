@@ -14,7 +14,7 @@ from emloc_ray.errors import ArtifactError, DamagedArtifactError
 from emloc_ray.io.store import objects
 from emloc_ray.io.store.digests import HashingWriter, note_digest
 from emloc_ray.io.store.lock_file import check_lock
-from emloc_ray.io.store.node_cache import Origin, discard, origin, replaced
+from emloc_ray.io.store.node_cache import Origin, discard, origin
 from emloc_ray.io.store.object_store import Listing
 from emloc_ray.io.store.replacing import replacing
 
@@ -49,10 +49,10 @@ def transfer(
 
     On one file system it shares the blocks of ``source`` where that can be (a reflink), else it is a read-only hard link,
     checked by size. Within one bucket the object, whose key names its content, is copied there. Otherwise the content goes
-    through this node, and is checked by ``sha256``. With the ``look`` of a file that was checked, no other one is shared or
-    linked, and no link is followed. Raises FileNotFoundError where there is no ``source``, DamagedArtifactError where it is not
-    of this size or content (``target`` is as it was, or gone), ArtifactError where it is not the checked file, or a store cannot
-    be reached, TakenOver where ``target`` lies in a run that another process has taken.
+    through this node, and is checked by ``sha256``; so it does where ``source`` is not the file of this ``look``, which was
+    checked before. Raises FileNotFoundError where there is no ``source``, DamagedArtifactError where it is not of this size or
+    content (``target`` is as it was, or gone), ArtifactError where a store cannot be reached, TakenOver where ``target`` lies in
+    a run that another process has taken.
     """
     here, there = origin(source), origin(target)
     if here is None:
@@ -85,12 +85,15 @@ def _link_file(source: Path, target: Path, size: int, sha256: str, look: Look | 
             if not _clone(source, temporary, look):
                 os.link(os.path.realpath(source) if look is None else source, temporary, follow_symlinks=False)
                 status = temporary.lstat()
-                _check_same(source, status, look)  # before its mode is changed
+                _check_same(status, look)  # before its mode is changed
                 if status.st_uid == os.geteuid():
                     temporary.chmod(status.st_mode & 0o555)  # what is altered in place would be altered for all
         except FileNotFoundError:
             raise
-        except OSError:  # another file system, one without hard links, too many links, or another user's file
+        except (
+            OSError
+        ):  # another file system, one without hard links, too many links, another user's file or not this one
+            temporary.unlink(missing_ok=True)
             with source.open("rb") as stream, HashingWriter(io.FileIO(temporary, "wb")) as file:
                 shutil.copyfileobj(stream, file, _CHUNK)
             if file.hexdigest() != sha256:
@@ -101,9 +104,9 @@ def _link_file(source: Path, target: Path, size: int, sha256: str, look: Look | 
         check_lock(target)
 
 
-def _check_same(source: Path, status: os.stat_result, look: Look | None) -> None:
+def _check_same(status: os.stat_result, look: Look | None) -> None:
     if look is not None and look_of(status)[:-1] != look[:-1]:
-        raise ArtifactError(replaced(source))
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
 def _clone(source: Path, target: Path, look: Look | None) -> bool:
@@ -111,7 +114,7 @@ def _clone(source: Path, target: Path, look: Look | None) -> bool:
     (https://man7.org/linux/man-pages/man2/ioctl_ficlone.2.html)."""
     with source.open("rb") as stream, target.open("wb") as file, contextlib.suppress(OSError):
         fcntl.ioctl(file, _FICLONE, stream.fileno())
-        _check_same(source, os.fstat(stream.fileno()), look)
+        _check_same(os.fstat(stream.fileno()), look)
         return True
     target.unlink()
     return False

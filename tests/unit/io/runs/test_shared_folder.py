@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +155,18 @@ def test_a_file_that_is_swapped_after_the_check_is_not_taken(
     assert (stat.S_IMODE(private.stat().st_mode), private.stat().st_nlink) == (0o600, 1)
     assert not any(file.is_file() for file in (tmp_path / "second").rglob("*"))
     assert other.find(STAGE, KEY, verify=True) is None
+
+
+def test_where_a_link_looks_like_another_file_it_is_copied(
+    local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a file system numbers files by their names."""
+    added(local, tmp_path / "first")
+    entry = local.find(STAGE, KEY, verify=True)
+    assert entry is not None
+    monkeypatch.setattr(os, "link", lambda source, target, **options: shutil.copyfile(source, target))
+    local.link(entry, tmp_path / "second")
+    assert held(tmp_path / "second") == CONTENTS
 
 
 @pytest.mark.parametrize("of_another", ["emulator/deep/b.json", "entry.json"])
