@@ -241,9 +241,10 @@ class Steps:
         together = stage.workers(self.prepared.config).together
         self._note(shortage(stage.name, granted, together))
         planned = self._host_bytes.get(stage.name, 0)
-        memory, remark = memory_to_ask(
-            stage.name, planned, granted, together, live_nodes(), autoscaler_nodes(), has_unknown_autoscaler()
-        )
+        memory, remark = 0, None
+        if planned:
+            nodes, addable, grows = live_nodes(), autoscaler_nodes(), has_unknown_autoscaler()
+            memory, remark = memory_to_ask(stage.name, planned, granted, together, nodes, addable, grows)
         self._note(remark)
         seconds = self._seconds.get(stage.name, 0.0)
         granted = dataclasses.replace(granted, memory_per_worker=memory, planned_s=seconds)

@@ -44,8 +44,8 @@ def test_a_ratio_has_the_figure_of_the_next_smaller_one() -> None:
         return None if found is None else found.gap_closed
 
     by_predictions = {"objective": "predictions"}
-    bits = ("3 bits", "2.4 bits", "2 bits", "1.1 bits", "1 bits", "2GiB")
-    assert [of_budget(each, **by_predictions) for each in bits] == [0.936, 0.936, 0.736, 0.736, None, None]
-    assert of_budget("2 bits", **by_predictions, healing={"steps": 20}) == 0.778
+    bits = ("5 bits", "3 bits", "2.4 bits", "2 bits", "1.1 bits", "1 bits", "2GiB")
+    assert [of_budget(each, **by_predictions) for each in bits] == [1.0, 0.941, 0.941, 0.738, 0.738, None, None]
+    assert of_budget("2 bits", **by_predictions, healing={"steps": 20}) == 0.774
     assert of_budget("2 bits") is None
     assert figure(1.0, **best, healing={"steps": 20}) == 1.0  # where nothing is healed or compressed

@@ -185,6 +185,7 @@ def test_workers_ask_for_the_memory_that_is_planned_where_there_are_several_node
     monkeypatch.setattr(runs_steps, "shortage", lambda *asked: None)
     monkeypatch.setattr(runs_steps, "autoscaler_nodes", lambda: [])
     monkeypatch.setattr(runs_steps, "live_nodes", lambda: nodes)
+    monkeypatch.setattr(runs_steps, "has_unknown_autoscaler", lambda: False)
 
     def make(context: Context, inputs: Inputs, granted: Resources, *others: Any) -> dict[str, Any]:
         asked.append(granted.memory_per_worker)
