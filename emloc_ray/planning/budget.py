@@ -88,7 +88,7 @@ def check_gpus(prepared: Prepared) -> None:
     memory = MemoryModel(prepared)
     least, parts = _least_held(memory)
     for section in ("calibration", "evaluation"):
-        share, gpus = memory.free_bytes(section), getattr(prepared.config, section).gpus
+        share, gpus = memory.usable_bytes(section), getattr(prepared.config, section).gpus
         if gpus and least > share:
             raise ConfigError(
                 f"{section}.gpus_per_worker is {gpus:g}, of which {size_up(int(share))} of memory can be filled, and a worker"
@@ -130,7 +130,7 @@ def check_holding(prepared: Prepared) -> None:
         )
     if asks is None or not prepared.layout.gradient_linears:
         return
-    limit = memory.worker_bytes("calibration") if is_written else memory.free_bytes("calibration")
+    limit = memory.worker_bytes("calibration") if is_written else memory.usable_bytes("calibration")
     needed = memory.least_for_gradients()
     if needed > limit:
         without = (

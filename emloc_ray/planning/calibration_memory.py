@@ -129,7 +129,7 @@ class CalibrationMemory(ModelBytes):
         plan = within(self.worker_bytes("calibration"))
         if len(plan.waves) <= _WAVES or not self.config.budget_is_default:
             return plan
-        return within(self.free_bytes("calibration"))
+        return within(self.usable_bytes("calibration"))
 
     def least_for_gradients(self) -> float:
         """Bytes that a worker needs for gradients at least: a row at a time, with one linear's sum, in the leanest way."""
@@ -179,11 +179,12 @@ class CalibrationMemory(ModelBytes):
         """Bytes that one worker may hold: the budget; under the default budget no more than what is free."""
         budget = self.budget_bytes(section)
         if budget is None:
-            return self.free_bytes(section)
-        return min(budget, self.free_bytes(section)) if self.config.budget_is_default else budget
+            return self.usable_bytes(section)
+        return min(budget, self.usable_bytes(section)) if self.config.budget_is_default else budget
 
-    def free_bytes(self, section: str) -> float:
-        """Free bytes for one worker: its share of a GPU, or of this machine's memory. Infinite for workers of another machine."""
+    def usable_bytes(self, section: str) -> float:
+        """Bytes that one worker can fill: a share of its GPU's whole memory, or of this machine's free memory; infinite for
+        workers of another machine."""
         workers = getattr(self.config, section)
         if workers.gpus:
             return _GPU_SHARE * self._gpu_bytes() * workers.gpus

@@ -84,10 +84,12 @@ def run(
                 return prepared.run.metrics()
         lean = keeps_small(prepared.config)
         with connection(config.ray.address, lean_memory=lean, **config.ray.init_options) as started:
-            if in_batch is None:
-                prepared, plan = _checked_on_ray(prepared, plan, _gathers(prepared, forced, fresh), started)
+            if in_batch is None and not started:
+                prepared, plan = _within_reach(prepared, plan, _gathers(prepared, forced, fresh))
             if not fresh and config.ray.joins:  # by the GPUs that its Ray has
                 _check_changes(prepared, forced, until, accept_changes)
+            if in_batch is None:
+                _check_ray(prepared.config)
             _create(prepared, fresh, redo)
             with _recorded(prepared, reporter, cache) as reporters:
                 check_visible(prepared)
@@ -186,16 +188,12 @@ def _within_reach(prepared: Prepared, plan: Plan, gathers: bool) -> tuple[Prepar
     return reached, plan
 
 
-def _checked_on_ray(prepared: Prepared, plan: Plan, gathers: bool, started: bool) -> tuple[Prepared, Plan]:
-    """The run and its plan by what Ray counts, which in a container is less than the machine has; ``started``: that was
-    started for this run. Raises ConfigError where it is not enough."""
-    if not started:
-        prepared, plan = _within_reach(prepared, plan, gathers)
-    check_resources(prepared.config, total("CPU"), total("GPU"))
-    if prepared.config.ray.joins:
-        check_kernel(prepared.config)
-        check_nodes([prepared.config])
-    return prepared, plan
+def _check_ray(config: RunConfig) -> None:
+    """Raises ConfigError where Ray has too little, by its own count: in a container less than the machine has."""
+    check_resources(config, total("CPU"), total("GPU"))
+    if config.ray.joins:
+        check_kernel(config)
+        check_nodes([config])
 
 
 def _check_changes(prepared: Prepared, forced: Collection[str], until: str, accept: Accept) -> None:

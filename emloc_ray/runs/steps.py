@@ -201,7 +201,8 @@ class Steps:
                 discard(path)
             self.directory.forget(stage.name)
             self.write_results()  # its old numbers are no longer this run's
-        shared = None if stage.cache_inputs is None or self.cache is None else stage.cache_inputs(context)
+        gives = self.cache is not None and (self.cache.knows_owners or not self._trusts)
+        shared = None if stage.cache_inputs is None or not gives else stage.cache_inputs(context)
         cached = None if shared is None or self._mixed else {**inputs, "shared": shared}
         if cached is not None and self._trusts:
             cached["user"] = os.geteuid()  # whose entries another user's must not stand in for

@@ -203,12 +203,12 @@ def schema() -> None:
     schema = RunConfig.model_json_schema()
     schema["properties"]["base"] = {"type": "string", "description": "another config, whose keys these override"}
     schema["properties"]["model"] = {"anyOf": [schema["properties"]["model"], {"type": "string"}]}
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)  # a base may hold them
     split = schema["$defs"]["SplitConfig"]
     schema["$defs"]["SplitConfig"] = {
         "anyOf": [split, {"type": "string"}, {"type": "array", "items": {"type": "string"}}]
     }
-    for section in (schema, *schema["$defs"].values()):
-        section.pop("required", None)  # a base may hold them
     emulator = schema["$defs"]["EmulatorConfig"]["properties"]
     for keys, value in ((DECIDED, None), (("healing", "refinement"), False)):
         for key in keys:

@@ -293,6 +293,11 @@ class ArtifactCache:
             held = sizes(folder)
         return all(held.get(folder / path) == content["size"] for path, content in entry.files.items())
 
+    @property
+    def knows_owners(self) -> bool:
+        """Whether it can give entries of this user alone; an object store does not say who made one."""
+        return self.is_own or self._at.store is None
+
     def _is_of_user(self, entry: Entry, looks: Mapping[str, Look]) -> bool:
         owners = {look[3] for look in looks.values()}
         return self._at.store is None and owners | {self._at.owner(entry.stage, entry.key)} == {os.geteuid()}

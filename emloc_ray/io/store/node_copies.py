@@ -195,7 +195,7 @@ def _sweep(cache: Path) -> None:
     if time.monotonic() < _swept.get(cache, -math.inf) + _SWEEP_S:
         return
     _swept[cache] = time.monotonic()
-    left = [*cache.glob(f"{LOCAL}*")]
+    left = [*cache.glob(f"{LOCAL}*"), *cache.glob(f".{LOCAL}*.tmp")]  # and those whose removal was killed
     for place in cache.glob(f"{MARK}*"):
         for folder, folders, names in os.walk(place):
             left += [Path(folder, name) for name in (*folders, *names) if name.endswith(".tmp")]

@@ -1,6 +1,7 @@
 """The objects below one URI, by obstore: listed, read whole or by ranges, put on condition; requests are tried again."""
 
 import io
+import posixpath
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -215,8 +216,9 @@ class Objects:
                 self._trying(lambda keys=keys: self.client.delete(keys), "remove", part[0].path)  # type: ignore[misc]
             except FileNotFoundError:
                 # On Google Cloud and Azure the client stops at the first that is missing.
-                half = len(part) // 2
-                for rest in (part[:half], part[half:]) if half else ():
+                there = {stored.path for stored in self.below(posixpath.commonpath([s.path for s in part]))}
+                rest = [stored for stored in part if stored.path in there]
+                if len(rest) < len(part):
                     self.delete(rest)
 
     def _trying(self, call: Callable[[], Result], what: str, path: str) -> Result:

@@ -80,8 +80,9 @@ class StreamedSlot:
         return next(filter(self._has_outputs, range(last, -1, -1)), -1)
 
     def _is_done(self, position: int) -> bool:
-        summed = exists(grams_file(self.out_dir, position, self.num_blocks))
-        return summed or (self.num_slots > 1 and exists(self._part(position)))
+        # In this order: a part goes once the sum is there, perhaps between the two looks.
+        has_part = self.num_slots > 1 and exists(self._part(position))
+        return has_part or exists(grams_file(self.out_dir, position, self.num_blocks))
 
     def _has_outputs(self, position: int) -> bool:
         return all(self._outputs(position, number).is_file() for number in self.numbers)

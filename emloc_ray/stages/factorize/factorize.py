@@ -154,9 +154,10 @@ class _Linear:
         if self.name not in self.job.ranks:
             return None
         rank, seed, outputs = self.job.ranks[self.name], self.job.seed, self.outputs
+        inputs = self.group.inputs if self.job.by_weights else self.group.whitening  # which a linear of ranks needs
         if outputs is None:
-            return factorize_layer(self.weight, self.group.inputs, rank, seed=seed, name=self.name)
-        return factorize_two_sided(self.weight, self.group.inputs, outputs, rank, seed=seed, name=self.name)
+            return factorize_layer(self.weight, inputs, rank, seed=seed, name=self.name)
+        return factorize_two_sided(self.weight, inputs, outputs, rank, seed=seed, name=self.name)
 
     @functools.cached_property
     def stored(self) -> tuple[Parts, Tensor | None]:

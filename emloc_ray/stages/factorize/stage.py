@@ -99,7 +99,7 @@ def _storage(layout: Layout) -> Inputs:
     return {"storage": layout.storage} if layout.storage != "factors" else {}
 
 
-def _gradient_inputs(context: Context) -> Inputs:
+def _gradient_key(context: Context) -> Inputs:
     # Which linears have sums is left out: the sums of one are the same whatever the others.
     inputs = {key: value for key, value in gradient_inputs(context).items() if key != "linears"}
     return {"weighing": fingerprint([inputs, context.prepared.config.emulator.gradient_dampening_frac])}
@@ -120,7 +120,7 @@ def _allocation(context: Context) -> Inputs:
         "dampening_frac": context.prepared.config.emulator.dampening_frac,
         "dense": [name for name in layout.allocated if layout.may_be_dense(name)],
         "objective": layout.objective,
-        **_gradient_inputs(context),
+        **_gradient_key(context),
     }
 
 
@@ -155,7 +155,7 @@ def _factorize_inputs(context: Context) -> Inputs:
     if objective == "weights" or _reads_gradients(layout):
         inputs["objective"] = objective
     if _reads_gradients(layout):
-        inputs |= _gradient_inputs(context)
+        inputs |= _gradient_key(context)
     if config.emulator.quantization != "none" and not only_later:
         inputs["quantization"] = config.emulator.quantization
     if layout.bits and not only_later:

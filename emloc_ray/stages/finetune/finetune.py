@@ -190,7 +190,7 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
         if isinstance(failure := getattr(error, "controller_failure", None), EmlocError):
             raise failure from error
         watch.release()
-        time.sleep(losses.record_loss("the training", error))
+        time.sleep(losses.record_lost_worker("the training", error))
         discard(job.last_word_path)  # told by now
         return None
 

@@ -124,7 +124,7 @@ class FinalActorHandle:
                     self._pass_on(progress, tell, _SILENT_S)
                 return ray.get(answer)
             except ray.exceptions.RayError as error:
-                time.sleep(losses.record_loss("the final actor", error))
+                time.sleep(losses.record_lost_worker("the final actor", error))
 
     def _pass_on(self, progress: Progress, tell: Tell, patience_s: float = _ANSWER_S) -> None:
         self._asked = self._asked or self._actor.report.remote()

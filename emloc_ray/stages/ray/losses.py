@@ -83,7 +83,7 @@ class Losses:
         """Looks for nodes that are about to leave; to be called while work is waited for."""
         self._departures.look()
 
-    def record_loss(self, piece: str, error: BaseException, at: object = None) -> float:
+    def record_lost_worker(self, piece: str, error: BaseException, at: object = None) -> float:
         """Counts and reports a lost worker; returns the seconds to wait before its piece is restarted.
 
         Progress since the piece's last loss (another ``at``) starts the count again. Raises StageError after more than ``bound``
@@ -105,7 +105,7 @@ class Losses:
         return self._add(piece, why, what_to_do, error, at)
 
     def give_up_waiting(self, piece: str, why: str, error: BaseException | None = None, at: object = None) -> float:
-        """As :meth:`record_loss`, for a piece whose worker was ended because it gave nothing for too long."""
+        """As :meth:`record_lost_worker`, for a piece whose worker was ended because it gave nothing for too long."""
         self._measure("it gave nothing for too long")
         return self._add(piece, why, SILENT, error, at)
 

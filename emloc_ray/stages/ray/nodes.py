@@ -147,7 +147,8 @@ def memory_to_ask(
         if not grows:
             raise StageError(_too_large(stage, planned, able))
         return ours, (
-            f"{stage} is planned to hold {size(planned)} a worker, more than any node has: it waits for one that fits."
+            f"{stage} is planned to hold {size(planned)} a worker, more than any node has: it waits for one that fits; where none"
+            " will come, lower memory_budget."
         )
     remark = None
     if ours > largest:
@@ -159,7 +160,7 @@ def memory_to_ask(
     if together and not addable and sum(int(node["memory"] // ours) for node in able) < asked.num_workers:
         too_many = f"{stage} is planned to hold {size(planned)} in each of {asked.num_workers} workers at once, more than nodes"
         if grows:
-            return ours, f"{too_many} have now: it waits until more have joined."
+            return ours, f"{too_many} have now: it waits until more have joined; where none will, lower memory_budget."
         return 0, f"{too_many} have: it starts all the same, and may run out of memory."
     return ours, remark
 

@@ -207,7 +207,7 @@ class Flight:
             given: Timed | None = ray.get(next(task))
         except ray.exceptions.RayError as error:
             self._over(task)  # its worker may be at another's work, which a cancel would kill
-            self._again(piece, self.losses.record_loss(piece.name, error, piece.reached))
+            self._again(piece, self.losses.record_lost_worker(piece.name, error, piece.reached))
             return
         self._pace.gave(task)
         if given is None or (follows := piece.take(given, self.losses)) == "more":  # it has begun, or goes on

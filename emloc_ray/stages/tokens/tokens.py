@@ -96,7 +96,7 @@ def retried(work: Callable[[], Result], losses: Losses, piece: Callable[[], str]
             time.sleep(losses.give_up_waiting(piece(), str(error), error))
         except Exception as error:  # noqa: BLE001  Ray Data raises kinds of its own around Ray's
             # To find the piece means to look at what is written, of a store too.
-            time.sleep(losses.record_loss(piece() if is_lost(error) else "", error))
+            time.sleep(losses.record_lost_worker(piece() if is_lost(error) else "", error))
 
 
 def rows_of_splits(

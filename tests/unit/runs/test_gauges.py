@@ -58,7 +58,7 @@ def use_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise NumericsError("A NaN.")
     with monkeypatch.context() as patched:
         patched.setattr(ray, "is_initialized", lambda: True)
-        Losses("calibrate").record_loss("slot 0", ray.exceptions.WorkerCrashedError())
+        Losses("calibrate").record_lost_worker("slot 0", ray.exceptions.WorkerCrashedError())
     cache = ArtifactCache(str(folder / "cache"))
     tasks = (
         TaskState("a", "running", "calibrate", active=True),

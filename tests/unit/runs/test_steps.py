@@ -268,6 +268,11 @@ def test_a_model_s_own_code_is_of_this_user(
         )
     assert {own_only for _, own_only in asked[::2]} == {trusts}
     assert len({key for key, _ in asked}) == (2 if trusts else 1)
+    asked.clear()
+    monkeypatch.setattr(Cache, "knows_owners", False)  # as on an object store: nothing would ever be given
+    steps = Steps(changed, RecordingReporter(), AtOnce(), Cache(str(tmp_path / "cache")), forced=["data"])
+    steps.run(stage, Context(changed, prepared.source.directory))
+    assert bool(asked) != trusts
 
 
 def test_others_know_who_makes_an_artifact_and_how_it_gets_on(

@@ -106,6 +106,7 @@ def test_what_killed_processes_left_goes_after_a_day(root: Path, monkeypatch: py
     monkeypatch.setenv("EMLOC_RAY_CACHE_SIZE", f"{LIMIT}B")
     cache, hour, day = root.parent, 3600.0, 25 * 3600.0
     gone = [root / ".x.abc.tmp", root / "a" / ".y.abc.tmp" / "file", cache / "local=s3" / "hidden" / "h"]
+    gone.append(cache / ".local=s4.abc.tmp" / "hidden" / "h")  # whose removal was killed
     kept = [root / ".z.abc.tmp", root / "log", cache / "local=other" / "hidden" / "begun"]
     for file in (*gone, *kept, kept[2].with_name("ended")):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +114,7 @@ def test_what_killed_processes_left_goes_after_a_day(root: Path, monkeypatch: py
         old(file, hour if file in kept else day)
         old(file.parent, day)
     old(cache / "local=s3", day)
+    old(cache / ".local=s4.abc.tmp", day)
     old(root / "log", day)
     make_room(root, 0, written=FILE)
     assert [file for file in gone if file.exists()] == []

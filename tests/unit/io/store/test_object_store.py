@@ -46,8 +46,19 @@ def test_what_is_gone_already_keeps_no_other_object(gone: list[int], tmp_path: P
     stored = store.below("a")
     for number in gone:
         (tmp_path / "run" / "a" / f"{number:02d}").unlink()
+    client, asked = store.client, list[Any]()
+
+    class Counted:
+        list = client.list
+
+        def delete(self, keys: Any) -> None:
+            asked.append(keys)
+            client.delete(keys)
+
+    store.client = Counted()
     store.delete(sorted(stored, key=lambda one: one.path))
     assert store.below("a") == []
+    assert len(asked) <= 2
 
 
 def test_a_new_version_takes_the_place_of_the_old(store: ObjectStore, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_workers_lost_in_one_wave_do_not_count_in_the_next(
 ) -> None:
     def lost(losses: Losses) -> None:
         for _ in range(MAX_RESTARTS):
-            losses.record_loss("slot 0 at token shard 0", WorkerCrashedError())
+            losses.record_lost_worker("slot 0 at token shard 0", WorkerCrashedError())
 
     one_process.lost = lost
     told: list[str] = []

@@ -37,11 +37,11 @@ def test_what_is_lost_with_a_node_that_was_taken_back_does_not_count() -> None:
     losses.look()
     leaving.clear()  # it has gone
     for error in (taken_back(), NodeDiedError(f"Node IP: 10.0.0.3, node ID: {NODE}. This can happen if …")):
-        assert losses.record_loss("shard a", error) == 0
+        assert losses.record_lost_worker("shard a", error) == 0
     assert told == ["merge: shard a lost its worker because its node was taken back; restarted elsewhere."] * 2
     assert (losses.preempted, dict(losses.counts)) == (2, {})
     with pytest.raises(StageError, match="because its node died"):
-        losses.record_loss(
+        losses.record_lost_worker(
             "shard a", NodeDiedError(f"Node IP: 10.0.0.4, node ID: {'cd' * 28}. This can happen if the node was")
         )
 
@@ -209,9 +209,9 @@ def test_what_has_come_on_since_its_last_loss_is_counted_anew() -> None:
     losses.delays = (0.0,)
     for step in (0, 0, 5, 5, 9, 9):
         reached[0] = step
-        losses.record_loss("the training", WorkerCrashedError())
+        losses.record_lost_worker("the training", WorkerCrashedError())
     with pytest.raises(StageError, match="lost its worker 3 times"):
-        losses.record_loss("the training", WorkerCrashedError())
+        losses.record_lost_worker("the training", WorkerCrashedError())
 
 
 def job(tmp_path: Path) -> FinetuneJob:

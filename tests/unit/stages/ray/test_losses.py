@@ -110,7 +110,7 @@ def test_what_another_try_does_not_change_ends_the_stage_at_once(error: Exceptio
     for raised in (as_ray_raises(error) if isinstance(error, OSError) else error, behind):
         losses = Losses("merge")
         with pytest.raises(type(raised)):
-            losses.record_loss("shard a", raised)
+            losses.record_lost_worker("shard a", raised)
         assert not losses.counts
         assert said in str(explain(raised, "merge"))
 
@@ -125,8 +125,8 @@ def test_an_error_that_causes_itself_ends() -> None:
 def test_a_lost_worker_is_told_of_and_begun_again_later_each_time() -> None:
     told: list[str] = []
     losses = Losses("merge", told.append, bound=2)
-    delays = [losses.record_loss("shard a", WorkerCrashedError()) for _ in range(2)]
-    losses.record_loss("shard b", NodeDiedError("node"))
+    delays = [losses.record_lost_worker("shard a", WorkerCrashedError()) for _ in range(2)]
+    losses.record_lost_worker("shard b", NodeDiedError("node"))
     assert delays == sorted(delays)
     assert told == [
         "merge: shard a lost its worker because its process crashed or was killed; restarted (1 of 2).",
@@ -134,24 +134,24 @@ def test_a_lost_worker_is_told_of_and_begun_again_later_each_time() -> None:
         "merge: shard b lost its worker because its node died; restarted (1 of 2).",
     ]
     with pytest.raises(StageError, match=r"^merge: shard a lost its worker 3 times, the last time because its process"):
-        losses.record_loss("shard a", WorkerCrashedError())
+        losses.record_lost_worker("shard a", WorkerCrashedError())
 
 
 def test_what_the_work_itself_raised_is_not_begun_again() -> None:
     losses = Losses("merge")
     for error in (ValueError("x"), as_ray_raises(NumericsError("Layer q holds NaN.")), as_ray_raises(MemoryError())):
         with pytest.raises(type(error)):
-            losses.record_loss("shard a", error)
+            losses.record_lost_worker("shard a", error)
     assert not losses.counts
 
 
 def test_memory_is_named_where_it_killed_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = Losses("evaluate", bound=0)
     with pytest.raises(StageError, match="because its node ran out of memory: set memory_budget"):
-        losses.record_loss("part 1", OutOfMemoryError("node"))
+        losses.record_lost_worker("part 1", OutOfMemoryError("node"))
     monkeypatch.setattr(failures, "kernel_kills", lambda: 10**9)
     with pytest.raises(StageError, match="because the kernel killed a process for memory: set memory_budget"):
-        losses.record_loss("part 2", WorkerCrashedError())
+        losses.record_lost_worker("part 2", WorkerCrashedError())
 
 
 def test_a_trainings_failure_is_written_down_while_it_is_recovered_from(tmp_path: Path) -> None:

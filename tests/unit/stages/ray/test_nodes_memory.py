@@ -59,10 +59,10 @@ def test_a_cluster_that_grows_without_a_word_is_asked_for_what_is_planned() -> N
     assert memory_to_ask("calibrate", 20 * GIB, Resources(4, 2), False, [LARGE], grows=True) == (20 * GIB, None)
     memory, remark = memory_to_ask("correct", 40 * GIB, Resources(1, 1), False, [HEAD, SMALL], grows=True)
     assert memory == 40 * GIB
-    assert "more than any node has: it waits for one that fits." in str(remark)
+    assert "more than any node has: it waits for one that fits; where none will come, lower" in str(remark)
     memory, remark = memory_to_ask("finetune", 14 * GIB, Resources(3, 1), True, [SMALL, LARGE], grows=True)
     assert memory == 14 * GIB
-    assert "it waits until more have joined." in str(remark)
+    assert "it waits until more have joined; where none will" in str(remark)
     memory, _ = memory_to_ask("merge", 30 * GIB, Resources(1, 1), False, [LARGE], grows=True)
     assert memory == 28 * GIB  # a whole node
 

@@ -114,7 +114,7 @@ def test_blocks_that_are_done_between_losses_are_progress(
     def bounded(pieces: list[Any], limit: int, losses: Losses, *rest: Any, **more: Any) -> None:
         for position in losing:
             shutil.copy(refined.block_file(0), job.block_file(position))
-            losses.record_loss(pieces[0][0], WorkerCrashedError())
+            losses.record_lost_worker(pieces[0][0], WorkerCrashedError())
 
     job.work_dir.mkdir()
     monkeypatch.setattr(refining, "bounded", bounded)
