@@ -61,12 +61,14 @@ def fetch(
 
     with asking(run_uri):
         run = RunDirectory(place_of(run_uri)).existing()
+    notes: list[str] = []
     with progress_bar(console, "Fetching", in_bytes=True) as progress:
-        files = fetch(run, directory, part or (), progress, part_folder)
+        files = fetch(run, directory, part or (), progress, part_folder, notes.append)
     is_batch = run.manifest().get("kind") == "batch"
     for copy in sorted((directory / "tasks").glob("*")) if is_batch else [directory]:
         write_cards(RunDirectory(below(run.place, "tasks", copy.name)) if is_batch else run, copy)
-    console.print(escape(f"{len(files)} files written to {directory}"), soft_wrap=True)
+    for sentence in (*notes, f"{len(files)} files written to {directory}"):
+        console.print(escape(sentence), soft_wrap=True)
 
 
 class ResultOption(str, Enum):

@@ -12,6 +12,7 @@ from emloc_ray.io.store.object_store import MANIFEST, ObjectStore
 from emloc_ray.io.store.objects import Stored
 from emloc_ray.io.store.places import below
 from emloc_ray.io.store.replacing import replacing
+from emloc_ray.text import counted, listed
 
 _CONNECTIONS = 8
 
@@ -22,11 +23,12 @@ def fetch(
     parts: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
     folder: Callable[[RunDirectory, str], str] = lambda run, part: part,
+    tell: Callable[[str], None] = lambda sentence: None,
 ) -> list[Path]:
     """Writes the run's files (those of ``parts`` such as ``adapter`` or ``merged``, else all) to ``directory``; of a batch,
     those of all its tasks, without its cache. Returns the files written; what is there with the same content is left as it is,
     so that a broken fetch resumes. ``progress`` counts bytes. ``folder`` names a run's folder of a part; a task for which it
-    raises ConfigError is left out.
+    raises ConfigError is left out, which ``tell`` is told.
 
     Raises ConfigError where the run is in a file system or has no such part, or ``directory`` holds another run; ArtifactError
     where a file cannot be read, is not what its key names, or its name leads out of ``directory``.
@@ -37,7 +39,7 @@ def fetch(
     if (directory / MANIFEST).is_file() and RunDirectory(directory).manifest()["name"] != run.name:
         raise ConfigError(f"{directory} holds another run: name a new directory.")
     if run.manifest().get("kind") == "batch":
-        return _fetch_tasks(run, store, directory, parts, progress, folder)
+        return _fetch_tasks(run, store, directory, parts, progress, folder, tell)
     parts = [folder(run, part) for part in parts]
     names = [name for name in store.names() if not name.startswith("lock")]
     missing = sorted(set(parts) - set(names))
@@ -67,15 +69,21 @@ def _fetch_tasks(
     parts: Sequence[str],
     progress: Callable[[int, int], None],
     folder: Callable[[RunDirectory, str], str],
+    tell: Callable[[str], None],
 ) -> list[Path]:
     tasks = [
         RunDirectory(below(batch.place, "tasks", name)) for name in RunDirectory(below(batch.place, "tasks")).names()
     ]
-    there = {task: task.names() for task in tasks}
-    held = {task: _held(task, there[task], parts, folder) for task in tasks}
-    missing = sorted(set(parts).difference(*held.values()))
-    if missing:
-        raise ConfigError(f"No task of {batch.place} holds {missing[0]} yet.")
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        there = dict(zip(tasks, pool.map(RunDirectory.names, tasks), strict=True))
+        folders = pool.map(lambda task: _held(task, there[task], parts, folder), tasks)
+        held = dict(zip(tasks, folders, strict=True))
+    for part in parts:
+        lacking = [task.name for task in tasks if part not in held[task]]
+        if len(lacking) == len(tasks):
+            raise ConfigError(f"No task of {batch.place} holds {part} yet.")
+        if lacking:
+            tell(f"{counted(len(lacking), 'task')} without an up-to-date {part}: {listed(lacking)}.")
     names = [name for name in store.names() if name not in ("tasks", "cache") and not name.startswith("lock")]
     files = _fetch_plain(store, names, directory)
     for task, wanted in held.items():
