@@ -190,9 +190,9 @@ class Offloaded:
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead[0] != part.position:
             return self._sent(part)
-        _, weights, there = ahead
+        _, weights, copied = ahead
         stream = torch.cuda.current_stream(self.device)
-        stream.wait_event(there)
+        stream.wait_event(copied)
         for weight in weights:
             weight.record_stream(stream)
         return weights

@@ -331,12 +331,12 @@ def copy_checkpoint(source: Path, target: Path, progress: Callable[[int, int], N
     """Copies a checkpoint's weights, unless without ``weights``, configs and tokenizer, file by file; those that are whole in
     ``target`` stay. ``progress`` hears of the bytes."""
     files = [file for file in checkpoint_files(source) if weights or file.suffix != ".safetensors"]
-    there = {file.relative_to(target): size for file, size in sizes(target).items()}
+    present = {file.relative_to(target): size for file, size in sizes(target).items()}
     total, done = sum(file.stat().st_size for file in files), 0
     for file in files:
         size = file.stat().st_size
         name = file.relative_to(source)
-        if there.get(name) != size:
+        if present.get(name) != size:
             with file.open("rb") as stream, atomic_file(target / name) as copy:
                 while chunk := stream.read(COPY_BYTES):
                     copy.write(chunk)

@@ -90,12 +90,12 @@ def _check_regex(pattern: str, key: str) -> None:
 
 
 def _no_match(key: str, pattern: str, names: Sequence[str]) -> str:
-    there = suffixes(names)
-    near = difflib.get_close_matches(pattern, there, n=1, cutoff=0.6)
+    endings = suffixes(names)
+    near = difflib.get_close_matches(pattern, endings, n=1, cutoff=0.6)
     hint = f"; the nearest is {near[0]}" if near else ""
-    if pattern in there:  # in a list it would match
+    if pattern in endings:  # in a list it would match
         hint = f"; a text is a pattern of whole names: write [{pattern}]"
-    return f"{key}: {pattern!r} matches none of the {len(names)} linears (there are {', '.join(there[:20])}{hint})."
+    return f"{key}: {pattern!r} matches none of the {len(names)} linears (there are {', '.join(endings[:20])}{hint})."
 
 
 def portable_targets(chosen: Sequence[str], every_linear: Sequence[str]) -> list[str]:

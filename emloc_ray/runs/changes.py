@@ -38,9 +38,9 @@ def find_changes(prepared: Prepared, forced: Collection[str] = (), until: str = 
     removed = [stage for stage in steps if stage.name in kept and not stage.wanted(prepared)]
     outdated = _outdated(prepared, [stage for stage in steps if stage.wanted(prepared)], kept)
     following = STEPS[STEPS.index(outdated) :] if outdated is not None else ()
-    there = [stage for stage in following if stage.name in manifest["stages"] and stage.wanted(prepared)]
-    redone = [stage for stage in there if stage in up_to(until)]
-    if not there and not removed:
+    later = [stage for stage in following if stage.name in manifest["stages"] and stage.wanted(prepared)]
+    redone = [stage for stage in later if stage in up_to(until)]
+    if not later and not removed:
         return None
     config = (prepared.written_config or prepared.config).model_dump(mode="json")
     keys = _changed_keys(manifest["config"], without_secrets(config))
@@ -51,8 +51,8 @@ def find_changes(prepared: Prepared, forced: Collection[str] = (), until: str = 
     if redone:
         first, *others = (stage.name for stage in redone)
         does.append(f"redoes {first}" + (f", and of {', '.join(others)} what follows from it" if others else ""))
-    if len(redone) < len(there):
-        does.append(f"makes {', '.join(stage.name for stage in there[len(redone) :])} out of date")
+    if len(redone) < len(later):
+        does.append(f"makes {', '.join(stage.name for stage in later[len(redone) :])} out of date")
     if removed:
         does.append(f"removes {', '.join(stage.name for stage in removed)}")
     folders = ", ".join(f"{folder}/" for folder in _folders(prepared.run, [*redone, *removed]))

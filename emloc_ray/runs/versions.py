@@ -73,13 +73,13 @@ def is_begun_by_others(stage: Stage, begun: Mapping[str, Versions]) -> bool:
     return continues and stage.name in begun and begun[stage.name] != made_with(stage)
 
 
-def _redo(first: Stage, there: Collection[str], in_batch: bool) -> str:
-    """What redoes ``first`` and all that is ``there`` after it."""
+def _redo(first: Stage, names: Collection[str], in_batch: bool) -> str:
+    """What redoes ``first`` and the stages ``names`` after it."""
     if in_batch:
         return "name a new run_dir, which redoes all"
     verb = first.verb if first.redone_by_from else None
-    names = [stage.name for stage in STEPS if stage.name in there and (verb is None or stage.name in redone_from(verb))]
-    return f"{'--fresh' if verb is None else f'--from {verb}'} to redo {', '.join(names)}"
+    redone = [stage.name for stage in STEPS if stage.name in names and (verb is None or stage.name in redone_from(verb))]
+    return f"{'--fresh' if verb is None else f'--from {verb}'} to redo {', '.join(redone)}"
 
 
 def redone_from(begin: str | None) -> tuple[str, ...]:

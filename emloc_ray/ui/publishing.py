@@ -29,10 +29,10 @@ _CONVERTERS = {"merged": "convert_hf_to_gguf.py", "adapter": "convert_lora_to_gg
 def result_name(run: RunDirectory, part: Result) -> str:
     """The folder of a run's merged model, or of its last adapter for the original. Raises ConfigError where the run has not
     come so far, or not again since its config has changed or a stage is redone."""
-    manifest, there = run.existing().manifest(), run.names()
+    manifest, folders = run.existing().manifest(), run.names()
     current, names = current_stages(manifest), ["merged"] if part == "merged" else ["adapter_finished", "adapter"]
     for name in names:
-        if WRITTEN_BY[name] in current and name in there:
+        if WRITTEN_BY[name] in current and name in folders:
             return name
     last, step = names[-1], WRITTEN_BY[names[-1]]
     lack = f"{last}/ in {run.place} is out of date" if step in manifest["stages"] else f"{run.place} has no {last}/"
@@ -52,10 +52,10 @@ def local_copy(console: Console, run: RunDirectory, *names: str) -> Iterator[Pat
     if run.store is None:
         yield run.root
         return
-    there = set(run.names())
+    folders = set(run.names())
     with tempfile.TemporaryDirectory() as folder:
         with progress_bar(console, f"Fetching {run.name}", in_bytes=True) as progress:
-            fetch(run, Path(folder), [name for name in names if name in there], progress)
+            fetch(run, Path(folder), [name for name in names if name in folders], progress)
         yield Path(folder)
 
 

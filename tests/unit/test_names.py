@@ -9,7 +9,7 @@ from pathlib import Path
 import emloc_ray
 
 ROOT = Path(emloc_ray.__file__).parent
-EMPTY = {"found", "room", "some", "standing", "told", "way", "ways"}
+EMPTY = {"found", "room", "some", "standing", "there", "told", "way", "ways"}
 
 
 def names(node: ast.AST) -> Iterator[str]:

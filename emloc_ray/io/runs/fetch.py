@@ -75,8 +75,8 @@ def _fetch_tasks(
         RunDirectory(below(batch.place, "tasks", name)) for name in RunDirectory(below(batch.place, "tasks")).names()
     ]
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        there = dict(zip(tasks, pool.map(RunDirectory.names, tasks), strict=True))
-        folders = pool.map(lambda task: _held(task, there[task], parts, folder), tasks)
+        names_of = dict(zip(tasks, pool.map(RunDirectory.names, tasks), strict=True))
+        folders = pool.map(lambda task: _held(task, names_of[task], parts, folder), tasks)
         held = dict(zip(tasks, folders, strict=True))
     for part in parts:
         lacking = [task.name for task in tasks if part not in held[task]]
@@ -87,7 +87,7 @@ def _fetch_tasks(
     names = [name for name in store.names() if name not in ("tasks", "cache") and not name.startswith("lock")]
     files = _fetch_plain(store, names, directory)
     for task, wanted in held.items():
-        if MANIFEST in there[task] and (wanted or not parts):
+        if MANIFEST in names_of[task] and (wanted or not parts):
             files += fetch(task, _inside(directory / "tasks", task.name), list(wanted.values()), progress)
     return files
 

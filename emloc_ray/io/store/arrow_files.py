@@ -117,7 +117,7 @@ class StoreFiles(FileSystemHandler):  # type: ignore[misc]
     def copy_file(self, src: str, dest: str) -> None:
         """By :meth:`ObjectStore.copy`."""
         self.store.checked_manifest()
-        self.store.copy(self._there(src), self.store.key(dest))
+        self.store.copy(self._existing(src), self.store.key(dest))
 
     def open_input_stream(self, path: str) -> Any:
         """To read."""
@@ -125,9 +125,9 @@ class StoreFiles(FileSystemHandler):  # type: ignore[misc]
 
     def open_input_file(self, path: str) -> Any:
         """To read by ranges."""
-        return pa.PythonFile(ObjectFile(self.store, self._there(path)), mode="r")
+        return pa.PythonFile(ObjectFile(self.store, self._existing(path)), mode="r")
 
-    def _there(self, path: str) -> Stored:
+    def _existing(self, path: str) -> Stored:
         stored = self.store.find(path)
         if stored is None:
             raise FileNotFoundError(path)

@@ -216,8 +216,8 @@ class Objects:
                 self._trying(lambda keys=keys: self.client.delete(keys), "remove", part[0].path)  # type: ignore[misc]
             except FileNotFoundError:
                 # On Google Cloud and Azure the client stops at the first that is missing.
-                there = {stored.path for stored in self.below(posixpath.commonpath([s.path for s in part]))}
-                rest = [stored for stored in part if stored.path in there]
+                left = {stored.path for stored in self.below(posixpath.commonpath([s.path for s in part]))}
+                rest = [stored for stored in part if stored.path in left]
                 if len(rest) < len(part):
                     self.delete(rest)
 

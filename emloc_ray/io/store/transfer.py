@@ -54,11 +54,11 @@ def transfer(
     content (``target`` is as it was, or gone), ArtifactError where a store cannot be reached, TakenOver where ``target`` lies in
     a run that another process has taken.
     """
-    here, there = origin(source), origin(target)
+    here, goal = origin(source), origin(target)
     if here is None:
-        if there is None:
+        if goal is None:
             _link_file(source, target, size, sha256, look)
-        elif source.stat().st_size != size or there.store.add_version(there.path, source, target_listing) != sha256:
+        elif source.stat().st_size != size or goal.store.add_version(goal.path, source, target_listing) != sha256:
             discard(target)
             raise _damaged(source)
         return
@@ -67,16 +67,16 @@ def transfer(
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
     if info.size != size:
         raise _damaged(source)
-    if there is None:
+    if goal is None:
         with replacing(target) as temporary:
             here.store.download(info, temporary)
             note_digest(temporary, sha256)
             check_lock(target)
-    elif not _copied_in_bucket(here, info, there, target_listing):
-        there.root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=there.root, prefix=".", suffix=".tmp") as folder:
+    elif not _copied_in_bucket(here, info, goal, target_listing):
+        goal.root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=goal.root, prefix=".", suffix=".tmp") as folder:
             here.store.download(info, Path(folder, "file"))
-            there.store.add_version(there.path, Path(folder, "file"), target_listing)
+            goal.store.add_version(goal.path, Path(folder, "file"), target_listing)
 
 
 def _link_file(source: Path, target: Path, size: int, sha256: str, look: Look | None) -> None:
@@ -120,11 +120,11 @@ def _clone(source: Path, target: Path, look: Look | None) -> bool:
     return False
 
 
-def _copied_in_bucket(here: Origin, info: objects.Stored, there: Origin, target_listing: Listing | None) -> bool:
-    if there.store.client != here.store.client or info.size > objects.LARGEST_COPY:
+def _copied_in_bucket(here: Origin, info: objects.Stored, goal: Origin, target_listing: Listing | None) -> bool:
+    if goal.store.client != here.store.client or info.size > objects.LARGEST_COPY:
         return False
     try:
-        there.store.copy_version(there.path, here.store, info, target_listing)
+        goal.store.copy_version(goal.path, here.store, info, target_listing)
     except ArtifactError:  # on the way through this node every step is tried again
         return False
     return True
