@@ -78,7 +78,9 @@ def _redo(first: Stage, names: Collection[str], in_batch: bool) -> str:
     if in_batch:
         return "name a new run_dir, which redoes all"
     verb = first.verb if first.redone_by_from else None
-    redone = [stage.name for stage in STEPS if stage.name in names and (verb is None or stage.name in redone_from(verb))]
+    redone = [
+        stage.name for stage in STEPS if stage.name in names and (verb is None or stage.name in redone_from(verb))
+    ]
     return f"{'--fresh' if verb is None else f'--from {verb}'} to redo {', '.join(redone)}"
 
 
