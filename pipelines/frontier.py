@@ -18,7 +18,7 @@ PICTURE = HERE / "frontier.svg"
 MODELS = {"SmolLM2 135M": "frontier", "Gemma 3 270M": "frontier_gemma"}  # and the names of their results
 # What joins a kind's methods, and whether the kind is ours.
 KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
-    "one budget over ranks and bits": (("budget_1.1", "budget_2.4"), True),
+    "one budget over ranks and bits": (("budget_1.1", "budget_2.4", "budget_4.15"), True),
     "low rank in NF4": (("quarter_nf4", "factors_nf4"), True),
     "low rank": (("quarter", "factors"), True),
     "low rank, refined": (("factors_refined",), True),
