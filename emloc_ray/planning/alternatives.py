@@ -131,8 +131,8 @@ def _best(measured: Sequence[tuple[Alternative, float]]) -> Alternative | None:
 class _Candidates:
     """Every alternative within a budget, solved for when first asked for."""
 
-    def __init__(self, prepared: Prepared, budget: int, lengths: Lengths, speeds: Speeds) -> None:
-        self.prepared, self.budget, self.lengths, self.speeds = prepared, budget, lengths, speeds
+    def __init__(self, prepared: Prepared, memory_budget: int, lengths: Lengths, speeds: Speeds) -> None:
+        self.prepared, self.memory_budget, self.lengths, self.speeds = prepared, memory_budget, lengths, speeds
 
     def solve(
         self,
@@ -142,13 +142,14 @@ class _Candidates:
         largest_batch: int | None = None,
         unneeded: bool = False,
     ) -> Alternative:
-        memory = solve_for_budget(changed, self.budget, self.lengths, ratios, largest_batch)
+        """A way to train at the largest of the ``ratios`` and the largest batch that fit the memory."""
+        memory = solve_for_budget(changed, self.memory_budget, self.lengths, ratios, largest_batch)
         step = busy_seconds(training_cost(memory, 1), changed.config.finetune, self.speeds, memory.weights)
         needs_gradients = memory.config.emulator.asks_for_gradients is not None and memory.layout.gradient_linears
         gradients = int(memory.least_for_gradients()) if needs_gradients else 0
-        needed = max(training_bytes(memory), gradients if gradients > self.budget else 0)
+        needed = max(training_bytes(memory), gradients if gradients > self.memory_budget else 0)
         measured = measured_for(memory.config.emulator)
-        return Alternative(name, memory, needed, needed <= self.budget, step, measured, unneeded)
+        return Alternative(name, memory, needed, needed <= self.memory_budget, step, measured, unneeded)
 
     @functools.cached_property
     def resident(self) -> Alternative:

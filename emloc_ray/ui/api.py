@@ -93,10 +93,10 @@ def run(
     emloc_ray or its libraries as it is. ``accept_changes`` redoes and removes what is finished where the config or files have
     changed. Returns the content of metrics.json, with the places of what was made.
 
-    Raises ConfigError before any stage starts or anything but ``RUN_DIR.rows`` is written, which holds rows that are given,
-    and nothing either where keys are wrong; also where what is finished is of other versions, or
-    would be redone or removed unasked; EmlocError where a stage failed: finished stages stay, and the same call continues from
-    them, without ``begin`` and ``fresh``.
+    Raises ConfigError before any stage starts, where the config or the data is wrong, and where what is finished is of other
+    versions or would be redone or removed unasked. By then nothing is written but the rows that were given, in
+    ``RUN_DIR.rows``, and not even these where a key is wrong. Raises EmlocError where a stage failed: finished stages stay, and
+    the same call continues from them, without ``begin`` and ``fresh``.
     """
     whole = as_config(config, train, eval, keys)
     prepared = prepared or prepare(whole)

@@ -288,9 +288,10 @@ class ArtifactCache:
 
     def _has_sizes(self, entry: Entry, looks: Mapping[str, Look]) -> bool:
         folder = self._at.folder(entry.stage, entry.key) / _FILES
-        held = {folder / path: size for path, (_, _, size, *_) in looks.items()}
         if self._at.store is not None:
             held = sizes(folder)
+        else:
+            held = {folder / path: size for path, (_, _, size, *_) in looks.items()}
         return all(held.get(folder / path) == content["size"] for path, content in entry.files.items())
 
     @property

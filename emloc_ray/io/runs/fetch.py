@@ -28,7 +28,7 @@ def fetch(
     """Writes the run's files (those of ``parts`` such as ``adapter`` or ``merged``, else all) to ``directory``; of a batch,
     those of all its tasks, without its cache. Returns the files written; what is there with the same content is left as it is,
     so that a broken fetch resumes. ``progress`` counts bytes. ``folder`` names a run's folder of a part; a task for which it
-    raises ConfigError is left out, which ``tell`` is told.
+    raises ConfigError is left out, and ``tell`` is called with a sentence that names such tasks.
 
     Raises ConfigError where the run is in a file system or has no such part, or ``directory`` holds another run; ArtifactError
     where a file cannot be read, is not what its key names, or its name leads out of ``directory``.
@@ -83,7 +83,7 @@ def _fetch_tasks(
         if len(lacking) == len(tasks):
             raise ConfigError(f"No task of {batch.place} holds {part} yet.")
         if lacking:
-            tell(f"{counted(len(lacking), 'task')} without an up-to-date {part}: {listed(lacking)}.")
+            tell(f"Left out {counted(len(lacking), 'task')} without an up-to-date {part}: {listed(lacking)}.")
     names = [name for name in store.names() if name not in ("tasks", "cache") and not name.startswith("lock")]
     files = _fetch_plain(store, names, directory)
     for task, wanted in held.items():

@@ -27,20 +27,20 @@ _VERSIONS = ".versions"
 _FREE_SHARE = 0.1
 _SIZE_VARIABLE = "EMLOC_RAY_CACHE_SIZE"
 IN_USE_S = 600.0
-# To look at all copies takes long where they are many. So each of a node's processes, which may be so many, looks again when it
-# has added its part of the room that was left, or this share of all, where nothing can be dropped.
+# Looking at all copies takes long where they are many. So a process looks again only when it has added its part of the free
+# bytes, for a node of up to _PROCESSES processes, or at least _LEAST_SHARE of all bytes, where nothing can be dropped.
 _PROCESSES = 64
 _LEAST_SHARE = 0.001
-_SPARE_SHARE = 0.1  # of the room is freed beyond what is missing: what all of them add before they look again
-_SWEEP_S = 3600.0  # between two looks of a process at what killed ones left
+_SPARE_SHARE = 0.1  # of all bytes is freed beyond what is missing: what all processes add before they look again
+_SWEEP_S = 3600.0  # between two sweeps by a process
 _LEFT_S = 86400.0  # what has not changed for so long was left for good
 PATIENCE_S = 1800.0  # with one that fetches the same file: it may have been stopped
 _MAX_NAME = 255
 # What nobody adds to or alters in place, unlike logs.
 _NEVER_ALTERED = (".safetensors", ".arrow")
 _hashed: dict[tuple[object, ...], tuple[int, int]] = {}  # by what a copy is: its ctime and links when it was hashed
-_unasked: dict[Path, float] = {}  # bytes that this process may add before it looks at all copies again
-_swept: dict[Path, float] = {}  # when this process looked for what killed ones left
+_allowance: dict[Path, float] = {}  # bytes that this process may add before it looks at all copies again
+_swept: dict[Path, float] = {}  # when this process last swept a cache
 
 
 def note_of(root: Path, path: str) -> Path:
@@ -157,29 +157,29 @@ def make_room(root: Path, needed: int, kept_since: float = math.inf, written: in
     last minutes stays, and since ``kept_since``, in s since 1970; so does what is no copy of what a store holds, but for what
     killed processes left. ``written``: bytes that were added since the last call."""
     cache = root.parent
-    unasked = _unasked.get(cache, 0.0) - needed - written
-    if unasked >= 0:
-        _unasked[cache] = unasked
+    left = _allowance.get(cache, 0.0) - needed - written
+    if left >= 0:
+        _allowance[cache] = left
         return
     most, taken = _disk(root)
     if not os.environ.get(_SIZE_VARIABLE) and taken + needed <= most:
         return
     with alone(cache, "room"):
         _sweep(cache)
-        rooms, gained = _rooms(root), 0
-        missing = max(taken + needed - most for most, taken in rooms)  # another worker may have made some
+        limits, gained = _limits(root), 0
+        missing = max(taken + needed - most for most, taken in limits)  # another worker may have made some
         if missing > 0:
-            missing += int(_SPARE_SHARE * min(most for most, _ in rooms))
+            missing += int(_SPARE_SHARE * min(most for most, _ in limits))
             for used, owner, path in sorted(_copies(cache)):
                 if gained >= missing or used >= min(time.time() - IN_USE_S, kept_since):
                     break
                 gained += _drop(owner, path)
-        _unasked[cache] = min(
-            max((most - taken - needed + gained) / _PROCESSES, _LEAST_SHARE * most) for most, taken in rooms
+        _allowance[cache] = min(
+            max((most - taken - needed + gained) / _PROCESSES, _LEAST_SHARE * most) for most, taken in limits
         )
 
 
-def _rooms(root: Path) -> list[tuple[int, int]]:
+def _limits(root: Path) -> list[tuple[int, int]]:
     """How many bytes there may be and are: on the disk and, where that is bounded, in all copies."""
     most = os.environ.get(_SIZE_VARIABLE)
     return [_disk(root), *([(_bytes(most), _held(root.parent))] if most else [])]

@@ -54,29 +54,32 @@ def transfer(
     content (``target`` is as it was, or gone), ArtifactError where a store cannot be reached, TakenOver where ``target`` lies in
     a run that another process has taken.
     """
-    here, goal = origin(source), origin(target)
-    if here is None:
-        if goal is None:
+    source_at, target_at = origin(source), origin(target)
+    if source_at is None:
+        if target_at is None:
             _link_file(source, target, size, sha256, look)
-        elif source.stat().st_size != size or goal.store.add_version(goal.path, source, target_listing) != sha256:
+        elif (
+            source.stat().st_size != size
+            or target_at.store.add_version(target_at.path, source, target_listing) != sha256
+        ):
             discard(target)
             raise _damaged(source)
         return
-    info = here.store.version_of(here.path, sha256, source_listing)
+    info = source_at.store.version_of(source_at.path, sha256, source_listing)
     if info is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
     if info.size != size:
         raise _damaged(source)
-    if goal is None:
+    if target_at is None:
         with replacing(target) as temporary:
-            here.store.download(info, temporary)
+            source_at.store.download(info, temporary)
             note_digest(temporary, sha256)
             check_lock(target)
-    elif not _copied_in_bucket(here, info, goal, target_listing):
-        goal.root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=goal.root, prefix=".", suffix=".tmp") as folder:
-            here.store.download(info, Path(folder, "file"))
-            goal.store.add_version(goal.path, Path(folder, "file"), target_listing)
+    elif not _copied_in_bucket(source_at, info, target_at, target_listing):
+        target_at.root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target_at.root, prefix=".", suffix=".tmp") as folder:
+            source_at.store.download(info, Path(folder, "file"))
+            target_at.store.add_version(target_at.path, Path(folder, "file"), target_listing)
 
 
 def _link_file(source: Path, target: Path, size: int, sha256: str, look: Look | None) -> None:
@@ -90,9 +93,8 @@ def _link_file(source: Path, target: Path, size: int, sha256: str, look: Look | 
                     temporary.chmod(status.st_mode & 0o555)  # what is altered in place would be altered for all
         except FileNotFoundError:
             raise
-        except (
-            OSError
-        ):  # another file system, one without hard links, too many links, another user's file or not this one
+        # Another file system, one without hard links, too many links, another user's file, or not the one that was checked.
+        except OSError:
             temporary.unlink(missing_ok=True)
             with source.open("rb") as stream, HashingWriter(io.FileIO(temporary, "wb")) as file:
                 shutil.copyfileobj(stream, file, _CHUNK)
@@ -120,11 +122,13 @@ def _clone(source: Path, target: Path, look: Look | None) -> bool:
     return False
 
 
-def _copied_in_bucket(here: Origin, info: objects.Stored, goal: Origin, target_listing: Listing | None) -> bool:
-    if goal.store.client != here.store.client or info.size > objects.LARGEST_COPY:
+def _copied_in_bucket(
+    source_at: Origin, info: objects.Stored, target_at: Origin, target_listing: Listing | None
+) -> bool:
+    if target_at.store.client != source_at.store.client or info.size > objects.LARGEST_COPY:
         return False
     try:
-        goal.store.copy_version(goal.path, here.store, info, target_listing)
+        target_at.store.copy_version(target_at.path, source_at.store, info, target_listing)
     except ArtifactError:  # on the way through this node every step is tried again
         return False
     return True

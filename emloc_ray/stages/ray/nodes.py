@@ -75,8 +75,8 @@ def grown_cluster() -> dict[str, float]:
 def check_workers(stages: Iterable[tuple[str, Resources, bool]]) -> None:
     """Raises ConfigError where a worker of a stage asks for more CPUs or GPUs than any node has, or is planned to hold more than
     any node's memory, or where workers that have to run together (the flag) do not fit on all nodes at once. Nodes that an
-    autoscaler may add count: without them the stage would wait for ever. On a single node memory decides nothing. Where nodes
-    may be added that nobody knows of, a stage waits, and :func:`shortage` tells."""
+    autoscaler may add count: without them the stage would wait for ever. On a single node memory decides nothing. Nothing
+    is raised under an autoscaler that tells Ray no limits: there a stage waits, and :func:`shortage` says what for."""
     if has_unknown_autoscaler():
         return
     reach, problems = reachable_nodes(), []

@@ -32,6 +32,7 @@ from emloc_ray.stages.context import Context, Inputs
 from emloc_ray.stages.factorize.stage import FACTORIZE
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.ray.tasks import Resources
+from emloc_ray.stages.stage import Stage
 from emloc_ray.stages.tokens.stage import DATA
 
 Versions = dict[str, str]
@@ -59,6 +60,18 @@ def finish(prepared: Prepared, *names: str) -> None:
     for stage in STEPS:
         if stage.name in names:
             prepared.run.commit(stage.name, "key", [], usage, versions.made_with(stage))
+
+
+def made_at_once() -> Stage:
+    """A stage of no inputs and no files, which may come from a cache."""
+    return replace(
+        DATA,
+        outputs=(),
+        inputs=lambda context: {},
+        cache_inputs=lambda context: {},
+        run=lambda *_: {"splits": {}},
+        remarks=lambda *_: (),
+    )
 
 
 def refusal(prepared: Prepared, **options: Any) -> str:
@@ -250,14 +263,7 @@ def test_a_model_s_own_code_is_of_this_user(
 
     model = prepared.config.model.model_copy(update={"trust_remote_code": trusts})
     config = prepared.config.model_copy(update={"model": model})
-    stage = replace(
-        DATA,
-        outputs=(),
-        inputs=lambda context: {},
-        cache_inputs=lambda context: {},
-        run=lambda *_: {"splits": {}},
-        remarks=lambda *_: (),
-    )
+    stage = made_at_once()
     for user in (1, 2):
         monkeypatch.setattr(os, "geteuid", lambda user=user: user)
         run = RunDirectory(tmp_path / f"of {user}")
@@ -286,14 +292,7 @@ def test_others_know_who_makes_an_artifact_and_how_it_gets_on(
             asked.append(how)
             return super().alone(*given, **how)
 
-    stage = replace(
-        DATA,
-        outputs=(),
-        inputs=lambda context: {},
-        cache_inputs=lambda context: {},
-        run=lambda *_: {"splits": {}},
-        remarks=lambda *_: (),
-    )
+    stage = made_at_once()
     turns = AtOnce()
     Steps(prepared, RecordingReporter(), turns, Cache(str(tmp_path / "cache"))).run(
         stage, Context(prepared, prepared.source.directory)

@@ -99,7 +99,7 @@ def test_a_batch_comes_with_all_its_tasks(s3_port: int, node_cache: Path, tmp_pa
     assert files == ["config.yaml", "manifest.json", *of_tasks]
     sentences: list[str] = []
     fetch(batch, tmp_path / "part", ["adapter"], tell=sentences.append)
-    assert sentences == ["2 tasks without an up-to-date adapter: late, second."]
+    assert sentences == ["Left out 2 tasks without an up-to-date adapter: late, second."]
     assert (tmp_path / "part" / "tasks" / "first" / "adapter").is_dir()
     assert not (tmp_path / "part" / "tasks" / "second").exists()
 

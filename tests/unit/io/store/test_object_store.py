@@ -58,7 +58,7 @@ def test_what_is_gone_already_keeps_no_other_object(gone: list[int], tmp_path: P
     store.client = Counted()
     store.delete(sorted(stored, key=lambda one: one.path))
     assert store.below("a") == []
-    assert len(asked) <= 2
+    assert len(asked) <= 10  # one each time that the list was behind what the client still removed
 
 
 def test_a_new_version_takes_the_place_of_the_old(store: ObjectStore, tmp_path: Path) -> None:
