@@ -112,6 +112,23 @@ def _t5() -> Any:
     )
 
 
+def _bart() -> Any:
+    """Encoder and decoder, of a type whose decoder transformers opens alone as well: the architecture says which."""
+    more = {"decoder_start_token_id": EOS, "forced_eos_token_id": None, "tie_word_embeddings": True}
+    return transformers.BartConfig(
+        d_model=HIDDEN,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=2 * HIDDEN,
+        decoder_ffn_dim=2 * HIDDEN,
+        max_position_embeddings=128,
+        architectures=["BartForConditionalGeneration"],
+        **{**_TOKENS, **more},
+    )
+
+
 # Of each kind one that no other test runs on Ray; all others go through the same stages' plain functions.
 ON_RAY = ("T5", "gpt-oss", "Qwen2.5-VL")
 
@@ -138,6 +155,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Qwen3-MoE": _qwen3_moe,
     "gpt-oss": _gpt_oss,
     "T5": _t5,
+    "BART": _bart,
 }
 
 

@@ -183,6 +183,34 @@ def _qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
     return config, _qwen_processor(transformers.Qwen3VLProcessor, tokenizer)
 
 
+def _qwen35(tokenizer: Any) -> tuple[Any, Any]:
+    """Linear attention in one block, full in the other; transformers opens its text model alone by the same type."""
+    vision = {
+        "depth": 2,
+        "hidden_size": HIDDEN,
+        "out_hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_heads": 4,
+        "patch_size": 7,
+        "num_position_embeddings": 36,
+    }
+    linear = {
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+    }
+    kinds = ["linear_attention", "full_attention"]
+    rope = {**_MROPE, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
+    config = transformers.Qwen3_5Config(
+        text_config={**_TEXT, **linear, "head_dim": 16, "layer_types": kinds, "rope_parameters": rope},
+        vision_config=vision,
+        architectures=["Qwen3_5ForConditionalGeneration"],
+        **_qwen_ids(tokenizer),
+    )
+    return config, _qwen_processor(transformers.Qwen3VLProcessor, tokenizer)
+
+
 def _gemma3(tokenizer: Any) -> tuple[Any, Any]:
     """Tokens of one image see each other both ways: its processor tells which they are, by a name of its own."""
     vision = transformers.SiglipVisionConfig(
@@ -216,6 +244,7 @@ VLMS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "Qwen2-VL": _qwen2_vl,
     "Qwen2.5-VL": _qwen25_vl,
     "Qwen3-VL": _qwen3_vl,
+    "Qwen3.5": _qwen35,
 }
 
 

@@ -108,14 +108,26 @@ class LinearSpec:
 
 
 def auto_class(config: Any) -> Any:
-    """The transformers Auto class that opens models of this config, the most specific first."""
+    """The transformers Auto class that opens models of this config: the one whose class the config's ``architectures`` name,
+    as a type may be a decoder alone in one and a whole model in another, else the most specific."""
+    opened = {}
     for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM"):
         auto = getattr(transformers, name)
-        if type(config) in auto._model_mapping or (getattr(config, "auto_map", None) or {}).get(name):
-            return auto
-    raise ConfigError(
-        f"Models of type {config.model_type} have no language-model head in transformers: choose another."
-    )
+        remote = (getattr(config, "auto_map", None) or {}).get(name)
+        if remote or type(config) in auto._model_mapping:
+            opened[auto] = remote.rpartition(".")[2] if remote else _mapped(auto, config)
+    if not opened:
+        raise ConfigError(
+            f"Models of type {config.model_type} have no language-model head in transformers: choose another."
+        )
+    named = getattr(config, "architectures", None) or ()
+    return next((auto for auto, model in opened.items() if model in named), next(iter(opened)))
+
+
+def _mapped(auto: Any, config: Any) -> str:
+    """The name of the class that an Auto class opens models of this config with."""
+    model = auto._model_mapping[type(config)]
+    return str((model[0] if isinstance(model, tuple) else model).__name__)
 
 
 def empty_model(config: Any, trust_remote_code: bool = False, attn_implementation: str | None = None) -> Any:
