@@ -232,20 +232,21 @@ def test_the_readmes_advice_has_the_figures_of_its_tables() -> None:
     """What emulators in few bits closed, in *When to use it*."""
     text, results = (ROOT / "README.md").read_text(), read_results(RESULTS)
 
-    def closed(name: str, method: str, dataset: str = "summaries") -> str:
-        row = next(row for row in results[name]["rows"] if row["label"]["method"] == method)
-        return f"{100 * row['datasets'][dataset]['gap_closed']['mean']:.0f}"
+    def closed(method: str, *tables: str) -> str:
+        """The mean over the data sets of tables of the same seeds."""
+        rows = [row for name in tables for row in results[name]["rows"] if row["label"]["method"] == method]
+        means = [figures["gap_closed"]["mean"] for row in rows for figures in row["datasets"].values()]
+        return f"{100 * sum(means) / len(means):.0f}"
 
-    assert closed("equal_bytes", "int4") == "100"
-    assert f"`int4` kept all of what LoRA on the original gains, `int3` {closed('equal_bytes', 'int3')} %" in text
-    assert f"and `nf4` {closed('equal_bytes', 'nf4')} %" in text
-    names, code = (closed("equal_bytes_tasks", "budget_2.4", dataset) for dataset in ("names", "code"))
-    assert len(results["equal_bytes_tasks"]["config"]["seeds"]) == 2
-    assert (
-        f"it kept {closed('equal_bytes', 'budget_2.4')} % in those runs, {names} and {code} % on two other tasks"
-        " (two seeds), and" in text
-    )
-    assert f"[{closed('one_bit', 'budget_healed_exact')} % at 1.1 bits]" in text
+    everywhere = ("equal_bytes", "equal_bytes_tasks")
+    assert [results[name]["config"]["seeds"] for name in everywhere] == [[0, 1, 2], [0, 1, 2]]
+    assert closed("int4", *everywhere) == "100"
+    assert f"`int4` kept all of what LoRA on the original gains, `int3` {closed('int3', *everywhere)} %" in text
+    assert f"and `nf4` {closed('nf4', *everywhere)} %" in text
+    healed = closed("budget_1.1_healed", *everywhere)
+    assert f"it kept {closed('budget_2.4', *everywhere)} % in those runs, at 1.1 bits, healed, {healed} %;" in text
+    exact = closed("budget_healed_exact", "one_bit")
+    assert f"{closed('budget_1.1_healed', 'equal_bytes')} %, and [{exact} %](pipelines/README.md#at-11-bits)" in text
 
 
 def test_every_grid_has_a_table() -> None:
