@@ -23,7 +23,7 @@ _SPREADING = {
     2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
     1: (torch.int64, ((28, 0x0000000F0000000F), (14, 0x0003000300030003), (7, 0x0101010101010101))),
 }
-_GRAPHS = 64
+_GRAPHS = 256
 SCALE_STEPS = 8  # of an octave
 
 
@@ -101,9 +101,10 @@ def cuda_unpacking(device: torch.device) -> Callable[..., Tensor]:
 def _compiled(device: torch.device) -> Callable[..., Tensor]:
     from torch._dynamo import config
 
-    # Few shapes and dtypes of weights; beyond the limit, which is 8, torch would run the elements uncompiled, in silence.
+    # A graph for each shape and width: with sizes that it learns as it runs, an element takes four divisions by them, some ten
+    # times the instructions. Beyond the limit, which is 8, torch would run the elements uncompiled, in silence.
     config.recompile_limit = max(config.recompile_limit, _GRAPHS)
-    compiled: Callable[..., Tensor] = torch.compile(by_elements, dynamic=True)
+    compiled: Callable[..., Tensor] = torch.compile(by_elements, dynamic=False)
     packed, grid = (torch.zeros(8, count, dtype=torch.uint8, device=device) for count in (32, 2))
     compiled(packed, grid, grid, torch.zeros((), device=device), 4, 64, 32)
     return compiled
