@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.io.runs.fingerprint import Looks, looks_in
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ def pack_rows(lengths: Sequence[int] | NDArray[np.int64], limit: int) -> Packs:
 
 def packs_of(tokens_dir: Path, limit: int) -> Packs:
     """The packs of a split's rows, which follow from their lengths; made once a process."""
-    return _packs_of(str(tokens_dir), limit, json.dumps(TokenShards(tokens_dir).index))
+    return _packs_of(str(tokens_dir), limit, json.dumps(TokenShards(tokens_dir).index), looks_in(tokens_dir))
 
 
 @functools.lru_cache(maxsize=4)
-def _packs_of(tokens_dir: str, limit: int, index: str) -> Packs:
+def _packs_of(tokens_dir: str, limit: int, index: str, looks: Looks) -> Packs:
     return pack_rows(TokenShards(tokens_dir).lengths(), limit)
 
 

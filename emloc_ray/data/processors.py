@@ -15,6 +15,7 @@ from emloc_ray.data.chats import ROW_S, cpu_limit
 from emloc_ray.data.formats import RowImage, Tokens
 from emloc_ray.data.images import decode
 from emloc_ray.errors import ConfigError, DataError
+from emloc_ray.io.runs.fingerprint import Looks, looks_in
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.text import one_line
 
@@ -26,10 +27,14 @@ _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 _OF_TEXT = ("input_ids", "attention_mask", *_TOKEN_TYPES)
 
 
-@functools.lru_cache(maxsize=2)
 def open_processor(directory: str, trust_remote_code: bool = False) -> Any:
     """The processor in a model's directory; None where the model has none for images. Raises ConfigError where it does not
-    open, as without Pillow."""
+    open, as without Pillow. Opened once a process while its files stay."""
+    return _open(directory, trust_remote_code, looks_in(Path(directory)))
+
+
+@functools.lru_cache(maxsize=2)
+def _open(directory: str, trust_remote_code: bool, looks: Looks) -> Any:
     from transformers import AutoProcessor
 
     ensure(Path(directory), weights=False)

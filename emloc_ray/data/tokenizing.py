@@ -24,6 +24,7 @@ from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard, written_counts
 from emloc_ray.data.units import Unit, mapped, shard_units
 from emloc_ray.errors import DataError
+from emloc_ray.io.runs.fingerprint import Looks, looks_in
 from emloc_ray.io.store.node_cache import ensure, sizes
 
 _COUNTS = (
@@ -57,7 +58,10 @@ class TokenizeOptions:
     @property
     def may_show_images(self) -> bool:
         """Whether rows' images are read: the model has a processor for them, and messages show some."""
-        return self.format in {*CHATS, "auto"} and open_processor(self.tokenizer, self.trust_remote_code) is not None
+        return self._takes_images(open_processor(self.tokenizer, self.trust_remote_code))
+
+    def _takes_images(self, processor: Any) -> bool:
+        return self.format in {*CHATS, "auto"} and processor is not None
 
     def tokens(
         self, rows: Iterable[tuple[str, Row]], decoder: Callable[[bytes], Any] = decode
@@ -66,18 +70,18 @@ class TokenizeOptions:
         chat whose template rewrites earlier turns; None for a bad row that is skipped. Holds at most 256 rows, or 32 with their
         images, which ``decoder`` opens."""
         tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
-        stream = iter(rows)
-        size = IMAGE_ROWS_PER_BATCH if self.may_show_images else ROWS_PER_BATCH
-        while batch := list(itertools.islice(stream, size)):
-            asks = self.may_show_images and any(_asks_a_server(row, where) for where, row in batch)
-            parts = each(functools.partial(self._sequences, decoder), batch, asks)
+        processor = open_processor(self.tokenizer, self.trust_remote_code)
+        takes_images, stream = self._takes_images(processor), iter(rows)
+        while batch := list(itertools.islice(stream, IMAGE_ROWS_PER_BATCH if takes_images else ROWS_PER_BATCH)):
+            asks = takes_images and any(_asks_a_server(row, where) for where, row in batch)
+            parts = each(functools.partial(self._sequences, tokenizer, processor, decoder), batch, asks)
             encoded = iter(encode([segments for row in parts for segments in row or ()], tokenizer))
             yield from (None if row is None else list(itertools.islice(encoded, len(row))) for row in parts)
 
-    def _sequences(self, decoder: Callable[[bytes], Any], item: tuple[str, Row]) -> list[list[Segment]] | None:
+    def _sequences(
+        self, tokenizer: Any, processor: Any, decoder: Callable[[bytes], Any], item: tuple[str, Row]
+    ) -> list[list[Segment]] | None:
         where, row = item
-        tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
-        processor = open_processor(self.tokenizer, self.trust_remote_code)
         chats = any(getattr(owner, "chat_template", None) for owner in (tokenizer, processor))
         form = getattr(where, "row_format", "") or self.format
         try:
@@ -86,7 +90,7 @@ class TokenizeOptions:
             with value_errors(where):
                 row, kind = converted(row, form, dict(self.columns), where, chats)
                 check_row(row, kind, where, self.packing)
-                images = load_images(row, where, self.image_places, decoder) if self.may_show_images else []
+                images = load_images(row, where, self.image_places, decoder) if self._takes_images(processor) else []
                 return sequences(row, kind, tokenizer, where, self.has_encoder, processor, images, decoder)
         except DataError:
             if self.skip_bad_rows:
@@ -179,8 +183,12 @@ class RowLengths:
         return {"first": np.array(firsts, dtype=np.int64), "length": np.array(lengths, dtype=np.int64)}
 
 
-@functools.lru_cache(maxsize=1)
 def _tokenizer(path: str, trust_remote_code: bool) -> Any:
+    return _open_tokenizer(path, trust_remote_code, looks_in(Path(path)))
+
+
+@functools.lru_cache(maxsize=1)
+def _open_tokenizer(path: str, trust_remote_code: bool, looks: Looks) -> Any:
     from transformers import AutoTokenizer
 
     ensure(Path(path), weights=False)

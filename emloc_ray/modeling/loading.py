@@ -23,7 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from emloc_ray.core.precision import computes_bfloat16
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_index
-from emloc_ray.io.runs.fingerprint import content_of
+from emloc_ray.io.runs.fingerprint import Looks, content_of, looks_in
 from emloc_ray.io.store.atomic import COPY_BYTES, atomic_file, copy_file
 from emloc_ray.io.store.node_cache import ensure, sizes
 from emloc_ray.io.store.places import looked_in
@@ -289,12 +289,18 @@ def _open_tokenizer(source: ModelSource, advice: str, **options: Any) -> Any:
 def tokenizer_dir(source: ModelSource) -> Path:
     """A directory whose tokenizer is the model's: its own; of a GGUF file one that lasts as long as this process. Raises
     ConfigError where that has none that opens."""
-    return source.directory if source.gguf_file is None else _gguf_tokenizer(source)
+    return source.directory if source.gguf_file is None else _gguf_tokenizer(source, looks_in(source.directory))
+
+
+def token_counter(source: ModelSource, trust_remote_code: bool = False) -> Callable[[Sequence[str]], int] | None:
+    """How many tokens texts have together; None where no tokenizer opens, as beside an index without weights."""
+    return _token_counter(source, trust_remote_code, looks_in(source.directory))
 
 
 @functools.lru_cache(maxsize=4)
-def token_counter(source: ModelSource, trust_remote_code: bool = False) -> Callable[[Sequence[str]], int] | None:
-    """How many tokens texts have together; None where no tokenizer opens, as beside an index without weights."""
+def _token_counter(
+    source: ModelSource, trust_remote_code: bool, looks: Looks
+) -> Callable[[Sequence[str]], int] | None:
     try:
         opened = ModelSource(tokenizer_dir(source))
         tokenizer = _open_tokenizer(opened, "its tokens are estimated", trust_remote_code=trust_remote_code)
@@ -306,7 +312,7 @@ def token_counter(source: ModelSource, trust_remote_code: bool = False) -> Calla
 
 
 @functools.lru_cache(maxsize=4)
-def _gguf_tokenizer(source: ModelSource) -> Path:
+def _gguf_tokenizer(source: ModelSource, looks: Looks) -> Path:
     tokenizer = _open_tokenizer(source, "name another", gguf_file=source.gguf_file)
     folder = Path(tempfile.mkdtemp(prefix="emloc-ray-tokenizer-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -11,6 +11,7 @@ from emloc_ray.data.processors import example, open_processor
 from emloc_ray.data.row_formats import CHATS
 from emloc_ray.data.token_shards import PAD_MULTIPLE, padded_length
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.runs.fingerprint import looks_in
 from emloc_ray.io.store.shared import Shared
 from emloc_ray.modeling.adapter_methods import count_parameters
 from emloc_ray.modeling.architecture import empty_model
@@ -22,7 +23,7 @@ from emloc_ray.modeling.packing import why_rows_mix
 from emloc_ray.planning.emulator_budget import spend_evenly
 from emloc_ray.planning.holding import blocks_share
 from emloc_ray.planning.layout import Layout, adapter_settings, make_layout
-from emloc_ray.planning.model_files import file_dtype_of, looks_of, named_dtype
+from emloc_ray.planning.model_files import file_dtype_of, named_dtype
 from emloc_ray.planning.skeleton import Skeleton, skeleton_of
 from emloc_ray.text import one_line
 
@@ -31,7 +32,7 @@ def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
     """The model's transformers config and its layout under this config, from its files' headers alone. Raises ConfigError where
     the model does not go with the config."""
     options = config.model
-    looks = looks_of(source)
+    looks = looks_in(source.directory)
     opened = source, options.trust_remote_code, options.attn_implementation
     skeleton = _SKELETONS.get((*opened, looks), lambda: _skeleton(*opened))
     if has_encoder(skeleton.config):

@@ -1,4 +1,4 @@
-"""What is seen of a model's files before they are read: how they look, and the dtype of their numbers."""
+"""What is seen of a model's files before they are read: the dtype of their numbers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from emloc_ray.io.formats.checkpoint import SINGLE_NAME, read_index, read_shard
+from emloc_ray.io.runs.fingerprint import looks_in
 from emloc_ray.io.store.shared import Shared
 
 if TYPE_CHECKING:
@@ -16,18 +17,12 @@ if TYPE_CHECKING:
     from emloc_ray.modeling.loading import ModelSource
 
 
-def looks_of(source: ModelSource) -> tuple[tuple[str, int, int], ...]:
-    """Names, sizes and times of the files that a model is read from."""
-    named = [source.directory / source.gguf_file] if source.gguf_file else sorted(source.directory.iterdir())
-    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in named if file.is_file())
-
-
 def file_dtype_of(source: ModelSource) -> torch.dtype | None:
     """The dtype of most numbers in the model's files: single tensors may be wider, as biases of routers are. None for a GGUF
     file, and before a model of the hub is fetched."""
     if source.gguf_file is not None:
         return None
-    return _DTYPES.get((source, looks_of(source)), lambda: _most_numbers(source.directory))
+    return _DTYPES.get((source, looks_in(source.directory)), lambda: _most_numbers(source.directory))
 
 
 def named_dtype(

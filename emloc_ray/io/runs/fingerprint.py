@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from emloc_ray.io.store.digests import digest, noted_digest
+from emloc_ray.io.store.node_cache import is_stored
 from emloc_ray.io.store.replacing import replacing
 from emloc_ray.io.store.shared import Shared
 
 _LARGE = 2**26
 _READERS = 4
 _HEADER, _BLOCK, _BLOCKS = 2**20, 2**16, 32
+Looks = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def fingerprint(value: Any) -> str:
@@ -53,6 +55,15 @@ def look_of(file: Path) -> str:
     status = file.stat()
     blocks = _sampled(file) if status.st_size >= _LARGE else _SAMPLED.get((file, *_look(file)), lambda: _sampled(file))
     return f"{status.st_mtime_ns} {blocks}"
+
+
+def looks_in(directory: Path) -> Looks:
+    """The files in a directory, and chat templates below it, with their inodes, sizes and times: the key of what a process
+    keeps of them. None where it mirrors a store: its path names a lease, under which they stay."""
+    if is_stored(directory):
+        return ()
+    files = (file for pattern in ("*", "additional_chat_templates/*") for file in directory.glob(pattern))
+    return tuple(sorted((file.name, _look(file)) for file in files if file.is_file()))
 
 
 def _sampled(file: Path) -> str:

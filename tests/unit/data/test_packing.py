@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from emloc_ray.data.formats import Tokens
-from emloc_ray.data.packing import join, pack_rows
-from emloc_ray.data.token_shards import collate
+from emloc_ray.data.packing import join, pack_rows, packs_of
+from emloc_ray.data.token_shards import collate, shard_name, write_index, write_shard
 
 LIMIT = 24
 
@@ -40,3 +42,12 @@ def test_positions_begin_again_at_each_row_and_at_the_padding() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [8, 9, 0, 0, 0, 0, 0, 0]]
     assert batch["completion_mask"].sum().item() == 4
     assert "position_ids" not in collate(rows, 0)
+
+
+def test_other_rows_at_one_place_are_packed_by_their_own_lengths(tmp_path: Path) -> None:
+    packed = []
+    for lengths in ((1, 1, 6), (1, 6, 1)):
+        write_shard(tmp_path / shard_name(0), [Tokens([5] * length, [True] * length) for length in lengths])
+        write_index(tmp_path, [len(lengths)], {})
+        packed.append(packs_of(tmp_path, 8).rows.tolist())
+    assert packed == [[2, 0, 1], [1, 0, 2]]

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from plain_stages import tokenized_here
 from small_runs import task_rows, worker_processes, write_jsonl
+from tiny import make_tokenizer
 
 from emloc_ray.data import tokenizing, units
 from emloc_ray.data.reading import scan
@@ -205,3 +206,16 @@ def test_where_the_tokenizer_lies_does_not_matter(inline: None, options: Tokeniz
         )
         found.append(shards_of(tmp_path / name / "train"))
     assert found[0] == found[1]
+
+
+def test_a_tokenizer_that_was_saved_anew_is_opened_anew(tmp_path: Path) -> None:
+    options = TokenizeOptions(str(tmp_path), "messages", 64)
+    rows = [("row 1", {"messages": [{"role": r, "content": r} for r in ("user", "assistant")]})]
+    make_tokenizer("{{ raise_exception('no such role') }}").save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="no such role"):
+        list(options.tokens(rows))
+    make_tokenizer().save_pretrained(tmp_path)
+    [[first]] = options.tokens(rows)
+    make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}").save_pretrained(tmp_path)
+    [[other]] = options.tokens(rows)
+    assert first.input_ids != other.input_ids
