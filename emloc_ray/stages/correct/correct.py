@@ -20,7 +20,7 @@ from emloc_ray.stages.correct.scoring import Scoring, scored, selection_rows
 from emloc_ray.stages.correct.search import AUTO, best_choice
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.slots import run_slots, start_slot
-from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, run_tasks, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, newest, run_tasks, silent
 
 # Why adapters of a kind are plugged into the original as trained.
 AS_TRAINED = {
@@ -71,13 +71,15 @@ def correct(
     largest = sorted(plan.groups, key=_parameters, reverse=True)
     work = [(_names(bundle), (bundle, resources.device)) for bundle in bundles(largest, _parameters, resources)]
 
-    def by_groups(done: int, of: int) -> None:
-        # A worker with a GPU takes all its groups one after another: their files tell how far it is.
-        on_gpus = bool(resources.gpus_per_worker)
-        done = len(set(sizes(job.state_dir)) & paths) if on_gpus else len(paths) * done // of
-        progress(plan.num_passes + done, plan.total)
-
     paths = {group.path for group in plan.groups}
+    written = newest(lambda: len(set(sizes(job.state_dir)) & paths), 0)
+
+    def by_groups(done: int, of: int) -> int | None:
+        # A worker with a GPU takes all its groups one after another: their files tell how far it is.
+        count = written() if resources.gpus_per_worker else None
+        progress(plan.num_passes + (len(paths) * done // of if count is None else count), plan.total)
+        return count
+
     if work:
         # Opened for the tasks alone, as the adapter is in it.
         run_tasks(read_groups, Opened(job), work, resources, Losses("correct", tell), by_groups)

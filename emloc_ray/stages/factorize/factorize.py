@@ -47,7 +47,7 @@ from emloc_ray.stages.factorize.layer_reports import (
     write_spectra,
 )
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, bundles, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, bundles, newest, silent
 
 Parts = dict[str, dict[str, Tensor]]  # a linear's tensors by part, which is the end of a name, such as ``.up``
 GroupWork = tuple[Sequence[LinearSpec], StoredGram | None, Path]  # linears, their Gram, the shard of their factors
@@ -291,12 +291,14 @@ def build_emulator(
 
     left = len(todo) + sum(file not in written for file in files[len(work) :])
 
-    def by_files(done: int, of: int) -> None:
+    num_written = newest(lambda: len(set(sizes(job.out_dir)) & set(files)), total - left)
+
+    def by_files(done: int, of: int) -> int | None:
         # A worker with a GPU takes all its groups one after another: their files tell how far it is.
-        if done < of and resources.gpus_per_worker:
-            progress(min(len(set(sizes(job.out_dir)) & set(files)), total - 1), total)
-        else:
-            progress(total - math.ceil(left * (of - done) / max(of, 1)), total)
+        count = num_written() if done < of and resources.gpus_per_worker else None
+        by_tasks = total - math.ceil(left * (of - done) / max(of, 1))
+        progress(by_tasks if count is None else min(count, total - 1), total)
+        return count
 
     bounded(submits, resources.num_workers, Losses("factorize", tell), by_files, planned_s=resources.planned_s)
     kept_wide = job.kept_wide if job.in_4bit else None

@@ -36,7 +36,7 @@ from emloc_ray.stages.finetune.training import train_alone, train_loop
 from emloc_ray.stages.ray import pace
 from emloc_ray.stages.ray.losses import SILENT, Losses, Tell, explain, is_lost, last_line, unheard
 from emloc_ray.stages.ray.spans import Span, tell_span
-from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, silent
+from emloc_ray.stages.ray.tasks import LOOK_S, Progress, Resources, bounded, newest, silent
 from emloc_ray.text import Rate
 
 _POLL_S = 0.5
@@ -115,16 +115,25 @@ def run_alone(job: FinetuneJob, resources: Resources, tell: Tell, check: Callabl
         discard(job.begun_path)  # a try that was lost has left it
         return task.remote(job)
 
-    def give_up(done: int, total: int) -> None:
-        """Ends a training that is stopped while its task waits for a worker, which may never come."""
+    step = newest(lambda: read_small_file(job.step_path), b"")
+    is_stopped = newest(lambda: exists(job.stop_path) and not exists(job.begun_path), False)
+
+    def look(done: int, total: int) -> bytes:
+        """Ends a training that is stopped while its task waits for a worker, which may never come; else says how far it is."""
         check()
-        if exists(job.stop_path) and not exists(job.begun_path):
+        if is_stopped():
             raise Stopped(f"{job.stage} was stopped before it began.")
+        return step()
 
     losses = Losses(
-        job.stage, tell, job.max_failures, reached=lambda: _checkpoints(job), last_word=lambda: _last_word(job)
+        job.stage,
+        tell,
+        job.max_failures,
+        reached=newest(lambda: _checkpoints(job), set()),
+        last_word=newest(lambda: _last_word(job), ""),
     )
-    [outcome] = bounded([("the training", submit)], 1, losses, give_up, planned_s=resources.planned_s)
+    look_s = STORE_POLL_S if is_stored(job.storage_dir) else LOOK_S
+    [outcome] = bounded([("the training", submit)], 1, losses, look, look_s, resources.planned_s)
     return dict(outcome)
 
 
@@ -227,6 +236,8 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
+        if error.code:  # a SIGTERM's, which the run itself makes of it
+            raise
         raise KeyboardInterrupt from error
     finally:
         if in_main_thread:

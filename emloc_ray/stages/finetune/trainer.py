@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
+from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.json_lines import append_object
 from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import exists, is_stored, publish
@@ -213,11 +215,12 @@ class StepKeeper(TrainerCallback):
         request = _NOTHING
         if self.session.rank == 0 and time.monotonic() >= self._polled_at + self.poll_s:
             self._polled_at = time.monotonic()
-            if not is_stored(self.job.storage_dir) or self._polled_at >= self._shown_at + STORE_POLL_S:
-                self._show(step)
-            if exists(self.job.stop_path):
-                request = _STOP
-            elif time.monotonic() >= self._asked_node_at + self.ask_s:
+            with contextlib.suppress(ArtifactError, OSError):  # a store that does not answer now is asked again
+                if not is_stored(self.job.storage_dir) or self._polled_at >= self._shown_at + STORE_POLL_S:
+                    self._show(step)
+                if exists(self.job.stop_path):
+                    return _STOP
+            if time.monotonic() >= self._asked_node_at + self.ask_s:
                 request, self._asked_node_at = _ASK, time.monotonic()
         return request
 

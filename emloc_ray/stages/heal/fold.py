@@ -25,7 +25,7 @@ from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.nf4 import quantize_nf4
 from emloc_ray.stages.factorize.factorize import finish_emulator, whitening_of
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, run_tasks, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, newest, run_tasks, silent
 
 _CHUNK_BYTES = 2**25
 # ``.bias`` is that of pivoted factors: plain ones have it in ``.up``.
@@ -218,11 +218,13 @@ def fold(
     largest = sorted(shards, key=_num_bytes, reverse=True)
     work = [(f"shard {b[0].file.name}", (b, resources.device)) for b in bundles(largest, _num_bytes, resources)]
 
-    def by_files(done: int, of: int) -> None:
+    written = newest(lambda: len(set(sizes(job.out_dir)) & set(files)), 0)
+
+    def by_files(done: int, of: int) -> int | None:
         # A worker with a GPU writes many shards one after another: these tell how far it is.
-        if resources.gpus_per_worker:
-            done, of = len(set(sizes(job.out_dir)) & set(files)), len(files)
-        progress(done, of)
+        count = written() if resources.gpus_per_worker else None
+        progress(*((done, of) if count is None else (count, len(files))))
+        return count
 
     run_tasks(write_pieces, job, work, resources, Losses("heal", tell), by_files)
     kept_wide = job.kept_wide if job.in_4bit else None

@@ -24,7 +24,7 @@ from emloc_ray.io.store.node_cache import exists, is_stored, sizes
 from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.loss import teacher_logits
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import LOOK_S, Progress, Resources, bounded, silent
+from emloc_ray.stages.ray.tasks import LOOK_S, Progress, Resources, bounded, newest, silent
 
 _STORE_LOOK_S = 5.0
 
@@ -89,8 +89,12 @@ def teach(job: TeacherJob, resources: Resources, progress: Progress = silent, te
         named = task.options(name=f"heal: teacher, part {part + 1} of {num_parts}")
         return functools.partial(named.remote, job, part, num_parts)
 
-    def look(_done: int, _total: int) -> None:
-        progress(sum(file.suffix == ".safetensors" for file in sizes(job.out_dir)), len(shards))
+    written = newest(lambda: sum(file.suffix == ".safetensors" for file in sizes(job.out_dir)), 0)
+
+    def look(_done: int, _total: int) -> int:
+        count = written()
+        progress(count, len(shards))
+        return count
 
     parts = [(f"part {part + 1} of {num_parts} of the teacher's logits", submit(part)) for part in range(num_parts)]
     look_s = _STORE_LOOK_S if is_stored(job.out_dir) else LOOK_S

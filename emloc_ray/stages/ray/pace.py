@@ -88,19 +88,30 @@ class Pace:
         """``planned_s``: the seconds that all of it was planned to take; 0 where that is not known."""
         self._planned_s = planned_s
         self._since: dict[Any, float] = {}
+        self._starting: set[Any] = set()
+        self._left: object = None
         self._looked = -math.inf
         self._took: deque[float] = deque(maxlen=_LAST_PIECES)
 
-    def gave(self, task: Any) -> None:
-        """Notes that a task has yielded a piece; the first time, that it has begun."""
+    def gave(self, task: Any, starts: bool = False) -> None:
+        """Notes that a task has yielded a piece; the first time, that it has begun. ``starts``: what follows is no piece yet, and
+        may take as long as a piece may where few are known."""
         now = time.monotonic()
-        if task in self._since:
+        if task in self._since and task not in self._starting:
             self._took.append(now - self._since[task])
         self._since[task] = now
+        (self._starting.add if starts else self._starting.discard)(task)
+
+    def see(self, left: object) -> None:
+        """Notes what tasks have left so far beside what they yield; another value than before says that all of them go on."""
+        if left != self._left:
+            self._left, now = left, time.monotonic()
+            self._since = dict.fromkeys(self._since, now)
 
     def over(self, task: Any) -> None:
         """Forgets a task that has ended, or was lost."""
         self._since.pop(task, None)
+        self._starting.discard(task)
 
     def end_overdue(self) -> list[Ended]:
         """Cancels tasks whose current piece takes much longer than pieces usually do, or than the whole stage was planned to: a
@@ -113,15 +124,15 @@ class Pace:
         if now - self._looked < _LOOK_S:
             return []
         self._looked = now
-        known = bound(self._took, self._planned_s)
-        if known is None:
-            return []
-        late = [task for task, since in self._since.items() if now - since > known[0]]
+        piece = bound(self._took, self._planned_s)
+        start = bound([], self._planned_s) if self._starting else None
         ended = []
-        for task in late:
-            if not ray.wait([task], timeout=_LOOK_S)[0]:
+        for task, since in list(self._since.items()):
+            known = start if task in self._starting else piece
+            if known is not None and now - since > known[0] and not ray.wait([task], timeout=_LOOK_S)[0]:
                 ray.cancel(task, force=True)
-                ended.append(Ended(task, silence(time.monotonic() - self._since.pop(task), known[1])))
+                ended.append(Ended(task, silence(time.monotonic() - since, known[1])))
+                self.over(task)
         return ended
 
 

@@ -45,9 +45,10 @@ def begun_on(node: str | None) -> dict[str, Any]:
     return {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
 
 
-def work_off(units: Sequence[int], make: Callable[..., Any], *arguments: Any) -> Iterator[Timed]:
-    """Yields the slot's last safe unit, or -1; then each later unit when it is done; then None when all is committed. Ends with
-    :data:`LEFT` where its node is about to leave; what is done is committed by then."""
+def work_off(units: Sequence[int], make: Callable[..., Any], *arguments: Any) -> Iterator[Timed | None]:
+    """Yields None once it has begun, for until then it may wait for a worker; the slot's last safe unit, or -1; each later unit
+    when it is done; then None when all is committed. Ends with :data:`LEFT` where its node is about to leave; what is done is
+    committed by then."""
     made: list[Any] = []
     departures = Departures()
 
@@ -56,6 +57,7 @@ def work_off(units: Sequence[int], make: Callable[..., Any], *arguments: Any) ->
         position: int = made[0].position()
         return position
 
+    yield None
     try:
         begun: Timed = timed(begin)()
         yield begun
@@ -119,7 +121,7 @@ class _Slot(FlightTask):
         unit_name: str,
         done: Callable[[int, int], None],
     ) -> None:
-        super().__init__(f"slot {number}", self._start)
+        super().__init__(f"slot {number}", self._start, opens=True)
         self.number, self.units, self.start, self.unit_name, self.done = number, units, start, unit_name, done
         self.count = self.reached = bisect.bisect_right(units, safe)
         self._at = "its start"

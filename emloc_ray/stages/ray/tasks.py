@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import heapq
 import socket
@@ -13,13 +14,16 @@ from typing import Any, Literal, TypeVar
 import ray
 import torch
 
-from emloc_ray.errors import StageError
+from emloc_ray.errors import ArtifactError, StageError
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.pace import Pace
 from emloc_ray.stages.ray.spans import Span, Timed, tell_span, timed
 
 Progress = Callable[[int, int], None]
+Look = Callable[[int, int], object]
+"""A progress callback that may return what tasks have left so far; another value than before says that they go on."""
 Work = TypeVar("Work")
+Value = TypeVar("Value")
 Next = Literal["more", "over", "again"]  # after what a task gave
 _TASKS_A_WORKER = 16
 LOOK_S = 1.0  # between two looks at tasks in flight
@@ -27,6 +31,19 @@ LOOK_S = 1.0  # between two looks at tasks in flight
 
 def silent(done: int, total: int) -> None:
     """The progress callback that shows nothing."""
+
+
+def newest(ask: Callable[[], Value], first: Value) -> Callable[[], Value]:
+    """``ask`` for looks that end nothing: where a store or a file system does not answer, what it said last, ``first`` before."""
+    last = first
+
+    def said() -> Value:
+        nonlocal last
+        with contextlib.suppress(ArtifactError, OSError):
+            last = ask()
+        return last
+
+    return said
 
 
 # Workers that asked Ray for no GPU see none: torch would take the first, whoever else was given it.
@@ -55,14 +72,18 @@ def _on_worker(function: Callable[..., Any], threads: int) -> Callable[..., Iter
     return run
 
 
-@functools.cache
 def remote_task(function: Callable[..., Any], **options: Any) -> Any:
     """A function as a Ray task with these options, one for each function and choice of options.
 
     Ray takes whatever ``ray.remote`` makes for a kind of task of its own, with leases, queues and an exported function that are
     kept as long as the driver lives: some 10 KB and 2 ms a call, of the ten thousand in a batch of 500 tasks.
     """
-    if not options.get("num_gpus") and not _gpus_are_hidden():
+    return _remote_task(function, not options.get("num_gpus") and not _gpus_are_hidden(), **options)
+
+
+@functools.cache
+def _remote_task(function: Callable[..., Any], hides_gpus: bool, **options: Any) -> Any:
+    if hides_gpus:
         options["runtime_env"] = {"env_vars": NO_GPU_UNASKED}
     made: Any = ray.remote(**options)
     return made(function)
@@ -125,13 +146,15 @@ def set_threads(count: int) -> None:
 @dataclass(eq=False)
 class FlightTask:
     """A task of a :class:`Flight`: its name, the function that starts it, the earliest start (monotonic clock), its progress
-    and its result. ``submit`` starts one of :meth:`Resources.task`, so that its begin, its time and its memory are known."""
+    and its result. ``submit`` starts one of :meth:`Resources.task`, so that its begin, its time and its memory are known.
+    ``opens``: what it does first is no piece of work yet, as to open a model."""
 
     name: str
     submit: Callable[[], Any]
     begin: float = 0.0
     reached: int | None = None
     result: Any = None
+    opens: bool = False
 
     def take(self, given: Timed, losses: Losses) -> Next:
         """Keeps what the task gave."""
@@ -185,6 +208,10 @@ class Flight:
             time.sleep(timeout)
         return self.left > 0
 
+    def see(self, left: object) -> None:
+        """As :meth:`Pace.see`."""
+        self._pace.see(left)
+
     def __enter__(self) -> Flight:
         return self
 
@@ -209,7 +236,7 @@ class Flight:
             self._over(task)  # its worker may be at another's work, which a cancel would kill
             self._again(piece, self.losses.record_lost_worker(piece.name, error, piece.reached))
             return
-        self._pace.gave(task)
+        self._pace.gave(task, starts=given is None and piece.opens)
         if given is None or (follows := piece.take(given, self.losses)) == "more":  # it has begun, or goes on
             return
         self._over(task)
@@ -221,7 +248,7 @@ def bounded(
     tasks: Iterable[tuple[str, Callable[[], Any]]],
     limit: int,
     losses: Losses,
-    progress: Progress = silent,
+    progress: Look = silent,
     look_s: float = LOOK_S,
     planned_s: float = 0.0,
 ) -> list[Any]:
@@ -232,7 +259,7 @@ def bounded(
         for piece in pieces:
             flight.add(piece)
         while flight.pump(look_s):  # one that waits for a worker, or works for hours, is asked after all the same
-            progress(len(pieces) - flight.left, len(pieces))
+            flight.see(progress(len(pieces) - flight.left, len(pieces)))
         progress(len(pieces), len(pieces))
     return [piece.result for piece in pieces]
 
@@ -243,7 +270,7 @@ def run_tasks(
     pieces: Sequence[tuple[str, tuple[Any, ...]]],
     resources: Resources,
     losses: Losses,
-    progress: Progress = silent,
+    progress: Look = silent,
 ) -> list[Any]:
     """:func:`bounded` of a task ``function(shared, *arguments)`` for each of the ``pieces``, a name and arguments; ``shared``
     is sent once, and not held here meanwhile."""

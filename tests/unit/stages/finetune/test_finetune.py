@@ -53,6 +53,20 @@ def test_one_worker_runs_alone_unless_deepspeed_wants_a_group() -> None:
     assert runner_of(dataclasses.replace(JOB, zero_config={"zero_optimization": {}}), Resources(1)) is run_group
 
 
+@pytest.mark.parametrize(("code", "raised"), [(0, KeyboardInterrupt), (143, SystemExit)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_group_that_is_broken_off_ends_as_its_signal_asks(
+    code: int, raised: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Train makes an exit of Ctrl-C, the run itself one of SIGTERM."""
+
+    def fit(trainer: TorchTrainer) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(TorchTrainer, "fit", fit)
+    with pytest.raises(raised):
+        run_group(dataclasses.replace(JOB, storage_dir=tmp_path), Resources(2), print, lambda: None)
+
+
 def test_a_resumed_training_s_loss_is_that_of_all_its_steps() -> None:
     # Steps of losses 1 to 5, logged after the second, the third and the fifth.
     history = [{"step": 2, "loss": 1.5}, {"step": 3, "loss": 3.0}, {"step": 5, "loss": 4.5}]

@@ -13,6 +13,7 @@ import torch
 from faulting.s3 import uri
 
 from emloc_ray.io.formats.json_lines import append_object, read_objects
+from emloc_ray.io.store import objects
 from emloc_ray.io.store.node_cache import mirror
 from emloc_ray.stages.finetune import finetune as stage
 from emloc_ray.stages.finetune import trainer
@@ -20,6 +21,8 @@ from emloc_ray.stages.finetune.finetune import Watcher
 from emloc_ray.stages.finetune.group_callbacks import read_small_file
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.trainer import StepKeeper
+from emloc_ray.stages.ray.losses import Losses
+from emloc_ray.stages.ray.tasks import Resources
 
 JOB = FinetuneJob(Path("e"), Path("t"), Path("o"), Path("s"), "name", {}, None, "base", 4, 1)
 CPU = torch.device("cpu")
@@ -104,3 +107,24 @@ def test_a_driver_elsewhere_reads_both_from_the_store(s3_port: int, node_cache: 
         pass
     assert seen == [3]
     assert read_objects(read_small_file(job.log_path)) == [{"step": 4, "loss": 1.0}]
+
+
+def test_a_store_that_does_not_answer_ends_no_training(
+    session: Any, node_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its worker's step, nor the driver's look at it."""
+    monkeypatch.setattr(objects, "ATTEMPTS", 1)
+    job = dataclasses.replace(JOB, storage_dir=mirror(uri(9, "away/run")) / "training")
+    keeper = StepKeeper(job, session, poll_s=0)
+    assert keeper.sync_norm_and_stop(1.0, CPU, step=3) == 1.0
+    monkeypatch.setattr(trainer, "STORE_POLL_S", 0.0)
+    assert keeper.sync_norm_and_stop(1.0, CPU, step=4) == 1.0
+    looked: list[object] = []
+
+    def bounded(tasks: object, limit: int, losses: Losses, look: Any, *_: object) -> list[Any]:
+        looked.extend([look(0, 1), losses.last_word(), losses.reached()])
+        return [{}]
+
+    monkeypatch.setattr(stage, "bounded", bounded)
+    stage.run_alone(job, Resources(), print, lambda: None)
+    assert looked == [b"", "", set()]

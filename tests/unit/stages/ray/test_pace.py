@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from emloc_ray.stages.ray import pace, tasks
 from emloc_ray.stages.ray.losses import Losses
-from emloc_ray.stages.ray.pace import Overdue, WholePace
+from emloc_ray.stages.ray.pace import Ended, Overdue, Pace, WholePace
 from emloc_ray.stages.ray.spans import Timed
 from emloc_ray.stages.ray.tasks import Flight, FlightTask, Next
 
@@ -90,3 +90,43 @@ def test_a_look_at_many_tasks_as_one_sorts_few_times(handed: list[int], wait: Wa
     for done in range(3000):
         wait(whole, 1, done)
     assert max(handed) <= 1000
+
+
+@pytest.fixture
+def silent_task(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The time, while no task gives anything."""
+    now = [0.0]
+    with monkeypatch.context() as patch:
+        patch.setattr(pace.time, "monotonic", lambda: now[0])
+        patch.setattr(pace.ray, "wait", lambda tasks, **_: ([], tasks))
+        patch.setattr(pace.ray, "cancel", lambda *_, **__: None)
+        yield now
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_task_that_tells_elsewhere_how_far_it_is_goes_on(silent_task: list[float], goes_on: bool) -> None:
+    """As a training, which yields its end alone."""
+    watch, ended = Pace(planned_s=600.0), list[Ended]()
+    watch.gave("the training")
+    for minute in range(8 * 60):
+        silent_task[0] += 60
+        watch.see(minute if goes_on else 0)
+        ended += watch.end_overdue()
+    assert [task for task, _ in ended] == ([] if goes_on else ["the training"])
+
+
+def test_a_start_is_held_against_the_plan_and_is_no_piece(silent_task: list[float]) -> None:
+    """To open a large model from a slow disk may take longer than many of its units."""
+    watch = Pace(planned_s=600.0)
+    for slot in range(6):
+        watch.gave(slot, starts=True)
+    silent_task[0] += 5 * 3600
+    for _ in range(6):
+        for slot in range(5):
+            watch.gave(slot)
+        silent_task[0] += 1
+    assert watch.end_overdue() == []
+    silent_task[0] += 3600
+    late = dict(watch.end_overdue())
+    assert "1.0 s is usual" in late[0]
+    assert "10 min was planned" in late[5]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,3 +71,15 @@ def test_a_slot_that_comes_no_further_is_given_up(losing: list[Any], at: str, mo
     begun = [NO_UNIT, 0, 1, 2, 3, 4, LOST]
     with pytest.raises(StageError, match=f"^calibrate: {at} lost its worker 3 times"):
         work_off([begun, *[losing] * 3], monkeypatch, bound=2)
+
+
+def test_a_slot_says_that_it_has_begun_before_it_opens_its_model() -> None:
+    opened: list[str] = []
+
+    def make() -> Any:
+        opened.append("the model")
+        return SimpleNamespace(position=lambda: NO_UNIT, accumulate=lambda unit: unit, commit=lambda: None)
+
+    given = slots.work_off([0], make)
+    assert (next(given), opened) == (None, [])
+    assert [each and each.result for each in given] == [NO_UNIT, 0, None]

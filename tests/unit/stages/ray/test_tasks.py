@@ -11,7 +11,7 @@ import pytest
 import torch
 from ray.exceptions import NodeDiedError, WorkerCrashedError
 
-from emloc_ray.errors import StageError
+from emloc_ray.errors import ArtifactError, StageError, TakenOver
 from emloc_ray.stages.ray import tasks
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.nodes import shortage
@@ -63,6 +63,35 @@ def test_a_worker_of_the_caller_s_ray_sees_no_gpu_unasked(
         patch.setattr(tasks.ray, "remote", lambda **options: asked.append(options) or (lambda function: function))
         tasks.remote_task(lambda: None, num_cpus=1, num_gpus=gpus)
     assert ("runtime_env" in asked[0]) == hides
+
+
+def test_another_ray_is_asked_anew_whether_it_hides_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook whose first run started a Ray of its own, before the caller started one."""
+    hides: list[bool] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks.ray, "remote", lambda **o: hides.append("runtime_env" in o) or (lambda function: function))
+        patch.setattr(tasks.ray, "is_initialized", lambda: False)
+        tasks.remote_task(nothing, num_cpus=3)
+        patch.setattr(tasks.ray, "is_initialized", lambda: True)
+        patch.setattr(tasks.ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env={}))
+        patch.setattr(tasks.ray, "cluster_resources", lambda: {"GPU": 1})
+        tasks.remote_task(nothing, num_cpus=3)
+    assert hides == [False, True]
+
+
+def test_a_look_at_a_store_that_does_not_answer_says_what_it_said_before() -> None:
+    answers: list[Any] = [ArtifactError("no answer"), 1, OSError("no answer"), TakenOver("taken over")]
+
+    def ask() -> int:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return int(answer)
+
+    look = tasks.newest(ask, 0)
+    assert [look(), look(), look()] == [0, 1, 1]
+    with pytest.raises(TakenOver):
+        look()
 
 
 def test_what_no_node_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
