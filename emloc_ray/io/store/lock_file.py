@@ -1,7 +1,7 @@
 """Who holds a run in a file system: a lock of the operating system on a file that names its holder.
 
-Where the lock is lost, or somebody removes the file, two processes may each take the run for theirs: so what the file is, and
-whom it names, is compared before every write in the run, by its workers too.
+Where the lock is lost, or somebody removes the file, two processes may each take the run for theirs: so whom it names is
+compared before every write in the run, by its workers too.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ _FILE_S = 0.05
 _WORKER = "RAY_RAYLET_PID"  # which Ray gives to workers
 _LEFT = "emloc_ray"  # where Ray keeps the tokens of a job's processes that hold runs
 _NAMED = re.compile(r"[^\n]+\n[0-9a-f]{32}\n")  # a holder's name and its token
-_known: dict[Path, tuple[int, str]] = {}
+_known: dict[Path, str] = {}
 
 
 class LockFile:
@@ -47,7 +47,7 @@ class LockFile:
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, f"{own_name()}\n{_TOKEN}\n".encode(), 0)
             os.fsync(descriptor)  # on NFS other nodes see it from now on
-            _known[self.root] = _identity(self.path)
+            _known[self.root] = _content(self.path)
         except BaseException:  # else this process holds it on, and can never take it again
             os.close(descriptor)
             raise
@@ -106,25 +106,25 @@ def _job(ray: Any) -> str:
 
 
 def check_lock(path: Path) -> None:
-    """Raises TakenOver where the run that holds ``path`` has another lock than the one known here: another file, or one that
-    names another process.
+    """Raises TakenOver where the run that holds ``path`` has another lock than the one known here: none, or one that names
+    another process. One of the same process is the same lock, though the run was removed and made anew.
 
     A process knows the lock that it took. A worker of Ray's knows that of the process that began it, or, where it was not told
     that, the one at its first write.
     """
     for root in path.parents:
         try:
-            now = _identity(root / NAME)
+            now = _content(root / NAME)
         except OSError as error:
             if root not in _known:
                 continue  # there is none, or another program's
             if isinstance(error, (FileNotFoundError, NotADirectoryError)):
                 break
             raise
-        if root not in _known and not _NAMED.fullmatch(now[1]):
+        if root not in _known and not _NAMED.fullmatch(now):
             continue  # another program's
         # Others than workers may write reports whoever holds the run.
-        if _WORKER in os.environ and root not in _known and _is_ours(now[1]):
+        if _WORKER in os.environ and root not in _known and _is_ours(now):
             _known[root] = now
         if _known.get(root, None if _WORKER in os.environ else now) != now:
             break
@@ -134,9 +134,9 @@ def check_lock(path: Path) -> None:
     raise TakenOver(f"{root} was taken over by another process: leave it to that, or stop that first.")
 
 
-def _identity(path: Path) -> tuple[int, str]:
+def _content(path: Path) -> str:
     with path.open(errors="replace") as file:
-        return os.fstat(file.fileno()).st_ino, file.read(400)
+        return file.read(400)
 
 
 def _holder(content: bytes) -> str:

@@ -123,6 +123,21 @@ def test_a_worker_writes_for_whom_it_wrote_first(tmp_path: Path, monkeypatch: py
     assert (json.loads(file.read_text()), list(file.parent.iterdir())) == (2, [file])
 
 
+def test_a_run_that_was_removed_and_made_anew_is_the_same_process_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's workers may serve it again."""
+    lock, other = tmp_path / "mine" / ".lock", tmp_path / "other"
+    lock.parent.mkdir()
+    monkeypatch.setenv("RAY_RAYLET_PID", "1")
+    for file in (lock, other):  # both there, so of two inodes
+        file.write_text(f"process 1 on here\n{1:032x}\n")
+    write_json(tmp_path / "mine" / "a", 1)
+    other.replace(lock)
+    write_json(tmp_path / "mine" / "a", 2)
+    assert json.loads((tmp_path / "mine" / "a").read_text()) == 2
+
+
 def test_a_worker_whose_first_write_comes_after_a_takeover_writes_nothing(ray_session: None, tmp_path: Path) -> None:
     """Also where the caller started Ray, as here. A lock file of another program, further up, is none of a run."""
     (tmp_path / ".lock").write_text("4711")
