@@ -93,13 +93,14 @@ class ObjectStore(Objects):
         Raises:
             TakenOver: where the holder of a later lease wrote it.
         """
-        stored = self.read_version(MANIFEST, known=None if self._manifest is None else self._manifest[0])
+        known = self._manifest  # as this thread saw it: another may ask meanwhile
+        stored = self.read_version(MANIFEST, known=None if known is None else known[0])
         if stored is None:
             self._manifest = None
             return {}
-        if self._manifest is None or stored[0] != self._manifest[0]:
-            self._manifest = stored[0], _parsed(stored[1])
-        manifest = self._manifest[1]
+        if known is None or stored[0] != known[0]:
+            self._manifest = known = stored[0], _parsed(stored[1])
+        manifest = known[1]
         if self.lease is not None and manifest.get("lease", 0) > self.lease:
             raise TakenOver("This run was taken over by another process: leave it to that, or stop that first.")
         return manifest

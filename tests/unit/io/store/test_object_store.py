@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,28 @@ def test_bad_places(place: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as error:
         ObjectStore(place)
     assert "secret" not in str(error.value)
+
+
+def test_two_threads_that_ask_for_a_manifest_as_it_changes_both_see_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, asked, answer = ObjectStore(uri(9, "run")), threading.Event(), threading.Event()
+    now: list[tuple[Any, bytes]] = [({"e_tag": "1"}, b'{"stages": {"calibrate": {}}}')]
+
+    def read_version(path: str, known: Any = None) -> tuple[Any, bytes]:
+        version, content = now[-1]
+        if threading.current_thread().name == "late":  # its answer is on its way
+            asked.set()
+            answer.wait(10)
+        return version, b"" if known == version else content
+
+    monkeypatch.setattr(store, "read_version", read_version)
+    store.checked_manifest()
+    seen: list[Any] = []
+    late = threading.Thread(name="late", target=lambda: seen.append(store.checked_manifest()))
+    late.start()
+    assert asked.wait(10)
+    now.append(({"e_tag": "2"}, b'{"stages": {"calibrate": {}, "merge": {}}}'))
+    assert list(store.checked_manifest()["stages"]) == ["calibrate", "merge"]
+    answer.set()
+    late.join()
+    assert list(seen[0]["stages"]) == ["calibrate"]
+    assert list(store.checked_manifest()["stages"]) == ["calibrate", "merge"]
