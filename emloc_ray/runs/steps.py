@@ -261,10 +261,10 @@ class Steps:
 
         def progress(done: int, total: int) -> None:
             nonlocal noted_at
+            if self.turns.stopped():  # asked first, for a store may not answer for long
+                raise Stopped(f"{stage.name} was stopped at {done} of {total}.")
             with contextlib.suppress(ArtifactError):  # where a store does not answer, writers wait or fail
                 self.directory.check_held()
-            if self.turns.stopped():
-                raise Stopped(f"{stage.name} was stopped at {done} of {total}.")
             report(done, total)
             if time.monotonic() >= noted_at + _NOTE_S:
                 noted_at = time.monotonic()

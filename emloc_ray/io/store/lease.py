@@ -58,6 +58,7 @@ class Lease:
         self._store, self._name = ObjectStore(store.uri, timeout_s=_REQUEST_S), name
         self._over = threading.Event()
         self._renewing = threading.Lock()
+        self._failed: tuple[float, str] = -math.inf, ""  # when the last try that failed had begun, and why it did
         self._lost: str | None = None
         self._version: Version | None = None
         self._renewed, self._count = -math.inf, 0
@@ -86,13 +87,17 @@ class Lease:
 
     def check(self) -> None:
         """Raises TakenOver where another process has taken the lease, because this one could not renew it in time. Where the
-        last renewal is old, it is renewed here and now: nobody else takes it within the next ``STALE_S / 2``."""
+        last renewal is old, it is renewed here and now: nobody else takes it within the next ``STALE_S / 2``. A try that
+        failed is one of all threads that waited for it: each takes half a minute where the store does not answer."""
         if self._under is not None:
             self._under.check()
             return
+        asked = _monotonic()
         if self._is_due():
             with self._renewing:
                 if self._is_due():  # still: a renewal that was under way may have ended well
+                    if self._failed[0] > asked:
+                        raise ArtifactError(self._failed[1])
                     self._renew()
         if self._lost is not None:
             raise TakenOver(f"This run was taken over by {self._lost}: leave it to that, or stop that first.")
@@ -121,6 +126,14 @@ class Lease:
         return self._lost is None and _monotonic() - self._renewed > STALE_S / 2
 
     def _renew(self) -> None:
+        begin = _monotonic()
+        try:
+            self._replace()
+        except ArtifactError as error:
+            self._failed = begin, str(error)
+            raise
+
+    def _replace(self) -> None:
         begin = _monotonic()
         version = self._store.replace(KEY, self._content(self._name), self._version)
         if version is None:

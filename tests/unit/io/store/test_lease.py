@@ -159,6 +159,30 @@ def test_a_loss_is_told_though_the_store_did_not_answer_at_first(
     following.give_back()
 
 
+def test_a_store_that_does_not_answer_is_waited_for_by_all_tasks_of_a_batch_at_once(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder, tries, waiting = Lease(store, "holder"), list[int](), threading.Barrier(17)
+
+    def unreachable(*_: object) -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            waiting.wait(10)  # until all have asked
+            time.sleep(0.2)
+        raise ArtifactError("The store cannot be reached.")
+
+    def check(first: bool) -> None:
+        if not first:
+            waiting.wait(10)
+        with pytest.raises(ArtifactError, match="cannot be reached"):
+            holder.check()
+
+    monkeypatch.setattr(ObjectStore, "replace", unreachable)
+    with ThreadPoolExecutor(17) as pool:
+        list(pool.map(check, [True] + [False] * 16))
+    assert len(tries) == 2  # that which ran as they asked, and one for all of them
+
+
 def test_who_was_cut_off_for_long_but_not_followed_goes_on(store: ObjectStore, quick: None) -> None:
     holder = Lease(store, "holder")
     assert holder.take() is None
