@@ -1,8 +1,9 @@
 """A run on an object store brought to a local directory, under the names that every tool knows."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from emloc_ray.errors import ArtifactError, ConfigError
@@ -56,8 +57,9 @@ def fetch(
     }
     total, done = sum(info.size for info in left.values()), 0
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        for copied in as_completed([pool.submit(_copy, store, info, file) for file, info in left.items()]):
-            done += copied.result()
+        # Where the loop is left, pool.map takes back what has not begun.
+        for size in pool.map(functools.partial(_copy, store), left.values(), left):
+            done += size
             progress(done, total)
     return [*left, *_fetch_plain(store, plain, directory)]
 

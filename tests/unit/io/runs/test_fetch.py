@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,26 @@ def test_a_batch_comes_with_all_its_tasks(s3_port: int, node_cache: Path, tmp_pa
         fetch(batch, tmp_path / "none", ["adapter"], folder=unless_first)
     with pytest.raises(ConfigError, match=r"No task of .* holds merged yet"):
         fetch(batch, tmp_path / "none", ["merged"])
+
+
+def test_what_has_not_begun_is_left_where_a_fetch_is_interrupted(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(40):
+        write_text(run.path("merged", f"{number:02d}"), str(number))
+    begun, go_on = list[Path](), threading.Event()
+
+    def download(store: ObjectStore, stored: object, target: Path) -> None:
+        begun.append(target)
+        if len(begun) > 1:
+            go_on.wait(10)
+        target.write_bytes(b"")
+
+    def interrupt(done: int, total: int) -> None:
+        threading.Timer(0.2, go_on.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ObjectStore, "download", download)
+    with pytest.raises(KeyboardInterrupt):
+        fetch(run, tmp_path, ["merged"], progress=interrupt)
+    assert len(begun) < 20
