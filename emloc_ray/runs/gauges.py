@@ -13,7 +13,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from emloc_ray.errors import EmlocError
+from emloc_ray.errors import EmlocError, Stopped
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.stored_files import shown
@@ -58,7 +58,7 @@ class RunGauges(Reporter):
         return self
 
     def __exit__(self, kind: object, error: object, at: object) -> None:
-        if isinstance(error, EmlocError):
+        if isinstance(error, EmlocError) and not isinstance(error, Stopped):
             self._failed.set(1, {"run": self.run.name, "kind": type(error).__name__})
 
     def start(self, stage: str) -> Callable[[int, int], None]:

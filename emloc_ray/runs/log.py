@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from emloc_ray.errors import EmlocError
+from emloc_ray.errors import EmlocError, Stopped
 from emloc_ray.io.formats.json_lines import end_last_line, read_objects
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.secret_values import hide_secrets, without_secret
@@ -75,7 +75,7 @@ class RunLog(Reporter):
         where: dict[str, Any] = {} if self._stage is None else {"stage": self._stage}
         if error is None:
             self._write("run_finished", "The run has ended well.")
-        elif isinstance(error, (KeyboardInterrupt, SystemExit)):  # Ray makes a SystemExit of SIGTERM
+        elif isinstance(error, (KeyboardInterrupt, SystemExit, Stopped)):  # Ray makes a SystemExit of SIGTERM
             self._write("run_stopped", "The run was stopped.", **where)
         else:
             sentence = str(error) or type(error).__name__

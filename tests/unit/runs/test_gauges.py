@@ -12,7 +12,7 @@ import pytest
 import ray
 from ray.util.metrics import Counter, Gauge
 
-from emloc_ray.errors import NumericsError
+from emloc_ray.errors import NumericsError, Stopped
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.batch.state import BatchState, TaskState
@@ -98,3 +98,9 @@ def test_dashboard_and_alerts_name_what_is_exported(
     assert named <= exported
     if name == "dashboard.json":
         assert named == exported
+
+
+def test_a_task_that_was_cancelled_has_not_failed(values: Values, tmp_path: Path) -> None:
+    with contextlib.suppress(Stopped), RunGauges(RunDirectory(tmp_path)):
+        raise Stopped("finetune was stopped at 3 of 50.")
+    assert values == {}

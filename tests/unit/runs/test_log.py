@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from faulting.s3 import uri
 
-from emloc_ray.errors import DataError, NumericsError
+from emloc_ray.errors import DataError, NumericsError, Stopped
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs import log as run_log
 from emloc_ray.runs.log import LOG, RunLog, read_events
@@ -131,7 +131,9 @@ def test_no_secret_is_told(run: RunDirectory) -> None:
     assert read_events(run)[-1]["message"] == "https://host/a.png?sig=(hidden) of (hidden): fix it."
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(15)], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), SystemExit(15), Stopped("at 3 of 50.")], ids=["Ctrl-C", "SIGTERM", "cancelled"]
+)
 def test_an_interrupt_is_no_failure(run: RunDirectory, error: BaseException) -> None:
     fail(run, "merge", error)
     assert read_events(run)[-1]["event"] == "run_stopped"
