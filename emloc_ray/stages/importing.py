@@ -43,7 +43,7 @@ def _import(context: Context, inputs: Inputs, granted: Resources, progress: Prog
         prepared = context.prepared
         header = read_header(source, prepared.model_config)
         work = [("the model", (target, prepared.config.model.dtype, header))]
-        run_tasks(import_gguf, source, work, granted, losses)
+        run_tasks(import_gguf, source, work, granted, losses, progress)
         return {}
     discard_unless(target, inputs)
     if source.hub_id is None:  # by the driver, as other nodes need not see the files

@@ -97,7 +97,7 @@ def _gather_whole_model(
     has summed. A wave's slots go once it is summed."""
     counts: dict[str, int] = {}
     weight_map: dict[str, str] = {}
-    waves = job.waves or (job.groups,)
+    waves, num_shards = job.waves or (job.groups,), job.shards[1] - job.shards[0]
     files_before = sizes(out_dir)
     for number, groups in enumerate(waves):
         wave, losses = dataclasses.replace(job, groups=groups), Losses(job.step, tell)
@@ -105,10 +105,12 @@ def _gather_whole_model(
         files = _grams_of([group[0] for group in groups], prefix)
         folder = out_dir / "slots" / f"wave-{number:04d}-of-{len(waves):04d}"
         slots = _slot_ends(job, folder, _num_slots(job, resources))
+        of_all_waves = functools.partial(_progress_of_waves, progress, number, len(waves))
         if not all(out_dir / file in files_before for file in files):
-            of_all_waves = functools.partial(_progress_of_waves, progress, number, len(waves))
             _fill_slots(wave, folder, slots, resources, losses, of_all_waves)
-        counts |= _reduce(slots, files, out_dir, resources, losses)
+        counts |= _reduce(
+            slots, files, out_dir, resources, losses, functools.partial(of_all_waves, num_shards, num_shards)
+        )
         weight_map |= {name: file for file, names in files.items() for name in names}
         discard(folder)
     return counts, weight_map
@@ -158,13 +160,18 @@ def _grams_of(names: Sequence[str], prefix: str) -> dict[str, list[str]]:
 
 
 def _reduce(
-    slots: dict[Path, int], files: dict[str, list[str]], out_dir: Path, resources: Resources, losses: Losses
+    slots: dict[Path, int],
+    files: dict[str, list[str]],
+    out_dir: Path,
+    resources: Resources,
+    losses: Losses,
+    look: Callable[[], None],
 ) -> dict[str, int]:
     """Sums the slots, each with its last shard, a file a task, without GPUs; gives the Grams' tokens. As many tasks run at once
-    as there are slots: their processes are idle by then."""
+    as there are slots: their processes are idle by then. ``look`` is called every second; what it raises ends them."""
     pieces = [(f"the sum {file}", (names, out_dir / file)) for file, names in files.items()]
     own = dataclasses.replace(resources, num_workers=len(slots), gpus_per_worker=0)
-    results = run_tasks(_reduce_part, slots, pieces, own, losses)
+    results = run_tasks(_reduce_part, slots, pieces, own, losses, lambda done, total: look())
     return {name: count for result in results for name, count in result.items()}
 
 
@@ -218,7 +225,7 @@ def _gather_block_by_block(
     with Flight(num_slots, losses, planned_s) as flight:
         run_slots(start, work, "block", losses, progress, done, planned_s=planned_s)
         while flight.pump(LOOK_S):
-            pass
+            progress(num_slots * num_blocks, num_slots * num_blocks)
     counts = {name: count for file in files for name, count in gram_counts(file).items()}
     return counts, {name: files[block].name for block in range(num_blocks) for name in names[block]}
 

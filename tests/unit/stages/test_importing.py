@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 from faulting.s3 import uri
+from gguf_files import write_gguf
 from small_runs import make_values, task_rows, write_jsonl
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.errors import ArtifactError
+from emloc_ray.errors import ArtifactError, Stopped
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.store.atomic import remove_leftovers
 from emloc_ray.modeling.hub_weights import weight_files
@@ -190,3 +191,20 @@ def test_what_a_killed_worker_left_is_known_for_its_folder_s(
     assert list(context.prepared.run.root.glob(".*.tmp"))
     remove_leftovers(context.model_dir)
     assert not list(context.prepared.run.root.glob(".*.tmp"))
+
+
+def test_the_conversion_of_a_gguf_file_hears_that_the_run_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emloc_ray.stages.ray.tasks.run_tasks", lambda *given: given[-1](0, 1))
+    write_gguf(tmp_path / "tiny.gguf")
+    rows = write_jsonl(tmp_path / "rows.jsonl", task_rows(20))
+    ready = prepare(parse_config(make_values(tmp_path / "run", tmp_path / "tiny.gguf", rows)))
+    ready.run.create({})
+    context = Context(ready, original_dir(ready))
+
+    def stop(done: int, total: int) -> None:
+        raise Stopped("The run was stopped.")
+
+    with pytest.raises(Stopped):
+        IMPORT.run(context, IMPORT.inputs(context), Resources(), stop)

@@ -74,7 +74,10 @@ class OneProcess:
         for slot in range(len(work)):
             start(slot)
 
-    def run_tasks(self, function: Any, shared: Any, pieces: Any, *rest: Any) -> list[Any]:
+    def run_tasks(
+        self, function: Any, shared: Any, pieces: Any, resources: Resources, losses: Losses, progress: Any
+    ) -> list[Any]:
+        progress(0, len(pieces))
         return [function(shared, *arguments) for _, arguments in pieces]
 
 
@@ -101,6 +104,19 @@ def test_workers_lost_in_one_wave_do_not_count_in_the_next(
     told: list[str] = []
     assert calibrate(in_waves, tmp_path / "grams", Resources(), tell=told.append)["waves"] == 2
     assert len(told) == 2 * MAX_RESTARTS
+
+
+def test_a_sum_hears_that_the_run_is_stopped(in_waves: CalibrationJob, tmp_path: Path, one_process: OneProcess) -> None:
+    heard: list[tuple[int, int]] = []
+
+    def stop(done: int, total: int) -> None:
+        heard.append((done, total))
+        raise Stopped("The run was stopped.")
+
+    with pytest.raises(Stopped):
+        calibrate(in_waves, tmp_path, Resources(), stop)
+    assert heard == [(4, 8)]  # token shards of both waves
+    assert len(one_process.passes) == 1
 
 
 def test_a_wave_that_was_summed_is_not_gathered_again_and_its_slots_are_gone(
