@@ -298,9 +298,7 @@ def token_counter(source: ModelSource, trust_remote_code: bool = False) -> Calla
 
 
 @functools.lru_cache(maxsize=4)
-def _token_counter(
-    source: ModelSource, trust_remote_code: bool, looks: Looks
-) -> Callable[[Sequence[str]], int] | None:
+def _token_counter(source: ModelSource, trust_remote_code: bool, looks: Looks) -> Callable[[Sequence[str]], int] | None:
     try:
         opened = ModelSource(tokenizer_dir(source))
         tokenizer = _open_tokenizer(opened, "its tokens are estimated", trust_remote_code=trust_remote_code)
