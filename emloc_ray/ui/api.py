@@ -156,13 +156,11 @@ def validate(config: Config | None = None, *, train: Any = None, eval: Any = Non
 def as_config(
     config: Config | None, train: Any = None, eval: Any = None, keys: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    """A config of what :func:`run` takes; rows that a program holds are written beside the run's directory, once the rest is
-    known to be valid."""
+    """A config of what :func:`run` takes, checked whole: a RunConfig has not checked the keys that it passes on. Rows that a
+    program holds are written beside the run's directory, once the rest is known to be valid."""
     given = {name: _without_paths(rows) for name, rows in (("train", train), ("eval", eval)) if rows is not None}
     if not isinstance(config, RunConfig | Mapping | None):
         config = load_config(config)
-    if isinstance(config, RunConfig) and not given and not keys:
-        return config
     values = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, RunConfig) else dict(config or {})
     values, keys = _without_paths(values), _without_paths(keys or {})
     for key, value in keys.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def test_keywords_are_keys_over_those_of_a_config(tmp_path: Path) -> None:
     }
     config = as_config(values, keys={"finetune": {"max_steps": 9}, "memory_budget": "24GiB"})
     assert (config.finetune.max_steps, config.finetune.bf16, config.memory_budget) == (9, False, 24 * 2**30)
-    assert as_config(config) is config
+    assert as_config(config) == config
     assert as_config(config, keys={"seed": 4}) == config.model_copy(update={"seed": 4})
     assert as_config(None, "a.jsonl", None, {"model": "org/m"}).run_dir == "runs/m"
     assert emloc_ray.load_config(values, ["seed=4"]).seed == 4
@@ -93,6 +94,25 @@ def test_a_bad_call_is_our_error(
     with pytest.raises(ConfigError, match=words):
         emloc_ray.run(**call)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"adapter": {"use_dora": True}}, "adapter.use_dora"),
+        ({"adapter": {"modules_to_save": ["lm_head"]}}, "adapter.modules_to_save"),
+        ({"adapter": {"method": "loha", "foo": 1}}, "adapter.foo is not a key"),
+        ({"finetune": {"push_to_hub": True}}, "finetune.push_to_hub would push the adapter as trained"),
+        ({"finetune": {"hub_token": "hush"}}, "finetune.hub_token is a secret"),
+        ({"ray": {"foo": 1}}, "ray.foo is not a key"),
+        ({"data": {"train": "${EMLOC_UNSET}/rows.jsonl"}}, "the variable EMLOC_UNSET"),
+    ],
+)
+def test_a_config_that_a_program_made_is_checked_as_its_values_are(sections: dict[str, Any], words: str) -> None:
+    config = emloc_ray.RunConfig(**{"run_dir": "r", "model": {"source": "m"}, "data": {"train": "a.jsonl"}, **sections})
+    for given in (config, config.model_copy(update={"seed": 4})):
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            as_config(given)
 
 
 def test_validate_says_what_the_command_says(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
