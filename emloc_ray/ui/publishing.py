@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,12 +18,16 @@ from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.io.runs.directory import CARD, RunDirectory
 from emloc_ray.io.runs.fetch import fetch
 from emloc_ray.runs.status import current_stages
-from emloc_ray.text import counted, one_line, size
+from emloc_ray.text import counted, listed, one_line, size
 from emloc_ray.ui.cards import WRITTEN_BY, base_name, card
 from emloc_ray.ui.terminal import progress_bar
 
 Result = Literal["adapter", "merged"]
 MODEL = "model"  # the folder of a run's original, where that had to be imported
+# Names of weights that loaders may take before those of a merged model.
+_WEIGHTS = re.compile(
+    r"(pytorch_model|model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
+)
 _CONVERTERS = {"merged": "convert_hf_to_gguf.py", "adapter": "convert_lora_to_gguf.py"}
 
 
@@ -60,10 +65,10 @@ def local_copy(console: Console, run: RunDirectory, *names: str) -> Iterator[Pat
 
 
 def push(console: Console, run: RunDirectory, name: str, part: Result, private: bool) -> None:
-    """Uploads one result with its card to a model repository of the hub, which it makes where there is none. Raises ConfigError
-    where the run has not come so far, the name is none of the hub, or what is to be ``private`` would be public, StageError
-    where the hub refuses or cannot be reached."""
-    from huggingface_hub import CommitOperationAdd, HfApi
+    """Uploads one result with its card to a model repository of the hub, which it makes where there is none; a merged model in
+    place of the weights that are in it. Raises ConfigError where the run has not come so far, the name is none of the hub, or
+    what is to be ``private`` would be public, StageError where the hub refuses or cannot be reached."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     result = result_name(run, part)
@@ -78,16 +83,20 @@ def push(console: Console, run: RunDirectory, name: str, part: Result, private: 
             made = api.create_repo(name, private=private, exist_ok=True).repo_id
             if private and not api.model_info(made).private:
                 raise ConfigError(f"{made} is there already, and public: name another, or leave --private out.")
+            text = card(run.name, result, run.manifest()["config"], run.metrics(), made)
+            pushed = {file.relative_to(folder).as_posix(): _pushed(file) for file in files}
+            present = api.list_repo_files(made) if part == "merged" else []
+            old = [file for file in present if _WEIGHTS.fullmatch(file) and file not in pushed]
             console.print(
-                f"Pushing {result}/ ({counted(len(files), 'file')} and a card, {held}) to {made}",
+                f"Pushing {result}/ ({counted(len(files), 'file')} and a card, {held}) to {made}"
+                + (f", and deleting {listed(old)} there" if old else ""),
                 soft_wrap=True,
                 markup=False,
             )
-            text = card(run.name, result, run.manifest()["config"], run.metrics(), made)
-            added = [CommitOperationAdd(file.relative_to(folder).as_posix(), _pushed(file)) for file in files]
+            added = [CommitOperationAdd(file, content) for file, content in {CARD: text.encode(), **pushed}.items()]
             done = api.create_commit(
                 made,
-                [CommitOperationAdd(CARD, text.encode()), *added],
+                [*added, *(CommitOperationDelete(file, is_folder=False) for file in old)],
                 commit_message=f"{result} of the run {run.name}, by emloc-ray",
             )
         except HFValidationError as error:

@@ -41,6 +41,7 @@ class Hub(BaseHTTPRequestHandler):
 
     made: dict[str, Any]
     files: dict[str, bytes]
+    deleted: list[str]
     public: bool
 
     def do_POST(self) -> None:
@@ -56,15 +57,19 @@ class Hub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    self.deleted.append(line["value"]["path"])
             answer = {"commitUrl": f"{here}/me/mine/commit/abc", "commitOid": "abc", "success": True}
         else:
             answer = {}
         self._answer(answer)
 
     def do_GET(self) -> None:
+        if "/tree/" in self.path:
+            return self._answer([{"type": "file", "path": path, "size": 1, "oid": "a"} for path in self.files])
         self._answer({"id": "me/mine", "sha": "abc", "siblings": [], "private": not self.public})
 
-    def _answer(self, answer: dict[str, Any]) -> None:
+    def _answer(self, answer: Any) -> None:
         content = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -78,7 +83,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    Hub.made, Hub.files, Hub.public = {}, {}, False
+    Hub.made, Hub.files, Hub.deleted, Hub.public = {}, {}, [], False
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -107,6 +112,19 @@ def test_a_result_is_pushed_with_its_card(run: RunDirectory, hub: type[Hub], par
     weights = "adapter_model.safetensors" if part == "adapter" else "model.safetensors"
     assert hub.files[weights] == run.path(part, weights).read_bytes()
     assert b"/home/me" not in b"".join(hub.files.values())
+
+
+def test_weights_that_would_be_loaded_in_place_of_a_merged_model_are_deleted(run: RunDirectory, hub: type[Hub]) -> None:
+    shards = ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    others = ["pytorch_model.bin", "adapter_config.json", "adapter_model.safetensors"]
+    kept = ["a.gguf", "notes.md", "old/model.safetensors", "training_args.bin", ".gitattributes", "model.py"]
+    hub.files.update(dict.fromkeys([*shards, *others, *kept, "model.safetensors"], b""))
+    adapter = invoke("push", "run", "me/mine")
+    assert (adapter.exit_code, hub.deleted) == (0, []), (adapter.output, adapter.exception)
+    merged = invoke("push", "run", "me/mine", "--part", "merged")
+    assert merged.exit_code == 0, (merged.output, merged.exception)
+    assert sorted(hub.deleted) == sorted([*shards, *others])
+    assert f"to me/mine, and deleting {', '.join(shards)} and 3 more there" in merged.stdout
 
 
 @pytest.fixture
