@@ -205,6 +205,7 @@ def lora_config(config: dict[str, Any], modules: Sequence[LoraModule]) -> dict[s
         "exclude_modules",
         "task_type",
         "base_model_name_or_path",
+        "revision",
         "peft_version",
         "fan_in_fan_out",
     )

@@ -152,6 +152,7 @@ def _validation_job(context: Context, section: FinetuneConfig, memory: MemoryMod
 
 def _adapter_settings(context: Context, training: Training) -> dict[str, Any]:
     settings = adapter_settings(training.adapter, training.layout, context.base_config())
+    settings["revision"] = context.prepared.source.revision  # of the base that PEFT's Auto classes load
     if settings.get("prompt_tuning_init") == "TEXT":
         settings["tokenizer_name_or_path"] = str(context.model_dir)
     return settings

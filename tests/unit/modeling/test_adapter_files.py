@@ -30,8 +30,12 @@ def test_null_patterns_as_older_peft_writes_them() -> None:
 @pytest.fixture
 def adapter_dir(tmp_path: Path) -> Path:
     module = LoraModule("model.layers.0.self_attn.q_proj", torch.ones(2, 8), torch.ones(6, 2), 1.0)
-    write_adapter(tmp_path / "a", lora_config({}, [module]), [module])
+    write_adapter(tmp_path / "a", lora_config({"revision": "v1"}, [module]), [module])
     return tmp_path / "a"
+
+
+def test_the_bases_revision_is_kept(adapter_dir: Path) -> None:
+    assert json.loads((adapter_dir / CONFIG_NAME).read_text())["revision"] == "v1"
 
 
 def changed(adapter_dir: Path, directory: Path, **changes: Any) -> Path:

@@ -21,13 +21,17 @@ from gguf_files import write_gguf
 from small_runs import make_values, task_rows, write_jsonl
 
 from emloc_ray.config.reading import parse_config
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.token_shards import shard_name, write_index, write_shard
 from emloc_ray.errors import ArtifactError, Stopped
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.store.atomic import remove_leftovers
+from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.hub_weights import weight_files
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.context import Context
+from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.importing import IMPORT, original_dir
 from emloc_ray.stages.ray.tasks import Resources
 
@@ -124,6 +128,15 @@ def test_workers_bring_a_model_of_the_hub_file_by_file(context: Context, hub: ty
         assert made.entry(entry.name).read_rows().equal(entry.read_rows())
     IMPORT.run(context, inputs, Resources(), lambda done, total: None)
     assert hub.asked == files
+
+
+@pytest.mark.parametrize("context", ["folder"], indirect=True)
+def test_an_adapter_names_the_revision_of_its_base(context: Context) -> None:
+    source = dataclasses.replace(context.prepared.source, revision="v1")
+    context = Context(dataclasses.replace(context.prepared, source=source), source.directory)
+    write_shard(context.tokens("train") / shard_name(0), [Tokens([2, 3], [True, True])] * 5)
+    write_index(context.tokens("train"), [5], {"tokens": 10})
+    assert adapter_config(**finetune_job(context, "x").adapter).revision == "v1"
 
 
 def test_a_file_that_the_hub_does_not_give_is_told(
