@@ -1,10 +1,11 @@
 """Model cards: the ``README.md`` of a run's adapter and merged model, as the Hugging Face hub shows it."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from emloc_ray.config.adapter import LORA_METHODS
+from emloc_ray.data.hub_splits import HubSplit
 from emloc_ray.io.runs.directory import CARD, RunDirectory
 from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.stored_files import shown
@@ -51,18 +52,20 @@ def card(name: str, folder: str, config: Mapping[str, Any], metrics: Mapping[str
     from huggingface_hub import ModelCardData
 
     model, is_merged = config.get("model") or {}, folder == "merged"
-    base, is_hub = base_name(str(model.get("source", "")))
-    datasets = [re.split("[@:]", place)[1] for place in _places(config.get("data") or {}) if place.startswith("hf:")]
-    method = METHOD_NAMES.get(str((config.get("adapter") or {}).get("method", "lora")), "LoRA")
+    base, is_hub = base_name(str(model.get("source", "")), metrics.get("base_model"))
+    datasets = list(filter(None, map(_hub_rows, _places(config.get("data") or {}))))
+    kind = str((config.get("adapter") or {}).get("method", "lora"))
+    method = METHOD_NAMES.get(kind, "LoRA")
     data = ModelCardData(
         base_model=base if is_hub else None,
         base_model_relation=("finetune" if is_merged else "adapter") if is_hub else None,
         library_name="transformers" if is_merged else "peft",
         datasets=datasets or None,
-        tags=["emloc", "emloc-ray", *([] if is_merged else ["lora"])],
+        tags=["emloc", "emloc-ray", *([] if is_merged else ["lora" if kind in LORA_METHODS else kind])],
     )
     what = f"{base} with a {method} adapter merged into it" if is_merged else f"A {method} adapter for {base}"
     task, revision = describe_task(config.get("data") or {}), model.get("revision")
+    pinned = f', revision="{revision}"' if is_hub and revision else ""
     made = [f"Base: {base}{f', revision {revision}' if revision else ''}", *([f"Data: {task}"] if task else [])]
     made += _made(config, metrics)
     return f"""---
@@ -76,7 +79,7 @@ def card(name: str, folder: str, config: Mapping[str, Any], metrics: Mapping[str
 ## How to load it
 
 ```python
-{_loading(repository, base, is_hub, str(metrics.get("auto_class", "AutoModelForCausalLM")), is_merged)}
+{_loading(repository, f'"{base}"{pinned}', is_hub, str(metrics.get("auto_class", "AutoModelForCausalLM")), is_merged)}
 ```
 
 ## How it was made
@@ -89,14 +92,26 @@ def describe_task(data: Mapping[str, Any]) -> str | None:
     if data.get("generate"):
         return f"generated {data['generate']}"
     paths = _places(data)
-    return listed([path if path.startswith("hf:") else Path(shown(path)).name for path in paths]) or None
+    return listed([path if _hub_rows(path) else Path(shown(path.removeprefix("hf:"))).name for path in paths]) or None
 
 
-def base_name(source: str) -> tuple[str, bool]:
-    """What a base is called, and whether that is its name on the hub."""
-    if Path(source).expanduser().exists() or source.startswith(("/", ".", "~", "package:")) or source.count("/") != 1:
+def base_name(source: str, noted: str | None = None) -> tuple[str, bool]:
+    """What a base is called, and whether that is its name on the hub; ``noted``: by what name or whole path its run had it, as
+    a relative path looks like a name on the hub where it leads nowhere."""
+    if noted not in (None, source) or _is_path(source) or source.startswith("package:") or "/" not in source:
         return source.rstrip("/").rpartition("/")[2], False
     return source, True
+
+
+def _hub_rows(place: str) -> str | None:
+    """The name of the data set on the hub that ``place`` names; None where it names none."""
+    name = HubSplit.of(place, "train").dataset
+    return name if place.startswith("hf:") and not _is_path(name) else None
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is a path of this machine, and none on the hub."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).expanduser().exists()
 
 
 def _places(data: Mapping[str, Any]) -> list[str]:
@@ -111,7 +126,7 @@ def _loading(repository: str, base: str, is_hub: bool, opens: str, is_merged: bo
     return f"""from peft import PeftModel
 from transformers import {opens}
 
-original = {opens}.from_pretrained("{base}"){"" if is_hub else "  # where you have it"}
+original = {opens}.from_pretrained({base}){"" if is_hub else "  # where you have it"}
 model = PeftModel.from_pretrained(original, {place}"""
 
 

@@ -53,6 +53,7 @@ def test_a_base_and_data_of_the_hub_are_its_metadata() -> None:
     assert (data["base_model"], data["datasets"]) == ("org/name", ["org/rows"])
     assert data["base_model_relation"] == "finetune"
     assert "org/name, revision abc" in text
+    assert 'from_pretrained("org/name", revision="abc")' in card("mine", "adapter", config, {})
     assert "private" not in text
     assert "On held-out rows" not in text
     assert "AutoModelForImageTextToText.from_pretrained" in text
@@ -61,6 +62,29 @@ def test_a_base_and_data_of_the_hub_are_its_metadata() -> None:
 def test_a_private_place_is_named_by_its_last_part() -> None:
     for source in ("/home/me/secret/llama", "./secret/llama", "package:secret/llama"):
         assert "secret" not in card("mine", "adapter", {"model": {"source": source}}, {})
+
+
+@pytest.mark.parametrize("place", ["/home/me/private/rows", "./private/rows:train", "private/rows@part"])
+def test_a_folder_that_datasets_saved_is_no_data_set_of_the_hub(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("private", "rows").mkdir(parents=True)
+    text = card("mine", "adapter", {"data": {"train": {"path": [f"hf:{place}", "hf:squad"]}}}, {})
+    assert ModelCard(text).data.to_dict()["datasets"] == ["squad"]
+    assert "# mine" in text
+    assert "Data: rows" in text
+    assert "private" not in text
+
+
+def test_a_relative_path_is_no_name_of_the_hub_where_it_leads_nowhere() -> None:
+    config = {"model": {"source": "models/llama", "revision": "abc"}, "adapter": {"method": "ia3"}}
+    text = card("mine", "adapter", config, {"base_model": "/proj/models/llama"}, "me/x")
+    data = ModelCard(text).data.to_dict()
+    assert "base_model" not in data
+    assert data["tags"] == ["emloc", "emloc-ray", "ia3"]
+    assert 'from_pretrained("llama")  # where you have it' in text
+    assert "models/" not in text
 
 
 def test_a_card_is_no_part_of_what_it_is_about(run: RunDirectory) -> None:
