@@ -105,6 +105,11 @@ def _training_errors(key: str, value: Any) -> list[str]:
             "finetune.save_strategy: best would keep no checkpoint to go on from: leave it out, and set"
             " finetune.load_best_model_at_end for the adapter of the lowest validation loss."
         ]
+    if key in ("save_strategy", "logging_strategy") and value == "epoch":
+        return [
+            f"finetune.{key}: epoch would come once, after the last step, as rows are a stream: leave it out, and set"
+            f" finetune.{key.replace('strategy', 'steps')}."
+        ]
     if key == "accelerator_config" and "num_steps" in _inside(value, "gradient_accumulation_kwargs"):
         return [
             "finetune.accelerator_config.gradient_accumulation_kwargs.num_steps is what finetune.gradient_accumulation_steps"

@@ -33,6 +33,8 @@ def test_unknown_keys_are_told_beside_a_bad_value_of_their_section() -> None:
             "gradient_accumulation_steps says",
         ),
         ({"save_strategy": "best"}, "finetune.load_best_model_at_end for the adapter"),
+        ({"save_strategy": "epoch"}, "save_strategy: epoch would come once, after the last step"),
+        ({"logging_strategy": "epoch"}, "leave it out, and set finetune.logging_steps."),
         ({"neftune_noise_alpha": -1.0}, "finetune.neftune_noise_alpha is -1.0"),
         ({"per_device_eval_batch_size": 0}, "finetune.per_device_eval_batch_size is 0"),
         ({"adam_epsilon": 0.0}, "finetune.adam_epsilon is 0.0"),
