@@ -15,6 +15,7 @@ from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import block_work, emulator_work, head_work
 from emloc_ray.stages.context import Context, Inputs, Result, without
 from emloc_ray.stages.stage import Stage
+from emloc_ray.text import counted
 
 if TYPE_CHECKING:
     from emloc_ray.stages.evaluate.evaluate import EvaluationJob
@@ -115,14 +116,31 @@ def bound_scores(evaluation: Mapping[str, Any], upper_bound: str | Path) -> Mapp
     return other if alike and one["num_tokens"] == another["num_tokens"] else None
 
 
-def other_bound(evaluation: Mapping[str, Any], upper_bound: str | None) -> str | None:
-    """Says so where ``evaluation.upper_bound`` was not scored on the same held-out tokens."""
-    if upper_bound is None or bound_scores(evaluation, upper_bound) is not None:
+def other_bound(evaluation: Mapping[str, Any], upper_bound: str | None, steps: int = 0) -> str | None:
+    """Says so where ``evaluation.upper_bound`` was not scored on the same held-out tokens, or was trained for fewer ``steps``
+    than this run's adapter."""
+    if upper_bound is None:
+        return None
+    if bound_scores(evaluation, upper_bound) is None:
+        return (
+            f"evaluation.upper_bound {upper_bound} was not scored on the same held-out tokens of the same original, so the gap"
+            " is unknown: run it again with this run's data, seed and evaluation.num_samples."
+        )
+    trained = (RunDirectory(upper_bound).metrics().get("finetune") or {}).get("steps", steps)
+    if trained >= steps:
         return None
     return (
-        f"evaluation.upper_bound {upper_bound} was not scored on the same held-out tokens of the same original, so the gap"
-        " is unknown: run it again with this run's data, seed and evaluation.num_samples."
+        f"evaluation.upper_bound {upper_bound} was trained for {counted(trained, 'step')} and this run's adapter for {steps}, so"
+        f" the gap looks closed further than it is: run it again with finetune.max_steps: {steps}."
     )
+
+
+def _remarks(context: Context, result: Result) -> list[str | None]:
+    config, done = context.prepared.config, context.results
+    # A training that ends early by its scores has the steps that it needs.
+    ends_early = config.finetune.early_stopping_patience is not None
+    steps = 0 if ends_early else sum(done[name]["steps"] for name in ("finetune", "finish") if name in done)
+    return [other_bound(result["evaluation"], config.evaluation.upper_bound, steps)]
 
 
 def _metrics(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
@@ -139,7 +157,7 @@ EVALUATE = Stage(
     inputs=_inputs,
     run=_evaluate,
     cost=_cost,
-    remarks=lambda context, result: [other_bound(result["evaluation"], context.prepared.config.evaluation.upper_bound)],
+    remarks=_remarks,
     metrics=_metrics,
     metrics_keys=("evaluation", "exact_match", "generations", "gap_closed"),
 )

@@ -128,6 +128,17 @@ def test_there_is_no_gap_to_a_run_that_was_scored_on_something_else(tmp_path: Pa
     assert other_bound(own, None) is None
 
 
+def test_a_bound_that_was_trained_for_fewer_steps_is_told(tmp_path: Path) -> None:
+    own, other = losses(original=4.0, corrected=3.0), losses(original=4.0, corrected=2.0)
+    (tmp_path / "metrics.json").write_text(json.dumps({"evaluation": other, "finetune": {"steps": 54}}))
+    said = str(other_bound(own, str(tmp_path), 60))
+    assert "was trained for 54 steps and this run's adapter for 60" in said
+    assert said.endswith("run it again with finetune.max_steps: 60.")
+    assert other_bound(own, str(tmp_path), 54) is None
+    (tmp_path / "metrics.json").write_text(json.dumps({"evaluation": other}))
+    assert other_bound(own, str(tmp_path), 60) is None
+
+
 def test_what_stands_on_a_redone_stage_is_left_out_until_it_is_verified(prepared: Prepared) -> None:
     counts = {"usage": USAGE, "num_tokens": 7, "num_shards": 1}
     prepared.run.commit("calibrate", "key", [], counts)
