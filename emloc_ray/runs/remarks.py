@@ -22,6 +22,7 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.model_bytes import model_dtype
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import num_rows, num_train_sequences, rows_trained, steps_trained
+from emloc_ray.stages.order import STEPS
 from emloc_ray.text import counted, listed, size, size_up
 
 _FIRST_TENSOR_CORES = 7.0  # compute capability: Volta
@@ -136,11 +137,12 @@ def unread_correction(section: CorrectionConfig) -> str | None:
 
 
 def unread_at_ratio_one(section: EmulatorConfig) -> str | None:
-    """Names the settings of ranks that are not read where nothing is factorized."""
-    keys = ("ratios", "allocation", "storage", "rank_multiple") if section.compression_ratio == 1 else ()
-    defaults = EmulatorConfig()
-    unread = [f"emulator.{key}" for key in keys if getattr(section, key) != getattr(defaults, key)]
-    if section.budget is not None or not unread:
+    """Names the settings of factors that are not read where nothing is factorized; integers of weights alone are rounded so."""
+    if section.budget is not None or section.compression_ratio != 1:
+        return None
+    keys, defaults = ("ratios", "allocation", "objective", "storage", "rank_multiple"), EmulatorConfig()
+    unread = [f"emulator.{key}" for key in keys if getattr(section, key) not in (getattr(defaults, key), "weights")]
+    if not unread:
         return None
     return (
         f"{listed(unread, len(keys))} {'are' if unread[1:] else 'is'} not read: at compression_ratio 1.0 nothing is factorized;"
@@ -252,6 +254,7 @@ def of_settings(prepared: Prepared, planned: Mapping[str, int]) -> list[str]:
         copied_rows(prepared),
         late_warmup(prepared),
         moved_for_completions(prepared),
+        *(stage.note_if_left_out(config) for stage in STEPS if not stage.wanted(prepared)),
     )
     return [remark for remark in remarks if remark is not None]
 

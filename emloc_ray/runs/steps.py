@@ -157,7 +157,6 @@ class Steps:
         self.directory.forget(stage.name)
         for path in self._outputs(stage, *stage.scratch):
             discard(path)
-        self._note(stage.note_if_left_out(self.prepared.config))
 
     def _done_before(self, stage: Stage, key: str) -> Result | None:
         entry = self.directory.stage(stage.name)

@@ -88,6 +88,17 @@ def runs_again(config: RunConfig) -> bool:
     return config.adapter.method != "prefix_tuning"
 
 
+def no_finishing(config: RunConfig) -> str | None:
+    """Says where exact steps are asked for and every step is one on the original."""
+    steps = config.finetune.exact_steps
+    if not steps:
+        return None
+    return (
+        f"finish: the emulator is the original itself, so finetune.exact_steps: {steps} is not read: add them to"
+        " finetune.max_steps."
+    )
+
+
 FINISH = Stage(
     name="finish",
     title="Finishing on the original",
@@ -101,6 +112,7 @@ FINISH = Stage(
     cost=_cost,
     steps=lambda prepared: (prepared.config.finetune.exact_steps, "on the original"),
     summary=lambda result: f"{result['steps']} steps on the original, training loss {result['train_loss']:.3f}",
+    note_if_left_out=no_finishing,
     metrics=metrics_of("finishing", "finish", "steps", "train_loss", "history"),
     metrics_keys=("finishing",),
 )

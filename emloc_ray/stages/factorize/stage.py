@@ -95,6 +95,10 @@ def _reads_gradients(layout: Layout) -> bool:
     return layout.objective == "predictions" and (bool(layout.ranks) or layout.budget is not None)
 
 
+def _reads_objective(layout: Layout) -> bool:
+    return layout.objective == "weights" or _reads_gradients(layout)
+
+
 def _storage(layout: Layout) -> Inputs:
     return {"storage": layout.storage} if layout.storage != "factors" else {}
 
@@ -152,7 +156,7 @@ def _factorize_inputs(context: Context) -> Inputs:
     # ``ranks`` shows neither what healing takes of allocated ranks, nor that the linears that it grows stay floats.
     if heals is not None and (allocation or (late and not only_later)):
         inputs["healing"] = heals.r
-    if objective == "weights" or _reads_gradients(layout):
+    if _reads_objective(layout):
         inputs["objective"] = objective
     if _reads_gradients(layout):
         inputs |= _gradient_key(context)
@@ -292,7 +296,7 @@ def _factorize_metrics(prepared: Prepared, results: dict[str, Result]) -> dict[s
         "mean_relative_error": made["mean_relative_error"],
         "quantization": prepared.config.emulator.quantization,
         "allocation": layout.allocation if prepared.layout.allocated else "uniform",
-        "objective": layout.objective,
+        "objective": layout.objective if _reads_objective(layout) else "activations",
         "storage": layout.storage,
         "layers": _with_shares(made["layers"], layout),
     }

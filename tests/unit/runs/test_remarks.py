@@ -20,12 +20,13 @@ from emloc_ray.runs.remarks import (
     emulated_bfloat16,
     idle_cpus,
     moved_for_completions,
+    of_settings,
     over_budget,
     unread_at_ratio_one,
     unread_correction,
     unread_residuals,
 )
-from emloc_ray.stages.factorize.stage import thin_calibration
+from emloc_ray.stages.factorize.stage import FACTORIZE, thin_calibration
 from emloc_ray.stages.heal.stage import no_healing
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.tokens.stage import cut_rows, too_few_rows
@@ -174,6 +175,7 @@ def test_settings_that_auto_does_not_read_are_told(section: dict[str, Any], word
             {"compression_ratio": 1, "storage": "pivoted", "rank_multiple": 1},
             "emulator.storage, emulator.rank_multiple are",
         ),
+        ({"compression_ratio": 1.0, "objective": "predictions"}, "emulator.objective is not read: at"),
         ({"budget": "3 bits", "storage": "pivoted"}, None),
     ],
 )
@@ -187,6 +189,31 @@ def test_settings_of_ranks_are_told_where_nothing_is_factorized(section: dict[st
 def test_factors_beside_integers_that_there_are_none_of_are_told(prepared: Make, ratio: float, told: bool) -> None:
     found = prepared(emulator={"compression_ratio": ratio, "quantization": "int4", "residual_rank": 4})
     assert (unread_residuals(found.config, found.layout) is not None) is told
+
+
+def test_stages_that_a_config_asks_for_and_leaves_out_are_told_before_the_run(prepared: Make) -> None:
+    asked = {"healing": {"steps": 2}, "refinement": {"steps": 2}}
+    one = prepared(emulator={"compression_ratio": 1.0, **asked}, finetune={"exact_steps": 6})
+    said = "\n".join(of_settings(one, {}))
+    for words in ("no factors to refine", "no factors to heal", "so finetune.exact_steps: 6 is not read: add them to"):
+        assert words in said
+    half = prepared(emulator={"compression_ratio": 0.5, **asked}, finetune={"exact_steps": 6})
+    assert not any("factors to" in line or "exact_steps" in line for line in of_settings(half, {}))
+
+
+@pytest.mark.parametrize(
+    ("emulator", "objective"),
+    [
+        ({"compression_ratio": 1.0, "quantization": "int4", "objective": "predictions"}, "activations"),
+        ({"compression_ratio": 1.0, "quantization": "int4", "objective": "weights"}, "weights"),
+        ({"compression_ratio": 0.5, "objective": "predictions"}, "predictions"),
+    ],
+)
+def test_the_objective_in_the_figures_is_the_one_that_was_read(
+    prepared: Make, emulator: dict[str, Any], objective: str
+) -> None:
+    figures = FACTORIZE.metrics(prepared(emulator=emulator), {"factorize": {"mean_relative_error": 0.1, "layers": {}}})
+    assert figures["emulator"]["objective"] == objective
 
 
 def test_cut_rows_are_told(prepared: Make) -> None:
