@@ -58,10 +58,11 @@ class TokenizeOptions:
     @property
     def may_show_images(self) -> bool:
         """Whether rows' images are read: the model has a processor for them, and messages show some."""
-        return self._takes_images(open_processor(self.tokenizer, self.trust_remote_code))
+        return self._may_show and open_processor(self.tokenizer, self.trust_remote_code) is not None
 
-    def _takes_images(self, processor: Any) -> bool:
-        return self.format in {*CHATS, "auto"} and processor is not None
+    @property
+    def _may_show(self) -> bool:
+        return self.format in {*CHATS, "auto"}
 
     def tokens(
         self, rows: Iterable[tuple[str, Row]], decoder: Callable[[bytes], Any] = decode
@@ -71,7 +72,7 @@ class TokenizeOptions:
         images, which ``decoder`` opens."""
         tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
         processor = open_processor(self.tokenizer, self.trust_remote_code)
-        takes_images, stream = self._takes_images(processor), iter(rows)
+        takes_images, stream = self._may_show and processor is not None, iter(rows)
         while batch := list(itertools.islice(stream, IMAGE_ROWS_PER_BATCH if takes_images else ROWS_PER_BATCH)):
             asks = takes_images and any(_asks_a_server(row, where) for where, row in batch)
             parts = each(functools.partial(self._sequences, tokenizer, processor, decoder), batch, asks)
@@ -90,7 +91,8 @@ class TokenizeOptions:
             with value_errors(where):
                 row, kind = converted(row, form, dict(self.columns), where, chats)
                 check_row(row, kind, where, self.packing)
-                images = load_images(row, where, self.image_places, decoder) if self._takes_images(processor) else []
+                shows = self._may_show and processor is not None
+                images = load_images(row, where, self.image_places, decoder) if shows else []
                 return sequences(row, kind, tokenizer, where, self.has_encoder, processor, images, decoder)
         except DataError:
             if self.skip_bad_rows:
