@@ -73,7 +73,8 @@ def _table(path: Path) -> Iterator[TaskRow | str]:
         for number, row in read_rows(source, range(source.num_rows)):
             where = f"{path}, row {number + 1}"
             try:
-                yield TaskRow(_set_cells(_parsed(row) if source.kind == "csv" else row), where, path.parent)
+                written = _parsed(row) if source.kind == "csv" else row
+                yield TaskRow(_set_cells(written, has_null=source.kind != "parquet"), where, path.parent)
             except ConfigError as error:
                 yield f"{where}: {error}"
     except DataError as error:
@@ -82,13 +83,15 @@ def _table(path: Path) -> Iterator[TaskRow | str]:
         yield f"{path} holds what Python cannot ({' '.join(str(error).split())}): convert it."
 
 
-def _set_cells(row: Row) -> Row:
-    """A row without its empty cells: a table has a cell for each column, set or not."""
-    cells = {key: _set_cells(value) or None if isinstance(value, dict) else value for key, value in row.items()}
+def _set_cells(row: Row, has_null: bool) -> Row:
+    """A row without its empty cells: blank texts, NaN and, unless ``has_null``, nulls: Parquet has no other cell that is not
+    set, where a null in JSON or CSV was written to be one."""
+    cells = {key: _set_cells(value, has_null) if isinstance(value, dict) else value for key, value in row.items()}
+    unset: tuple[Any, ...] = () if has_null else (None, {})
     return {
         key: value
         for key, value in cells.items()
-        if value is not None and value == value and not (isinstance(value, str) and not value.strip())
+        if value not in unset and value == value and not (isinstance(value, str) and not value.strip())
     }
 
 
@@ -98,7 +101,9 @@ def _parsed(row: Row) -> Row:
 
 def _parse(key: str, text: str) -> Any:
     """A CSV cell as YAML where that is a number, a list and the like; otherwise as text, where # begins no comment."""
-    if text.lower() in ("", "nan", "null", "~"):
+    if text.lower() in ("", "nan"):
+        return ""
+    if text.lower() in ("null", "~"):
         return None
     try:
         value = read_yaml(text)

@@ -80,7 +80,7 @@ def names(batch: Batch) -> list[str]:
 def test_a_table_of_jsonl_sets_nested_and_dotted_keys(write: Write, tmp_path: Path) -> None:
     rows = [
         {"name": "a", "data.train.path": "a.jsonl", "priority": 2},
-        {"name": "b", "data": {"train": {"path": "b.jsonl", "num_samples": None}}, "seed": 0, "adapter.r": ""},
+        {"name": "b", "data": {"train": {"path": "b.jsonl", "num_samples": ""}}, "seed": 0, "adapter.r": ""},
         {"name": "c", "adapter": {"rank_pattern": {"layers.0.k_proj": 1}}, "adapter.r": 8, "priority": None},
     ]
     batch = read_batch(write(tasks=jsonl(tmp_path / "t.jsonl", *rows)))
@@ -118,12 +118,37 @@ def test_a_table_of_csv_is_text_that_reads_like_yaml(write: Write, tmp_path: Pat
     assert first.config.finetune.learning_rate == 1e-4
     assert first.config.finetune.model_extra == {"weight_decay": 0.1}
     assert first.config.adapter.target_modules == ["q_proj", "v_proj"]
-    assert (first.config.correction.clamp, second.config.correction.clamp) == (3.0, 3.0)
+    assert (first.config.correction.clamp, second.config.correction.clamp) == (3.0, None)
     assert first.config.model.trust_remote_code is True
     assert (first.config.model.revision, second.config.model.revision) == ("12", "2024-01-01")
     assert second.config.data.train is not None
     assert second.config.data.train.path == "data #1.jsonl"
     assert second.config.finetune.model_extra == {}
+
+
+NULLS = {
+    "name": '"a"',
+    "emulator.compression_ratio": "null",
+    "emulator.budget": '"2.4 bits"',
+    "emulator.healing": "null",
+}
+
+
+@pytest.mark.parametrize(
+    ("table", "text"),
+    [
+        ("t.jsonl", f"{{{', '.join(f'{json.dumps(key)}: {value}' for key, value in NULLS.items())}}}\n"),
+        ("t.csv", f"{','.join(NULLS)}\n{','.join(NULLS.values())}\n"),
+    ],
+)
+def test_a_null_that_was_written_takes_out_what_the_base_has(
+    write: Write, tmp_path: Path, table: str, text: str
+) -> None:
+    emulator = {"compression_ratio": 0.5, "healing": {"steps": 20}}
+    (tmp_path / "base.yaml").write_text(write_yaml({**BASE, "emulator": emulator}))
+    (tmp_path / table).write_text(text)
+    [task] = read_batch(write(tasks=table)).tasks
+    assert (task.config.emulator.budget, task.config.emulator.healing) == ("2.4 bits", None)
 
 
 def test_a_table_of_parquet_has_struct_columns_and_nan(write: Write, tmp_path: Path) -> None:
