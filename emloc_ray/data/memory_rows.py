@@ -30,7 +30,7 @@ def write_rows(rows: Any, name: str, run_dir: str) -> str:
         raise ConfigError(
             f"{name} are rows, and run_dir {run_dir} is on an object store: give the path of a file there."
         )
-    folder = Path(f"{Path(run_dir).expanduser().absolute()}.rows")
+    folder = Path(f"{Path(run_dir.removeprefix('file://')).expanduser().absolute()}.rows")
     is_table = hasattr(rows, "__arrow_c_stream__")
     if hasattr(rows, "__len__") and not len(rows):
         raise ConfigError(f"{name} has no rows: give at least one.")
@@ -63,8 +63,19 @@ def _lines(rows: Any, name: str) -> Iterable[str]:
         if not isinstance(row, Mapping):
             raise ConfigError(f"{name}, row {number} is {type(row).__name__}: give a dict for each row.")
         try:
-            yield json.dumps(dict(row), ensure_ascii=False) + "\n"
+            yield json.dumps(dict(row), ensure_ascii=False, default=_plain) + "\n"
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"{name}, row {number} cannot be written as JSON ({error}): name images by their paths."
+                f"{name}, row {number} cannot be written as JSON ({error}): name images by their paths, and leave out what"
+                " no format reads."
             ) from error
+
+
+def _plain(value: Any) -> Any:
+    """A number or a list of numpy's or torch's, a date or a time, as JSON has it. Raises TypeError for all else: an array of
+    more axes is an image's."""
+    if hasattr(value, "tolist") and getattr(value, "ndim", 0) < 2:
+        return value.tolist()
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import pickle
 import re
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from small_runs import task_rows, write_jsonl
@@ -47,6 +49,24 @@ def test_rows_of_a_program_become_a_file_beside_the_run(tmp_path: Path) -> None:
     assert sorted(train.parent.iterdir()) == sorted([train, held_out])
 
 
+def test_rows_may_have_numbers_of_numpy_and_dates(tmp_path: Path) -> None:
+    day = datetime.datetime(2024, 5, 1, 12)
+    given = {
+        "id": np.int64(3),
+        "scores": np.array([0.5, 1.0]),
+        "at": day,
+        "on": pd.Timestamp(day),
+        "is_new": np.bool_(1),
+    }
+    config = as_config(None, [{**ROWS[0], **given}], None, {"run_dir": f"file://{tmp_path}/mine", "model": "m"})
+    assert config.data.train is not None
+    path = Path(str(config.data.train.path))
+    assert path.parent == tmp_path / "mine.rows"
+    time = "2024-05-01T12:00:00"
+    plain = {"id": 3, "scores": [0.5, 1.0], "at": time, "on": time, "is_new": True}
+    assert json.loads(path.read_text()) == {**ROWS[0], **plain}
+
+
 def test_keywords_are_keys_over_those_of_a_config(tmp_path: Path) -> None:
     values = {
         "run_dir": "r",
@@ -75,6 +95,10 @@ def test_keywords_are_keys_over_those_of_a_config(tmp_path: Path) -> None:
     [
         ({"train": [1, 2]}, "train, row 1 is int: give a dict for each row"),
         ({"train": [{"a": object()}]}, "train, row 1 cannot be written as JSON"),
+        (
+            {"train": [{"image": np.zeros((2, 2, 3))}]},
+            "train, row 1 cannot be written as JSON .*name images by their paths",
+        ),
         ({"train": []}, "train has no rows: give at least one"),
         ({"train": 7}, "train is int: give a path, a list of dicts"),
         ({"train": ROWS, "run_dir": "s3://b/run"}, "train are rows, and run_dir s3://b/run is on an object store"),
