@@ -57,11 +57,6 @@ _LIKELY: tuple[dict[str, str], ...] = (
         )
     ),
 )
-# The prompt of Alpaca's own models (tatsu-lab/stanford_alpaca), for a tokenizer without a chat template.
-_ALPACA = (
-    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{}\n\n{}### Response:\n"
-)
 
 
 def columns_of(format: str, columns: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -289,11 +284,19 @@ def _alpaca(row: Row, where: str, chats: bool) -> tuple[Row, str]:
         for asked, answered in (*history, (f"{instruction}\n{given}" if given else instruction, row["output"])):
             turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         return {"messages": turns, "tools": None}, "messages"
+    before = "".join(f"{alpaca_prompt(asked)}{answered}\n\n" for asked, answered in history)
+    prompt = before + alpaca_prompt(instruction, given)
+    return {"prompt": f"{system}\n\n{prompt}" if system else prompt, "completion": row["output"]}, "prompt_completion"
+
+
+def alpaca_prompt(instruction: str, given: str = "") -> str:
+    """What Alpaca's own models are asked (tatsu-lab/stanford_alpaca), for a tokenizer without a chat template; ``given`` is a
+    row's ``input``."""
     paired = ", paired with an input that provides further context" if given else ""
-    prompt = _ALPACA.format(paired, instruction, f"### Input:\n{given}\n\n" if given else "")
-    before = "".join(f"{_ALPACA.format('', asked, '')}{answered}\n\n" for asked, answered in history)
-    return {"prompt": f"{system}\n\n{before}{prompt}" if system else before + prompt, "completion": row["output"]}, (
-        "prompt_completion"
+    shown = f"### Input:\n{given}\n\n" if given else ""
+    return (
+        f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n{shown}### Response:\n"
     )
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from emloc_ray.data.row_formats import alpaca_prompt
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import auto_class
@@ -26,13 +27,15 @@ NAMES = ("original", "fine-tuned")
 
 @dataclass
 class Pair:
-    """The original with the run's adapter: one model in memory, asked without the adapter and with it. ``turns`` are what each
-    of the two has heard and said, where a chat template tells turns apart."""
+    """The original with the run's adapter: one model in memory, asked without the adapter and with it. Unless ``plain`` the chat
+    template wraps prompts, and ``turns`` are what each of the two has heard and said; ``is_alpaca``: plain ones are Alpaca's
+    own."""
 
     model: Any
     tokenizer: Any
     plain: bool
     max_new_tokens: int
+    is_alpaca: bool = False
     turns: dict[str, list[dict[str, str]]] = field(default_factory=lambda: {name: [] for name in NAMES})
 
     @classmethod
@@ -67,8 +70,9 @@ class Pair:
         except (OSError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"{directory} with {adapter} does not open ({one_line(error)}).") from error
         formats = rows.get("formats", [config["data"].get("format")])  # those that auto took
+        is_alpaca = not plain and not tokenizer.chat_template and "alpaca" in formats
         plain = plain or not tokenizer.chat_template or set(formats) <= _PLAIN
-        return cls(adapted.eval(), tokenizer, plain, max_new_tokens)
+        return cls(adapted.eval(), tokenizer, plain, max_new_tokens, is_alpaca)
 
     def answers(self, prompt: str) -> dict[str, str]:
         """What each of the two answers, greedily."""
@@ -82,7 +86,7 @@ class Pair:
     def _answer(self, name: str, prompt: str) -> str:
         turns = [*self.turns[name], {"role": "user", "content": prompt}]
         if self.plain:
-            inputs = self.tokenizer(prompt, return_tensors="pt")
+            inputs = self.tokenizer(alpaca_prompt(prompt) if self.is_alpaca else prompt, return_tensors="pt")
         else:
             inputs = self.tokenizer.apply_chat_template(
                 turns, add_generation_prompt=True, return_dict=True, return_tensors="pt"

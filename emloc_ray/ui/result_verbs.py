@@ -119,7 +119,7 @@ def gguf(
 @guarded
 def chat(
     run_dir: RunPath,
-    plain: Annotated[bool, flag("--plain", help="Prompts as they are, without the chat template.")] = False,
+    plain: Annotated[bool, flag("--plain", help="Prompts as they are, in no template.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")] = 256,
     trust_remote_code: Trusting = False,
 ) -> None:

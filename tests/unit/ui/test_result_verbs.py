@@ -17,6 +17,7 @@ from faulting.s3 import uri
 from rich.console import Console
 from typer.testing import CliRunner
 
+from emloc_ray.data.row_formats import converted
 from emloc_ray.io.formats.checkpoint import INDEX_NAME
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.atomic import copy_file
@@ -322,6 +323,28 @@ def test_prompts_are_wrapped_as_the_rows_that_auto_took_were(
     manifest["stages"]["data"]["result"]["formats"] = formats
     run.path("manifest.json").write_text(json.dumps(manifest))
     assert Pair.of(run, run.root).plain is plain
+
+
+@pytest.mark.parametrize(("format", "plain"), [("alpaca", False), ("alpaca", True), ("prompt_completion", False)])
+def test_without_a_chat_template_a_model_of_alpaca_s_rows_is_asked_as_it_was_trained(
+    run: RunDirectory, format: str, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("model", "chat_template.jinja").unlink()
+    manifest = run.manifest()
+    manifest["stages"]["data"]["result"]["formats"] = [format]
+    run.path("manifest.json").write_text(json.dumps(manifest))
+    pair = Pair.of(run, run.root, plain)
+    asked: list[str] = []
+
+    def generate(input_ids: Any, **options: Any) -> Any:
+        asked.append(pair.tokenizer.decode(input_ids[0]))
+        return input_ids
+
+    monkeypatch.setattr(pair.model, "generate", generate)
+    pair.answers("add 1 and 1: ")
+    row = {"instruction": "add 1 and 1: ", "output": "2"}
+    trained = converted(row, "alpaca", {}, "row 1", chats=False)[0]["prompt"]
+    assert asked == [trained if format == "alpaca" and not plain else "add 1 and 1: "] * 2
 
 
 def test_the_adapter_makes_a_difference_in_one_of_them(run: RunDirectory) -> None:
