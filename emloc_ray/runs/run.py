@@ -82,8 +82,8 @@ def run(
             if in_batch is None and is_finished(prepared, forced, until):
                 _check_again(prepared, reporter, cache, plan, until, accept_versions)
                 return prepared.run.metrics()
-        lean = keeps_small(prepared.config)
-        with connection(config.ray.address, lean_memory=lean, **config.ray.init_options) as started:
+        lean, note = keeps_small(prepared.config), reporter.note if in_batch is None else None
+        with connection(config.ray.address, lean, note, **config.ray.init_options) as started:
             if in_batch is None and not started:
                 prepared, plan = _within_reach(prepared, plan, _gathers(prepared, forced, fresh))
             if not fresh and config.ray.joins:  # by the GPUs that its Ray has

@@ -97,7 +97,7 @@ def run_batch(
         limits = batch.config.limits
         capacity = functools.partial(cluster_capacity, limits)
         lean = any(keeps_small(prepared.work.config(task)) for task in batch.tasks)
-        with connection(batch.ray.address, lean_memory=lean, **batch.ray.init_options) as started, prepared.work.actors:
+        with connection(batch.ray.address, lean, tell, **batch.ray.init_options) as started, prepared.work.actors:
             if not started:
                 prepared.work.with_gpus(gpus_within_reach(), smallest_gpu_bytes())
                 check_nodes([prepared.work.config(task) for task in batch.tasks])

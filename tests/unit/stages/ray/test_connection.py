@@ -8,6 +8,7 @@ import pytest
 from ray.exceptions import AuthenticationError
 
 from emloc_ray.config.reading import parse_config
+from emloc_ray.config.schema import RayConfig
 from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.stages.ray import nodes, session, spans
 from emloc_ray.stages.ray.session import connection
@@ -46,6 +47,19 @@ def test_a_ray_that_somebody_else_started_here_is_not_joined_unasked(
     with connection(given) as started:
         assert started == (address == "local")
     assert asked == [address]
+
+
+def test_keys_that_a_connection_from_before_leaves_unread_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(session.ray, "is_initialized", lambda: True)
+        patch.setattr(session, "tell_workers", lambda: None)
+        for given in (RayConfig(), RayConfig(num_cpus=4), RayConfig(address="ray://prod:10001", num_cpus=4)):
+            with connection(given.address, note=notes.append, **given.init_options) as started:
+                assert not started
+    first, second = notes
+    assert "leaves ray.num_cpus unread: call ray.shutdown() before the run" in first
+    assert "leaves ray.address unread" in second
 
 
 def variables_of_workers(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, str]:
