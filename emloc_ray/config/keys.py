@@ -11,7 +11,7 @@ from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
 from emloc_ray.config.base import Section, section_of
-from emloc_ray.config.passed import passed_to_trainer
+from emloc_ray.config.passed import passed_on
 from emloc_ray.config.peers import peer_key
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
@@ -63,9 +63,9 @@ def _keys_called(name: str, every: list[KeySection]) -> list[KeySection]:
     for section, key in called:
         if above in section.name.split(", "):
             return [KeySection(above, section.text, (key,))]
-    if above in ("", "finetune") and not called and (hint := passed_to_trainer(last)) is not None:
-        text = "a field of transformers' TrainingArguments, which is passed on"
-        return [KeySection("finetune", "", (Key(last, hint, "", text),))]
+    for passing in [above] if above else [] if called else ["finetune", "adapter", "ray"]:
+        if (passed := passed_on(passing, last)) is not None:
+            return [KeySection(passing, "", (Key(last, passed[0], "", f"{passed[1]}, which is passed on"),))]
     if not above and called:
         return [KeySection(section.name, section.text, (key,)) for section, key in called]
     if (peer := peer_key(name)) is not None:

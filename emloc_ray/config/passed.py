@@ -6,6 +6,7 @@ Not by pydantic's validators, which are skipped in a section that has another er
 import difflib
 import functools
 import json
+import re
 import typing
 from collections.abc import Iterable
 from typing import Any
@@ -234,12 +235,27 @@ def _truth_errors(key: str, value: Any, hint: Any) -> list[str]:
     ]
 
 
-def passed_to_trainer(key: str) -> str | None:
-    """The type of a key that ``finetune`` passes on, as people read it; None where it takes no such key."""
-    if key not in _trainable_keys():
-        return None
-    hint = _training_argument_types()[key]
-    return str(getattr(hint, "__name__", hint)).replace("typing.", "").replace("NoneType", "None")
+def passed_on(section: str, key: str) -> tuple[str, str] | None:
+    """The type of a key that a section passes on, as people read it, and whose key it is; None where it takes no such key."""
+    if section == "finetune" and key in _trainable_keys():
+        return _type_name(_training_argument_types()[key]), "a field of transformers' TrainingArguments"
+    if section == "ray" and key in (arguments := _ray_init_types()):
+        return _type_name(arguments[key]), "an argument of ray.init"
+    if section == "adapter":
+        from emloc_ray.modeling.adapter_methods import CONFIGS, method_fields
+
+        if types := {method: fields[key] for method in CONFIGS if key in (fields := method_fields(method))}:
+            return _type_name(
+                next(iter(types.values()))
+            ), f"a field of PEFT's config for adapter.method {', '.join(types)}"
+    return None
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    name = hint.__name__ if isinstance(hint, type) and typing.get_origin(hint) is None else str(hint)
+    return re.sub(r"(\w+\.)+", "", name).replace("NoneType", "None")
 
 
 def _elsewhere(name: str) -> str | None:

@@ -62,3 +62,30 @@ def test_one_section_with_what_is_in_it() -> None:
     assert [section.name.split(", ")[0] for section in config_keys("data.eval")] == ["data.train"]
     with pytest.raises(ConfigError, match=r"There is no section or key tuning: take one of the sections model, data"):
         config_keys("tuning")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "whose"),
+    [
+        ("finetune.weight_decay", "float", "a field of transformers' TrainingArguments"),
+        ("weight_decay", "float", "a field of transformers' TrainingArguments"),
+        (
+            "adapter.num_virtual_tokens",
+            "int",
+            "a field of PEFT's config for adapter.method prefix_tuning, prompt_tuning",
+        ),
+        ("decompose_factor", "int", "a field of PEFT's config for adapter.method lokr"),
+        ("ray.logging_level", "int", "an argument of ray.init"),
+    ],
+)
+def test_a_key_that_is_passed_on_says_to_whom(name: str, values: str, whose: str) -> None:
+    [section] = config_keys(name)
+    [key] = section.keys
+    assert f"{section.name}.{key.name}".endswith(name)
+    assert (key.values, key.text) == (values, f"{whose}, which is passed on")
+
+
+@pytest.mark.parametrize("name", ["ray.decompose_factor", "adapter.namespace", "finetune.push_to_hub"])
+def test_a_key_that_no_one_takes_there_is_none(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"There is no section or key {name}"):
+        config_keys(name)
