@@ -115,7 +115,7 @@ def show_batch(run: Any, watch: bool) -> None:
                 time.sleep(1)
     console.print(table())
     holder = run.holder()
-    console.print(f"Running: {holder}" if holder else "Not running.", markup=False)
+    console.print(f"Running: {holder}" if holder else "Not running.", soft_wrap=True, markup=False)
     state = state_now(run)
     for line in reasons(state) if state else ():
         console.print(line, soft_wrap=True, markup=False)

@@ -39,7 +39,7 @@ def report(run_dir: RunPath) -> None:
         run = RunDirectory(place_of(run_dir)).existing()
         state = state_now(run)
     written = write_report(run) if state is None else write_batch_report(run, state)
-    console.print(escape(str(written)))
+    console.print(escape(str(written)), soft_wrap=True)
 
 
 @guarded

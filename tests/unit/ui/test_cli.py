@@ -115,12 +115,13 @@ def test_status_of_no_run_and_of_one_that_has_begun(call: Call, tmp_path: Path) 
         run.unlock()
 
 
-def test_report_of_a_run_that_has_only_begun(call: Call, tmp_path: Path) -> None:
-    RunDirectory(call.run_dir).create({})
-    result = invoke("report", str(call.run_dir))
+def test_report_of_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    place = tmp_path / ("run" * 70)
+    RunDirectory(place).create({})
+    result = invoke("report", str(place))
     assert result.exit_code == 0, (result.output, result.exception)
-    assert "report.html" in result.stdout
-    assert "<html" in (call.run_dir / "report.html").read_text()
+    assert result.stdout == f"{place}/report.html\n"
+    assert "<html" in (place / "report.html").read_text()
     assert invoke("report", str(tmp_path)).exit_code == 2
 
 
