@@ -74,7 +74,13 @@ class Factorization:
 
 
 def factorize(
-    weight: Tensor, whitening: Whitening, rank: int, *, solver: Solver = "auto", seed: int = 0, name: str = "the layer"
+    weight: Tensor,
+    whitening: Whitening | Gram,
+    rank: int,
+    *,
+    solver: Solver = "auto",
+    seed: int = 0,
+    name: str = "the layer",
 ) -> Factorization:
     """The best ``W_E = up @ down`` of ``rank`` for ``weight (out, in)`` under ``‖(W − W_E) G^½‖_F``.
 
@@ -85,11 +91,12 @@ def factorize(
     float32 and once more in float64 where rounding could change the residual by 1e-3, on the CPU where the device's float64 is
     slow. The result depends on ``seed`` (the subspace's start) only within these bounds.
 
-    The weight is of any floating dtype, on the device of the whitening, where it is computed. Raises NumericsError where the
-    weight holds a NaN or an Inf, ValueError where shapes do not fit or ``rank`` is not within ``1 .. min(out, in)``; ``name``
-    is the layer's, for these.
+    The weight is of any floating dtype, on the device of the whitening, where it is computed; a :class:`Gram` in its place is
+    whitened for this weight alone. Raises NumericsError where the weight or the Gram holds a NaN or an Inf, ValueError where
+    shapes do not fit or ``rank`` is not within ``1 .. min(out, in)``; ``name`` is the layer's, for these.
     """
     order = min(weight.shape)
+    whitening = Whitening(whitening, name=name) if isinstance(whitening, Gram) else whitening
     whitening.check_reads(weight, name)
     if not 1 <= rank <= order:
         raise ValueError(f"{name} has {order} ranks, so its rank cannot be {rank}.")

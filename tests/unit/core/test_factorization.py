@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emloc_ray.core import factorization
 from emloc_ray.core.factorization import Factorization, LowRankFactors, Solver, factorize, relative_error
+from emloc_ray.core.gram import Gram
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import NumericsError
 
@@ -55,6 +56,13 @@ def with_spectrum(order: int, eigenvalues: Tensor, out_features: int, in_feature
     gram = x.T @ x
     values, vectors = torch.linalg.eigh(gram)
     return (u * eigenvalues.sqrt()) @ v.T @ (vectors / values.sqrt()) @ vectors.T, gram
+
+
+def test_a_gram_is_whitened_as_a_whitening_is() -> None:
+    gram = Gram.zero(12)
+    gram.update(normal(40, 12))
+    made, same = (factorize(normal(8, 12), inputs, 3) for inputs in (gram, Whitening(gram)))
+    assert torch.equal(made.factors.up @ made.factors.down, same.factors.up @ same.factors.down)
 
 
 @FEW
