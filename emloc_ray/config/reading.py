@@ -45,13 +45,24 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
             f"A config of the type {given} cannot be read: give a YAML file's path, or a mapping of its keys."
         )
     name = "the config" if isinstance(config, Mapping) else str(config)
-    values = dict(config) if isinstance(config, Mapping) else read_values(Path(config))
+    values = without_paths(config) if isinstance(config, Mapping) else read_values(Path(config))
     if is_batch(values):
         raise ConfigError(f"{name} is a batch of tasks: give it to emloc-ray batch.")
     for override in overrides:
         keys, value = read_override(override)
         put(values, keys, value, f"Override {'.'.join(keys)}")
     return parse_config(values, f"{name} and its overrides" if overrides else name)
+
+
+def without_paths(value: Any) -> Any:
+    """A value with its ``pathlib`` paths as text; rows are left as they are."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], os.PathLike):
+        return [without_paths(inner) for inner in value]
+    return value
 
 
 def read_values(path: Path, named_by: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """The Python interface: a run that keeps its page, its plan, its checks, and what came out."""
 
 import dataclasses
-import os
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from emloc_ray.config.reading import load_config, parse_config
+from emloc_ray.config.reading import load_config, parse_config, without_paths
 from emloc_ray.config.schema import DataConfig, RunConfig, SplitConfig
 from emloc_ray.data.memory_rows import is_place, write_rows
 from emloc_ray.io.runs.cache import ArtifactCache
@@ -158,11 +157,11 @@ def as_config(
 ) -> RunConfig:
     """A config of what :func:`run` takes, checked whole: a RunConfig has not checked the keys that it passes on. Rows that a
     program holds are written beside the run's directory, once the rest is known to be valid."""
-    given = {name: _without_paths(rows) for name, rows in (("train", train), ("eval", eval)) if rows is not None}
+    given = {name: without_paths(rows) for name, rows in (("train", train), ("eval", eval)) if rows is not None}
     if not isinstance(config, RunConfig | Mapping | None):
         config = load_config(config)
     values = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, RunConfig) else dict(config or {})
-    values, keys = _without_paths(values), _without_paths(keys or {})
+    values, keys = without_paths(values), without_paths(keys or {})
     for key, value in keys.items():
         is_section = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
         values[key] = {**values[key], **value} if is_section else value
@@ -182,17 +181,6 @@ def as_config(
         return checked
     places = {name: write_rows(held, name, checked.run_dir) for name, held in rows.items()}
     return parse_config({**values, "data": {**data, **places}}, "the call")
-
-
-def _without_paths(value: Any) -> Any:
-    """A value with its ``pathlib`` paths as text; rows are left as they are."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, Mapping):
-        return {key: _without_paths(inner) for key, inner in value.items()}
-    if isinstance(value, list) and value and isinstance(value[0], os.PathLike):
-        return [_without_paths(inner) for inner in value]
-    return value
 
 
 def _default_reporter() -> Reporter:

@@ -79,7 +79,9 @@ def test_keywords_are_keys_over_those_of_a_config(tmp_path: Path) -> None:
     assert as_config(config) == config
     assert as_config(config, keys={"seed": 4}) == config.model_copy(update={"seed": 4})
     assert as_config(None, "a.jsonl", None, {"model": "org/m"}).run_dir == "runs/m"
-    assert emloc_ray.load_config(values, ["seed=4"]).seed == 4
+    assert emloc_ray.load_config({**values, "run_dir": tmp_path, "model": tmp_path}, ["seed=4"]) == as_config(
+        values, keys={"run_dir": tmp_path, "model": tmp_path, "seed": 4}
+    )
     paths = as_config(
         {"run_dir": tmp_path, "data": {"eval": {"path": [tmp_path / "b"]}}}, tmp_path / "a", None, {"model": tmp_path}
     )
