@@ -66,10 +66,17 @@ class BlockWeights:
         own = {name: StoredParameter(((name,),)) for name in shapes}
         self._stored = stored_parameters(self.model, shapes) if self.config is config else own
         self._files: dict[Path, Tensor] = {}
+        self._untie()
         self._place_buffers()
         self.model.name_or_path = str(directory)
         if (Path(directory) / "generation_config.json").is_file():
             self.model.generation_config = GenerationConfig.from_pretrained(directory)
+
+    def _untie(self) -> None:
+        """As ``from_pretrained``: parameters that the config ties stay apart where the checkpoint has both, and they differ."""
+        for name, source in self.model.get_expanded_tied_weights_keys(all_submodels=True).items():
+            if {name, source} <= self._stored.keys() and not torch.equal(self.read([name]), self.read([source])):
+                self.place(name, nn.Parameter(torch.empty_like(self.model.get_parameter(name)), False))
 
     def _place_buffers(self) -> None:
         for name, buffer in list(self.model.named_buffers(remove_duplicate=False)):

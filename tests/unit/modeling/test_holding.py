@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,13 +13,15 @@ import pytest
 import torch
 import transformers
 from families import save
+from safetensors.torch import save_file
 from shared_keys import HAS_MISTRAL, MISTRAL
 from stage_artifacts import random_rows
-from tiny import PAD, save_model
+from tiny import PAD, save_emulator, save_model
 from torch import Tensor
 
 from emloc_ray.data.token_shards import collate
 from emloc_ray.errors import ArtifactError
+from emloc_ray.io.formats.checkpoint import INDEX_NAME, SINGLE_NAME
 from emloc_ray.modeling import loss
 from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
@@ -174,6 +177,26 @@ def test_tied_embeddings_and_another_dtype(tmp_path: Path) -> None:
             one, other = (model(input_ids=torch.arange(9)[None]).logits for model in models)
             assert one.dtype == other.dtype
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_head_of_its_own_is_read_though_the_config_ties_it(equal: bool, tmp_path: Path) -> None:
+    original = save_model(tmp_path / "original", "llama")
+    if equal:
+        state = open_model(original).state_dict()
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        save_file(state, original / SINGLE_NAME, {"format": "pt"})
+        (original / INDEX_NAME).unlink()
+    for directory in (original, save_emulator(original, tmp_path / "emulator")):
+        config = json.loads((directory / "config.json").read_text())
+        config.get("base_config", config)["tie_word_embeddings"] = True
+        (directory / "config.json").write_text(json.dumps(config))
+        whole = open_model(directory)
+        assert (whole.lm_head.weight is whole.model.embed_tokens.weight) == equal
+        for hold in OFFLOADED:
+            held = open_model(directory, hold)
+            assert torch.equal(held(BATCH["input_ids"]).logits, whole(BATCH["input_ids"]).logits)
+            assert (held.lm_head.weight is held.model.embed_tokens.weight) == (equal and hold == "offloaded")
 
 
 def test_completions_and_emulators(
