@@ -109,9 +109,11 @@ class LinearSpec:
 
 def auto_class(config: Any) -> Any:
     """The transformers Auto class that opens models of this config: the one whose class the config's ``architectures`` name,
-    as a type may be a decoder alone in one and a whole model in another, else the most specific."""
+    as a type may be a decoder alone in one and a whole model in another, else the most specific, of an encoder-decoder one
+    of the whole."""
     opened = {}
-    for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM"):
+    decoder, *whole = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM")
+    for name in (*whole, decoder) if has_encoder(config) else (decoder, *whole):
         auto = getattr(transformers, name)
         remote = (getattr(config, "auto_map", None) or {}).get(name)
         if remote or type(config) in auto._model_mapping:

@@ -117,8 +117,10 @@ def test_mixtures_leave_routers_out_and_every_expert_reads_for_itself(config: An
 def test_auto_class() -> None:
     assert auto_class(make_config("llama")).__name__ == "AutoModelForCausalLM"
     assert auto_class(T5Config()).__name__ == "AutoModelForSeq2SeqLM"
-    for named, opens in (("BartForConditionalGeneration", "Seq2SeqLM"), ("BartForCausalLM", "CausalLM")):
+    cases = {"BartForConditionalGeneration": "Seq2SeqLM", "BartForCausalLM": "CausalLM", "BartModel": "Seq2SeqLM"}
+    for named, opens in cases.items():
         assert auto_class(BartConfig(architectures=[named])).__name__ == f"AutoModelFor{opens}"
+    assert auto_class(BartConfig()).__name__ == "AutoModelForSeq2SeqLM"
     whole = Llama4Config(architectures=["Llama4ForConditionalGeneration"])
     assert auto_class(whole).__name__ == "AutoModelForImageTextToText"
     with pytest.raises(ConfigError, match="resnet"):
