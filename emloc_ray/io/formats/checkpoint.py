@@ -166,11 +166,12 @@ def _entry(file: Path, name: str, item: dict[str, Any], base: int, version: str 
 
 
 def read_index(directory: Path) -> dict[str, str]:
-    """The file of every tensor, by the checkpoint's index; empty where it has none. Raises ArtifactError where the index is
-    there, but holds no such map, or it names a file that is not below ``directory``."""
+    """The file of every tensor, by the checkpoint's index; empty where it has none, or ``model.safetensors`` too, which
+    transformers opens first. Raises ArtifactError where the index holds no such map, or it names a file that is not below
+    ``directory``."""
     index = directory / INDEX_NAME
     ensure(index)
-    if not index.is_file():
+    if not index.is_file() or exists(directory / SINGLE_NAME):
         return {}
     try:
         weight_map = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}

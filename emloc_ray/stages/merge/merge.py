@@ -10,7 +10,7 @@ import torch
 
 from emloc_ray.core.precision import exact_float32
 from emloc_ray.errors import ArtifactError
-from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorEntry, write_index
+from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorEntry, read_index, write_index
 from emloc_ray.io.formats.shards import chunk_limit, copy_chunks, make_header, stream_shard
 from emloc_ray.io.store.atomic import copy_file
 from emloc_ray.io.store.node_cache import exists
@@ -113,7 +113,7 @@ def write_weight_index(job: MergeJob, shards: Sequence[Shard], named: Sequence[t
         entries = [entry for _, shard in named for entry in shard.entries]
         sizes = sum(entry.num_bytes for entry in entries), sum(math.prod(entry.shape) for entry in entries)
         write_index(job.out_dir, files, *sizes)
-    elif exists(job.model_dir / INDEX_NAME):
+    elif read_index(job.model_dir):
         copy_file(job.model_dir / INDEX_NAME, job.out_dir / INDEX_NAME)
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stage_artifacts import tensors_in
+from tiny import make_config
+from transformers import LlamaForCausalLM
 
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import DTYPES, INDEX_NAME, SINGLE_NAME, Checkpoint, read_shard, write_index
@@ -213,6 +215,17 @@ def test_an_index_may_name_files_in_folders_below(tmp_path: Path) -> None:
     save(tmp_path / "part..1", {"a": sample(torch.float32, 2)})
     write_index(tmp_path, {"a": f"part..1/{SINGLE_NAME}"}, 8, 2)
     assert [entry.name for entry in Checkpoint(tmp_path)] == ["a"]
+
+
+@pytest.mark.parametrize("sizes", [("1GB", "100KB"), ("100KB", "1GB")])
+def test_of_a_whole_file_and_an_index_the_file_is_read_as_in_transformers(tmp_path: Path, sizes: tuple[str, str]) -> None:
+    for size in sizes:  # the second leaves what the first wrote, but for its shards
+        LlamaForCausalLM(make_config("llama")).save_pretrained(tmp_path, max_shard_size=size)
+    assert (tmp_path / INDEX_NAME).is_file()
+    assert (tmp_path / SINGLE_NAME).is_file()
+    checkpoint, opened = Checkpoint(tmp_path), LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert checkpoint.entries.keys() == opened.keys()
+    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in opened.items())
 
 
 def test_index_as_transformers_writes_it(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:

@@ -126,6 +126,15 @@ def test_tied_weights_stay_tied(
     assert torch.equal(model.lm_head.weight, original.read("model.embed_tokens.weight"))
 
 
+def test_an_index_beside_a_whole_file_is_left(artifacts: Artifacts, tmp_path: Path) -> None:
+    job = MergeJob(tmp_path / "model", artifacts.adapter_dir, tmp_path / "merged", artifacts.specs)
+    AutoModelForCausalLM.from_pretrained(artifacts.model_dir).save_pretrained(job.model_dir)
+    shutil.copyfile(artifacts.model_dir / INDEX_NAME, job.model_dir / INDEX_NAME)
+    shards = Checkpoint(job.model_dir).shards
+    write_weight_index(job, shards, output_shards(shards, None))
+    assert not (job.out_dir / INDEX_NAME).exists()
+
+
 def test_the_index_is_found_where_this_node_s_copy_is_gone(
     artifacts: Artifacts, s3_port: int, node_cache: Path
 ) -> None:
