@@ -167,8 +167,8 @@ def _entry(file: Path, name: str, item: dict[str, Any], base: int, version: str 
 
 def read_index(directory: Path) -> dict[str, str]:
     """The file of every tensor, by the checkpoint's index; empty where it has none, or ``model.safetensors`` too, which
-    transformers opens first. Raises ArtifactError where the index holds no such map, or it names a file that is not below
-    ``directory``."""
+    transformers opens first. Raises ArtifactError where the index holds no such map, or it names a file that is not in
+    ``directory`` itself."""
     index = directory / INDEX_NAME
     ensure(index)
     if not index.is_file() or exists(directory / SINGLE_NAME):
@@ -179,6 +179,10 @@ def read_index(directory: Path) -> dict[str, str]:
         raise ArtifactError(f"{index} holds no readable weight_map: copy the checkpoint again.") from error
     for file in dict.fromkeys(weight_map.values()):
         check_inside(file, index)
+        if len(Path(file).parts) > 1:  # what is made of a checkpoint has its shards by their names alone
+            raise ArtifactError(
+                f"{index} names {file!r}, which lies in a folder below: move it beside its index, and name it so."
+            )
     return weight_map
 
 

@@ -204,21 +204,24 @@ def test_bad_index(tmp_path: Path, text: str) -> None:
         "a\0b",
     ],
 )
-def test_an_index_names_files_below_its_folder(tmp_path: Path, name: str) -> None:
+def test_an_index_names_files_of_its_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": name}}))
     with pytest.raises(ArtifactError) as caught:
         Checkpoint(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / INDEX_NAME} names {name!r} as a file of weights, which leads out")
 
 
-def test_an_index_may_name_files_in_folders_below(tmp_path: Path) -> None:
+def test_an_index_names_no_files_in_folders_below(tmp_path: Path) -> None:
     save(tmp_path / "part..1", {"a": sample(torch.float32, 2)})
     write_index(tmp_path, {"a": f"part..1/{SINGLE_NAME}"}, 8, 2)
-    assert [entry.name for entry in Checkpoint(tmp_path)] == ["a"]
+    with pytest.raises(ArtifactError, match=r"names 'part\.\.1/model\.safetensors', .*: move it beside its index, and"):
+        Checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("sizes", [("1GB", "100KB"), ("100KB", "1GB")])
-def test_of_a_whole_file_and_an_index_the_file_is_read_as_in_transformers(tmp_path: Path, sizes: tuple[str, str]) -> None:
+def test_of_a_whole_file_and_an_index_the_file_is_read_as_in_transformers(
+    tmp_path: Path, sizes: tuple[str, str]
+) -> None:
     for size in sizes:  # the second leaves what the first wrote, but for its shards
         LlamaForCausalLM(make_config("llama")).save_pretrained(tmp_path, max_shard_size=size)
     assert (tmp_path / INDEX_NAME).is_file()
