@@ -30,7 +30,7 @@ from emloc_ray.io.store.places import looked_in
 from emloc_ray.modeling.architecture import auto_class, block_linears, load_config, outside_linears
 from emloc_ray.modeling.checkpoint_config import check_config, config_leaves
 from emloc_ray.modeling.experts import unfuse
-from emloc_ray.modeling.stored_names import StoredParameter, stored_parameters
+from emloc_ray.modeling.stored_names import StoredParameter, missing_parameters, stored_parameters
 from emloc_ray.text import one_line
 
 TOKENIZER_FILES = (
@@ -181,7 +181,7 @@ def read_model_config(source: ModelSource, trust_remote_code: bool = False) -> A
     if source.gguf_file is None:
         check_config(source.directory, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code, **options)
+        return AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # each kind of config, and a GGUF file that is cut, has errors of its own
         detail = _unknown_type(source.directory) or one_line(error)
         if source.gguf_file is not None:
@@ -190,7 +190,6 @@ def read_model_config(source: ModelSource, trust_remote_code: bool = False) -> A
                 " or name another model."
             ) from error
         raise ConfigError(f"model.source {source.directory}: its config cannot be read ({detail}).") from error
-    return config
 
 
 def _unknown_type(directory: Path) -> str | None:
@@ -211,8 +210,8 @@ def _unknown_type(directory: Path) -> str | None:
 
 def check_source(source: ModelSource, model: Any, trust_remote_code: bool = False) -> None:
     """Raises ConfigError where no emulator can be made of a model: the checkpoint is stored quantized, its code comes with it,
-    it lacks linears that ``model`` (on the meta device) has, which transformers would fill with random numbers, its shapes are
-    not those of ``model``, or it has no tokenizer."""
+    it lacks parameters that ``model`` (on the meta device) has, which transformers would fill with random numbers, its shapes
+    are not those of ``model``, or it has no tokenizer."""
     if source.gguf_file is not None:
         return
     _check_kind(source, model.config)
@@ -220,15 +219,15 @@ def check_source(source: ModelSource, model: Any, trust_remote_code: bool = Fals
         checkpoint = Checkpoint(source.directory)
         stored = stored_parameters(model, {entry.name: entry.shape for entry in checkpoint})
         _check_linears(source, model, stored)
+        _check_others(source, model, stored)
         _check_shapes(source, model, stored, checkpoint)
     if not source.only_index:
         _open_tokenizer(source, "save one beside the weights", trust_remote_code=trust_remote_code)
 
 
 def _check_kind(source: ModelSource, config: Any) -> None:
-    stored_as = getattr(config, "quantization_config", None)
-    stored_as = stored_as or getattr(config.get_text_config(), "quantization_config", None)
-    if stored_as:
+    stored_as, inner = (getattr(c, "quantization_config", None) for c in (config, config.get_text_config()))
+    if stored_as := stored_as or inner:
         method = stored_as.get("quant_method") if isinstance(stored_as, dict) else type(stored_as).__name__
         raise ConfigError(
             f"model.source {source.directory} is stored quantized ({method}), and its codes are no weights to factorize or to"
@@ -262,6 +261,14 @@ def _check_linears(source: ModelSource, model: Any, stored: Mapping[str, StoredP
         raise ConfigError(
             f"model.source {source.directory} holds {converted} in a form that only transformers can convert: load it with"
             " transformers, save it again with save_pretrained(save_original_format=False), and name that."
+        )
+
+
+def _check_others(source: ModelSource, model: Any, stored: Mapping[str, StoredParameter]) -> None:
+    if missing := missing_parameters(model, stored):
+        raise ConfigError(
+            f"model.source {source.directory} lacks {missing[0]} (parameters missing in all: {len(missing)}), which"
+            " transformers would fill with random numbers: copy it again, or name a checkpoint with a language-model head."
         )
 
 

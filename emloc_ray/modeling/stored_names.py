@@ -8,6 +8,7 @@ no stage holds more of a parameter than it works on.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,6 +119,16 @@ def stored_parameters(model: Any, names: Iterable[str] | Mapping[str, Sequence[i
         if view.parameter in stored
     }
     return whole | apart
+
+
+def missing_parameters(model: Any, stored: Mapping[str, StoredParameter]) -> list[str]:
+    """The model's parameters that nothing stored makes up, nor one that they are tied to, and that transformers does not say
+    may be missing."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)  # the name of another parameter, by name
+    present = {tied.get(name, name) for name in stored}
+    missing = [name for name, _ in model.named_parameters() if tied.get(name, name) not in present]
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return [name for name in missing if not any(re.search(pattern, name) for pattern in optional)]
 
 
 def _stored(

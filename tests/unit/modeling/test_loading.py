@@ -101,6 +101,19 @@ def test_a_checkpoint_that_lacks_a_block_of_its_config_is_refused(tiny_model_dir
     check_source(source, empty_model(make_config("llama")))
 
 
+@pytest.mark.parametrize("lost", ["lm_head", "model.embed_tokens", "model.norm", "model.layers.0.input_layernorm"])
+def test_a_checkpoint_that_lacks_what_is_no_linear_of_a_block_is_refused(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, lost: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"))
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name != f"{lost}.weight"}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    with pytest.raises(
+        ConfigError, match=rf"lacks {lost}\.weight \(parameters missing in all: 1\), which transformers"
+    ):
+        check_source(ModelSource(tmp_path), empty_model(model.config))
+
+
 # Packages.
 
 
