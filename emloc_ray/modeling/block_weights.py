@@ -1,5 +1,6 @@
 """A model that is made without weights, and its checkpoint's weights, read for it a part at a time."""
 
+import copy
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from emloc_ray.modeling.architecture import auto_class, block_names, load_config
 from emloc_ray.modeling.emulator import factorize_modules
 from emloc_ray.modeling.experts import experts_of, unfuse
 from emloc_ray.modeling.loading import dtype_on
-from emloc_ray.modeling.stored_names import StoredParameter, require, stored_parameters
+from emloc_ray.modeling.stored_names import StoredParameter, may_be_missing, require, stored_parameters
 
 
 class BlockWeights:
@@ -100,8 +101,17 @@ class BlockWeights:
         return weight.to(self._dtype_of(names)) if weight.is_floating_point() else weight
 
     def stored(self, name: str) -> Tensor:
-        """A parameter in the dtype that it has in the checkpoint, on the CPU: mapped, where it is one tensor there."""
+        """A parameter in the dtype that it has in the checkpoint, on the CPU: mapped, where it is one tensor there; computed,
+        where a checkpoint need not hold it."""
+        if name not in self._stored and may_be_missing(self.model, name):
+            return self._computed(name)
         return require(self._stored, name, self.checkpoint).read(self.checkpoint, self._mapped)
+
+    def _computed(self, name: str) -> Tensor:
+        owner, _, attribute = name.rpartition(".")
+        module = copy.deepcopy(self.model.get_submodule(owner)).to_empty(device="cpu")
+        self.model._init_weights(module)  # noqa: SLF001  as in emulator.py
+        return module.get_parameter(attribute).detach()
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype that a parameter has in the checkpoint."""

@@ -122,13 +122,18 @@ def stored_parameters(model: Any, names: Iterable[str] | Mapping[str, Sequence[i
 
 
 def missing_parameters(model: Any, stored: Mapping[str, StoredParameter]) -> list[str]:
-    """The model's parameters that nothing stored makes up, nor one that they are tied to, and that transformers does not say
-    may be missing."""
+    """The model's parameters that nothing stored makes up, nor one that they are tied to, and that :func:`may_be_missing` does
+    not excuse."""
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)  # the name of another parameter, by name
     present = {tied.get(name, name) for name in stored}
     missing = [name for name, _ in model.named_parameters() if tied.get(name, name) not in present]
-    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    return [name for name in missing if not any(re.search(pattern, name) for pattern in optional)]
+    return [name for name in missing if not may_be_missing(model, name)]
+
+
+def may_be_missing(model: Any, name: str) -> bool:
+    """Whether transformers says that checkpoints need not hold a parameter, as a table of positions, which it computes."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _stored(

@@ -199,6 +199,18 @@ def test_a_head_of_its_own_is_read_though_the_config_ties_it(equal: bool, tmp_pa
             assert (held.lm_head.weight is held.model.embed_tokens.weight) == (equal and hold == "offloaded")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tables_of_positions_that_no_checkpoint_holds_are_computed(dtype: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 32}
+    tokens: dict[str, Any] = {"vocab_size": 300, "pad_token_id": PAD, "decoder_start_token_id": 1, "eos_token_id": 1}
+    config = transformers.MarianConfig(forced_eos_token_id=1, **tokens, **sizes)
+    transformers.MarianMTModel(config).save_pretrained(tmp_path)
+    ids = BATCH["input_ids"]
+    whole = open_model(tmp_path, dtype=dtype)(ids, decoder_input_ids=ids).logits
+    for hold in OFFLOADED:
+        assert torch.equal(open_model(tmp_path, hold, dtype=dtype)(ids, decoder_input_ids=ids).logits, whole)
+
+
 def test_completions_and_emulators(
     saved: Callable[[str], Path], emulator_dir: Callable[[str], Path], tokenizer: Any
 ) -> None:
