@@ -71,6 +71,11 @@ class ModelSource:
     revision: str | None = None
     only_index: bool = False
 
+    @property
+    def name(self) -> str:
+        """What refusals of its weights call it."""
+        return self.hub_id or str(self.directory)
+
 
 def resolve_source(
     source: str, revision: str | None = None, trust_remote_code: bool = False, needs_weights: bool = True
@@ -216,13 +221,24 @@ def check_source(source: ModelSource, model: Any, trust_remote_code: bool = Fals
         return
     _check_kind(source, model.config)
     if source.hub_id is None and not source.only_index:
-        checkpoint = Checkpoint(source.directory)
-        stored = stored_parameters(model, {entry.name: entry.shape for entry in checkpoint})
-        _check_linears(source, model, stored)
-        _check_others(source, model, stored)
-        _check_shapes(source, model, stored, checkpoint)
+        check_weights(source, model, source.directory)
+    elif names := read_index(source.directory):
+        _check_names(source, model, stored_parameters(model, names))
     if not source.only_index:
         _open_tokenizer(source, "save one beside the weights", trust_remote_code=trust_remote_code)
+
+
+def check_weights(source: ModelSource, model: Any, directory: Path) -> None:
+    """As :func:`check_source`, of the weights alone: those in ``directory``, once a model of the hub is there."""
+    checkpoint = Checkpoint(directory)
+    stored = stored_parameters(model, {entry.name: entry.shape for entry in checkpoint})
+    _check_names(source, model, stored)
+    _check_shapes(source, model, stored, checkpoint)
+
+
+def _check_names(source: ModelSource, model: Any, stored: Mapping[str, StoredParameter]) -> None:
+    _check_linears(source, model, stored)
+    _check_others(source, model, stored)
 
 
 def _check_kind(source: ModelSource, config: Any) -> None:
@@ -252,14 +268,14 @@ def _check_linears(source: ModelSource, model: Any, stored: Mapping[str, StoredP
     missing = [name for name in names if name not in stored]
     if missing:
         raise ConfigError(
-            f"model.source {source.directory} holds no {missing[0]} ({len(missing)} linears of config.json's model are"
-            " missing): copy the checkpoint again, or fix config.json."
+            f"model.source {source.name} holds no {missing[0]} ({len(missing)} linears of config.json's model are"
+            " missing): copy the checkpoint again, fix config.json, or name another."
         )
     shared = {f"{name}.weight" for name in outside if isinstance(stored[f"{name}.weight"].part, tuple)}
     converted = next((name for name in names if not stored[name].parts or name in shared), None)
     if converted is not None:
         raise ConfigError(
-            f"model.source {source.directory} holds {converted} in a form that only transformers can convert: load it with"
+            f"model.source {source.name} holds {converted} in a form that only transformers can convert: load it with"
             " transformers, save it again with save_pretrained(save_original_format=False), and name that."
         )
 
@@ -267,7 +283,7 @@ def _check_linears(source: ModelSource, model: Any, stored: Mapping[str, StoredP
 def _check_others(source: ModelSource, model: Any, stored: Mapping[str, StoredParameter]) -> None:
     if missing := missing_parameters(model, stored):
         raise ConfigError(
-            f"model.source {source.directory} lacks {missing[0]} (parameters missing in all: {len(missing)}), which"
+            f"model.source {source.name} lacks {missing[0]} (parameters missing in all: {len(missing)}), which"
             " transformers would fill with random numbers: copy it again, or name a checkpoint with a language-model head."
         )
 
@@ -280,7 +296,7 @@ def _check_shapes(
         shape = checkpoint.entry(parameter.own_name).shape if parameter.own_name else shapes[name]
         if shape != shapes[name]:
             raise ConfigError(
-                f"model.source {source.directory}: {parameter.own_name} is of shape {list(shape)}, config.json asks for"
+                f"model.source {source.name}: {parameter.own_name} is of shape {list(shape)}, config.json asks for"
                 f" {list(shapes[name])}: the two are not of one model."
             )
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.io.store.node_cache import discard, sizes
+from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.gguf_import import import_gguf, read_header
 from emloc_ray.modeling.hub_weights import import_weights, weight_files
-from emloc_ray.modeling.loading import copy_checkpoint
+from emloc_ray.modeling.loading import check_weights, copy_checkpoint
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
@@ -54,6 +55,8 @@ def _import(context: Context, inputs: Inputs, granted: Resources, progress: Prog
     written = sizes(target)
     files = [(name, (name,)) for name in weight_files(source) if target / name not in written]
     run_tasks(import_weights, (source, target), files, granted, losses, progress)
+    trusts = context.prepared.config.model.trust_remote_code
+    check_weights(source, empty_model(context.prepared.model_config, trusts), target)
     return {}
 
 

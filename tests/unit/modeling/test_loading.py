@@ -114,6 +114,17 @@ def test_a_checkpoint_that_lacks_what_is_no_linear_of_a_block_is_refused(
         check_source(ModelSource(tmp_path), empty_model(model.config))
 
 
+def test_an_index_on_the_hub_is_checked_before_its_weights_are_fetched(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model_dir("llama"), tmp_path, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    deeper = empty_model(make_config("llama", num_hidden_layers=3))
+    for source in (ModelSource(tmp_path, hub_id="org/tiny"), ModelSource(tmp_path, only_index=True)):
+        with pytest.raises(ConfigError, match=rf"{source.name} holds no model\.layers\.2\.self_attn\.q_proj\.weight"):
+            check_source(source, deeper)
+        check_source(source, empty_model(make_config("llama")))
+
+
 # Packages.
 
 

@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 from faulting.s3 import uri
 from gguf_files import write_gguf
+from safetensors.torch import load_file, save_file
 from small_runs import make_values, task_rows, write_jsonl
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard
-from emloc_ray.errors import ArtifactError, Stopped
+from emloc_ray.errors import ArtifactError, ConfigError, Stopped
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.store.atomic import remove_leftovers
 from emloc_ray.modeling.adapter_methods import adapter_config
@@ -128,6 +129,16 @@ def test_workers_bring_a_model_of_the_hub_file_by_file(context: Context, hub: ty
         assert made.entry(entry.name).read_rows().equal(entry.read_rows())
     IMPORT.run(context, inputs, Resources(), lambda done, total: None)
     assert hub.asked == files
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_any_pass(context: Context, hub: type[Hub]) -> None:
+    entry = next(entry for entry in Checkpoint(hub.root) if "proj" in entry.name)
+    rest = {name: tensor for name, tensor in load_file(entry.file).items() if name != entry.name}
+    save_file(rest, entry.file, {"format": "pt"})
+    with pytest.raises(
+        ConfigError, match=rf"^model\.source org/tiny holds no {entry.name} \(1 linears of config\.json's"
+    ):
+        IMPORT.run(context, IMPORT.inputs(context), Resources(), lambda done, total: None)
 
 
 @pytest.mark.parametrize("context", ["folder"], indirect=True)
