@@ -236,6 +236,33 @@ def _gemma3(tokenizer: Any) -> tuple[Any, Any]:
     return config, transformers.Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=template)
 
 
+def save_mllama(directory: Path) -> Path:
+    """Saves a random Mllama, whose processor makes a mask of each token of the text beside an image; it is in no table."""
+    tokenizer, text = image_tokenizer(CHAT_TEMPLATE), {**_TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1]}
+    tokenizer.bos_token = "<eos>"
+    vision: dict[str, Any] = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 4,
+        "vision_output_dim": 2 * HIDDEN,
+        "image_size": 28,
+        "patch_size": 7,
+        "max_num_tiles": 2,
+        "intermediate_layers_indices": [0],
+        "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+    }
+    tied: dict[str, Any] = {"tie_word_embeddings": False}
+    config = transformers.MllamaConfig(
+        text_config=text, vision_config=vision, image_token_index=tokenizer.image_token_id, **tied
+    )
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(directory)
+    images = transformers.MllamaImageProcessor(size={"height": 28, "width": 28}, max_image_tiles=2)
+    transformers.MllamaProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(directory)
+    return directory
+
+
 # By the names that the table of emloc_ray/README.md has.
 VLMS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "LLaVA": _llava,

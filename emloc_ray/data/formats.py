@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from emloc_ray.data.chats import Segment, chat_sequences, is_trained
-from emloc_ray.data.images import check_parts, decode, has_images, image_parts, plain_messages, text_messages
+from emloc_ray.data.images import (
+    NO_PROCESSOR,
+    check_parts,
+    decode,
+    has_images,
+    image_parts,
+    plain_messages,
+    text_messages,
+)
 from emloc_ray.data.text_rows import Row
 from emloc_ray.errors import DataError
 from emloc_ray.text import one_line
@@ -138,7 +146,7 @@ def sequences(
         prompt = Segment(row["prompt"], False, add_special_tokens=True, eos=has_encoder)
         return [[prompt, Segment(row["completion"], True, eos=True)]]
     if processor is None and has_images(row):
-        raise DataError(f"{where}: it shows an image, and the model has no processor for images: choose one that has.")
+        raise DataError(f"{where}: it shows an image, and {NO_PROCESSOR}.")
     own = processor is not None and bool(processor.chat_template)
     as_parts = own or has_images(row)
     messages = plain_messages(row["messages"]) if as_parts else text_messages(row["messages"])

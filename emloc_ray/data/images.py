@@ -30,6 +30,7 @@ SOURCES = ("image", "url", "path", "base64", "bytes")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 """What Pillow may open of rows' images: each further decoder is one more that a row can attack."""
 MAX_PIXELS = 2**27  # of one image: 400 MB as RGB
+NO_PROCESSOR = "the model has no processor that makes an image's inputs without the text beside it: choose one that has"
 _REMOTE_BYTES = 100_000
 
 

@@ -28,8 +28,8 @@ _OF_TEXT = ("input_ids", "attention_mask", *_TOKEN_TYPES)
 
 
 def open_processor(directory: str, trust_remote_code: bool = False) -> Any:
-    """The processor in a model's directory; None where the model has none for images. Raises ConfigError where it does not
-    open, as without Pillow. Opened once a process while its files stay."""
+    """The processor in a model's directory; None where the model has none that makes an image's inputs without the text beside
+    it. Raises ConfigError where it does not open, as without Pillow. Opened once a process while its files stay."""
     return _open(directory, trust_remote_code, looks_in(Path(directory)))
 
 
@@ -48,7 +48,17 @@ def _open(directory: str, trust_remote_code: bool, looks: Looks) -> Any:
             " its files."
         ) from error
     is_whole = hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")
-    return processor if is_whole else None
+    return processor if is_whole and not _mixes(processor) else None
+
+
+def _mixes(processor: Any) -> bool:
+    """Whether what the processor makes of an image depends on the text beside it, as Mllama's mask of cross-attention does."""
+    try:
+        made, longer = (blank_image_tokens(processor, _SMALL_SIDE, words) for words in ("", " a"))
+    except Exception:  # noqa: BLE001  whoever shows it an image says why it takes none
+        return False
+    tensors = {name: value for name, value in made.items() if isinstance(value, Tensor) and name not in _OF_TEXT}
+    return not all(torch.equal(value, longer[name]) for name, value in tensors.items())
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class ImageInputs:
 
     def __call__(self, images: Sequence[Sequence[bytes | memoryview]], input_ids: Tensor) -> dict[str, Tensor]:
         """Pixels, and all else that the processor makes of each row's encoded images and ``input_ids``; empty without images.
-        Pixels do not depend on the rows' text, so that placeholders do."""
+        They do not depend on the rows' text, so that placeholders do."""
         shown = [[decode(content) for content in row] for row in images if row]
         if not shown:
             return {}
@@ -124,11 +134,11 @@ def example(directory: str | Path, trust_remote_code: bool = False) -> dict[str,
     return {key: value for key, value in made.items() if isinstance(value, Tensor)}
 
 
-def blank_image_tokens(processor: Any, side: int) -> Any:
-    """What the processor makes of a text with one black square image of ``side`` pixels."""
+def blank_image_tokens(processor: Any, side: int, words: str = "") -> Any:
+    """What the processor makes of a text with one black square image of ``side`` pixels, and ``words``."""
     from PIL import Image
 
-    text, image = placeholders(processor, 1), Image.new("RGB", (side, side))
+    text, image = placeholders(processor, 1) + words, Image.new("RGB", (side, side))
     return processor(text=[text], images=[[image]], padding=True, return_tensors="pt")
 
 

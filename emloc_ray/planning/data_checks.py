@@ -16,7 +16,7 @@ from emloc_ray.data.files import list_files
 from emloc_ray.data.formats import check_row
 from emloc_ray.data.hub_splits import HubSplit
 from emloc_ray.data.image_places import ImagePlaces
-from emloc_ray.data.images import has_images, look
+from emloc_ray.data.images import NO_PROCESSOR, has_images, look
 from emloc_ray.data.reading import BadRow, Place, Row, SourceFile, each, read_rows, scan, value_errors
 from emloc_ray.data.row_formats import columns_of, converted, recognized, unknown_format
 from emloc_ray.data.splits import SPLITS, counts_in_shares
@@ -63,7 +63,7 @@ def check_split(
 ) -> tuple[SourceFile, ...]:
     """The files of a split, with counted rows and checked first rows; none where the run makes or downloads the split.
 
-    ``reads_images``: whether the model has a processor for images; ``look``: :func:`look_at_files` of its places. Raises
+    ``reads_images``: whether the model has a processor that takes them; ``look``: :func:`look_at_files` of its places. Raises
     ConfigError where a store does not answer, or train has no more rows than are held out; DataError, naming file and row,
     where a file is unreadable or a row bad.
     """
@@ -167,9 +167,7 @@ def _checked_row(row: Row, where: Place, data: DataConfig, reads_images: bool) -
         if kind != "messages":
             return []
         if has_images(row) and not reads_images:
-            raise DataError(
-                f"{where}: it shows an image, and the model has no processor for images: choose one that has."
-            )
+            raise DataError(f"{where}: it shows an image, and {NO_PROCESSOR}.")
         return look(row, where, places)
 
 

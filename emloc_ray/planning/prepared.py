@@ -17,6 +17,7 @@ from emloc_ray.config.base import StageConfig
 from emloc_ray.config.emulator import HealingConfig
 from emloc_ray.config.finetune import FinetuneConfig
 from emloc_ray.config.schema import WORKER_SECTIONS, RunConfig
+from emloc_ray.data.images import NO_PROCESSOR
 from emloc_ray.data.reading import SourceFile
 from emloc_ray.data.splits import SPLITS
 from emloc_ray.errors import ConfigError, EmlocError
@@ -193,9 +194,7 @@ def prepare(config: RunConfig, needs_weights: bool = True, lookups: Lookups | No
     model = None if source is None else attempt(lambda: read_model(config, source))
     reads_images = model is None or model[1].image.row_tokens > 0
     if config.data.generate == "vqa" and not reads_images:
-        errors.append(
-            "data.generate: vqa shows images, and the model has no processor for images: choose one that has."
-        )
+        errors.append(f"data.generate: vqa shows images, and {NO_PROCESSOR}.")
     files = {
         name: attempt(functools.partial(check_split, config, name, reads_images, lookups.files.get(name)))
         for name in splits_of(config)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from small_runs import write_jsonl
-from vlms import save_vlm
+from vlms import save_mllama, save_vlm
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.data import images
@@ -181,8 +181,18 @@ def test_images_for_a_model_that_reads_none(prepared: Make, tiny_model_dir: Call
     directory = tiny_model_dir("llama")
     with pytest.raises(ConfigError, match=r"row 1: it shows an image, and the model has no processor"):
         prepared(model_dir=directory)
-    with pytest.raises(ConfigError, match=r"^data\.generate: vqa shows images, and the model has no processor for"):
+    with pytest.raises(ConfigError, match=r"^data\.generate: vqa shows images, and the model has no processor that"):
         prepared(model_dir=directory, data={"generate": "vqa", "train": None})
+
+
+def test_a_processor_whose_inputs_for_an_image_depend_on_the_text_reads_text_alone(
+    prepared: Make, tmp_path: Path
+) -> None:
+    """Mllama's makes a mask for each token of the text beside the image."""
+    model_dir = save_mllama(tmp_path / "mllama")
+    with pytest.raises(ConfigError, match=r"row 1: it shows an image, and the model has no processor that makes"):
+        prepared(model_dir=model_dir)
+    assert prepared(rows=[shown(0)] * 20, model_dir=model_dir).layout.image.row_tokens == 0
 
 
 def test_a_processor_that_takes_no_image_is_told(prepared: Make, tmp_path: Path) -> None:
