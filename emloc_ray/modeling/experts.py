@@ -113,6 +113,9 @@ class UnfusedExperts(nn.Module):
         return output if self.post_expert_norm is None else self.post_expert_norm(output)
 
 
+_TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts")
+
+
 def is_fused(module: nn.Module) -> bool:
     """Whether transformers' own kernels could take the experts of a module for theirs: then its function is known here."""
     known = {"has_gate", "has_bias", "is_transposed", "num_experts"} <= vars(module).keys()
@@ -166,9 +169,11 @@ def unfused_views(model: nn.Module) -> dict[str, View]:
 
 
 def _top_k(model: nn.Module, experts: str) -> int | None:
-    """How many experts a token is sent to, as the router beside them says."""
+    """How many experts a token is sent to, as the router beside them says, or its config."""
     beside = model.get_submodule(experts.rpartition(".")[0])
-    candidates = (getattr(owner, "top_k", None) for owner in (beside, *beside.children()))
+    owners: list[Any] = [beside, *beside.children()]
+    owners += [owner.config for owner in owners if hasattr(owner, "config")]
+    candidates = (getattr(owner, key, None) for owner in owners for key in _TOP_K)
     return next((k for k in candidates if isinstance(k, int)), None)
 
 

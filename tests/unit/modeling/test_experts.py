@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import EOS, EXPERT_FAMILIES, PAD, VOCABULARY, make_config, make_model
 from torch import nn
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import Gemma4TextConfig, GptOssConfig, GptOssForCausalLM
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from emloc_ray.io.formats.checkpoint import Checkpoint
@@ -140,6 +140,27 @@ def test_each_expert_has_linears_of_its_own_and_the_others_are_grouped_as_ever(f
     assert ["q_proj", "k_proj", "v_proj"] in [[name.rsplit(".", 1)[-1] for name in group] for group in groups]
     if family == "qwen2_moe":
         assert [f"model.layers.0.mlp.shared_expert.{name}" for name in ("gate_proj", "up_proj")] in groups
+
+
+def test_a_router_may_read_its_number_of_experts_from_the_config() -> None:
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 48,
+        "vocab_size": VOCABULARY,
+    }
+    heads: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = Gemma4TextConfig(
+        **sizes,
+        **heads,
+        layer_types=["full_attention"],
+        vocab_size_per_layer_input=VOCABULARY,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=1,
+    )
+    specs = block_linears(empty_model(config))
+    assert {spec.routed_share for spec in specs if spec.routed_share is not None} == {0.25}
 
 
 def test_names_of_experts_are_told_from_others() -> None:
