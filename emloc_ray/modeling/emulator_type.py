@@ -75,6 +75,8 @@ def _model_class(auto: Any) -> type[Any]:
             original = config.original()
             base = auto._model_mapping[type(original)]
             base = base[0] if isinstance(base, tuple) else base
+            if base.config_class is original.sub_configs.get("text_config"):  # a text model alone, as Auto classes do
+                original = original.get_text_config()
             asked = [kwargs.pop(key) for key in ("dtype", "torch_dtype") if kwargs.get(key) is not None]
             kwargs["dtype"] = next((dtype for dtype in asked if dtype != "auto"), original.dtype or "auto")
             # The Auto class has put it into the config, which is not the one that the model reads.

@@ -5,12 +5,14 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import transformers
+
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.core.healing import healed_layers
 from emloc_ray.data.processors import example, open_processor
 from emloc_ray.data.row_formats import CHATS
 from emloc_ray.data.token_shards import PAD_MULTIPLE, padded_length
-from emloc_ray.errors import ConfigError
+from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.fingerprint import looks_in
 from emloc_ray.io.store.shared import Shared
 from emloc_ray.modeling.adapter_methods import count_parameters
@@ -182,4 +184,12 @@ def _skeleton(source: ModelSource, trust_remote_code: bool, attn_implementation:
         check_takes_kernel(model, kernel)
     check_source(source, model, trust_remote_code)
     shown = None if source.gguf_file else example(source.directory, trust_remote_code)
-    return skeleton_of(model_config, model, shown, trust_remote_code)
+    try:
+        return skeleton_of(model_config, model, shown, trust_remote_code)
+    except EmlocError:
+        raise
+    except Exception as error:  # a model's code may be wrong for text, or for what its config says
+        raise ConfigError(
+            f"model: {type(model).__name__} of transformers {transformers.__version__} cannot be run ({one_line(error)}): fix"
+            " the model's config.json, or install a transformers that runs it."
+        ) from error

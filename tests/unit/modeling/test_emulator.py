@@ -17,6 +17,7 @@ from tiny import EXPERT_FAMILIES, FAMILIES, VOCABULARY, Storage, make_emulator, 
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, FalconH1Config, FalconH1ForCausalLM
 from transformers.pytorch_utils import Conv1D
+from vlms import VLMS, image_tokenizer
 
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import (
@@ -59,6 +60,15 @@ def test_round_trip_is_bit_equal(tmp_path: Path, family: str, dtype: str, tied: 
     assert {n: m.down.out_features for n, m in loaded.named_modules() if isinstance(m, FactorizedLinear)} == ranks
     assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_an_emulator_of_a_text_model_alone_has_the_config_of_the_whole(tmp_path: Path) -> None:
+    config, _ = VLMS["Qwen3.5"](image_tokenizer())
+    model = AutoModelForCausalLM.from_config(config)
+    ranks = {spec.name: 3 for spec in block_linears(model)}
+    make_emulator(model, ranks).save_pretrained(tmp_path)
+    write_emulator_config(tmp_path, config, ranks)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
 def test_what_files_do_not_hold_is_set_as_the_original_sets_it(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import families
 import pytest
+import transformers
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
@@ -153,6 +154,19 @@ def test_a_model_s_config_may_hold_anything(
     said = refused(tmp_path / "odd")
     assert re.match("model: transformers cannot build it|model.source .*: its config cannot be read", said), said
     assert "\n" not in said
+
+
+def test_a_model_whose_own_code_fails_is_one_sentence(
+    refused: Callable[..., str], tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: Any, **inputs: Any) -> Any:  # as Llama 4's on text, in transformers 5.24
+        raise AttributeError("no attribute 'image_outputs'")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+    said = refused(Path(shutil.copytree(tiny_model_dir("llama"), tmp_path / "fails")))
+    assert re.fullmatch(
+        r"model: LlamaForCausalLM of transformers \S+ cannot be run \(.*image_outputs.*\): fix .*\.", said
+    )
 
 
 @pytest.mark.parametrize(
