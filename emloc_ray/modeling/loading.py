@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from emloc_ray.core.precision import computes_bfloat16
 from emloc_ray.errors import ArtifactError, ConfigError
@@ -233,7 +235,12 @@ def check_weights(source: ModelSource, model: Any, directory: Path) -> None:
     checkpoint = Checkpoint(directory)
     stored = stored_parameters(model, {entry.name: entry.shape for entry in checkpoint})
     _check_names(source, model, stored)
-    _check_shapes(source, model, stored, checkpoint)
+    _check_tensors(source, model, stored, checkpoint)
+
+
+_WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_CODES = "and codes are no weights to factorize or to merge into: name the checkpoint that it was made from"
+_LESS_MEMORY = "emulator.quantization: nf4 is for less memory"
 
 
 def _check_names(source: ModelSource, model: Any, stored: Mapping[str, StoredParameter]) -> None:
@@ -245,9 +252,15 @@ def _check_kind(source: ModelSource, config: Any) -> None:
     stored_as, inner = (getattr(c, "quantization_config", None) for c in (config, config.get_text_config()))
     if stored_as := stored_as or inner:
         method = stored_as.get("quant_method") if isinstance(stored_as, dict) else type(stored_as).__name__
+        known = AUTO_QUANTIZATION_CONFIG_MAPPING.get(str(method))
+        undone = ""
+        if known is not None and "dequantize" in inspect.signature(known).parameters:
+            undone = (
+                ", or open it with transformers' from_pretrained(…, quantization_config="
+                f"{known.__name__}(dequantize=True)) and name what save_pretrained writes"
+            )
         raise ConfigError(
-            f"model.source {source.directory} is stored quantized ({method}), and its codes are no weights to factorize or to"
-            " merge into: name the checkpoint that it was made from; emulator.quantization: nf4 is for less memory."
+            f"model.source {source.name} is stored quantized ({method}), {_CODES}{undone}; {_LESS_MEMORY}."
         )
     if type(config).__module__.startswith("transformers_modules"):
         raise ConfigError(
@@ -288,11 +301,18 @@ def _check_others(source: ModelSource, model: Any, stored: Mapping[str, StoredPa
         )
 
 
-def _check_shapes(
+def _check_tensors(
     source: ModelSource, model: Any, stored: Mapping[str, StoredParameter], checkpoint: Checkpoint
 ) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    """Raises ConfigError where tensors are of other shapes than ``model``'s, or hold codes in place of weights."""
+    own = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
     for name, parameter in stored.items():
+        held = [checkpoint.entry(part) for parts in parameter.parts for part in parts]
+        codes = next((e for e in held if own[name].is_floating_point() and e.dtype not in _WEIGHTS), None)
+        if codes is not None:
+            kind = str(codes.dtype).removeprefix("torch.")
+            raise ConfigError(f"model.source {source.name} holds {codes.name} in {kind}, {_CODES}; {_LESS_MEMORY}.")
         shape = checkpoint.entry(parameter.own_name).shape if parameter.own_name else shapes[name]
         if shape != shapes[name]:
             raise ConfigError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import HIDDEN, VOCABULARY, make_config, make_tokenizer, save_emulator
 from transformers import (
     AutoModelForCausalLM,
@@ -117,7 +118,9 @@ def test_a_checkpoint_that_lacks_what_is_no_linear_of_a_block_is_refused(
 def test_an_index_on_the_hub_is_checked_before_its_weights_are_fetched(
     tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
-    shutil.copytree(tiny_model_dir("llama"), tmp_path, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    shutil.copytree(
+        tiny_model_dir("llama"), tmp_path, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True
+    )
     deeper = empty_model(make_config("llama", num_hidden_layers=3))
     for source in (ModelSource(tmp_path, hub_id="org/tiny"), ModelSource(tmp_path, only_index=True)):
         with pytest.raises(ConfigError, match=rf"{source.name} holds no model\.layers\.2\.self_attn\.q_proj\.weight"):
@@ -214,7 +217,20 @@ def test_codes_of_a_quantized_checkpoint_are_no_weights(tmp_path: Path, tiny_mod
     quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     source = ModelSource(directory)
-    with pytest.raises(ConfigError, match=r"is stored quantized \(fp8\), and its codes are no weights"):
+    with pytest.raises(
+        ConfigError, match=r"is stored quantized \(fp8\), and codes are no weights.*8Config\(dequantize=True\)"
+    ):
+        check_source(source, empty_model(read_model_config(source)))
+
+
+def test_codes_are_known_without_a_word_in_the_config(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    directory = Path(shutil.copytree(tiny_model_dir(), tmp_path / "fp8"))
+    entry = next(entry for entry in Checkpoint(directory) if entry.name.endswith("k_proj.weight"))
+    tensors = load_file(entry.file)
+    scale = {f"{entry.name}_scale": torch.ones(())}
+    save_file(tensors | {entry.name: tensors[entry.name].to(torch.float8_e4m3fn)} | scale, entry.file, {"format": "pt"})
+    source = ModelSource(directory)
+    with pytest.raises(ConfigError, match=rf"holds {entry.name} in float8_e4m3fn, and codes are no weights"):
         check_source(source, empty_model(read_model_config(source)))
 
 
