@@ -280,6 +280,11 @@ def _check_linears(source: ModelSource, model: Any, stored: Mapping[str, StoredP
     names = [*(spec.weight_name for spec in block_linears(model)), *(f"{name}.weight" for name in outside)]
     missing = [name for name in names if name not in stored]
     if missing:
+        if (other := model.all_tied_weights_keys.get(missing[0])) in stored:
+            raise ConfigError(
+                f"model.source {source.name} is of the type {model.config.model_type}, whose blocks share weights ({missing[0]}"
+                f" is {other}), and no emulator of such is made: name another model."
+            )
         raise ConfigError(
             f"model.source {source.name} holds no {missing[0]} ({len(missing)} linears of config.json's model are"
             " missing): copy the checkpoint again, fix config.json, or name another."

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import HIDDEN, VOCABULARY, make_config, make_tokenizer, save_emulator
+from tiny import HIDDEN, PAD, VOCABULARY, make_config, make_tokenizer, save_emulator
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     RwkvConfig,
     RwkvForCausalLM,
+    Zamba2Config,
+    Zamba2ForCausalLM,
 )
 
 from emloc_ray.errors import ArtifactError, ConfigError
@@ -232,6 +234,18 @@ def test_codes_are_known_without_a_word_in_the_config(tmp_path: Path, tiny_model
     source = ModelSource(directory)
     with pytest.raises(ConfigError, match=rf"holds {entry.name} in float8_e4m3fn, and codes are no weights"):
         check_source(source, empty_model(read_model_config(source)))
+
+
+def test_blocks_that_share_weights_are_no_damaged_checkpoint(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    states = {"mamba_d_state": 16, "n_mamba_heads": 8, "mamba_ngroups": 1, "num_mem_blocks": 1}
+    kinds = {"layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "num_hidden_layers": 4}
+    model = Zamba2ForCausalLM(Zamba2Config(vocab_size=300, pad_token_id=PAD, **sizes, **states, **kinds))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"is of the type zamba2, whose blocks share weights \(model\.layers\.3\.shared"
+    ):
+        check_source(ModelSource(tmp_path), model)
 
 
 def test_a_model_that_changes_its_own_weights_is_refused(tmp_path: Path) -> None:
