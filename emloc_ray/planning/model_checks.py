@@ -20,8 +20,9 @@ from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.attention import check_takes_kernel, needs_kernel
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.liger import check_liger
-from emloc_ray.modeling.loading import ModelSource, check_source, read_model_config
+from emloc_ray.modeling.loading import ModelSource, read_model_config
 from emloc_ray.modeling.packing import why_rows_mix
+from emloc_ray.modeling.source_checks import check_source
 from emloc_ray.planning.emulator_budget import spend_evenly
 from emloc_ray.planning.holding import blocks_share
 from emloc_ray.planning.layout import Layout, adapter_settings, make_layout

@@ -10,7 +10,8 @@ from emloc_ray.io.store.node_cache import discard, sizes
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.gguf_import import import_gguf, read_header
 from emloc_ray.modeling.hub_weights import import_weights, weight_files
-from emloc_ray.modeling.loading import check_weights, copy_checkpoint
+from emloc_ray.modeling.loading import copy_checkpoint
+from emloc_ray.modeling.source_checks import check_weights
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
