@@ -49,6 +49,7 @@ class Layout:
     group_size: int = GROUP_SIZE
     replaceable: tuple[str, ...] = ()
     left_dense: dict[str, str] = field(default_factory=dict)
+    left_in_blocks: dict[str, int] = field(default_factory=dict)  # parameters of what is no linear, by its kind
     image: ImageShape = field(default_factory=ImageShape)
     whole_logits: bool = False
     allocation: str = "uniform"
@@ -222,6 +223,7 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         replaceable=skeleton.replaceable,
         feedforward=tuple(feedforward_names(forward, model_type, adapted)) if config.adapter.method == "ia3" else (),
         left_dense=left_dense,
+        left_in_blocks=skeleton.left_in_blocks,
         image=skeleton.image,
         whole_logits=skeleton.whole_logits,
         allocation=config.emulator.allocation,

@@ -1,5 +1,6 @@
 """A model without its weights: its linears, which of them read the same tensor, and its sizes."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,7 @@ from emloc_ray.modeling.architecture import (
     ImageShape,
     LinearSpec,
     block_linears,
+    block_names,
     learned_positions,
     linears_between,
     trace_inputs,
@@ -33,6 +35,7 @@ class Skeleton:
     replaceable: tuple[str, ...] = ()  # linears anywhere that transformers can replace by 4-bit ones
     modules: tuple[str, ...] = ()
     unfactorable: dict[str, str] = field(default_factory=dict)
+    left_in_blocks: dict[str, int] = field(default_factory=dict)  # their parameters inside blocks, by their kinds
     image: ImageShape = field(default_factory=ImageShape)
     whole_logits: bool = False  # see Trace
 
@@ -60,6 +63,7 @@ def skeleton_of(
         image = ImageShape(example["input_ids"].shape[1], {s.block: trace.image_tokens[s.name] for s in inside})
     head = model.get_output_embeddings()
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    others = unfactorable(model)
     return Skeleton(
         model_config,
         tuple(specs),
@@ -70,7 +74,17 @@ def skeleton_of(
         head.weight.shape[-1],
         replaceable_linears(model),
         tuple(name for name, _ in model.named_modules() if name),
-        unfactorable(model),
+        others,
+        _in_blocks(model, others),
         image,
         trace.whole_logits,
     )
+
+
+def _in_blocks(model: Any, others: Mapping[str, str]) -> dict[str, int]:
+    """The parameters of the modules named, those inside blocks, by their kinds."""
+    inside, counts = tuple(f"{block}." for block in block_names(model)), Counter[str]()
+    for name, kind in others.items():
+        own = model.get_submodule(name).parameters(recurse=False)
+        counts[kind] += sum(parameter.numel() for parameter in own) if name.startswith(inside) else 0
+    return dict(+counts)

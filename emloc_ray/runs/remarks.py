@@ -26,6 +26,7 @@ from emloc_ray.stages.order import STEPS
 from emloc_ray.text import counted, listed, size, size_up
 
 _FIRST_TENSOR_CORES = 7.0  # compute capability: Volta
+_MUCH = 0.1  # of the blocks' parameters
 MANY_EPOCHS = 20
 """As often as a row may be read without a remark."""
 
@@ -169,6 +170,19 @@ def left_dense(layout: Layout) -> str | None:
     return f"Only linears can be factored or adapted: {named}, which a pattern names, stays as it is."
 
 
+def left_in_blocks(layout: Layout) -> str | None:
+    """Says so where much of the blocks is no linears, as experts that only their own module computes with."""
+    left = sum(layout.left_in_blocks.values())
+    blocks = left + sum(spec.num_parameters for spec in layout.specs)
+    if left < _MUCH * blocks:
+        return None
+    kind = max(layout.left_in_blocks, key=layout.left_in_blocks.__getitem__)
+    return (
+        f"{left / blocks:.0%} of the blocks' parameters are no linears, most of them in {kind}: these stay as they are, without"
+        " adapters."
+    )
+
+
 def long_images(prepared: Prepared) -> str | None:
     """Says so where rows show images, and one of ordinary size is longer than a row may be."""
     limit, tokens = prepared.config.data.max_seq_length, prepared.layout.image.row_tokens
@@ -248,6 +262,7 @@ def of_settings(prepared: Prepared, planned: Mapping[str, int]) -> list[str]:
         unread_at_ratio_one(config.emulator),
         unread_residuals(config, prepared.layout),
         left_dense(prepared.layout),
+        left_in_blocks(prepared.layout),
         long_images(prepared),
         beyond_positions(prepared),
         repeated_rows(prepared),

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from small_runs import make_values, task_rows, write_jsonl
+from tiny import PAD, VOCABULARY, make_tokenizer
+from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from emloc_ray.config.emulator import EmulatorConfig
 from emloc_ray.config.reading import parse_config
@@ -19,6 +21,7 @@ from emloc_ray.runs.remarks import (
     bfloat16_beyond_gpus,
     emulated_bfloat16,
     idle_cpus,
+    left_in_blocks,
     moved_for_completions,
     of_settings,
     over_budget,
@@ -45,6 +48,19 @@ def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Make:
         return prepare(parse_config({**values, "memory_budget": memory_budget}))
 
     return make
+
+
+def test_experts_that_are_no_linears_are_told(prepared: Make, tmp_path: Path) -> None:
+    assert left_in_blocks(prepared().layout) is None
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "intermediate_size_mlp": 64, "head_dim": 16}
+    heads: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Llama4TextConfig(vocab_size=VOCABULARY, num_local_experts=4, pad_token_id=PAD, **sizes, **heads)
+    Llama4ForCausalLM(config).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    layout = prepared(model={"source": str(tmp_path / "model")}).layout
+    assert str(left_in_blocks(layout)).startswith(
+        "67% of the blocks' parameters are no linears, most of them in Llama4TextExperts: "
+    )
 
 
 @pytest.mark.parametrize(
