@@ -234,7 +234,9 @@ def _gives_its_head_output(model: Any) -> bool:
         given: list[tuple[Tensor, int]] = []
         handle = head.register_forward_hook(lambda module, args, output: given.append((output, output._version)))
         try:
-            with torch.random.fork_rng(), torch.no_grad(), without_autocast(model.device):
+            # Of the model's GPU alone: where a node has several, torch would warn that it asks them all.
+            own = [model.device] if model.device.type == "cuda" else []
+            with torch.random.fork_rng(own), torch.no_grad(), without_autocast(model.device):
                 token = torch.zeros(1, 2, dtype=torch.long)
                 row = {
                     "input_ids": token,

@@ -180,6 +180,14 @@ def test_the_random_state_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> Non
         assert torch.equal(token_loss(model, batch_of(16), "all").loss_sum, first)
 
 
+def test_trying_the_head_asks_no_gpu_but_the_model_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train shows each worker all of its node's: torch warned that it initializes every one."""
+    model, batch = make_model("llama"), batch_of(16)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(loss, "CHUNK_SHARE", 64)
+    token_loss(model, batch, "all")  # a warning fails a test
+
+
 def test_labels_are_never_first_tokens_nor_padding() -> None:
     batch = batch_of(13, 5)
     everything, completion = label_mask(batch, "all"), label_mask(batch, "completion")
