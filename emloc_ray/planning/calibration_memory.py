@@ -167,13 +167,15 @@ class CalibrationMemory(ModelBytes):
         if memory_budget is None:
             return None
         budget = self._inference_bytes if memory_budget == "inference" else float(memory_budget)
-        return min(budget, _GPU_SHARE * self._gpu_bytes() * gpus) if gpus else budget
+        return min(budget, self.fillable(gpus)) if gpus else budget
 
-    def _gpu_bytes(self) -> float:
-        """The memory of the smallest GPU: of the Ray that was joined, or here; infinite where it is not known."""
-        if self.prepared.gpu_bytes is not None:
-            return self.prepared.gpu_bytes
-        return float("inf") if self.config.ray.joins else gpu_bytes()
+    def fillable(self, gpus: float) -> float:
+        """Bytes of so many GPUs that a worker can fill, by the smallest of the Ray that was joined, or here; infinite where that
+        is not known."""
+        known = self.prepared.gpu_bytes
+        if known is None:
+            known = float("inf") if self.config.ray.joins else gpu_bytes()
+        return _GPU_SHARE * known * gpus
 
     def worker_bytes(self, section: str) -> float:
         """Bytes that one worker may hold: the budget; under the default budget no more than what is free."""
@@ -187,7 +189,7 @@ class CalibrationMemory(ModelBytes):
         workers of another machine."""
         workers = getattr(self.config, section)
         if workers.gpus:
-            return _GPU_SHARE * self._gpu_bytes() * workers.gpus
+            return self.fillable(workers.gpus)
         return float("inf") if self.config.ray.joins else self._free_on_machine / workers.num_workers
 
     @functools.cached_property

@@ -1,8 +1,9 @@
 """The plan of a run as data: shapes, ranks, memory, disk, time; loads no weights."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
+from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.node_cache import sizes
 from emloc_ray.planning.alternatives import Choice, choose_training
@@ -11,10 +12,11 @@ from emloc_ray.planning.machine import Speeds, assumed_speeds
 from emloc_ray.planning.memory import MemoryModel, Parts, total
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import longest_lengths
-from emloc_ray.text import counted
+from emloc_ray.text import counted, size, size_up
 
 # The parts of a GPU worker's memory that are on its node.
 _ON_HOSTS = ("base", "weights", "correction", "hidden states", "teacher", "in float64", "read ahead")
+_ON_BOTH = "weights"
 _SECONDS_BEFORE = 20  # to start Ray and make token shards
 
 
@@ -48,6 +50,13 @@ class StagePlan:
         if not self.gpus_per_worker:
             return self.worker_bytes
         return int(sum(self.memory.get(part, 0) for part in _ON_HOSTS))
+
+    @property
+    def gpu_bytes(self) -> int:
+        """The part of it that is on its GPU; none without one."""
+        if not self.gpus_per_worker:
+            return 0
+        return int(sum(held for part, held in self.memory.items() if part == _ON_BOTH or part not in _ON_HOSTS))
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,22 @@ def _planned(stage: Costed, memory: MemoryModel, speeds: Speeds) -> StagePlan:
         cost.moved_bytes / steps if cost.steps else 0.0,
         scoring,
     )
+
+
+def check_stages(plan: Plan, left: Container[str] | None = None) -> None:
+    """Raises ConfigError where a stage of those that are ``left``, by default any, is planned to hold more of a GPU than can be
+    filled. GPUs that are not known hold all, and DeepSpeed's ranks share what is planned for each."""
+    config, memory = plan.prepared.config, MemoryModel(plan.prepared)
+    for stage in plan.stages:
+        scattered = stage.steps is not None and config.finetune.deepspeed is not None
+        if not stage.gpus_per_worker or scattered or (left is not None and stage.name not in left):
+            continue
+        if stage.gpu_bytes > (fillable := memory.fillable(stage.gpus_per_worker)):
+            raise ConfigError(
+                f"{stage.name} is planned to hold {size_up(stage.gpu_bytes)} of a GPU of which {size(fillable)} can be"
+                " filled: lower its batch, data.max_seq_length or emulator.compression_ratio (emloc-ray plan --memory-budget says"
+                " what fits), or set its section's gpus_per_worker to 0."
+            )
 
 
 def missing_disk(plan: Plan, run: RunDirectory, fresh: bool = False) -> int:

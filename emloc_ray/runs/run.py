@@ -1,7 +1,7 @@
 """One run: import, calibrate, factorize, heal, finetune, correct, merge, evaluate; each is skipped where it is done."""
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.batches import keeps_small, shrink_batches
 from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.machine import check_disk, check_kernel, check_resources
-from emloc_ray.planning.plan import Plan, make_plan, missing_disk
+from emloc_ray.planning.plan import Plan, check_stages, make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import remarks
 from emloc_ray.runs.changes import Accept, check_accepted, find_changes, is_finished
@@ -37,6 +37,8 @@ from emloc_ray.stages.ray.session import (
     smallest_gpu_bytes,
     total,
 )
+
+_GATHERED = "gradients"  # with it, what the original is held for before the emulator is there
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def run(
     _check_order(begin or until, until)
     prepared, reporter = shrink_batches(prepared or prepare(config)), reporter or Reporter()
     redo = [stage.name for stage in up_to(until) if stage.name in redone_from(begin) and stage.wanted(prepared)]
-    plan = _checked_plan(prepared, redo, fresh, in_batch is not None)
+    plan = _checked_plan(prepared, _left(prepared, redo, fresh, until), fresh, in_batch is not None)
     with _locked(prepared, reporter, in_batch):
         forced = [*redo, *prepared.run.to_redo()]
         if not fresh:
@@ -85,7 +87,7 @@ def run(
         lean, note = keeps_small(prepared.config), reporter.note if in_batch is None else None
         with connection(config.ray.address, lean, note, **config.ray.init_options) as started:
             if in_batch is None and not started:
-                prepared, plan = _within_reach(prepared, plan, _gathers(prepared, forced, fresh))
+                prepared, plan = _within_reach(prepared, plan, _left(prepared, forced, fresh, until))
             if not fresh and config.ray.joins:  # by the GPUs that its Ray has
                 _check_changes(prepared, forced, until, accept_changes)
             if in_batch is None:
@@ -149,32 +151,37 @@ def _recorded(prepared: Prepared, reporter: Reporter, cache: ArtifactCache | Non
         yield Reporters(reporter, log, trace, gauges)
 
 
-def _checked_plan(prepared: Prepared, forced: Collection[str], fresh: bool, in_batch: bool) -> Plan:
-    """The run's plan. Raises ConfigError where this machine, as far as it takes part, lacks memory or disk for it."""
+def _checked_plan(prepared: Prepared, left: Container[str], fresh: bool, in_batch: bool) -> Plan:
+    """The run's plan. Raises ConfigError where this machine, as far as it takes part, lacks memory or disk for the stages that
+    are ``left``."""
     if not prepared.config.ray.joins:
         check_kernel(prepared.config)
-    if not in_batch and _gathers(prepared, forced, fresh):  # in a batch a stage waits until others have freed memory
+    if not in_batch and _GATHERED in left:  # in a batch a stage waits until others have freed memory
         check_holding(prepared)
     plan = make_plan(STEPS, prepared)
+    if not in_batch:  # which has checked its tasks
+        check_stages(plan, left)
     if prepared.run.store is None:  # a store has room, and a node's cache makes its own
         check_disk(prepared.run, missing_disk(plan, prepared.run, fresh))
     return plan
 
 
-def _gathers(prepared: Prepared, forced: Collection[str], fresh: bool) -> bool:
-    """Whether sums of the original's Grams and gradients are still to be gathered, for which it is held."""
-    return fresh or "gradients" in forced or "gradients" not in prepared.run.stages()
+def _left(prepared: Prepared, forced: Collection[str], fresh: bool, until: str) -> set[str]:
+    """The stages up to the verb ``until`` that are not finished, or redone."""
+    finished = set() if fresh else prepared.run.stages().keys() - set(forced)
+    return {stage.name for stage in up_to(until)} - finished
 
 
-def _within_reach(prepared: Prepared, plan: Plan, gathers: bool) -> tuple[Prepared, Plan]:
-    """The run and its plan by the GPUs of the Ray that was joined. Raises ConfigError where these hold too little for what it
-    ``gathers``, or a stage's workers do not fit on the nodes that there are or may be added."""
+def _within_reach(prepared: Prepared, plan: Plan, left: Container[str]) -> tuple[Prepared, Plan]:
+    """The run and its plan by the GPUs of the Ray that was joined. Raises ConfigError where these hold too little for the stages
+    that are ``left``, or a stage's workers do not fit on the nodes that there are or may be added."""
     reached = prepared.with_gpus(gpus_within_reach(), smallest_gpu_bytes())
     if reached is not prepared:
-        if gathers:
+        if _GATHERED in left:
             check_holding(reached)
         reached = shrink_batches(reached)
         plan = make_plan(STEPS, reached)
+        check_stages(plan, left)
     holding = plan.host_bytes
     asked = [(stage, resources_of(stage, reached)) for stage in STEPS if stage.wanted(reached)]
     check_workers(

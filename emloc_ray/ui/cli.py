@@ -78,6 +78,7 @@ def plan(
     """Show shapes, ranks and parameters, and every stage's memory, disk, time and resources; load no weights."""
     from emloc_ray.config.reading import load_config
     from emloc_ray.planning.budget import check_holding
+    from emloc_ray.planning.plan import check_stages
     from emloc_ray.ui import api
     from emloc_ray.ui.terminal import plan_lines, plan_tables, quiet_libraries
 
@@ -94,6 +95,7 @@ def plan(
     if planned.choice is not None:
         console.print("  " + shlex.join(planned.choice.overrides), soft_wrap=True, highlight=False, markup=False)
     check_holding(planned.prepared)
+    check_stages(planned)
 
 
 @app.command(rich_help_panel=_BEFORE)

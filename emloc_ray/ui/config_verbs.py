@@ -60,7 +60,7 @@ def validation_lines(prepared: Prepared, name: str) -> Iterator[str]:
     ConfigError where the first rows cannot be tokenized, or the model cannot be held."""
     from emloc_ray.planning.budget import check_holding
     from emloc_ray.planning.first_rows import first_rows
-    from emloc_ray.planning.plan import make_plan
+    from emloc_ray.planning.plan import check_stages, make_plan
     from emloc_ray.planning.prepared import splits_of
     from emloc_ray.runs.remarks import of_machines, of_settings
     from emloc_ray.stages.order import STEPS
@@ -69,6 +69,7 @@ def validation_lines(prepared: Prepared, name: str) -> Iterator[str]:
     splits = splits_of(prepared.config)
     rows = [first for split in splits if (first := first_rows(prepared, split)) is not None]
     plan = make_plan(STEPS, prepared)
+    check_stages(plan)
     yield f"{name} is valid: {_linears(prepared)}; {_training(prepared, plan)}."
     for first in rows:
         yield f"{_of_rows(first)}{_read_of(prepared, first)}."

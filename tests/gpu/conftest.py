@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 from gpu_memory import held_bytes
 
-
 _TABLES = 2**12  # bytes that libraries keep from their first call on: bitsandbytes' map of 8 bits has 1,024
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.batches import shrink_batches
 from emloc_ray.planning.budget import check_gpus, check_holding
 from emloc_ray.planning.machine import check_kernel
-from emloc_ray.planning.plan import Plan, StagePlan, make_plan
+from emloc_ray.planning.plan import Plan, StagePlan, check_stages, make_plan
 from emloc_ray.planning.prepared import Lookups, Prepared, Submit, prepare, start_lookups
 from emloc_ray.runs.batch.admission import Admission, Amount, Need, Ticket
 from emloc_ray.runs.batch.state import TaskReporter
@@ -95,17 +95,17 @@ class PipelineWork:
     def with_gpus(self, available: float, gpu_bytes: float | None = None) -> None:
         """Plans with the GPUs that Ray has or can add, the smallest of ``gpu_bytes``, None where that is not known: anew where a
         task's workers use another number, and later tasks. Raises ConfigError where tasks name an attention that these GPUs do
-        not compute."""
+        not compute, or have stages that they cannot hold."""
         self._gpus = available, gpu_bytes
+        problems: dict[str, list[str]] = {}
         for name, (prepared, _) in [*self._ready.items()]:
             changed = prepared.with_gpus(available, gpu_bytes)
-            if changed is not prepared:
-                changed = shrink_batches(changed)
-                self._ready[name] = changed, make_plan(STEPS, changed)
-        problems: dict[str, list[str]] = {}
-        for name, (prepared, _) in self._ready.items():
             with _collected(problems, name):
-                check_kernel(prepared.config)
+                check_kernel(changed.config)
+                if changed is not prepared:
+                    changed = shrink_batches(changed)
+                    self._ready[name] = changed, (plan := make_plan(STEPS, changed))
+                    check_stages(plan, _left(changed.run.stages()))
         raise_problems(problems)
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -139,7 +139,9 @@ class PipelineWork:
                 check_gpus(prepared)
             if is_written:  # else it depends on free memory, and running tasks hold some
                 check_holding(prepared)
-            ready = self._ready[task.name] = prepared, make_plan(STEPS, prepared)
+            plan = make_plan(STEPS, prepared)
+            check_stages(plan, _left(manifest["stages"]))
+            ready = self._ready[task.name] = prepared, plan
         return ready
 
     def changes(self, tasks: Sequence[Task]) -> list[str]:
@@ -201,6 +203,10 @@ def _submit_in_threads() -> Iterator[Submit]:
         yield submit
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _left(finished: Container[str]) -> set[str]:
+    return {stage.name for stage in STEPS if stage.name not in finished}
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.machine import Speeds
-from emloc_ray.planning.memory import MemoryModel, total
-from emloc_ray.planning.plan import make_plan
+from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
+from emloc_ray.planning.plan import check_stages, make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.planning.training import healing_training
@@ -187,6 +187,46 @@ def test_a_card_that_is_smaller_than_inference_bounds_what_was_left_out(monkeypa
     assert ready.budget_bytes("finetune") == ready.worker_bytes("evaluation") == pytest.approx(0.92 * yardstick)
     assert total(with_base(ready.finetuning_parts())) <= 0.92 * yardstick
     assert ready.worker_bytes("calibration") <= yardstick
+
+
+ON_A_CARD: dict[str, Any] = {
+    **{name: {"gpus_per_worker": 1} for name in ("calibration", "finetune", "evaluation")},
+    "emulator": {"compression_ratio": 0.5},
+    "ray": {"num_gpus": 1},
+}
+
+
+@pytest.mark.parametrize("budget", [LEFT_OUT, "8GiB", None])
+def test_an_emulator_that_no_card_of_this_machine_holds_is_refused_before_anything_starts(
+    budget: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = prepared(budget, **ON_A_CARD)
+    deep = LlamaConfig(**{**MODEL.to_dict(), "hidden_size": 1152, "num_hidden_layers": 48})
+    layout = make_layout(ready.config, skeleton_of(deep, empty_model(deep)))
+    ready = dataclasses.replace(ready, model_config=deep, layout=layout)
+    weights = MemoryModel(ready).emulator
+    monkeypatch.setattr(calibration_memory, "gpu_bytes", lambda: BASE_BYTES + 0.5 * weights)
+    asked = shrink_batches(ready)
+    check_holding(asked)  # its blocks pass through the card one by one
+    plan = make_plan(STEPS, asked)
+    assert 0.5 * weights < plan.host_bytes["finetune"] < plan.worker_bytes["finetune"]
+    told = r"finetune is planned to hold [\d.]+ [MG]iB of a GPU of which \d+ MiB can be filled: lower its batch, .* to 0\.$"
+    with pytest.raises(ConfigError, match=told):
+        check_stages(plan)
+    check_stages(plan, {"calibrate", "gradients", "factorize"})  # what a run up to then does
+
+
+def test_a_card_that_holds_every_stage_or_is_not_known_refuses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = {**ON_A_CARD, "ray": {"address": "a-cluster:6379"}}
+    unknown = make_plan(STEPS, shrink_batches(prepared(LEFT_OUT, **joined)))
+    check_stages(unknown)
+    held = max(stage.gpu_bytes for stage in unknown.stages)
+    with pytest.raises(ConfigError, match="is planned to hold"):
+        check_stages(make_plan(STEPS, dataclasses.replace(unknown.prepared, gpu_bytes=held)))
+    check_stages(make_plan(STEPS, dataclasses.replace(unknown.prepared, gpu_bytes=held / 0.9)))
+    monkeypatch.setattr(calibration_memory, "gpu_bytes", lambda: 1)
+    on_cpus = {**ON_A_CARD, **{name: {"gpus_per_worker": 0} for name in ("calibration", "finetune", "evaluation")}}
+    check_stages(make_plan(STEPS, shrink_batches(prepared(LEFT_OUT, **on_cpus))))
 
 
 @pytest.mark.slow

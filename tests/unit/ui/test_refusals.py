@@ -16,6 +16,7 @@ from vlms import save_vlm
 
 from emloc_ray.io.formats.checkpoint import INDEX_NAME
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.planning import calibration_memory
 from emloc_ray.planning.gpu_speeds import ask_gpus
 
 pytestmark = pytest.mark.usefixtures("no_ray")
@@ -327,3 +328,11 @@ def test_a_config_and_an_index_can_be_planned_and_not_run(call: Call) -> None:
     assert "whole model" in result.stdout
     for verb in ("validate", "run"):
         assert_refused(call(verb), call.run_dir, "is missing, though the checkpoint's index names it")
+
+
+@pytest.mark.parametrize("verb", ["validate", "plan", "run"])
+def test_a_training_that_no_gpu_can_hold_is_refused(call: Call, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_memory, "gpu_bytes", lambda: 2.0**30)
+    call.values.update(memory_budget=None, ray={"num_gpus": 1})
+    call.values["finetune"] = {**call.values.get("finetune", {}), "per_device_train_batch_size": 10**5}
+    assert_refused(call(verb), call.run_dir, "finetune is planned to hold", "of a GPU of which 942 MiB can be filled")
