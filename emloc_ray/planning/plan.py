@@ -143,9 +143,10 @@ def _planned(stage: Costed, memory: MemoryModel, speeds: Speeds) -> StagePlan:
 
 def check_stages(plan: Plan, left: Container[str] | None = None) -> None:
     """Raises ConfigError where a stage of those that are ``left``, by default any, is planned to hold more of a GPU than can be
-    filled. GPUs that are not known hold all, and DeepSpeed's ranks share what is planned for each."""
+    filled. GPUs that are not known hold all, and DeepSpeed's ranks share what is planned for each. ``memory_budget: null``
+    lifts it: a plan may be too high."""
     config, memory = plan.prepared.config, MemoryModel(plan.prepared)
-    for stage in plan.stages:
+    for stage in plan.stages if config.memory_budget is not None else ():
         scattered = stage.steps is not None and config.finetune.deepspeed is not None
         if not stage.gpus_per_worker or scattered or (left is not None and stage.name not in left):
             continue
@@ -153,7 +154,7 @@ def check_stages(plan: Plan, left: Container[str] | None = None) -> None:
             raise ConfigError(
                 f"{stage.name} is planned to hold {size_up(stage.gpu_bytes)} of a GPU of which {size(fillable)} can be"
                 " filled: lower its batch, data.max_seq_length or emulator.compression_ratio (emloc-ray plan --memory-budget says"
-                " what fits), or set its section's gpus_per_worker to 0."
+                " what fits), or set its section's gpus_per_worker to 0; memory_budget: null tries it all the same."
             )
 
 

@@ -210,7 +210,10 @@ def test_an_emulator_that_no_card_of_this_machine_holds_is_refused_before_anythi
     check_holding(asked)  # its blocks pass through the card one by one
     plan = make_plan(STEPS, asked)
     assert 0.5 * weights < plan.host_bytes["finetune"] < plan.worker_bytes["finetune"]
-    told = r"finetune is planned to hold [\d.]+ [MG]iB of a GPU of which \d+ MiB can be filled: lower its batch, .* to 0\.$"
+    told = r"finetune is planned to hold [\d.]+ [MG]iB of a GPU of which \d+ MiB can be filled: lower its batch, .* same\.$"
+    if budget is None:  # which tries it all the same
+        check_stages(plan)
+        return
     with pytest.raises(ConfigError, match=told):
         check_stages(plan)
     check_stages(plan, {"calibrate", "gradients", "factorize"})  # what a run up to then does
