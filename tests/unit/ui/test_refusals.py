@@ -332,7 +332,8 @@ def test_a_config_and_an_index_can_be_planned_and_not_run(call: Call) -> None:
 
 @pytest.mark.parametrize("verb", ["validate", "plan", "run"])
 def test_a_training_that_no_gpu_can_hold_is_refused(call: Call, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_memory, "gpu_bytes", lambda: 2.0**30)
-    call.values.update(memory_budget=None, ray={"num_gpus": 1})
-    call.values["finetune"] = {**call.values.get("finetune", {}), "per_device_train_batch_size": 10**5}
-    assert_refused(call(verb), call.run_dir, "finetune is planned to hold", "of a GPU of which 942 MiB can be filled")
+    call.values["ray"] = {"num_gpus": 1}
+    for section in ("calibration", "emulator", "evaluation"):
+        call.values[section] = {**call.values.get(section, {}), "gpus_per_worker": 0}
+    monkeypatch.setattr(calibration_memory, "gpu_bytes", lambda: 2**19)
+    assert_refused(call(verb), call.run_dir, "finetune is planned to hold", "of a GPU of which 471 KiB can be filled")
