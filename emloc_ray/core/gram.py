@@ -110,8 +110,10 @@ def packed_triangle(matrix: Tensor, chunk_bytes: int = 2**24) -> Iterator[Tensor
 
 
 def unpack_triangle(packed: Tensor) -> Tensor:
-    """The symmetric ``(n, n)`` matrix of :func:`packed_triangle`'s ``(n (n + 1) / 2,)``."""
-    n = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
+    """The symmetric ``(n, n)`` matrix of :func:`packed_triangle`'s ``(n (n + 1) / 2,)``, on its device."""
+    if packed.device.type != "cpu":  # where the host would launch a copy for each row
+        return gather_triangle(packed)
+    n = _order(packed)
     matrix = packed.new_empty(n, n)
     for row in range(n):
         matrix[row, : row + 1] = packed[_triangle(row) : _triangle(row + 1)]
@@ -120,6 +122,20 @@ def unpack_triangle(packed: Tensor) -> Tensor:
         matrix[block, block] = torch.tril(matrix[block, block]) + torch.tril(matrix[block, block], -1).T
         matrix[:start, block] = matrix[block, :start].T
     return matrix
+
+
+def gather_triangle(packed: Tensor, elements: int = 2**24) -> Tensor:
+    """The same, each element looked up: by a few launches for so many ``elements``, whose places take 8 bytes each."""
+    n = _order(packed)
+    matrix, columns = packed.new_empty(n, n), torch.arange(n, device=packed.device)
+    for rows in torch.split(columns, max(1, elements // max(1, n))):
+        high, low = torch.maximum(rows[:, None], columns), torch.minimum(rows[:, None], columns)
+        matrix.index_copy_(0, rows, packed.take(high * (high + 1) // 2 + low))
+    return matrix
+
+
+def _order(packed: Tensor) -> int:
+    return (math.isqrt(8 * packed.numel() + 1) - 1) // 2
 
 
 def _triangle(rows: int) -> int:

@@ -16,7 +16,7 @@ from emloc_ray.planning.holding import (
 )
 from emloc_ray.planning.machine import gpu_bytes
 from emloc_ray.planning.model_bytes import ModelBytes
-from emloc_ray.planning.sizes import DOUBLE, FLOAT, gradient_bytes, gram_bytes, in_waves
+from emloc_ray.planning.sizes import DOUBLE, FLOAT, gradient_bytes, gram_bytes, in_waves, packed_bytes
 
 Parts = dict[str, float]  # bytes by what holds them
 
@@ -140,6 +140,16 @@ class CalibrationMemory(ModelBytes):
     def _gradient_specs(self) -> list[LinearSpec]:
         names = set(self.layout.gradient_linears)
         return [spec for spec in self.layout.specs if spec.name in names]
+
+    def _sum_bytes_as_read(self, group: tuple[LinearSpec, ...]) -> int:
+        summed = {*group}.intersection(self._gradient_specs())
+        return packed_bytes(group[0].in_features) + sum(packed_bytes(spec.out_features) for spec in summed)
+
+    def sums_read(self, gradients: bool = True) -> int:
+        """Bytes of Grams, and of sums of ``gradients``, packed, that an allocation or a factorization reads."""
+        if gradients:
+            return sum(map(self._sum_bytes_as_read, self._groups()))
+        return sum(packed_bytes(group[0].in_features) for group in self._groups())
 
     def _backward_bytes(self, rows: int) -> int:
         return total(self._backward_parts(rows * self.lengths.longest))

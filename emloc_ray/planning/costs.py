@@ -11,6 +11,10 @@ from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, Parts
 from emloc_ray.planning.prepared import Prepared
 
+_UNPACKED = (
+    6e8  # bytes a second of packed triangles, row by row in one thread: 0.53, 0.59, 0.63e9 of orders 4096, 8192, 14336
+)
+
 
 @dataclass(frozen=True)
 class StageCost:
@@ -20,7 +24,8 @@ class StageCost:
     ``disk_bytes``: what the stage leaves, or needs while it runs.
     ``moved_bytes``: what comes to the devices of all workers of weights that do not stay there. ``efficiency``: the share of a
     matrix product's speed that it reaches. ``start_seconds``: starting workers and loading. ``steps``: its optimizer steps.
-    ``scores``: what is computed and moved between these, not counted in the others.
+    ``scores``: what is computed and moved between these, not counted in the others. ``sums_read``: bytes of packed triangles
+    that all workers read, which one with a GPU does beside its computing.
     """
 
     memory: Parts
@@ -32,6 +37,7 @@ class StageCost:
     start_seconds: float = 5.0
     steps: float = 0.0
     scores: StageCost | None = None
+    sums_read: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +58,16 @@ class Costed:
 
 
 def busy_seconds(cost: StageCost, asked: StageConfig, speeds: Speeds, weights: float) -> float:
-    """Seconds that its workers compute, or move weights if that takes longer, as the two overlap; ``weights``: bytes of the
-    original."""
+    """Seconds that its workers compute, or move weights or read sums if that takes longer, as these overlap; on CPUs sums are
+    unpacked in between. ``weights``: bytes of the original."""
     on_cpus = max(1.0, asked.cpus_per_worker) * speeds.cpu_flops
     computing = cost.flops / (asked.gpus * speeds.gpu_flops or on_cpus)
     computing += cost.float32_flops / (asked.gpus * speeds.gpu_float32_flops or on_cpus)
     computing /= asked.num_workers * cost.efficiency
-    return max(computing, cost.moved_bytes / (speeds.moving(asked.gpus > 0, weights) * asked.num_workers))
+    if not asked.gpus:
+        computing += cost.sums_read / (_UNPACKED * asked.num_workers)
+    moving = cost.moved_bytes / (speeds.moving(asked.gpus > 0, weights) * asked.num_workers)
+    return max(computing, moving, cost.sums_read / speeds.reading(cost.sums_read, asked.num_workers))
 
 
 def with_base(parts: Parts) -> Parts:

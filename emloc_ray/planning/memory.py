@@ -82,9 +82,8 @@ class MemoryModel(CalibrationMemory):
         return {**parts, "read ahead": sum(sorted(read)[-2:])}
 
     def _group_bytes_as_read(self, group: tuple[LinearSpec, ...]) -> int:
-        """A group's weights, its Gram and its linears' sums of gradients."""
-        sums = sum(map(gradient_bytes, {*group}.intersection(self._gradient_specs())))
-        return self._weight_bytes_as_read(group) + gram_bytes(group) + sums
+        """A group's weights, its Gram and its linears' sums of gradients, these packed."""
+        return self._weight_bytes_as_read(group) + self._sum_bytes_as_read(group)
 
     def _weight_bytes_as_read(self, group: tuple[LinearSpec, ...]) -> int:
         return sum(spec.num_parameters for spec in group) * self.file_itemsize

@@ -52,6 +52,11 @@ def gradient_bytes(spec: LinearSpec) -> int:
     return FLOAT * spec.out_features**2
 
 
+def packed_bytes(order: int) -> int:
+    """Bytes of a Gram or a sum of gradients of this order as stored: its lower triangle in float32."""
+    return FLOAT * order * (order + 1) // 2
+
+
 def in_waves(parts: Iterable[Part], size: Callable[[Part], int], budget: float) -> list[list[Part]]:
     """Parts in order, in waves that fit ``budget`` bytes; a part that does not fit is a wave of its own."""
     waves: list[list[Part]] = []

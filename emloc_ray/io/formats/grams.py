@@ -27,12 +27,16 @@ class StoredGram:
     file: Path
     name: str
 
-    def read(self) -> Tensor:
-        """The symmetric Gram ``(in, in)``, float32; raises ArtifactError where the file does not hold it."""
+    def read(self, device: torch.device | str = "cpu") -> Tensor:
+        """The symmetric Gram ``(in, in)``, float32, unpacked on ``device``, to which half of its bytes go."""
+        return unpack_triangle(self.packed().to(device))
+
+    def packed(self) -> Tensor:
+        """Its lower triangle as stored, ``(in (in + 1) / 2,)``; raises ArtifactError where the file does not hold it."""
         entry = next((entry for entry in read_shard(self.file).entries if entry.name == self.name), None)
         if entry is None:
             raise ArtifactError(f"{self.file} holds no Gram of {self.name}: run the calibrate stage again.")
-        return unpack_triangle(entry.read_rows())
+        return entry.read_rows()
 
     @property
     def num_tokens(self) -> int:

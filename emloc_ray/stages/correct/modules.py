@@ -131,7 +131,7 @@ def see_differences(opened: Opened, group: ModuleGroup, device: torch.device = _
         magnitudes = Magnitudes(adapter.magnitude(spec.name)) if dora else None
         bare.append(CorrectableModule(lora, canonical_form(lora.lora_a, lora.lora_b), None, magnitudes, lack))
     columns = [_columns(job, module, emulator).to(device) for module in bare]
-    gram = None if group.gram is None else group.gram.read().to(device)
+    gram = None if group.gram is None else group.gram.read(device)
     scale = 0.0 if gram is None else float(gram.diagonal().mean(dtype=torch.float64))
     gram_columns: Sequence[Tensor | None] = [None] * len(bare)
     if gram is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emloc_ray.core.allocation import Allocation, Curve, allocate, plain_gains, spectrum
 from emloc_ray.core.forms import Form
+from emloc_ray.core.gram import unpack_triangle
 from emloc_ray.core.precision import exact_float32
 from emloc_ray.core.predicted_loss import form_losses
 from emloc_ray.core.ranks import Storage, factor_parameters, rank_multiple
@@ -94,16 +95,16 @@ def group_spectra(
     num_tokens = gram.num_tokens
     whitening = None
     if num_tokens > 0:  # else an expert's identity that was sent too few, as it is to be cut by a plain SVD
-        inputs = gram.read() if tensors_read is None or tensors_read.gram is None else tensors_read.gram
-        whitening = Whitening(inputs.to(device), job.dampening_frac, name=specs[0].name)
+        packed = gram.packed() if tensors_read is None or tensors_read.gram is None else tensors_read.gram
+        whitening = Whitening(unpack_triangle(packed.to(device)), job.dampening_frac, name=specs[0].name)
     for spec in specs:
         forms = job.forms(spec)
         values_of[spec.name] = torch.zeros(len(forms) or min(spec.out_features, spec.in_features), dtype=torch.float64)
         if whitening is None:
             continue
         name = f"the gradients of what {spec.name} gives"
-        sums = tensors_read.gradients[spec.name] if tensors_read else gradients[spec.name].read()
-        outputs = Whitening(sums.to(device), job.gradient_dampening_frac, name=name)
+        packed = tensors_read.gradients[spec.name] if tensors_read else gradients[spec.name].packed()
+        outputs = Whitening(unpack_triangle(packed.to(device)), job.gradient_dampening_frac, name=name)
         if outputs.is_identity:
             continue
         weight = (tensors_read.weights[spec.name] if tensors_read else spec.read_weight(checkpoint)).to(device)

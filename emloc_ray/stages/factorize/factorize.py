@@ -17,6 +17,7 @@ from torch import Tensor
 
 from emloc_ray.core.factorization import Factorization, relative_error
 from emloc_ray.core.factorization import factorize as factorize_layer
+from emloc_ray.core.gram import unpack_triangle
 from emloc_ray.core.integer_forms import IntegerForms, factor_bits
 from emloc_ray.core.pivoting import pivot
 from emloc_ray.core.precision import exact_float32
@@ -94,9 +95,10 @@ def whitening_of(
     """The whitening of a group's Gram. The identity without a calibration token, as in a vision tower without images: the best
     factors are then those of the weight alone."""
     assert gram is not None
-    stored = gram.read() if tensors_read is None or tensors_read.gram is None else tensors_read.gram
-    inputs = stored if gram.num_tokens else torch.eye(len(stored), dtype=stored.dtype)
-    return Whitening(inputs.to(device), dampening_frac, name=gram.name)
+    packed = gram.packed() if tensors_read is None or tensors_read.gram is None else tensors_read.gram
+    inputs = unpack_triangle(packed.to(device))
+    inputs = inputs if gram.num_tokens else torch.eye(len(inputs), dtype=inputs.dtype, device=device)
+    return Whitening(inputs, dampening_frac, name=gram.name)
 
 
 class _Group:
@@ -145,9 +147,9 @@ class _Linear:
         gradients, tensors_read = self.group.gradients, self.group.tensors_read
         if gradients is None or not self.job.uses_gradients(self.name):
             return None
-        summed = tensors_read.gradients[self.name] if tensors_read else gradients.read(self.name)
+        packed = tensors_read.gradients[self.name] if tensors_read else gradients.stored(self.name).packed()
         name = f"the gradients of what {self.name} gives"
-        return Whitening(summed.to(self.group.device), self.job.gradient_dampening_frac, name=name)
+        return Whitening(unpack_triangle(packed.to(self.group.device)), self.job.gradient_dampening_frac, name=name)
 
     @functools.cached_property
     def factorization(self) -> Factorization | None:

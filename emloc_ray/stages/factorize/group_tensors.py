@@ -15,8 +15,9 @@ Work = TypeVar("Work")
 
 
 class GroupTensors(NamedTuple):
-    """A group's tensors: the weight ``(out, in)`` of each linear by name, the Gram ``(in, in)`` or None where nothing needs it,
-    and the sums of gradients ``(out, out)`` by name, where a linear has one."""
+    """A group's tensors: the weight ``(out, in)`` of each linear by name, the packed triangle of the Gram ``(in, in)`` or None
+    where nothing needs it, and those of the sums of gradients ``(out, out)`` by name, where a linear has one. They are unpacked
+    on the device that uses them."""
 
     weights: dict[str, Tensor]
     gram: Tensor | None
@@ -29,8 +30,8 @@ def read_group(
     """Reads them into this process's memory, whole."""
     checkpoint = Checkpoint(model_dir)
     weights = {spec.name: spec.read_weight(checkpoint).clone() for spec in specs}
-    sums = {name: stored.read() for name, stored in gradients.items()}
-    return GroupTensors(weights, None if gram is None else gram.read(), sums)
+    sums = {name: stored.packed() for name, stored in gradients.items()}
+    return GroupTensors(weights, None if gram is None else gram.packed(), sums)
 
 
 def read_ahead(

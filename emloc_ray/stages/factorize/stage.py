@@ -217,7 +217,13 @@ def _allocate_cost(memory: MemoryModel) -> StageCost:
         values += sum(4 * s.num_parameters * (s.out_features + min(s.out_features, s.in_features)) for s in specs)
     spectra = 8 * sum(min(s.out_features, s.in_features) for s in layout.specs)
     # At most what the group that needs most takes to be factorized.
-    return StageCost(memory.factorization_parts(), float32_flops=2.5 * values, disk_bytes=spectra, start_seconds=6)
+    return StageCost(
+        memory.factorization_parts(),
+        float32_flops=2.5 * values,
+        disk_bytes=spectra,
+        start_seconds=6,
+        sums_read=memory.sums_read(),
+    )
 
 
 def _factorize_cost(memory: MemoryModel) -> StageCost:
@@ -226,7 +232,13 @@ def _factorize_cost(memory: MemoryModel) -> StageCost:
         training = healing_training(memory.config, healing, memory.layout)
         files = MemoryModel(memory.prepared, memory.lengths, training).emulator_files
     work = 2.5 * factorize_work(memory.prepared)
-    return StageCost(memory.factorization_parts(), float32_flops=work, disk_bytes=files, start_seconds=6)
+    return StageCost(
+        memory.factorization_parts(),
+        float32_flops=work,
+        disk_bytes=files,
+        start_seconds=6,
+        sums_read=memory.sums_read(_reads_gradients(memory.layout)),
+    )
 
 
 def thin_calibration(config: RunConfig, fewest_tokens: int | None, layout: Layout) -> str | None:

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emloc_ray.core import gram as gram_module
-from emloc_ray.core.gram import Gram, GramColumns, not_finite, packed_triangle, sums_wide, unpack_triangle
+from emloc_ray.core.gram import (
+    Gram,
+    GramColumns,
+    gather_triangle,
+    not_finite,
+    packed_triangle,
+    sums_wide,
+    unpack_triangle,
+)
 
 FEW = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 2**31 - 1)
@@ -81,6 +89,7 @@ def test_triangle_round_trip(seed: int, n: int) -> None:
     packed = torch.cat([*packed_triangle(matrix, 100)])
     assert packed.shape == (n * (n + 1) // 2,)
     assert torch.equal(unpack_triangle(packed), matrix)
+    assert torch.equal(gather_triangle(packed, 100), matrix)  # as a GPU does
 
 
 def test_packing_reads_the_lower_triangle_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.updates import HadamardUpdate, KroneckerUpdate, LowRankUpdate
 from emloc_ray.core.whitening import Whitening
+from emloc_ray.io.formats.grams import StoredGram, write_gram_shard
 from emloc_ray.modeling.integer_linear import IntegerLinear
 
 OUT, IN, R = 24, 40, 6
@@ -225,3 +227,17 @@ def test_a_gram_is_added_to_without_a_wait(device: torch.device, meter: Meter) -
     gram.update(x)
     assert not meter.waits
     assert meter.current == before
+
+
+def test_half_of_a_gram_goes_to_the_device_which_unpacks_it(tmp_path: Path, device: torch.device, meter: Meter) -> None:
+    gram = Gram.zero(IN)
+    gram.update(made()["x"])
+    write_gram_shard(tmp_path / "grams", {"a": gram})
+    stored = StoredGram(tmp_path / "grams", "a")
+    before = meter.current
+    packed = stored.packed().to(device)
+    assert meter.current - before == 4 * IN * (IN + 1) // 2
+    meter.restart()
+    assert torch.equal(unpack_triangle(packed).cpu(), gram.symmetric())
+    assert sum(meter.waits.values()) == 1  # the test's own copy: the rows are no launch each that the host waits for
+    assert torch.equal(stored.read(device).cpu(), gram.symmetric())

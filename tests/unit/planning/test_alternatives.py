@@ -206,6 +206,7 @@ def test_the_slower_of_computing_and_moving_counts() -> None:
     section = parse_config(values_of(None)).finetune
     cost = StageCost({}, flops=1e14, moved_bytes=25e9, efficiency=0.5)
     assert busy_seconds(cost, section, FAST, 1e9) == pytest.approx(2)
+    assert busy_seconds(dataclasses.replace(cost, sums_read=4 * 10**9), section, FAST, 1e9) == pytest.approx(10)
     assert busy_seconds(dataclasses.replace(cost, moved_bytes=100e9), section, FAST, 1e9) == pytest.approx(4)
     exact = dataclasses.replace(cost, float32_flops=1e13)
     assert busy_seconds(exact, section, dataclasses.replace(FAST, gpu_float32_flops=2e13), 1e9) == pytest.approx(3)

@@ -129,11 +129,14 @@ def test_a_gpu_s_worker_holds_the_group_that_it_computes_and_the_next_as_read() 
         gpus = {"emulator": {"gpus_per_worker": 1, "num_workers": workers, **more}, "ray": {"num_gpus": 200}}
         return MemoryModel(bare(LlamaConfig(num_hidden_layers=2), **gpus), ROW).factorization_parts().get("read ahead")
 
-    down = 2 * 4096 * 11008 + 4 * 11008**2
+    def packed(order: int) -> int:
+        return 4 * order * (order + 1) // 2
+
+    down = 2 * 4096 * 11008 + packed(11008)
     assert read_ahead(7) == 2 * down
     assert read_ahead(8) is None  # a group each
-    gate_and_up = 2 * (2 * 4096 * 11008) + 4 * 4096**2 + 2 * 4 * 11008**2
-    assert read_ahead(7, **WEIGHED) == 2 * max(down + 4 * 4096**2, gate_and_up)
+    gate_and_up = 2 * (2 * 4096 * 11008) + packed(4096) + 2 * packed(11008)
+    assert read_ahead(7, **WEIGHED) == 2 * max(down + packed(4096), gate_and_up)
 
 
 def test_correcting_70_b_takes_less_than_ten_tflop() -> None:

@@ -203,13 +203,13 @@ def test_a_gram_is_read_once_and_no_product_with_it_is_wide(
 ) -> None:
     job, read, products = emulated(tmp_path, tiny_model_dir("llama")), [], []
     groups = module_groups(job, Adapter(job.adapter_dir).names)
-    plain_read, plain_product = type(groups[0].gram).read, stage.product_by_rows
+    plain_read, plain_product = type(groups[0].gram).packed, stage.product_by_rows
 
     def product(left: Tensor, right: Tensor) -> Tensor:
         products.append(right.shape[1])
         return plain_product(left, right)
 
-    monkeypatch.setattr(type(groups[0].gram), "read", lambda gram: (read.append(gram.name), plain_read(gram))[1])
+    monkeypatch.setattr(type(groups[0].gram), "packed", lambda gram: (read.append(gram.name), plain_read(gram))[1])
     monkeypatch.setattr(stage, "product_by_rows", product)
     monkeypatch.setattr(stage, "residual_energy", None)
     all_modules(job)
