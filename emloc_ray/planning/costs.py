@@ -11,9 +11,8 @@ from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, Parts
 from emloc_ray.planning.prepared import Prepared
 
-_UNPACKED = (
-    6e8  # bytes a second of packed triangles, row by row in one thread: 0.53, 0.59, 0.63e9 of orders 4096, 8192, 14336
-)
+# Bytes a second of packed triangles, row by row in one thread: 0.53, 0.59, 0.63e9 of orders 4096, 8192, 14336.
+_UNPACKED = 6e8
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,8 @@ if TYPE_CHECKING:
     from emloc_ray.io.runs.directory import RunDirectory
 
 _UNIT = "floating-point operations a second and thread"
-_CACHED = (
-    4e8  # bytes a second and thread, of files that are in memory into new memory: 0.34, 0.44, 1.27e9 of 34, 134, 411 MB
-)
+# Bytes a second and thread, of files that are in memory into new memory: 0.34, 0.44, 1.27e9 of 34, 134, 411 MB.
+_CACHED = 4e8
 _PROBED = 64 * 2**20  # bytes that a disk is timed by
 _FIRST_WITH_BFLOAT16 = 8.0  # compute capability: Ampere
 WITH_MODELS = ("calibration", "finetune", "evaluation")
