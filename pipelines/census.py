@@ -80,8 +80,7 @@ def row_here(model_type: str) -> Row:
     """The type's row, from this process."""
     with tempfile.TemporaryDirectory() as folder:
         _write_row(model_type, Path(folder), Path(folder) / "row.json")
-        row: Row = json.loads((Path(folder) / "row.json").read_text())
-        return row
+        return json.loads((Path(folder) / "row.json").read_text())
 
 
 def _write_row(model_type: str, folder: Path, file: Path) -> None:

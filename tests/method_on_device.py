@@ -137,8 +137,7 @@ def trained_by_group(devices: Sequence[str], root: Path) -> dict[str, Tensor]:
     for process in ranks:
         process.join(300)
     assert [process.exitcode for process in ranks] == [0] * len(ranks)
-    found: dict[str, Tensor] = torch.load(root / "adapter.pt")
-    return found
+    return torch.load(root / "adapter.pt")
 
 
 def _train_rank(rank: int, devices: Sequence[str], root: Path) -> None:

@@ -199,8 +199,7 @@ class DrySteps(Steps):
 
     def make(self, stage: Stage, context: Context, inputs: Inputs) -> Result:
         self.redone.append(stage.name)
-        result: Result = self.directory.manifest()["stages"][stage.name]["result"]
-        return result
+        return self.directory.manifest()["stages"][stage.name]["result"]
 
 
 def redone(

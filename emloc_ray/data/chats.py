@@ -197,10 +197,9 @@ class _Chat:
         return [(int(start), int(end)) for start, end in spans]
 
     def _text(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
-        text: str = self._guarded(
+        return self._guarded(
             lambda: self.owner.apply_chat_template(list(messages), tokenize=False, **self.options, **options)
         )
-        return text
 
     def _guarded(self, write: Callable[[], Any]) -> Any:
         try:

@@ -25,8 +25,7 @@ class Packs:
         return len(self.starts) - 1
 
     def __getitem__(self, number: int) -> list[int]:
-        rows: list[int] = self.rows[self.starts[number] : self.starts[number + 1]].tolist()
-        return rows
+        return self.rows[self.starts[number] : self.starts[number + 1]].tolist()
 
 
 def pack_rows(lengths: Sequence[int] | NDArray[np.int64], limit: int) -> Packs:

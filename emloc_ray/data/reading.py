@@ -309,8 +309,7 @@ def _python_rows(
     """
     with contextlib.suppress(*_BY_VALUES):
         if batch.nbytes <= min(2 * BATCH_BYTES, text_rows.MAX_LINE_BYTES):
-            rows: list[Row] = batch.take(pa.array([number - begin for number in numbers])).to_pylist()
-            return rows
+            return batch.take(pa.array([number - begin for number in numbers])).to_pylist()
     return (_python_row(batch.slice(number - begin, 1), source, number, keep_bad) for number in numbers)
 
 

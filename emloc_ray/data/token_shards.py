@@ -82,8 +82,7 @@ def written_counts(path: Path) -> dict[str, int] | None:
         with open_artifact(path) as (stream, _), pa.ipc.open_file(stream) as reader:
             check_as_written(reader.schema, _SCHEMAS, path)
             metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1).custom_metadata
-            counts: dict[str, int] = json.loads(metadata[_COUNTS])
-            return counts
+            return json.loads(metadata[_COUNTS])
     except (OSError, ValueError, IndexError, KeyError, TypeError, AttributeError, DamagedArtifactError):
         return None
 

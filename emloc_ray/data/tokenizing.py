@@ -257,8 +257,7 @@ def row_lengths(
             blocks.append(block)
             look(len(blocks))
     firsts, lengths = (np.concatenate([block[key] for block in blocks]) for key in ("first", "length"))
-    ordered: NDArray[np.int64] = lengths[np.argsort(firsts, kind="stable")]
-    return ordered
+    return lengths[np.argsort(firsts, kind="stable")]
 
 
 def _write_split_index(

@@ -41,8 +41,7 @@ class _StandIn(nn.Linear):
 
 
 def _dtype(layer: Any) -> torch.dtype:
-    dtype: torch.dtype = getattr(layer, "compute_dtype", None) or layer.weight.dtype
-    return dtype
+    return getattr(layer, "compute_dtype", None) or layer.weight.dtype
 
 
 @contextlib.contextmanager
@@ -115,8 +114,7 @@ class FactorizedLoKrLinear(LoKrLinear):
         whole: Any = getattr(self, name)
         if adapter_name in whole:
             return whole[adapter_name]
-        product: Tensor = getattr(self, f"{name}_a")[adapter_name] @ getattr(self, f"{name}_b")[adapter_name]
-        return product
+        return getattr(self, f"{name}_a")[adapter_name] @ getattr(self, f"{name}_b")[adapter_name]
 
 
 def _dropped_rows(layer: Any, adapter_name: str, y: Tensor, *, rescaled: bool) -> Tensor:
@@ -143,8 +141,7 @@ class FactorizedDora(DoraLinearLayer):
             plain = _without_bias(base_layer, x)
         else:
             plain = base_result if bias is None else base_result - bias
-        added: Tensor = (gain - 1) * plain + gain * scaling * lora_B(lora_A(x))
-        return added
+        return (gain - 1) * plain + gain * scaling * lora_B(lora_A(x))
 
     @torch.no_grad()
     def norms(self, base_layer: Any, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:

@@ -67,8 +67,7 @@ _BOUNDS: dict[str, dict[str, Any]] = {
 def _config_class(method: str) -> type[PeftConfig]:
     import peft
 
-    kind: type[PeftConfig] = getattr(peft, CONFIGS.get(method, "LoraConfig"))
-    return kind
+    return getattr(peft, CONFIGS.get(method, "LoraConfig"))
 
 
 def _field_names(kind: type[PeftConfig]) -> list[str]:

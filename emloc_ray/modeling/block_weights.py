@@ -153,7 +153,6 @@ class BlockWeights:
 def _dtype(wanted: str, config: Any, checkpoint: Checkpoint) -> torch.dtype:
     """What ``from_pretrained`` takes: as asked, else the config's, else the checkpoint's first floating dtype."""
     if wanted != "auto":
-        named: torch.dtype = getattr(torch, wanted)
-        return named
+        return getattr(torch, wanted)
     stored = (entry.dtype for entry in checkpoint if entry.dtype.is_floating_point)
     return getattr(config, "dtype", None) or next(stored, torch.float32)

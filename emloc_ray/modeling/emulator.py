@@ -47,8 +47,7 @@ class FactorizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)``."""
-        y: Tensor = self.up(self.down(x))
-        return y
+        return self.up(self.down(x))
 
     @property
     def weight(self) -> Tensor:

@@ -188,8 +188,7 @@ def _reader(file: Path) -> Any:
                 for _ in range(count):
                     size += struct.calcsize("<Q") + struct.unpack_from("<Q", content, orig_offs + size)[0]
             else:
-                whole: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(orig_offs, raw_type)
-                return whole
+                return super()._get_field_parts(orig_offs, raw_type)
             return size, [], [], [GGUFValueType.ARRAY]
 
     return Reader(file)

@@ -33,8 +33,7 @@ class TokenSums:
     @property
     def device(self) -> torch.device:
         """Where the sums are: of a model that is held block by block the first parameter may be on the meta device."""
-        device: torch.device = next((gram.matrix.device for gram in self.grams.values()), self.model.device)
-        return device
+        return next((gram.matrix.device for gram in self.grams.values()), self.model.device)
 
     @contextlib.contextmanager
     def counting(self, counted: Mapping[Stream, Tensor]) -> Iterator[None]:

@@ -108,8 +108,7 @@ def _product(x: Tensor, weights: Tensor, rows: GroupedRows) -> Tensor:
     """``x Wᵀ`` by groups of rows, ``weights (E, out, in)``; autocast does not know the kernel."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights.dtype
-    product: Tensor = F.grouped_mm(x.to(dtype), weights.to(dtype).transpose(-2, -1), offs=rows.ends)
-    return product
+    return F.grouped_mm(x.to(dtype), weights.to(dtype).transpose(-2, -1), offs=rows.ends)
 
 
 def _stack(linears: Sequence[nn.Linear]) -> Tensor:

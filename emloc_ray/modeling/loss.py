@@ -120,12 +120,9 @@ def _chunked_head(
     weight before its gradient is made.
     """
 
-    def read_one(hidden: Tensor, *targets: Tensor) -> tuple[Tensor, ...]:
-        return read(compute(hidden), *targets)
-
     step = chunk_tokens(hidden.shape[-1])
     for chunk in zip(hidden.split(step), *(target.split(step) for target in targets), strict=True):
-        chunks.append(checkpoint(read_one, *chunk, use_reentrant=False))
+        chunks.append(checkpoint(lambda part, *of: read(compute(part), *of), *chunk, use_reentrant=False))
     return torch.stack([first.sum() for first, *_ in chunks]).sum().reshape(1, 1, 1)
 
 

@@ -64,8 +64,7 @@ def nf4_weight(packed: Tensor, state: QuantState) -> Tensor:
     if packed.device.type != "cpu":
         from bitsandbytes.functional import dequantize_4bit
 
-        weight: Tensor = dequantize_4bit(packed, state)
-        return weight
+        return dequantize_4bit(packed, state)
     scales = state.absmax
     if state.nested:
         shared = state.state2.absmax.repeat_interleave(_NESTED_BLOCK)[: scales.numel()]
@@ -115,7 +114,7 @@ def quantization_config(dtype: torch.dtype, skipped: tuple[str, ...]) -> dict[st
 
     from transformers import BitsAndBytesConfig
 
-    settings: dict[str, Any] = BitsAndBytesConfig(
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -123,4 +122,3 @@ def quantization_config(dtype: torch.dtype, skipped: tuple[str, ...]) -> dict[st
         # Whole names: transformers takes plain ones for endings of others too.
         llm_int8_skip_modules=[f"{re.escape(name)}$" for name in skipped],
     ).to_dict()
-    return settings

@@ -181,8 +181,7 @@ def time_products() -> float:
 
 def cpu_capabilities() -> dict[str, Any]:
     """The capabilities of this machine's CPU, from torch; empty for an older torch."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return capabilities
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def has_bfloat16(capabilities: Mapping[str, Any]) -> bool:

@@ -101,10 +101,7 @@ class ModelBytes:
         if self.layout.adapter_parameters is not None:
             return self.layout.adapter_parameters
         magnitudes = sum(s.out_features for s in self.adapted) if self.trained.adapter.method == "dora" else 0
-        return magnitudes + self._lora_parameters()
-
-    def _lora_parameters(self) -> int:
-        return sum(self._rank(s) * (s.in_features + s.out_features) for s in self.adapted)
+        return magnitudes + sum(self._rank(s) * (s.in_features + s.out_features) for s in self.adapted)
 
     @property
     def corrected_parameters(self) -> int:

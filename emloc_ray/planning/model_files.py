@@ -30,8 +30,7 @@ def named_dtype(
 ) -> torch.dtype:
     """What ``model.dtype`` names; ``auto``: what the model's config does, else the dtype of its files, where it is known."""
     if config.model.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, config.model.dtype)
-        return dtype
+        return getattr(torch, config.model.dtype)
     named = None if source.gguf_file else getattr(model_config, "dtype", None)
     return named or file_dtype or torch.float32
 

@@ -174,8 +174,7 @@ class Steps:
         self.reporter.skip(stage.name)
         self.directory.confirm(stage.name, ahead=STEP_NAMES[: STEP_NAMES.index(stage.name)])
         self._checked.setdefault(stage.name, False)
-        result: Result = entry["result"]
-        return result
+        return entry["result"]
 
     def _check_versions(self, stage: Stage, entry: Mapping[str, Any]) -> None:
         """Raises ConfigError where a stage that stands was made with other versions, unless these are accepted: notes that."""

@@ -60,8 +60,7 @@ def _read_spectra(directory: RunDirectory) -> dict[str, Any]:
     path = directory.path("emulator", SPECTRA)
     with contextlib.suppress(ArtifactError, OSError, ValueError):  # of an older version, or on its way to be redone
         ensure(path)
-        spectra: dict[str, Any] = json.loads(path.read_bytes())
-        return spectra
+        return json.loads(path.read_bytes())
     return {}
 
 

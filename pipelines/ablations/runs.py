@@ -122,8 +122,7 @@ def _vocabulary(model: ModelConfig) -> dict[str, int]:
     source = resolve_source(model.source, model.revision, model.trust_remote_code)
     options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=model.trust_remote_code, **options)
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    return vocabulary
+    return tokenizer.get_vocab()
 
 
 def make_data(ablation: Ablation, tell: Tell) -> Cells:

@@ -8,7 +8,6 @@ All is as ``emloc-ray plan`` plans and chooses. cluster/README.md has all that t
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,11 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.gpu.shapes import SHAPES, llama_config
-from benchmarks.on_paper import CALIBRATED, LENGTH, ROWS, SCORED, R
+from benchmarks.on_paper import CALIBRATED, LENGTH, ROWS, SCORED, R, whole_model
 from benchmarks.stage_memory import bare_prepared
-from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.planning.alternatives import Alternative, Choice, choose_training
 from emloc_ray.planning.batches import shrink_batches, without_budget
 from emloc_ray.planning.costs import StageCost, busy_seconds
-from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel
@@ -40,20 +37,6 @@ SIZES = {
     "32 B": {**_OF_32_B, "num_attention_heads": 40, "vocab_size": 152064},
     "70 B": SHAPES["full"].large,
 }
-
-
-def deepened(layout: Layout, blocks: int) -> Layout:
-    """A model of one block with so many of the kind."""
-    groups = tuple(tuple(_moved(spec, number) for spec in group) for number in range(blocks) for group in layout.groups)
-    specs = tuple(spec for group in groups for spec in group)
-    names = tuple(spec.name for spec in specs)
-    parameters = layout.num_parameters + (blocks - 1) * sum(spec.num_parameters for spec in layout.specs)
-    whole = replace(layout, specs=specs, groups=groups, num_parameters=parameters)
-    return replace(whole, compressed=names, adapted=names, free=names, replaceable=names)
-
-
-def _moved(spec: LinearSpec, number: int) -> LinearSpec:
-    return replace(spec, name=spec.name.replace(".0.", f".{number}."), block=spec.block.replace(".0", f".{number}"))
 
 
 def choice_for(name: str) -> Choice:
@@ -75,10 +58,8 @@ def choice_for(name: str) -> Choice:
 
 def choice_under(values: dict[str, Any], sizes: dict[str, int]) -> Choice:
     """What the card can train on under a config whose rows are all of ``data.max_seq_length``, of a Llama of these sizes."""
-    bare = bare_prepared(values, llama_config({**sizes, "num_hidden_layers": 1}))
-    layout, length = deepened(bare.layout, sizes["num_hidden_layers"]), values["data"]["max_seq_length"]
-    whole = replace(bare, model_config=llama_config(sizes), layout=layout)
-    return choose_training(whole, Lengths(length, length), CARD)
+    length = values["data"]["max_seq_length"]
+    return choose_training(whole_model(values, sizes), Lengths(length, length), CARD)
 
 
 def choices_table(choices: dict[str, Choice]) -> str:

@@ -56,8 +56,7 @@ def _probe(model: Path, rows: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=rows.parent) as folder:
         command = [sys.executable, str(script), str(model), str(rows), folder]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    measured: dict[str, float] = json.loads(output.splitlines()[-1])
-    return measured
+    return json.loads(output.splitlines()[-1])
 
 
 def _save_tiny_model(directory: Path) -> None:

@@ -42,8 +42,7 @@ def probe(what: str, path: Path | str, *options: str, job: bytes | None = None) 
     environment = {**os.environ, **LEAN_MEMORY}
     command = [sys.executable, str(Path(__file__).with_name("memory_probe.py")), what, str(path), *options]
     output = subprocess.run(command, check=True, capture_output=True, input=job, env=environment).stdout
-    measured: dict[str, float] = json.loads(output.splitlines()[-1])
-    return measured
+    return json.loads(output.splitlines()[-1])
 
 
 def probe_job(name: str, arguments: dict[str, Any]) -> dict[str, float]:

@@ -46,8 +46,7 @@ class FaultyStore:
 
     def counts(self) -> dict[str, int]:
         """How many requests met each kind of fault."""
-        found: dict[str, int] = json.loads(_ask(self.port, "GET", _COUNTS, {})[1])
-        return found
+        return json.loads(_ask(self.port, "GET", _COUNTS, {})[1])
 
 
 @contextmanager

@@ -95,8 +95,7 @@ def stand_in(hosts: Path, name: str, text: str) -> None:
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
+        return found.getsockname()[1]
 
 
 def left_behind(hosts: Path) -> list[str]:
@@ -160,8 +159,7 @@ def listed(address: str, kind: str, token: str) -> list[dict[str, Any]]:
     asked = urllib.request.Request(f"{address}/api/v0/{kind}?limit=1000&detail=true")
     asked.add_header("Authorization", f"Bearer {token}")
     with urllib.request.urlopen(asked) as answer:
-        found: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
-        return found
+        return json.load(answer)["data"]["result"]["result"]
 
 
 def test_a_job_on_bare_hosts(hosts: Path, tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path) -> None:

@@ -60,8 +60,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def metrics(quickstart: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((quickstart / "metrics.json").read_text())
-    return found
+    return json.loads((quickstart / "metrics.json").read_text())
 
 
 @pytest.mark.timeout(1200)

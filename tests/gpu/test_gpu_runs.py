@@ -65,8 +65,7 @@ def run_on(devices: str, root: Path) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_run_is_that_of_the_cpu(tmp_path: Path) -> None:

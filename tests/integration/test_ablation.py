@@ -67,8 +67,7 @@ def small(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 def records_of(ablation: Ablation) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((ablation.root / "results.json").read_text())["records"]
-    return found
+    return json.loads((ablation.root / "results.json").read_text())["records"]
 
 
 @pytest.mark.parametrize("name", sorted({path.stem for path in FOLDER.glob("*.yaml")} - {"base", *FEWER}))

@@ -87,8 +87,7 @@ def little_config(folder: Path) -> Path:
 
 
 def committed(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((COMMITTED / name).read_text())
-    return found
+    return json.loads((COMMITTED / name).read_text())
 
 
 def test_every_published_table_is_made_by_a_test_and_by_the_command_that_it_names() -> None:

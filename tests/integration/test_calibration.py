@@ -51,8 +51,7 @@ def assert_same_grams(found: Path, expected: Path) -> None:
 
 
 def result(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "manifest.json").read_text())["stages"]["calibrate"]["result"]
-    return found
+    return json.loads((run / "manifest.json").read_text())["stages"]["calibrate"]["result"]
 
 
 def test_auto_goes_block_by_block_under_a_budget_and_a_killed_worker_leaves_no_trace(

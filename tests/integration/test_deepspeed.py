@@ -61,8 +61,7 @@ def in_one_group(jobs: list[FinetuneJob], storage: Path) -> list[dict[str, Any]]
         scaling_config=ray.train.ScalingConfig(num_workers=2),
         run_config=ray.train.RunConfig(name="all", storage_path=str(storage)),
     )
-    found: list[dict[str, Any]] = trainer.fit().return_value
-    return found
+    return trainer.fit().return_value
 
 
 Trained = dict[str, tuple[FinetuneJob, dict[str, Any]]]

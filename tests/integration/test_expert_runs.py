@@ -62,15 +62,13 @@ def assert_same_grams(found: Path, expected: Path) -> None:
 
 
 def calibration(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "metrics.json").read_text())["calibration"]
-    return found
+    return json.loads((run / "metrics.json").read_text())["calibration"]
 
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     ids = torch.randint(EOS + 1, 300, (3, 17), generator=torch.Generator().manual_seed(3))
-    found: torch.Tensor = model.eval()(ids).logits
-    return found
+    return model.eval()(ids).logits
 
 
 def test_the_idle_expert_is_made_of_all_tokens_and_that_is_told(run: FinishedRun) -> None:
@@ -135,8 +133,7 @@ def test_some_experts_may_stay_dense_and_be_left_alone(run: FinishedRun, tmp_pat
 
 
 def fused_down(model: Any, layer: int, index: int) -> torch.Tensor:
-    found: torch.Tensor = model.get_submodule(f"model.layers.{layer}.mlp.experts").down_proj[index]
-    return found
+    return model.get_submodule(f"model.layers.{layer}.mlp.experts").down_proj[index]
 
 
 @pytest.mark.deep

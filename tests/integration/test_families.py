@@ -58,8 +58,7 @@ def batch(run: FinishedRun, split: str = "eval") -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def logits(model: Any, run: FinishedRun) -> torch.Tensor:
     call = model_call(model.config, batch(run))
-    found: torch.Tensor = model(**call.inputs).logits[call.predicting]
-    return found
+    return model(**call.inputs).logits[call.predicting]
 
 
 @torch.no_grad()

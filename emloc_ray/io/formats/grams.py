@@ -13,8 +13,7 @@ from emloc_ray.core.gram import Gram, packed_triangle, unpack_triangle
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import Shard, TensorEntry, check_inside, open_shard, read_shard
 from emloc_ray.io.formats.shards import make_header, row_chunks, stream_shard, write_tensors
-from emloc_ray.io.store.atomic import write_json
-from emloc_ray.io.store.node_cache import ensure
+from emloc_ray.io.store.atomic import read_json, write_json
 
 INDEX = "grams.index.json"
 _CHUNK_BYTES = 2**26
@@ -51,10 +50,9 @@ class GramStore:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         path = self.directory / INDEX
-        ensure(path)
-        if not path.is_file():
+        self.index: dict[str, Any] = read_json(path)
+        if self.index is None:
             raise ArtifactError(f"{self.directory} holds no {INDEX}: run the calibrate stage again.")
-        self.index: dict[str, Any] = json.loads(path.read_text())
         for file in dict.fromkeys(self.index["weight_map"].values()):
             check_inside(file, path)
         self._gram_of = {name: gram for gram, names in self.index["groups"].items() for name in names}

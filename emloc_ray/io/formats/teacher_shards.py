@@ -6,7 +6,6 @@ A label takes k float16 log-probabilities and k int32 ids: 6 k bytes. float16 ro
 
 import bisect
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from emloc_ray.errors import ArtifactError, DamagedArtifactError
 from emloc_ray.io.formats.checkpoint import TensorEntry, read_shard
 from emloc_ray.io.formats.shards import write_tensors
-from emloc_ray.io.store.atomic import write_json
+from emloc_ray.io.store.atomic import read_json, write_json
 from emloc_ray.io.store.node_cache import ensure
 
 _INDEX = "index.json"
@@ -61,11 +60,10 @@ class TeacherShards:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        path = directory / _INDEX
-        ensure(path)
-        if not path.is_file():
+        index = read_json(directory / _INDEX)
+        if index is None:
             raise ArtifactError(f"{directory} holds no {_INDEX}: run the heal stage again.")
-        self._first_rows: list[int] = json.loads(path.read_text())["first_rows"]
+        self._first_rows: list[int] = index["first_rows"]
         self._shard = functools.lru_cache(maxsize=_OPEN)(self._open)
 
     def _open(self, number: int) -> tuple[dict[str, TensorEntry], dict[int, tuple[int, int]]]:

@@ -77,3 +77,9 @@ def json_bytes(value: Any) -> bytes:
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as indented JSON, atomically."""
     write_bytes(path, json_bytes(value))
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds, present and current on this node; None where there is none."""
+    ensure(path)
+    return json.loads(path.read_text()) if path.is_file() else None

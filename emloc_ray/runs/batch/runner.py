@@ -123,7 +123,7 @@ class BatchRun:
                 self._order[name],
                 self.admission,
                 plan,
-                lambda: self._is_stopped(name),
+                lambda: self._ending or name in self._cancelled,
                 reporter.wait,
                 self.board.moves,
             )
@@ -140,9 +140,6 @@ class BatchRun:
             self.work.forget(task)
             del self._running[name]
             self._task_ended.set()
-
-    def _is_stopped(self, name: str) -> bool:
-        return self._ending or name in self._cancelled
 
     def _cancel_asked(self) -> None:
         """Cancels tasks that have a cancel file: waiting ones at once, running ones as soon as their stage can stop."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.runs.resume import discard_unless
-from emloc_ray.io.store.atomic import write_json
-from emloc_ray.io.store.node_cache import discard, ensure, sizes
+from emloc_ray.io.store.atomic import read_json, write_json
+from emloc_ray.io.store.node_cache import discard, sizes
 from emloc_ray.modeling.inputs import Stream
 
 if TYPE_CHECKING:
@@ -90,8 +89,7 @@ def resume_job(job: CalibrationJob, out_dir: Path, inputs: Any, num_slots: int, 
     discard_unless(out_dir, inputs)
     job = dataclasses.replace(job, inputs=fingerprint([inputs, job.batch_size]))
     path = out_dir / _BEGUN
-    ensure(path)
-    begun: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    begun: dict[str, Any] = read_json(path) or {}
     if begun and _may_resume(begun, job, num_slots, auto):
         waves = begun["waves"] and tuple(tuple(tuple(group) for group in wave) for wave in begun["waves"])
         job = dataclasses.replace(job, hold=begun["hold"], waves=waves)
@@ -106,8 +104,7 @@ def by_blocks(job: CalibrationJob, out_dir: Path) -> CalibrationJob:
     """The job block by block, for an ``out_dir`` that :func:`resume_job` began otherwise. Removes its slots and sums; a later try
     resumes block by block."""
     path = out_dir / _BEGUN
-    ensure(path)
-    begun = json.loads(path.read_text())
+    begun = read_json(path)
     discard(out_dir / "slots")
     for sums in sizes(out_dir):
         if sums.suffix == ".safetensors":

@@ -2,7 +2,6 @@
 backward ones."""
 
 import gc
-import json
 import time
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import torch
 from emloc_ray.data.ahead import batches_by_length
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.formats.grams import add_slot, write_slot
-from emloc_ray.io.store.atomic import write_json
-from emloc_ray.io.store.node_cache import ensure, exists
+from emloc_ray.io.store.atomic import read_json, write_json
+from emloc_ray.io.store.node_cache import exists
 from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.holding import open_model
@@ -25,9 +24,8 @@ _COMMIT_SHARE = 0.05  # of a slot's time, at the most
 
 def smaller_batch(path: Path, rows: int) -> int:
     """The rows of the batch that the slot of ``path`` goes on with: fewer than ``rows`` where it ran out of memory."""
-    note = path.with_suffix(".batch.json")
-    ensure(note)
-    return min(rows, int(json.loads(note.read_text())["rows"])) if note.is_file() else rows
+    noted = read_json(path.with_suffix(".batch.json"))
+    return rows if noted is None else min(rows, int(noted["rows"]))
 
 
 class ResidentSlot:

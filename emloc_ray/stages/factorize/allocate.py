@@ -2,7 +2,6 @@
 or forms, here, written as JSON."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
 from emloc_ray.io.formats.grams import GramStore, StoredGram
 from emloc_ray.io.formats.shards import write_tensors
-from emloc_ray.io.store.atomic import write_json
-from emloc_ray.io.store.node_cache import ensure, sizes
+from emloc_ray.io.store.atomic import read_json, write_json
+from emloc_ray.io.store.node_cache import sizes
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.stages.factorize.group_tensors import GroupTensors, read_ahead, read_group
 from emloc_ray.stages.factorize.job import group_cost
@@ -73,9 +72,7 @@ class AllocationJob:
 
 def read_ranks(directory: Path) -> dict[str, int | None]:
     """The ranks that :func:`allocate_ranks` wrote, None for a linear that stays dense."""
-    path = directory / RANKS
-    ensure(path)
-    layers: dict[str, Any] = json.loads(path.read_text())["layers"]
+    layers: dict[str, Any] = read_json(directory / RANKS)["layers"]
     return {name: layer["rank"] for name, layer in layers.items()}
 
 

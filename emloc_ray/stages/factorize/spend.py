@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,8 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from emloc_ray.core.forms import Form, FormSizes
-from emloc_ray.io.store.atomic import write_json
-from emloc_ray.io.store.node_cache import ensure
+from emloc_ray.io.store.atomic import read_json, write_json
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.stages.factorize.knapsack import pack
 
@@ -38,9 +36,7 @@ class Spending:
 
 def read_forms(directory: Path) -> dict[str, Form]:
     """The forms that :func:`spend` wrote."""
-    path = directory / FORMS
-    ensure(path)
-    layers: dict[str, Any] = json.loads(path.read_text())["layers"]
+    layers: dict[str, Any] = read_json(directory / FORMS)["layers"]
     return {name: Form(layer["rank"], layer["bits"], layer["residual_rank"]) for name, layer in layers.items()}
 
 

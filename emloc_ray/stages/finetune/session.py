@@ -4,7 +4,6 @@ A group's processes are made for it and end with it, which takes many times as l
 """
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import ray.train
 
-from emloc_ray.io.store.atomic import atomic_directory, write_json
+from emloc_ray.io.store.atomic import atomic_directory, read_json, write_json
 from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import discard, ensure, is_stored, sizes
 from emloc_ray.stages.ray.departures import Departures
@@ -68,12 +67,11 @@ class LoneSession:
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[str | None]:
         """The folder of the newest checkpoint that is whole, while the block lasts; None where there is none."""
-        newest = self.directory / _NEWEST
-        ensure(newest)
-        if not newest.is_file():
+        newest = read_json(self.directory / _NEWEST)
+        if newest is None:
             yield None
             return
-        folder = self.directory / json.loads(newest.read_text())["folder"]
+        folder = self.directory / newest["folder"]
         ensure(folder)
         yield str(folder) if folder.is_dir() else None
 

@@ -162,8 +162,7 @@ def _training_arguments(section: Any) -> dict[str, Any]:
     """What the finetune section says to Hugging Face's TrainingArguments, but for what the stage sets itself."""
     own = {*StageConfig.model_fields, "loss_on", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
     own |= {"max_failures", "deepspeed", "exact_steps", "packing", "loraplus_lr_ratio", *VALIDATION}
-    dumped: dict[str, Any] = section.model_dump(mode="json", exclude=own)
-    return dumped
+    return section.model_dump(mode="json", exclude=own)
 
 
 def _inputs(context: Context) -> Inputs:

@@ -253,5 +253,4 @@ def _stored_dtype(job: FinetuneJob) -> torch.dtype:
 
 def _dtype_of_files(job: FinetuneJob) -> torch.dtype | None:
     trusted = job.model_options.get("trust_remote_code", False)
-    dtype: torch.dtype | None = load_config(job.emulator_dir, trust_remote_code=trusted).dtype
-    return dtype
+    return load_config(job.emulator_dir, trust_remote_code=trusted).dtype

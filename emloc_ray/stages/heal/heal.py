@@ -5,14 +5,13 @@ the factors (``fold.py``). Each of the three resumes from what it had finished.
 """
 
 import itertools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emloc_ray.io.store.atomic import write_json
-from emloc_ray.io.store.node_cache import ensure, sizes
+from emloc_ray.io.store.atomic import read_json, write_json
+from emloc_ray.io.store.node_cache import sizes
 from emloc_ray.stages.finetune.finetune import finetune
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.heal.fold import FoldJob, fold
@@ -54,7 +53,7 @@ def heal(
         "folded pieces": 1,  # all folding takes no longer than a few steps
     }
     (of_teacher, of_training, of_fold), add_detail = in_parts(parts, progress, detail)
-    outcome = _outcome(job)
+    outcome: dict[str, Any] | None = read_json(job.outcome_path)
     if outcome is None:
         teach(job.teacher, resources, of_teacher, tell)
         cached = sum(size for file, size in sizes(job.teacher.out_dir).items() if file.suffix == ".safetensors")
@@ -81,11 +80,3 @@ def in_parts(parts: Mapping[str, int], progress: Progress, detail: Tell) -> tupl
 
     starts = itertools.accumulate(parts.values(), initial=0)
     return [report_of(before, units) for before, units in zip(starts, parts, strict=False)], details.append
-
-
-def _outcome(job: HealingJob) -> dict[str, Any] | None:
-    ensure(job.outcome_path)
-    if not job.outcome_path.is_file():
-        return None
-    outcome: dict[str, Any] = json.loads(job.outcome_path.read_text())
-    return outcome

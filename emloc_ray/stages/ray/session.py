@@ -87,8 +87,7 @@ def connection(
 
 def total(resource: str) -> float:
     """What all nodes have of a resource of Ray's, ``CPU`` or ``GPU``."""
-    amount: float = ray.cluster_resources().get(resource, 0)
-    return amount
+    return ray.cluster_resources().get(resource, 0)
 
 
 def gpus_within_reach() -> float:

@@ -54,8 +54,7 @@ def work_off(units: Sequence[int], make: Callable[..., Any], *arguments: Any) ->
 
     def begin() -> int:
         made.append(make(*arguments))
-        position: int = made[0].position()
-        return position
+        return made[0].position()
 
     yield None
     try:

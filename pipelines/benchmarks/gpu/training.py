@@ -135,8 +135,7 @@ def _steps(
 
     def loss() -> torch.Tensor:
         if plain:
-            mean: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
-            return mean
+            return model(input_ids=ids, labels=ids, use_cache=False).loss
         result = call_loss(model, call, model)
         return result.loss_sum / result.num_tokens
 

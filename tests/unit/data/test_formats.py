@@ -123,8 +123,7 @@ def by_the_text(row: dict[str, Any], format: str, tokenizer: Any) -> Tokens:
     """One row, piece by piece, each in a call of its own."""
 
     def ids(text: str, **options: Any) -> list[int]:
-        found: list[int] = tokenizer(text, **options)["input_ids"]
-        return found
+        return tokenizer(text, **options)["input_ids"]
 
     def ended(tokens: list[int]) -> list[int]:
         return tokens if tokens[-1:] == [EOS] else [*tokens, EOS]

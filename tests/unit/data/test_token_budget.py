@@ -31,8 +31,7 @@ class Counter:
 
     def in_order(self, seed: int) -> list[int]:
         """The tokens of all rows in the order of their hash."""
-        found: list[int] = self.tokens[np.argsort(row_hash(np.arange(len(self.tokens)), seed))].tolist()
-        return found
+        return self.tokens[np.argsort(row_hash(np.arange(len(self.tokens)), seed))].tolist()
 
 
 @pytest.mark.parametrize("first_rows", [1, 7, 1000])

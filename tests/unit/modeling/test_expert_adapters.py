@@ -48,8 +48,7 @@ def save(model: Any, directory: Path) -> Path:
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    found: torch.Tensor = model(IDS).logits
-    return found
+    return model(IDS).logits
 
 
 def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:

@@ -60,8 +60,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    found: torch.Tensor = model(IDS).logits
-    return found
+    return model(IDS).logits
 
 
 @pytest.mark.parametrize("family", MAKERS)

@@ -38,10 +38,8 @@ def weight_of(model: Any, spec: LinearSpec) -> torch.Tensor:
     """Of a fused model."""
     owner = owner_of(spec.name) if spec.routed_share is not None else None
     if owner is None:
-        found: torch.Tensor = model.get_submodule(spec.name).weight
-        return found
-    sliced: torch.Tensor = getattr(model.get_submodule(owner[0]), PARTS[owner[2]])[owner[1]]
-    return sliced
+        return model.get_submodule(spec.name).weight
+    return getattr(model.get_submodule(owner[0]), PARTS[owner[2]])[owner[1]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
