@@ -356,3 +356,11 @@ def test_shortfall_is_under_the_damped_gram(seed: int, size: tuple[int, int, int
     assert shortfall(seen, applied, 2.0) == pytest.approx(
         expected, rel=1e-5, abs=1e-6 * energy_of(delta, damped) ** 0.5
     )
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_the_sizes_of_a_and_b_change_nothing_where_their_product_is_the_same(size: float) -> None:
+    _, lora_a, lora_b = case(3, (7, 9, 3))
+    form, expected = canonical_form(size * lora_a, lora_b / size), canonical_form(lora_a, lora_b)
+    torch.testing.assert_close(form.b @ form.q.T, expected.b @ expected.q.T)
+    torch.testing.assert_close(form.b @ form.q.T, lora_b @ lora_a)

@@ -157,3 +157,14 @@ def test_a_template_that_loops_for_ever_is_told(monkeypatch: pytest.MonkeyPatch)
     assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL
     with ThreadPoolExecutor() as pool:  # where no signal is heard
         assert pool.submit(learnt, CHAT, QWEN3).result() == learnt(CHAT, QWEN3)
+
+
+def test_of_an_answer_what_the_template_does_not_mark_is_not_learnt() -> None:
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}It says {% generation %}{{ m.content }}"
+        "{% endgeneration %} and {% generation %}ends.{% endgeneration %}{% else %}{{ m.content }}{% endif %};{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    assert learnt([turn("user", "a"), turn("assistant", "b")], template) == [
+        "<user>a;<assistant>It says [b] and [ends.];"
+    ]

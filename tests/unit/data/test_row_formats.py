@@ -60,6 +60,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "messages",
         "<|user|>a<eos><|assistant|>b<eos><|user|>a<eos><|assistant|>[b<eos>]",
     ),
+    (
+        {"messages": [USER, {**ANSWER, "weight": 1}, USER, {**ANSWER, "weight": 0}, USER, ANSWER]},
+        "messages",
+        "<|user|>a<eos><|assistant|>[b<eos>]<|user|>a<eos><|assistant|>b<eos><|user|>a<eos><|assistant|>[b<eos>]",
+    ),
 ]
 
 

@@ -375,3 +375,18 @@ def test_zero_3_in_4_bits_is_refused(refused: Callable[..., str], tmp_path: Path
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     said = refused(finetune={"deepspeed": str(path), "num_workers": 2}, emulator={"quantization": "nf4"})
     assert f"finetune.deepspeed {path} is ZeRO stage 3, which cannot scatter weights in few bits" in said
+
+
+@pytest.mark.parametrize(
+    ("held_out", "other"),
+    [("eval", "selection"), ("eval", "validation"), ("eval", "healing"), ("validation", "train")],
+)
+def test_rows_to_report_or_choose_on_are_read_for_nothing_else(
+    held_out: str, other: str, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    own, both = tmp_path / "own.jsonl", tmp_path / "rows.jsonl"
+    shutil.copy(both, own)
+    data: dict[str, Any] = {"train": {"path": str(own)}, "max_seq_length": 64}
+    data |= {held_out: {"path": str(both)}, other: {"path": str(both)}}
+    sections = {"finetune": {"eval_strategy": "steps"}, "emulator": {"healing": {"steps": 2}}}
+    assert f"data.{held_out} and data.{other} both read {both}: held-out rows" in refused(data=data, **sections)

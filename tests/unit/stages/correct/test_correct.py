@@ -375,3 +375,23 @@ def test_r_stays_though_a_direction_was_dropped(artifacts: Artifacts, job: Corre
     corrected = Adapter(job.out_dir).module(specs[0].name)
     assert corrected.lora_a.shape == (4, 64)
     assert int(torch.linalg.matrix_rank(corrected.lora_a)) == 3
+
+
+def test_rows_are_read_from_all_over_a_split(
+    job: CorrectionJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files may be sorted by what their rows are of."""
+    write_shard(tmp_path / shard_name(0), [Tokens([number] * 4, [True] * 4) for number in range(256)])
+    write_index(tmp_path, [256], {"tokens": 1024})
+    tried = tuple(candidates("auto", 3.0, 1.0))
+    chosen = scoring.selection_rows(replace(job, candidates=tried, selection_dir=tmp_path, max_tokens=1024))
+    read: list[int] = []
+    monkeypatch.setattr(
+        "emloc_ray.stages.correct.adapted.batches_by_length",
+        lambda rows, *others: read.extend(row.input_ids[0] for row in rows) or [],
+    )
+    see_adapted_inputs(replace(job, candidates=tried, tokens_dir=tmp_path))
+    for numbers in ([row.input_ids[0] for row in chosen], read):
+        assert len(numbers) == len(set(numbers)) == 64
+        assert min(numbers) < 32
+        assert max(numbers) >= 224

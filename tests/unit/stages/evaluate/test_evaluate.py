@@ -21,8 +21,9 @@ from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter_files import Adapter, LoraModule, write_adapter
 from emloc_ray.modeling.scoring import Score, score_rows
 from emloc_ray.stages.evaluate import evaluate
-from emloc_ray.stages.evaluate.evaluate import EvaluationJob, evaluate_slice
+from emloc_ray.stages.evaluate.evaluate import EvaluationJob, VariantResult, evaluate_slice
 from emloc_ray.stages.merge.merge import MergeJob, merge_shard
+from emloc_ray.stages.ray.tasks import Resources
 
 
 @pytest.fixture(scope="session")
@@ -205,3 +206,24 @@ def test_the_reference_is_the_answer_that_was_asked_for(job: EvaluationJob, tmp_
     found = evaluate.compare_texts(replace(job, tokens_dir=tmp_path), texts)
     assert found["generations"][0]["reference"] == answer
     assert found["exact_match"] == {"original": 0.0, "merged": 1.0, "num_prompts": 1}
+
+
+def test_texts_of_several_workers_stand_beside_their_own_references(
+    job: EvaluationJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five rows one worker completes the first, the third and the fifth."""
+    tokenizer = AutoTokenizer.from_pretrained(job.model_dir)
+    answers = [tokenizer.encode(f"answer {number}", add_special_tokens=False) for number in range(5)]
+    write_shard(tmp_path / shard_name(0), [Tokens([5, *ids], [False] + [True] * len(ids)) for ids in answers])
+    write_index(tmp_path, [5], {})
+
+    def here(function: Any, shared: EvaluationJob, pieces: Any, *others: Any) -> list[Any]:
+        texts = [tokenizer.decode(ids).strip() for ids in answers]
+        parts = [(family, tuple(texts[part::number])) for _, (family, part, number) in pieces]
+        return [[VariantResult(family, Score(1.0, 1, 1), completed)] for family, completed in parts]
+
+    monkeypatch.setattr(evaluate, "run_tasks", here)
+    few = replace(job, tokens_dir=tmp_path, variants=("original", "merged"), num_exact_match=4, num_generations=5)
+    found = evaluate.evaluate(few, Resources(num_workers=2))
+    assert found["exact_match"] == {"original": 1.0, "merged": 1.0, "num_prompts": 4}
+    assert [sample["merged"] for sample in found["generations"]] == [f"answer {number}" for number in range(5)]

@@ -123,3 +123,23 @@ def test_rows_are_read_as_their_batches_are_made(
     assert seen == [3, 6, 9]  # of twenty rows in seven batches the second, fourth and sixth
     lengths = TokenShards(job.tokens_dir).lengths()
     assert read == [p for p, _ in sorted(enumerate(lengths), key=lambda item: item[1])][3:6] + read[3:]
+
+
+def test_the_score_of_a_group_is_over_the_rows_of_all_its_ranks(
+    job: FinetuneJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(model: Any, batch: dict[str, torch.Tensor], loss_on: str) -> TokenLoss:
+        return TokenLoss(batch["input_ids"].double().sum(), torch.zeros(()), int(batch["attention_mask"].sum()))
+
+    def measured(rank: int, world_size: int) -> float:
+        session: Any = SimpleNamespace(rank=rank, world_size=world_size)
+        return Validation(job, ValidationJob(job.tokens_dir, 1, 3), session).measure(model)
+
+    monkeypatch.setattr(validation, "token_loss", score)
+    model = torch.nn.Linear(1, 1)
+    model.device = torch.device("cpu")  # type: ignore[assignment]
+    own: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: own.append(sums.clone()))
+    assert measured(0, 2) != measured(1, 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.copy_(sum(own)))
+    assert measured(0, 2) == measured(1, 2) == measured(0, 1)

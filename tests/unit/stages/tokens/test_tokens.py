@@ -29,7 +29,7 @@ from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.stages.tokens.stage import DATA, split_inputs, too_few_rows
-from emloc_ray.stages.tokens.tokens import split_sources, tokenize_data
+from emloc_ray.stages.tokens.tokens import rows_of_splits, split_sources, tokenize_data
 
 Make = Callable[..., Prepared]
 NUM_ROWS = 600
@@ -211,3 +211,15 @@ def test_rows_are_made_once_for_each_seed(
     assert [source.num_rows for source in found["healing"]] == [3]
     assert sorted(found) == sorted((*SPLITS, "healing"))
     assert made == [0, 5]
+
+
+def test_the_seed_draws_every_split(prepared: Make) -> None:
+    drawn = []
+    for seed in (0, 1):
+        ready = prepared(num_calibration_samples=40)
+        config = ready.config.model_copy(update={"seed": seed})
+        options: Any = None  # no tokens are counted
+        splits = rows_of_splits(config, dict(ready.files), options)
+        drawn.append({name: [r for rows in chosen.chunks() for r in rows.tolist()] for name, chosen in splits.items()})
+    assert drawn[0].keys() == {"train", "calibration", "selection", "eval"}
+    assert all(drawn[0][name] != drawn[1][name] for name in drawn[0])
