@@ -21,6 +21,7 @@ BETWEEN = {
     "Qwen2-VL": ["model.visual.merger.mlp.0", "model.visual.merger.mlp.2"],
     "Qwen2.5-VL": ["model.visual.merger.mlp.0", "model.visual.merger.mlp.2"],
     "Qwen3-VL": ["model.visual.merger.linear_fc1", "model.visual.merger.linear_fc2"],
+    "Qwen3.5": ["model.visual.merger.linear_fc1", "model.visual.merger.linear_fc2"],
 }
 
 

@@ -23,6 +23,7 @@ import emloc_ray
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.checkpoint import write_index
+from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.planning.plan import within_budget
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs import run as pipeline
@@ -161,9 +162,11 @@ def test_validate_says_what_the_command_says(tmp_path: Path, tiny_model_dir: Cal
 def test_a_plan_recommends_what_fits_the_batches_as_written(tmp_path: Path, given: bool) -> None:
     sizes: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     heads: dict[str, Any] = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
-    LlamaConfig(vocab_size=8000, dtype="float32", **sizes, **heads).save_pretrained(tmp_path / "model")
+    config = LlamaConfig(vocab_size=8000, dtype="float32", **sizes, **heads)
+    config.save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    write_index(tmp_path / "model", {"lm_head.weight": "model-00001-of-00001.safetensors"}, 0, 0)
+    named = dict.fromkeys(empty_model(config).state_dict(), "model-00001-of-00001.safetensors")
+    write_index(tmp_path / "model", named, 0, 0)
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a b c d e f " * 40}] * 20)
     call: dict[str, Any] = {
         "model": str(tmp_path / "model"),
