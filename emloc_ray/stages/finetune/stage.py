@@ -175,7 +175,6 @@ def _inputs(context: Context) -> Inputs:
         "adapter": config.adapter.model_dump(mode="json"),
         "finetune": learned(context.prepared.for_fingerprints.config.finetune),
         "steps": steps_of(context),
-        **({"pack_length": config.data.max_seq_length} if config.finetune.packing else {}),
         "seed": config.seed,
         **({} if prepared.zero_config is None else {"deepspeed": prepared.zero_config}),
     }

@@ -61,6 +61,16 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "<|user|>a<eos><|assistant|>b<eos><|user|>a<eos><|assistant|>[b<eos>]",
     ),
     (
+        {"instruction": "a", "input": "", "output": "b", "system": "s"},
+        "alpaca",
+        "<|system|>s<eos><|user|>a<eos><|assistant|>[b<eos>]",
+    ),
+    (
+        {"conversations": [SHARED, {"from": "gpt", "value": "b", "weight": 0}, {"from": "User", "value": "a"}, ANSWER]},
+        "sharegpt",
+        "<|user|>a<eos><|assistant|>b<eos><|user|>a<eos><|assistant|>[b<eos>]",
+    ),
+    (
         {"messages": [USER, {**ANSWER, "weight": 1}, USER, {**ANSWER, "weight": 0}, USER, ANSWER]},
         "messages",
         "<|user|>a<eos><|assistant|>[b<eos>]<|user|>a<eos><|assistant|>b<eos><|user|>a<eos><|assistant|>[b<eos>]",
@@ -96,6 +106,18 @@ def test_alpaca_without_a_chat_template_is_alpaca_s_own_prompt(with_input: bool)
     assert text.startswith(ALPACA)
     assert text.endswith("### Response:\n[b<eos>]")
     assert ("### Input:\nc\n" in text) == with_input
+
+
+@pytest.mark.parametrize("system", ["s", ""])
+def test_alpaca_without_a_chat_template_keeps_what_came_before(system: str) -> None:
+    row = {"instruction": "a", "input": "", "output": "b", "system": system, "history": [["x", "y"]]}
+    text = written(row, tokenizer=make_tokenizer(None))
+    assert text.startswith(f"s\n\n{ALPACA}" if system else ALPACA)
+    first, last = (
+        text.index(f"### Instruction:\n{part}")
+        for part in ("x\n\n### Response:\ny\n\n", "a\n\n### Response:\n[b<eos>]")
+    )
+    assert first < last
 
 
 def test_columns_of_other_names_are_mapped() -> None:

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plain_stages import tokenized_here
 from small_runs import make_values, task_rows, write_jsonl
 from stage_artifacts import write_tokens
 
 from emloc_ray.config.reading import parse_config
+from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.tokens.stage import DATA
+from emloc_ray.stages.tokens.tokens import tokenize_data
 
 SPLITS = ("train", "calibration", "selection", "validation", "eval")
 
@@ -102,13 +105,17 @@ def test_at_ratio_one_the_dtype_is_an_input_of_the_training(values: dict[str, An
 
 
 def test_the_length_of_packs_is_an_input_of_the_training(values: dict[str, Any]) -> None:
-    """Also where no row is cut by either length."""
-    training = {"packing": True, "eval_strategy": "no"}
-    one, other = (
-        keys(changed(values, data={"max_seq_length": length}, emulator={"healing": None}, finetune=training))
-        for length in (64, 128)
-    )
-    assert one["finetune"] != other["finetune"]
+    """Also where no row is cut by either: the tokens' index says for which length they were made."""
+    found = []
+    for length in (64, 128):
+        training = {"packing": True, "eval_strategy": "no"}
+        prepared = changed(values, data={"max_seq_length": length}, emulator={"healing": None}, finetune=training)
+        with tokenized_here():
+            tokenize_data(prepared, prepared.source.directory, prepared.run.path("data"))
+        shards = TokenShards(prepared.run.path("data", "tokens", "train"))
+        found.append((keys(prepared)["finetune"], shards.shard(0)))
+    assert found[0][1] == found[1][1]
+    assert found[0][0] != found[1][0]
 
 
 @pytest.mark.parametrize(

@@ -133,3 +133,11 @@ def test_one_row_chooses_none_and_can_be_told() -> None:
     assert choice.chosen == NONE
     assert choice.records()[2]["standard_error"] is None
     assert choice.records()[2]["certainty"] == 0.5
+
+
+def test_a_strength_between_is_of_the_method_s_own_losses() -> None:
+    """Where covariance is best, those of two strengths of adapted say nothing of its strengths."""
+    losses = {NONE: 0.0, COVARIANCE: -0.52, HALF: -0.5, WHOLE: -0.4}
+    choice = search(measure_of(losses.__getitem__))
+    assert choice.chosen == COVARIANCE
+    assert list(choice.losses) == list(AUTO)

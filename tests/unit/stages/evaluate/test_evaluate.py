@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -227,3 +228,19 @@ def test_texts_of_several_workers_stand_beside_their_own_references(
     found = evaluate.evaluate(few, Resources(num_workers=2))
     assert found["exact_match"] == {"original": 1.0, "merged": 1.0, "num_prompts": 4}
     assert [sample["merged"] for sample in found["generations"]] == [f"answer {number}" for number in range(5)]
+
+
+def test_of_many_rows_each_is_scored_once(job: EvaluationJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / shard_name(0), [Tokens([number % 300, 5], [False, True]) for number in range(2500)])
+    write_index(tmp_path, [2500], {})
+    seen: list[int] = []
+
+    def noted(model: Any, rows: Sequence[Tokens], **keys: Any) -> Score:
+        seen.extend(row.input_ids[0] for row in rows)
+        return Score(0.0, 0, len(rows))
+
+    monkeypatch.setattr(evaluate, "score_rows", noted)
+    few = replace(job, tokens_dir=tmp_path, variants=("original",), num_exact_match=0, num_generations=0)
+    found = [evaluate_slice(few, "original", part, 2)[0].score.num_tokens for part in range(2)]
+    assert found == [1250, 1250]
+    assert sorted(seen) == sorted(number % 300 for number in range(2500))
