@@ -164,18 +164,20 @@ def _qwen25_vl(tokenizer: Any) -> tuple[Any, Any]:
     return config, _qwen_processor(transformers.Qwen2_5_VLProcessor, tokenizer)
 
 
+_QWEN3_VISION: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": HIDDEN,
+    "out_hidden_size": HIDDEN,
+    "intermediate_size": 2 * HIDDEN,
+    "num_heads": 4,
+    "patch_size": 7,
+    "num_position_embeddings": 36,
+}
+
+
 def _qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
     """Features of an earlier vision block join the first text block's output through a merger of their own."""
-    vision = {
-        "depth": 3,
-        "hidden_size": HIDDEN,
-        "out_hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "num_heads": 4,
-        "patch_size": 7,
-        "num_position_embeddings": 36,
-        "deepstack_visual_indexes": [1],
-    }
+    vision = {**_QWEN3_VISION, "depth": 3, "deepstack_visual_indexes": [1]}
     rope = {**_MROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
     config = transformers.Qwen3VLConfig(
         text_config={**_TEXT, "head_dim": 8, "rope_parameters": rope}, vision_config=vision, **_qwen_ids(tokenizer)
@@ -185,15 +187,6 @@ def _qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
 
 def _qwen35(tokenizer: Any) -> tuple[Any, Any]:
     """Linear attention in one block, full in the other; transformers opens its text model alone by the same type."""
-    vision = {
-        "depth": 2,
-        "hidden_size": HIDDEN,
-        "out_hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "num_heads": 4,
-        "patch_size": 7,
-        "num_position_embeddings": 36,
-    }
     linear = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
@@ -204,7 +197,7 @@ def _qwen35(tokenizer: Any) -> tuple[Any, Any]:
     rope = {**_MROPE, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
     config = transformers.Qwen3_5Config(
         text_config={**_TEXT, **linear, "head_dim": 16, "layer_types": kinds, "rope_parameters": rope},
-        vision_config=vision,
+        vision_config=_QWEN3_VISION,
         architectures=["Qwen3_5ForConditionalGeneration"],
         **_qwen_ids(tokenizer),
     )

@@ -75,6 +75,11 @@ class ModelSource:
         """What refusals of its weights call it."""
         return self.hub_id or str(self.directory)
 
+    @property
+    def looks(self) -> Looks:
+        """As :func:`looks_in` has them. Of a GGUF file its own alone: anything may lie beside it."""
+        return looks_in(self.directory, self.gguf_file)
+
 
 def resolve_source(
     source: str, revision: str | None = None, trust_remote_code: bool = False, needs_weights: bool = True
@@ -224,12 +229,12 @@ def open_tokenizer(source: ModelSource, advice: str, **options: Any) -> Any:
 def tokenizer_dir(source: ModelSource) -> Path:
     """A directory whose tokenizer is the model's: its own; of a GGUF file one that lasts as long as this process. Raises
     ConfigError where that has none that opens."""
-    return source.directory if source.gguf_file is None else _gguf_tokenizer(source, looks_in(source.directory))
+    return source.directory if source.gguf_file is None else _gguf_tokenizer(source, source.looks)
 
 
 def token_counter(source: ModelSource, trust_remote_code: bool = False) -> Callable[[Sequence[str]], int] | None:
     """How many tokens texts have together; None where no tokenizer opens, as beside an index without weights."""
-    return _token_counter(source, trust_remote_code, looks_in(source.directory))
+    return _token_counter(source, trust_remote_code, source.looks)
 
 
 @functools.lru_cache(maxsize=4)

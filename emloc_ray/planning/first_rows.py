@@ -20,7 +20,6 @@ from emloc_ray.data.row_formats import CHATS, columns_of, converted
 from emloc_ray.data.tokenizing import TokenizeOptions
 from emloc_ray.demos.tasks import write_generated
 from emloc_ray.errors import ConfigError, DataError, EmlocError
-from emloc_ray.io.runs.fingerprint import looks_in
 from emloc_ray.io.store.shared import Shared
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loading import tokenizer_dir
@@ -113,8 +112,7 @@ def sequences_a_row(prepared: Prepared, split: str = "train") -> float:
         good = 0 if first is None else sum(row is not None for _, row in first.rows)
         return len(first.sequences) / good if first is not None and good else 1.0
 
-    looks = looks_in(prepared.source.directory)
-    return _SEQUENCES.get((prepared.source, looks, files, data.model_dump_json()), count)
+    return _SEQUENCES.get((prepared.source, prepared.source.looks, files, data.model_dump_json()), count)
 
 
 _SEQUENCES = Shared[float](64)  # which are asked about several times while a run is planned

@@ -13,7 +13,6 @@ from emloc_ray.data.processors import example, open_processor
 from emloc_ray.data.row_formats import CHATS
 from emloc_ray.data.token_shards import PAD_MULTIPLE, padded_length
 from emloc_ray.errors import ConfigError, EmlocError
-from emloc_ray.io.runs.fingerprint import looks_in
 from emloc_ray.io.store.shared import Shared
 from emloc_ray.modeling.adapter_methods import count_parameters
 from emloc_ray.modeling.architecture import empty_model
@@ -35,7 +34,7 @@ def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
     """The model's transformers config and its layout under this config, from its files' headers alone. Raises ConfigError where
     the model does not go with the config."""
     options = config.model
-    looks = looks_in(source.directory)
+    looks = source.looks
     opened = source, options.trust_remote_code, options.attn_implementation
     skeleton = _SKELETONS.get((*opened, looks), lambda: _skeleton(*opened))
     if has_encoder(skeleton.config):

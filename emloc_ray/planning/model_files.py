@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from emloc_ray.io.formats.checkpoint import SINGLE_NAME, read_index, read_shard
-from emloc_ray.io.runs.fingerprint import looks_in
 from emloc_ray.io.store.shared import Shared
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ def file_dtype_of(source: ModelSource) -> torch.dtype | None:
     file, and before a model of the hub is fetched."""
     if source.gguf_file is not None:
         return None
-    return _DTYPES.get((source, looks_in(source.directory)), lambda: _most_numbers(source.directory))
+    return _DTYPES.get((source, source.looks), lambda: _most_numbers(source.directory))
 
 
 def named_dtype(

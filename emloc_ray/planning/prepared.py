@@ -22,7 +22,6 @@ from emloc_ray.data.reading import SourceFile
 from emloc_ray.data.splits import SPLITS
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.io.runs.fingerprint import looks_in
 from emloc_ray.io.store.shared import Shared
 from emloc_ray.modeling.loading import ModelSource, resolve_source, token_counter
 from emloc_ray.planning.data_checks import Looks, check_columns, check_held_out, check_split, look_at_files, places_here
@@ -110,8 +109,7 @@ class Prepared:
         def count() -> Lengths:
             return row_lengths(data, first, image, token_counter(self.source, trust))
 
-        looks = looks_in(self.source.directory)
-        return _LENGTHS.get((self.source, looks, trust, image, first, data.model_dump_json()), count)
+        return _LENGTHS.get((self.source, self.source.looks, trust, image, first, data.model_dump_json()), count)
 
     def calibration_tokens(self, tokens_per_row: float) -> float:
         """The tokens that calibration reads, at a mean of so many a row: the smallest of the config's bounds."""

@@ -57,12 +57,13 @@ def look_of(file: Path) -> str:
     return f"{status.st_mtime_ns} {blocks}"
 
 
-def looks_in(directory: Path) -> Looks:
-    """The files in a directory, and chat templates below it, with their inodes, sizes and times: the key of what a process
-    keeps of them. None where it mirrors a store: its path names a lease, under which they stay."""
+def looks_in(directory: Path, only: str | None = None) -> Looks:
+    """The files in a directory, and chat templates below it, or ``only`` one, with inodes, sizes and times: the key of what a
+    process keeps of them. Empty where the directory mirrors a store: its path names a lease, under which they stay."""
     if is_stored(directory):
         return ()
-    files = (file for pattern in ("*", "additional_chat_templates/*") for file in directory.glob(pattern))
+    every = (file for pattern in ("*", "additional_chat_templates/*") for file in directory.glob(pattern))
+    files = every if only is None else (directory / only,)
     return tuple(sorted((file.name, _look(file)) for file in files if file.is_file()))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from emloc_ray.config.schema import RunConfig
+from emloc_ray.config.steps import STEP_NAMES
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
@@ -105,7 +106,7 @@ class PipelineWork:
                 if changed is not prepared:
                     changed = shrink_batches(changed)
                     self._ready[name] = changed, (plan := make_plan(STEPS, changed))
-                    check_stages(plan, _left(changed.run.stages()))
+                    check_stages(plan, {*STEP_NAMES} - {*changed.run.stages()})
         raise_problems(problems)
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -140,7 +141,7 @@ class PipelineWork:
             if is_written:  # else it depends on free memory, and running tasks hold some
                 check_holding(prepared)
             plan = make_plan(STEPS, prepared)
-            check_stages(plan, _left(manifest["stages"]))
+            check_stages(plan, {*STEP_NAMES} - {*manifest["stages"]})
             ready = self._ready[task.name] = prepared, plan
         return ready
 
@@ -203,10 +204,6 @@ def _submit_in_threads() -> Iterator[Submit]:
         yield submit
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _left(finished: Container[str]) -> set[str]:
-    return {stage.name for stage in STEPS if stage.name not in finished}
 
 
 @contextlib.contextmanager

@@ -307,3 +307,15 @@ def test_what_else_lies_beside_a_model_is_no_part_of_it(tiny_model_dir: Callable
     assert content_of_source(ModelSource(place)) == content
     (place / "generation_config.json").write_text("{}")
     assert content_of_source(ModelSource(place)) != content
+
+
+def test_how_a_gguf_file_looks_is_its_own(tmp_path: Path) -> None:
+    """What lies beside it may change at any time, as a log does."""
+    (tmp_path / "m.gguf").write_bytes(b"one")
+    source, folder = ModelSource(tmp_path, gguf_file="m.gguf"), ModelSource(tmp_path)
+    before = source.looks, folder.looks
+    (tmp_path / "log.txt").write_text("a line")
+    assert source.looks == before[0]
+    assert folder.looks != before[1]
+    (tmp_path / "m.gguf").write_bytes(b"another")
+    assert source.looks != before[0]
