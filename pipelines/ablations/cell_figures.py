@@ -48,7 +48,8 @@ class Cells:
         asked["data"] = {key: value for key, value in asked["data"].items() if value != {}}
         if not cell.config.adapter.is_lora:  # what is not set is PEFT's default there, not LoRA's
             asked["adapter"] = cell.config.adapter.model_dump(mode="json")
-        return fingerprint([asked, self._model(cell), self._rows(cell), cell.prune, CODE])
+        pruned = [cell.prune, "aligned"] if cell.align else cell.prune
+        return fingerprint([asked, self._model(cell), self._rows(cell), pruned, CODE])
 
     def pruned_digest(self, cell: Cell) -> str:
         """Of all that a cell's pruned model follows from."""

@@ -38,6 +38,7 @@ class Cell:
     point: dict[str, Any]
     task: Task
     prune: Kind | None = None
+    align: bool = False
     heal_on: str | None = None
     start: Start | None = None
 
@@ -145,6 +146,7 @@ def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
             point,
             task,
             method.prune,
+            method.align,
             method.heal_on,
             method.start,
         )

@@ -63,6 +63,7 @@ class MethodConfig(Section):
 
     name: str
     prune: Kind | None = Field(None, description="train on a model without these parts, instead of an emulator")
+    align: bool = Field(False, description="train all that structured pruning kept on the calibration's rows before")
     heal_on: Foreign | None = Field(None, description="other rows than the task's to heal the emulator on")
     start: Start | None = Field(
         None, description="begin the adapter where it makes up for what the emulator lacks, and serve it on that"
@@ -74,6 +75,12 @@ class MethodConfig(Section):
         if not SAFE_NAME.fullmatch(name):
             raise ValueError(f"the name {name!r} is no safe file name: use letters, digits and . _ = -")
         return name
+
+    @model_validator(mode="after")
+    def _aligns_what_calibration_pruned(self) -> MethodConfig:
+        if self.align and self.prune != "structured":
+            raise ValueError(f"method {self.name} has align, which reads calibration rows: add prune: structured to it")
+        return self
 
     @property
     def own(self) -> dict[str, Any]:

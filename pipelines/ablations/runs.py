@@ -21,7 +21,7 @@ from typing import Any
 
 from ablations.cell_figures import Cells, figures
 from ablations.cells import Ablation, Cell
-from ablations.datasets import data_section, made, make_dataset, stand_in
+from ablations.datasets import data_section, made, make_dataset, split_files, stand_in
 from emloc_ray.config.schema import ModelConfig, RunConfig
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.cache import ArtifactCache
@@ -260,6 +260,7 @@ def pruned_models(
     ablation: Ablation, cells: Cells, asked: Sequence[Cell], failed: dict[str, str], tell: Tell
 ) -> Iterator[tuple[str, Pruned]]:
     """By the names of cells; each is made once, where the digest of what it follows from says, and never changes there."""
+    from ablations.aligning import align
     from ablations.pruning import prune
 
     cache = ArtifactCache(ablation.batch.cache.path, ablation.batch.cache.max_size)
@@ -274,6 +275,16 @@ def pruned_models(
                 grams = prepared.run.path("calibration") if by_grams else None
                 assert cell.prune is not None
                 prune(original_dir(prepared), pruned.model_dir, cell.prune, ratio, cell.seed, grams)
+            if cell.align:
+                source, pruned = (
+                    pruned.model_dir,
+                    Pruned(pruned.model_dir.with_name(f"{pruned.model_dir.name}-aligned")),
+                )
+                if not pruned.kept.is_file():
+                    tell(f"Aligned model for {cell.name}")
+                    file = split_files(cell.calibration)["calibration"]
+                    rows = ablation.data_dir(cell.dataset, cell.seed) / f"{file}.jsonl"
+                    align(source, rows, pruned.model_dir, cell.config.data.max_seq_length)
             yield cell.name, pruned
         except EmlocError as error:
             failed[cell.name] = " ".join(str(error).split("\n"))
