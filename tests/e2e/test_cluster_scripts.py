@@ -30,7 +30,7 @@ pytestmark = pytest.mark.deep
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-SECONDS = 240
+SECONDS = 480
 HEAD, WORKER = "127.0.0.2", "127.0.0.3"
 
 # Each host has a home and a local disk of its own.
