@@ -65,7 +65,7 @@ class Origin:
         return note_of(self.root, self.path)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=512)  # one for each task of a batch, and what they share
 def _store(place: str) -> ObjectStore:
     from emloc_ray.io.store.object_store import ObjectStore  # obstore: no run on a file system needs it
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from emloc_ray.errors import ArtifactError, DamagedArtifactError
 from emloc_ray.io.store import objects
-from emloc_ray.io.store.digests import HashingWriter, note_digest
+from emloc_ray.io.store.digests import HashingWriter, note_digest, noted_digest
 from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import Origin, discard, origin
 from emloc_ray.io.store.object_store import Listing
@@ -85,7 +85,10 @@ def transfer(
 def _link_file(source: Path, target: Path, size: int, sha256: str, look: Look | None) -> None:
     with replacing(target) as temporary:
         try:
-            if not _clone(source, temporary, look):
+            if _clone(source, temporary, look):
+                if look is not None or noted_digest(source) == sha256:
+                    note_digest(temporary, sha256)  # blocks are shared, attributes are not
+            else:
                 os.link(os.path.realpath(source) if look is None else source, temporary, follow_symlinks=False)
                 status = temporary.lstat()
                 _check_same(status, look)  # before its mode is changed
