@@ -18,7 +18,7 @@ def copy_blocks(target: int, _: int, source: int) -> None:
     os.sendfile(target, source, 0, os.fstat(source).st_size)
 
 
-@pytest.mark.parametrize("is_checked", (False, True))
+@pytest.mark.parametrize("is_checked", [False, True])
 def test_a_reflink_is_not_read_again_for_its_digest(
     is_checked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
