@@ -88,10 +88,29 @@ def test_a_look_at_a_store_that_does_not_answer_says_what_it_said_before() -> No
             raise answer
         return int(answer)
 
-    look = tasks.newest(ask, 0)
+    look = tasks.newest(ask, 0, clock=lambda: 0.0)
     assert [look(), look(), look()] == [0, 1, 1]
     with pytest.raises(TakenOver):
         look()
+
+
+def test_a_look_that_takes_long_is_made_less_often() -> None:
+    now, asked = 0.0, []
+
+    def ask() -> int:
+        nonlocal now
+        now += 2.0
+        asked.append(now)
+        return len(asked)
+
+    look = tasks.newest(ask, 0, clock=lambda: now)
+    seen = []
+    for _ in range(100):
+        seen.append(look())
+        now += 1.0
+    assert asked[-1] < 110
+    assert seen[0] == 1
+    assert len(asked) == seen[-1] == 3
 
 
 def test_what_no_node_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
