@@ -167,14 +167,19 @@ class Context:
         """The original's transformers config."""
         return load_config(self.model_dir, trust_remote_code=self.prepared.config.model.trust_remote_code)
 
+    @functools.cached_property
+    def _checkpoint(self) -> Checkpoint:
+        """The original, opened once a pass: it lies there before a stage asks for it."""
+        return Checkpoint(self.model_dir)
+
     def stored(self) -> dict[str, StoredParameter]:
         """The names under which the original's checkpoint holds the model's parameters."""
-        shapes = tuple((entry.name, entry.shape) for entry in Checkpoint(self.model_dir))
+        shapes = tuple((entry.name, entry.shape) for entry in self._checkpoint)
         return _stored_parameters(self.model_dir, self.prepared.config.model.trust_remote_code, shapes)
 
     def specs(self) -> tuple[LinearSpec, ...]:
         """The model's linears, with where the checkpoint holds them."""
-        return stored_specs(self.layout.specs, self.stored(), Checkpoint(self.model_dir))
+        return stored_specs(self.layout.specs, self.stored(), self._checkpoint)
 
     def gram_groups(self, groups: Sequence[Sequence[Any]] | None = None) -> tuple[tuple[str, ...], ...]:
         """The names of the linears that compression targets, those that read the same tensor together."""

@@ -84,11 +84,12 @@ def group_spectra(
     gradients: Mapping[str, StoredGram],
     device: torch.device | str = "cpu",
     tensors_read: GroupTensors | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, Tensor]:
     """The gain of each rank of a group's linears, ``(min(out, in),)``, or with a budget the loss of each form, computed on
-    ``device``; zeros where the data says nothing. ``tensors_read`` are the tensors that were read ahead. Raises NumericsError
-    where a weight or a sum holds NaN or Inf, naming the layer."""
-    checkpoint, values_of = Checkpoint(job.model_dir), {}
+    ``device``; zeros where the data says nothing. ``tensors_read`` are the tensors that were read ahead, ``checkpoint`` is the
+    job's model, where it is open. Raises NumericsError where a weight or a sum holds NaN or Inf, naming the layer."""
+    checkpoint, values_of = checkpoint or Checkpoint(job.model_dir), {}
     num_tokens = gram.num_tokens
     whitening = None
     if num_tokens > 0:  # else an expert's identity that was sent too few, as it is to be cut by a plain SVD
@@ -208,6 +209,7 @@ def _read_spectra(file: Path) -> dict[str, Tensor]:
 def spectra_of_groups(job: AllocationJob, pieces: Sequence[SpectraWork], device: torch.device | str = "cpu") -> None:
     """Writes :func:`group_spectra` of each whose file is not there yet; the next one's tensors are read meanwhile."""
     todo = [piece for piece in pieces if not sizes(piece[3])]
-    for piece, tensors_read in read_ahead(todo, lambda piece: read_group(job.model_dir, *piece[:3])):
+    checkpoint = Checkpoint(job.model_dir)
+    for piece, tensors_read in read_ahead(todo, lambda piece: read_group(checkpoint, *piece[:3])):
         specs, gram, gradients, file = piece
-        write_tensors(file, group_spectra(job, specs, gram, gradients, device, tensors_read))
+        write_tensors(file, group_spectra(job, specs, gram, gradients, device, tensors_read, checkpoint))

@@ -64,14 +64,15 @@ def factorize_group(
     path: Path,
     device: torch.device | str = "cpu",
     tensors_read: GroupTensors | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Factorizes the linears of one group under their shared Gram; writes their spectra, then their factors as one shard.
 
     Those without a rank are only put into few bits; without a Gram all are, and no error is reported. It computes on
-    ``device``; what was read ahead is taken from ``tensors_read``. Raises NumericsError where a weight or the Gram holds NaN or
-    Inf, naming the layer.
+    ``device``; what was read ahead is taken from ``tensors_read``; ``checkpoint`` is the job's model, where it is open. Raises
+    NumericsError where a weight or the Gram holds NaN or Inf, naming the layer.
     """
-    group = _Group(job, specs, gram, device, tensors_read)
+    group = _Group(job, specs, gram, device, tensors_read, checkpoint or Checkpoint(job.model_dir))
     tensors: dict[str, Tensor] = {}
     spectra: dict[str, Tensor] = {}
     reports = []
@@ -111,10 +112,16 @@ class _Group:
         gram: StoredGram | None,
         device: torch.device | str,
         tensors_read: GroupTensors | None,
+        checkpoint: Checkpoint,
     ) -> None:
         self.job, self.gram, self.device, self.tensors_read = job, gram, device, tensors_read
-        self.in_features, self.checkpoint = specs[0].in_features, Checkpoint(job.model_dir)
-        self.gradients = None if job.gradients_dir is None else GramStore(job.gradients_dir)
+        self.in_features, self.checkpoint = specs[0].in_features, checkpoint
+
+    @functools.cached_property
+    def gradients(self) -> GramStore:
+        """The sums of gradients, where the job has some and they were not read ahead."""
+        assert self.job.gradients_dir is not None
+        return GramStore(self.job.gradients_dir)
 
     @functools.cached_property
     def whitening(self) -> Whitening:
@@ -144,10 +151,10 @@ class _Linear:
     @functools.cached_property
     def outputs(self) -> Whitening | None:
         """The whitening of the outputs' gradients; None where each output counts as it is."""
-        gradients, tensors_read = self.group.gradients, self.group.tensors_read
-        if gradients is None or not self.job.uses_gradients(self.name):
+        if self.job.gradients_dir is None or not self.job.uses_gradients(self.name):
             return None
-        packed = tensors_read.gradients[self.name] if tensors_read else gradients.stored(self.name).packed()
+        tensors_read = self.group.tensors_read
+        packed = tensors_read.gradients[self.name] if tensors_read else self.group.gradients.stored(self.name).packed()
         name = f"the gradients of what {self.name} gives"
         return Whitening(unpack_triangle(packed.to(self.group.device)), self.job.gradient_dampening_frac, name=name)
 
@@ -327,16 +334,17 @@ def _rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
 def factorize_groups(job: FactorizationJob, groups: Sequence[GroupWork], device: torch.device | str = "cpu") -> None:
     """:func:`factorize_group` of each whose files are not there yet; while one is computed, the next one's tensors are read."""
     todo = [piece for piece in groups if not (sizes(piece[2]) and sizes(spectra_file(piece[2])))]
+    checkpoint = Checkpoint(job.model_dir)
     gradients = None if job.gradients_dir is None else GramStore(job.gradients_dir)
 
     def read(piece: GroupWork) -> GroupTensors:
         specs, gram, _ = piece
         names = [spec.name for spec in specs if job.uses_gradients(spec.name)]
         sums = {} if gradients is None else {name: gradients.stored(name) for name in names}
-        return read_group(job.model_dir, specs, gram, sums)
+        return read_group(checkpoint, specs, gram, sums)
 
     for piece, tensors_read in read_ahead(todo, read):
-        factorize_group(job, *piece, device, tensors_read)
+        factorize_group(job, *piece, device, tensors_read, checkpoint)
 
 
 def finish_emulator(

@@ -1,7 +1,6 @@
 """Reads the weights, the Gram and the gradients of a group while the group before is computed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor
@@ -25,10 +24,9 @@ class GroupTensors(NamedTuple):
 
 
 def read_group(
-    model_dir: Path, specs: Sequence[LinearSpec], gram: StoredGram | None, gradients: Mapping[str, StoredGram]
+    checkpoint: Checkpoint, specs: Sequence[LinearSpec], gram: StoredGram | None, gradients: Mapping[str, StoredGram]
 ) -> GroupTensors:
     """Reads them into this process's memory, whole."""
-    checkpoint = Checkpoint(model_dir)
     weights = {spec.name: spec.read_weight(checkpoint).clone() for spec in specs}
     sums = {name: stored.packed() for name, stored in gradients.items()}
     return GroupTensors(weights, None if gram is None else gram.packed(), sums)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from emloc_ray.core.ranks import rank_for_ratio
+from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.block_weights import BlockWeights
@@ -56,6 +57,20 @@ def artifacts(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.Temp
     ranks = {s.name: rank for s in specs if (rank := rank_for_ratio(s.out_features, s.in_features, 0.5))}
     groups = tuple(tuple(by_name[name] for name in group) for group in names)
     return Artifacts(root, model_dir, specs, groups, ranks, job)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The checkpoints that are opened from here on."""
+    directories: list[Path] = []
+    open_checkpoint = Checkpoint.__init__
+
+    def noted(checkpoint: Checkpoint, directory: Path) -> None:
+        directories.append(directory)
+        open_checkpoint(checkpoint, directory)
+
+    monkeypatch.setattr(Checkpoint, "__init__", noted)
+    return directories
 
 
 @pytest.fixture

@@ -74,6 +74,14 @@ def test_of_the_sums_and_the_factors(context: Context) -> None:
     assert factorization_job(context).seed == 5
 
 
+def test_a_pass_opens_the_original_once(context: Context, opened: list[Path]) -> None:
+    allocation_job(context)
+    factorization_job(context)
+    correction_job(context)
+    merge_job(context)
+    assert opened == [context.model_dir]
+
+
 def test_of_the_trainings(context: Context) -> None:
     job = finetune_job(context, "x")
     assert (job.loss_on, job.seed, job.max_failures, job.loraplus_lr_ratio) == ("all", 5, 7, 16.0)

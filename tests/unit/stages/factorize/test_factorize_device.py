@@ -96,6 +96,22 @@ def test_spectra_are_read_ahead_and_are_each_as_alone(
         assert all(torch.equal(found[name], values) for name, values in expected.items())
 
 
+def test_a_task_opens_the_model_once(
+    artifacts: Artifacts, gradients_dir: Path, tmp_path: Path, opened: list[Path]
+) -> None:
+    job = replace(job_of(artifacts), gradients_dir=gradients_dir)
+    groups = [(group, gram_of(artifacts, group)) for group in artifacts.groups[:3]]
+    sums = [stored(gradients_dir, [spec.name for spec in group]) for group, _ in groups]
+    for count in (1, 3):
+        opened.clear()
+        factorize_groups(job, [(*part, tmp_path / f"{count}-{k}.safetensors") for k, part in enumerate(groups[:count])])
+        assert opened == [artifacts.model_dir]
+        opened.clear()
+        work = [(*part, sums[k], tmp_path / f"{count}-{k}-spectra") for k, part in enumerate(groups[:count])]
+        spectra_of_groups(allocation_job(artifacts, gradients_dir), work)
+        assert opened == [artifacts.model_dir]
+
+
 def test_a_worker_with_a_gpu_takes_its_share_in_one_task() -> None:
     pieces = [5, 4, 3, 3, 2, 1]
     assert bundles(pieces, float, Resources(num_workers=2)) == [[piece] for piece in pieces]
