@@ -14,7 +14,7 @@ import functools
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,6 +233,14 @@ def exists(path: Path) -> bool:
     if here is None:
         return path.is_file()
     return here.store.read(here.path) is not None if here.is_plain else "" in here.store.versions(here.path)
+
+
+def existing(files: Sequence[Path]) -> set[Path]:
+    """Those of some files, in the folder of the first or below, that are there for all nodes; a store is asked once for all."""
+    here = origin(files[0]) if files else None
+    if here is None:
+        return {file for file in files if file.is_file()}
+    return set(files) & sizes(files[0].parent).keys()
 
 
 def is_stored(path: Path) -> bool:

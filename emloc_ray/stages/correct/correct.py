@@ -11,7 +11,7 @@ import torch
 
 from emloc_ray.core.correction import Candidate, Method
 from emloc_ray.core.precision import exact_float32
-from emloc_ray.io.store.node_cache import discard, exists, sizes
+from emloc_ray.io.store.node_cache import discard, existing, sizes
 from emloc_ray.modeling.adapter_files import Adapter, copy_adapter, lora_config, write_adapter
 from emloc_ray.stages.correct.adapted import see_adapted_inputs
 from emloc_ray.stages.correct.job import CorrectionJob, ModuleGroup, module_groups
@@ -138,8 +138,9 @@ def _names(bundle: Sequence[ModuleGroup]) -> str:
 
 def read_groups(opened: Opened, groups: Sequence[ModuleGroup], device: str) -> None:
     """Writes the modules of a task's groups, one after another; those that are whole, from a try that was killed, are kept."""
+    written = existing([group.path for group in groups])
     for group in groups:
-        if not exists(group.path):
+        if group.path not in written:
             write_modules(group.path, see_differences(opened, group, torch.device(device)))
 
 

@@ -22,7 +22,7 @@ from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
 from emloc_ray.io.formats.grams import GramStore, StoredGram
 from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.store.atomic import read_json, write_json
-from emloc_ray.io.store.node_cache import sizes
+from emloc_ray.io.store.node_cache import existing, sizes
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.stages.factorize.group_tensors import GroupTensors, read_ahead, read_group
 from emloc_ray.stages.factorize.job import group_cost
@@ -208,7 +208,8 @@ def _read_spectra(file: Path) -> dict[str, Tensor]:
 
 def spectra_of_groups(job: AllocationJob, pieces: Sequence[SpectraWork], device: torch.device | str = "cpu") -> None:
     """Writes :func:`group_spectra` of each whose file is not there yet; the next one's tensors are read meanwhile."""
-    todo = [piece for piece in pieces if not sizes(piece[3])]
+    written = existing([piece[3] for piece in pieces])
+    todo = [piece for piece in pieces if piece[3] not in written]
     checkpoint = Checkpoint(job.model_dir)
     for piece, tensors_read in read_ahead(todo, lambda piece: read_group(checkpoint, *piece[:3])):
         specs, gram, gradients, file = piece

@@ -30,7 +30,7 @@ from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard, write_index
 from emloc_ray.io.formats.grams import GramStore, StoredGram
 from emloc_ray.io.formats.shards import write_tensors
-from emloc_ray.io.store.node_cache import sizes
+from emloc_ray.io.store.node_cache import existing, sizes
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.emulator import write_emulator_config
 from emloc_ray.modeling.emulator_weights import linear_weight, num_elements
@@ -333,7 +333,8 @@ def _rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
 
 def factorize_groups(job: FactorizationJob, groups: Sequence[GroupWork], device: torch.device | str = "cpu") -> None:
     """:func:`factorize_group` of each whose files are not there yet; while one is computed, the next one's tensors are read."""
-    todo = [piece for piece in groups if not (sizes(piece[2]) and sizes(spectra_file(piece[2])))]
+    written = existing([name for *_, file in groups for name in (file, spectra_file(file))])
+    todo = [piece for piece in groups if not {piece[2], spectra_file(piece[2])} <= written]
     checkpoint = Checkpoint(job.model_dir)
     gradients = None if job.gradients_dir is None else GramStore(job.gradients_dir)
 

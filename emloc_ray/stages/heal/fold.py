@@ -20,7 +20,7 @@ from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.io.formats.shards import copy_chunks, make_header, stream_shard, write_tensors
-from emloc_ray.io.store.node_cache import exists, sizes
+from emloc_ray.io.store.node_cache import existing, sizes
 from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.nf4 import quantize_nf4
 from emloc_ray.stages.factorize.factorize import finish_emulator, whitening_of
@@ -194,9 +194,9 @@ def _in_integers(
 @exact_float32()
 def write_pieces(job: FoldJob, shards: Sequence[FoldWork], device: torch.device | str = "cpu") -> None:
     """Writes the shards that no killed try has written whole. What is rounded to integers is on ``device``."""
-    opened = _Opened(job)
+    opened, written = _Opened(job), existing([piece.file for piece in shards])
     for piece in shards:
-        if exists(piece.file):
+        if piece.file in written:
             continue
         if piece.linear is not None:
             parts = {_linear(job, entry)[1]: entry for entry in piece.entries}

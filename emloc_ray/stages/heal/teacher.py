@@ -20,7 +20,7 @@ from emloc_ray.io.formats.teacher_shards import (
     write_teacher_index,
     write_teacher_shard,
 )
-from emloc_ray.io.store.node_cache import exists, is_stored, sizes
+from emloc_ray.io.store.node_cache import existing, is_stored, sizes
 from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.loss import teacher_logits
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
@@ -71,11 +71,12 @@ def teach_shard(job: TeacherJob, model: Any, rows: Sequence[int]) -> list[TopRow
 
 def teach_part(job: TeacherJob, part: int, num_parts: int) -> None:
     """Writes the shards ``part, part + num_parts, …`` that are not there yet."""
-    left = [(number, rows) for number, rows in list(enumerate(job.shards()))[part::num_parts]]
-    left = [(number, rows) for number, rows in left if not exists(teacher_shard(job.out_dir, number))]
+    own = {teacher_shard(job.out_dir, number): rows for number, rows in list(enumerate(job.shards()))[part::num_parts]}
+    written = existing(list(own))
+    left = {file: rows for file, rows in own.items() if file not in written}
     model = open_model(job.model_dir, job.hold, **job.model_options) if left else None
-    for number, rows in left:
-        write_teacher_shard(teacher_shard(job.out_dir, number), rows, teach_shard(job, model, rows))
+    for file, rows in left.items():
+        write_teacher_shard(file, rows, teach_shard(job, model, rows))
 
 
 def teach(job: TeacherJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faulting.s3 import uri
 from pretend_device import pretend_device
 from safetensors.torch import load_file
 from stage_artifacts import Artifacts, gpt2_group
@@ -15,10 +16,13 @@ from test_allocate import allocation_job, gradients_dir, stored
 from test_factorize import gram_of, job_of
 
 from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.io.store.atomic import write_bytes
+from emloc_ray.io.store.node_cache import mirror
+from emloc_ray.io.store.objects import Objects
 from emloc_ray.stages.factorize.allocate import group_spectra, spectra_of_groups
 from emloc_ray.stages.factorize.factorize import factorize_group, factorize_groups
 from emloc_ray.stages.factorize.job import FactorizationJob
-from emloc_ray.stages.factorize.layer_reports import read_reports
+from emloc_ray.stages.factorize.layer_reports import read_reports, spectra_file
 from emloc_ray.stages.ray.tasks import Resources, bundles
 
 __all__ = ["gradients_dir"]
@@ -110,6 +114,26 @@ def test_a_task_opens_the_model_once(
         work = [(*part, sums[k], tmp_path / f"{count}-{k}-spectra") for k, part in enumerate(groups[:count])]
         spectra_of_groups(allocation_job(artifacts, gradients_dir), work)
         assert opened == [artifacts.model_dir]
+
+
+def test_a_task_asks_a_store_once_which_of_its_files_are_written(
+    artifacts: Artifacts, gradients_dir: Path, s3_port: int, node_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = mirror(uri(s3_port, "written/run")) / "emulator"
+    groups = [(group, gram_of(artifacts, group)) for group in artifacts.groups[:3]]
+    files = [folder / f"{number}.safetensors" for number in range(3)]
+    for file in files:
+        write_bytes(file, b"factors")
+        write_bytes(spectra_file(file), b"spectra")
+    listed: list[str] = []
+    below = Objects.below
+    monkeypatch.setattr(Objects, "below", lambda store, path="": (listed.append(path), below(store, path))[1])
+    factorize_groups(job_of(artifacts), [(*part, file) for part, file in zip(groups, files, strict=True)])
+    assert listed == ["emulator"]
+    listed.clear()
+    work = [(*part, {}, file) for part, file in zip(groups, files, strict=True)]
+    spectra_of_groups(allocation_job(artifacts, gradients_dir), work)
+    assert listed == ["emulator"]
 
 
 def test_a_worker_with_a_gpu_takes_its_share_in_one_task() -> None:
