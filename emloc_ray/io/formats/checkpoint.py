@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import operator
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -15,10 +17,11 @@ import numpy as np
 import torch
 
 from emloc_ray.errors import ArtifactError
-from emloc_ray.io.store.node_cache import ensure, exists, open_newest, open_version, replaced
+from emloc_ray.io.store.node_cache import ListedFiles, open_newest, open_version, replaced
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_CONNECTIONS = 8  # by which headers are read at once
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 DTYPES = {
@@ -103,10 +106,10 @@ class Shard:
     entries: tuple[TensorEntry, ...]
 
 
-def read_shard(file: Path) -> Shard:
-    """Reads one safetensors header (https://github.com/huggingface/safetensors#format). Raises ArtifactError where the file is
-    missing, no safetensors file, or shorter than its header says."""
-    with _open(file) as (_, shard):
+def read_shard(file: Path, listed: ListedFiles | None = None) -> Shard:
+    """Reads one safetensors header (https://github.com/huggingface/safetensors#format). ``listed``: as for :func:`open_newest`.
+    Raises ArtifactError where the file is missing, no safetensors file, or shorter than its header says."""
+    with _open(file, listed) as (_, shard):
         return shard
 
 
@@ -119,10 +122,10 @@ def open_shard(file: Path) -> Iterator[Shard]:
 
 
 @contextlib.contextmanager
-def _open(file: Path) -> Iterator[tuple[IO[bytes], Shard]]:
+def _open(file: Path, listed: ListedFiles | None = None) -> Iterator[tuple[IO[bytes], Shard]]:
     with contextlib.ExitStack() as stack:
         try:
-            stream, size, version = stack.enter_context(open_newest(file))
+            stream, size, version = stack.enter_context(open_newest(file, listed))
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
                 raise ArtifactError(f"{file} is cut short or no safetensors file: copy it again.")
@@ -165,13 +168,13 @@ def _entry(file: Path, name: str, item: dict[str, Any], base: int, version: str 
     return TensorEntry(name, file, dtype, shape, base + start, base + stop, version)
 
 
-def read_index(directory: Path) -> dict[str, str]:
+def read_index(directory: Path, listed: ListedFiles | None = None) -> dict[str, str]:
     """The file of every tensor, by the checkpoint's index; empty where it has none, or ``model.safetensors`` too, which
     transformers opens first. Raises ArtifactError where the index holds no such map, or it names a file that is not in
-    ``directory`` itself."""
-    index = directory / INDEX_NAME
-    ensure(index)
-    if not index.is_file() or exists(directory / SINGLE_NAME):
+    ``directory`` itself. ``listed``: its files."""
+    index, listed = directory / INDEX_NAME, listed or ListedFiles(directory)
+    listed.ensure(index)
+    if not index.is_file() or directory / SINGLE_NAME in listed:
         return {}
     try:
         weight_map = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
@@ -201,14 +204,16 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
-        self.shards = [read_shard(file) for file in self._files()]
+        listed = ListedFiles(self.directory)
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            self.shards = list(pool.map(functools.partial(read_shard, listed=listed), self._files(listed)))
         self.entries = {entry.name: entry for shard in self.shards for entry in shard.entries}
 
-    def _files(self) -> list[Path]:
-        weight_map = read_index(self.directory)
+    def _files(self, listed: ListedFiles) -> list[Path]:
+        weight_map = read_index(self.directory, listed)
         if weight_map:
             return [self.directory / name for name in sorted(set(weight_map.values()))]
-        if exists(self.directory / SINGLE_NAME):
+        if self.directory / SINGLE_NAME in listed:
             return [self.directory / SINGLE_NAME]
         pickled = next((file.name for kind in _PICKLES for file in sorted(self.directory.glob(kind))), None)
         if pickled is not None:

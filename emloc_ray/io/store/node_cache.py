@@ -155,11 +155,18 @@ class ListedFiles:
         here = origin(folder)
         self._stored = None if here is None else _stored(here, folder)
 
+    def __contains__(self, file: Path) -> bool:
+        return file.is_file() if self._stored is None else file in self._stored
+
+    def version(self, file: Path) -> Stored | None:
+        """What the store holds of one of them; None where it holds none, or there is no store."""
+        return None if self._stored is None else self._stored.get(file)
+
     def ensure(self, file: Path) -> None:
         """Makes one of them present on this node; raises what :func:`ensure` raises, FileNotFoundError where it is gone since."""
         if self._stored is None:
             return
-        info = self._stored.get(file)
+        info = self.version(file)
         if info is None:
             file.unlink(missing_ok=True)  # a copy of what is no more
         else:
@@ -192,14 +199,15 @@ def open_artifact(path: Path) -> Iterator[tuple[IO[bytes], int]]:
 
 
 @contextlib.contextmanager
-def open_newest(path: Path) -> Iterator[tuple[IO[bytes], int, str | None]]:
-    """As :func:`open_artifact`, with the version that it is: None in a file system."""
+def open_newest(path: Path, listed: ListedFiles | None = None) -> Iterator[tuple[IO[bytes], int, str | None]]:
+    """As :func:`open_artifact`, with the version that it is: None in a file system. ``listed``: the files of its folder, which
+    spare the store a request."""
     here = origin(path)
     if here is None:
         with path.open("rb") as stream:
             yield stream, path.stat().st_size, None
         return
-    info = here.store.versions(here.path).get("")
+    info = here.store.versions(here.path).get("") if listed is None else listed.version(path)
     if info is None:
         raise FileNotFoundError(f"{here.store.uri} holds no {here.path}")
     with open_copy(here.note, path, info.sha256) or here.store.open(info) as stream:

@@ -16,7 +16,7 @@ from faulting.s3 import uri
 
 from emloc_ray.data.reading import scan
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.formats.checkpoint import read_shard
+from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard, write_index
 from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.io.store import node_copies
@@ -35,7 +35,7 @@ from emloc_ray.io.store.node_cache import (
     sizes,
 )
 from emloc_ray.io.store.object_store import ObjectStore
-from emloc_ray.io.store.objects import Stored
+from emloc_ray.io.store.objects import Objects, Stored
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -58,6 +58,23 @@ def root(s3_port: int, node_cache: Path, request: pytest.FixtureRequest) -> Path
 def other(root: Path, tmp_path: Path) -> Path:
     """The same run on another node."""
     return tmp_path / "other" / root.name
+
+
+def test_a_checkpoint_is_listed_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, shards = root / "model", [f"model-{number:05d}-of-00020.safetensors" for number in range(20)]
+    for number, shard in enumerate(shards):
+        write_tensors(folder / shard, {f"w{number}": torch.ones(1)})
+    write_index(folder, {f"w{number}": shard for number, shard in enumerate(shards)}, 80, 20)
+    asked: list[str] = []
+    below, read_version = Objects.below, Objects.read_version
+    monkeypatch.setattr(Objects, "below", lambda store, path="": (asked.append("list"), below(store, path))[1])
+    monkeypatch.setattr(
+        Objects,
+        "read_version",
+        lambda store, *path, **known: (asked.append("head"), read_version(store, *path, **known))[1],
+    )
+    assert len(list(Checkpoint(folder))) == 20
+    assert asked == ["list", "head"]
 
 
 def test_what_is_given_away_is_what_was_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
