@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emloc_ray.core.updates import HadamardUpdate, KroneckerUpdate, LowRankUpdate, Update
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.formats.checkpoint import in_memory, read_shard
+from emloc_ray.io.formats.checkpoint import read_shard
 from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.store.atomic import atomic_directory, copy_file
 from emloc_ray.io.store.node_cache import ensure
@@ -64,12 +64,11 @@ class LoraModule:
 class Adapter:
     """An adapter on disk: ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT writes them.
 
-    Opened by its header; a module's tensors are read when they are asked for, with ``whole`` from memory: such an adapter can
-    be sent to others. Raises ArtifactError where a file is missing or no adapter, ConfigError where the adapter's kind is not
-    known here.
+    Opened by its header, as which it can be sent to others; a module's tensors are read when they are asked for. Raises
+    ArtifactError where a file is missing or no adapter, ConfigError where the adapter's kind is not known here.
     """
 
-    def __init__(self, directory: Path, whole: bool = False) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         ensure(self.directory)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -81,7 +80,6 @@ class Adapter:
         kind, endings = _METHODS[self.peft_type]
         self.kind: Kind = "decomposed" if self.config.get("use_dora") else kind
         shard = read_shard(self.directory / WEIGHTS_NAME)
-        shard = in_memory(shard) if whole else shard
         self.entries = split_experts(self.config, {entry.name: entry for entry in shard.entries}, self.directory)
         self.names = [
             key.removeprefix(PREFIX).removesuffix(end) for key in self.entries for end in endings if key.endswith(end)

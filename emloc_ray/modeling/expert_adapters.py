@@ -47,11 +47,11 @@ class ExpertEntry:
         if whole.name.endswith(_A):
             r = whole.shape[0] // self.num_experts
             return whole.read_rows(self.index * r, (self.index + 1) * r)
-        if whole.content is not None:  # its file may be on another node
-            columns = whole.content[whole.start : whole.stop].reshape(whole.shape[0], -1, whole.dtype.itemsize)
-            return torch.from_numpy(columns[:, self.index :: self.num_experts].copy()).view(whole.dtype).squeeze(2)
-        status = whole.file.stat()  # another adapter may lie at the same place by now
-        return _read(whole, status.st_ino, status.st_mtime_ns)[:, self.index :: self.num_experts].contiguous()
+        look: tuple[int, ...] = ()
+        if whole.version is None:  # another adapter may lie at the same place of a file system by now
+            status = whole.file.stat()
+            look = status.st_ino, status.st_mtime_ns
+        return _read(whole, *look)[:, self.index :: self.num_experts].contiguous()
 
 
 @functools.lru_cache(maxsize=2)  # a layer's experts are read one after the other

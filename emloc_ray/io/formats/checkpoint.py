@@ -43,7 +43,7 @@ DTYPES = {
 @dataclass(frozen=True)
 class TensorEntry:
     """Where a tensor's bytes are: ``[start, stop)`` in ``file``, whose content is ``version`` (None in a file system); in
-    ``content``, the file's bytes, where they are in memory; in ``stream`` where the file is open."""
+    ``stream`` where the file is open."""
 
     name: str
     file: Path
@@ -52,7 +52,6 @@ class TensorEntry:
     start: int
     stop: int
     version: str | None = None
-    content: np.ndarray[Any, np.dtype[np.uint8]] | None = field(default=None, repr=False, compare=False)
     stream: IO[bytes] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -83,8 +82,6 @@ class TensorEntry:
     def _bytes(self, start: int, stop: int) -> torch.Tensor:
         if start == stop:
             return torch.empty(0, dtype=torch.uint8)
-        if self.content is not None:
-            return torch.from_numpy(self.content[start:stop].copy())
         buffer = np.empty(stop - start, dtype=np.uint8)
         with contextlib.nullcontext(self.stream) if self.stream else open_version(self.file, self.version) as stream:
             stream.seek(start)
@@ -148,14 +145,6 @@ def _shard(file: Path, header: bytes, size: int, version: str | None) -> Shard:
     if entries and entries[-1].stop > size:
         raise ArtifactError(f"{file} is cut short: its header asks for {entries[-1].stop} bytes, it has {size}.")
     return Shard(file, header, tuple(entries))
-
-
-def in_memory(shard: Shard) -> Shard:
-    """The same shard, whose tensors are read from memory: all share one copy of the file, which Ray maps and does not copy."""
-    version = shard.entries[0].version if shard.entries else None
-    with open_version(shard.file, version) as stream:
-        content = np.fromfile(stream, dtype=np.uint8)
-    return replace(shard, entries=tuple(replace(entry, content=content) for entry in shard.entries))
 
 
 def _entry(file: Path, name: str, item: dict[str, Any], base: int, version: str | None) -> TensorEntry:

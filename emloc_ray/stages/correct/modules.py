@@ -110,11 +110,11 @@ class CorrectableModule:
 
 
 class Opened:
-    """A job and what it reads, opened once: a task for each of hundreds of groups would open hundreds of shards to find its
-    own, and on a store ask twice for each."""
+    """A job and what it reads, opened once by their headers: a task for each of hundreds of groups would open hundreds of shards
+    to find its own, and on a store ask twice for each."""
 
     def __init__(self, job: CorrectionJob) -> None:
-        self.job, self.adapter = job, Adapter(job.adapter_dir, whole=True)
+        self.job, self.adapter = job, Adapter(job.adapter_dir)
         self.original, self.emulator = Checkpoint(job.model_dir), Checkpoint(job.emulator_dir)
         entries = read_shard(job.adapted_path).entries if exists(job.adapted_path) else ()
         self.adapted = {entry.name: entry for entry in entries}

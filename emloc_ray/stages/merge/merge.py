@@ -92,7 +92,7 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell
     )
     work = [(f"shard {name}", (shard, job.out_dir / name)) for name, shard in named]
     losses = Losses("merge", tell)
-    changed = run_tasks(_merge_task, (job, Adapter(job.adapter_dir, whole=True)), work, resources, losses, progress)
+    changed = run_tasks(_merge_task, (job, adapter), work, resources, losses, progress)
     known = {spec.name for spec in job.specs}
     expected = sum(map(len, changed_tensors(adapter, job.specs).values()))
     expected += sum(name not in known for name in adapter.names)

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from faulting.s3 import uri
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import EXPERT_FAMILIES
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.store.atomic import copy_file
+from emloc_ray.io.store.node_cache import mirror
 from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_files import Adapter, LoraModule, write_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
@@ -144,17 +147,19 @@ def test_an_adapter_that_is_read_and_written_is_the_same(tiny_model_dir: Callabl
     assert config["lora_dropout"] == 0
 
 
-def test_of_an_adapter_that_was_sent_in_memory_no_file_is_looked_at(
-    tiny_model_dir: Callable[..., Path], tmp_path: Path
+def test_an_adapter_on_a_store_that_was_sent_is_fetched_where_it_is_read(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, s3_port: int, node_cache: Path
 ) -> None:
     directory = save(trained(tiny_model_dir("mixtral"), ALL), tmp_path / "adapter")
-    adapter = Adapter(directory)
-    wanted = [adapter.module(name) for name in adapter.names]
-    sent = pickle.dumps(Adapter(directory, whole=True))
-    shutil.rmtree(directory)
-    whole: Adapter = pickle.loads(sent)
+    wanted = [module for adapter in [Adapter(directory)] for module in map(adapter.module, adapter.names)]
+    stored = mirror(uri(s3_port, "sent/run")) / "adapter"
+    for file in directory.iterdir():
+        copy_file(file, stored / file.name)
+    sent = pickle.dumps(Adapter(stored))
+    shutil.rmtree(stored)  # as on another node
+    again_opened: Adapter = pickle.loads(sent)
     for module in wanted:
-        again = whole.module(module.name)
+        again = again_opened.module(module.name)
         assert torch.equal(again.lora_a, module.lora_a)
         assert torch.equal(again.lora_b, module.lora_b)
 
