@@ -81,8 +81,8 @@ def correct(
         return count
 
     if work:
-        # Opened for the tasks alone, as the adapter is in it.
-        run_tasks(read_groups, Opened(job), work, resources, Losses("correct", tell), by_groups)
+        losses = Losses("correct", tell, files={name: [g.path for g in bundle] for name, (bundle, _) in work})
+        run_tasks(read_groups, Opened(job), work, resources, losses, by_groups)
     if plan.num_scored:
         units = range(plan.num_scored)
         arguments = ray.put(job), resources.threads

@@ -131,13 +131,15 @@ def allocate_ranks(
     written = set(sizes(out_dir))
     todo = [pair for pair in zip(job.groups, files, strict=True) if pair[1] not in written]
     todo.sort(key=lambda pair: group_cost(pair[0]), reverse=True)
-    work = []
+    work, files_of = [], dict[str, list[Path]]()
     for bundle in bundles(todo, lambda pair: group_cost(pair[0]), resources):
         pieces = [
             (specs, grams.stored(specs[0].name), {spec.name: sums.stored(spec.name) for spec in specs}, file)
             for specs, file in bundle
         ]
-        work.append((bundle[0][0][0].name, (pieces, resources.device)))
+        name = bundle[0][0][0].name
+        work.append((name, (pieces, resources.device)))
+        files_of[name] = [file for _, file in bundle]
     shared = dataclasses.replace(job, groups=(), ranks={}, spending=job.spending and job.spending.without_even)
     num_written = newest(lambda: len(sizes(out_dir)), 0)
 
@@ -145,7 +147,7 @@ def allocate_ranks(
         progress(done, of)
         return num_written() if resources.gpus_per_worker else None
 
-    run_tasks(spectra_of_groups, shared, work, resources, Losses("allocate", tell), look)
+    run_tasks(spectra_of_groups, shared, work, resources, Losses("allocate", tell, files=files_of), look)
     gains: dict[str, Tensor] = {}
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         for spectra in pool.map(_read_spectra, files):

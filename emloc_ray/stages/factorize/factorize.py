@@ -284,13 +284,14 @@ def build_emulator(
     shared_job = ray.put(job)  # once, not with every task
     factorize, copy = resources.task(factorize_groups), Resources().task(copy_rest)
     submits: list[tuple[str, Callable[[], Any]]] = []
-    todo = []
+    todo, files_of = [], dict[str, list[Path]]()
     for group, file in zip(work, files, strict=False):
         if not (file in written and spectra_file(file) in written):
             gram = None if group[0].name in without_gram else grams().stored(group[0].name)
             todo.append((group, gram, file))
     for bundle in bundles(todo, lambda piece: group_cost(piece[0]), resources):
         name = " and ".join(spec.name for spec in bundle[0][0]) + ("" if len(bundle) == 1 else ", …")
+        files_of[name] = [file for *_, file in bundle]
         task = factorize.options(name=f"factorize: {name}")
         submits.append((name, functools.partial(task.remote, shared_job, bundle, resources.device)))
     for kept, file in zip(rest, files[len(work) :], strict=True):
@@ -309,7 +310,8 @@ def build_emulator(
         progress(by_tasks if count is None else min(count, total - 1), total)
         return count
 
-    bounded(submits, resources.num_workers, Losses("factorize", tell), by_files, planned_s=resources.planned_s)
+    losses = Losses("factorize", tell, files=files_of)
+    bounded(submits, resources.num_workers, losses, by_files, planned_s=resources.planned_s)
     kept_wide = job.kept_wide if job.in_4bit else None
     total_size = finish_emulator(files, base_config, job.model_dir, job.ranks, job.storage, kept_wide, job.integers)
     with ThreadPoolExecutor(_CONNECTIONS) as pool:

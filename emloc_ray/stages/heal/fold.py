@@ -226,7 +226,8 @@ def fold(
         progress(*((done, of) if count is None else (count, len(files))))
         return count
 
-    run_tasks(write_pieces, job, work, resources, Losses("heal", tell), by_files)
+    losses = Losses("heal", tell, files={name: [piece.file for piece in bundle] for name, (bundle, _) in work})
+    run_tasks(write_pieces, job, work, resources, losses, by_files)
     kept_wide = job.kept_wide if job.in_4bit else None
     return finish_emulator(files, base_config, job.emulator_dir, job.ranks, job.storage, kept_wide, job.integers)
 

@@ -98,7 +98,9 @@ def teach(job: TeacherJob, resources: Resources, progress: Progress = silent, te
         return count
 
     parts = [(f"part {part + 1} of {num_parts} of the teacher's logits", submit(part)) for part in range(num_parts)]
+    files = [teacher_shard(job.out_dir, number) for number in range(len(shards))]
+    losses = Losses("heal", tell, files={name: files[part::num_parts] for part, (name, _) in enumerate(parts)})
     look_s = _STORE_LOOK_S if is_stored(job.out_dir) else LOOK_S
-    bounded(parts, num_parts, Losses("heal", tell), look, look_s, resources.planned_s)
+    bounded(parts, num_parts, losses, look, look_s, resources.planned_s)
     write_teacher_index(job.out_dir, [rows[0] for rows in shards])
     progress(len(shards), len(shards))

@@ -5,15 +5,16 @@ import contextlib
 import errno
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ray
 import torch
 from ray.util.metrics import Counter
 
-from emloc_ray.errors import FULL, EmlocError, StageError, refusal
+from emloc_ray.errors import FULL, ArtifactError, EmlocError, StageError, refusal
 from emloc_ray.io.runs.secret_values import hide_secrets
+from emloc_ray.io.store.node_cache import existing
 from emloc_ray.stages.ray.departures import Departures
 
 Tell = Callable[[str], None]
@@ -69,10 +70,13 @@ class Losses:
         departures: Departures | None = None,
         reached: Callable[[], object] = lambda: None,
         last_word: Callable[[], str] = lambda: "",
+        files: Mapping[str, Sequence[Path]] | None = None,
     ) -> None:
-        """``reached``: how far pieces have come that do not say so when they are lost. ``last_word``: why a worker ended
-        itself, for it did no more; empty where none did."""
+        """``reached``: how far pieces have come that do not say so when they are lost; ``files``: what pieces write one after
+        another, by their names, which says so too. ``last_word``: why a worker ended itself, for it did no more; empty where
+        none did."""
         self.stage, self.tell, self.bound, self.reached, self.last_word = stage, tell, bound, reached, last_word
+        self.files = files or {}
         self._at: dict[str, object] = {}  # where each piece was at its last loss
         self.counts: collections.Counter[str] = collections.Counter()
         self.preempted = 0
@@ -114,7 +118,7 @@ class Losses:
             _lost_workers().inc(1, {"stage": self.stage, "cause": cause})
 
     def _add(self, piece: str, why: str, what_to_do: str, error: BaseException | None, at: object) -> float:
-        at = self.reached() if at is None else at
+        at = self._at_now(piece) if at is None else at
         if self._at.get(piece, at) != at:
             self.counts[piece] = 0
         self._at[piece] = at
@@ -126,6 +130,13 @@ class Losses:
             ) from error
         self.tell(f"{self.stage}: {piece} lost its worker because {why}; restarted ({times} of {self.bound}).")
         return self.delays[min(times, len(self.delays)) - 1]
+
+    def _at_now(self, piece: str) -> object:
+        if piece not in self.files:
+            return self.reached()
+        with contextlib.suppress(ArtifactError, OSError):
+            return len(existing(self.files[piece]))
+        return self._at.get(piece)  # of a store that does not answer: as at its last loss
 
 
 @functools.cache

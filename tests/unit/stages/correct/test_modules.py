@@ -142,8 +142,9 @@ def test_a_worker_with_a_gpu_reads_its_groups_in_one_task(
         if function is finish_adapter:  # as a task of the stage's memory, which the final actor has none of
             assert resources == replace(granted, gpus_per_worker=0)
             return [function(shared)]
-        for number, (_, (share, device)) in enumerate(work):
+        for number, (name, (share, device)) in enumerate(work):
             assert device == "cuda"
+            assert losses.files[name] == [group.path for group in share]  # which tell how far a lost one had come
             shares.append(share)
             function(shared, share, "cpu")
             progress[0](number + 1, len(work))
@@ -249,6 +250,16 @@ def test_what_all_groups_are_read_from_is_opened_once_and_can_be_sent(
     correct(job, Resources())
     assert len(groups) > 1
     assert opened == [job.model_dir, job.emulator_dir]
+
+
+def test_what_is_sent_does_not_grow_with_the_adapter(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    job = emulated(tmp_path, tiny_model_dir("llama"))
+    sent = []
+    for r in (1, 64):
+        folder = tmp_path / f"rank-{r:02d}"
+        write_lora(folder, job.specs, r)
+        sent.append(len(pickle.dumps(Opened(replace(job, adapter_dir=folder)))))
+    assert sent[1] < 1.1 * sent[0]
 
 
 def test_modules_come_back_from_their_file(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:

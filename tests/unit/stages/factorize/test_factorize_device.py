@@ -5,24 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 import torch
 from faulting.s3 import uri
 from pretend_device import pretend_device
+from ray.exceptions import WorkerCrashedError
 from safetensors.torch import load_file
 from stage_artifacts import Artifacts, gpt2_group
 from test_allocate import allocation_job, gradients_dir, stored
 from test_factorize import gram_of, job_of
+from transformers import AutoConfig
 
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.node_cache import mirror
 from emloc_ray.io.store.objects import Objects
-from emloc_ray.stages.factorize.allocate import group_spectra, spectra_of_groups
-from emloc_ray.stages.factorize.factorize import factorize_group, factorize_groups
+from emloc_ray.stages.factorize.allocate import allocate_ranks, group_spectra, spectra_of_groups
+from emloc_ray.stages.factorize.factorize import build_emulator, factorize_group, factorize_groups
 from emloc_ray.stages.factorize.job import FactorizationJob
+from emloc_ray.stages.factorize.kept_tensors import copy_rest
 from emloc_ray.stages.factorize.layer_reports import read_reports, spectra_file
+from emloc_ray.stages.ray.losses import MAX_RESTARTS, Losses
 from emloc_ray.stages.ray.tasks import Resources, bundles
 
 __all__ = ["gradients_dir"]
@@ -134,6 +140,39 @@ def test_a_task_asks_a_store_once_which_of_its_files_are_written(
     work = [(*part, {}, file) for part, file in zip(groups, files, strict=True)]
     spectra_of_groups(allocation_job(artifacts, gradients_dir), work)
     assert listed == ["emulator"]
+
+
+def test_a_share_that_loses_its_worker_after_each_file_is_made(
+    artifacts: Artifacts, gradients_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest = []
+
+    def lose(function: Any, shared: Any, name: str, bundle: Any, losses: Losses) -> None:
+        largest.append(len(bundle))
+        for count in range(1, len(bundle) + 1):
+            function(shared, bundle[:count])
+            losses.record_lost_worker(name, WorkerCrashedError())
+
+    def run_tasks(function: Any, shared: Any, work: Any, resources: Any, losses: Losses, look: Any) -> None:
+        for name, (bundle, _) in work:
+            lose(function, shared, name, bundle, losses)
+
+    def bounded(submits: Any, limit: int, losses: Losses, *others: Any, **more: Any) -> None:
+        for name, submit in submits:
+            if name.startswith("shard "):
+                copy_rest(*submit.args)
+            else:
+                lose(factorize_groups, submit.args[0], name, submit.args[1], losses)
+
+    monkeypatch.setattr("emloc_ray.stages.factorize.allocate.run_tasks", run_tasks)
+    monkeypatch.setattr("emloc_ray.stages.factorize.factorize.bounded", bounded)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    resources = Resources(gpus_per_worker=1)
+    allocate_ranks(allocation_job(artifacts, gradients_dir), tmp_path / "ranks", resources)
+    job = replace(job_of(artifacts), out_dir=tmp_path / "emulator")
+    build_emulator(job, artifacts.calibration_dir, AutoConfig.from_pretrained(artifacts.model_dir), resources)
+    assert largest == [len(artifacts.groups)] * 2
+    assert largest[0] > MAX_RESTARTS
 
 
 def test_a_worker_with_a_gpu_takes_its_share_in_one_task() -> None:

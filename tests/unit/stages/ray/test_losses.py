@@ -137,6 +137,16 @@ def test_a_lost_worker_is_told_of_and_begun_again_later_each_time() -> None:
         losses.record_lost_worker("shard a", WorkerCrashedError())
 
 
+def test_a_piece_that_has_written_further_files_is_counted_anew(tmp_path: Path) -> None:
+    files = [tmp_path / str(number) for number in range(5)]
+    losses = Losses("factorize", bound=1, files={"layer k, …": files})
+    for file in files:
+        file.touch()
+        losses.record_lost_worker("layer k, …", WorkerCrashedError())
+    with pytest.raises(StageError, match=r"^factorize: layer k, … lost its worker 2 times"):
+        losses.record_lost_worker("layer k, …", WorkerCrashedError())
+
+
 def test_what_the_work_itself_raised_is_not_begun_again() -> None:
     losses = Losses("merge")
     for error in (ValueError("x"), as_ray_raises(NumericsError("Layer q holds NaN.")), as_ray_raises(MemoryError())):
