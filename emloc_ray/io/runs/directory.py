@@ -22,12 +22,12 @@ from emloc_ray.io.runs.resume import INPUTS
 from emloc_ray.io.runs.run_places import check_folder, check_store
 from emloc_ray.io.runs.secret_values import without_secrets
 from emloc_ray.io.store.atomic import json_bytes, write_json, write_text
-from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.lease import KEY as LEASE
 from emloc_ray.io.store.lease import Holder, Lease, find_holder
 from emloc_ray.io.store.lock_file import NAME as LOCK
 from emloc_ray.io.store.lock_file import LockFile, check_lock
 from emloc_ray.io.store.node_cache import discard, ensure, hashes, mirror, origin, sizes
+from emloc_ray.io.store.node_copies import is_whole
 from emloc_ray.io.store.object_store import MANIFEST, ObjectStore, named_files
 from emloc_ray.io.store.objects import Version
 from emloc_ray.io.store.places import is_store_uri
@@ -218,15 +218,15 @@ class RunDirectory:
         }
 
     def damaged(self, name: str) -> list[Path]:
-        """The files of a finished stage whose content is not what the manifest says; reads all that is on a disk. What comes
-        from an object store is checked when it is found done, and when it is fetched."""
+        """The files of a finished stage whose content is not what the manifest says; reads all that is on a disk, once a
+        process what runs have linked. What comes from a store is checked when it is found done, and when it is fetched."""
         entry = self.stage(name)
         if entry is None or entry.get("dropped") or self.store is not None:
             return []
         wanted = {self.path(path): content["sha256"] for path, content in entry["outputs"].items()}
         with ThreadPoolExecutor(_READERS) as pool:
-            digests = zip(wanted, pool.map(lambda file: digest(file) if file.is_file() else None, wanted), strict=True)
-            return [file for file, sha256 in digests if sha256 != wanted[file]]
+            whole = pool.map(is_whole, wanted, wanted.values())
+            return [file for file, as_written in zip(wanted, whole, strict=True) if not as_written]
 
     def writer(self, path: str) -> str | None:
         """The finished stage that wrote a file, by its path from the run's directory on; None where none did."""

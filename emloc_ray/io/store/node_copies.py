@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,7 @@ _MAX_NAME = 255
 # What nobody adds to or alters in place, unlike logs.
 _NEVER_ALTERED = (".safetensors", ".arrow")
 _hashed: dict[tuple[object, ...], tuple[int, int]] = {}  # by what a copy is: its ctime and links when it was hashed
+_turns = [threading.Lock() for _ in range(64)]  # of threads that would hash the same file
 _allowance: dict[Path, float] = {}  # bytes that this process may add before it looks at all copies again
 _swept: dict[Path, float] = {}  # when this process last swept a cache
 
@@ -64,6 +66,15 @@ def open_copy(note: Path, file: Path, version: str) -> IO[bytes] | None:
     with contextlib.suppress(FileNotFoundError):
         os.utime(note)
     return copy
+
+
+def is_whole(file: Path, sha256: str) -> bool:
+    """Whether a file is there with this content: hashed once a process, however many runs have links to it, and again when
+    it has changed."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream, _turns[os.fstat(stream.fileno()).st_ino % len(_turns)]:
+        return _is_of(stream, os.fstat(stream.fileno()), sha256)
 
 
 def _is_of(copy: IO[bytes], status: os.stat_result, version: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs import directory as run_directory
 from emloc_ray.io.runs.directory import CONFIG, Kind, RunDirectory
 from emloc_ray.io.runs.resume import begun_with, discard_unless
+from emloc_ray.io.store import node_copies
 from emloc_ray.io.store.atomic import write_text
+from emloc_ray.io.store.digests import digest_of
 from emloc_ray.io.store.node_cache import discard
 from emloc_ray.io.store.object_store import MANIFEST
 
@@ -198,6 +201,27 @@ def test_a_damaged_artifact_is_not_done(run: RunDirectory, damage: str) -> None:
     else:
         path.write_text("content" if damage == "cut short" else "contents and more")
     assert not run.is_done("merge", "abc")
+
+
+def test_what_runs_have_linked_is_read_once_a_process(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = RunDirectory(tmp_path / "other")
+    other.create({})
+    file, link = artifact(run, "emulator/a"), other.path("emulator", "a")
+    link.parent.mkdir()
+    run.commit("factorize", "abc", [file], {})
+    read: list[str] = []
+    monkeypatch.setattr(node_copies, "digest_of", lambda stream: (read.append(stream.name), digest_of(stream))[1])
+    assert run.damaged("factorize") == []
+    link.hardlink_to(file)
+    other.commit("factorize", "abc", [link], {})
+    assert other.damaged("factorize") == run.damaged("factorize") == []
+    assert len(read) == 1
+    status = file.stat()
+    file.write_text("CONTENTS")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (run.damaged("factorize"), other.damaged("factorize")) == ([file], [link])
 
 
 @pytest.mark.parametrize(("content", "done"), [("contents", True), ("CONTENTS", False)])
