@@ -73,13 +73,13 @@ def read_micro_steps(tokens_dir: Path, order: SampleOrder, begin: int, end: int)
     wanted = order.micro_steps(begin, end)
     if order.pack_length is not None:
         return _joined(shards, packs_of(tokens_dir, order.pack_length), wanted)
-    tokens = {row: shards.row(row) for row in np.unique(wanted).tolist()}  # ascending: each shard is opened once
+    tokens = shards.rows(wanted.tolist())
     return to_table([tokens[row] for row in wanted.tolist()], shards.has_images)
 
 
 def _joined(shards: TokenShards, packs: Packs, wanted: Rows) -> pa.Table:
     parts = [packs[number] for number in wanted.tolist()]
-    tokens = {row: shards.row(row) for row in sorted({row for part in parts for row in part})}
+    tokens = shards.rows(row for part in parts for row in part)
     sequences = [join([tokens[row] for row in part]) for part in parts]
     return to_table(sequences)
 

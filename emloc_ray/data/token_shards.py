@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _INDEX = "index.json"
 _COUNTS = b"counts"
 _ROWS_PER_BATCH = 256
 BATCH_BYTES = 2**25  # of images
+_CONNECTIONS = 8  # by which shards are fetched at once
 _TYPES = {
     "input_ids": pa.list_(pa.int32()),
     "completion_mask": pa.list_(pa.bool_()),
@@ -127,11 +129,18 @@ class TokenShards:
 
     def row(self, position: int) -> Tokens:
         """The row at a position of the whole split."""
-        number = bisect.bisect_right(self._starts, position) - 1
+        number = self._shard_of(position)
         return _row(self._table(number), position - self._starts[number])
+
+    def rows(self, positions: Iterable[int]) -> dict[int, Tokens]:
+        """The rows at some positions, by these, ascending; of a store several of their shards are fetched at once."""
+        ascending = sorted(set(positions))  # each shard is opened once
+        self._fetch_all(dict.fromkeys(map(self._shard_of, ascending)))
+        return {position: self.row(position) for position in ascending}
 
     def lengths(self) -> NDArray[np.int64]:
         """The tokens of each row ``(rows,)``."""
+        self._fetch_all(range(self.num_shards))
         columns = [self._table(number)["input_ids"] for number in range(self.num_shards)]
         counts = [pc.list_value_length(column).to_numpy() for column in columns]
         return np.concatenate(counts).astype(np.int64) if counts else np.zeros(0, np.int64)
@@ -145,12 +154,23 @@ class TokenShards:
         table = self._table(number)
         return [_row(table, position) for position in range(table.num_rows)]
 
-    def _table(self, number: int) -> pa.Table:
+    def _shard_of(self, position: int) -> int:
+        return bisect.bisect_right(self._starts, position) - 1
+
+    def _fetch_all(self, numbers: Iterable[int]) -> None:
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            list(pool.map(self._fetch, numbers))
+
+    def _fetch(self, number: int) -> Path:
         path = self.directory / shard_name(number)
         if number not in self._present or not path.is_file():  # a node short of room drops what it can fetch again
             with contextlib.suppress(FileNotFoundError):  # gone from the store since it was listed
                 self._files.ensure(path)
             self._present.add(number)
+        return path
+
+    def _table(self, number: int) -> pa.Table:
+        path = self._fetch(number)
         if not path.is_file():
             raise ArtifactError(f"{path} is missing, though the index names it: run the data stage again.")
         status = path.stat()

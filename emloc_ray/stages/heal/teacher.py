@@ -57,8 +57,8 @@ class TeacherJob:
 def teach_shard(job: TeacherJob, model: Any, rows: Sequence[int]) -> list[TopRow]:
     """What the model predicts at the labels of some rows, in their order, in batches of rows of like length. Raises
     NumericsError where a log-probability is no number, naming the row."""
-    shards = TokenShards(job.tokens_dir)
-    tokens = [shards.row(row) for row in rows]
+    by_row = TokenShards(job.tokens_dir).rows(rows)
+    tokens = [by_row[row] for row in rows]
     tops: dict[int, TopRow] = {}
     for numbers, batch in batches_by_length(tokens, job.batch_size, job.pad_token_id, job.images):
         for number, top in zip(numbers, teacher_logits(model, batch, job.loss_on, job.num_logits), strict=True):

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from faulting.s3 import uri
 from hypothesis import given
 from hypothesis import strategies as st
+from stage_artifacts import write_tokens
 
 from emloc_ray.data import ingest
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.ingest import SampleOrder, read_micro_steps, stream_batches
 from emloc_ray.data.packing import num_sequences, packs_of
-from emloc_ray.data.token_shards import shard_name, write_index, write_shard
+from emloc_ray.data.token_shards import TokenShards, shard_name, write_index, write_shard
+from emloc_ray.io.store.atomic import copy_file
+from emloc_ray.io.store.node_cache import mirror
+from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.io.store.objects import Stored
 
 orders = st.builds(
     SampleOrder,
@@ -124,3 +132,25 @@ def test_ray_data_streams_the_order_as_it_is(tokens_dir: Path, monkeypatch: pyte
     expected = order.micro_steps(3, 21).reshape(-1, 3).tolist()
     assert [[row.input_ids[0] for row in batch] for batch in batches] == expected
     assert all(row.completion_mask == [False] * row.input_ids[0] + [True] for batch in batches for row in batch)
+
+
+def test_shards_of_a_store_are_fetched_several_at_once(
+    s3_port: int, node_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, stored = write_tokens(tmp_path / "tokens", 24, 2), mirror(uri(s3_port, "several/run")) / "tokens"
+    for file in here.iterdir():
+        copy_file(file, stored / file.name)
+    shutil.rmtree(stored)  # as on another node
+    both = threading.Barrier(2)
+    download = ObjectStore.download
+
+    def together(store: ObjectStore, info: Stored, target: Path) -> None:
+        if "shard-" in target.name:
+            both.wait(20)
+        download(store, info, target)
+
+    monkeypatch.setattr(ObjectStore, "download", together)
+    assert TokenShards(stored).lengths().tolist() == TokenShards(here).lengths().tolist()
+    shutil.rmtree(stored)
+    order = SampleOrder(num_rows=24, batch_size=2, rank=0, world_size=1, seed=3)
+    assert read_micro_steps(stored, order, 0, 12).equals(read_micro_steps(here, order, 0, 12))
