@@ -278,9 +278,9 @@ class Steps:
             raise
         return {**result, "usage": {**usage.as_dict(), "wall_s": spent()}}
 
-    def _record(self, stage: Stage, context: Context, result: Result) -> None:
+    def _record(self, stage: Stage, context: Context, result: Result, known: Mapping[Path, str] | None = None) -> None:
         made = context.made[stage.name]
-        self.directory.commit(stage.name, made, self._outputs(stage), result, made_with(stage))
+        self.directory.commit(stage.name, made, self._outputs(stage), result, made_with(stage), known)
         self.forced.discard(stage.name)
         self.write_results()
         self.reporter.finish(stage.name, result, result["usage"])
@@ -316,7 +316,8 @@ class Steps:
                 return None
         report(1, 1)
         result = {**entry.result, "taken_from": entry.origin, "usage": usage.as_dict()}
-        self._record(stage, context, result)
+        known = {self.directory.path(path): content["sha256"] for path, content in entry.files.items()}
+        self._record(stage, context, result, known)
         return result
 
     def _to_cache(self, stage: Stage, inputs: Inputs, result: Result) -> None:

@@ -261,14 +261,14 @@ class RunDirectory:
         outputs: Iterable[Path],
         result: dict[str, Any],
         versions: Mapping[str, Any] | None = None,
+        known: Mapping[Path, str] | None = None,
     ) -> None:
         """Records a finished stage, with size and SHA-256 of its files, after they are written, and the ``versions`` that it
-        was made with. Raises StageError where the run was taken over by another process meanwhile, as in all methods that
-        write."""
-        manifest = self.manifest()
-        files = {}
+        was made with; ``known`` has the SHA-256 of files that were checked. Raises StageError where the run was taken
+        over by another process meanwhile, as in all methods that write."""
+        manifest, files = self.manifest(), {}
         for output in outputs:
-            named, size_of = hashes(output), sizes(output)
+            named, size_of = hashes(output, known), sizes(output)
             if not named and not output.is_dir():
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(output))
             # What is linked from a cache file by file must not say what it was begun with.

@@ -14,7 +14,7 @@ import functools
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,13 +262,14 @@ def local_only(path: Path) -> Path:
     return Path(*parts)
 
 
-def hashes(path: Path) -> dict[Path, str]:
+def hashes(path: Path, known: Mapping[Path, str] | None = None) -> dict[Path, str]:
     """The files below a directory, or a file itself, as all nodes see them, with the SHA-256 of their content. A file that
-    :func:`emloc_ray.io.store.atomic.atomic_file` wrote is not read for it again."""
+    :func:`emloc_ray.io.store.atomic.atomic_file` wrote is not read for it again, nor is one that is ``known``."""
     here = origin(path)
     if here is not None:
         return {file: info.sha256 for file, info in _stored(here, path).items()}
-    return {file: noted_digest(file) or digest(file) for file in sizes(path)}
+    known = known or {}
+    return {file: known.get(file) or noted_digest(file) or digest(file) for file in sizes(path)}
 
 
 def sizes(path: Path) -> dict[Path, int]:

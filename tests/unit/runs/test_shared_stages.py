@@ -1,7 +1,9 @@
-"""A stage's result that a run takes from a cache on an object store, and finds to be altered when it reads it."""
+"""A stage's result that a run takes from a cache: it is not read for that, and one that a store has altered is made again."""
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,9 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store import node_cache
 from emloc_ray.io.store.atomic import write_bytes
+from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.planning.prepared import prepare
@@ -24,6 +28,25 @@ from emloc_ray.runs.steps import AtOnce, Steps, cache_key
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.ray.tasks import Progress, Resources
 from emloc_ray.stages.stage import Stage
+
+
+def stage_of(made: list[str]) -> Stage:
+    """A stage that writes a file, and notes its run's name."""
+
+    def write(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
+        made.append(context.prepared.run.name)
+        write_bytes(context.path("calibration", "a.bin"), b"right")
+        return {}
+
+    return Stage(
+        name="calibrate",
+        title="a file",
+        workers=lambda config: config.merge,
+        inputs=lambda context: {"seed": 0},
+        cache_inputs=lambda context: {},
+        run=write,
+        outputs=("calibration",),
+    )
 
 
 @pytest.mark.server
@@ -37,21 +60,7 @@ def test_what_a_shared_cache_altered_is_made_again_for_all(
 ) -> None:
     monkeypatch.setattr(runs_steps, "shortage", lambda *asked: None)  # there is no cluster to look at
     made: list[str] = []
-
-    def write(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
-        made.append(context.prepared.run.name)
-        write_bytes(context.path("calibration", "a.bin"), b"right")
-        return {}
-
-    stage = Stage(
-        name="calibrate",
-        title="a file",
-        workers=lambda config: config.merge,
-        inputs=lambda context: {"seed": 0},
-        cache_inputs=lambda context: {},
-        run=write,
-        outputs=("calibration",),
-    )
+    stage = stage_of(made)
     base = prepare(parse_config(make_values(tmp_path / "run", tiny_model_dir(), task_file)))
     place = uri(s3_port, "shared-stages/cache")
 
@@ -78,3 +87,25 @@ def test_what_a_shared_cache_altered_is_made_again_for_all(
     ensure(context.path("calibration"))
     assert context.path("calibration", "a.bin").read_bytes() == b"right"
     assert made == ["first", "second"]
+
+
+def test_what_a_run_links_is_not_read_where_files_keep_no_digest(
+    tiny_model_dir: Callable[..., Path], task_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS 4.1, which has no attributes of users."""
+
+    def refuse(*attribute: object) -> None:
+        raise OSError(errno.ENOTSUP, "no attributes")
+
+    monkeypatch.setattr(runs_steps, "shortage", lambda *asked: None)
+    monkeypatch.setattr(os, "setxattr", refuse)
+    base = prepare(parse_config(make_values(tmp_path / "run", tiny_model_dir(), task_file)))
+    read: list[Path] = []
+    monkeypatch.setattr(node_cache, "digest", lambda file: (read.append(file), digest(file))[1])
+    cache = ArtifactCache(str(tmp_path / "cache"))
+    for name, count in (("first", 1), ("second", 1)):
+        prepared = replace(base, run=RunDirectory(tmp_path / name))
+        prepared.run.create({}, steps=["calibrate"])
+        Steps(prepared, Reporter(), AtOnce(), cache).run(stage_of([]), Context(prepared, base.source.directory))
+        assert len(read) == count
+        assert prepared.run.damaged("calibrate") == []
