@@ -66,6 +66,13 @@ def batch(
     if dry_run:
         for change in changes:
             console.print(f"[yellow]![/] {escape(change)}.", soft_wrap=True)
+        if prepared.run.store is not None:
+            copied = sum(map(prepared.work.shared_bytes, read.tasks))
+            console.print(
+                f"A store has no links: each task gets its own copy of what tasks share, {size(copied)} in all;"
+                " calibration.keep: none deletes a task's Grams once its adapter is corrected.",
+                soft_wrap=True,
+            )
         console.print("The batch is valid; nothing was started.")
         return
     check_accepted(changes, functools.partial(agrees, console))

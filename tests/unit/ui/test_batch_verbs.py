@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cli_calls import Call, invoke
+from faulting.s3 import uri
 from rich.console import Console
 from typer.testing import Result
 
@@ -241,6 +242,17 @@ def test_a_dry_run_says_that_all_is_good(write: Write, tmp_path: Path, name: str
     assert f"in {tmp_path}/runs/{name}" in result.stdout
     assert "The batch is valid; nothing was started." in result.stdout
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_says_what_each_task_copies_in_a_bucket(write: Write, s3_port: int, node_cache: Path) -> None:
+    def copied(count: int) -> float:
+        tasks = [{"name": f"t{number}"} for number in range(count)]
+        said = invoke(*write(run_dir=uri(s3_port, "copied/many"), tasks=tasks)).stdout
+        number, unit = said.partition("of what tasks share, ")[2].split()[:2]
+        return float(number) * {"KiB": 2**10, "MiB": 2**20}[unit]
+
+    assert copied(3) == pytest.approx(3 * copied(1), rel=0.1) != 0
+    assert "of what tasks share" not in invoke(*write()).stdout
 
 
 def test_a_tag_across_a_path_is_text(write: Write, tmp_path: Path) -> None:
