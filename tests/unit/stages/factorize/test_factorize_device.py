@@ -137,7 +137,7 @@ def test_a_task_asks_a_store_once_which_of_its_files_are_written(
     factorize_groups(job_of(artifacts), [(*part, file) for part, file in zip(groups, files, strict=True)])
     assert listed == ["emulator"]
     listed.clear()
-    work = [(*part, {}, file) for part, file in zip(groups, files, strict=True)]
+    work: list[Any] = [(*part, {}, file) for part, file in zip(groups, files, strict=True)]
     spectra_of_groups(allocation_job(artifacts, gradients_dir), work)
     assert listed == ["emulator"]
 
