@@ -158,12 +158,11 @@ def check_stages(plan: Plan, left: Container[str] | None = None) -> None:
             )
 
 
-def missing_disk(plan: Plan, run: RunDirectory, fresh: bool = False) -> int:
-    """The bytes that the run directory still grows by at most: those of unfinished stages, no more than the whole plan minus
-    what is there; ``fresh``: all is removed first."""
-    done = set() if fresh else run.stages().keys()
-    left = sum(stage.disk_bytes for stage in plan.stages if stage.name not in done)
-    return max(0, min(left, plan.disk_bytes - sum(sizes(run.root).values())))
+def missing_disk(plan: Plan, run: RunDirectory, left: Container[str]) -> int:
+    """The bytes that the run directory still grows by at most: those of the stages that are ``left``, no more than the whole
+    plan minus what is there, which they remove first."""
+    missing = sum(stage.disk_bytes for stage in plan.stages if stage.name in left)
+    return max(0, min(missing, plan.disk_bytes - sum(sizes(run.root).values())))
 
 
 def within_budget(prepared: Prepared, speeds: Speeds | None = None) -> Choice:

@@ -16,7 +16,7 @@ from emloc_ray.planning.machine import check_disk, check_kernel, check_resources
 from emloc_ray.planning.plan import Plan, check_stages, make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import remarks
-from emloc_ray.runs.changes import Accept, check_accepted, find_changes, is_finished
+from emloc_ray.runs.changes import Accept, check_accepted, find_changes, is_finished, outdated_stage, unfinished
 from emloc_ray.runs.gauges import RunGauges
 from emloc_ray.runs.log import RunLog
 from emloc_ray.runs.reporter import Reporter, Reporters
@@ -74,20 +74,24 @@ def run(
     _check_order(begin or until, until)
     prepared, reporter = shrink_batches(prepared or prepare(config)), reporter or Reporter()
     redo = [stage.name for stage in up_to(until) if stage.name in redone_from(begin) and stage.wanted(prepared)]
-    plan = _checked_plan(prepared, _left(prepared, redo, fresh, until), fresh, in_batch is not None)
+    plan, left = _planned(prepared), {stage.name for stage in up_to(until)}
+    if fresh or not prepared.run.stages():  # what is refused makes no directory
+        _check_left(prepared, plan, left, in_batch is not None)
     with _locked(prepared, reporter, in_batch):
         forced = [*redo, *prepared.run.to_redo()]
         if not fresh:
             check_versions(prepared, forced, until, accept_versions, in_batch is not None)
+            left = unfinished(prepared, forced, until)
+            _check_left(prepared, plan, left, in_batch is not None)
         if not fresh and not config.ray.joins:
             _check_changes(prepared, forced, until, accept_changes)
-            if in_batch is None and is_finished(prepared, forced, until):
+            if in_batch is None and is_finished(prepared, left, until):
                 _check_again(prepared, reporter, cache, plan, until, accept_versions)
                 return prepared.run.metrics()
         lean, note = keeps_small(prepared.config), reporter.note if in_batch is None else None
         with connection(config.ray.address, lean, note, **config.ray.init_options) as started:
             if in_batch is None and not started:
-                prepared, plan = _within_reach(prepared, plan, _left(prepared, forced, fresh, until))
+                prepared, plan = _within_reach(prepared, plan, left)
             if not fresh and config.ray.joins:  # by the GPUs that its Ray has
                 _check_changes(prepared, forced, until, accept_changes)
             if in_batch is None:
@@ -136,7 +140,8 @@ def _check_order(begin: str, until: str) -> None:
 def _create(prepared: Prepared, fresh: bool, redo: Sequence[str] = ()) -> None:
     config = (prepared.written_config or prepared.config).model_dump(mode="json")
     steps = [stage.name for stage in STEPS if stage.wanted(prepared)]
-    prepared.run.create(config, fresh=fresh, steps=steps, redo=redo)
+    outdated = None if fresh else outdated_stage(prepared)  # before the manifest has the config
+    prepared.run.create(config, fresh=fresh, steps=steps, redo=redo, outdated=outdated)
 
 
 @contextlib.contextmanager
@@ -151,25 +156,21 @@ def _recorded(prepared: Prepared, reporter: Reporter, cache: ArtifactCache | Non
         yield Reporters(reporter, log, trace, gauges)
 
 
-def _checked_plan(prepared: Prepared, left: Container[str], fresh: bool, in_batch: bool) -> Plan:
-    """The run's plan. Raises ConfigError where this machine, as far as it takes part, lacks memory or disk for the stages that
-    are ``left``."""
+def _planned(prepared: Prepared) -> Plan:
+    """The run's plan. Raises ConfigError where this machine, as far as it takes part, lacks the attention's kernel."""
     if not prepared.config.ray.joins:
         check_kernel(prepared.config)
+    return make_plan(STEPS, prepared)
+
+
+def _check_left(prepared: Prepared, plan: Plan, left: Container[str], in_batch: bool) -> None:
+    """Raises ConfigError where this machine, as far as it takes part, lacks memory or disk for the stages that are ``left``."""
     if not in_batch and _GATHERED in left:  # in a batch a stage waits until others have freed memory
         check_holding(prepared)
-    plan = make_plan(STEPS, prepared)
     if not in_batch:  # which has checked its tasks
         check_stages(plan, left)
     if prepared.run.store is None:  # a store has room, and a node's cache makes its own
-        check_disk(prepared.run, missing_disk(plan, prepared.run, fresh))
-    return plan
-
-
-def _left(prepared: Prepared, forced: Collection[str], fresh: bool, until: str) -> set[str]:
-    """The stages up to the verb ``until`` that are not finished, or redone."""
-    finished = set() if fresh else prepared.run.stages().keys() - set(forced)
-    return {stage.name for stage in up_to(until)} - finished
+        check_disk(prepared.run, missing_disk(plan, prepared.run, left))
 
 
 def _within_reach(prepared: Prepared, plan: Plan, left: Container[str]) -> tuple[Prepared, Plan]:

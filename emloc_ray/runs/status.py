@@ -22,13 +22,15 @@ def asked_steps(manifest: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def older_stages(manifest: Mapping[str, Any]) -> list[str]:
-    """Finished stages that may be out of date: an earlier stage was done after they were last confirmed, or is missing."""
-    done, asked = manifest.get("stages", {}), asked_steps(manifest)
+    """Finished stages that may be out of date: they or an earlier stage have other inputs by the config that was written since,
+    or an earlier stage was done after they were last confirmed, or is missing."""
+    done, asked, outdated = manifest.get("stages", {}), asked_steps(manifest), manifest.get("outdated")
     older, newest = [], 0.0
     for stage in STEP_NAMES:
         if stage not in done:
             newest = math.inf if stage in asked else newest
             continue
+        newest = math.inf if stage == outdated else newest
         if confirmed_at(done[stage]) < newest:
             older.append(stage)
         newest = max(newest, confirmed_at(done[stage]))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Literal
 
 from emloc_ray.errors import ArtifactError, ConfigError, TakenOver
 from emloc_ray.io.formats.yaml_text import write_yaml
-from emloc_ray.io.runs.manifest import FORMAT, after_all, ask_to_redo, confirmed_at, end_tries, parse_manifest
+from emloc_ray.io.runs.manifest import FORMAT, after_all, ask_to_redo, confirm, end_tries, parse_manifest
 from emloc_ray.io.runs.metrics import METRICS, read_metrics, write_metrics
 from emloc_ray.io.runs.resume import INPUTS
 from emloc_ray.io.runs.run_places import check_folder, check_store
@@ -121,10 +120,12 @@ class RunDirectory:
         kind: Kind = "run",
         steps: Sequence[str] = (),
         redo: Sequence[str] = (),
+        outdated: str | None = None,
     ) -> None:
         """Makes the directory with its manifest and config, without its secrets, and the ``steps`` that it will take; ``fresh``
         removes what an earlier run of this name left, as does the next try where that is broken off. Notes the stages to
-        ``redo``, each until it is committed again."""
+        ``redo``, each until it is committed again, and the first that is ``outdated`` under this config, until it is made anew
+        or confirmed."""
         self.check(kind)
         config = without_secrets(config)
         self.root.mkdir(parents=True, exist_ok=True)
@@ -137,6 +138,9 @@ class RunDirectory:
         manifest.update({"format": FORMAT, "kind": kind, "name": self.name, "config": config, "steps": list(steps)})
         if redo:
             ask_to_redo(manifest, redo)
+        manifest.pop("outdated", None)
+        if outdated is not None:
+            manifest["outdated"] = outdated
         if self.lease is not None and (before.get("lease") != self.lease.number or _ADOPTING in before):
             manifest = self._adopted(before, manifest, fresh)
         self._write_manifest(manifest)
@@ -291,14 +295,9 @@ class RunDirectory:
                 self.store.drop_others(top)
 
     def confirm(self, name: str, ahead: Collection[str]) -> None:
-        """Records that a finished stage's inputs were found to be what they were, though a stage ``ahead`` was done since."""
+        """Records that a finished stage's inputs were seen to be what they were, though a stage ``ahead`` was done since."""
         manifest = self.manifest()
-        entry = manifest["stages"].get(name)
-        newest = max(
-            (confirmed_at(manifest["stages"][stage]) for stage in ahead if stage in manifest["stages"]), default=0.0
-        )
-        if entry is not None and confirmed_at(entry) < newest:
-            entry["confirmed_at"] = max(time.time(), newest)
+        if confirm(manifest, name, ahead):
             self._write_manifest(manifest)
 
     def accept(self, name: str, versions: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -13,7 +13,7 @@ from emloc_ray.io.store.places import leads_out
 FORMAT = 2
 _PARTS: dict[str, Any] = {
     **dict.fromkeys(("stages", "config", "begun", "tries", "adopted"), dict),
-    **{"steps": list, "redo": list, "lease": int, "adopting": int | None, "fresh": bool},
+    **{"steps": list, "redo": list, "lease": int, "adopting": int | None, "fresh": bool, "outdated": str},
 }
 _CONFIG: dict[str, Any] = {"model": dict, "data": dict}
 _ENTRY: dict[str, Any] = {"finished_at": int | float, "confirmed_at": int | float, "outputs": dict, "result": dict}
@@ -76,8 +76,22 @@ def ask_to_redo(manifest: dict[str, Any], stages: Sequence[str]) -> None:
     manifest["redo"] = redo
 
 
+def confirm(manifest: dict[str, Any], name: str, ahead: Collection[str]) -> bool:
+    """Notes in a manifest that a finished stage's inputs were seen to be what they were; whether there was need, as a stage
+    ``ahead`` was done since, or it was held to be out of date."""
+    stages, entry = manifest["stages"], manifest["stages"].get(name)
+    newest = max((confirmed_at(stages[stage]) for stage in ahead if stage in stages), default=0.0)
+    if entry is None or (confirmed_at(entry) >= newest and manifest.get("outdated") != name):
+        return False
+    entry["confirmed_at"] = max(time.time(), newest)
+    end_tries(manifest, name)
+    return True
+
+
 def end_tries(manifest: dict[str, Any], name: str) -> None:
-    """Takes out of a manifest what is noted of a stage that is not finished."""
+    """Takes out of a manifest what is noted of a stage that is not finished, or out of date."""
+    if manifest.get("outdated") == name:
+        del manifest["outdated"]
     for key in ("begun", "tries"):
         manifest.get(key, {}).pop(name, None)
     if name in manifest.get("redo", ()):

@@ -22,7 +22,7 @@ from emloc_ray.planning.prepared import Lookups, Prepared, Submit, prepare, star
 from emloc_ray.runs.batch.admission import Admission, Amount, Need, Ticket
 from emloc_ray.runs.batch.state import TaskReporter
 from emloc_ray.runs.batch.tasks import Task
-from emloc_ray.runs.changes import find_changes
+from emloc_ray.runs.changes import changed_keys, find_changes, unfinished
 from emloc_ray.runs.reporter import Reporter, Reporters
 from emloc_ray.runs.versions import check_versions
 from emloc_ray.stages.order import STEPS
@@ -89,7 +89,7 @@ class PipelineWork:
         :func:`emloc_ray.runs.run.run`."""
         self.accept_versions, self.batch = accept_versions, batch
         self.cache, self.reporter = cache, reporter or Reporter()
-        self._ready: dict[str, tuple[Prepared, Plan]] = {}
+        self._ready: dict[str, tuple[Prepared, Plan, set[str]]] = {}  # with the stages that are left to make
         self._gpus: tuple[float, float | None] | None = None  # of a Ray that was there already
         self.actors = FinalActors("a batch" if batch is None else batch.place)
 
@@ -99,14 +99,14 @@ class PipelineWork:
         not compute, or have stages that they cannot hold."""
         self._gpus = available, gpu_bytes
         problems: dict[str, list[str]] = {}
-        for name, (prepared, _) in [*self._ready.items()]:
+        for name, (prepared, _, left) in [*self._ready.items()]:
             changed = prepared.with_gpus(available, gpu_bytes)
             with _collected(problems, name):
                 check_kernel(changed.config)
                 if changed is not prepared:
                     changed = shrink_batches(changed)
-                    self._ready[name] = changed, (plan := make_plan(STEPS, changed))
-                    check_stages(plan, {*STEP_NAMES} - {*changed.run.stages()})
+                    self._ready[name] = changed, (plan := make_plan(STEPS, changed)), left
+                    check_stages(plan, left)
         raise_problems(problems)
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -126,7 +126,7 @@ class PipelineWork:
                 progress(number + 1, len(tasks))
         raise_problems(problems)
 
-    def _prepare(self, task: Task, lookups: Lookups | None = None) -> tuple[Prepared, Plan]:
+    def _prepare(self, task: Task, lookups: Lookups | None = None) -> tuple[Prepared, Plan, set[str]]:
         ready = self._ready.get(task.name)
         if ready is None or (ready[0].written_config or ready[0].config) != task.config:
             lookups = lookups or start_lookups(task.config)
@@ -136,13 +136,16 @@ class PipelineWork:
             is_written = not task.config.budget_is_default and task.config.memory_budget is not None
             if self._gpus is not None or not task.config.ray.joins:  # else its GPUs are not known yet
                 check_kernel(prepared.config)
-            if "gradients" not in manifest["stages"]:  # as a run does: what is finished may have run elsewhere
+            left = {*STEP_NAMES} - {*manifest["stages"]}
+            if manifest["stages"] and changed_keys(prepared, manifest):  # else no files are looked at, of many tasks
+                left = unfinished(prepared)
+            if "gradients" in left:  # as a run does: what is finished may have run elsewhere
                 check_gpus(prepared)
             if is_written:  # else it depends on free memory, and running tasks hold some
                 check_holding(prepared)
             plan = make_plan(STEPS, prepared)
-            check_stages(plan, {*STEP_NAMES} - {*manifest["stages"]})
-            ready = self._ready[task.name] = prepared, plan
+            check_stages(plan, left)
+            ready = self._ready[task.name] = prepared, plan, left
         return ready
 
     def changes(self, tasks: Sequence[Task]) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from small_runs import make_values, task_rows, write_jsonl
 from stage_artifacts import write_tokens
 
 from emloc_ray.config.reading import parse_config
+from emloc_ray.config.steps import VERBS
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.fingerprint import fingerprint
+from emloc_ray.planning.memory import BASE_BYTES
 from emloc_ray.planning.prepared import Prepared, prepare, splits_of
 from emloc_ray.runs.batch.tasks import Task
 from emloc_ray.runs.batch.work import PipelineWork
-from emloc_ray.runs.changes import check_accepted, find_changes, is_finished
+from emloc_ray.runs.changes import check_accepted, find_changes, is_finished, outdated_stage, unfinished
 from emloc_ray.runs.run import run as run_pipeline
+from emloc_ray.runs.status import current_stages
 from emloc_ray.runs.versions import made_with, redone_from
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.order import STEPS
@@ -61,6 +65,12 @@ def finish(values: dict[str, Any], until: str = "evaluate") -> None:
         prepared.run.commit(stage.name, key, files, RESULT, made_with(stage))
 
 
+def write_config(prepared: Prepared) -> None:
+    """Creates the run anew under another config, as a command does that goes on to run."""
+    steps = [stage.name for stage in STEPS if stage.wanted(prepared)]
+    prepared.run.create(prepared.config.model_dump(mode="json"), steps=steps, outdated=outdated_stage(prepared))
+
+
 def test_the_same_config_changes_nothing(values: dict[str, Any]) -> None:
     assert find_changes(changed(values)) is None  # nothing is there yet
     finish(values)
@@ -68,17 +78,44 @@ def test_the_same_config_changes_nothing(values: dict[str, Any]) -> None:
 
 
 def test_a_run_is_finished_where_no_stage_is_left(values: dict[str, Any]) -> None:
-    assert not is_finished(changed(values))
+    def finished(prepared: Prepared, forced: Collection[str] = (), until: str = VERBS[-1]) -> bool:
+        return is_finished(prepared, unfinished(prepared, forced, until), until)
+
+    assert not finished(changed(values))
     finish(values, until="finish")
-    assert is_finished(changed(values), until="correct")  # the verb that both belong to
-    assert not is_finished(changed(values))
+    assert finished(changed(values), until="correct")  # the verb that both belong to
+    assert not finished(changed(values))
     finish(values)
-    assert is_finished(changed(values, evaluation={"num_workers": 1}))
-    assert not is_finished(changed(values), redone_from("merge"))
-    assert not is_finished(changed(values, finetune={"learning_rate": 1e-3}))
-    assert not is_finished(changed(values, finetune={"exact_steps": 0}))  # which removes what they left
+    assert finished(changed(values, evaluation={"num_workers": 1}))
+    assert not finished(changed(values), redone_from("merge"))
+    assert not finished(changed(values, finetune={"learning_rate": 1e-3}))
+    assert not finished(changed(values, finetune={"exact_steps": 0}))  # which removes what they left
     changed(values).run.path("merged", "a.json").unlink()
-    assert not is_finished(changed(values))
+    assert not finished(changed(values))
+
+
+def test_what_is_left_is_what_a_changed_config_redoes(values: dict[str, Any]) -> None:
+    finish(values)
+    assert not unfinished(changed(values)).intersection(current_stages(changed(values).run.manifest()))
+    last = {"finetune", "correct", "finish", "merge", "evaluate"}
+    wanted = {stage.name for stage in STEPS if stage.wanted(changed(values))}
+    assert unfinished(changed(values, finetune={"learning_rate": 1e-3})) & wanted == last
+    assert unfinished(changed(values), redone_from("merge")) & wanted == {"merge", "evaluate"}
+    shutil.rmtree(changed(values).run.path("calibration"))
+    assert unfinished(changed(values)) & wanted == {"calibrate"}
+
+
+def test_what_a_changed_config_redoes_is_checked_before_anything_is_removed(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(values)
+    before = changed(values).run.manifest()
+    values["memory_budget"] = BASE_BYTES
+    values["data"] = {**values["data"], "max_seq_length": 32}
+    monkeypatch.setattr("emloc_ray.runs.run.connection", None)  # it does not come to that
+    with pytest.raises(ConfigError, match=r"memory_budget is .* before it reads a row: give it more"):
+        run_pipeline(parse_config(values), accept_changes=True)
+    assert changed(values).run.manifest() == before
 
 
 def test_what_redoes_nothing_is_not_asked_for(values: dict[str, Any]) -> None:
@@ -87,6 +124,8 @@ def test_what_redoes_nothing_is_not_asked_for(values: dict[str, Any]) -> None:
     assert (
         find_changes(changed(values, finetune={"save_steps": 1, "save_total_limit": 2, "log_level": "error"})) is None
     )
+    words = {"logging_steps": 5, "logging_first_step": True, "save_strategy": "no", "project": "mine"}
+    assert find_changes(changed(values, finetune={**words, "eval_delay": 2, "num_train_epochs": 3})) is None
     assert find_changes(changed(values, correction={"clamp": None, "strength": 0.5})) is None  # of auto
     assert find_changes(changed(values, correction={"method": "covariance", "strength": 0.5})) is not None
 
@@ -143,7 +182,14 @@ def test_what_is_asked_for_by_name_is_not_asked_again(values: dict[str, Any]) ->
     prepared = changed(values, finetune={"learning_rate": 1e-3})
     assert find_changes(prepared, redone_from("finetune")) is None
     assert find_changes(prepared, redone_from("correct")) is not None
-    assert find_changes(prepared, until="factorize") is None
+    asked = find_changes(prepared, ("factorize", "finetune"), until="finetune")
+    assert str(asked).endswith("that makes correct, finish, merge, evaluate out of date")
+
+
+def test_a_stage_that_is_redone_on_request_goes_before_others(values: dict[str, Any]) -> None:
+    finish(values)
+    assert find_changes(changed(values), ["factorize"]) is None
+    assert find_changes(changed(values), redone_from("calibrate")[:1], until="calibrate") is None
 
 
 def test_what_a_verb_does_not_reach_is_left_out_of_date(values: dict[str, Any]) -> None:
@@ -153,6 +199,50 @@ def test_what_a_verb_does_not_reach_is_left_out_of_date(values: dict[str, Any]) 
         "that redoes data, and of calibrate what follows from it and makes factorize, finetune, correct, finish, merge,"
         " evaluate out of date (in data/, calibration/)"
     )
+
+
+def test_a_verb_before_the_changed_stage_leaves_what_follows_out_of_date(values: dict[str, Any]) -> None:
+    finish(values)
+    prepared = changed(values, emulator={"compression_ratio": 0.25})
+    asked = find_changes(prepared, until="calibrate")
+    assert asked == (
+        "the config has emulator.compression_ratio 0.25 (was 0.5): that makes factorize, finetune, correct, finish, merge,"
+        " evaluate out of date"
+    )
+    write_config(prepared)
+    assert current_stages(prepared.run.manifest()) == ["data", "calibrate"]
+    assert find_changes(prepared) is None  # which was agreed to
+
+
+def test_what_was_out_of_date_stands_again_once_the_config_is_changed_back(values: dict[str, Any]) -> None:
+    finish(values)
+    everything = current_stages(changed(values).run.manifest())
+    write_config(changed(values, finetune={"exact_steps": 0}))
+    assert current_stages(changed(values).run.manifest())[-1] == "correct"
+    write_config(changed(values))
+    assert current_stages(changed(values).run.manifest()) == everything
+
+
+def test_what_is_out_of_date_stands_once_it_is_made_anew_or_confirmed(values: dict[str, Any]) -> None:
+    finish(values)
+    run = changed(values).run
+    for done in (lambda: run.commit("finetune", "key", [], RESULT), lambda: run.confirm("finetune", ahead=["data"])):
+        write_config(changed(values, finetune={"learning_rate": 1e-3}))
+        assert "finetune" not in current_stages(run.manifest())
+        done()
+        assert "finetune" in current_stages(run.manifest())
+
+
+def test_files_that_are_gone_do_not_hide_what_changed(values: dict[str, Any]) -> None:
+    """All but those of the last stage that writes any, one after another, from the end."""
+    finish(values)
+    for folder in ("merged", "adapter_finished", "adapter", "adapter_emulator", "emulator", "calibration", "data"):
+        shutil.rmtree(changed(values).run.path(folder))
+        assert find_changes(changed(values)) is None
+        asked = find_changes(changed(values, adapter={"r": 2}))
+        assert asked is not None
+        assert "adapter.r 2 (was 4): that redoes" in asked
+        assert "evaluate" in asked
 
 
 def test_an_unfinished_run_goes_on(values: dict[str, Any]) -> None:

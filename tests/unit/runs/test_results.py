@@ -155,7 +155,7 @@ def test_a_clock_that_goes_back_hides_no_stage(prepared: Prepared, monkeypatch: 
     ahead = time.time() + 300
     counts = {"usage": USAGE, "splits": {}, "num_tokens": 7, "num_shards": 1}
     with monkeypatch.context() as patch:
-        patch.setattr("emloc_ray.io.runs.directory.time.time", lambda: ahead)
+        patch.setattr("emloc_ray.io.runs.manifest.time.time", lambda: ahead)
         prepared.run.commit("data", "key", [], counts)
     prepared.run.commit("calibrate", "key", [], counts)
     assert "calibration" in assemble_metrics(prepared.run, prepared)
