@@ -121,7 +121,7 @@ class CachePlace:
         try:
             names = self.store.names() if self.store is not None else _names(self.root)
             if MARKER not in names:
-                others = sorted(name for name in names if not name.startswith(f".{MARKER}."))
+                others = sorted(name for name in names if name != _LOCKS and not name.startswith(f".{MARKER}."))
                 if others:
                     raise ConfigError(
                         f"The artifact cache {self.name} holds files of something else ({', '.join(others[:3])}) and no"

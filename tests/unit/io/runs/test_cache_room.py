@@ -367,6 +367,15 @@ def test_a_place_of_something_else_is_refused(tmp_path: Path) -> None:
         ArtifactCache(str(tmp_path / "empty"))
 
 
+def test_a_place_that_was_emptied_but_for_its_locks_is_made_again(local: ArtifactCache) -> None:
+    """As ``rm -rf cache/*`` leaves it."""
+    with local.alone(KEY):
+        pass
+    (Path(local.place) / MARKER).unlink()
+    with local.alone(KEY):
+        assert ArtifactCache(local.place).is_made()
+
+
 @pytest.mark.server
 def test_a_store_of_something_else_is_refused(place: Callable[..., str]) -> None:
     ObjectStore(place("bucket", "other")).write("notes.txt", b"mine")
