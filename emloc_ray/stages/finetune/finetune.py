@@ -65,6 +65,8 @@ def finetune(
     restart would not change; and what ``progress`` raised to stop the training, after a checkpoint.
     """
     job.storage_dir.mkdir(parents=True, exist_ok=True)
+    if other := other_try(job):
+        tell(other)
     job = replace(job, planned_s=resources.planned_s, folder=claim_try_folder(job.storage_dir))
     for left in (job.stop_path, job.step_path, job.begun_path, job.out_of_memory_path, job.last_word_path):
         discard(left)
@@ -93,6 +95,15 @@ def finetune(
         "sequences_per_second": None if outcome["resumed"] else outcome["sequences_per_second"],
         **({"validation": {"history": ordered, "keeps_best": keeps_best, "goes_by": goes_by}} if ordered else {}),
     }
+
+
+def other_try(job: FinetuneJob) -> str | None:
+    """Says so where a try that was broken off had other inputs: none of its steps are gone on from."""
+    logs = [path for path in sizes(job.storage_dir) if path.name.endswith(job.log_path.name.removeprefix(job.name))]
+    if not logs or job.log_path in logs:
+        return None
+    reached = max((line["step"] for path in logs for line in read_objects(read_small_file(path))), default=0)
+    return f"{job.stage} begins anew: its settings or inputs have changed since the try that reached step {reached}."
 
 
 def mean_loss(history: Sequence[dict[str, Any]]) -> float:

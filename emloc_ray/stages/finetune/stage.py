@@ -33,9 +33,20 @@ NOT_LEARNED = frozenset(
         "run_name",
         "exact_steps",
         "disable_tqdm",
+        "include_num_input_tokens_seen",
         "log_level",
         "log_level_replica",
+        "log_on_each_node",
+        "logging_dir",
+        "logging_first_step",
+        "logging_nan_inf_filter",
+        "logging_strategy",
+        "project",
+        "save_on_each_node",
+        "save_strategy",
         "save_total_limit",
+        "skip_memory_metrics",
+        "trackio_space_id",
         "torch_empty_cache_steps",
         "ddp_timeout",
     }
@@ -53,19 +64,23 @@ VALIDATION = frozenset(
         "early_stopping_threshold",
     }
 )
+_SCORED_BY_TRAINER = frozenset({"eval_delay", "eval_on_start", "per_device_eval_batch_size"})
 
 
 def learned(section: FinetuneConfig, *own: str) -> Inputs:
     """The settings that decide what a training learns, but for ``own``; ``bf16: auto`` follows from the machine."""
     machine = {"bf16"} if section.bf16 == "auto" else set()
     off = set() if section.packing else {"packing"}
-    off |= set() if section.validates else VALIDATION
+    off |= set() if section.validates else VALIDATION | _SCORED_BY_TRAINER
     off |= {"eval_original_every", "metric_for_best_model"} if section.eval_original_every is None else set()
     off |= {"loraplus_lr_ratio"} if section.loraplus_lr_ratio is None else set()
     settings = without(section, NOT_LEARNED | machine | off | set(own))
-    if not section.validates or section.eval_steps is not None:  # else they say when it is scored
-        settings["save_steps"] = FinetuneConfig.model_fields["save_steps"].default
-    return settings
+    unread = ["logging_steps"]
+    unread += (
+        ["save_steps"] if not section.validates or section.eval_steps is not None else []
+    )  # else they say when it is scored
+    unread += ["num_train_epochs"] if section.max_steps != -1 and "num_train_epochs" in settings else []
+    return settings | {key: FinetuneConfig.model_fields[key].default for key in unread}
 
 
 def steps_of(context: Context) -> int:

@@ -112,13 +112,16 @@ def _inputs(context: Context) -> Inputs:
 
 
 def _heal(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
+    from emloc_ray.stages.finetune.finetune import other_try
     from emloc_ray.stages.heal.heal import heal
 
     healing = context.prepared.config.emulator.heals
     assert healing is not None
     begun = context.begun(inputs)
-    discard_both_unless(context.path(_PLACE), context.path("emulator_healed"), begun)
     job = healing_job(context, healing, f"heal-{fingerprint(begun)}")
+    if other := other_try(job.training):
+        context.note(other)
+    discard_both_unless(context.path(_PLACE), context.path("emulator_healed"), begun)
     return heal(job, context.base_config(), granted, progress, context.note, context.detail)
 
 

@@ -17,7 +17,7 @@ from emloc_ray.io.store import objects
 from emloc_ray.io.store.node_cache import mirror
 from emloc_ray.stages.finetune import finetune as stage
 from emloc_ray.stages.finetune import trainer
-from emloc_ray.stages.finetune.finetune import Watcher
+from emloc_ray.stages.finetune.finetune import Watcher, other_try
 from emloc_ray.stages.finetune.group_callbacks import read_small_file
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.trainer import StepKeeper
@@ -77,6 +77,15 @@ def test_a_look_reads_as_much_of_a_long_log_as_of_a_short_one(
     with Watcher(job, lambda done, total: None, print, poll_s=60):
         pass
     assert 0 < sum(read) < 100
+
+
+def test_a_try_of_other_inputs_that_was_broken_off_is_told(tmp_path: Path) -> None:
+    job = dataclasses.replace(JOB, storage_dir=tmp_path)
+    assert other_try(job) is None
+    dataclasses.replace(job, name="other").log_path.write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "loss": 0.5}\n')
+    assert str(other_try(job)).endswith("have changed since the try that reached step 20.")
+    job.log_path.write_text("")
+    assert other_try(job) is None  # it goes on
 
 
 def test_a_store_is_given_the_log_with_a_checkpoint_and_not_a_line_at_a_time(
