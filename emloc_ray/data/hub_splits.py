@@ -5,7 +5,11 @@ A split is named as ``datasets`` does (https://huggingface.co/docs/datasets/load
 """
 
 import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+from emloc_ray.io.runs.fingerprint import fingerprint_large_files
 
 _SLICE = re.compile(r"(?P<name>[^\[(]+)(?:\[(?P<begin>-?\d+%?)?:(?P<end>-?\d+%?)?\])?")
 
@@ -28,6 +32,11 @@ class HubSplit(NamedTuple):
     def __str__(self) -> str:
         return f"hf:{self.dataset}{f'@{self.subset}' if self.subset else ''}:{self.part}"
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder of this machine that the data set is, as ``datasets`` takes it; None where it is on the hub."""
+        return Path(self.dataset) if Path(self.dataset).is_dir() else None
+
     def whole(self) -> str:
         """The first split that ``part`` takes rows of, all of it: what can be streamed."""
         return re.split(r"[\[(+]", self.part)[0]
@@ -40,6 +49,17 @@ class HubSplit(NamedTuple):
         return self.part == other.part or any(
             _overlap(_piece(one), _piece(two)) for one in self.part.split("+") for two in other.part.split("+")
         )
+
+
+def content_of_folders(hub: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Of every split, by its places on the ``hub``, a hash of each folder of this machine among these; splits without one are
+    left out."""
+    folders = {name: [HubSplit.of(place, name).folder for place in places] for name, places in hub.items()}
+    return {
+        name: [fingerprint_large_files(sorted(folder.rglob("*"))) for folder in every if folder is not None]
+        for name, every in folders.items()
+        if any(every)
+    }
 
 
 class _Piece(NamedTuple):

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emloc_ray.config.schema import RunConfig
+from emloc_ray.data.hub_splits import content_of_folders
 from emloc_ray.data.reading import fingerprint_sources
 from emloc_ray.errors import DataError
-from emloc_ray.io.runs.fingerprint import content_of
+from emloc_ray.io.runs.fingerprint import content_of, fingerprint
 from emloc_ray.planning.prepared import Prepared, splits_of
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.stage import Stage
@@ -43,7 +44,10 @@ def split_inputs(prepared: Prepared) -> Inputs:
 
 
 def _row_files(prepared: Prepared) -> dict[str, str]:
-    return {name: fingerprint_sources(sources) for name, sources in prepared.files.items()}
+    files = {name: fingerprint_sources(sources) for name, sources in prepared.files.items()}
+    splits = {name: getattr(prepared.config.data, name) for name in splits_of(prepared.config)}
+    folders = content_of_folders({name: split.hub for name, split in splits.items() if split is not None})
+    return files | {name: fingerprint([files.get(name), content]) for name, content in folders.items()}
 
 
 def _check_rows(prepared: Prepared, files: dict[str, str]) -> None:

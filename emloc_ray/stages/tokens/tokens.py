@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.hub import download
+from emloc_ray.data.hub_splits import content_of_folders
 from emloc_ray.data.reading import SourceFile, scan
 from emloc_ray.data.splits import CALIBRATION_SEED, MIXTURE_SEED, SPLITS, RowSelection, assign_splits
 from emloc_ray.data.token_budget import rows_within
@@ -147,7 +148,8 @@ def split_sources(prepared: Prepared, out_dir: Path, progress: Progress = silent
     hub = {name: split.hub for name, split in named.items() if split.hub}
     if hub or config.data.generate is not None:
         # What was made for the run stays with it: neither the hub nor the installed sources need be as they were.
-        discard_unless(directory, [config.data.generate, config.seed if config.data.generate else None, _as_named(hub)])
+        made_of = [config.data.generate, config.seed if config.data.generate else None, _as_named(hub)]
+        discard_unless(directory, [*made_of, *filter(None, [content_of_folders(hub)])])
     sources: dict[str, tuple[SourceFile, ...]] = dict(prepared.files)
     if config.data.generate is not None:
         sources |= _generate(config.data.generate, directory, config.seed)

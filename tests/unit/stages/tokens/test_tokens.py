@@ -213,6 +213,29 @@ def test_rows_are_made_once_for_each_seed(
     assert made == [0, 5]
 
 
+def test_rows_of_a_folder_of_this_machine_count_by_content(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``hf:FOLDER``, where ``datasets`` reads what lies here; rows of the hub stay as they were downloaded."""
+    folder = tmp_path / "saved"
+    folder.mkdir()
+
+    def download(place: str, split: str, path: Path, look: Any) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(task_rows(int((folder / "rows").read_text()))), path)
+
+    monkeypatch.setattr("emloc_ray.stages.tokens.tokens.download", download)
+    values = {"run_dir": str(tmp_path / "run"), "model": {"source": str(tiny_model_dir("llama"))}}
+    values["data"] = {"train": {"path": f"hf:{folder}"}, "format": "prompt_completion"}
+    ready, seen = prepare(parse_config(values)), []
+    for rows in ("40", "40", "90"):
+        (folder / "rows").write_text(rows)
+        seen.append((split_inputs(ready)["files"], split_sources(ready, tmp_path / "data")["train"][0].num_rows))
+    assert [rows for _, rows in seen] == [40, 40, 90]
+    assert seen[0] == seen[1]
+    assert seen[1][0] != seen[2][0]
+
+
 def test_the_seed_draws_every_split(prepared: Make) -> None:
     drawn = []
     for seed in (0, 1):
