@@ -273,5 +273,6 @@ def _write_split_index(
         )
     # Without places, which may be the run's own: runs share the results of equal rows.
     shared = {key: value for key, value in asdict(options).items() if key not in ("tokenizer", "image_places")}
+    shared["skip_bad_rows"] &= counts["skipped_rows"] > 0  # else the tokens are those of data.on_error: fail
     write_index(directory, [int(shard["rows"]) for shard in shards], {**counts, "options": shared})
     return counts
