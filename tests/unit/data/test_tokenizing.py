@@ -85,6 +85,15 @@ def test_what_is_there_is_kept_and_the_rest_is_made_as_it_was(
 
 
 @pytest.mark.usefixtures("inline")
+def test_skipping_bad_rows_where_there_are_none_makes_the_same_files(tmp_path: Path, options: TokenizeOptions) -> None:
+    splits = {"s": selected(write_jsonl(tmp_path / "a.jsonl", task_rows()))}
+    for name in ("fail", "skip"):
+        made = replace(options, skip_bad_rows=name == "skip")
+        tokenize_splits(splits, made, tmp_path / name, rows_per_shard={"s": 50}, num_workers=1)
+    assert shards_of(tmp_path / "fail" / "s") == shards_of(tmp_path / "skip" / "s")
+
+
+@pytest.mark.usefixtures("inline")
 def test_row_lengths_are_those_of_the_rows_that_are_kept(tmp_path: Path, options: TokenizeOptions) -> None:
     rows = task_rows(700)
     rows[5] = {"prompt": "long " * 50, "completion": "lost"}
