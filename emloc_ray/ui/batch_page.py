@@ -74,7 +74,7 @@ def render_batch(name: str, state: BatchState, stages: Stages) -> str:
 
 
 def _row(task: TaskState, stages: Sequence[StageRun]) -> dict[str, Any]:
-    before, after = task.original_loss, task.corrected_loss
+    before, after = task.original_loss, task.served_loss
     reason = visible(task.reason or "")
     return {
         "name": visible(task.name),

@@ -78,10 +78,10 @@ def status_text(task: TaskState) -> str:
 
 
 def held_out(task: TaskState) -> str:
-    """The held-out loss, of the original and with the corrected adapter; empty before the evaluation."""
-    if task.original_loss is None or task.corrected_loss is None:
+    """The held-out loss, of the original and of the result as it is served; empty before the evaluation."""
+    if task.original_loss is None or task.served_loss is None:
         return ""
-    return f"{task.original_loss:.3f}{NO_BREAK}→{NO_BREAK}{task.corrected_loss:.3f}"
+    return f"{task.original_loss:.3f}{NO_BREAK}→{NO_BREAK}{task.served_loss:.3f}"
 
 
 def counts(state: BatchState) -> str:

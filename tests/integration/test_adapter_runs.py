@@ -76,7 +76,7 @@ def held_out_loss(run: RunDirectory, model: Any) -> float:
 
 def test_every_method_ends(ended: tuple[Path, BatchState]) -> None:
     assert {task.name: task.status for task in ended[1].tasks} == dict.fromkeys(TASKS, "done")
-    losses = [task.corrected_loss for task in ended[1].tasks]
+    losses = [task.served_loss for task in ended[1].tasks]
     assert len(set(losses)) == len(TASKS)
 
 

@@ -136,7 +136,7 @@ def test_losses_and_the_summary_are_those_of_the_runs(ended: BatchState, batch_f
         assert (table[name]["status"], table[name]["reason"]) == (task.status, task.reason)
         if task.status == "done":
             metrics = json.loads((batch_file.parent / "many" / "tasks" / name / "metrics.json").read_text())
-            assert table[name]["corrected_loss"] == metrics["evaluation"]["corrected"]["loss"]
+            assert table[name]["served_loss"] == metrics["evaluation"]["merged"]["loss"]
             assert table[name]["train_loss"] == metrics["finetune"]["train_loss"]
 
 

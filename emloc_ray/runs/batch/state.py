@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from emloc_ray.config.steps import served_variant
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.atomic import write_json, write_text
@@ -28,7 +29,7 @@ Status = Literal["waiting", "running", "done", "failed", "cancelled"]
 @dataclass(frozen=True)
 class TaskState:
     """The state of one task; times in seconds since 1970, ``seconds`` of its stages in all tries. ``stage`` is the one that it
-    runs, waits for or ended in; ``units``: those done of this stage, and all."""
+    runs, waits for or ended in; ``units``: those done of this stage, and all; ``served_loss``: of the result as it is served."""
 
     name: str
     status: Status = "waiting"
@@ -43,7 +44,7 @@ class TaskState:
     planned_bytes: int = 0
     train_loss: float | None = None
     original_loss: float | None = None
-    corrected_loss: float | None = None
+    served_loss: float | None = None
     notes: int = 0
     taken: tuple[str, ...] = ()
 
@@ -235,5 +236,5 @@ class TaskReporter(Reporter):
             seconds=sum(stage["wall_s"] for stage in metrics["stages"].values()),
             train_loss=metrics.get("finetune", {}).get("train_loss"),
             original_loss=losses.get("original"),
-            corrected_loss=losses.get("corrected"),
+            served_loss=losses.get(served_variant(losses)),
         )

@@ -23,7 +23,7 @@ _SCHEMA = pa.schema(
         ("planned_bytes", pa.int64()),
         ("train_loss", pa.float64()),
         ("original_loss", pa.float64()),
-        ("corrected_loss", pa.float64()),
+        ("served_loss", pa.float64()),
         ("notes", pa.int64()),
         ("taken", pa.list_(pa.string())),
     ]

@@ -44,7 +44,7 @@ def stages(begin: float, *names: str, taken: tuple[str, ...] = ()) -> tuple[Stag
 
 def done(name: str, corrected: float = 3.0, begun: float = BEGIN, notes: int = 0) -> TaskState:
     times: dict[str, float] = {"started_at": begun, "ended_at": begun + 134, "seconds": 134.0}
-    losses = {"original_loss": 4.0, "corrected_loss": corrected}
+    losses = {"original_loss": 4.0, "served_loss": corrected}
     return TaskState(name, "done", "evaluate", notes=notes, **times, **losses)  # type: ignore[arg-type]
 
 

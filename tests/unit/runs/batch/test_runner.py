@@ -249,7 +249,7 @@ def test_an_interrupt_ends_stages_and_the_next_run_goes_on(tmp_path: Path) -> No
 
 
 def test_a_task_that_is_done_stays_so_until_it_was_checked_again(tmp_path: Path) -> None:
-    losses = {"train_loss": 2.0, "original_loss": 4.0, "corrected_loss": 3.0, "seconds": 60.0, "notes": 2}
+    losses = {"train_loss": 2.0, "original_loss": 4.0, "served_loss": 3.0, "seconds": 60.0, "notes": 2}
     done = TaskState("done", "done", "evaluate", **losses)  # type: ignore[arg-type]
     started, let_go = threading.Event(), threading.Event()
 
@@ -283,7 +283,7 @@ def test_what_is_redone_has_its_old_losses_no_more(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "task")
     run.create({})
     board = Board(
-        0.0, [TaskState("a", "running", train_loss=2.0, original_loss=4.0, corrected_loss=3.0, taken=("data",))]
+        0.0, [TaskState("a", "running", train_loss=2.0, original_loss=4.0, served_loss=3.0, taken=("data",))]
     )
     reporter = TaskReporter(board, "a", lambda text: None)
     run.write_metrics({"stages": {"data": {"wall_s": 5.0}}})
@@ -292,6 +292,16 @@ def test_what_is_redone_has_its_old_losses_no_more(tmp_path: Path) -> None:
     assert board["a"] == TaskState("a", "running", seconds=5.0, taken=("data",))
     reporter.finish("data", {}, {})
     assert board["a"].taken == ()
+
+
+def test_a_task_has_the_loss_of_what_is_served(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "task")
+    run.create({})
+    board = Board(0.0, [TaskState("a", "running")])
+    losses = {"original": 4.0, "corrected": 3.0, "finished": 2.5, "merged": 2.5}
+    run.write_metrics({"stages": {}, "evaluation": {name: {"loss": loss} for name, loss in losses.items()}})
+    TaskReporter(board, "a", lambda text: None).changed(run)
+    assert (board["a"].original_loss, board["a"].served_loss) == (4.0, 2.5)
 
 
 def test_a_full_disk_for_a_moment_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
