@@ -103,6 +103,11 @@ def signed(value: float, digits: int = 4) -> str:
     return text if re.search("[1-9n]", text) else text[1:]
 
 
+def whole_percent(share: float) -> str:
+    """A certainty in per cent, rounded down and never whole: ``93 %``, and ``99 %`` of 0.9951 and of 1."""
+    return f"{min(99, math.floor(100 * share))} %"
+
+
 def visible_controls(text: str) -> str:
     """Text that others wrote, its control characters made visible (␀), which a terminal would obey."""
     text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda control: chr(0x2400 + ord(control[0])), text)

@@ -24,7 +24,17 @@ from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.status import asked_steps, begun_stage, current_stages, older_stages
 from emloc_ray.runs.trace import TRACE
 from emloc_ray.stages.order import STEPS as STAGES
-from emloc_ray.text import counted, describe_choice, described_bits, duration, listed, signed, size, visible
+from emloc_ray.text import (
+    counted,
+    describe_choice,
+    described_bits,
+    duration,
+    listed,
+    signed,
+    size,
+    visible,
+    whole_percent,
+)
 from emloc_ray.ui.cards import METHOD_NAMES, describe_task, write_cards
 from emloc_ray.ui.drawing import bar, before_after, block_errors, loss_curve, share, validation_curve
 from emloc_ray.ui.layer_grids import column_tops, grids, heat_cells, shortfall_cells, total_shortfall
@@ -92,7 +102,9 @@ def _environment(step_names: tuple[str, ...]) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {function.__name__: function for function in (size, signed, duration, counted, visible)}
+    environment.filters |= {
+        function.__name__: function for function in (size, signed, duration, counted, visible, whole_percent)
+    }
     environment.filters |= {"choice": describe_choice, "headings": headings}
     functions = (bar, before_after, share, grids, column_tops, served_variant)
     environment.globals |= {

@@ -17,7 +17,7 @@ from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import trained_tokens
 from emloc_ray.stages.stage import Stage
-from emloc_ray.text import counted, describe_choice
+from emloc_ray.text import counted, describe_choice, whole_percent
 
 if TYPE_CHECKING:
     from emloc_ray.stages.correct.job import CorrectionJob
@@ -140,7 +140,7 @@ def _summary(result: Result) -> str:
     if considered.get("certainty") is not None:
         named = "it" if considered["method"] == result["method"] else describe_choice(considered)
         if considered["certainty"] >= 0.5:
-            sure = f"; with at least {100 * considered['certainty']:.0f} % certainty {named} is better than none"
+            sure = f"; with at least {whole_percent(considered['certainty'])} certainty {named} is better than none"
         else:
             sure = f"; the rows do not tell whether {named} is better than none"
     return f"{chosen}, best of {len(result['candidates'])} on {counted(result['selection_rows'], 'row')}{sure}"

@@ -294,6 +294,9 @@ def test_what_a_choice_was_made_on_is_told(finished: str) -> None:
     assert "The candidates read 2,082 tokens, of at most 2,100." in text
     assert "0.00321" in text
     assert "93 %" in text
+    fix["candidates"][1] |= {"gain": 0.02, "standard_error": 0.001, "certainty": 0.9999}
+    assert "99 %" in (told := Page(report.render("run", manifest(*STAGES), metrics)).text)
+    assert "100 %" not in told
     assert "(interpolated)" in text
     fix["considered"] = {**fix["candidates"][2], "certainty": 0.931}
     told = told_of_correct(fix)
@@ -302,6 +305,8 @@ def test_what_a_choice_was_made_on_is_told(finished: str) -> None:
     )
     other = told_of_correct({**fix, "method": "none"})
     assert "with at least 93 % certainty covariance, λ = 3, strength 0.5 is better than none" in other
+    fix["considered"]["certainty"] = 0.9951
+    assert "with at least 99 % certainty it is better" in told_of_correct(fix)
     fix["considered"]["certainty"] = 0.2
     assert "best of 3 on 11 rows; the rows do not tell whether it is better than none" in told_of_correct(fix)
     none = {"method": "none", "clamp": 3.0, "strength": 1.0, "selection_tokens": 0}
@@ -374,10 +379,14 @@ def test_a_refinement_is_shown_with_its_blocks_errors_and_finishing_with_its_cur
     text = Page(html).text
     assert "2 of 3 blocks refined, their mean error 67% of what it was. before, after." in text
     assert "block 0block 2" in text
+    assert "and the rank, the error before refinement. Mean" in text
     assert "block 1: 0.7500" in text
     assert html.count('class="compared"') == 1
     assert "Training loss over 8 steps, mean 0.5000 nats a token." in text
     assert "step 8: 0.4375" in text
+    healed = manifest(*STAGES[:2], "refine", "heal", *STAGES[2:])
+    text = Page(report.render("run", healed, {**metrics, "healing": healing_metrics()})).text
+    assert "and the rank, both before refinement and healing. Mean" in text
     del metrics["refinement"]["errors"]
     assert "block 0" not in Page(report.render("run", made, metrics)).text
 
