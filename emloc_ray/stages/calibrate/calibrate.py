@@ -3,7 +3,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,17 @@ def calibrate(
     return {
         "num_workers": _num_slots(job, resources),
         "num_shards": job.shards[1] - job.shards[0],
-        "num_tokens": max(index["num_tokens"].values()),
+        "num_tokens": tokens_read(job, index["num_tokens"]),
         "hold": job.hold,
         "waves": len(job.waves or (job.groups,)),
         **describe(job, index["num_tokens"], index.get("routed_tokens", {})),
     }
+
+
+def tokens_read(job: CalibrationJob, counts: Mapping[str, int]) -> int:
+    """Tokens of the rows that were read, by the linears' ``counts``: patches of an image, which its tower reads, are none."""
+    others = {name for name, stream in job.streams if stream == "other"}
+    return max([count for name, count in counts.items() if name not in others] or counts.values())
 
 
 def _is_whole(out_dir: Path) -> bool:
