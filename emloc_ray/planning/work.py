@@ -69,6 +69,13 @@ def num_train_sequences(prepared: Prepared, split: str = "train") -> int:
     return round(num_rows(prepared, split) * sequences_a_row(prepared, split))
 
 
+def packed(prepared: Prepared, rows: float) -> float:
+    """Sequences that training reads these rows as: packs of them with ``finetune.packing``."""
+    if not prepared.config.finetune.packing:
+        return rows
+    return rows * prepared.lengths.mean / (PACKED_SHARE * prepared.config.data.max_seq_length)
+
+
 def rows_trained(prepared: Prepared) -> int:
     """Rows, or packs of rows, that all steps of the fine-tuning read together."""
     return rows_a_step(prepared.config.finetune) * steps_trained(prepared)
@@ -76,10 +83,7 @@ def rows_trained(prepared: Prepared) -> int:
 
 def steps_trained(prepared: Prepared) -> int:
     """Optimizer steps of the fine-tuning, estimated from the rows that are known."""
-    count = float(num_train_sequences(prepared))
-    if prepared.config.finetune.packing:
-        count *= prepared.lengths.mean / (PACKED_SHARE * prepared.config.data.max_seq_length)
-    return num_steps(prepared.config.finetune, math.ceil(count))
+    return num_steps(prepared.config.finetune, math.ceil(packed(prepared, num_train_sequences(prepared))))
 
 
 def rows_selected_on(prepared: Prepared) -> float:
@@ -88,7 +92,9 @@ def rows_selected_on(prepared: Prepared) -> float:
     if section.method != "auto" or not prepared.layout.differs:
         return 0
     rows: float = section.num_selection_samples * CANDIDATES
-    return rows if section.max_share is None else min(rows, section.max_share * rows_trained(prepared))
+    if section.max_share is None:
+        return rows
+    return min(rows, section.max_share * rows_trained(prepared) / packed(prepared, 1))
 
 
 def tokens_adapted(prepared: Prepared, lengths: Lengths) -> float:

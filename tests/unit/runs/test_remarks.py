@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from emloc_ray.runs.remarks import (
     moved_for_completions,
     of_settings,
     over_budget,
+    repeated_rows,
     unread_at_ratio_one,
     unread_correction,
     unread_residuals,
@@ -89,6 +91,15 @@ def test_a_budget_that_stages_exceed_is_told_with_these(prepared: Make) -> None:
     said = str(said_of("1MiB"))
     assert said.startswith("memory_budget is 1.00 MiB a worker, but the plan says calibrate ")
     assert "finetune" in said
+
+
+def test_rows_that_are_packed_are_read_as_often(prepared: Make, tmp_path: Path) -> None:
+    (tmp_path / "short.jsonl").write_text((json.dumps({"text": "x" * 20}) + "\n") * 600)
+    data = {"train": {"path": str(tmp_path / "short.jsonl")}, "format": "text", "max_seq_length": 256}
+    epochs = {"num_train_epochs": 40, "max_steps": -1}
+    told = [repeated_rows(prepared(data=data, finetune={**epochs, "packing": on})) for on in (False, True)]
+    assert told[0] == told[1]
+    assert "about 40 times each" in str(told[0])
 
 
 def test_what_completions_move_is_told_where_blocks_come_over_a_link(prepared: Make) -> None:
