@@ -42,7 +42,8 @@ class StageCost:
 @dataclass(frozen=True, kw_only=True)
 class Costed:
     """What planning needs of a stage; it is handed the stages and imports none. ``name`` is its word in manifest and log;
-    ``workers`` gives the config section whose workers it takes."""
+    ``workers`` gives the config section whose workers it takes. ``outputs`` and ``scratch`` are folders of the run directory:
+    what later stages read, and what a killed try is continued from."""
 
     name: str
     workers: Callable[[RunConfig], StageConfig]
@@ -52,6 +53,8 @@ class Costed:
     """Whether this config has the stage."""
     steps: Callable[[Prepared], tuple[int, str]] | None = None
     """Its optimizer steps, and of what: ``(8, "on the original")``."""
+    outputs: tuple[str, ...] = ()
+    scratch: tuple[str, ...] = ()
     cost: Callable[[MemoryModel], StageCost] | None = None
     """Memory, disk and work; None where it is not planned for."""
 

@@ -17,7 +17,7 @@ from emloc_ray.text import counted, size, size_up
 # The parts of a GPU worker's memory that are on its node.
 _ON_HOSTS = ("base", "weights", "correction", "hidden states", "teacher", "in float64", "read ahead")
 _ON_BOTH = "weights"
-_SECONDS_BEFORE = 20  # to start Ray and make token shards
+_SECONDS_BEFORE = 15  # to start Ray
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class StagePlan:
     step_seconds: float = 0.0  # of an optimizer step, where it has any
     step_bytes: float = 0.0  # of weights that come to its workers in one
     scoring_seconds: float = 0.0  # of all scores between its steps
+    folders: tuple[str, ...] = ()  # of the run directory, that it writes
 
     @property
     def worker_bytes(self) -> int:
@@ -68,7 +69,6 @@ class Plan:
     parameters: int
     emulator_parameters: int
     inference: Parts
-    tokenizing: Parts
     calibration_hold: str
     speeds: Speeds
     choice: Choice | None = None
@@ -92,12 +92,12 @@ class Plan:
 
     @property
     def host_bytes(self) -> dict[str, int]:
-        """What one worker holds of its node's memory in every stage, and in ``data``, which makes the token shards before."""
-        return {"data": total(self.tokenizing), **{stage.name: stage.host_bytes for stage in self.stages}}
+        """What one worker holds of its node's memory in every stage."""
+        return {stage.name: stage.host_bytes for stage in self.stages}
 
     @property
     def seconds(self) -> float:
-        """Predicted wall time of all stages, and of the token shards before them."""
+        """Predicted wall time of all stages, and of Ray's start before them."""
         return _SECONDS_BEFORE + sum(stage.seconds for stage in self.stages)
 
 
@@ -112,7 +112,6 @@ def make_plan(stages: Sequence[Costed], prepared: Prepared, speeds: Speeds | Non
         layout.num_parameters,
         layout.num_parameters - saved,
         memory.inference(),
-        with_base(memory.tokenization_parts()),
         memory.calibration_hold(),
         speeds,
     )
@@ -138,6 +137,7 @@ def _planned(stage: Costed, memory: MemoryModel, speeds: Speeds) -> StagePlan:
         busy / steps if cost.steps else 0.0,
         cost.moved_bytes / steps if cost.steps else 0.0,
         scoring,
+        (*stage.outputs, *stage.scratch),
     )
 
 
@@ -159,10 +159,14 @@ def check_stages(plan: Plan, left: Container[str] | None = None) -> None:
 
 
 def missing_disk(plan: Plan, run: RunDirectory, left: Container[str]) -> int:
-    """The bytes that the run directory still grows by at most: those of the stages that are ``left``, no more than the whole
-    plan minus what is there, which they remove first."""
-    missing = sum(stage.disk_bytes for stage in plan.stages if stage.name in left)
-    return max(0, min(missing, plan.disk_bytes - sum(sizes(run.root).values())))
+    """The bytes that the run directory still grows by at most: those of the stages that are ``left``, without what lies in the
+    folders of each, which it goes on from or removes."""
+    stages = [stage for stage in plan.stages if stage.name in left]
+    return sum(max(0, stage.disk_bytes - _bytes_below(run, stage.folders)) for stage in stages)
+
+
+def _bytes_below(run: RunDirectory, folders: Sequence[str]) -> int:
+    return sum(sum(sizes(run.path(folder)).values()) for folder in folders)
 
 
 def within_budget(prepared: Prepared, speeds: Speeds | None = None) -> Choice:

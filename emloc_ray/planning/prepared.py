@@ -101,9 +101,10 @@ class Prepared:
         """How long the rows to train on are."""
         return self.lengths_of("train")
 
-    def lengths_of(self, split: str) -> Lengths:
-        """How long the rows of a split are."""
-        data, trust, image = self.config.data, self.config.model.trust_remote_code, self.layout.image.row_tokens
+    def lengths_of(self, split: str, packed: bool = True) -> Lengths:
+        """How long the rows of a split are; as they are in its files where they are not ``packed``."""
+        data = self.config.data if packed else self.config.data.model_copy(update={"packing": False})
+        trust, image = self.config.model.trust_remote_code, self.layout.image.row_tokens
         first = self.files.get(split, ())[:1]
 
         def count() -> Lengths:

@@ -49,15 +49,21 @@ def rows_held_out(prepared: Prepared) -> dict[str, int]:
 def num_rows(prepared: Prepared, split: str = "train") -> int:
     """Rows of a split that are read: as many as the config asks for, without those held out of train. Estimated where they are
     made or downloaded later."""
-    config = prepared.config
+    config, others = prepared.config, rows_held_out(prepared)
+    if split in others:
+        return others[split]
     asked = {
         "calibration": config.calibration.num_calibration_samples,
         "selection": config.correction.num_selection_samples,
         "eval": config.evaluation.num_samples,
     }
-    rows = _rows_taken(prepared, split)
-    others = rows_held_out(prepared) if split == "train" else {}
-    return min(rows - sum(others.values()), asked.get(split) or rows)
+    if split == "train" or (split == "calibration" and config.data.calibration is None):
+        rows = _rows_taken(prepared, "train") - sum(others.values())
+    elif getattr(config.data, split) is None:
+        rows = UNKNOWN_ROWS // 10  # the most that is taken out of train
+    else:
+        rows = _rows_taken(prepared, split)
+    return min(rows, asked.get(split) or rows)
 
 
 def _rows_taken(prepared: Prepared, split: str) -> int:
@@ -67,6 +73,18 @@ def _rows_taken(prepared: Prepared, split: str) -> int:
 def num_train_sequences(prepared: Prepared, split: str = "train") -> int:
     """What these rows become: more where a chat template rewrites earlier turns, by as many as the first rows tell."""
     return round(num_rows(prepared, split) * sequences_a_row(prepared, split))
+
+
+def tokens_stored(prepared: Prepared) -> tuple[float, float]:
+    """Tokens of all splits' shards, and the bytes of images beside them."""
+    tokens = images = 0.0
+    for split in splits_of(prepared.config):
+        lengths = prepared.lengths_of(split if prepared.files.get(split) else "train", packed=False)
+        rows = float(num_train_sequences(prepared, split))
+        if split == "calibration":
+            rows = min(rows, prepared.calibration_tokens(lengths.mean) / lengths.mean)
+        tokens, images = tokens + rows * lengths.mean, images + rows * lengths.image_bytes
+    return tokens, images
 
 
 def packed(prepared: Prepared, rows: float) -> float:
@@ -91,7 +109,7 @@ def rows_selected_on(prepared: Prepared) -> float:
     section = prepared.config.correction
     if section.method != "auto" or not prepared.layout.differs:
         return 0
-    rows: float = section.num_selection_samples * CANDIDATES
+    rows = float(num_rows(prepared, "selection") * CANDIDATES)
     if section.max_share is None:
         return rows
     return min(rows, section.max_share * rows_trained(prepared) / packed(prepared, 1))

@@ -25,8 +25,7 @@ def cached_by_weights(context: Context) -> Inputs:
 class Stage(Costed):
     """A step of a run: what it is made from, what it writes, how it runs, what it costs, and what is said of it.
 
-    ``title`` is its word on screens, ``verb`` the command that runs up to it, its own name unless another's. ``outputs`` and
-    ``scratch`` are folders of the run directory: what later stages read, and what a killed try is continued from.
+    ``title`` is its word on screens, ``verb`` the command that runs up to it, its own name unless another's.
     """
 
     title: str
@@ -36,8 +35,6 @@ class Stage(Costed):
     """Writes ``outputs``; imports what uses Ray when it is called."""
     format: int = 1
     """Raised with what it writes: what has another is made again, or the run refused."""
-    outputs: tuple[str, ...] = ()
-    scratch: tuple[str, ...] = ()
     verb: str = ""
     reads: Callable[[Context], Sequence[str]] = lambda context: ()
     """The stages whose files it reads that may have been dropped by now."""

@@ -9,7 +9,6 @@ from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
-from emloc_ray.planning.prepared import UNKNOWN_ROWS
 from emloc_ray.planning.sizes import gradient_bytes, gram_bytes
 from emloc_ray.planning.work import WITH_BACKWARD, block_work, head_work, tokens_calibrated
 from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, Labels, resume_job
@@ -117,11 +116,10 @@ def _gather_gradients(context: Context, inputs: Inputs, granted: Resources, prog
 
 def _gram_cost(memory: MemoryModel) -> StageCost:
     prepared, layout = memory.prepared, memory.layout
-    products = sum(group[0].token_share * group[0].in_features ** 2 for group in layout.groups) * 1.2
-    grams = sum(gram_bytes(group) for wave in memory.waves() for group in wave)
-    rows = sum(source.num_rows for files in prepared.files.values() for source in files) or UNKNOWN_ROWS
-    images = int(rows * memory.lengths.image_bytes)  # which the token shards hold
-    by_blocks = memory.calibration_hold() == BLOCKS
+    waves, by_blocks = memory.waves(), memory.calibration_hold() == BLOCKS
+    groups = [group for wave in waves for group in wave]
+    products = sum(group[0].token_share * group[0].in_features ** 2 for group in groups) * 1.2
+    grams, passes = sum(map(gram_bytes, groups)), 1 if by_blocks else len(waves)
     # Hidden states while the stage lasts, or a set of sums for each worker.
     held = memory.hidden_state_disk_bytes() if by_blocks else grams * prepared.config.calibration.num_workers
     tokens, section = tokens_calibrated(prepared, memory.lengths), prepared.config.calibration
@@ -130,9 +128,9 @@ def _gram_cost(memory: MemoryModel) -> StageCost:
     moved = memory.moved(memory.calibration_hold(), rows_read, section.batch_size)
     return StageCost(
         memory.calibration_parts(),
-        flops=tokens * 2 * (block_work(layout) + products),
-        moved_bytes=moved if by_blocks else moved * len(memory.waves()),
-        disk_bytes=images + grams // 2 + held,
+        flops=tokens * 2 * (passes * block_work(layout) + products),
+        moved_bytes=passes * moved,
+        disk_bytes=grams // 2 + held,
         efficiency=0.65,
         start_seconds=25,
     )

@@ -15,13 +15,24 @@ from tiny import REWRITING, make_tokenizer, save_quantized_emulator
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.config.steps import VERBS
+from emloc_ray.data.token_shards import TOKEN_BYTES
 from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.planning.calibration_memory import BASE_BYTES
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel, total
-from emloc_ray.planning.plan import Plan, make_plan, missing_disk
+from emloc_ray.planning.plan import Plan, StagePlan, make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.planning.work import num_rows, num_steps, rows_trained, steps_trained
+from emloc_ray.planning.work import (
+    CANDIDATES,
+    block_work,
+    num_rows,
+    num_steps,
+    rows_selected_on,
+    rows_trained,
+    steps_trained,
+    tokens_calibrated,
+)
 from emloc_ray.stages.order import STEPS
 from emloc_ray.text import size
 from emloc_ray.ui.terminal import disk_line, gradients_line, plan_tables, scores_line, step_lines
@@ -63,6 +74,13 @@ def stage(plan: Plan, name: str) -> Any:
     return next(entry for entry in plan.stages if entry.name == name)
 
 
+def cost(name: str, prepared: Prepared) -> float:
+    """A stage's floating-point operations."""
+    of = next(entry for entry in STEPS if entry.name == name).cost
+    assert of is not None
+    return of(MemoryModel(prepared)).flops
+
+
 def test_parameters_and_bytes_are_those_of_the_files(
     plan: Callable[..., Plan], tiny_model_dir: Callable[..., Path]
 ) -> None:
@@ -91,9 +109,59 @@ def test_a_run_that_goes_on_needs_the_disk_of_what_is_not_done(prepared: Callabl
         run.commit(name, "key", [run.path(name)], {})
     left = sum(entry.disk_bytes for entry in found.stages[2:])
     assert missing_disk(found, run, names[2:]) == left < found.disk_bytes
-    run.path("emulator.half").write_bytes(bytes(found.disk_bytes - left + 7))  # as a killed try left it
-    assert left - 1000 < missing_disk(found, run, names[2:]) < left - 7
+    run.path("data", "rows").mkdir()
+    run.path("data", "rows", "downloaded").write_bytes(bytes(left))  # of no stage that is left
+    assert missing_disk(found, run, names[2:]) == left
+    for folder in ("emulator", "training"):
+        run.path(folder).mkdir()
+        run.path(folder, "half").write_bytes(bytes(1000))  # as a killed try left it
+    assert missing_disk(found, run, names[2:]) == left - 2000
+    run.path("emulator", "half").write_bytes(bytes(stage(found, "factorize").disk_bytes + 1))  # more than was planned
+    assert missing_disk(found, run, names[2:]) == left - 1000 - stage(found, "factorize").disk_bytes
     assert missing_disk(found, run, ()) == 0
+
+
+def test_token_shards_are_planned_by_their_rows(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
+    def planned(**sections: Any) -> StagePlan:
+        return stage(make_plan(STEPS, prepared(**sections)), "data")
+
+    few = planned()
+    # Twelve rows of 20 tokens, ten of them left to train on, of which calibration reads copies.
+    assert few.disk_bytes == (12 + 10) * 20 * TOKEN_BYTES
+    assert planned(calibration={"num_calibration_samples": 4}).disk_bytes == (12 + 4) * 20 * TOKEN_BYTES
+    assert planned(calibration={"num_calibration_tokens": 60}).disk_bytes == (12 + 3) * 20 * TOKEN_BYTES
+    (tmp_path / "many.jsonl").write_text((json.dumps({"text": "x" * 20}) + "\n") * 12_000)
+    data = {"train": {"path": str(tmp_path / "many.jsonl")}, "max_seq_length": 64}
+    many = planned(data=data)
+    assert many.disk_bytes > 900 * few.disk_bytes / 2
+    assert many.seconds > few.seconds
+    assert planned(data={**data, "packing": True}).disk_bytes == many.disk_bytes  # joined, they have no more tokens
+
+
+def test_all_rows_of_a_file_are_evaluated_where_none_are_counted(
+    prepared: Callable[..., Prepared], tmp_path: Path
+) -> None:
+    (tmp_path / "eval.jsonl").write_text((json.dumps({"text": "x" * 20}) + "\n") * 3000)
+
+    def flops(number: int | None, **data: Any) -> float:
+        asked = {**prepared().config.data.model_dump(exclude_none=True), **data}
+        return cost("evaluate", prepared(data=asked, evaluation={"num_samples": number, "num_exact_match": 0}))
+
+    own = {"eval": {"path": str(tmp_path / "eval.jsonl")}}
+    assert flops(None, **own) == flops(3000, **own) > flops(2999, **own)
+    assert flops(None) == flops(256) == flops(1)  # a tenth of train, which is one row of twelve
+
+
+def test_every_wave_of_grams_is_a_pass(prepared: Callable[..., Prepared]) -> None:
+    model = {**prepared().config.model.model_dump(exclude_none=True), "hold": "resident"}
+    one = prepared(model=model, memory_budget=None)
+    tight = prepared(model=model, memory_budget=BASE_BYTES + 2**20)
+    waves = len(MemoryModel(tight).waves())
+    assert len(MemoryModel(one).waves()) == 1 < waves
+    more = 2 * tokens_calibrated(one, one.lengths) * block_work(one.layout) * (waves - 1)
+    assert cost("calibrate", tight) - cost("calibrate", one) == pytest.approx(more)
+    targeted = prepared(model=model, memory_budget=None, emulator={"target_modules": ["q_proj"]})
+    assert cost("calibrate", targeted) < cost("calibrate", one)  # others have no Grams
 
 
 def test_a_gpu_s_worker_takes_little_of_its_node_s_memory(plan: Callable[..., Plan]) -> None:
@@ -129,7 +197,7 @@ def test_rows_that_are_not_here_yet_are_planned_as_long_as_they_may_be(prepared:
 def test_every_stage_is_there_with_what_it_asks_for(plan: Callable[..., Plan]) -> None:
     healed = {"healing": {"steps": 3}}
     found = plan(calibration={"num_workers": 2}, emulator=healed, finetune={"num_workers": 2, "cpus_per_worker": 0.5})
-    assert tuple(entry.name for entry in found.stages) == VERBS
+    assert tuple(entry.name for entry in found.stages) == ("data", *VERBS)
     assert all(entry.memory["base"] > 0 and min(entry.memory.values()) > 0 for entry in found.stages)
     assert stage(found, "calibrate").num_workers == 2
     assert stage(found, "finetune").cpus_per_worker == 0.5
@@ -166,6 +234,9 @@ def test_packs_are_fewer_and_longer_than_rows(prepared: Callable[..., Prepared])
     assert rows_trained(packs.prepared) < rows_trained(rows.prepared)
     assert total(packs.finetuning_parts()) > total(rows.finetuning_parts())
     assert packs.calibration_parts() == rows.calibration_parts()
+    # A share of the tokens that are trained on, whatever they are read as.
+    assert rows_selected_on(packs.prepared) == pytest.approx(rows_selected_on(rows.prepared), rel=0.2)
+    assert 0 < rows_selected_on(packs.prepared) < CANDIDATES * num_rows(packs.prepared, "selection")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +331,8 @@ def test_bytes_in_4_bits_are_those_of_a_saved_emulator(
 
 def test_choosing_a_correction_takes_as_long_as_the_training_allows(plan: Callable[..., Plan]) -> None:
     def seconds(steps: int, **correction: Any) -> float:
-        found = plan(finetune={"max_steps": steps}, correction=correction)
+        one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+        found = plan(finetune={"max_steps": steps, **one}, correction=correction)
         return stage(found, "correct").seconds
 
     given = seconds(10_000, method="projection")
@@ -299,9 +371,9 @@ def needed_steps(prepared: Prepared) -> list[str]:
 
 def test_steps_without_work_are_not_waited_for(prepared: Callable[..., Prepared]) -> None:
     by_data, all_named = {"allocation": "sensitivity"}, {"ratios": {".*": 0.3}}
-    assert needed_steps(prepared(emulator=by_data)) == ["calibrate", "gradients", "allocate", *PLAIN]
-    assert needed_steps(prepared(emulator={**by_data, **all_named})) == ["calibrate", *PLAIN]
-    assert needed_steps(prepared(emulator={"compression_ratio": 1.0})) == PLAIN
+    assert needed_steps(prepared(emulator=by_data)) == ["data", "calibrate", "gradients", "allocate", *PLAIN]
+    assert needed_steps(prepared(emulator={**by_data, **all_named})) == ["data", "calibrate", *PLAIN]
+    assert needed_steps(prepared(emulator={"compression_ratio": 1.0})) == ["data", *PLAIN]
     prompt = {"method": "prompt_tuning"}
     assert "merge" not in needed_steps(prepared(adapter={**prompt, "num_virtual_tokens": 2}))
 
@@ -356,7 +428,7 @@ def test_what_ranks_by_data_take_is_planned(plan: Callable[..., Plan]) -> None:
     by_data = {"allocation": "sensitivity", "objective": "predictions"}
     plain, found = (plan(emulator=emulator, memory_budget=None) for emulator in ({}, by_data))
     names = [entry.name for entry in found.stages]
-    assert names == ["calibrate", "gradients", "allocate", "factorize", *VERBS[3:]]
+    assert names == ["data", "calibrate", "gradients", "allocate", "factorize", *VERBS[3:]]
     assert found.emulator_parameters == plain.emulator_parameters
     assert stage(found, "gradients").worker_bytes > stage(found, "calibrate").worker_bytes
     assert stage(found, "gradients").seconds > stage(found, "calibrate").seconds > 0

@@ -258,7 +258,12 @@ def test_encoded_images_in_rows_are_no_text(prepared: Make) -> None:
     # They are kept on disk as encoded, beside the tokens.
     assert ready.lengths.image_bytes == 75_000
 
-    def disk_bytes(row: dict[str, Any]) -> int:
-        return make_plan(STEPS, prepared(rows=[row] * 20, memory_budget=None)).disk_bytes
+    def disk_bytes(row: dict[str, Any], **sections: Any) -> int:
+        plan = make_plan(STEPS, prepared(rows=[row] * 20, memory_budget=None, **sections))
+        return next(stage.disk_bytes for stage in plan.stages if stage.name == "data")
 
-    assert disk_bytes(big) == disk_bytes(shown(0)) + 20 * 75_000
+    # Of each row once, and of the 16 that are left to train on once more, to calibrate on.
+    images = 36 * 75_000
+    assert images < disk_bytes(big) < images + 36 * 1000
+    assert disk_bytes(big) == disk_bytes(big, emulator={"compression_ratio": 1.0})
+    assert disk_bytes(shown(0)) < 36 * 1000

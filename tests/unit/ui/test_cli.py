@@ -83,7 +83,7 @@ def test_within_a_budget_plan_shows_what_else_could_be_trained_on(call: Call) ->
     assert planned.choice is not None
     assert planned.choice.sentence in result.stdout
     assert planned.prepared.config.emulator.compression_ratio == 1
-    assert [stage.name for stage in planned.stages] == ["factorize", "finetune", "correct", "merge", "evaluate"]
+    assert [stage.name for stage in planned.stages] == ["data", "factorize", "finetune", "correct", "merge", "evaluate"]
     as_written = emloc_ray.plan(planned.choice.asked)
     assert as_written.choice is not None
     assert as_written.prepared.config.emulator.compression_ratio == 0.5
