@@ -341,7 +341,7 @@ class MemoryModel(CalibrationMemory):
     def evaluation_plan(self) -> HoldPlan:
         """The original with its adapters, scoring a batch or completing one with a cache. Where its weights come and go: all
         variants at once, and one linear's merged weight."""
-        section = self.config.evaluation
+        section, scored = self.config.evaluation, self.prepared.variants_scored
         rows, completes = section.batch_size, section.num_generations or section.num_exact_match
         cached = rows * (self.lengths.longest + section.max_new_tokens) * self.itemsize * self._cached_per_token()
         merged = self.itemsize * max((s.num_parameters for s in self.adapted), default=0)
@@ -352,9 +352,9 @@ class MemoryModel(CalibrationMemory):
             forward = self._forward(rows * self.lengths.longest)
             completing = {"kv cache": min(2, number) * cached, "activations": forward, **adapters}
             most = max(scoring, completing if completes else {}, key=total)
-            return {**most, "merged": merged} if number > 1 and "merged" in section.variants else most
+            return {**most, "merged": merged} if number > 1 and "merged" in scored else most
 
-        return self._together(beside, len({*section.variants} - {*ON_EMULATOR}))
+        return self._together(beside, len({*scored} - {*ON_EMULATOR}))
 
     def prompts_at_once(self) -> int:
         """How many prompts are completed together: a batch; where weights come anew for every token, as many more as fit."""

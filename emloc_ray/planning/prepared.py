@@ -17,6 +17,7 @@ from emloc_ray.config.base import StageConfig
 from emloc_ray.config.emulator import HealingConfig
 from emloc_ray.config.finetune import FinetuneConfig
 from emloc_ray.config.schema import WORKER_SECTIONS, RunConfig
+from emloc_ray.config.steps import Variant
 from emloc_ray.data.images import NO_PROCESSOR
 from emloc_ray.data.reading import SourceFile
 from emloc_ray.data.splits import SPLITS
@@ -74,6 +75,12 @@ class Prepared:
     def finishes(self) -> bool:
         """Whether the corrected adapter is trained on, on the original."""
         return self.config.finetune.exact_steps > 0 and self.layout.differs
+
+    @property
+    def variants_scored(self) -> tuple[Variant, ...]:
+        """The evaluation's variants, without those that this run does not make."""
+        lacking = {"finished": not self.finishes, "merged": self.config.adapter.is_prompt}
+        return tuple(name for name in self.config.evaluation.variants if not lacking.get(name, False))
 
     @functools.cached_property
     def for_fingerprints(self) -> Prepared:

@@ -75,7 +75,7 @@ def _cost(memory: MemoryModel) -> StageCost:
     section, layout, hold = memory.config.evaluation, memory.layout, memory.evaluation_plan().hold
     blocks, kept, head = block_work(layout), emulator_work(layout), head_work(layout)
     rows, prompts = num_rows(memory.prepared, "eval"), max(section.num_generations, section.num_exact_match)
-    apart = [name for name in section.variants if layout.differs or name not in ON_EMULATOR]
+    apart = [name for name in memory.prepared.variants_scored if layout.differs or name not in ON_EMULATOR]
     works = ((kept if name in ON_EMULATOR else blocks) + head for name in apart)
     completed = 2 * prompts * section.max_new_tokens * (blocks + 4 * head)
     # All variants go through offloaded blocks together; a token of a completion is a pass too, of all prompts that are

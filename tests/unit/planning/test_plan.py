@@ -152,6 +152,21 @@ def test_all_rows_of_a_file_are_evaluated_where_none_are_counted(
     assert flops(None) == flops(256) == flops(1)  # a tenth of train, which is one row of twelve
 
 
+def test_variants_that_are_not_there_take_no_time_and_no_memory(prepared: Callable[..., Prepared]) -> None:
+    names = ["original", "emulator", "emulator_adapter", "uncorrected", "corrected", "merged"]
+    offloaded = {**prepared().config.model.model_dump(exclude_none=True), "hold": "offloaded"}
+    every, made = (
+        prepared(model=offloaded, evaluation=section)
+        for section in ({"variants": [*names, "finished"]}, {"variants": names})
+    )
+    assert cost("evaluate", every) == cost("evaluate", made)
+    assert MemoryModel(every).evaluation_plan() == MemoryModel(made).evaluation_plan()
+    finishes = prepared(model=offloaded, evaluation={"variants": [*names, "finished"]}, finetune={"exact_steps": 1})
+    assert cost("evaluate", finishes) > cost("evaluate", made)
+    prompts = prepared(adapter={"method": "prompt_tuning", "num_virtual_tokens": 2})
+    assert "merged" not in prompts.variants_scored
+
+
 def test_every_wave_of_grams_is_a_pass(prepared: Callable[..., Prepared]) -> None:
     model = {**prepared().config.model.model_dump(exclude_none=True), "hold": "resident"}
     one = prepared(model=model, memory_budget=None)

@@ -282,9 +282,7 @@ def test_a_task_that_is_done_stays_so_until_it_was_checked_again(tmp_path: Path)
 def test_what_is_redone_has_its_old_losses_no_more(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "task")
     run.create({})
-    board = Board(
-        0.0, [TaskState("a", "running", train_loss=2.0, original_loss=4.0, served_loss=3.0, taken=("data",))]
-    )
+    board = Board(0.0, [TaskState("a", "running", train_loss=2.0, original_loss=4.0, served_loss=3.0, taken=("data",))])
     reporter = TaskReporter(board, "a", lambda text: None)
     run.write_metrics({"stages": {"data": {"wall_s": 5.0}}})
     reporter.changed(run)
