@@ -260,7 +260,7 @@ def refine(
 
     task = resources.task(refine_blocks).options(name="refine: blocks")
     blocks_task = ("the blocks", functools.partial(task.remote, job))
-    losses = Losses("refine", tell, reached=written)
+    losses = Losses("refine", tell, files={"the blocks": [job.block_file(at) for at in range(num_blocks)]})
     bounded([blocks_task], 1, losses, look, planned_s=resources.planned_s)
     every_fit = list(fits(job).values())
     errors = [[fit.before, min(fit)] for fit in every_fit]

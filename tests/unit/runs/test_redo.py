@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from small_runs import RecordingReporter, make_values
@@ -17,8 +17,9 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ArtifactError, DamagedArtifactError, Stopped
 from emloc_ray.io.runs import directory
 from emloc_ray.io.runs.cache import ArtifactCache
+from emloc_ray.io.store import node_copies
 from emloc_ray.io.store.atomic import write_bytes
-from emloc_ray.io.store.digests import digest
+from emloc_ray.io.store.digests import digest_of
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import steps as runs_steps
 from emloc_ray.runs.steps import AtOnce, Steps
@@ -136,11 +137,12 @@ def test_no_file_is_read_twice_to_find_one_that_is_damaged(
     prepared.run.forget("merge")
     prepared.run.path("calibrate", "2").write_bytes(b"0")
 
-    def note(file: Path) -> str:
+    def note(stream: IO[bytes]) -> str:
+        file = Path(stream.name)
         read.append(f"{file.parent.name} {file.name}")
-        return digest(file)
+        return digest_of(stream)
 
-    monkeypatch.setattr(directory, "digest", note)
+    monkeypatch.setattr(node_copies, "digest_of", note)
     assert tries() == ["calibrate 2"]
     assert sorted(read) == ["calibrate 1", "calibrate 2", "factorize 1", "factorize 2"]
 
