@@ -14,6 +14,11 @@ from emloc_ray.text import one_line
 ROW_S = 60.0  # of a CPU that a template may take for one row
 _OTHER = "\ue000"  # an answer that shares no first character with another
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_THOUGHT = re.compile(r"(</?think>)")
+
+
+class _Refused(DataError):
+    """A template refuses a chat, or leaves out part of it."""
 
 
 class Segment(NamedTuple):
@@ -85,7 +90,7 @@ def _sequences(messages: Sequence[dict[str, Any]], tools: Any, owner: Any, where
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt, through, spans = chat.until(turn)
+        prompt, through, spans = chat.until(turn, is_trained(message))
         if not sequences or not prompt.startswith(text):
             if not is_trained(message):
                 text, begin = through, turn + 1
@@ -125,6 +130,19 @@ def _names(tools: Sequence[dict[str, Any]]) -> list[str]:
     return [function["name"] for function in functions if isinstance(function.get("name"), str)]
 
 
+def _pieces(content: Any) -> Iterator[tuple[str, Any]]:
+    """The words of a turn, thought and said, each with the content that has others in their place."""
+    if isinstance(content, str):
+        parts = _THOUGHT.split(content)
+        for number in range(0, len(parts), 2):
+            if words := parts[number].strip():
+                yield words, "".join([*parts[:number], _OTHER, *parts[number + 1 :]])
+        return
+    for number, part in enumerate(content):
+        for words, other in _pieces(part.get("text", "")):
+            yield words, [*content[:number], {**part, "text": other}, *content[number + 1 :]]
+
+
 class _Chat:
     """The texts that a template makes of the beginnings of a chat."""
 
@@ -133,7 +151,7 @@ class _Chat:
         self.options = {"tools": tools} if tools else {}
         self.is_marked = isinstance(owner.chat_template, str) and bool(_MARKER.search(owner.chat_template))
 
-    def until(self, turn: int) -> tuple[str, str, list[tuple[int, int]] | None]:
+    def until(self, turn: int, is_trained: bool) -> tuple[str, str, list[tuple[int, int]] | None]:
         """What generation of an assistant's turn starts from, the text through this turn, and its marked spans. Where a
         template opens the thinking of the turn to be generated, which the turn itself does not have, the prompt is what both
         begin with."""
@@ -143,8 +161,8 @@ class _Chat:
                 " it."
             )
         prompt = self._text(self.messages[:turn], add_generation_prompt=True)
+        self._check_asked(turn, prompt)
         through = self._text(self.messages[: turn + 1])
-        self._check_written(turn, prompt, through)
         if not through.startswith(prompt):
             # An answer may begin with the same characters as the thought: where another one begins shows the border.
             content = _OTHER if isinstance(self.messages[turn]["content"], str) else [{"type": "text", "text": _OTHER}]
@@ -156,31 +174,52 @@ class _Chat:
                     " completion tokens cannot be found: mark them with {% generation %} in the template."
                 )
             prompt = shared
+        self._check_calls(turn, through)
+        if is_trained:
+            self._check_words(turn, through, through[len(prompt) :])
         return prompt, through, self._spans(turn) if self.is_marked else None
 
-    def _check_written(self, turn: int, prompt: str, through: str) -> None:
-        """Raises DataError where the template leaves out what an answer is to, or the calls in it."""
-        calls = self.messages[turn].get("tool_calls", ())
-        named = {"tools": (prompt, self.options.get("tools", ())), "tool calls": (through, calls)}
-        missing = [what for what, (text, tools) in named.items() if any(name not in text for name in _names(tools))]
+    def _check_asked(self, turn: int, prompt: str) -> None:
+        """Raises DataError where the template leaves out what an answer is to."""
+        if any(name not in prompt for name in _names(self.options.get("tools", ()))):
+            raise self._unwritten("tools")
         before = max((n for n in range(turn) if self.messages[n]["role"] == "assistant"), default=-1)
         for number in range(before + 1, turn):
             content = self.messages[number]["content"]
-            if isinstance(content, str) and content.strip() not in prompt and self._is_left_out(number, turn, prompt):
-                missing.append(f"turns of role {self.messages[number]['role']}")
-        if missing:
-            raise DataError(
-                f"{self.where}: the model's chat template writes no {missing[0]}: leave them out, or choose a model whose"
-                " template writes them."
-            )
+            is_missing = isinstance(content, str) and content.strip() not in prompt
+            if is_missing and self._is_same(prompt, number, turn, {"content": _OTHER}, add_generation_prompt=True):
+                raise self._unwritten(f"turns of role {self.messages[number]['role']}")
 
-    def _is_left_out(self, number: int, turn: int, prompt: str) -> bool:
-        """Whether the prompt of a turn is the same without an earlier one."""
-        others = [message for n, message in enumerate(self.messages[:turn]) if n != number]
+    def _check_calls(self, turn: int, through: str) -> None:
+        """Raises DataError where the template leaves out a call of an answer."""
+        calls = self.messages[turn].get("tool_calls", ())
+        for number, call in enumerate(calls):
+            other = {**call, "function": {**call["function"], "name": _OTHER}}
+            others = [*calls[:number], other, *calls[number + 1 :]]
+            if self._is_same(through, turn, turn + 1, {"tool_calls": others}):
+                raise self._unwritten("tool calls")
+
+    def _check_words(self, turn: int, through: str, answer: str) -> None:
+        """Raises DataError where the template leaves out words of an answer that is learnt."""
+        message = self.messages[turn]
+        for words, other in _pieces(message["content"]):
+            if words not in answer and self._is_same(through, turn, turn + 1, {"content": other}):
+                said = "words beside tool calls" if message.get("tool_calls") else "turns of role assistant"
+                raise self._unwritten("thoughts" if "</think>" in str(message["content"]) else said)
+
+    def _is_same(self, text: str, turn: int, end: int, change: dict[str, Any], **options: Any) -> bool:
+        """Whether the text of the first ``end`` messages does not show a change of one: what it changes is not written."""
+        changed = {**self.messages[turn], **change}
         try:
-            return self._text(others, add_generation_prompt=True) == prompt
-        except DataError:  # it wants that turn
+            return bool(self._text([*self.messages[:turn], changed, *self.messages[turn + 1 : end]], **options) == text)
+        except _Refused:  # it wants what was there
             return False
+
+    def _unwritten(self, what: str) -> _Refused:
+        return _Refused(
+            f"{self.where}: the model's chat template writes no {what}: leave them out, or choose a model whose template"
+            " writes them."
+        )
 
     def _spans(self, turn: int) -> list[tuple[int, int]]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -207,6 +246,6 @@ class _Chat:
         except DataError:  # it took too long
             raise
         except Exception as error:  # a template is a program and may raise anything
-            raise DataError(
+            raise _Refused(
                 f"{self.where}: the chat template refuses its messages ({one_line(error)}): fix the row."
             ) from error

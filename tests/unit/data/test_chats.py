@@ -61,11 +61,12 @@ def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
-def learnt(messages: list[dict[str, Any]], template: str) -> list[str]:
+def learnt(messages: list[dict[str, Any]], template: str, tools: list[dict[str, Any]] | None = None) -> list[str]:
     """Each sequence as text, what is learnt in brackets."""
     tokenizer = make_tokenizer(template)
     written = []
-    for tokens in encode(sequences({"messages": messages}, "messages", tokenizer, "row 1"), tokenizer):
+    row = {"messages": messages, "tools": tools}
+    for tokens in encode(sequences(row, "messages", tokenizer, "row 1"), tokenizer):
         parts: list[tuple[bool, list[int]]] = []
         for token, completion in zip(tokens.input_ids, tokens.completion_mask, strict=True):
             if not parts or parts[-1][0] != completion:
@@ -144,6 +145,50 @@ def test_a_turn_that_the_template_writes_in_a_way_of_its_own_is_no_turn_left_out
     quoted = MARKED.replace("{% else %}{{ m['content'] }}", "{% else %}{{ m['content'] | upper }}")
     chat = [turn("user", "a"), turn("assistant", "b")]
     assert learnt(chat, quoted) == ["<|user|>A<eos>;<|assistant|>[b<eos>];"]
+
+
+CALLING = (
+    "{{ tools or '' }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "({{ call.function.name }}){% endfor %};{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize("written", ["[]", "(m.tool_calls or [])[:1]"])
+def test_a_call_that_the_template_leaves_out_is_told_where_tools_have_its_name(written: str) -> None:
+    chat, tools = [turn("user", "a"), turn("assistant", "", tool_calls=[CALL, CALL])], [CALL]
+    assert learnt(chat, CALLING, tools)[0].endswith("<assistant>[(add)(add);]")
+    with pytest.raises(DataError, match=r"^row 1: the model's chat template writes no tool calls: leave them out"):
+        learnt(chat, CALLING.replace("m.tool_calls or []", written), tools)
+
+
+@pytest.mark.parametrize(
+    ("answer", "written", "what"),
+    [
+        (CHAT[1], "m.content.split('</think>')[-1]", "thoughts"),
+        (
+            turn("assistant", "I add.", tool_calls=[CALL]),
+            "'' if m.tool_calls else m.content",
+            "words beside tool calls",
+        ),
+        (turn("assistant", "b"), "m.text if m.role == 'assistant' else m.content", "turns of role assistant"),
+    ],
+)
+def test_words_of_an_answer_that_the_template_leaves_out_are_told(
+    answer: dict[str, Any], written: str, what: str
+) -> None:
+    template, question = CALLING.replace("m.content", written), turn("user", "a")
+    with pytest.raises(DataError, match=f"^row 1: the model's chat template writes no {what}: leave them out"):
+        learnt([question, answer], template)
+    assert learnt([question, answer], CALLING.replace("m.content", "m.content | upper"))
+    if what == "thoughts":  # as the template wants it of turns that are not learnt
+        [only] = learnt([question, {**answer, "weight": 0}, question, turn("assistant", "b")], template)
+        assert only == "<user>a;<assistant>\n\n2;<user>a;<assistant>[b;]"
+
+
+def test_a_question_whose_words_the_template_leaves_out_is_told() -> None:
+    with pytest.raises(DataError, match=r"^row 1: the model's chat template writes no turns of role user"):
+        learnt([turn("user", "a?"), turn("assistant", "b")], CALLING.replace("m.content", "m.text"))
 
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
