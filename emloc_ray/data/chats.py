@@ -90,7 +90,8 @@ def _sequences(messages: Sequence[dict[str, Any]], tools: Any, owner: Any, where
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt, through, spans = chat.until(turn, is_trained(message))
+        prompt, answer = chat.until(turn, is_trained(message))
+        through = prompt + "".join(segment.text for segment in answer)
         if not sequences or not prompt.startswith(text):
             if not is_trained(message):
                 text, begin = through, turn + 1
@@ -99,7 +100,6 @@ def _sequences(messages: Sequence[dict[str, Any]], tools: Any, owner: Any, where
             sequences.append([])
             text, begin = "", 0
         sequences[-1].append(Segment(prompt[len(text) :], False, turns=range(begin, turn)))
-        answer = [Segment(through[len(prompt) :], True)] if spans is None else _marked(through, len(prompt), spans)
         if not is_trained(message):
             answer = [segment._replace(is_completion=False) for segment in answer]
         sequences[-1] += [*(segment._replace(turns=range(turn, turn + 1)) for segment in answer[:1]), *answer[1:]]
@@ -151,10 +151,8 @@ class _Chat:
         self.options = {"tools": tools} if tools else {}
         self.is_marked = isinstance(owner.chat_template, str) and bool(_MARKER.search(owner.chat_template))
 
-    def until(self, turn: int, is_trained: bool) -> tuple[str, str, list[tuple[int, int]] | None]:
-        """What generation of an assistant's turn starts from, the text through this turn, and its marked spans. Where a
-        template opens the thinking of the turn to be generated, which the turn itself does not have, the prompt is what both
-        begin with."""
+    def until(self, turn: int, is_trained: bool) -> tuple[str, list[Segment]]:
+        """What generation of an assistant's turn starts from, and the answer, of which completion is what the template marks."""
         if turn == 0:
             raise DataError(
                 f"{self.where}: its first message is the assistant's, which answers nothing: put a user's before it, or remove"
@@ -163,21 +161,49 @@ class _Chat:
         prompt = self._text(self.messages[:turn], add_generation_prompt=True)
         self._check_asked(turn, prompt)
         through = self._text(self.messages[: turn + 1])
-        if not through.startswith(prompt):
-            # An answer may begin with the same characters as the thought: where another one begins shows the border.
-            content = _OTHER if isinstance(self.messages[turn]["content"], str) else [{"type": "text", "text": _OTHER}]
-            other = self._text([*self.messages[:turn], {"role": "assistant", "content": content}])
-            shared = _shared(prompt, _shared(through, other))
-            if not self.is_marked and len(shared) <= len(self._text(self.messages[:turn])):
-                raise DataError(
-                    f"{self.where}: the chat template writes an answer in another place than it asks for one, so that"
-                    " completion tokens cannot be found: mark them with {% generation %} in the template."
-                )
-            prompt = shared
+        spans = self._spans(turn) if self.is_marked else None
+        prompt, begin = self._border(turn, prompt, through, spans)
         self._check_calls(turn, through)
         if is_trained:
-            self._check_words(turn, through, through[len(prompt) :])
-        return prompt, through, self._spans(turn) if self.is_marked else None
+            self._check_words(turn, through, through[begin:])
+        return prompt, [Segment(through[begin:], True)] if spans is None else _marked(through, begin, spans)
+
+    def _border(self, turn: int, prompt: str, through: str, spans: Sequence[tuple[int, int]] | None) -> tuple[str, int]:
+        """The prompt of an assistant's turn, and where its answer begins in the text through it.
+
+        Where a template opens the thinking of the turn to be generated, which the turn itself does not have, the prompt is what
+        both begin with. Where the answer has it rewrite earlier turns, as gpt-oss' drops what was thought before a call, the
+        prompt stays, and the answer is what follows that which opens its turn, or its first mark.
+        """
+        if through.startswith(prompt):
+            return prompt, len(prompt)
+        before = self._text(self.messages[:turn])
+        # An answer may begin with the same characters as the thought: where another one begins shows the border.
+        own = self._shared_with_other(turn, through, turn)
+        shared = _shared(prompt, through[:own])
+        if len(shared) > len(before):
+            return shared, len(shared)
+        opening = prompt.removeprefix(before)
+        at = through.rfind(opening, self._shared_with_other(turn, through, turn - 1), own)
+        if opening and at >= 0:
+            return prompt, at + len(opening)
+        if spans is not None:
+            begin = min([own, *(start for start, end in spans if end > own)])
+            return through[:begin], begin
+        raise DataError(
+            f"{self.where}: the chat template writes an answer in another place than it asks for one, so that"
+            " completion tokens cannot be found: mark them with {% generation %} in the template."
+        )
+
+    def _shared_with_other(self, turn: int, through: str, number: int) -> int:
+        """Where the text through a turn shows another content of one message first."""
+        message = self.messages[number]
+        content = [{"type": "text", "text": _OTHER}] if isinstance(message["content"], list) else _OTHER
+        # An answer of words alone, which any template takes.
+        other = {"role": "assistant", "content": content} if number == turn else {**message, "content": content}
+        return len(
+            _shared(through, self._text([*self.messages[:number], other, *self.messages[number + 1 : turn + 1]]))
+        )
 
     def _check_asked(self, turn: int, prompt: str) -> None:
         """Raises DataError where the template leaves out what an answer is to."""

@@ -191,6 +191,40 @@ def test_a_question_whose_words_the_template_leaves_out_is_told() -> None:
         learnt([turn("user", "a?"), turn("assistant", "b")], CALLING.replace("m.content", "m.text"))
 
 
+# As gpt-oss', which drops what was thought before a call once a later turn answers.
+RECALLING = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}"
+    "{% if m.thinking and 'assistant' not in messages[loop.index:] | map(attribute='role') %}({{ m.thinking }}){% endif %}"
+    "{{ m.content }};{% endgeneration %}{% else %}{{ m.content }};{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+UNMARKED = RECALLING.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+CALLED = [turn("user", "a"), turn("assistant", "call", thinking="t"), turn("tool", "r"), turn("assistant", "b")]
+
+
+@pytest.mark.parametrize("template", [RECALLING, UNMARKED])
+def test_an_answer_that_has_the_template_drop_an_earlier_thought_follows_it(template: str) -> None:
+    first, second = learnt([*CALLED, turn("user", "c"), turn("assistant", "d")], template)
+    assert first == "<user>a;<assistant>[(t)call;]<tool>r;<assistant>[b;]"
+    assert second == "<user>a;<assistant>call;<tool>r;<assistant>b;<user>c;<assistant>[d;]"
+    untrained = [{**message, "weight": int(message["content"] != "call")} for message in CALLED]
+    assert learnt(untrained, template) == ["<user>a;<assistant>(t)call;<tool>r;<assistant>[b;]"]
+
+
+def test_of_marked_turns_whose_begin_is_not_known_the_last_alone_is_learnt() -> None:
+    unasked = RECALLING.replace("{% if add_generation_prompt %}<assistant>{% endif %}", "")
+    assert learnt(CALLED, unasked) == [
+        "<user>a;<assistant>[(t)call;]",
+        "<user>a;<assistant>call;<tool>r;<assistant>[b;]",
+    ]
+
+
+def test_an_earlier_turn_s_begin_is_not_taken_for_that_of_an_answer() -> None:
+    unopened = UNMARKED.replace("<{{ m.role }}>", "{{ '<' + m.role + '>' if loop.index != 4 }}")
+    with pytest.raises(DataError, match=r"^row 1: the chat template writes an answer in another place"):
+        learnt(CALLED, unopened)
+
+
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
