@@ -250,13 +250,15 @@ class _Chat:
     def _spans(self, turn: int) -> list[tuple[int, int]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        # A processor has none of its own.
+        named = self.owner if hasattr(self.owner, "special_tokens_map") else self.owner.tokenizer
         (_,), (spans,) = self._guarded(
             lambda: render_jinja_template(
                 conversations=[list(self.messages[: turn + 1])],
                 chat_template=self.owner.chat_template,
                 return_assistant_tokens_mask=True,
                 **self.options,
-                **self.owner.special_tokens_map,
+                **named.special_tokens_map,
             )
         )
         return [(int(start), int(end)) for start, end in spans]

@@ -121,11 +121,11 @@ def test_a_text_with_a_token_that_stands_for_an_image(vlm_dir: Callable[[str], P
     ("template", "complaint"),
     [
         (
-            "{% for m in messages %}{{ m.role }}{{ eos_token }}{% endfor %}",
+            "{% for m in messages %}{{ m.role }}{{ m.content[-1].text }}{{ eos_token }}{% endfor %}",
             "processor refuses its images .*0 <image> tokens and 2 images",
         ),
         (
-            "{{ '<image>' }}{% for m in messages %}{{ m.role }}{{ eos_token }}{% endfor %}",
+            "{{ '<image>' }}{% for m in messages %}{{ m.role }}{{ m.content[-1].text }}{{ eos_token }}{% endfor %}",
             "1 <image> tokens and 2 images",
         ),
         ("{{ raise_exception('no such role') }}", "chat template refuses its messages .no such role"),
@@ -138,6 +138,26 @@ def test_a_chat_template_of_another_model_is_told(tmp_path: Path, template: str,
     shown = [{"type": "image", "image": png()}] * 2
     with pytest.raises(DataError, match=f"row 1: .*{complaint}"):
         tokens_of(TokenizeOptions(str(directory), "messages", 512), row(*shown))
+
+
+def test_what_a_processor_s_template_marks_is_learnt() -> None:
+    processor = build_vlm("LLaVA")[1]
+    text = "{{ message['content'][0]['text'] }}"
+    processor.chat_template = (
+        "{% for message in messages %}<{{ message['role'] }}>{% if message['role'] == 'assistant' %}It says {% generation %}"
+        f"{text}{{{{ eos_token }}}}{{% endgeneration %}}{{% else %}}{text}{{% endif %}}{{% endfor %}}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    [parts] = sequences({"messages": chat}, "messages", processor.tokenizer, "row 1", processor=processor)
+    assert [(part.text, part.is_completion) for part in parts] == [
+        ("<user>a<assistant>", False),
+        ("It says ", False),
+        ("b<eos>", True),
+    ]
+    processor.chat_template = processor.chat_template.replace("]['text'] }}", "]['type'] }}")
+    with pytest.raises(DataError, match="writes no turns of role assistant"):
+        sequences({"messages": chat}, "messages", processor.tokenizer, "row 1", processor=processor)
 
 
 def test_a_tokenizer_s_template_is_given_text() -> None:
