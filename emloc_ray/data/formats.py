@@ -20,7 +20,7 @@ from emloc_ray.errors import DataError
 from emloc_ray.text import one_line
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_BORDER = "\n"  # after which every tokenizer begins a token
+_BORDER = "\n"  # after which every tokenizer begins a token, and in the middle of a text
 _TEXTS = {"text": ("text",), "prompt_completion": ("prompt", "completion")}
 
 
@@ -114,8 +114,8 @@ def encode(rows: Sequence[Sequence[Segment]], tokenizer: Any) -> list[Tokens]:
     """Rows in pieces (see :func:`sequences`) as tokens, before :func:`truncate`: in two calls, faster than one by one."""
     begun = [s.text for parts in rows for s in parts if s.ids is None and s.add_special_tokens]
     others = [
-        # What follows in the same row; an encoder's text, which its end-of-sequence token ends, is one of its own.
-        (s.text, number > 0 and parts[0].eos is not True)
+        # What it follows in the same row; an encoder's text, which its end-of-sequence token ends, is one of its own.
+        (s.text, parts[number - 1].text if number > 0 and parts[0].eos is not True else None)
         for parts in rows
         for number, s in enumerate(parts)
         if s.ids is None and not s.add_special_tokens
@@ -196,22 +196,27 @@ def _check_placeholders(text: str, count: int, processor: Any, where: str) -> No
         )
 
 
-def _encode_pieces(tokenizer: Any, texts: list[tuple[str, bool]]) -> list[list[int]]:
-    """Encodes texts without special tokens; a text's flag says whether it follows on another one in its row. SentencePiece's
-    tokenizers put a space before each text that they are given: it is left out of those that follow."""
+def _encode_pieces(tokenizer: Any, texts: list[tuple[str, str | None]]) -> list[list[int]]:
+    """Encodes texts without special tokens; beside each is the text that it follows in its row. SentencePiece's tokenizers put
+    a space before each text that they are given: what follows has it where the whole row's text has, which is behind a special
+    token alone, and with some tokenizers (Mistral 7B's)."""
     if not _adds_a_space(tokenizer):
         return _encode(tokenizer, [text for text, _ in texts], False)
-    border: list[int] = tokenizer(_BORDER, add_special_tokens=False)["input_ids"]
-    encoded = _encode(tokenizer, [_BORDER + text if follows else text for text, follows in texts], False)
+    special = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    added = sorted(map(str, special), key=len, reverse=True)
+    borders = [
+        "" if before is None else next((token for token in added if before.endswith(token)), _BORDER)
+        for _, before in texts
+    ]
+    ids = {border: tokenizer(border, add_special_tokens=False)["input_ids"] if border else [] for border in {*borders}}
+    encoded = _encode(tokenizer, [border + text for border, (text, _) in zip(borders, texts, strict=True)], False)
 
-    def own(ids: list[int], text: str, follows: bool) -> list[int]:
-        if not follows:
-            return ids
-        if ids[: len(border)] == border:
-            return ids[len(border) :]
+    def own(whole: list[int], text: str, border: list[int]) -> list[int]:
+        if whole[: len(border)] == border:
+            return whole[len(border) :]
         return _encode(tokenizer, [text], False)[0]  # it begins as the border does, and both are one token
 
-    return [own(ids, text, follows) for ids, (text, follows) in zip(encoded, texts, strict=True)]
+    return [own(whole, text, ids[border]) for whole, (text, _), border in zip(encoded, texts, borders, strict=True)]
 
 
 def _adds_a_space(tokenizer: Any) -> bool:
@@ -243,12 +248,18 @@ def _joined(parts: Sequence[Segment], encoded: dict[bool, Iterator[list[int]]], 
             ids = ids[1:]
         if part.eos is True and eos is not None and not ends:
             ids = [*ids, eos]
-        elif part.eos is False and ends:
+        elif part.eos is False and ends and (ids[-2:] == [eos, eos] or not _ends_itself(part.text, tokenizer)):
             ids = ids[:-1]
         input_ids += ids
         completion_mask += [part.is_completion] * len(ids)
         images += [RowImage(content, len(input_ids)) for content in part.images]
     return Tokens(input_ids, completion_mask, tuple(images))
+
+
+def _ends_itself(text: str, tokenizer: Any) -> bool:
+    """Whether a text ends with the end-of-sequence token, as somebody wrote it."""
+    eos = getattr(tokenizer, "eos_token", None)
+    return bool(eos) and text.endswith(eos)
 
 
 def truncate(tokens: Tokens, max_seq_length: int) -> Tokens | None:

@@ -96,6 +96,31 @@ def test_what_follows_gets_no_space_that_the_row_has_not(has_encoder: bool) -> N
     assert tokens.input_ids == [2, 6, 3, 6, 4]
 
 
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_a_chat_s_pieces_are_what_the_whole_chat_is(scheme: str) -> None:
+    """Mistral 7B's tokenizer puts a space behind special tokens too, others only before a text."""
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", "▁", "▁a", "▁[", *"ab[]\n"])}
+    core = Tokenizer(models.BPE(vocabulary, [("▁", "["), ("▁", "a")]))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    mistral = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    chat = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "a"}] * 2
+    asks = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]BEHIND{% else %}"
+    answers = "{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    for behind in ("", "<pad>"):
+        mistral.chat_template = asks.replace("BEHIND", behind) + answers
+        tokens = tokenize_row({"messages": chat}, "messages", mistral)
+        assert tokens.input_ids == mistral.apply_chat_template(chat, tokenize=True, return_dict=False), behind
+
+
+def test_an_end_that_somebody_wrote_behind_a_prompt_stays(tokenizer: Any) -> None:
+    row = {"prompt": "How are you?<eos>", "completion": "Fine.<eos>"}
+    tokens = tokenize_row(row, "prompt_completion", tokenizer)
+    assert spans(tokens, tokenizer) == [(False, "How are you?<eos>"), (True, "Fine.<eos>")]
+    ending = make_tokenizer()
+    ending.backend_tokenizer.post_processor = TemplateProcessing("$A <eos>", special_tokens=[("<eos>", EOS)])
+    assert tokenize_row(row, "prompt_completion", ending) == tokens
+
+
 def test_an_encoder_s_prompt_ends_by_itself(tokenizer: Any) -> None:
     row = {"prompt": "hello", "completion": "world"}
     [tokens] = encode(sequences(row, "prompt_completion", tokenizer, "here", has_encoder=True), tokenizer)
