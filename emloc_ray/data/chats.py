@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import re
 import signal
 import threading
@@ -84,23 +85,55 @@ def chat_sequences(messages: Sequence[dict[str, Any]], tools: Any, owner: Any, w
 def _sequences(messages: Sequence[dict[str, Any]], tools: Any, owner: Any, where: str) -> list[list[Segment]]:
     if not getattr(owner, "chat_template", None):
         raise DataError(f"{where}: the tokenizer has no chat template: use data.format prompt_completion or text.")
-    chat = _Chat([{k: v for k, v in turn.items() if k != "weight"} for turn in messages], tools, owner, where)
+    trained = [is_trained(turn) for turn in messages]
+    refusals = []
+    for form in _forms([{k: v for k, v in turn.items() if k != "weight"} for turn in messages]):
+        try:
+            return _in_turns(_Chat(form, tools, owner, where), trained)
+        except _Refused as refusal:
+            refusals.append(refusal)
+    raise refusals[0]
+
+
+def _forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """A chat as one template or another takes the arguments of calls: as objects, or as texts of JSON (DeepSeek-V3)."""
+    yield messages
+    if any(turn.get("tool_calls") for turn in messages):
+        yield [_with_texts(turn) for turn in messages]
+
+
+def _with_texts(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn whose calls have their arguments as texts of JSON."""
+    if not turn.get("tool_calls"):
+        return turn
+
+    def text(call: dict[str, Any]) -> dict[str, Any]:
+        arguments = call["function"].get("arguments")
+        if not isinstance(arguments, str):
+            with contextlib.suppress(RecursionError, ValueError):
+                arguments = json.dumps(arguments, ensure_ascii=False, default=str)
+        return {**call, "function": {**call["function"], "arguments": arguments}}
+
+    return {**turn, "tool_calls": [text(call) for call in turn["tool_calls"]]}
+
+
+def _in_turns(chat: "_Chat", trained: Sequence[bool]) -> list[list[Segment]]:
     sequences: list[list[Segment]] = []
     text, begin = "", 0  # of the sequence so far: its text, and the turns that it shows
-    for turn, message in enumerate(messages):
+    for turn, message in enumerate(chat.messages):
         if message["role"] != "assistant":
             continue
-        prompt, answer = chat.until(turn, is_trained(message))
+        prompt, answer = chat.until(turn, trained[turn])
         through = prompt + "".join(segment.text for segment in answer)
         if not sequences or not prompt.startswith(text):
-            if not is_trained(message):
+            if not trained[turn]:
                 text, begin = through, turn + 1
                 sequences.append([Segment(through, False, turns=range(turn + 1))])
                 continue
             sequences.append([])
             text, begin = "", 0
         sequences[-1].append(Segment(prompt[len(text) :], False, turns=range(begin, turn)))
-        if not is_trained(message):
+        if not trained[turn]:
             answer = [segment._replace(is_completion=False) for segment in answer]
         sequences[-1] += [*(segment._replace(turns=range(turn, turn + 1)) for segment in answer[:1]), *answer[1:]]
         text, begin = through, turn + 1

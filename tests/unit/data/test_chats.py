@@ -154,6 +154,13 @@ CALLING = (
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
 
 
+def test_arguments_are_texts_where_the_template_joins_them() -> None:
+    """As DeepSeek-V3's."""
+    template = CALLING.replace("call.function.name", "call.function.name + call.function.arguments")
+    chat = [turn("user", "a"), turn("assistant", "", tool_calls=[CALL]), turn("tool", "r"), turn("assistant", "b")]
+    assert learnt(chat, template) == ['<user>a;<assistant>[(add{"x": 1});]<tool>r;<assistant>[b;]']
+
+
 @pytest.mark.parametrize("written", ["[]", "(m.tool_calls or [])[:1]"])
 def test_a_call_that_the_template_leaves_out_is_told_where_tools_have_its_name(written: str) -> None:
     chat, tools = [turn("user", "a"), turn("assistant", "", tool_calls=[CALL, CALL])], [CALL]
