@@ -258,8 +258,8 @@ def _joined(parts: Sequence[Segment], encoded: dict[bool, Iterator[list[int]]], 
 
 def _ends_itself(text: str, tokenizer: Any) -> bool:
     """Whether a text ends with the end-of-sequence token, as somebody wrote it."""
-    eos = getattr(tokenizer, "eos_token", None)
-    return bool(eos) and text.endswith(eos)
+    eos: str | None = getattr(tokenizer, "eos_token", None)
+    return eos is not None and text.endswith(eos)
 
 
 def truncate(tokens: Tokens, max_seq_length: int) -> Tokens | None:
