@@ -230,10 +230,11 @@ def _interleave(by_piece: Sequence[Any], variant: str, num_parts: int) -> list[s
 
 
 def compare_texts(job: EvaluationJob, texts: dict[str, list[str]]) -> dict[str, Any]:
-    """The share of prompts whose generated text is the reference, by variant, and the first samples; the keys of metrics.json."""
+    """The share of prompts whose generated text is the reference, by variant, and the first samples; the keys of metrics.json.
+    A reference of more than ``max_new_tokens`` is not matched against: no completion is as long."""
     tokenizer = _tokenizer(job)
     shards = TokenShards(job.tokens_dir)
-    samples, matches = [], dict.fromkeys(job.generating, 0)
+    samples, asked, matches = [], 0, dict.fromkeys(job.generating, 0)
     count = min(len(shards), len(texts[job.generating[1]]))
     for position in range(count):
         row = shards.row(position)
@@ -243,12 +244,13 @@ def compare_texts(job: EvaluationJob, texts: dict[str, list[str]]) -> dict[str, 
         end = next((n for n in range(cut, len(row)) if not row.completion_mask[n]), len(row))
         reference = tokenizer.decode(row.input_ids[cut:end], skip_special_tokens=True).strip()
         answers = {variant: texts[variant][position] for variant in job.generating}
-        if position < job.num_exact_match:
+        is_ended = row.input_ids[end - 1] == tokenizer.eos_token_id
+        if position < job.num_exact_match and end - cut - is_ended <= job.max_new_tokens:
+            asked += 1
             for variant, text in answers.items():
                 matches[variant] += text == reference
         if position < job.num_generations:
             samples.append({"prompt": prompt, "reference": reference, **answers})
-    asked = min(count, job.num_exact_match)
     has_prompts = count > 0 and shards.row(0).completion_mask[0] is False
     exact = {variant: hits / asked for variant, hits in matches.items()} if asked and has_prompts else {}
     return {"exact_match": {**exact, "num_prompts": asked} if exact else {}, "generations": samples}

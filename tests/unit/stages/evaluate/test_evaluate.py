@@ -204,9 +204,24 @@ def test_the_reference_is_the_answer_that_was_asked_for(job: EvaluationJob, tmp_
     write_index(tmp_path, [1], {})
     answer = tokenizer.decode(parts[1][0]).strip()
     texts = {"original": ["something else"], "merged": [answer]}
-    found = evaluate.compare_texts(replace(job, tokens_dir=tmp_path), texts)
+    found = evaluate.compare_texts(replace(job, tokens_dir=tmp_path, max_new_tokens=32), texts)
     assert found["generations"][0]["reference"] == answer
     assert found["exact_match"] == {"original": 0.0, "merged": 1.0, "num_prompts": 1}
+
+
+def test_a_reference_that_no_completion_is_as_long_as_is_not_matched(job: EvaluationJob, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(job.model_dir)
+    answers = [
+        [*tokenizer.encode("a" * length, add_special_tokens=False), tokenizer.eos_token_id] for length in (40, 5)
+    ]
+    write_shard(tmp_path / shard_name(0), [Tokens([5, *ids], [False] + [True] * len(ids)) for ids in answers])
+    write_index(tmp_path, [2], {})
+    few = replace(job, tokens_dir=tmp_path, max_new_tokens=5)
+    texts = {variant: ["a" * 5] * 2 for variant in few.generating}
+    assert evaluate.compare_texts(few, texts)["exact_match"] == {"original": 1.0, "merged": 1.0, "num_prompts": 1}
+    none = evaluate.compare_texts(replace(few, max_new_tokens=4), texts)
+    assert none["exact_match"] == {}
+    assert len(none["generations"]) == 2
 
 
 def test_texts_of_several_workers_stand_beside_their_own_references(
@@ -224,7 +239,8 @@ def test_texts_of_several_workers_stand_beside_their_own_references(
         return [[VariantResult(family, Score(1.0, 1, 1), completed)] for family, completed in parts]
 
     monkeypatch.setattr(evaluate, "run_tasks", here)
-    few = replace(job, tokens_dir=tmp_path, variants=("original", "merged"), num_exact_match=4, num_generations=5)
+    few = replace(job, tokens_dir=tmp_path, variants=("original", "merged"), max_new_tokens=32)
+    few = replace(few, num_exact_match=4, num_generations=5)
     found = evaluate.evaluate(few, Resources(num_workers=2))
     assert found["exact_match"] == {"original": 1.0, "merged": 1.0, "num_prompts": 4}
     assert [sample["merged"] for sample in found["generations"]] == [f"answer {number}" for number in range(5)]
