@@ -157,7 +157,7 @@ def _make_trainer(
 ) -> tuple[EmulatorTrainer, StepKeeper]:
     arguments = _arguments(job, output_dir)
     model = _opened(job, arguments)
-    _fit_arguments(arguments, model)
+    _fit_arguments(job, arguments, model)
     model = _adapted(job, model, arguments)
     order = SampleOrder(
         num_sequences(job.tokens_dir, job.pack_length),
@@ -198,13 +198,15 @@ def _has_experts(model: Any) -> bool:
     return any(isinstance(part, UnfusedExperts) for part in model.modules())
 
 
-def _fit_arguments(arguments: TrainingArguments, model: Any) -> None:
-    """Sets what follows from the model: whether blocks may be run again, and what DDP looks for and sends."""
+def _fit_arguments(job: FinetuneJob, arguments: TrainingArguments, model: Any) -> None:
+    """Sets what follows from model and adapter: whether blocks may be run again, and what DDP looks for and sends."""
     if not model.supports_gradient_checkpointing:
         arguments.activation_checkpointing = arguments.gradient_checkpointing = False
     if arguments.ddp_find_unused_parameters is None:
-        # Looked for in vain at every step, but for an expert that gets no token and a tower that gets no image.
-        arguments.ddp_find_unused_parameters = _has_experts(model) or bool(towers(model))
+        # Looked for in vain at every step, but for an expert that gets no token, a tower that gets no image, and an adapter
+        # that drops whole modules.
+        drops = bool(job.adapter.get("module_dropout"))
+        arguments.ddp_find_unused_parameters = drops or _has_experts(model) or bool(towers(model))
     if arguments.ddp_broadcast_buffers is None:  # they never change, and are most of an emulator in few bits
         arguments.ddp_broadcast_buffers = False
 

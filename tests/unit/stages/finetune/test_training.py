@@ -200,7 +200,12 @@ def test_ranks_look_for_unused_parameters_where_asked_or_where_there_may_be_some
     monkeypatch.setattr(training, "UnfusedExperts", torch.nn.Linear)  # as if it had some
     with pytest.raises(Killed):
         train(replace(own, training_arguments=job.training_arguments), LoneSession(tmp_path / "looked"))
-    assert looked == [False, True, True]
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "EmulatorTrainer", Watched)
+    dropped = {**settings("lokr", "llama", [spec.name for spec in artifacts.specs]), "module_dropout": 0.1}
+    with pytest.raises(Killed):
+        train(replace(job, name="looked", adapter=dropped, storage_dir=tmp_path), LoneSession(tmp_path / "looked"))
+    assert looked == [False, True, True, True]
 
 
 def validated(job: FinetuneJob, tmp_path: Path, **asked: Any) -> list[float]:
