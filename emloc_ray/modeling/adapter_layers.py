@@ -4,7 +4,7 @@ PEFT takes a module of the model's own for an adapter's base only where it is an
 its layers, a linear of the same shape, whose weight takes no memory, stands in for each factorized layer, and for those in 4
 bits where LoHa and LoKr go by the shape of the weight; afterwards that is put back as the base of its adapter layer. Adapter
 layers compute with ``base_layer(x)`` alone, but for what the classes below replace: where PEFT's formula reads the base's dense
-weight. Their class is changed on the spot, as torch's own ``parametrize`` and ``fully_shard`` do.
+weight, or makes another as large. Their class is changed on the spot, as torch's own ``parametrize`` and ``fully_shard`` do.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftConfig, PeftType
 from peft.tuners.loha.layer import Linear as LoHaLinear
+from peft.tuners.loha.layer import make_weight
 from peft.tuners.lokr.layer import Linear as LoKrLinear
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
@@ -46,7 +47,8 @@ def _dtype(layer: Any) -> torch.dtype:
 
 @contextlib.contextmanager
 def attachable(model: nn.Module, config: PeftConfig) -> Iterator[None]:
-    """While it lasts PEFT may attach that adapter to layers of the model that have no dense weight, or load it onto them."""
+    """While it lasts PEFT may attach that adapter to layers of the model that have no dense weight, or load it onto them. The
+    layers that it makes take the classes below."""
     packed_too = config.peft_type in (PeftType.LOHA, PeftType.LOKR)
     _replace(model, lambda layer: isinstance(layer, _COMPRESSED) or (packed_too and _in_4_bits(layer)), _StandIn)
     try:
@@ -64,11 +66,15 @@ def _replace(model: nn.Module, which: Callable[[nn.Module], bool], make: Callabl
             if which(child):
                 module._modules[name] = make(child)
         base = getattr(module, "base_layer", None)
-        if isinstance(base, nn.Module) and (isinstance(base, _COMPRESSED) or _in_4_bits(base)):
+        if not isinstance(base, nn.Module):
+            continue
+        module.__class__ = THIN.get(type(module), type(module))
+        if isinstance(base, _COMPRESSED) or _in_4_bits(base):
             base.requires_grad_(False)
             module.__dict__["merge"] = _refuse_merge
-            for layer in module.modules():  # the adapter layer, and DoRA's inside it
-                layer.__class__ = ON_FACTORS.get(type(layer), type(layer))
+            for layer in module.modules():
+                if type(layer) is DoraLinearLayer:
+                    layer.__class__ = FactorizedDora
 
 
 def _in_4_bits(layer: nn.Module) -> bool:
@@ -80,9 +86,9 @@ def _refuse_merge(safe_merge: bool = False, adapter_names: list[str] | None = No
     raise TypeError("An emulator's layer cannot take a merge: merge the corrected adapter into the original model.")
 
 
-class FactorizedLoHaLinear(LoHaLinear):
-    """LoHa around a :class:`FactorizedLinear`; where r² is small by its thin form, so that no dense ``ΔW`` is made. PEFT's own
-    makes one for every layer and keeps it for the backward pass: as much as the weights that were compressed."""
+class ThinLoHaLinear(LoHaLinear):
+    """LoHa around any linear; where r² is small by its thin form, so that no dense ``ΔW`` is made. PEFT's own makes one for
+    every layer and keeps it for the backward pass: as much as the weights, in float32. So does this where r² is large."""
 
     def _get_delta_activations(  # type: ignore[override]  # PEFT's own names the input in two ways
         self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any
@@ -94,12 +100,12 @@ class FactorizedLoHaLinear(LoHaLinear):
         if r * r * (in_features + out_features) < in_features * out_features:
             y = F.linear(F.linear(x, paired_columns(w1_b.T, w2_b.T).T), paired_columns(w1_a, w2_a))
         else:
-            y = F.linear(x, (w1_a @ w1_b) * (w2_a @ w2_b))
+            y = F.linear(x, make_weight(w1_a, w1_b, w2_a, w2_b, torch.ones((), device=x.device)))
         return _dropped_rows(self, adapter_name, y * self.scaling[adapter_name], rescaled=True)
 
 
-class FactorizedLoKrLinear(LoKrLinear):
-    """LoKr around a :class:`FactorizedLinear`: ``(W1 ⊗ W2) x`` is ``W1 X W2ᵀ`` with x as a matrix, so no ``ΔW`` is made."""
+class ThinLoKrLinear(LoKrLinear):
+    """LoKr around any linear: ``(W1 ⊗ W2) x`` is ``W1 X W2ᵀ`` with x as a matrix, so no ``ΔW`` is made."""
 
     def _get_delta_activations(  # type: ignore[override]  # PEFT's own names the input in two ways
         self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any
@@ -180,11 +186,7 @@ def _bias_holder(base_layer: Any) -> Any:
     return base_layer if hasattr(base_layer, "bias") else base_layer.up
 
 
-ON_FACTORS: dict[type, type] = {
-    DoraLinearLayer: FactorizedDora,
-    LoHaLinear: FactorizedLoHaLinear,
-    LoKrLinear: FactorizedLoKrLinear,
-}
+THIN: dict[type, type] = {LoHaLinear: ThinLoHaLinear, LoKrLinear: ThinLoKrLinear}
 
 
 def start_magnitudes(model: nn.Module) -> None:

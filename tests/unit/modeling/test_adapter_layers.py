@@ -243,6 +243,41 @@ def test_no_weight_of_the_dense_shape_is_made(emulator_dir: Callable[[str], Path
         assert not any(base.weight.numel() for base in bases if isinstance(base, FactorizedLinear))
 
 
+@pytest.mark.parametrize("case", ["loha", "loha of full rank", "lokr", "lokr decomposed"])
+def test_on_dense_linears_it_is_what_peft_does_and_keeps_no_more_than_it(
+    case: str, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    model_dir = tiny_model_dir("llama")
+    model = trained(tmp_path / "a", model_dir, case, "llama")
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_dir), tmp_path / "a", is_trainable=True
+    )
+    kept, kept_by_peft = (kept_updates(adapted.train()) for adapted in (model, plain))
+    assert kept < kept_by_peft if case == "loha of full rank" else kept == 0 < kept_by_peft
+    torch.testing.assert_close(logits(model.eval()), logits(plain.eval()), rtol=1e-4, atol=1e-4)
+    expected = gradients(plain)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5)
+    adapted_logits = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), adapted_logits, rtol=1e-4, atol=1e-4)
+
+
+def kept_updates(model: Any) -> int:
+    """Tensors as large as an adapted weight that a pass keeps for its backward pass, beside the model's own parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    shapes = {frozenset(m.base_layer.weight.shape) for m in model.modules() if hasattr(m, "base_layer")}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 2 and frozenset(tensor.shape) in shapes:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=IDS, labels=IDS)
+    return len(kept.keys() - own)
+
+
 @pytest.mark.parametrize("case", ["loha", "lokr"])
 def test_rank_dropout_leaves_out_outputs(case: str, emulator_dir: Callable[[str], Path]) -> None:
     model = attached(emulator_dir("llama"), case, "llama")
