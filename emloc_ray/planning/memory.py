@@ -6,7 +6,7 @@ its first call (some 15 MiB), and what its kernels pack weights into. Of the mac
 compute in bfloat16, and whether they are slow in float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from emloc_ray.config.steps import ON_EMULATOR
@@ -201,7 +201,8 @@ class MemoryModel(CalibrationMemory):
         return rows
 
     def _validation_plan_of(self, rows: int) -> HoldPlan:
-        beside = {"unpacked": self._unpacked(), "optimizer": self._optimizer_bytes(), **self._scoring_parts(rows)}
+        trained = {"unpacked": self._unpacked(), "optimizer": self._optimizer_bytes(self.adapter_parameters)}
+        beside = {**trained, **self._scoring_parts(rows)}
         if self.trained.section.eval_original_every is None or not self.layout.differs:
             hold = self.finetuning_hold()
             return HoldPlan(hold, {"weights": self.emulator if hold == "resident" else self.held[hold], **beside})
@@ -213,9 +214,11 @@ class MemoryModel(CalibrationMemory):
         hold = self.finetuning_hold()
         again = self.trained.section.gradient_checkpointing or hold != "resident"
         weights = self.emulator if hold == "resident" else self.held[hold]
-        return {"weights": weights, "unpacked": self._unpacked(), **self._step_parts(again, logit_copies)}
+        step = self._step_parts(again, self.adapter_parameters, self._left_as_they_are(), logit_copies)
+        return {"weights": weights, "unpacked": self._unpacked(), **step}
 
-    def _step_parts(self, again: bool, logit_copies: int = LOSS_COPIES) -> Parts:
+    def _step_parts(self, again: bool, parameters: int, dense: Collection[LinearSpec], logit_copies: int) -> Parts:
+        """A step that trains so many ``parameters``, on the model whose adapted linears that are plain are ``dense``."""
         section = self.trained.section
         virtual = self.trained.adapter.settings.get("num_virtual_tokens", 0)
         tokens = section.per_device_train_batch_size * (self.trained_lengths.longest + virtual)
@@ -225,34 +228,38 @@ class MemoryModel(CalibrationMemory):
         inside = tokens * (inner + self._update_per_token())
         logits = self._logits(tokens, logit_copies)
         return {
-            "optimizer": self._optimizer_bytes(),
-            "row norms": self._row_norms([spec for spec in self.adapted if len(self.layout.stored_shapes(spec)) == 1]),
+            "optimizer": self._optimizer_bytes(parameters),
+            "row norms": self._row_norms(dense),
+            "updates": (max if again else sum)(map(self._update_weights, self.blocks)),
             "activations": tokens * kept + (inside if inside >= logits else 0),
             "logits": logits if logits > inside else 0,
         }
 
-    def _optimizer_bytes(self) -> float:
+    def _optimizer_bytes(self, parameters: int) -> float:
         """What is trained, its gradients and the optimizer's states, and under autocast a copy in 16 bits. NEFTune's noise is
         gone before a block begins: no part of the peak."""
-        section = self.trained.section
-        extra = section.model_extra or {}
+        section, extra = self.trained.section, self.trained.section.model_extra or {}
         wide = optimizer_bytes(str(extra.get("optim", "adamw_torch")), section.gpus > 0)
         narrow = section.bf16 is True or extra.get("fp16") or (section.bf16 == "auto" and section.gpus > 0)
-        return self.adapter_parameters * (wide + (_HALF if narrow else 0))
+        return parameters * (wide + (_HALF if narrow else 0))
 
     def finetuning_hold(self) -> str:
         """How the fine-tuning holds its model. Offloaded only where that is the original, at ratio 1.0, and it does not fit;
         the batch is then planned with blocks run again. DeepSpeed, DoRA and prefixes want the whole model."""
         section, method = self.trained.section, self.trained.adapter.method
         own = section.deepspeed is None and method not in ("dora", "prefix_tuning")
-        return self.finishing_plan().hold if own and not self.layout.differs else "resident"
+        return self._plan_on_original(self.adapter_parameters).hold if own and not self.layout.differs else "resident"
 
     def finishing_plan(self) -> HoldPlan:
-        """Steps on the original: its weights, the adapter with its optimizer, and a step with blocks run again. A prefix works
-        through the cache that running a block again would fill twice: its original is held whole."""
-        if self.config.adapter.method == "prefix_tuning":
-            return HoldPlan("resident", {"weights": self.weights, **self._step_parts(again=False)})
-        return self._plan_beside("finetune", self._step_parts(again=True))
+        """Steps on the original of the adapter as corrected."""
+        return self._plan_on_original(self.corrected_parameters)
+
+    def _plan_on_original(self, parameters: int) -> HoldPlan:
+        """The original's weights, an adapter of so many ``parameters`` with its optimizer, and a step with blocks run again. A
+        prefix works through the cache that running a block again would fill twice: its original is held whole."""
+        again = self.config.adapter.method != "prefix_tuning"
+        step = self._step_parts(again, parameters, self.adapted, LOSS_COPIES)
+        return self._plan_beside("finetune", step) if again else HoldPlan("resident", {"weights": self.weights, **step})
 
     def correction_parts(self) -> Parts:
         """The largest of: the emulator with the adapter on some rows; the linears that share a Gram, a task each; the original,

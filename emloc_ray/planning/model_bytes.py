@@ -56,6 +56,11 @@ class ModelBytes:
         length = float(self.config.data.max_seq_length)
         return replace(self.lengths, mean=PACKED_SHARE * length, longest=length)
 
+    def _left_as_they_are(self) -> list[LinearSpec]:
+        """The adapted linears that the emulator has neither in factors nor in few bits."""
+        in_few_bits = set(self.layout.quantized_linears)
+        return [s for s in self.adapted if s.name not in in_few_bits and len(self.layout.stored_shapes(s)) == 1]
+
     def _row_norms(self, dense: Collection[LinearSpec]) -> int:
         """PEFT's DoRA on a dense linear: an identity, ``s B A``, its unscaled self and its sum with ``W``, in float32."""
         if self.trained.adapter.method != "dora":
@@ -136,6 +141,7 @@ class ModelBytes:
         - The residual stream in float32, at each of two norms.
         - What goes into attention and activations, and what comes out.
         - Outputs that are scaled by what is learned, in float32, and of DoRA the base's too.
+        - Of LoHa and LoKr what stands between their factors, in float32: of LoKr about as much as the outputs.
 
         Frozen linears keep nothing; experts' linears count by the share of tokens that is sent to each.
         """
@@ -147,10 +153,22 @@ class ModelBytes:
             share = group[0].token_share
             read += share * copies * group[0].in_features * FLOAT * (2 if self.trained.adapter.lora_dropout else 1)
             outputs += share * sum(spec.out_features for spec in group if spec in adapted)
+            if self.trained.adapter.method == "loha":
+                read += share * FLOAT * sum(self._rank(spec) for spec in group if spec in adapted)
             writes = len(group) == 1 and group[0].out_features == block.width
             inner += share * (group[0].in_features if writes else sum(spec.out_features for spec in group))
-        scaled = {"dora": FLOAT + self.itemsize, "vera": FLOAT, "ia3": FLOAT}.get(self.trained.adapter.method, 0)
+        scaled = {"dora": FLOAT + self.itemsize, "vera": FLOAT, "ia3": FLOAT, "lokr": FLOAT}.get(
+            self.trained.adapter.method, 0
+        )
         return read + 2 * block.width * FLOAT + inner * self.itemsize + outputs * scaled
+
+    def _update_weights(self, block: Block) -> int:
+        """What LoHa makes of its factors in a block and keeps for the backward pass, in float32: their paired columns, or
+        ``ΔW`` where that is less."""
+        if self.trained.adapter.method != "loha":
+            return 0
+        adapted = set(self.adapted).intersection(block.specs)
+        return FLOAT * sum(min(self._rank(s) * (s.in_features + s.out_features), s.num_parameters) for s in adapted)
 
     def _update_per_token(self) -> float:
         """Bytes of the widest ``W x + s B (A x)`` on its way forward, or of its gradient on the way back: once in the

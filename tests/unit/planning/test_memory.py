@@ -297,6 +297,39 @@ def test_what_is_scaled_by_what_is_learned_is_kept(prepared: Callable[..., Prepa
     assert dora["activations"] - lora["activations"] == 2 * (vera["activations"] - lora["activations"]) > 0
     assert dora["row norms"] == 4 * 128 * (128 + 3 * 64)
     assert lora["row norms"] == 0
+    lokr, loha = finetune(method="lokr", r=4), finetune(method="loha", r=2)
+    assert lokr["activations"] == vera["activations"]
+    # Of one block, as blocks are run again: r² columns and rows, or where these are more ΔW.
+    assert loha["updates"] == 4 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+    assert loha["activations"] - lora["activations"] == 64 * 7 * 4 * 4
+    assert finetune(method="loha", r=32)["updates"] == 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+
+
+@pytest.mark.parametrize("quantization", ["int4", "nf4"])
+def test_dora_on_linears_in_few_bits_makes_no_dense_product(
+    prepared: Callable[..., Prepared], quantization: str
+) -> None:
+    emulator = {"compression_ratio": 1.0, "quantization": quantization}
+    run = prepared(adapter={"method": "dora", "r": 4}, emulator=emulator, finetune={"exact_steps": 2})
+    model = MemoryModel(run, LENGTHS)
+    assert model.finetuning_parts()["row norms"] == 0
+    assert model.finishing_plan().parts["row norms"] == model.evaluation_plan().parts["row norms"] > 0
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"method": "vera", "r": 64},
+        {"method": "lokr", "r": 8},
+        {"r": 4, "rank_pattern": {"layers.0.self_attn.q_proj": 32}},
+    ],
+)
+def test_steps_on_the_original_train_the_adapter_as_corrected(
+    prepared: Callable[..., Prepared], adapter: dict[str, Any]
+) -> None:
+    model = MemoryModel(prepared(adapter=adapter, finetune={"exact_steps": 2}), LENGTHS)
+    assert model.finishing_plan().parts["optimizer"] == 16 * model.corrected_parameters
+    assert model.finetuning_parts()["optimizer"] == 16 * model.adapter_parameters < 16 * model.corrected_parameters
 
 
 @pytest.mark.slow
