@@ -23,8 +23,8 @@ def align(model_dir: Path, rows: Path, out_dir: Path, max_length: int, rate: flo
     """Writes the pruned model with all its weights trained once on ``rows``, as ``out_dir``, atomically.
 
     One pass of AdamW over the rows in their order, ``BATCH`` a step, on the mean loss of the next token in nats, prompts
-    counted too, in float32; the rate falls linearly from ``rate`` to none. LoRAM's publisher does so once on a general corpus
-    of 10⁵ times as many tokens; here the rows are those that emulators are calibrated on.
+    counted too, in float32; the rate falls linearly from ``rate`` to none. LoRAM's publisher does so once on a general corpus.
+    On rows of the task it takes away what the adapter should learn.
 
     Args:
         model_dir: of :func:`~ablations.pruning.prune`.

@@ -48,7 +48,7 @@ class Cells:
         asked["data"] = {key: value for key, value in asked["data"].items() if value != {}}
         if not cell.config.adapter.is_lora:  # what is not set is PEFT's default there, not LoRA's
             asked["adapter"] = cell.config.adapter.model_dump(mode="json")
-        pruned = [cell.prune, "aligned"] if cell.align else cell.prune
+        pruned = [cell.prune, self._aligned_on(cell)] if cell.align else cell.prune
         return fingerprint([asked, self._model(cell), self._rows(cell), pruned, CODE])
 
     def pruned_digest(self, cell: Cell) -> str:
@@ -72,6 +72,9 @@ class Cells:
     def _rows(self, cell: Cell) -> dict[str, str | None]:
         content = self.contents.get((cell.dataset, cell.seed), {})
         return {split: content.get(file) for split, file in split_files(cell.calibration, cell.heal_on).items()}
+
+    def _aligned_on(self, cell: Cell) -> str | None:
+        return self.contents.get((cell.dataset, cell.seed), {}).get(f"healing-{cell.align}")
 
     def path(self, cell: Cell) -> Path:
         """A cell's figures."""

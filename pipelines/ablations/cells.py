@@ -38,7 +38,7 @@ class Cell:
     point: dict[str, Any]
     task: Task
     prune: Kind | None = None
-    align: bool = False
+    align: str | None = None
     heal_on: str | None = None
     start: Start | None = None
 

@@ -63,7 +63,7 @@ class MethodConfig(Section):
 
     name: str
     prune: Kind | None = Field(None, description="train on a model without these parts, instead of an emulator")
-    align: bool = Field(False, description="train all that structured pruning kept on the calibration's rows before")
+    align: Foreign | None = Field(None, description="rows to train all that pruning kept on, before the adapter")
     heal_on: Foreign | None = Field(None, description="other rows than the task's to heal the emulator on")
     start: Start | None = Field(
         None, description="begin the adapter where it makes up for what the emulator lacks, and serve it on that"
@@ -77,9 +77,9 @@ class MethodConfig(Section):
         return name
 
     @model_validator(mode="after")
-    def _aligns_what_calibration_pruned(self) -> MethodConfig:
-        if self.align and self.prune != "structured":
-            raise ValueError(f"method {self.name} has align, which reads calibration rows: add prune: structured to it")
+    def _aligns_what_is_pruned(self) -> MethodConfig:
+        if self.align is not None and self.prune is None:
+            raise ValueError(f"method {self.name} has align, which trains what pruning kept: add prune to it")
         return self
 
     @property
@@ -121,8 +121,9 @@ class AblationConfig(Section):
 
     @property
     def healing_rows(self) -> list[Foreign]:
-        """What methods heal on beside the task's own rows."""
-        return list(dict.fromkeys(method.heal_on for method in self.methods if method.heal_on is not None))
+        """What methods heal or align on beside the task's own rows."""
+        every = [rows for method in self.methods for rows in (method.heal_on, method.align) if rows is not None]
+        return list(dict.fromkeys(every))
 
     @model_validator(mode="after")
     def _agrees(self) -> AblationConfig:
@@ -140,9 +141,10 @@ class AblationConfig(Section):
             if rows.foreign in self.datasets:
                 problems.append(f"calibrations.{key} takes rows of {rows.foreign}, a data set itself: choose others")
         problems += [
-            f"method {method.name} heals on {method.heal_on}, a data set itself: choose other rows"
+            f"method {method.name} {verb} on {rows}, a data set itself: choose other rows"
             for method in self.methods
-            if method.heal_on in self.datasets
+            for verb, rows in (("heals", method.heal_on), ("aligns", method.align))
+            if rows in self.datasets
         ]
         problems += ["grid.seed is what seeds is for: take it out" for key in self.grid if key == "seed"]
         problems += self._wrong_comparison(names)

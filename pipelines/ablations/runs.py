@@ -21,7 +21,7 @@ from typing import Any
 
 from ablations.cell_figures import Cells, figures
 from ablations.cells import Ablation, Cell
-from ablations.datasets import data_section, made, make_dataset, split_files, stand_in
+from ablations.datasets import data_section, made, make_dataset, stand_in
 from emloc_ray.config.schema import ModelConfig, RunConfig
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.cache import ArtifactCache
@@ -276,14 +276,13 @@ def pruned_models(
                 assert cell.prune is not None
                 prune(original_dir(prepared), pruned.model_dir, cell.prune, ratio, cell.seed, grams)
             if cell.align:
-                source, pruned = (
+                source, rows = (
                     pruned.model_dir,
-                    Pruned(pruned.model_dir.with_name(f"{pruned.model_dir.name}-aligned")),
+                    ablation.data_dir(cell.dataset, cell.seed) / f"healing-{cell.align}.jsonl",
                 )
+                pruned = Pruned(source.with_name(f"{source.name}-{cell.dataset}-{cell.seed}-{cell.align}"))
                 if not pruned.kept.is_file():
                     tell(f"Aligned model for {cell.name}")
-                    file = split_files(cell.calibration)["calibration"]
-                    rows = ablation.data_dir(cell.dataset, cell.seed) / f"{file}.jsonl"
                     align(source, rows, pruned.model_dir, cell.config.data.max_seq_length)
             yield cell.name, pruned
         except EmlocError as error:

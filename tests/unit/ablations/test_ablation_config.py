@@ -91,8 +91,12 @@ def test_an_override_that_would_change_nothing_is_refused(given: str, told: str,
             "method x heals on code, a data set itself",
         ),
         (
-            {"methods": [{"name": "lora", RATIO: 1.0}, {"name": "x", "prune": "random", "align": True}]},
-            "method x has align, which reads calibration rows: add prune: structured to it",
+            {"methods": [{"name": "lora", RATIO: 1.0}, {"name": "x", "align": "prose"}]},
+            "method x has align, which trains what pruning kept: add prune to it",
+        ),
+        (
+            {"methods": [{"name": "lora", RATIO: 1.0}, {"name": "x", "prune": "random", "align": "code"}]},
+            "method x aligns on code, a data set itself",
         ),
         (
             {"methods": [{"name": "lora", RATIO: 1.0}, {"name": "x", "prune": "random", "adapter.method": "dora"}]},
