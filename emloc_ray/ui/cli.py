@@ -20,7 +20,7 @@ from emloc_ray.config.steps import RESULTS, VERBS
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.ui.batch_verbs import KEYS, asking, batch, cache_app, cancel, show_batch
 from emloc_ray.ui.config_verbs import ConfigPath, init, prepare_config, preview, schema, validate
-from emloc_ray.ui.result_verbs import RunPath, chat, fetch, gguf, place_of, push, report
+from emloc_ray.ui.result_verbs import RunPath, chat, fetch, gguf, place_of, push, report, run_of, starting
 from emloc_ray.ui.run_status import show_status
 from emloc_ray.ui.shell import AcceptVersions, Overrides, Verbs, Yes, agrees, console, flag, guarded, same_command
 
@@ -93,6 +93,9 @@ def plan(
     for line in plan_lines(planned, api.plan_without_budget):
         console.print(escape(line), soft_wrap=True)
     if planned.choice is not None:
+        whose = "the config's own" if memory_budget is None else "those of what is recommended"
+        line = f"The stages above are {whose}; emloc-ray run {config} does what is recommended with these overrides:"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
         console.print("  " + shlex.join(planned.choice.overrides), soft_wrap=True, highlight=False, markup=False)
     check_holding(planned.prepared)
     check_stages(planned)
@@ -179,7 +182,16 @@ def status(
     from emloc_ray.runs.batch.state import is_batch
 
     with asking(run_dir):
-        run = RunDirectory(place_of(run_dir)).existing()
+        place = RunDirectory(place_of(run_dir))
+        holder = starting(place)
+    if holder is not None:
+        console.print(f"Running: {escape(holder)}; no stage has begun.", soft_wrap=True)
+        if not watch:
+            return
+        while starting(place) is not None:
+            time.sleep(1)
+    with asking(run_dir):
+        run = run_of(run_dir)
         of_many = is_batch(run)
     if of_many:
         show_batch(run, watch)

@@ -1,8 +1,10 @@
 """The command line's verbs for what a run made: ``report``, ``fetch``, ``push``, ``gguf`` and ``chat``."""
 
+from __future__ import annotations
+
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -10,6 +12,9 @@ from rich.markup import escape
 from emloc_ray.errors import ConfigError
 from emloc_ray.ui.batch_verbs import asking, state_now
 from emloc_ray.ui.shell import console, flag, guarded
+
+if TYPE_CHECKING:
+    from emloc_ray.io.runs.directory import RunDirectory
 
 
 def place_of(run_dir: str) -> str:
@@ -25,18 +30,54 @@ def place_of(run_dir: str) -> str:
     return str(place)
 
 
-RunPath = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's directory, or its place on an object store.")]
+def run_of(run_dir: str) -> RunDirectory:
+    """The run at a place, or that of a config. Raises ConfigError where it is none, or has not begun."""
+    from emloc_ray.config.reading import is_batch, read_values
+    from emloc_ray.io.runs.directory import RunDirectory
+    from emloc_ray.io.store.lock_file import NAME as LOCK
+
+    place = place_of(run_dir)
+    run = RunDirectory(place)
+    try:
+        return run.existing()
+    except ConfigError:
+        if holder := starting(run):
+            raise ConfigError(f"{run.place}: {holder} starts it, and no stage has begun: ask again later.") from None
+        if is_begun(run):
+            raise
+        if place != run_dir:
+            verb = "batch" if is_batch(read_values(Path(run_dir))) else "run"
+            raise ConfigError(f"{run_dir} has no run in {place} yet: emloc-ray {verb} {run_dir} starts one.") from None
+        if LOCK in run.names():
+            raise ConfigError(f"{run.place} is of a run that did not start: give its command again.") from None
+        raise
+
+
+def is_begun(run: RunDirectory) -> bool:
+    """Whether a run has written its manifest, which comes before its first stage."""
+    from emloc_ray.io.store.object_store import MANIFEST
+
+    return MANIFEST in run.names()
+
+
+def starting(run: RunDirectory) -> str | None:
+    """The process that holds a run which has not begun, as while Ray starts."""
+    return None if is_begun(run) else run.holder()
+
+
+RunPath = Annotated[
+    str, typer.Argument(metavar="RUN_DIR", help="A run's directory, its place on an object store, or its config.")
+]
 
 
 @guarded
 def report(run_dir: RunPath) -> None:
     """Write report.html of a run or a batch, finished or not."""
-    from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.ui.batch_page import write_batch_report
     from emloc_ray.ui.page import write_report
 
     with asking(run_dir):
-        run = RunDirectory(place_of(run_dir)).existing()
+        run = run_of(run_dir)
         state = state_now(run)
     written = write_report(run) if state is None else write_batch_report(run, state)
     console.print(escape(str(written)), soft_wrap=True)
@@ -60,7 +101,7 @@ def fetch(
     from emloc_ray.ui.terminal import progress_bar
 
     with asking(run_uri):
-        run = RunDirectory(place_of(run_uri)).existing()
+        run = run_of(run_uri)
     notes: list[str] = []
     with progress_bar(console, "Fetching", in_bytes=True) as progress:
         files = fetch(run, directory, part or (), progress, part_folder, notes.append)
@@ -90,10 +131,9 @@ def push(
     private: Annotated[bool, flag("--private", help="Where it is made: for you alone.")] = False,
 ) -> None:
     """Upload a run's adapter or merged model, with its card, to the Hugging Face hub."""
-    from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.ui import publishing
 
-    publishing.push(console, RunDirectory(place_of(run_dir)), name, part.value, private)
+    publishing.push(console, run_of(run_dir), name, part.value, private)
 
 
 @guarded
@@ -110,10 +150,9 @@ def gguf(
     trust_remote_code: Trusting = False,
 ) -> None:
     """Write a run's merged model or adapter as a GGUF file, by llama.cpp's converter."""
-    from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.ui import publishing
 
-    publishing.export_gguf(console, RunDirectory(place_of(run_dir)), part.value, output, outtype, trust_remote_code)
+    publishing.export_gguf(console, run_of(run_dir), part.value, output, outtype, trust_remote_code)
 
 
 @guarded
@@ -124,13 +163,12 @@ def chat(
     trust_remote_code: Trusting = False,
 ) -> None:
     """Ask the original and the fine-tuned model the same, side by side."""
-    from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.ui.chat import Pair, talk
     from emloc_ray.ui.publishing import MODEL, local_copy, result_name
     from emloc_ray.ui.terminal import quiet_libraries
 
     quiet_libraries()
-    run = RunDirectory(place_of(run_dir))
+    run = run_of(run_dir)
     with local_copy(console, run, result_name(run, "adapter"), MODEL) as root:
         with console.status("Loading the original and the adapter …"):
             pair = Pair.of(run, root, plain, max_new_tokens, trust_remote_code)

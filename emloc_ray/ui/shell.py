@@ -52,16 +52,26 @@ class Verbs(TyperGroup):
     """Takes a config's key with dashes for what it is."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Ends with a sentence where an option is an override."""
+        """Ends with a sentence where an option is an override, or has underscores for hyphens."""
         from emloc_ray.io.runs.secret_values import without_secret
 
+        verb = self.commands.get(next((argument for argument in args if not argument.startswith("-")), ""))
+        parameters = [] if verb is None else verb.params
+        own = {option for parameter in parameters for option in parameter.opts}
+        takes_keys = any(parameter.name == "overrides" for parameter in parameters)
         for argument in args:
-            if key := re.match(r"--?(\w*[._][\w.]*)(=|$)", argument):
+            key = re.match(r"--?(\w*[._][\w.]*)(=|$)", argument)
+            if key is None:
+                continue
+            if (option := f"--{key[1].replace('_', '-')}") in own:
+                sentence = f"--{key[1]} is no option: write {option}."
+            elif not takes_keys:
+                continue
+            else:
                 written = without_secret(argument.lstrip("-") if key[2] else f"{key[1]}=VALUE")
-                errors.print(
-                    f"[red]Error:[/] --{escape(key[1])} is a key of the config: write {escape(written)}, without dashes."
-                )
-                raise typer.Exit(2)
+                sentence = f"--{key[1]} is a key of the config: write {written}, without dashes."
+            errors.print(f"[red]Error:[/] {escape(sentence)}")
+            raise typer.Exit(2)
         return super().parse_args(ctx, args)
 
 
@@ -98,7 +108,8 @@ def guarded(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:
                 errors.print(f"[red]Error:[/] {escape(line)}")
             raise typer.Exit(getattr(error, "exit_code", 1)) from None
         except (KeyboardInterrupt, SystemExit) as error:  # Ray makes a SystemExit of SIGTERM
-            errors.print(f"Stopped. Finished stages stay; {same_command(options)} continues from there.")
+            if "fresh" in options or options.get("dry_run") is False:  # a verb that runs stages
+                errors.print(f"Stopped. Finished stages stay; {same_command(options)} continues from there.")
             raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 143) from None
 
     return call

@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import emloc_ray
 from emloc_ray.config.reading import load_config
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store.turns import own_name
 from emloc_ray.planning.alternatives import Choice
 from emloc_ray.runs import run as pipeline
 from emloc_ray.runs.log import RunLog
@@ -79,6 +81,8 @@ def test_within_a_budget_plan_shows_what_else_could_be_trained_on(call: Call) ->
     assert "train on the original, " in result.stdout
     assert "no emulator is needed" in result.stdout
     assert "memory_budget=2GiB emulator.compression_ratio=1 " in result.stdout
+    assert "The stages above are those of what is recommended; emloc-ray run " in result.stdout
+    assert "The stages above are the config's own;" in call("plan", "memory_budget=2GiB").stdout
     planned = emloc_ray.plan(load_config(call.config), memory_budget="2GiB")
     assert planned.choice is not None
     assert planned.choice.sentence in result.stdout
@@ -113,6 +117,32 @@ def test_status_of_no_run_and_of_one_that_has_begun(call: Call, tmp_path: Path) 
         assert "Running: process" in invoke("status", str(call.run_dir)).stdout
     finally:
         run.unlock()
+
+
+def test_status_of_a_run_whose_ray_is_starting(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory(call.run_dir)
+    call.config.write_text(f"run_dir: {run.place}")
+    assert (
+        f"{call.config} has no run in {run.place} yet: emloc-ray run {call.config} starts one"
+        in invoke("status", str(call.config)).stderr
+    )
+    run.lock()
+    try:
+        shown, refused = invoke("status", run.place), invoke("report", run.place)
+        monkeypatch.setattr(time, "sleep", lambda seconds: run.create({}) or run.unlock())
+        watched = invoke("status", "--watch", run.place)
+    finally:
+        run.unlock()
+    assert (shown.exit_code, shown.stdout) == (0, f"Running: {own_name()}; no stage has begun.\n")
+    assert f"{own_name()} starts it, and no stage has begun: ask again later." in refused.stderr
+    assert watched.stdout.splitlines()[1] == "Not running.", watched.output
+
+
+def test_status_of_a_run_whose_ray_did_not_start(call: Call) -> None:
+    run = RunDirectory(call.run_dir)
+    run.lock()
+    run.unlock()
+    assert "is of a run that did not start: give its command again" in invoke("status", run.place).stderr
 
 
 def test_report_of_a_run_that_has_only_begun(tmp_path: Path) -> None:
@@ -165,7 +195,7 @@ def test_a_failed_run_is_one_sentence_and_code_1(call: Call, monkeypatch: pytest
     first, second = result.stderr.splitlines()
     assert first == "Error: model.layers.0 holds NaN [in row 3]."
     assert second.endswith(f"Finished stages stay in {call.run_dir}; the same command continues from there.")
-    second = call("run", "--fresh", "--from", "merge").stderr.splitlines()[1]
+    second = call("run", "--fresh", "--from", "calibrate").stderr.splitlines()[1]
     assert second.endswith("; the same command without --fresh, --from continues from there.")
 
 
@@ -183,6 +213,21 @@ def test_a_stopped_run_is_no_failure(
     for verb, option in (("run", "--fresh"), ("merge", "--fresh"), ("run", "--from=merge")):
         left_out = option.partition("=")[0]
         assert f"; the same command without {left_out} continues" in call(verb, option).stderr
+
+
+def test_who_stops_watching_stops_no_run(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    run = RunDirectory(call.run_dir)
+    run.create({})
+    run.lock()
+    monkeypatch.setattr(time, "sleep", interrupt)
+    try:
+        stopped = invoke("status", "--watch", run.place)
+    finally:
+        run.unlock()
+    assert (stopped.exit_code, stopped.stderr) == (130, "")
 
 
 def test_half_of_a_character_that_an_error_quotes_is_shown_as_its_code(
@@ -207,8 +252,8 @@ def test_the_stages_verbs_say_how_far_to_go(call: Call, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(pipeline, "run", note)
     assert call("factorize", "seed=7").exit_code == 0
-    assert call("run", "--from", "merge", "--until", "merge", "--fresh").exit_code == 0
-    assert asked == [(None, "factorize", False, 7), ("merge", "merge", True, 0)]
+    assert call("run", "--from", "calibrate", "--until", "merge", "--fresh").exit_code == 0
+    assert asked == [(None, "factorize", False, 7), ("calibrate", "merge", True, 0)]
 
 
 def test_an_empty_budget_is_told(call: Call) -> None:
