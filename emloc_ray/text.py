@@ -84,8 +84,10 @@ def listed(items: Sequence[str], most: int = 3) -> str:
 
 
 def one_line(text: object, most: int = 200) -> str:
-    """A text, such as an error's, in one line of ``most`` characters at most, without its last stop: a sentence goes on."""
-    return re.sub(r"(?<!\.)\.$", "", " ".join(str(text).split())[:most].rstrip())
+    """A text, such as an error's, in one line of ``most`` characters at most, without its last stop: a sentence goes on. An
+    ellipsis stands where it is cut."""
+    line = " ".join(str(text).split())
+    return re.sub(r"(?<!\.)\.$", "", line) if len(line) <= most else f"{line[: most - 1].rstrip(' .,')}…"
 
 
 def version_changes(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:

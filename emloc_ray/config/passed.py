@@ -9,6 +9,7 @@ import json
 import re
 import typing
 from collections.abc import Iterable
+from enum import Enum
 from typing import Any
 
 from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
@@ -19,6 +20,7 @@ from emloc_ray.config.finetune import FinetuneConfig
 from emloc_ray.config.peers import peer_key
 from emloc_ray.config.schema import RayConfig, RunConfig
 from emloc_ray.io.runs.secret_values import HIDDEN, is_secret, is_variable, leaves
+from emloc_ray.text import listed
 
 _MANY = 30  # keys that are too many to be listed in a sentence
 NO_KEY = " is not a key: "
@@ -118,8 +120,18 @@ def _training_errors(key: str, value: Any) -> list[str]:
         ]
     if key not in (types := _training_argument_types()):
         return [f"{no_such_key(f'finetune.{key}', key, _trainable_keys())}."]
+    if isinstance(value, str) and (values := _enumerated(types[key])) and value not in values:
+        near = difflib.get_close_matches(value, values, n=1)
+        right = f"the nearest is {near[0]}" if near else f"give one of {listed(values, 8)}"
+        return [f"finetune.{key} is {value!r}: {right}."]
     bounded = typing.Annotated[types[key], _BOUNDS[key]] if key in _BOUNDS else types[key]
     return _type_errors(f"finetune.{key}", value, bounded)
+
+
+def _enumerated(hint: Any) -> list[str]:
+    """The values of the enums in a type."""
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if isinstance(kind, type) and issubclass(kind, Enum)]
+    return [str(member.value) for kind in kinds for member in kind]
 
 
 def _checkpointing_errors(value: Any) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# Each of our keys with what other tools call it.
+# Each of our keys with what other tools call it; a name with its section means this only there.
 _OTHER_NAMES = {
     "finetune.per_device_train_batch_size": "micro_batch_size batch_size train_batch_size per_device_batch_size"
     " per_device_train_batch_size per_gpu_train_batch_size",
@@ -29,13 +29,14 @@ _OTHER_NAMES = {
     "adapter.method": "adapter_type peft_type finetuning_type",
     "adapter": "lora peft lora_config peft_config",
     "emulator.quantization": "load_in_4bit load_in_8bit quantization_bit bits",
-    "emulator.compression_ratio": "ratio",
+    "emulator.compression_ratio": "ratio emulator.rank emulator.r",
     "finetune": "training trainer training_args training_arguments",
     "data.max_seq_length": "cutoff_len sequence_len seq_len max_length max_seq_len max_seq_length model_max_length",
     "finetune.packing": "sample_packing packing",
     "data.train": "dataset datasets dataset_name train_data train_file",
     "data.eval": "validation validation_file val valid dev test test_datasets eval_dataset eval_file",
-    "data.train.num_samples": "max_samples",
+    "data.train.num_samples": "max_samples data.num_samples",
+    "correction.clamp": "correction.lambda",
     "model.source": "base_model model_name_or_path model_name model_id name_or_path",
     "model.attn_implementation": "attn_implementation flash_attn flash_attention",
     "model.trust_remote_code": "trust_remote_code",
@@ -53,8 +54,8 @@ _TOOLS = {
 
 
 def peer_key(key: str) -> str | None:
-    """Our key for a dotted key whose last part is another tool's name; None where that is the key itself."""
-    ours = PEERS.get(key.rpartition(".")[2].lower())
+    """Our key for a dotted key that another tool's name is, or its last part; None where that is the key itself."""
+    ours = PEERS.get(key) or PEERS.get(key.rpartition(".")[2].lower())
     return None if ours == key else ours
 
 

@@ -155,10 +155,11 @@ def converted(row: Row, format: str, columns: Mapping[str, str], where: str, cha
         if name in given and given[name] is None:
             raise DataError(f"{where}: field {theirs!r} is null: fill it or remove the row.")
         if name not in given:
-            have = ", ".join(sorted(map(str, row))) or "none"
+            have, of = ", ".join(sorted(map(str, row))) or "none", recognized(row, columns)
+            other = f"set data.format: {of} where all rows are of that, " if of else ""
             raise DataError(
-                f"{where}: no field {theirs!r} (it has {have}), which rows of format {format} need: give it, or put rows of"
-                " another format into a file of their own."
+                f"{where}: no field {theirs!r} (it has {have}), which rows of format {format} need: give it, {other}or put rows"
+                " of another format into a file of their own."
             )
     if format not in _CONVERSIONS:
         return given, format

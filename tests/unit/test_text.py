@@ -80,4 +80,4 @@ def test_the_pace_is_that_of_the_newer_half() -> None:
 def test_an_errors_text_in_a_sentence_has_no_stop_of_its_own() -> None:
     assert text.one_line(ValueError("The hub is\n overloaded.")) == "The hub is overloaded"
     assert text.one_line("it waits ...") == "it waits ..."
-    assert text.one_line("Fix it. Then go", 7) == "Fix it"
+    assert text.one_line("Fix it. Then go", 9) == "Fix it…"

@@ -221,9 +221,12 @@ def test_bad_rows(row: dict[str, Any], complaint: str) -> None:
 
 def test_a_row_of_another_format_than_the_first_is_told_where_it_belongs() -> None:
     with pytest.raises(
-        DataError, match=r"no field 'messages' \(it has text\), which rows of format messages need: give it, or"
+        DataError, match=r"no field 'messages' \(it has id\), which rows of format messages need: give it, or"
     ):
-        written({"text": "a"}, "messages")
+        written({"id": 1}, "messages")
+    for row, columns in (({"prompt": "a", "completion": "b"}, {}), ({"question": "a"}, {"text": "question"})):
+        with pytest.raises(DataError, match=r"set data\.format: (prompt_completion|text) where all rows are of that"):
+            converted(row, "messages", columns, "a.csv, row 1")
 
 
 def test_a_text_that_begins_with_the_begin_token_has_it_once() -> None:
