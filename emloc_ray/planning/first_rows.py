@@ -89,10 +89,20 @@ def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> Fir
         raise ConfigError(_named(str(error), names)) from error
     if first.sequences and first.num_emptied == len(first.sequences):
         rows = f"none of the first {len(first.rows)} rows" if len(first.rows) > 1 else "not even the first row"
+        whole = max(len(tokens) for tokens in first.sequences)
         raise ConfigError(
-            f"data.max_seq_length {first.limit} leaves {rows} of data.{split} a token to learn: raise it."
+            f"data.max_seq_length {first.limit} leaves {rows} of data.{split} a token to learn: raise it; they take up to"
+            f" {whole} tokens."
         )
     return first
+
+
+def check_first_rows(prepared: Prepared) -> None:
+    """Tokenizes the first rows of every split that is all here. Raises ConfigError where a row is bad, or none keeps a
+    completion; opens no image."""
+    for split, files in prepared.files.items():
+        if not getattr(prepared.config.data, split).hub and not any(source.images for source in files):
+            first_rows(prepared, split)
 
 
 def sequences_a_row(prepared: Prepared, split: str = "train") -> float:

@@ -12,6 +12,7 @@ from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.batches import keeps_small, shrink_batches
 from emloc_ray.planning.budget import check_holding
+from emloc_ray.planning.first_rows import check_first_rows
 from emloc_ray.planning.machine import check_disk, check_kernel, check_resources
 from emloc_ray.planning.plan import Plan, check_stages, make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
@@ -37,6 +38,7 @@ from emloc_ray.stages.ray.session import (
     smallest_gpu_bytes,
     total,
 )
+from emloc_ray.stages.tokens.stage import DATA
 
 _GATHERED = "gradients"  # with it, what the original is held for before the emulator is there
 
@@ -72,6 +74,8 @@ def run(
     metrics.json.
     """
     _check_order(begin or until, until)
+    if fresh and begin not in (None, VERBS[0]):
+        raise ConfigError(f"--fresh deletes what --from {begin} builds on: leave one of them out.")
     prepared, reporter = shrink_batches(prepared or prepare(config)), reporter or Reporter()
     redo = [stage.name for stage in up_to(until) if stage.name in redone_from(begin) and stage.wanted(prepared)]
     plan, left = _planned(prepared), {stage.name for stage in up_to(until)}
@@ -99,7 +103,7 @@ def run(
             _create(prepared, fresh, redo)
             with _recorded(prepared, reporter, cache) as reporters:
                 check_visible(prepared)
-                for remark in remarks.of_machines([prepared.config], total("CPU")) if in_batch is None else ():
+                for remark in remarks.said_once([prepared.config], total("CPU")) if in_batch is None else ():
                     reporter.note(remark)
                 turns, actors = (in_batch.turns, in_batch.actors) if in_batch is not None else (AtOnce(), None)
                 steps = Steps(prepared, reporters, turns, cache, prepared.run.to_redo(), plan, accept_versions)
@@ -169,6 +173,8 @@ def _check_left(prepared: Prepared, plan: Plan, left: Container[str], in_batch: 
         check_holding(prepared)
     if not in_batch:  # which has checked its tasks
         check_stages(plan, left)
+        if DATA.name in left:
+            check_first_rows(prepared)
     if prepared.run.store is None:  # a store has room, and a node's cache makes its own
         check_disk(prepared.run, missing_disk(plan, prepared.run, left))
 

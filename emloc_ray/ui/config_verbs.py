@@ -20,6 +20,7 @@ from emloc_ray.ui.batch_verbs import batch
 from emloc_ray.ui.shell import Overrides, console, guarded
 
 if TYPE_CHECKING:
+    from emloc_ray.planning.alternatives import Choice
     from emloc_ray.planning.first_rows import FirstRows
     from emloc_ray.planning.plan import Plan
     from emloc_ray.planning.prepared import Prepared
@@ -44,13 +45,18 @@ def prepare_config(path: Path, overrides: list[str] | None, console: Console = c
 @guarded
 def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check the config, the model and the data's first rows as tokens: list every error and remark, start nothing."""
-    from emloc_ray.config.reading import is_batch, read_mapping
+    from emloc_ray.config.reading import is_batch, load_config, read_mapping
 
     if config.is_file() and is_batch(
         read_mapping(config, f"Config {config}", "it needs at least run_dir, model and data")
     ):
         batch(config, overrides, dry_run=True)
         return
+    try:
+        load_config(config, overrides or ())
+    except ConfigError as error:
+        later = "\nThe model and the data are checked once this is fixed." if config.is_file() else ""
+        raise ConfigError(f"{error}{later}") from error
     for line in validation_lines(prepare_config(config, overrides), str(config)):
         console.print(escape(line), soft_wrap=True)
 
@@ -62,7 +68,7 @@ def validation_lines(prepared: Prepared, name: str) -> Iterator[str]:
     from emloc_ray.planning.first_rows import first_rows
     from emloc_ray.planning.plan import check_stages, make_plan
     from emloc_ray.planning.prepared import splits_of
-    from emloc_ray.runs.remarks import of_machines, of_settings
+    from emloc_ray.runs.remarks import of_settings, said_once
     from emloc_ray.stages.order import STEPS
 
     check_holding(prepared)
@@ -76,7 +82,7 @@ def validation_lines(prepared: Prepared, name: str) -> Iterator[str]:
     yield from _unchecked(prepared, splits)
     yield from of_settings(prepared, plan.worker_bytes)
     cpus = 0 if prepared.config.ray.joins else os.cpu_count() or 1  # of a Ray that is joined none are known yet
-    yield from of_machines([prepared.config], cpus)
+    yield from said_once([prepared.config], cpus)
 
 
 def _unchecked(prepared: Prepared, splits: Iterable[str]) -> Iterator[str]:
@@ -219,7 +225,7 @@ def schema() -> None:
 
 @guarded
 def init(
-    model: Annotated[str | None, typer.Option("--model", help="A hub id or a directory.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="A hub id, a directory or a .gguf file.")] = None,
     data: Annotated[
         str | None, typer.Option("--data", help="The rows to train on: a file, a glob, hf:DATASET.")
     ] = None,
@@ -230,8 +236,9 @@ def init(
     from emloc_ray.config.reading import parse_config, put, read_override
     from emloc_ray.planning.plan import within_budget
     from emloc_ray.planning.prepared import prepare
+    from emloc_ray.runs.remarks import max_positions
 
-    model = _asked("--model", model, "a hub id or a directory")
+    model = _asked("--model", model, "a hub id, a directory or a .gguf file")
     data = _asked("--data", data, "a file, a glob or hf:DATASET")
     if output.exists():
         raise ConfigError(f"{output} is there already: remove it, or name another with --output.")
@@ -248,11 +255,37 @@ def init(
         values["memory_budget"] = memory_budget
     with console.status("Checking the model and the data …"):
         prepared = prepare(parse_config(values))
-        choice = within_budget(prepared) if memory_budget is not None else None
+        if (positions := max_positions(prepared)) and positions < prepared.config.data.max_seq_length:
+            values["data"]["max_seq_length"] = positions
+            prepared = prepare(parse_config(values))
+        try:
+            choice = within_budget(prepared)
+        except ConfigError:
+            if memory_budget is not None:
+                raise
+            choice = None
     for override in choice.overrides if choice else ():
-        put(values, *read_override(override), override)
+        key, value = read_override(override)
+        if key != ("memory_budget",) or memory_budget is not None:  # left out it gives way where a stage needs more
+            put(values, key, value, override)
     output.write_text(_commented(values, output, prepared), "utf-8")
-    console.print(f"{output} is written: emloc-ray validate {output} checks it.", soft_wrap=True, markup=False)
+    written = f"{output} is written: emloc-ray validate {output} checks it."
+    console.print(f"{written} {_chosen(choice, memory_budget)}", soft_wrap=True, markup=False)
+
+
+def _chosen(choice: Choice | None, memory_budget: str | None) -> str:
+    """What a new config trains on, and the budget that this was chosen by."""
+    if choice is None:
+        return (
+            "Nothing trains within what inference of the original takes, so it has half of the ranks: --memory-budget SIZE"
+            " chooses by what a worker has."
+        )
+    own = (
+        ""
+        if memory_budget
+        else " That is what inference of the original takes: --memory-budget SIZE chooses by another."
+    )
+    return choice.sentence + own
 
 
 def _asked(option: str, given: str | None, what: str) -> str:
@@ -266,7 +299,7 @@ def _asked(option: str, given: str | None, what: str) -> str:
 _COMMENTS = {
     "run_dir": "where everything goes",
     "memory_budget": "what one worker may hold",
-    "model": "the original: a hub id or a directory",
+    "model": "the original: a hub id, a directory or a .gguf file",
     "data": "the task's rows; emloc-ray preview shows them as tokens",
     "emulator": "the compressed model that is trained on",
     "finetune": "any of transformers' TrainingArguments goes here too",

@@ -22,7 +22,7 @@ from emloc_ray.runs.batch.tasks import Batch
 from emloc_ray.runs.batch.work import PipelineWork, raise_problems
 from emloc_ray.runs.changes import Accept, check_accepted
 from emloc_ray.runs.gauges import BatchGauges
-from emloc_ray.runs.remarks import of_machines
+from emloc_ray.runs.remarks import said_once
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.stages.ray.nodes import Node, grown_cluster, reachable_nodes, workers_that_fit
 from emloc_ray.stages.ray.session import check_nodes, connection, gpus_within_reach, smallest_gpu_bytes, total
@@ -102,7 +102,7 @@ def run_batch(
                 prepared.work.with_gpus(gpus_within_reach(), smallest_gpu_bytes())
                 check_nodes([prepared.work.config(task) for task in batch.tasks])
             check_fit(prepared)
-            for remark in of_machines((prepared.work.config(task) for task in batch.tasks), total("CPU")):
+            for remark in said_once((prepared.work.config(task) for task in batch.tasks), total("CPU")):
                 tell(remark)
             gauges = BatchGauges(run.name, prepared.work.cache)
 

@@ -96,6 +96,17 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
     "2 compression_ratio": (set_key("compression_ratio", 0.5), ["write emulator.compression_ratio"]),
     "2 weight_decay": (set_key("adapter.weight_decay", 0.1), ["write finetune.weight_decay"]),
     "2 num_samples": (set_key("calibration.num_samples", 2), ["the nearest is num_calibration_samples"]),
+    "2 scheduler": (
+        set_key("finetune.lr_scheduler_type", "cosin"),
+        ["finetune.lr_scheduler_type is 'cosin': the nearest is cosine."],
+    ),
+    "2 optim": (set_key("finetune.optim", "xyz"), ["finetune.optim is 'xyz': give one of adamw_torch, "]),
+    "2 data.num_samples": (
+        set_key("data.num_samples", 2),
+        ["data.num_samples is not a key: write data.train.num_samples"],
+    ),
+    "2 emulator.rank": (set_key("emulator.rank", 8), ["the nearest is compression_ratio"]),
+    "2 lambda": (set_key("correction.lambda", 3), ["the nearest is clamp"]),
     "2 ratio": (set_key("emulator.ratio", 0.5), ["the nearest is compression_ratio"]),
     "2 lora": (set_key("lora", {"r": 2}), ["the nearest is adapter"]),
     "2 of many": (set_key("finetune.foobarbaz", 2), ["is not a key: emloc-ray keys finetune lists them"]),
@@ -340,7 +351,15 @@ def test_a_mistake_is_told(place: Place, name: str) -> None:
         (["validate", "my.yaml", "--finetune.max_steps=5"], "write finetune.max_steps=5, without dashes"),
         (["validate", "my.yaml", "--finetune.max_steps", "5"], "write finetune.max_steps=VALUE, without dashes"),
         (["validate", "my.yaml", "--memory_budget=9GiB"], "write memory_budget=9GiB, without dashes"),
+        (["plan", "my.yaml", "--memory_budget", "9GiB"], "--memory_budget is no option: write --memory-budget."),
+        (["init", "--memory_budget=9GiB"], "--memory_budget is no option: write --memory-budget."),
+        (["status", "--run_dir", "runs/mine"], "No such option: --run_dir"),
         (["run", "my.yaml", "-ray.token=hf_aaa"], "--ray.token is a key of the config: write ray.token=(hidden)"),
+        (
+            ["run", "my.yaml", "data.max_seq_length=2"],
+            "leaves none of the first 20 rows of data.train a token to learn",
+        ),
+        (["run", "my.yaml", "--fresh", "--from", "merge"], "--fresh deletes what --from merge builds on"),
         (["run", "my.yaml", "--from", "merge", "--until", "heal"], "There is no stage from merge until heal"),
         (["validate", "one.yaml"], "move model, data there, and name its file as base"),
         (
@@ -372,6 +391,12 @@ def test_a_bad_call_is_told(place: Place, arguments: list[str], words: str) -> N
     result = place(*arguments)
     assert result.exit_code == 2, (result.exception, result.output)
     assert words in result.stderr
+
+
+def test_validate_says_what_it_has_not_come_to(place: Place) -> None:
+    place.values["finetune"]["max_step"] = 3
+    *_, last = place("validate", "my.yaml").stderr.splitlines()
+    assert last == "Error: The model and the data are checked once this is fixed."
 
 
 def test_a_used_run_dir_with_another_config_is_not_taken_unasked(place: Place) -> None:

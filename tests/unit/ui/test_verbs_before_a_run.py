@@ -10,11 +10,15 @@ import jsonschema
 import pytest
 from cli_calls import Place, lines_of
 from gguf_files import write_gguf
+from typer.testing import CliRunner
 
 from emloc_ray.config.peers import PEERS
-from emloc_ray.config.reading import parse_config, unknown_key
+from emloc_ray.config.reading import load_config, parse_config, unknown_key
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import read_yaml
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.runs.remarks import default_emulator
+from emloc_ray.ui.cli import app
 
 
 def test_the_first_line_of_validate_says_the_most(place: Place) -> None:
@@ -56,6 +60,11 @@ def test_preview_shows_what_is_kept_of_a_row_and_whole_characters(place: Place) 
     assert "cut to 20, 18 learnt ⟦so⟧\nü⟦你·好·a" in cut
     whole = place("preview", "my.yaml", "data.max_seq_length=20", "finetune.loss_on=all").stdout
     assert "cut to 20, 20 learnt ⟦so⟧\n⟦ü·你·好·a" in whole
+
+
+def test_no_default_or_value_of_a_key_is_broken() -> None:
+    shown = CliRunner().invoke(app, ["keys", "emulator"], env={"COLUMNS": "80"}).stdout
+    assert "objective                activations  activations |" in shown
 
 
 def test_keys_shows_one_key(place: Place) -> None:
@@ -120,6 +129,35 @@ def test_init_writes_a_config_that_is_valid(place: Place) -> None:
     again = place("init", *arguments)
     assert again.exit_code == 2
     assert "new.yaml is there already" in again.stderr
+
+
+def test_init_without_a_budget_goes_by_what_inference_takes(place: Place) -> None:
+    call = ["init", "--model", place.values["model"], "--data", "rows.jsonl", "--output", "new.yaml"]
+    said = place(*call).stdout
+    assert "checks it. Within 4" in said
+    assert "That is what inference of the original takes: --memory-budget SIZE chooses by another." in said
+    config = load_config("new.yaml")
+    assert config.budget_is_default
+    assert (config.emulator.compression_ratio, config.emulator.quantization) == (1, "int4")
+
+
+def test_init_where_nothing_trains_in_what_inference_takes(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(prepared: Prepared) -> None:
+        raise ConfigError("Nothing can be trained within 1 MiB.")
+
+    monkeypatch.setattr("emloc_ray.planning.plan.within_budget", refuse)
+    call = ["init", "--model", place.values["model"], "--data", "rows.jsonl", "--output", "new.yaml"]
+    assert "so it has half of the ranks: --memory-budget SIZE chooses" in place(*call).stdout
+    assert load_config("new.yaml").emulator.compression_ratio == 0.5
+
+
+def test_an_emulator_of_the_defaults_is_told_once(place: Place) -> None:
+    place.write("many.yaml", "base: my.yaml\nrun_dir: runs/many\ngrid: {seed: [1, 2]}\n")
+    remark = "emulator is left at its defaults, the paper's half of the ranks, which closed 72% of the gap"
+    assert remark in place("validate", "my.yaml").stdout
+    assert remark not in place("validate", "my.yaml", "emulator.compression_ratio=1").stdout
+    read = [load_config("my.yaml"), load_config("my.yaml", ["emulator.num_workers=2"])]
+    assert str(default_emulator(read)).startswith(remark)
 
 
 def test_no_key_of_a_peer_leads_to_one_that_is_refused() -> None:
