@@ -10,7 +10,7 @@ from emloc_ray.config.emulator import DECIDED, EmulatorConfig
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
 from emloc_ray.planning.budget import RATIOS, solve_for_budget, training_bytes, with_config
-from emloc_ray.planning.costs import busy_seconds
+from emloc_ray.planning.costs import busy_seconds, with_base
 from emloc_ray.planning.emulator_budget import spend_evenly
 from emloc_ray.planning.layout import layout_under
 from emloc_ray.planning.lengths import Lengths
@@ -98,7 +98,8 @@ class Choice:
             changed += [f"{key}=null" for key in given if key not in new]
         asked: Any = self.asked.memory_budget
         if asked != "inference":
-            asked = f"{asked // 2**30}GiB" if asked % 2**30 == 0 else int(asked)
+            whole = ((unit, asked // held) for unit, held in (("GiB", 2**30), ("MiB", 2**20)) if asked % held == 0)
+            asked = next((f"{number}{unit}" for unit, number in whole), int(asked))
         return [f"memory_budget={asked}", *changed, *_solved(self.recommended.config)]
 
 
@@ -110,9 +111,11 @@ def choose_training(prepared: Prepared, lengths: Lengths, speeds: Speeds) -> Cho
     fit = [one for one in alternatives if one.fits and not one.unneeded]
     if not fit:
         least = min(alternatives, key=lambda one: one.needed)
+        parts = with_base(least.memory.finetuning_parts())
+        lowers = budget > parts["base"] + parts.get("weights", 0)  # what no setting below lowers
         raise ConfigError(
-            f"Nothing can be trained within {size_up(budget)}: {least.name} takes least, {size_up(least.needed)}: give that much,"
-            " or lower data.max_seq_length or the adapter's size."
+            f"Nothing can be trained within {size_up(budget)}: the least, of {least.name}, is {size_up(least.needed)}: give that"
+            f" much{', or lower data.max_seq_length or the size of the adapter' if lowers else ''}."
         )
     best = _best([(one, one.measured.gap_closed) for one in fit if one.measured is not None]) or fit[0]
     return Choice(prepared.config, budget, alternatives, best, speeds)

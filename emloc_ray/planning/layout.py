@@ -306,7 +306,7 @@ def _named(others: Mapping[str, str], targets: Patterns | None, exclude: Pattern
 
 
 def _check_adapter_ranks(adapter: AdapterConfig, specs: Sequence[LinearSpec]) -> None:
-    for spec in specs:
+    for spec in sorted(specs, key=lambda spec: min(spec.out_features, spec.in_features)):
         r = lookup(spec.name, adapter.rank_pattern, adapter.r)
         key = "adapter.r" if r == adapter.r else "adapter.rank_pattern"
         smaller = min(spec.out_features, spec.in_features)

@@ -239,9 +239,10 @@ def check_resources(config: RunConfig, cpus: float | None = None, gpus: float | 
         if asked_gpus > gpus:
             unseen = len(of_each_gpu("memory.total")) > gpus == torch.cuda.device_count()
             why = " (torch sees no others: a build without CUDA, or a driver too old for it)" if unseen else ""
+            asked = f"{asked_gpus:g} GPU{'' if asked_gpus == 1 else 's'}"
             problems.append(
-                f"{name} asks Ray for {asked_gpus:g} GPUs at once, this machine has {gpus:g}{why}: lower {name}.gpus_per_worker,"
-                " name a cluster in ray.address, or, to plan for another machine, give ray.num_gpus."
+                f"{name} asks Ray for {asked} at once, this machine has {gpus:g}{why}: lower"
+                f" {name}.gpus_per_worker, name a cluster in ray.address, or, to plan for another machine, give ray.num_gpus."
             )
     if problems:
         raise ConfigError("\n".join(problems))

@@ -11,7 +11,7 @@ from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.stored_files import shown
 from emloc_ray.runs.status import current_stages
 from emloc_ray.stages.order import STEPS
-from emloc_ray.text import describe_choice, described_bits, listed
+from emloc_ray.text import counted, describe_choice, described_bits, listed
 from emloc_ray.ui.terminal import describe_matches, evaluation_rows
 
 METHOD_NAMES = {
@@ -156,5 +156,5 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     for row in evaluation_rows(evaluation):
         table.append(f"| {row['label']} | {row['loss']:.4f} | {row['token_accuracy']:.3f} |")
     if exact := metrics.get("exact_match"):
-        table += ["", f"Exact match: {describe_matches(exact)} ({exact['num_prompts']} prompts)."]
+        table += ["", f"Exact match: {describe_matches(exact)} ({counted(exact['num_prompts'], 'prompt')})."]
     return "\n".join(["", "## On held-out rows", "", *table, ""])

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
+from rich.text import Text
 
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.text import Rate, duration, size
@@ -26,6 +27,13 @@ def _stages() -> dict[str, Stage]:
     return {stage.name: stage for stage in STEPS}
 
 
+class _Count(MofNCompleteColumn):
+    """Units done of all; nothing as long as nobody knows how many there are."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
+
+
 class ConsoleReporter(Reporter):
     """Shows a run: a bar for each stage on a terminal, elsewhere a line where a stage begins and ends, and now and then."""
 
@@ -36,7 +44,7 @@ class ConsoleReporter(Reporter):
         self.bars = Progress(
             TextColumn("{task.description:<20}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            _Count(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console,

@@ -60,8 +60,8 @@ def keys_tables(sections: Sequence[KeySection]) -> Iterator[Table]:
             title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), expand=True
         )
         table.add_column("key", style="bold", no_wrap=True)
-        for heading, share in (("default", 2), ("values", 3), ("meaning", 6)):
-            table.add_column(heading, overflow="fold", ratio=share)
+        for heading in ("default", "values", "meaning"):
+            table.add_column(heading, overflow="fold")
         for key in section.keys:
             default = "[red]required[/]" if key.default is None else escape(key.default)
             table.add_row(key.name, default, escape(key.values), escape(key.text))
@@ -77,20 +77,29 @@ def plan_tables(plan: Plan) -> list[Table]:
 
 def _shape_table(plan: Plan) -> Table:
     layout = plan.prepared.layout
-    table = Table(title="Linears inside the blocks", title_justify="left", pad_edge=False)  # 80 columns wide
+    table = Table(
+        title="Linears inside the blocks", title_justify="left", caption_justify="left", pad_edge=False
+    )  # 80 columns wide
     for column in ("linears", "out × in", "count", "rank", "parameters", "kept", "share"):
         is_number = column in ("parameters", "kept")  # a number that is cut off is another one
         table.add_column(column, justify="left" if column == "linears" else "right", no_wrap=is_number)
-    allocated = set(layout.allocated)
+    allocated, in_bits = set(layout.allocated), set(layout.quantized_linears)
     kinds = Counter(
-        (s.name.rsplit(".", 1)[-1], s.out_features, s.in_features, layout.ranks.get(s.name), s.name in allocated)
+        (
+            s.name.rsplit(".", 1)[-1],
+            s.out_features,
+            s.in_features,
+            layout.ranks.get(s.name),
+            s.name in in_bits,
+            s.name in allocated,
+        )
         for s in layout.specs
     )
-    for (kind, out_features, in_features, rank, by_data), count in kinds.items():
+    for (kind, out_features, in_features, rank, is_in_bits, by_data), count in kinds.items():
         dense = out_features * in_features
         kept = factor_parameters(out_features, in_features, rank, layout.storage)
         known = (
-            "dense" if rank is None else str(rank),
+            str(rank) if rank is not None else layout.quantization if is_in_bits else "dense",
             f"{count * dense:,}",
             f"{count * kept:,}",
             f"{kept / dense:.3f}",
@@ -243,7 +252,11 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _choice_table(choice: Choice) -> Table:
-    table = Table(title=f"What fine-tunes within {size(choice.budget)} a worker (predicted)", title_justify="left")
+    table = Table(
+        title=f"What fine-tunes within {size(choice.budget)} a worker (predicted)",
+        title_justify="left",
+        caption_justify="left",
+    )
     for column in ("trained on", "ratio", "rows", "memory each", "a step", "gap closed"):
         table.add_column(column, justify="left" if column == "trained on" else "right")
     for one in choice.alternatives:
@@ -265,8 +278,8 @@ def _choice_table(choice: Choice) -> Table:
         )
     how = "measured" if choice.speeds.measured else "assumed"
     table.caption = (
-        f"Gap closed: of SmolLM2-135M (pipelines/README.md). A GPU's {choice.speeds.gpu_flops / 1e12:.0f} TFLOPS and the"
-        f" {choice.speeds.link / 1e9:.0f} GB/s of its link are {how}."
+        f"Gap closed: of SmolLM2-135M, on one task (pipelines/README.md). A GPU's {choice.speeds.gpu_flops / 1e12:.0f} TFLOPS"
+        f" and the {choice.speeds.link / 1e9:.0f} GB/s of its link are {how}."
     )
     return table
 
@@ -341,7 +354,7 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
             f" (loss {gap['upper_bound_loss']:.4f}, {gap['upper_bound']})"
         )
     if exact := metrics.get("exact_match"):
-        lines.append(f"Exact match: {describe_matches(exact)} (greedy, {exact['num_prompts']} prompts)")
+        lines.append(f"Exact match: {describe_matches(exact)} (greedy, {counted(exact['num_prompts'], 'prompt')})")
     opens = metrics.get("auto_class", "AutoModelForCausalLM")
     if "merged" in metrics["disk_bytes"]:
         lines.append(f'Load it: transformers.{opens}.from_pretrained("{run_dir}/merged")')

@@ -125,7 +125,7 @@ class CachePlace:
                 if others:
                     raise ConfigError(
                         f"The artifact cache {self.name} holds files of something else ({', '.join(others[:3])}) and no"
-                        f" {MARKER}: name a new or empty directory."
+                        f" {MARKER}: name a cache's place, or a new or empty directory."
                     )
                 return False
             content = self.store.read(MARKER) if self.store is not None else (self.root / MARKER).read_bytes()

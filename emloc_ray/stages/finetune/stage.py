@@ -11,12 +11,13 @@ from emloc_ray.data.packing import num_sequences
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.planning.costs import StageCost
-from emloc_ray.planning.layout import adapter_settings
+from emloc_ray.planning.layout import Layout, adapter_settings
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.training_spec import Training
 from emloc_ray.planning.work import num_steps, rows_a_step, steps_trained, training_cost, validation_cost
 from emloc_ray.stages.context import Context, Inputs, Result, without
 from emloc_ray.stages.stage import Stage, metrics_of
+from emloc_ray.text import described_bits
 
 if TYPE_CHECKING:
     from emloc_ray.stages.finetune.job import FinetuneJob, ValidationJob
@@ -222,6 +223,12 @@ def _summary(result: Result) -> str:
     return f"{text}, lowest validation loss{where} {best[goes_by]:.3f} at step {best['step']}{kept}"
 
 
+def _trained_on(layout: Layout) -> str:
+    if layout.ranks or layout.budget is not None:
+        return "on the emulator"
+    return f"on the original in {described_bits(layout.quantization)}" if layout.quantized else "on the original"
+
+
 FINETUNE = Stage(
     name="finetune",
     title="Fine-tuning",
@@ -231,7 +238,7 @@ FINETUNE = Stage(
     scratch=("training",),
     run=_finetune,
     cost=_cost,
-    steps=lambda prepared: (steps_trained(prepared), f"on the {'emulator' if prepared.layout.differs else 'original'}"),
+    steps=lambda prepared: (steps_trained(prepared), _trained_on(prepared.layout)),
     summary=_summary,
     metrics=metrics_of(
         "finetune",

@@ -76,7 +76,9 @@ def connection(
         ray.init(address=address, **settings)
     except Exception as error:  # Ray raises this type itself, as where a node is slow to start
         detail = one_line(error)
-        raise StageError(f"Ray could not be started or reached ({detail}): check the ray section.") from error
+        busy = address == "local" and "timed out" in detail
+        advice = "the machine may be busy, give the same command again" if busy else "check the ray section"
+        raise StageError(f"Ray could not be started or reached ({detail}): {advice}.") from error
     try:
         tell_workers()
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what it would log of an error it also raises

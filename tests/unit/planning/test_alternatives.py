@@ -176,10 +176,12 @@ def test_no_ratio_is_offered_that_leaves_the_healing_nothing_to_grow() -> None:
 
 @pytest.mark.slow
 def test_a_budget_for_nothing_is_told_with_one_that_would_do() -> None:
-    with pytest.raises(ConfigError, match=r"Nothing can be trained within 460 MiB: .*: give that much, or") as refused:
+    with pytest.raises(ConfigError, match=r"Nothing can be trained within 460 MiB: .*: give that much\.") as refused:
         chosen(10)
-    needed = re.search(r"takes least, (\d+) MiB", str(refused.value))
+    needed = re.search(r"the least, of .*, is (\d+) MiB", str(refused.value))
     assert needed is not None
+    with pytest.raises(ConfigError, match=r": give that much, or lower data\.max_seq_length"):
+        chosen(int(needed[1]) - BASE_BYTES // MIB - 1)
     assert chosen(int(needed[1]) - BASE_BYTES // MIB).recommended.fits
 
 

@@ -476,6 +476,13 @@ def test_steps_are_told_by_what_they_are_of(plan: Callable[..., Plan]) -> None:
     assert plan(emulator={"compression_ratio": 1.0}, finetune={"max_steps": 1}).steps == "1 step on the original"
 
 
+def test_a_plan_in_few_bits_says_so(plan: Callable[..., Plan]) -> None:
+    planned = plan(emulator={"compression_ratio": 1.0, "quantization": "int4"}, finetune={"max_steps": 1})
+    assert planned.steps == "1 step on the original in 4 bits"
+    ranks = list(plan_tables(planned)[0].columns[3].cells)
+    assert set(ranks[:-2]) == {"int4"}
+
+
 def test_rows_of_generated_tasks_are_as_long_as_theirs_were(prepared: Callable[..., Prepared]) -> None:
     known = [
         prepared(data={"generate": name, "max_seq_length": 100}).lengths for name in ("return_types", "docstrings")

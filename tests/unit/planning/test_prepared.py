@@ -112,7 +112,7 @@ def refused(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[...
         ({"finetune": {"gradient_checkpointing_kwargs": 3}}, "finetune.gradient_checkpointing_kwargs is 3"),
         ({"finetune": {"max_steps": 0}}, "finetune.max_steps: 0 is no number of steps"),
         ({"ray": {"num_cpus": 0}}, "ray.num_cpus is 0"),
-        ({"ray": {"num_gpus": 0}, "finetune": {"gpus_per_worker": 1}}, "finetune asks Ray for 1 GPUs at once"),
+        ({"ray": {"num_gpus": 0}, "finetune": {"gpus_per_worker": 1}}, "finetune asks Ray for 1 GPU at once"),
         ({"model": {"attn_implementation": "foo"}}, "transformers cannot build it"),
         ({"model": {"attn_implementation": "flash_attention_9"}}, "transformers cannot build it"),
         ({"adapter": {"target_modules": []}}, "adapter.target_modules"),

@@ -50,6 +50,7 @@ def test_a_terminal_shows_that_ray_is_waited_for_until_a_stage_begins_or_was_don
         console = Console(file=io.StringIO(), width=160, force_terminal=True)
         with ConsoleReporter(console) as reporter:
             reporter.bars.refresh()
+            assert "0/?" not in str(console.file.getvalue())  # type: ignore[attr-defined]
             assert "Waiting for Ray" in str(console.file.getvalue())  # type: ignore[attr-defined]
             begin(reporter)
             assert "Waiting for Ray" not in [task.description for task in reporter.bars.tasks]

@@ -279,7 +279,7 @@ def test_a_full_disk_is_told_before_anything_is_written(call: Call, monkeypatch:
         (
             ["finetune.gpus_per_worker=1", "ray.num_gpus=0"],
             9.0,
-            "finetune asks Ray for 1 GPUs at once, this machine has 0",
+            "finetune asks Ray for 1 GPU at once, this machine has 0",
         ),
         (["finetune.bf16=true", "ray.num_gpus=1"], 7.5, "finetune.bf16 needs a GPU of compute capability 8 or higher"),
         (["evaluation.gpus_per_worker=0.01", "ray.num_gpus=1"], 9.0, "evaluation.gpus_per_worker is 0.01, of which 22"),

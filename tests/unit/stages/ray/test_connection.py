@@ -30,6 +30,20 @@ def test_a_cluster_that_lets_nobody_in_is_a_sentence(kind: type[Exception], monk
         pass
 
 
+@pytest.mark.parametrize(("address", "advice"), [(None, "the machine may be busy"), ("10.0.0.1:6379", "check the ray")])
+def test_a_machine_that_is_too_busy_for_ray_is_told(
+    address: str | None, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(**options: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(session.ray, "init", wait)
+    with pytest.raises(StageError, match=rf"timed out during startup\): {advice}"), connection(address):
+        pass
+
+
 @pytest.mark.parametrize(
     ("given", "variable", "address"),
     [(None, "", "local"), (None, "10.0.0.1:6379", None), ("auto", "", "auto"), ("auto", "10.0.0.1:6379", "auto")],
