@@ -85,7 +85,11 @@ def refused(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[...
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"finetune": {"lr_scheduler_type": "foo"}}, "transformers refuses its settings"),
+        (
+            {"finetune": {"lr_scheduler_type": "foo"}},
+            "finetune.lr_scheduler_type is 'foo': give one of linear, cosine, ",
+        ),
+        ({"finetune": {"accelerator_config": {"nope": 1}}}, "transformers refuses its settings"),
         (
             {"finetune": {"lr_scheduler_kwargs": {"num_cycles": 2}}},
             "finetune.lr_scheduler_kwargs: {'num_cycles': 2} cannot",

@@ -139,6 +139,7 @@ def test_init_without_a_budget_goes_by_what_inference_takes(place: Place) -> Non
     config = load_config("new.yaml")
     assert config.budget_is_default
     assert (config.emulator.compression_ratio, config.emulator.quantization) == (1, "int4")
+    assert config.data.max_seq_length == 128  # the model's positions
 
 
 def test_init_where_nothing_trains_in_what_inference_takes(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
