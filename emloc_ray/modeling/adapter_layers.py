@@ -140,14 +140,18 @@ class FactorizedDora(DoraLinearLayer):
         self, x, *, lora_A, lora_B, scaling, base_layer, base_result=None, adapter_name="default"
     ) -> Tensor:
         """What is added to the base's output: ``(g − 1) (W_E x) + g s B A x`` with ``g = m / ‖W_E + s B A‖``."""
-        norms = self.norms(base_layer, lora_A.weight, lora_B.weight, scaling)
-        gain = self.weight / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        gain = self.gain(base_layer, lora_A.weight, lora_B.weight, scaling)
         bias = _bias_holder(base_layer).bias
         if base_result is None:  # dropout: of what the adapter reads
             plain = _without_bias(base_layer, x)
         else:
             plain = base_result if bias is None else base_result - bias
         return (gain - 1) * plain + gain * scaling * lora_B(lora_A(x))
+
+    def gain(self, base_layer: Any, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+        """``g (out,)``."""
+        norms = self.norms(base_layer, lora_a, lora_b, scaling)
+        return self.weight / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
     @torch.no_grad()
     def norms(self, base_layer: Any, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -159,6 +163,14 @@ class FactorizedDora(DoraLinearLayer):
             if squares is None or squares.device != a.device:
                 squares = self.__dict__["_squares"] = _squared_rows(base_layer, a.device)
             return row_norms(squares, _without_bias(base_layer, a).float().T, a, b, scaling)
+
+
+class GainedDora(FactorizedDora):
+    """DoRA whose weight is the gain itself, however long the base's rows are."""
+
+    def gain(self, base_layer: Any, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+        """``g (out,)``."""
+        return self.weight
 
 
 def _squared_rows(base_layer: Any, device: torch.device) -> Tensor:
@@ -191,9 +203,24 @@ THIN: dict[type, type] = {LoHaLinear: ThinLoHaLinear, LoKrLinear: ThinLoKrLinear
 
 def start_magnitudes(model: nn.Module) -> None:
     """Sets the magnitudes of fresh DoRA layers to the norms that they begin with, where PEFT saw no dense weight."""
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        for name, dora in layer.lora_magnitude_vector.items():
+    for _, dora, layer, parts in _factorized_doras(model):
+        dora.weight.data.copy_(dora.norms(layer, *parts))
+
+
+@torch.no_grad()
+def keep_gains(model: nn.Module, trained: nn.Module) -> None:
+    """Gives DoRA's rows on the original the gains that ``trained`` has on its emulator, as the correction does: its magnitudes
+    alone would give them the lengths of the emulator's rows."""
+    for name, dora, layer, parts in _factorized_doras(trained):
+        other: Any = model.get_submodule(name)
+        other.__class__ = GainedDora
+        other.weight.copy_(dora.gain(layer, *parts))
+
+
+def _factorized_doras(model: nn.Module) -> Iterator[tuple[str, FactorizedDora, Any, tuple[Tensor, Tensor, float]]]:
+    """Each such layer of DoRA by its name, with its base and the A, B and scale of its update."""
+    for name, layer in model.named_modules():
+        for adapter, dora in layer.lora_magnitude_vector.items() if isinstance(layer, LoraLayer) else ():
             if isinstance(dora, FactorizedDora):
-                weights = layer.lora_A[name].weight, layer.lora_B[name].weight
-                dora.weight.data.copy_(dora.norms(layer.get_base_layer(), *weights, layer.scaling[name]))
+                parts = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
+                yield f"{name}.lora_magnitude_vector.{adapter}", dora, layer.get_base_layer(), parts

@@ -20,6 +20,7 @@ from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.io.formats.json_lines import append_object
 from emloc_ray.io.store.node_cache import publish
 from emloc_ray.modeling.adapter import load_adapter, save_trained_adapter
+from emloc_ray.modeling.adapter_layers import keep_gains
 from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.loss import token_loss
 from emloc_ray.stages.finetune.job import FinetuneJob, OriginalJob, ValidationJob
@@ -58,13 +59,15 @@ class Validation(TrainerCallback):
         return losses
 
     def _on_original(self, model: Any, original: OriginalJob) -> float:
-        """As :meth:`measure`, for the original with the adapter as it is now. The adapter is read from a file, as the
-        evaluation reads it."""
+        """As :meth:`measure`, for the original with the adapter as it is now, DoRA's magnitudes as the correction converts them.
+        The adapter is read from a file, as the evaluation reads it."""
         with tempfile.TemporaryDirectory() as folder:
             path, job = Path(folder) / "adapter", self.job
             save_trained_adapter(model, path, targets=job.portable_targets, base_model=job.base_model)
             bare = open_model(original.model_dir, original.hold, **job.model_options)
-            return self.measure(load_adapter(bare, path))
+            adapted = load_adapter(bare, path)
+            keep_gains(adapted, model)
+            return self.measure(adapted)
 
     @torch.no_grad()
     def measure(self, model: Any) -> float:

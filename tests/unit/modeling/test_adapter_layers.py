@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 from emloc_ray.data.formats import Tokens
 from emloc_ray.modeling.adapter import attach_adapter, detach_adapter, load_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_files import CONFIG_NAME, WEIGHTS_NAME, Adapter
-from emloc_ray.modeling.adapter_layers import FactorizedDora
+from emloc_ray.modeling.adapter_layers import FactorizedDora, keep_gains
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import FactorizedLinear, PivotedLinear
@@ -152,6 +152,24 @@ def test_dora_begins_with_the_lengths_of_the_emulator_s_rows(emulator_dir: Calla
     for layer in layers:
         expected = dense_weight(layer.base_layer).norm(dim=1)
         torch.testing.assert_close(layer.lora_magnitude_vector["default"].weight.data, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_dora_s_gains_on_the_original_are_the_emulator_s(
+    family: str, tmp_path: Path, emulator_dir: Callable[[str], Path], tiny_model_dir: Callable[..., Path]
+) -> None:
+    """As magnitudes that are longer by as much as the original's rows are."""
+    model = trained(tmp_path / "a", emulator_dir(family), "dora", family)
+    kept, scaled = (load_adapter(load_model(tiny_model_dir(family)), tmp_path / "a").eval() for _ in range(2))
+    keep_gains(kept, model)
+    for name, layer in model.named_modules():
+        if isinstance(getattr(layer, "base_layer", None), FactorizedLinear):
+            other = scaled.get_submodule(name)
+            weight = other.base_layer.weight if family == "llama" else other.base_layer.weight.T
+            update = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            longer = (weight + update).norm(dim=1) / (dense_weight(layer.base_layer) + update).norm(dim=1)
+            other.lora_magnitude_vector["default"].weight.data.mul_(longer)
+    torch.testing.assert_close(logits(kept), logits(scaled), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [FactorizedLinear, PivotedLinear])
