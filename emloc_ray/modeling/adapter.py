@@ -30,12 +30,17 @@ def attach_adapter(model: Any, config: PeftConfig) -> PeftModel:
     return attached
 
 
-def load_adapter(model: Any, directory: Path, *, trainable: bool = False) -> PeftModel:
+def load_adapter(
+    model: Any, directory: Path, *, trainable: bool = False, lora_dropout: float | None = None
+) -> PeftModel:
     """A saved adapter, frozen unless ``trainable``, on an emulator or on its original, and on its device: it is read on the
-    CPU, for PEFT reads it on the first GPU, whichever one the model is on."""
+    CPU, for PEFT reads it on the first GPU, whichever one the model is on. ``lora_dropout`` is that of a training where the
+    files have none, as those of experts' adapters."""
     ensure(Path(directory))
     with readable(Path(directory), model) as folder:
-        config = PeftConfig.from_pretrained(str(folder))
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        if lora_dropout is not None:
+            config.lora_dropout = lora_dropout
         prompts = config.is_prompt_learning  # which PEFT opens to be used alone, its encoder trainable all the same
         with attachable(model, config), as_linears():
             loaded = PeftModel.from_pretrained(

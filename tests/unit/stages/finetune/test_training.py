@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from adapter_cases import CASES, TARGETS, settings
 from dying_session import DyingSession, Killed
 from payloads import Leaves
+from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
 from stage_artifacts import Artifacts
 from tiny import save_emulator
@@ -23,9 +24,10 @@ from torch._dynamo.utils import counters
 from emloc_ray.data.packing import num_sequences
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.errors import DamagedArtifactError, StageError
-from emloc_ray.modeling.adapter import attach_adapter, load_adapter
-from emloc_ray.modeling.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
+from emloc_ray.modeling.adapter_files import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
+from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import token_loss
@@ -326,6 +328,23 @@ def test_the_best_adapter_may_be_the_original_s(job: FinetuneJob, artifacts: Art
     losses = [line["original_loss"] for line in lines if "original_loss" in line]
     assert (len(lines), len(losses)) == (6, 3)
     assert loss_of(job.out_dir, job, artifacts.model_dir) == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_what_goes_on_from_an_adapter_of_experts_has_its_dropout(
+    job: FinetuneJob, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Which its files, those that PEFT loads on fused experts, cannot have."""
+    model_dir = tiny_model_dir("mixtral")
+    names = [spec.name for spec in block_linears(load_model(model_dir))]
+    options = {"r": 2, "lora_dropout": 0.1, "target_modules": names}
+    begun = attach_adapter(load_model(model_dir), adapter_config(**options))
+    save_trained_adapter(begun, tmp_path / "begun", targets=["q_proj"], base_model="x")
+    assert Adapter(tmp_path / "begun").config["lora_dropout"] == 0
+    gone_on = replace(job, start_dir=tmp_path / "begun", adapter={"method": "lora", **options})
+    model = training._adapted(gone_on, load_model(model_dir), training._arguments(gone_on, str(tmp_path)))
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    assert len(layers) == len(names)
+    assert {layer.lora_dropout["default"].p for layer in layers} == {0.1}
 
 
 @pytest.mark.slow
