@@ -78,6 +78,19 @@ _BOUNDS = {
 _TRUTHS_OF_YAML_1_1 = {"yes", "no", "on", "off"}
 
 
+def without_what_holds(adapter: Any) -> Any:
+    """The adapter's section without PEFT's fields that say what holds anyway, as ``bias: none`` does."""
+    method = adapter.get("method", "lora") if isinstance(adapter, dict) else None
+    ours = {*AdapterConfig.model_fields}
+    if method is None or ours.issuperset(adapter):
+        return adapter
+    from emloc_ray.modeling.adapter_methods import CONFIGS, says_what_holds
+
+    if method not in (*LORA_METHODS, *CONFIGS):
+        return adapter
+    return {key: value for key, value in adapter.items() if key in ours or not says_what_holds(method, key, value)}
+
+
 def passed_through_errors(values: dict[str, Any]) -> list[str]:
     """The errors in the keys that sections pass on, each a sentence."""
     lines = []

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from emloc_ray.config.adapter import AdapterConfig
 from emloc_ray.config.base import Section, section_of
-from emloc_ray.config.passed import NO_KEY, no_such_key, passed_through_errors, trained_with
+from emloc_ray.config.passed import NO_KEY, no_such_key, passed_through_errors, trained_with, without_what_holds
 from emloc_ray.config.peers import config_of_peer
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.text_rows import other_encoding
@@ -130,6 +130,8 @@ def check_config(values: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
     # An empty section, with all its keys commented out, has its defaults; no budget is a choice.
     values = {key: value for key, value in values.items() if value is not None or key == "memory_budget"}
     values, unset = with_variables(values)
+    if "adapter" in values:
+        values["adapter"] = without_what_holds(values["adapter"])
     config, lines = check(RunConfig, values)
     lines = list(dict.fromkeys(unset + lines + passed_through_errors(values)))
     return None if lines else config, lines

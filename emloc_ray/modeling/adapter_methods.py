@@ -83,6 +83,18 @@ def refused_field(method: str, key: str) -> str | None:
     return _ELSEWHERE.get(key)
 
 
+def says_what_holds(method: str, key: str, value: Any) -> bool:
+    """Whether a field that is not to be given has the value that it has anyway: what PEFT's examples and saved configs write."""
+    fields = {field.name: field for field in dataclasses.fields(_config_class(method))}
+    if key not in fields or (method in CONFIGS and refused_field(method, key) is None):
+        return False
+    if key == "task_type":
+        return value in ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # as the model is
+    made, default = fields[key].default_factory, fields[key].default
+    held = {"peft_type": method.upper() if method in CONFIGS else "LORA", "use_dora": method == "dora"}
+    return bool(value == held.get(key, default if made is dataclasses.MISSING else made()))
+
+
 @functools.cache
 def method_fields(method: str) -> dict[str, Any]:
     """The fields that a method takes, with types and bounds; an enum's values alone where PEFT also takes any text."""

@@ -45,6 +45,8 @@ def test_a_method_s_settings_are_what_was_set(adapter: dict[str, Any], settings:
         ({"method": "prompt_tuning", "num_virtual_tokens": 2, "token_dim": 8}, "set by emloc_ray itself"),
         ({"method": "prompt_tuning", "num_virtual_tokens": 2, "prompt_tuning_init": "no"}, "'TEXT', 'SAMPLE_VOCAB' or"),
         ({"method": "vera", "peft_type": "LORA"}, "adapter.peft_type is not to be set"),
+        ({"method": "dora", "use_dora": False}, "adapter.use_dora is not to be set"),
+        ({"task_type": "SEQ_CLS"}, "adapter.task_type is not to be set"),
         ({"alpha": 4}, "adapter.alpha is not a key: the nearest is lora_alpha"),
         ({"use_dora": True}, "adapter.use_dora is not to be set (adapter.method dora does that)"),
         ({"bias": "all"}, "adapter.bias is not to be set (biases are the original's own)"),
@@ -71,6 +73,16 @@ def test_keys_and_values_that_are_not_the_method_s(adapter: dict[str, Any], said
     found = error_of(adapter=adapter)
     assert said in found
     assert "\n" not in found or adapter == {"method": "prompt_tuning"}
+
+
+def test_peft_s_keys_that_say_what_holds_are_taken() -> None:
+    """As in its examples, and in the configs that it saves."""
+    said = {"bias": "none", "task_type": "CAUSAL_LM", "modules_to_save": None, "use_dora": False, "peft_type": "LORA"}
+    others = {"fan_in_fan_out": False, "layers_to_transform": None, "inference_mode": False, "loftq_config": {}}
+    assert config(adapter={"r": 4, **said, **others}) == config(adapter={"r": 4})
+    assert config(adapter={"method": "dora", "use_dora": True}) == config(adapter={"method": "dora"})
+    loha = {"method": "loha", "alpha": 8}  # its own are kept, whatever PEFT's default
+    assert config(adapter={**loha, "peft_type": "LOHA", "task_type": "SEQ_2_SEQ_LM"}) == config(adapter=loha)
 
 
 def test_a_prompt_s_beginning_is_peft_s_own() -> None:
