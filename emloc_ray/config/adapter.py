@@ -3,7 +3,14 @@
 import typing
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from emloc_ray.config.base import Patterns, Section
 
@@ -35,17 +42,24 @@ class AdapterConfig(Section):
     alpha_pattern: dict[str, typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         default_factory=dict, description="pattern: lora_alpha of these"
     )
-    init_lora_weights: bool | Literal["gaussian"] = Field(True, description="PEFT's; false: no zeros, for tests")
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = Field(
+        True, description="PEFT's; false: no zeros, for tests"
+    )
 
     @field_validator("init_lora_weights", mode="before")
     @classmethod
     def _leaves_the_base(cls, value: Any) -> Any:
-        if not isinstance(value, bool) and value != "gaussian":
-            raise ValueError(
-                f"{value!r} is not supported, because PEFT's other initializations change the base's weights: give true, false"
-                " or gaussian"
-            )
+        if not isinstance(value, bool) and value not in ("gaussian", "orthogonal"):
+            why = "reads the base's weights or inputs" if value in ("eva", "mica") else "changes the base's weights"
+            raise ValueError(f"{value!r} is not supported, as it {why}: give true, false, gaussian or orthogonal")
         return value
+
+    @model_validator(mode="after")
+    def _is_orthogonal_by_pairs(self) -> "AdapterConfig":
+        odd = [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
+        if self.init_lora_weights == "orthogonal" and odd:
+            raise ValueError(f"init_lora_weights: orthogonal pairs ranks, and {odd[0]} is odd: make r even")
+        return self
 
     @property
     def is_lora(self) -> bool:

@@ -223,7 +223,7 @@ def _refuse_variants(config: dict[str, Any], where: Path) -> None:
             raise ConfigError(
                 f"{where} uses {key}, whose update is not that of its method on a linear: train without it."
             )
-    if str(config.get("init_lora_weights", True)).lower().startswith(("pissa", "olora", "corda", "loftq", "eva")):
+    if str(config.get("init_lora_weights", True)).lower().startswith(("pissa", "olora", "corda", "loftq")):
         kind = config["init_lora_weights"]
         raise ConfigError(
             f"{where} was initialised by {kind}, which changes the base weights: convert it to LoRA first."

@@ -2,7 +2,7 @@
 
 PEFT takes a module of the model's own for an adapter's base only where it is an ``nn.Linear``. So while PEFT builds (or loads)
 its layers, a linear of the same shape, whose weight takes no memory, stands in for each factorized layer, and for those in 4
-bits where LoHa and LoKr go by the shape of the weight; afterwards that is put back as the base of its adapter layer. Adapter
+bits where LoHa, LoKr and LoRA's orthogonal beginning go by the weight; afterwards that is put back as the base of its adapter layer. Adapter
 layers compute with ``base_layer(x)`` alone, but for what the classes below replace: where PEFT's formula reads the base's dense
 weight, or makes another as large. Their class is changed on the spot, as torch's own ``parametrize`` and ``fully_shard`` do.
 """
@@ -49,7 +49,8 @@ def _dtype(layer: Any) -> torch.dtype:
 def attachable(model: nn.Module, config: PeftConfig) -> Iterator[None]:
     """While it lasts PEFT may attach that adapter to layers of the model that have no dense weight, or load it onto them. The
     layers that it makes take the classes below."""
-    packed_too = config.peft_type in (PeftType.LOHA, PeftType.LOKR)
+    by_weight = getattr(config, "init_lora_weights", True) == "orthogonal"
+    packed_too = by_weight or config.peft_type in (PeftType.LOHA, PeftType.LOKR)
     _replace(model, lambda layer: isinstance(layer, _COMPRESSED) or (packed_too and _in_4_bits(layer)), _StandIn)
     try:
         with warnings.catch_warnings():

@@ -219,9 +219,7 @@ def _adapted(job: FinetuneJob, model: Any, arguments: TrainingArguments) -> Any:
     if job.start_dir is None:
         model = attach_adapter(model, adapter_config(**job.adapter))
     else:
-        model = load_adapter(
-            model, job.start_dir, trainable=True, lora_dropout=job.adapter.get("lora_dropout")
-        )
+        model = load_adapter(model, job.start_dir, trainable=True, lora_dropout=job.adapter.get("lora_dropout"))
     if job.hold != "resident":  # DDP would make all ranks' weights the first one's, which are away
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         setattr(model, "_ddp_params_and_buffers_to_ignore", frozen)  # noqa: B010

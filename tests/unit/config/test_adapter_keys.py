@@ -16,6 +16,7 @@ from emloc_ray.config.reading import parse_config, unknown_key
         ({}, {"r": 8, "lora_alpha": 16, "use_rslora": False, "use_dora": False}),
         ({"method": "rslora", "r": 4}, {"r": 4, "use_rslora": True, "use_dora": False}),
         ({"method": "dora"}, {"use_dora": True, "use_rslora": False}),
+        ({"init_lora_weights": "orthogonal"}, {"init_lora_weights": "orthogonal"}),
         ({"method": "loha", "alpha": 4}, {"alpha": 4}),
         ({"method": "lokr", "r": 3, "rank_pattern": {"q": 2}}, {"r": 3, "rank_pattern": {"q": 2}}),
         ({"method": "ia3", "exclude_modules": ["q"]}, {}),
@@ -54,7 +55,9 @@ def test_a_method_s_settings_are_what_was_set(adapter: dict[str, Any], settings:
         ({"layers_to_transform": [0]}, "name the layers in adapter.target_modules"),
         ({"target_parameters": ["experts.down_proj"]}, "name experts' linears in adapter.target_modules"),
         ({"fan_in_fan_out": True}, "set by emloc_ray itself"),
-        ({"init_lora_weights": "pissa"}, "'pissa' is not supported, because PEFT's other initializations"),
+        ({"init_lora_weights": "pissa"}, "'pissa' is not supported, as it changes the base's weights"),
+        ({"init_lora_weights": "eva"}, "'eva' is not supported, as it reads the base's weights or inputs"),
+        ({"init_lora_weights": "orthogonal", "rank_pattern": {"q": 3}}, "orthogonal pairs ranks, and 3 is odd"),
         ({"method": ["lora"]}, "adapter.method is ['lora']"),
         ({"method": "loha", "alpha": 0}, "adapter.alpha is 0: input should be greater than 0"),
         ({"method": "loha", "rank_dropout": 1.0}, "adapter.rank_dropout is 1.0: input should be less than 1"),
@@ -78,7 +81,12 @@ def test_keys_and_values_that_are_not_the_method_s(adapter: dict[str, Any], said
 def test_peft_s_keys_that_say_what_holds_are_taken() -> None:
     """As in its examples, and in the configs that it saves."""
     said = {"bias": "none", "task_type": "CAUSAL_LM", "modules_to_save": None, "use_dora": False, "peft_type": "LORA"}
-    others = {"fan_in_fan_out": False, "layers_to_transform": None, "inference_mode": False, "loftq_config": {}}
+    others: dict[str, Any] = {
+        "fan_in_fan_out": False,
+        "layers_to_transform": None,
+        "inference_mode": False,
+        "loftq_config": {},
+    }
     assert config(adapter={"r": 4, **said, **others}) == config(adapter={"r": 4})
     assert config(adapter={"method": "dora", "use_dora": True}) == config(adapter={"method": "dora"})
     loha = {"method": "loha", "alpha": 8}  # its own are kept, whatever PEFT's default

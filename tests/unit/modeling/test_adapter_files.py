@@ -65,7 +65,7 @@ def test_variants_that_are_not_s_b_a(tmp_path: Path, adapter_dir: Path, changes:
     assert str(tmp_path / "x") in str(caught.value)
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian"])
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva"])
 def test_plain_initialisations_are_taken(tmp_path: Path, adapter_dir: Path, init: Any) -> None:
     assert Adapter(changed(adapter_dir, tmp_path / "x", init_lora_weights=init)).names
 

@@ -17,6 +17,7 @@ from adapter_cases import (
     IDS,
     ON_LINEARS,
     PROMPTS,
+    TARGETS,
     attached,
     fits,
     logits,
@@ -143,6 +144,29 @@ def test_on_pivoted_factors_it_is_the_same(case: str, tmp_path: Path, tiny_model
 def test_a_fresh_adapter_changes_nothing(case: str, emulator_dir: Callable[[str], Path]) -> None:
     model = attached(emulator_dir("llama"), case, "llama").eval()
     torch.testing.assert_close(logits(model), logits(load_model(emulator_dir("llama"))), rtol=1e-5, atol=1e-5)
+
+
+def test_an_orthogonal_beginning_leaves_every_base_as_it_is(
+    tmp_path: Path, quantized_dir: Callable[[str], Path], tiny_model_dir: Callable[..., Path]
+) -> None:
+    """Factors, and linears in 4 bits, whose dtype PEFT would give A and B. The product of these is 0."""
+    bare = load_model(quantized_dir("llama"))
+    before, expected = copy.deepcopy(bare.state_dict()), logits(bare)
+    names = [name for name, _ in bare.named_modules()]
+    options = {**settings("lora", "llama", names), "init_lora_weights": "orthogonal"}
+    model = attach_adapter(bare, adapter_config(**options)).eval()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    train(model)
+    save_trained_adapter(model, tmp_path / "a", targets=TARGETS["llama"], base_model="x")
+    again = load_adapter(load_model(quantized_dir("llama")), tmp_path / "a")
+    torch.testing.assert_close(logits(model.eval()), logits(again), rtol=1e-5, atol=1e-5)
+    assert float((logits(model) - expected).abs().max()) > 1e-2
+    original = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"))
+    ours = load_adapter(load_model(tiny_model_dir("llama")), tmp_path / "a")
+    plain = PeftModel.from_pretrained(original, tmp_path / "a")
+    torch.testing.assert_close(logits(ours), logits(plain), rtol=1e-5, atol=1e-5)
+    after = detach_adapter(model).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_dora_begins_with_the_lengths_of_the_emulator_s_rows(emulator_dir: Callable[[str], Path]) -> None:

@@ -336,7 +336,7 @@ def test_what_goes_on_from_an_adapter_of_experts_has_its_dropout(
     """Which its files, those that PEFT loads on fused experts, cannot have."""
     model_dir = tiny_model_dir("mixtral")
     names = [spec.name for spec in block_linears(load_model(model_dir))]
-    options = {"r": 2, "lora_dropout": 0.1, "target_modules": names}
+    options: dict[str, Any] = {"r": 2, "lora_dropout": 0.1, "target_modules": names}
     begun = attach_adapter(load_model(model_dir), adapter_config(**options))
     save_trained_adapter(begun, tmp_path / "begun", targets=["q_proj"], base_model="x")
     assert Adapter(tmp_path / "begun").config["lora_dropout"] == 0
