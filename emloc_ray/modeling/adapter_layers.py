@@ -2,9 +2,10 @@
 
 PEFT takes a module of the model's own for an adapter's base only where it is an ``nn.Linear``. So while PEFT builds (or loads)
 its layers, a linear of the same shape, whose weight takes no memory, stands in for each factorized layer, and for those in 4
-bits where LoHa, LoKr and LoRA's orthogonal beginning go by the weight; afterwards that is put back as the base of its adapter layer. Adapter
-layers compute with ``base_layer(x)`` alone, but for what the classes below replace: where PEFT's formula reads the base's dense
-weight, or makes another as large. Their class is changed on the spot, as torch's own ``parametrize`` and ``fully_shard`` do.
+bits where LoHa, LoKr and LoRA's orthogonal beginning go by the weight; afterwards that is put back as the base of its adapter
+layer. Adapter layers compute with ``base_layer(x)`` alone, but for what the classes below replace: where PEFT's formula reads
+the base's dense weight, or makes another as large. Their class is changed on the spot, as torch's own ``parametrize`` and
+``fully_shard`` do.
 """
 
 import contextlib

@@ -4,7 +4,7 @@ import functools
 import re
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -232,6 +232,12 @@ def unfactorable(model: nn.Module) -> dict[str, str]:
         for name, module in model.named_modules()
         if not _is_linear(module) and any(weight.dim() > 1 for weight in module.parameters(recurse=False))
     }
+
+
+def other_linears(model: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """The linears that are not among ``names``, with their kinds: heads, routers, …"""
+    named = model.named_modules()
+    return {name: type(module).__name__ for name, module in named if _is_linear(module) and name not in names}
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -29,8 +29,8 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Layout:
-    """The model's linears under a config; ``left_dense`` maps modules that its patterns name, but that are no linears, to
-    their kinds."""
+    """The model's linears under a config; ``left_dense`` maps modules that its patterns name, but that are no linears of the
+    blocks, to their kinds."""
 
     specs: tuple[LinearSpec, ...]
     groups: tuple[tuple[LinearSpec, ...], ...]
@@ -261,14 +261,16 @@ def _matched(config: RunConfig, skeleton: Skeleton, left_dense: dict[str, str]) 
             errors.append(str(error))
             return None
 
-    others = skeleton.unfactorable
+    others = skeleton.left_as_is
 
     def chosen(targets: Patterns | None, exclude: Patterns | None, key: str) -> list[str]:
         linears = select(names, targets, exclude, key, list(others))
         beside = _named(others, targets, exclude)
         if not linears:
             kinds = ", ".join(f"{name} ({kind})" for name, kind in beside.items())
-            raise ConfigError(f"{key} names no linear, only {kinds}: name linears, only these can be factored.")
+            raise ConfigError(
+                f"{key} names no linear of the blocks, only {kinds}: name such, only these can be factored."
+            )
         left_dense.update(beside)
         return linears
 

@@ -14,6 +14,7 @@ from emloc_ray.modeling.architecture import (
     block_names,
     learned_positions,
     linears_between,
+    other_linears,
     trace_inputs,
     unfactorable,
 )
@@ -34,8 +35,10 @@ class Skeleton:
     hidden_size: int
     replaceable: tuple[str, ...] = ()  # linears anywhere that transformers can replace by 4-bit ones
     modules: tuple[str, ...] = ()
-    unfactorable: dict[str, str] = field(default_factory=dict)
-    left_in_blocks: dict[str, int] = field(default_factory=dict)  # their parameters inside blocks, by their kinds
+    left_as_is: dict[str, str] = field(default_factory=dict)  # other modules with weights, and their kinds
+    left_in_blocks: dict[str, int] = field(
+        default_factory=dict
+    )  # parameters inside blocks of what is no linear, by kinds
     image: ImageShape = field(default_factory=ImageShape)
     whole_logits: bool = False  # see Trace
 
@@ -63,7 +66,7 @@ def skeleton_of(
         image = ImageShape(example["input_ids"].shape[1], {s.block: trace.image_tokens[s.name] for s in inside})
     head = model.get_output_embeddings()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    others = unfactorable(model)
+    no_linears = unfactorable(model)
     return Skeleton(
         model_config,
         tuple(specs),
@@ -74,8 +77,8 @@ def skeleton_of(
         head.weight.shape[-1],
         replaceable_linears(model),
         tuple(name for name, _ in model.named_modules() if name),
-        others,
-        _in_blocks(model, others),
+        no_linears | other_linears(model, by_name),
+        _in_blocks(model, no_linears),
         image,
         trace.whole_logits,
     )

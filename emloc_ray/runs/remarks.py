@@ -182,7 +182,7 @@ def left_dense(layout: Layout) -> str | None:
     if not layout.left_dense:
         return None
     named = listed([f"{name} ({kind})" for name, kind in layout.left_dense.items()], 1)
-    return f"Only linears can be factored or adapted: {named}, which a pattern names, stays as it is."
+    return f"Only the blocks' linears, but for routers, are factored or adapted: {named}, which a pattern names, stays as it is."
 
 
 def left_in_blocks(layout: Layout) -> str | None:

@@ -34,6 +34,18 @@ def test_every_linear_is_compressed_and_adapted_by_default() -> None:
     assert grouped == [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
 
 
+def test_the_head_may_be_excluded_and_stays_as_it_is_where_it_is_named() -> None:
+    """PEFT's usual companion of ``all-linear``, which never reaches it here."""
+    excluded = layout(adapter={"target_modules": "all-linear", "exclude_modules": ["lm_head"]})
+    assert (excluded.adapted, excluded.left_dense) == (layout().adapted, {})
+    named = layout(adapter={"target_modules": ["q_proj", "lm_head"]})
+    assert (named.portable_targets, named.left_dense) == (("q_proj",), {"lm_head": "Linear"})
+    with pytest.raises(
+        ConfigError, match=r"adapter.target_modules names no linear of the blocks, only lm_head \(Linear\)"
+    ):
+        layout(adapter={"target_modules": ["lm_head"]})
+
+
 def test_what_overlapping_patterns_say_does_not_hang_on_their_order() -> None:
     table = {"q_proj": 32.0, r"layers\.0\..*": 8.0}
     config = parse_config({"run_dir": "x", "model": {"source": "y"}, "data": {"train": {"path": "z"}}})

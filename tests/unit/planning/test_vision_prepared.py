@@ -106,7 +106,7 @@ def test_a_module_that_cannot_be_factored_is_named_and_stays(prepared: Make, key
 
 
 def test_only_modules_that_cannot_be_factored(prepared: Make) -> None:
-    with pytest.raises(ConfigError, match=r"names no linear, only .*patch_embedding \(Conv2d\)"):
+    with pytest.raises(ConfigError, match=r"names no linear of the blocks, only .*patch_embedding \(Conv2d\)"):
         prepared(emulator={"target_modules": ["patch_embedding"]})
 
 

@@ -331,17 +331,25 @@ def test_the_best_adapter_may_be_the_original_s(job: FinetuneJob, artifacts: Art
 
 
 def test_what_goes_on_from_an_adapter_of_experts_has_its_dropout(
-    job: FinetuneJob, tiny_model_dir: Callable[..., Path], tmp_path: Path
+    job: FinetuneJob, tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which its files, those that PEFT loads on fused experts, cannot have."""
+    loaded = []
+
+    def seen(*args: Any, **options: Any) -> Any:
+        loaded.append(load_adapter(*args, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(training, "load_adapter", seen)
     model_dir = tiny_model_dir("mixtral")
     names = [spec.name for spec in block_linears(load_model(model_dir))]
     options: dict[str, Any] = {"r": 2, "lora_dropout": 0.1, "target_modules": names}
     begun = attach_adapter(load_model(model_dir), adapter_config(**options))
     save_trained_adapter(begun, tmp_path / "begun", targets=["q_proj"], base_model="x")
     assert Adapter(tmp_path / "begun").config["lora_dropout"] == 0
-    gone_on = replace(job, start_dir=tmp_path / "begun", adapter={"method": "lora", **options})
-    model = training._adapted(gone_on, load_model(model_dir), training._arguments(gone_on, str(tmp_path)))
+    job = replace(job, emulator_dir=model_dir, start_dir=tmp_path / "begun", adapter={"method": "lora", **options})
+    train(replace(job, max_steps=1, out_dir=tmp_path / "adapter", storage_dir=tmp_path), LoneSession(tmp_path / "one"))
+    [model] = loaded
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     assert len(layers) == len(names)
     assert {layer.lora_dropout["default"].p for layer in layers} == {0.1}
