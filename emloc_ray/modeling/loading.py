@@ -56,6 +56,16 @@ TOKENIZER_FILES = (
 )
 
 
+_READ = (
+    "*.safetensors",
+    "*.index.json",
+    "config.json",
+    "*.jinja",
+    *TOKENIZER_FILES,
+    *("configuration.json", "params.json", "LICENSE.txt"),  # which lie beside many: runs are recorded with them
+)
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """A resolved ``model.source``: a local directory, and the GGUF file in it where that is what holds the weights.
@@ -261,12 +271,23 @@ def _gguf_tokenizer(source: ModelSource, looks: Looks) -> Path:
 def content_of_source(source: ModelSource) -> str:
     """A hash of all that a local model is read from."""
     directory = source.directory
-    return content_of([directory / source.gguf_file] if source.gguf_file else checkpoint_files(directory))
+    return content_of([directory / source.gguf_file] if source.gguf_file else model_files(directory))
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
-    """Weights, configs, tokenizer and code of a checkpoint, in order; what else lies beside them is no part of it."""
-    patterns = ("*.safetensors", *_SMALL_FILES, *TOKENIZER_FILES)
+    """Weights, configs, tokenizer and code of a checkpoint, and notes beside them, in order."""
+    return _matched(directory, ("*.safetensors", *_SMALL_FILES, *TOKENIZER_FILES))
+
+
+def model_files(directory: Path) -> list[Path]:
+    """Those of :func:`checkpoint_files` that a model is read from: all where it has code of its own, which may read any. A
+    result or a list of requirements that is written beside it makes it no other model."""
+    if any(own_code(directory, str(directory))):
+        return checkpoint_files(directory)
+    return [file for file in _matched(directory, _READ) if file.suffix != ".py"]
+
+
+def _matched(directory: Path, patterns: Sequence[str]) -> list[Path]:
     matched = {file for pattern in patterns for file in directory.glob(pattern) if file.is_file()}
     return sorted(file for file in matched if not file.name.startswith("."))
 

@@ -17,7 +17,7 @@ from emloc_ray.io.store.node_cache import hashes
 from emloc_ray.modeling.architecture import LinearSpec, empty_model, load_config
 from emloc_ray.modeling.hub_weights import commit_of
 from emloc_ray.modeling.inputs import has_encoder
-from emloc_ray.modeling.loading import checkpoint_files, content_of_source
+from emloc_ray.modeling.loading import content_of_source, model_files
 from emloc_ray.modeling.stored_names import StoredParameter, stored_parameters, stored_specs
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.memory import MemoryModel
@@ -78,7 +78,7 @@ class Context:
         if source.hub_id is not None:  # its weights need not be here, and its commit names them
             return {"hub": [source.hub_id, commit_of(source)]}
         if source.gguf_file is None:
-            return {"files": fingerprint_large_files(checkpoint_files(source.directory))}
+            return {"files": fingerprint_large_files(model_files(source.directory))}
         file = fingerprint_large_files([source.directory / source.gguf_file])
         return {"file": file, "dtype": self.prepared.config.model.dtype}
 

@@ -29,6 +29,7 @@ from emloc_ray.modeling.loading import (
     copy_tokenizer,
     fetch_weights,
     load_model,
+    model_files,
     read_model_config,
     resolve_source,
 )
@@ -305,8 +306,24 @@ def test_what_else_lies_beside_a_model_is_no_part_of_it(tiny_model_dir: Callable
         (place / name).write_text("noted beside it")
     assert checkpoint_files(place) == files
     assert content_of_source(ModelSource(place)) == content
+    for name in ("eval_results.json", "requirements.txt", "ask.py"):
+        (place / name).write_text("{}")
+    assert content_of_source(ModelSource(place)) == content
     (place / "generation_config.json").write_text("{}")
     assert content_of_source(ModelSource(place)) != content
+
+
+def test_what_a_model_of_its_own_code_may_read_is_part_of_it(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(tiny_model_dir(), tmp_path / "m"))
+    plain = model_files(place)
+    assert plain == checkpoint_files(place)  # of a usual folder
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "own.Config"}}))
+    for name in ("own.py", "words.txt"):
+        (place / name).write_text("")
+    assert model_files(place) == sorted([*plain, place / "own.py", place / "words.txt"])
 
 
 def test_how_a_gguf_file_looks_is_its_own(tmp_path: Path) -> None:

@@ -118,6 +118,16 @@ def test_what_a_changed_config_redoes_is_checked_before_anything_is_removed(
     assert changed(values).run.manifest() == before
 
 
+def test_what_is_written_beside_the_model_is_no_part_of_it(values: dict[str, Any], tmp_path: Path) -> None:
+    place = Path(shutil.copytree(values["model"]["source"], tmp_path / "model"))
+    values["model"] = {**values["model"], "source": str(place)}
+    finish(values)
+    (place / "eval_results.json").write_text("{}")
+    assert find_changes(changed(values)) is None
+    (place / "generation_config.json").write_text('{"top_k": 1}')
+    assert find_changes(changed(values)) is not None
+
+
 def test_what_redoes_nothing_is_not_asked_for(values: dict[str, Any]) -> None:
     finish(values)
     assert find_changes(changed(values, evaluation={"num_workers": 1}, finetune={"max_failures": 0})) is None
