@@ -106,12 +106,18 @@ def _command(run: RunDirectory, begun: Event) -> str:
             return "the call that began it"
         config = leaves(run.manifest()["config"])
         hidden = [f"{'.'.join(path)}={HIDDEN}" for path, value in config if value == HIDDEN]
-        return shlex.join(["emloc-ray", "run", str(run.path(CONFIG)), *hidden])
+        again = shlex.join(["emloc-ray", "run", str(run.path(CONFIG).absolute()), *hidden])
+        return _in_directory(begun, again)
     pairs = zip(["", *words], words, strict=False)
     kept = [
         word for before, word in pairs if before != "--from" and word.partition("=")[0] not in ("--fresh", "--from")
     ]
-    return f"cd {shlex.quote(begun['directory'])} && {shlex.join(kept)}"
+    return _in_directory(begun, shlex.join(kept))
+
+
+def _in_directory(begun: Event, command: str) -> str:
+    """The command from where the run began, as paths of its config are relative to that."""
+    return f"cd {shlex.quote(begun['directory'])} && {command}" if "directory" in begun else command
 
 
 def _age(event: Event, now: datetime) -> str:

@@ -87,7 +87,7 @@ def interrupt(sent: signal.Signals, arguments: list[str], log: Path, run: Path) 
     assert RunDirectory(run).holder() is None
     told = status_lines(RunDirectory(run))
     assert told[0].startswith("Not running: stopped, in finetune, ")
-    assert told[-1].startswith("To continue, give the same command: emloc-ray run ")
+    assert told[-1].startswith(f"To continue, give the same command: cd {Path.cwd()} && emloc-ray run ")
     assert set(RunDirectory(run).manifest()["stages"]) == {"data", "calibrate", "factorize"}
     return step
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import json
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,10 +61,8 @@ def test_a_failed_run_says_its_sentence(run: RunDirectory) -> None:
     assert told[0] == "Not running."
     assert told[2].startswith("Failed in finetune, ")
     assert told[2].endswith(": finetune: the disk is full: free some and run the same command again.")
-    assert told[3].startswith(
-        "To continue, give the same command: emloc-ray run "
-    )  # begun from Python, not by a command line
-    assert told[3].endswith("config.yaml")
+    config = run.path("config.yaml").absolute()  # begun from Python, not by a command line
+    assert told[3] == f"To continue, give the same command: cd {Path.cwd()} && emloc-ray run {config}"
 
 
 @pytest.mark.parametrize(
