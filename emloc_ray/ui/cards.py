@@ -7,6 +7,7 @@ from typing import Any
 from emloc_ray.config.adapter import LORA_METHODS
 from emloc_ray.data.hub_splits import HubSplit
 from emloc_ray.io.runs.directory import CARD, RunDirectory
+from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.stored_files import shown
 from emloc_ray.runs.status import current_stages
@@ -35,15 +36,30 @@ WRITTEN_BY = {
 
 
 def write_cards(run: RunDirectory, copy: Path | None = None) -> None:
-    """Writes the card of each folder that is there and up to date, in the run or in a ``copy`` of it. On an object store itself
-    there are none: its folders are read through the manifest, which names no cards."""
+    """Writes the card of each folder that is there and up to date, in the run or in a ``copy`` of it; one that somebody else
+    wrote or edited stays. On an object store itself there are none: its folders are read through the manifest, which names no
+    cards."""
     if run.store is not None and copy is None:
         return
     root, manifest, metrics = copy or run.root, run.manifest(), run.metrics()
     current = current_stages(manifest)
     for folder, step in WRITTEN_BY.items():
-        if step in current and (root / folder).is_dir():
-            write_text(root / folder / CARD, card(run.name, folder, manifest["config"], metrics))
+        path = root / folder / CARD
+        if step in current and path.parent.is_dir() and _is_ours(path):
+            write_text(path, _signed(card(run.name, folder, manifest["config"], metrics)))
+
+
+def _signed(text: str) -> str:
+    """A card that :func:`_is_ours` knows again, by an invisible last line."""
+    return f"{text}\n<!-- emloc-ray keeps this card up to date until it is edited: {fingerprint(text)} -->\n"
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether no card is there, or one as it was written here."""
+    if not path.exists():
+        return True
+    whole = path.read_bytes().decode(errors="replace")
+    return whole == _signed(whole[: len(whole) - len(_signed(""))])
 
 
 def card(name: str, folder: str, config: Mapping[str, Any], metrics: Mapping[str, Any], repository: str = "") -> str:

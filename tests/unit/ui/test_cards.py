@@ -93,3 +93,17 @@ def test_a_card_is_no_part_of_what_it_is_about(run: RunDirectory) -> None:
     write_cards(run)
     assert context.contents("adapter") == before
     assert run.damaged("correct") == []
+
+
+def test_a_card_that_somebody_wrote_or_edited_stays(run: RunDirectory) -> None:
+    write_cards(run)
+    adapter, merged = (run.path(folder, CARD) for folder in ("adapter", "merged"))
+    metrics = run.metrics()
+    run.write_metrics({**metrics, "evaluation": {}})
+    write_cards(run)
+    assert "On held-out rows" not in adapter.read_text()  # as it was written last: kept up to date
+    adapter.write_text("Mine.")
+    merged.write_text(edited := merged.read_text().replace("How it was made", "What I made"))
+    run.write_metrics(metrics)
+    write_cards(run)
+    assert (adapter.read_text(), merged.read_text()) == ("Mine.", edited)
