@@ -42,16 +42,19 @@ def find_changes(prepared: Prepared, forced: Collection[str] = (), until: str = 
     kept = {name: entry for name, entry in manifest["stages"].items() if name not in older}
     steps = up_to(until)
     removed = [s for s in steps if s.name in kept and s.name not in forced and not s.wanted(prepared)]
-    outdated = _first_outdated(prepared, manifest, kept, forced)
+    outdated, keys = _first_outdated(prepared, manifest, kept, forced), changed_keys(prepared, manifest)
+    edited = None
+    if outdated is not None and not keys:
+        outdated, edited = _edited(prepared.run, kept, outdated)
     following = STEPS[STEPS.index(outdated) :] if outdated is not None else ()
     later = [stage for stage in following if stage.name in manifest["stages"] and stage.wanted(prepared)]
     redone = [stage for stage in later if stage in steps]
     if not later and not removed:
         return None
-    keys = changed_keys(prepared, manifest)
     named = [f"{key} {new} (was {old})" for key, (old, new) in keys.items()]
     rest = f" and {len(named) - _MOST} more" if len(named) > _MOST else ""
     what = f"the config has {', '.join(named[:_MOST])}{rest}" if named else "files of the model or the data changed"
+    what = what if edited is None else edited
     does = []
     if redone:
         first, *others = (stage.name for stage in redone)
@@ -101,6 +104,16 @@ def _first_outdated(
     last = max((number for number, stage in enumerate(steps, 1) if stage.name in done), default=0)
     judged = _judged(prepared, steps[:last], manifest, done, forced)
     return next((stage for stage, same, _ in judged if not same), None)
+
+
+def _edited(run: RunDirectory, kept: Collection[str], outdated: Stage) -> tuple[Stage, str | None]:
+    """The stage, before the ``outdated`` one, of a file that is not as it was written, which is redone then, and a clause on it;
+    the outdated one itself where all are. Only those are read whose content later stages go by."""
+    for stage in STEPS[: STEPS.index(outdated)]:
+        if stage in _READ_FOR_INPUTS and stage is not IMPORT and stage.name in kept:
+            for file in run.damaged(stage.name):
+                return stage, f"{file.relative_to(run.root).as_posix()} is not what {stage.name} wrote"
+    return outdated, None
 
 
 def _judged(

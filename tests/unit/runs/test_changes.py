@@ -118,6 +118,15 @@ def test_what_a_changed_config_redoes_is_checked_before_anything_is_removed(
     assert changed(values).run.manifest() == before
 
 
+def test_a_result_that_was_edited_is_named_with_what_is_made_anew_in_its_place(values: dict[str, Any]) -> None:
+    finish(values)
+    changed(values).run.path("adapter", "a.json").write_text("tcerroc")  # of the same size
+    said = find_changes(changed(values)) or ""
+    assert said.startswith(
+        "adapter/a.json is not what correct wrote: that redoes correct, and of finish, merge, evaluate"
+    )
+
+
 def test_what_is_written_beside_the_model_is_no_part_of_it(values: dict[str, Any], tmp_path: Path) -> None:
     place = Path(shutil.copytree(values["model"]["source"], tmp_path / "model"))
     values["model"] = {**values["model"], "source": str(place)}
