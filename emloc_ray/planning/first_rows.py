@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from emloc_ray.demos.tasks import write_generated
 from emloc_ray.errors import ConfigError, DataError, EmlocError
 from emloc_ray.io.store.shared import Shared
 from emloc_ray.modeling.inputs import has_encoder
-from emloc_ray.modeling.loading import tokenizer_dir
+from emloc_ray.modeling.loading import ModelSource, open_tokenizer, tokenizer_dir
 from emloc_ray.planning.data_checks import with_format
 from emloc_ray.planning.prepared import Prepared
 
@@ -32,13 +33,15 @@ _PART = "\ufffd"  # what a decoder writes for bytes that are no character
 @dataclass(frozen=True)
 class FirstRows:
     """The first rows of a split, each with its place and its sequences as tokens, not yet cut; None for a bad row that is
-    skipped. ``num_rows``: those of all its files; None before they are downloaded or made."""
+    skipped. ``num_rows``: those of all its files; None before they are downloaded or made. ``ends``: the tokens at which
+    generation stops."""
 
     split: str
     formats: tuple[str, ...]
     num_rows: int | None
     rows: tuple[tuple[str, list[Tokens] | None], ...]
     limit: int
+    ends: frozenset[int] = frozenset()
 
     @property
     def sequences(self) -> list[Tokens]:
@@ -60,6 +63,17 @@ class FirstRows:
         """Tokens a sequence, as cut."""
         lengths = [min(len(tokens), self.limit) for tokens in self.sequences]
         return sum(lengths) / max(1, len(lengths))
+
+    @property
+    def no_end(self) -> str | None:
+        """Says so where nothing that is learnt has an end."""
+        learnt = [{*itertools.compress(tokens.input_ids, tokens.completion_mask)} for tokens in self.sequences]
+        if not self.ends or not any(learnt) or any(self.ends & tokens for tokens in learnt):
+            return None
+        return (
+            f"data.{self.split}: no answer of the first rows has a token at which generation stops, so it will not learn to: have"
+            " the chat template write one behind answers."
+        )
 
 
 def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> FirstRows | None:
@@ -159,7 +173,17 @@ def _tokenized(
     with DecoderApart() as decoder:
         pairs = zip(rows, options.tokens(iter(rows), decoder), strict=True)
         tokenized = tuple((_named(place, names), sequences) for (place, _), sequences in pairs)
-    return FirstRows(split, formats, num_rows, tokenized, options.max_seq_length)
+    return FirstRows(split, formats, num_rows, tokenized, options.max_seq_length, _ends(prepared))
+
+
+def _ends(prepared: Prepared) -> frozenset[int]:
+    """The tokens at which the model's generation stops: by its tokenizer, config or generation_config.json."""
+    source, trusted = prepared.source, prepared.config.model.trust_remote_code
+    opened = open_tokenizer(ModelSource(tokenizer_dir(source)), "name another", trust_remote_code=trusted)
+    ends = [opened.eos_token_id, getattr(prepared.model_config.get_text_config(), "eos_token_id", None)]
+    with contextlib.suppress(OSError, ValueError):
+        ends.append(json.loads((source.directory / "generation_config.json").read_text("utf-8")).get("eos_token_id"))
+    return frozenset(end for one in ends for end in (one if isinstance(one, list) else [one]) if end is not None)
 
 
 def _named(text: str, names: Mapping[str, str]) -> str:

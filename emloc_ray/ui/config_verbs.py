@@ -79,6 +79,7 @@ def validation_lines(prepared: Prepared, name: str) -> Iterator[str]:
     yield f"{name} is valid: {_linears(prepared)}; {_training(prepared, plan)}."
     for first in rows:
         yield f"{_of_rows(first)}{_read_of(prepared, first)}."
+    yield from filter(None, (first.no_end for first in rows if first.split == "train"))
     yield from _unchecked(prepared, splits)
     yield from of_settings(prepared, plan.worker_bytes)
     cpus = 0 if prepared.config.ray.joins else os.cpu_count() or 1  # of a Ray that is joined none are known yet
@@ -199,6 +200,8 @@ def preview(
             console.print(text, soft_wrap=True)
         if row is None:
             console.print(Text(f"{place}: bad, and skipped", "red"), soft_wrap=True)
+    if first.no_end:
+        console.print(Text(first.no_end), soft_wrap=True)
 
 
 @guarded
