@@ -63,7 +63,7 @@ def make_values(run_dir: Path, model_dir: Path, data: Path, /, **changes: dict[s
         },
         "correction": {"num_selection_samples": 8, "max_share": None},
         "merge": dict(TWO),
-        "evaluation": {**TWO, "num_exact_match": 2, "num_generations": 2, "max_new_tokens": 4},
+        "evaluation": {**TWO, "num_exact_match": 2, "num_generations": 2, "max_new_tokens": 24},
     }
     for section, keys in changes.items():
         values[section] = {**values.get(section, {}), **keys}

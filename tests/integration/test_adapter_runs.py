@@ -53,7 +53,7 @@ def ended(
         emulator=ONE,
         finetune={**ONE, "max_steps": 4, "save_steps": 2},
         merge=ONE,
-        evaluation={**ONE, "num_samples": 8, "max_new_tokens": 24},
+        evaluation={**ONE, "num_samples": 8},
     )
     del values["run_dir"], values["adapter"]
     (root / "base.yaml").write_text(write_yaml(values))

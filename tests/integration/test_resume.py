@@ -210,7 +210,7 @@ def test_a_killed_calibration_worker_leaves_no_trace(copied: FinishedRun, llama_
     reporter = KillingReporter()
     run_values(copied.values, reporter, begin="calibrate", until="calibrate")
     assert len(reporter.killed) == 1
-    [told] = [note for note in reporter.notes if not note.startswith("data.")]
+    [told] = [note for note in reporter.notes if note.startswith("calibrate: ")]
     assert re.match(
         "calibrate: slot [01](?: at (token shard [0-9]+|its end))? lost its worker because .*; restarted", told
     )
