@@ -276,13 +276,11 @@ def pruned_models(
                 assert cell.prune is not None
                 prune(original_dir(prepared), pruned.model_dir, cell.prune, ratio, cell.seed, grams)
             if cell.align:
-                source, rows = (
-                    pruned.model_dir,
-                    ablation.data_dir(cell.dataset, cell.seed) / f"healing-{cell.align}.jsonl",
-                )
+                source, data_dir = pruned.model_dir, ablation.data_dir(cell.dataset, cell.seed)
                 pruned = Pruned(source.with_name(f"{source.name}-{cell.dataset}-{cell.seed}-{cell.align}"))
                 if not pruned.kept.is_file():
                     tell(f"Aligned model for {cell.name}")
+                    rows = data_dir / f"healing-{cell.align}.jsonl"
                     align(source, rows, pruned.model_dir, cell.config.data.max_seq_length)
             yield cell.name, pruned
         except EmlocError as error:
