@@ -71,8 +71,8 @@ class FirstRows:
         if not self.ends or not any(learnt) or any(self.ends & tokens for tokens in learnt):
             return None
         return (
-            f"data.{self.split}: no answer of the first rows has a token at which generation stops, so it will not learn to: have"
-            " the chat template write one behind answers."
+            f"data.{self.split}: no answer of the first rows has a token at which generation stops, so the model will not"
+            " learn to stop: have the chat template write one behind answers."
         )
 
 

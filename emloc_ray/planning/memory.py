@@ -218,7 +218,7 @@ class MemoryModel(CalibrationMemory):
         return {"weights": weights, "unpacked": self._unpacked(), **step}
 
     def _step_parts(self, again: bool, parameters: int, dense: Collection[LinearSpec], logit_copies: int) -> Parts:
-        """A step that trains so many ``parameters``, on the model whose adapted linears that are plain are ``dense``."""
+        """One step. ``parameters`` are trained; ``dense`` are the adapted linears in neither factors nor few bits."""
         section = self.trained.section
         virtual = self.trained.adapter.settings.get("num_virtual_tokens", 0)
         tokens = section.per_device_train_batch_size * (self.trained_lengths.longest + virtual)

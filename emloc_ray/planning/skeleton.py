@@ -36,9 +36,7 @@ class Skeleton:
     replaceable: tuple[str, ...] = ()  # linears anywhere that transformers can replace by 4-bit ones
     modules: tuple[str, ...] = ()
     left_as_is: dict[str, str] = field(default_factory=dict)  # other modules with weights, and their kinds
-    left_in_blocks: dict[str, int] = field(
-        default_factory=dict
-    )  # parameters inside blocks of what is no linear, by kinds
+    left_in_blocks: dict[str, int] = field(default_factory=dict)  # parameters in blocks of what is no linear, by kinds
     image: ImageShape = field(default_factory=ImageShape)
     whole_logits: bool = False  # see Trace
 

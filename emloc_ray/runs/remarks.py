@@ -91,15 +91,15 @@ def idle_cpus(configs: Iterable[RunConfig], cpus: float) -> str | None:
 
 
 def default_emulator(configs: Iterable[RunConfig]) -> str | None:
-    """Says so where all of an emulator but its workers is as the defaults have it; a budget may have written these."""
+    """The remark on configs whose emulator has its defaults, but for workers. Values count: a budget may have written them."""
     workers = {*StageConfig.model_fields}
     if all(config.emulator.model_dump(exclude_defaults=True, exclude=workers) for config in configs):
         return None
     measured = measured_for(EmulatorConfig())
     assert measured is not None
     return (
-        f"emulator is at its defaults, the paper's half of the ranks, which closed {measured.gap_closed:.0%} of the gap to"
-        " LoRA on the original: emloc-ray plan CONFIG --memory-budget SIZE says what closes more within it."
+        f"emulator is at its defaults, the paper's half of the ranks, which closed {100 * measured.gap_closed:.0f} % of the gap"
+        " to LoRA on the original: emloc-ray plan CONFIG --memory-budget SIZE says what closes more."
     )
 
 

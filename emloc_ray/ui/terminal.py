@@ -77,9 +77,8 @@ def plan_tables(plan: Plan) -> list[Table]:
 
 def _shape_table(plan: Plan) -> Table:
     layout = plan.prepared.layout
-    table = Table(
-        title="Linears inside the blocks", title_justify="left", caption_justify="left", pad_edge=False
-    )  # 80 columns wide
+    # 80 columns wide.
+    table = Table(title="Linears inside the blocks", title_justify="left", caption_justify="left", pad_edge=False)
     for column in ("linears", "out × in", "count", "rank", "parameters", "kept", "share"):
         is_number = column in ("parameters", "kept")  # a number that is cut off is another one
         table.add_column(column, justify="left" if column == "linears" else "right", no_wrap=is_number)

@@ -76,11 +76,11 @@ def learned(section: FinetuneConfig, *own: str) -> Inputs:
     off |= {"eval_original_every", "metric_for_best_model"} if section.eval_original_every is None else set()
     off |= {"loraplus_lr_ratio"} if section.loraplus_lr_ratio is None else set()
     settings = without(section, NOT_LEARNED | machine | off | set(own))
-    unread = ["logging_steps"]
-    unread += (
-        ["save_steps"] if not section.validates or section.eval_steps is not None else []
-    )  # else they say when it is scored
-    unread += ["num_train_epochs"] if section.max_steps != -1 and "num_train_epochs" in settings else []
+    unread = {"logging_steps"}
+    if not section.validates or section.eval_steps is not None:  # else it says when the emulator is scored
+        unread.add("save_steps")
+    if section.max_steps != -1 and "num_train_epochs" in settings:
+        unread.add("num_train_epochs")
     return settings | {key: FinetuneConfig.model_fields[key].default for key in unread}
 
 

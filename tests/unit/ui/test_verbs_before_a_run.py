@@ -153,7 +153,7 @@ def test_init_where_nothing_trains_in_what_inference_takes(place: Place, monkeyp
 
 
 def test_an_emulator_of_the_defaults_is_told_once(place: Place) -> None:
-    remark = "emulator is at its defaults, the paper's half of the ranks, which closed 72% of the gap"
+    remark = "emulator is at its defaults, the paper's half of the ranks, which closed 72 % of the gap"
     assert remark in place("validate", "my.yaml").stdout
     assert remark not in place("validate", "my.yaml", "emulator.compression_ratio=1").stdout
     read = [load_config("my.yaml"), load_config("my.yaml", ["emulator.num_workers=2"])]
