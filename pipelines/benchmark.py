@@ -83,6 +83,7 @@ PUBLISHED = {
 TABLES = {
     "speed.json": ("factorization", "layers", "calibration", "step", "growth", "ray", "offloading"),
     "tasks.json": ("tasks", "scheduling", "training"),
+    "data.json": ("data",),
 }
 
 

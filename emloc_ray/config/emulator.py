@@ -48,8 +48,8 @@ def _budget(value: Any) -> Any:
 
 
 class HealingConfig(Section):
-    """Distils the original into the emulator before the task's adapter is trained: a LoRA that becomes part of the factors. All
-    other settings, and the workers, are those of ``finetune``."""
+    """Distils the original into the emulator before the task's adapter is trained: a LoRA that becomes part of the factors.
+    Other settings, and the workers, are those of ``finetune``, without packing, LoRA+ and evaluation."""
 
     steps: int = Field(ge=1, description="optimizer steps")
     r: int = Field(8, ge=1, description="taken from each layer's rank and given back by the healing")

@@ -241,7 +241,7 @@ class EvaluationConfig(StageConfig):
     num_generations: int = Field(4, ge=0, description="sample generations shown in the report")
     num_exact_match: int = Field(32, ge=0, description="held-out prompts completed greedily for exact match")
     max_new_tokens: int = Field(32, ge=1, description="tokens of a completion, for samples and exact match")
-    upper_bound: str | None = Field(None, description="run directory of plain LoRA (compression_ratio: 1.0)")
+    upper_bound: str | None = Field(None, description="run directory of LoRA on the original (compression_ratio: 1.0, quantization: none)")
 
     @field_validator("variants")
     @classmethod
@@ -293,7 +293,7 @@ class RunConfig(Section):
     finetune: FinetuneConfig = Field(
         FinetuneConfig(), description="settings and workers of the training, and of the healing"
     )
-    correction: CorrectionConfig = Field(CorrectionConfig(), description="by one of evaluation's workers")
+    correction: CorrectionConfig = Field(CorrectionConfig(), description="by evaluation's workers")
     merge: MergeConfig = Field(MergeConfig(), description="shards of the merged model, and their workers")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="models to score, and the workers")
     ray: RayConfig = Field(RayConfig(), description="the cluster")
