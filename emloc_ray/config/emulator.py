@@ -74,7 +74,7 @@ class RefinementConfig(Section):
 class EmulatorConfig(StageConfig):
     """The compressed model."""
 
-    compression_ratio: float = Field(0.5, gt=0, le=1, description="the share of parameters kept; 1: plain LoRA")
+    compression_ratio: float = Field(0.5, gt=0, le=1, description="the share of parameters kept; 1: all of them")
     budget: typing.Annotated[str, BeforeValidator(_budget)] | None = Field(
         None,
         description="in place of a ratio: bits a weight or bytes in all, spent on ranks and bits where they tell most",

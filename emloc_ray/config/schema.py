@@ -241,7 +241,9 @@ class EvaluationConfig(StageConfig):
     num_generations: int = Field(4, ge=0, description="sample generations shown in the report")
     num_exact_match: int = Field(32, ge=0, description="held-out prompts completed greedily for exact match")
     max_new_tokens: int = Field(32, ge=1, description="tokens of a completion, for samples and exact match")
-    upper_bound: str | None = Field(None, description="run directory of LoRA on the original (compression_ratio: 1.0, quantization: none)")
+    upper_bound: str | None = Field(
+        None, description="run directory of LoRA on the original: compression_ratio: 1.0, quantization: none"
+    )
 
     @field_validator("variants")
     @classmethod

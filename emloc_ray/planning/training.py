@@ -4,7 +4,7 @@ from collections.abc import Mapping, Set
 from dataclasses import replace
 
 from emloc_ray.config.adapter import AdapterConfig
-from emloc_ray.config.emulator import HealingConfig
+from emloc_ray.config.emulator import EmulatorConfig, HealingConfig
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.core.healing import healed_layers, ranks_before_healing
 from emloc_ray.planning.layout import Layout
@@ -31,6 +31,16 @@ def quantized_late(layout: Layout, healing: HealingConfig | None) -> tuple[str, 
 def rounded_late(layout: Layout, healing: HealingConfig | None) -> tuple[str, ...]:
     """Those of :func:`quantized_late` that are stored in integers, rounded under their Grams."""
     return tuple(name for name in quantized_late(layout, healing) if name in layout.bits)
+
+
+def changed_after_factorizing(emulator: EmulatorConfig, layout: Layout) -> set[str]:
+    """The linears whose stored weights refinement or healing changes otherwise than by ranks added, so that the error that
+    factorizing measured no longer holds: refined factors, and what is put into few bits or pivoted after healing."""
+    healing = emulator.heals
+    changed = set(layout.ranks if emulator.refines is not None else ()) | {*quantized_late(layout, healing)}
+    if healing is not None and layout.storage == "pivoted":
+        changed |= {*healed_layers(layout.ranks, healing.r)}
+    return changed
 
 
 def healing_split(config: RunConfig) -> str:

@@ -13,6 +13,7 @@ from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import PACKED_SHARE, Lengths
 from emloc_ray.planning.memory import CANDIDATES, HoldPlan, MemoryModel
 from emloc_ray.planning.prepared import UNKNOWN_ROWS, Prepared, splits_of
+from emloc_ray.planning.training import changed_after_factorizing
 
 WITH_BACKWARD = 2  # times that offloaded weights come where a pass is run back: a block is run again there
 
@@ -29,6 +30,13 @@ def num_steps(finetune: Any, num_rows: int) -> int:
 def rows_a_step(finetune: Any) -> int:
     """Rows of all workers' passes of an optimizer step."""
     return int(finetune.per_device_train_batch_size * finetune.gradient_accumulation_steps * finetune.num_workers)
+
+
+def difference_work(memory: MemoryModel) -> float:
+    """Floating-point operations of ``Δ G``, ``2 out · in²``, for the adapted linears whose error after factorizing no longer
+    holds."""
+    changed = changed_after_factorizing(memory.config.emulator, memory.layout)
+    return sum(2.0 * s.num_parameters * s.in_features for s in memory.adapted if s.name in changed)
 
 
 def rows_held_out(prepared: Prepared) -> dict[str, int]:

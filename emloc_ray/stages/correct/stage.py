@@ -11,8 +11,15 @@ from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import CANDIDATES, MemoryModel
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.training import quantized_late
-from emloc_ray.planning.work import block_work, emulator_work, head_work, rows_selected_on, tokens_adapted
+from emloc_ray.planning.training import changed_after_factorizing
+from emloc_ray.planning.work import (
+    block_work,
+    difference_work,
+    emulator_work,
+    head_work,
+    rows_selected_on,
+    tokens_adapted,
+)
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import trained_tokens
@@ -60,24 +67,16 @@ def correction_job(context: Context) -> CorrectionJob:
 
 def _residuals(context: Context) -> dict[str, Any]:
     """What the factorization measured, for linears whose stored weights have not changed since, except for ranks that healing
-    added.
-
-    They have changed where factors were refined, where they were quantized or pivoted after healing, and where dense weights
-    were put into 4 bits then.
-    """
-    prepared, layers = context.prepared, context.results.get("factorize", {}).get("layers", {})
-    residuals = {name: layer.get("residual_energy") for name, layer in layers.items()}
-    healing, healed = prepared.config.emulator.heals, {}
-    if prepared.config.emulator.refines is not None:
-        residuals = {name: energy for name, energy in residuals.items() if name not in context.layout_made.ranks}
-    if healing is not None:
-        layout = context.layout_made
-        healed = dict.fromkeys(healed_layers(layout.ranks, healing.r), healing.r)
-        anew = {*quantized_late(layout, healing), *(healed if layout.storage == "pivoted" else ())}
-        residuals = {name: energy for name, energy in residuals.items() if name not in anew}
+    added."""
+    emulator, layout = context.prepared.config.emulator, context.layout_made
+    layers = context.results.get("factorize", {}).get("layers", {})
+    known = layers.keys() - changed_after_factorizing(emulator, layout)
+    residuals = {name: layer.get("residual_energy") for name, layer in layers.items() if name in known}
+    healing = emulator.heals
+    healed = () if healing is None else healed_layers(layout.ranks, healing.r)
     return {
         "residuals": {name: energy for name, energy in residuals.items() if energy is not None},
-        "healed": {name: r for name, r in healed.items() if name in residuals},
+        "healed": {name: healing.r for name in healed if name in known} if healing is not None else {},
     }
 
 
@@ -121,7 +120,7 @@ def _cost(memory: MemoryModel) -> StageCost:
     return StageCost(
         memory.correction_parts(),
         flops=(scoring + seeing) * workers,  # one worker does both
-        float32_flops=memory.correction_work(),
+        float32_flops=memory.correction_work() + difference_work(memory),
         moved_bytes=memory.moved(memory.selection_plan().hold, rows / CANDIDATES, batch_size) * workers,
         disk_bytes=int(4 * memory.corrected_parameters + memory.thin_matrices()),
         start_seconds=15,

@@ -30,7 +30,7 @@ from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.planning.training import factor_ranks, healing_split, healing_training, quantized_late, rounded_late
 from emloc_ray.planning.training_spec import Training
-from emloc_ray.planning.work import rows_a_step
+from emloc_ray.planning.work import difference_work, rows_a_step
 from emloc_ray.stages.context import Context, Inputs
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.stage import FACTORIZE, factorization_job
@@ -234,6 +234,21 @@ def test_4_bits_come_after_healing(prepared: Callable[..., Prepared]) -> None:
         with_base(MemoryModel(large({"steps": 100}), ROW).healing_stage_parts())
     )
     assert total(with_base(memory.finetuning_parts())) < total(with_base(memory.healing_stage_parts()))
+
+
+@pytest.mark.parametrize(
+    ("emulator", "changed"),
+    [
+        ({}, False),
+        ({"storage": "pivoted"}, True),
+        ({"quantization": "nf4"}, True),
+        ({"refinement": {"steps": 3}}, True),
+    ],
+)
+def test_a_correction_plans_the_errors_that_are_measured_anew(emulator: dict[str, Any], changed: bool) -> None:
+    found = large({"steps": 3}, emulator=emulator)
+    wide = sum(2 * s.num_parameters * s.in_features for s in found.layout.specs if s.name in found.layout.ranks)
+    assert difference_work(MemoryModel(found, ROW)) == (wide if changed else 0)
 
 
 @pytest.mark.slow
