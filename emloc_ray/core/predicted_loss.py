@@ -29,6 +29,7 @@ from emloc_ray.core.integer_forms import GROUP_SIZE, factor_bits, group_size_of,
 from emloc_ray.core.quantization import DAMPENING_FRAC
 from emloc_ray.core.two_sided import output_whitened
 from emloc_ray.core.whitening import Whitening
+from emloc_ray.errors import NumericsError
 
 # Mean squared errors of the best uniform quantizers of a normal distribution of variance 1.
 _NORMAL = {2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 0.000087}
@@ -55,7 +56,7 @@ def form_losses(
     predictions. On twelve linears of SmolLM2-135M it is, over what was measured, 0.4 to 1.6 for 2 to 4 bits and 0.17 to 1.4
     for 8; on five it was 0.6 to 1.6 with factors beside bits, 1.0 to 1.2 for factors in 8 and 4 bits, 1.1 to 1.6 in 3 bits;
     only factors of the first block's queries, whose ``S`` is most skewed, lost up to 4 times as much. Raises NumericsError
-    where the weight holds a NaN or an Inf, ValueError where shapes do not fit.
+    where the weight or a loss holds a NaN or an Inf, ValueError where shapes do not fit.
     """
     scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
     layer = _Layer(scaled, whitening, outputs, group_size, plain)
@@ -73,7 +74,12 @@ def form_losses(
         return whole[form.bits] * (1.0 - kept)
 
     unit = scale * scale * whitening.scale * outputs.scale
-    return torch.tensor([max(0.0, loss(form)) * unit for form in forms], dtype=torch.float64)
+    losses = torch.tensor([loss(form) * unit for form in forms], dtype=torch.float64).clamp_min(0.0)
+    if not losses.isfinite().all():
+        raise NumericsError(
+            f"What forms of {name} would lose is not finite: give emulator.compression_ratio in place of a budget."
+        )
+    return losses
 
 
 @dataclass(frozen=True)
@@ -131,8 +137,9 @@ class _Layer:
 
     def _directions(self, matrix: Tensor, whitening: Whitening) -> tuple[Tensor, Tensor, Tensor]:
         energies, parts = energy_vectors(matrix, whitening)
-        tiny = torch.finfo(torch.float32).tiny
-        directions = (parts / energies.sqrt().clamp_min(tiny).to(parts.dtype)).to(torch.float32)
+        # By their own norms: an eigenvalue that float32 rounds to zero would leave directions of any length.
+        lengths = torch.linalg.vector_norm(parts, dim=0).clamp_min(torch.finfo(parts.dtype).tiny)
+        directions = (parts / lengths).to(torch.float32)
         if not self.plain:
             return energies, directions, torch.ones_like(energies)
         return energies, directions, output_whitened(directions, self.outputs).to(torch.float64).square().sum(dim=0)

@@ -31,7 +31,7 @@ def data(out: Path) -> Figures:
     few, many = POWERS
     figures: Figures = {}
     for kind, write in (("JSONL", _write_jsonl), ("Parquet, one row group", _write_parquet)):
-        rows = out / f"rows.{kind[:5].lower()}"
+        rows = out / f"rows.{kind.partition(',')[0].lower()}"
         measured = {}
         for power in POWERS:
             write(rows, 10**power)

@@ -66,6 +66,16 @@ def test_each_form_loses_about_what_is_expected(layer: tuple[torch.Tensor, White
         assert measured / within < loss < measured * within, (form, loss / measured)
 
 
+def test_the_last_ranks_of_a_tall_linear_lose_what_is_expected() -> None:
+    """Of which float32 leaves no eigenvalue that is above zero."""
+    weight = torch.randn(IN, OUT, generator=torch.Generator().manual_seed(3)) / OUT**0.5
+    inputs, outputs = Whitening(skewed_sum(OUT, 12.0, 1), 1e-6), Whitening(skewed_sum(IN, 2.0, 2), 1e-2)
+    forms = [Form(rank=rank, bits=bits) for rank in (80, 96) for bits in (4, 3)]
+    for form, loss in zip(forms, form_losses(weight, inputs, outputs, forms, GROUP).tolist(), strict=True):
+        measured = lost(weight, made(weight, inputs, outputs, form, False), inputs, outputs)
+        assert measured < loss < measured * 4, (form, loss / measured)
+
+
 def test_a_massive_channel_does_not_make_the_others_count(layer: tuple[torch.Tensor, Whitening, Whitening]) -> None:
     """Rounding damps by 1 % of the mean energy, here most of what all channels but one have."""
     weight, _, outputs = layer
