@@ -1,7 +1,7 @@
 """Rows as token ids and a mask of completion tokens: of text, of prompt and completion, or of chat messages."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -132,10 +132,9 @@ def sequences(
     has_encoder: bool = False,
     processor: Any = None,
     images: Sequence[bytes] = (),
-    decoder: Callable[[bytes], Any] = decode,
 ) -> list[list[Segment]]:
     """A checked row as one sequence or, where its chat template rewrites earlier turns, as several; each in pieces that are
-    tokenized apart. ``images``: the encoded images of its messages; ``decoder`` opens them for the processor.
+    tokenized apart. ``images``: the encoded images of its messages.
 
     The chat template and the tokens of an image come from the model's ``processor``, where it has one for images. Raises
     DataError where there is no chat template, or it or the processor refuses the row.
@@ -157,23 +156,17 @@ def sequences(
         return chats
     shown = iter(images)
     by_turn = [list(itertools.islice(shown, len(list(image_parts({"messages": [turn]}))))) for turn in messages]
-    return [[_with_images(segment, by_turn, processor, where, decoder) for segment in segments] for segments in chats]
+    return [[_with_images(segment, by_turn, processor, where) for segment in segments] for segments in chats]
 
 
-def _with_images(
-    segment: Segment,
-    by_turn: Sequence[Sequence[bytes]],
-    processor: Any,
-    where: str,
-    decoder: Callable[[bytes], Any],
-) -> Segment:
+def _with_images(segment: Segment, by_turn: Sequence[Sequence[bytes]], processor: Any, where: str) -> Segment:
     """A segment that shows images gets the tokens that the processor makes of text and images."""
     own = [content for turn in segment.turns for content in by_turn[turn]]
     _check_placeholders(segment.text, len(own), processor, where)
     if not own:
         return segment
     try:
-        shown = [decoder(content) for content in own]
+        shown = [decode(content) for content in own]
         made = processor(text=[segment.text], images=[shown], add_special_tokens=False)
     except (ValueError, TypeError, IndexError, StopIteration, RuntimeError) as error:
         raise DataError(

@@ -10,7 +10,7 @@ import http.client
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +129,8 @@ def _not_there(label: str) -> DataError:
     return DataError(f"{label} is not there: fix the path, which is from the data file's folder.")
 
 
-def load_images(
-    row: Row, where: str, places: ImagePlaces = NOWHERE_ELSE, decoder: Callable[[bytes], Any] | None = None
-) -> list[bytes]:
-    """The encoded bytes of the row's images, in the order of its messages; each is decoded once to check it, by :func:`decode` or
-    by another ``decoder``.
+def load_images(row: Row, where: str, places: ImagePlaces = NOWHERE_ELSE) -> list[bytes]:
+    """The encoded bytes of the row's images, in the order of its messages; each is decoded once to check it.
 
     A relative path begins at the folder of the row's file, here or on its object store. Raises DataError, naming file and row,
     where an image is missing, may not or cannot be fetched, is none of :data:`FORMATS`, or is too large.
@@ -145,7 +142,7 @@ def load_images(
             label = f"{label} {_shown(source[1])}"
         content = _read(source, getattr(where, "folder", "."), label, places)
         try:
-            (decoder or decode)(content)
+            decode(content)
         except Exception as error:  # whatever a broken file brings Pillow to raise
             raise DataError(f"{label} cannot be decoded ({one_line(error, 120)}): replace it.") from error
         contents.append(content)

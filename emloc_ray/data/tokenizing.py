@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from emloc_ray.data.chats import Segment
 from emloc_ray.data.formats import Tokens, check_row, encode, pack, sequences, truncate
 from emloc_ray.data.image_places import NOWHERE_ELSE, ImagePlaces, is_remote
-from emloc_ray.data.images import decode, load_images, sources
+from emloc_ray.data.images import load_images, sources
 from emloc_ray.data.polling import polled
 from emloc_ray.data.processors import open_processor
 from emloc_ray.data.reading import BadRow, Row, each, value_errors
@@ -64,24 +64,20 @@ class TokenizeOptions:
     def _may_show(self) -> bool:
         return self.format in {*CHATS, "auto"}
 
-    def tokens(
-        self, rows: Iterable[tuple[str, Row]], decoder: Callable[[bytes], Any] = decode
-    ) -> Iterator[list[Tokens] | None]:
+    def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[list[Tokens] | None]:
         """Checks rows, each with the place that errors name, and gives their whole tokens: one sequence a row, several of a
         chat whose template rewrites earlier turns; None for a bad row that is skipped. Holds at most 256 rows, or 32 with their
-        images, which ``decoder`` opens."""
+        images."""
         tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
         processor = open_processor(self.tokenizer, self.trust_remote_code)
         takes_images, stream = self._may_show and processor is not None, iter(rows)
         while batch := list(itertools.islice(stream, IMAGE_ROWS_PER_BATCH if takes_images else ROWS_PER_BATCH)):
             asks = takes_images and any(_asks_a_server(row, where) for where, row in batch)
-            parts = each(functools.partial(self._sequences, tokenizer, processor, decoder), batch, asks)
+            parts = each(functools.partial(self._sequences, tokenizer, processor), batch, asks)
             encoded = iter(encode([segments for row in parts for segments in row or ()], tokenizer))
             yield from (None if row is None else list(itertools.islice(encoded, len(row))) for row in parts)
 
-    def _sequences(
-        self, tokenizer: Any, processor: Any, decoder: Callable[[bytes], Any], item: tuple[str, Row]
-    ) -> list[list[Segment]] | None:
+    def _sequences(self, tokenizer: Any, processor: Any, item: tuple[str, Row]) -> list[list[Segment]] | None:
         where, row = item
         chats = any(getattr(owner, "chat_template", None) for owner in (tokenizer, processor))
         form = getattr(where, "row_format", "") or self.format
@@ -92,8 +88,8 @@ class TokenizeOptions:
                 row, kind = converted(row, form, dict(self.columns), where, chats)
                 check_row(row, kind, where, self.packing)
                 shows = self._may_show and processor is not None
-                images = load_images(row, where, self.image_places, decoder) if shows else []
-                return sequences(row, kind, tokenizer, where, self.has_encoder, processor, images, decoder)
+                images = load_images(row, where, self.image_places) if shows else []
+                return sequences(row, kind, tokenizer, where, self.has_encoder, processor, images)
         except DataError:
             if self.skip_bad_rows:
                 return None

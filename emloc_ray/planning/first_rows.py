@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from emloc_ray.config.schema import DataConfig
-from emloc_ray.data.decoder import DecoderApart
 from emloc_ray.data.formats import Tokens, truncate
 from emloc_ray.data.hub import download
 from emloc_ray.data.image_places import ImagePlaces
@@ -170,9 +169,8 @@ def _tokenized(
     formats = tuple(dict.fromkeys(source.format for source in sources))
     options = tokenize_options(prepared, tokenizer_dir(prepared.source), sources)
     rows = list(itertools.islice(_rows(sources, config.data, count), count))
-    with DecoderApart() as decoder:
-        pairs = zip(rows, options.tokens(iter(rows), decoder), strict=True)
-        tokenized = tuple((_named(place, names), sequences) for (place, _), sequences in pairs)
+    pairs = zip(rows, options.tokens(iter(rows)), strict=True)
+    tokenized = tuple((_named(place, names), sequences) for (place, _), sequences in pairs)
     return FirstRows(split, formats, num_rows, tokenized, options.max_seq_length, _ends(prepared))
 
 
