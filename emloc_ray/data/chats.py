@@ -4,15 +4,12 @@ import contextlib
 import itertools
 import json
 import re
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from emloc_ray.errors import DataError
 from emloc_ray.text import one_line
 
-ROW_S = 60.0  # of a CPU that a template may take for one row
 _OTHER = "\ue000"  # an answer that shares no first character with another
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THOUGHT = re.compile(r"(</?think>)")
@@ -44,26 +41,6 @@ def is_trained(turn: dict[str, Any]) -> bool:
     return turn.get("weight") != 0
 
 
-@contextlib.contextmanager
-def cpu_limit(error: DataError, seconds: float = ROW_S) -> Iterator[None]:
-    """Raises ``error`` where the block takes more than ``seconds`` of CPU, as a template that loops for ever does. Python hears
-    of that in its main thread alone, and between two operations: elsewhere nothing is bounded."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(*_: object) -> None:
-        raise error
-
-    before = signal.signal(signal.SIGVTALRM, end)
-    try:
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
-
-
 def chat_sequences(messages: Sequence[dict[str, Any]], tools: Any, owner: Any, where: str) -> list[list[Segment]]:
     """Prompts and completions in turn: an assistant turn's completion is what the template adds after 'generate now', or
     what its generation markers enclose.
@@ -71,18 +48,8 @@ def chat_sequences(messages: Sequence[dict[str, Any]], tools: Any, owner: Any, w
     One sequence, in which each turn sees those before it as they were trained. A template that rewrites earlier turns, as those
     of reasoning models drop what was thought, gives a turn another prefix than that: there a sequence begins anew with the
     prefix that generation would start from, and it is the later turn's alone. Raises DataError, naming file and row, where
-    there is no template, it refuses the messages, or takes too long for them.
+    there is no template, or it refuses the messages.
     """
-    with cpu_limit(
-        DataError(
-            f"{where}: the model's chat template has taken over {ROW_S:g} s of a CPU for this row: look for loops in the"
-            " template, or cut the row."
-        )
-    ):
-        return _sequences(messages, tools, owner, where)
-
-
-def _sequences(messages: Sequence[dict[str, Any]], tools: Any, owner: Any, where: str) -> list[list[Segment]]:
     if not getattr(owner, "chat_template", None):
         raise DataError(f"{where}: the tokenizer has no chat template: use data.format prompt_completion or text.")
     trained = [is_trained(turn) for turn in messages]
@@ -304,8 +271,6 @@ class _Chat:
     def _guarded(self, write: Callable[[], Any]) -> Any:
         try:
             return write()
-        except DataError:  # it took too long
-            raise
         except Exception as error:  # a template is a program and may raise anything
             raise _Refused(
                 f"{self.where}: the chat template refuses its messages ({one_line(error)}): fix the row."

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc_ray.data.chats import ROW_S, cpu_limit
 from emloc_ray.data.formats import RowImage, Tokens
 from emloc_ray.data.images import decode
-from emloc_ray.errors import ConfigError, DataError
+from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.fingerprint import Looks, looks_in
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.text import one_line
@@ -106,8 +105,7 @@ def placeholders(processor: Any, count: int) -> str:
     content: list[dict[str, Any]] = [{"type": "image"}] * count
     if processor.chat_template or processor.tokenizer.chat_template:
         template = processor if processor.chat_template else processor.tokenizer
-        with cpu_limit(DataError(f"its chat template has taken over {ROW_S:g} s of a CPU: look for loops in it")):
-            text: str = template.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        text: str = template.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
         return text
     return str(processor.image_token) * count
 

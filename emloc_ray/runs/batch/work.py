@@ -111,8 +111,7 @@ class PipelineWork:
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Checks every task against its model and data, and plans it; threads ask for all that tasks wait for meanwhile. What
-        computes stays in this one: Python computes in one thread at a time, and here alone a template's time is bounded
-        (:func:`emloc_ray.data.chats.cpu_limit`).
+        computes stays in this one: Python computes in one thread at a time.
 
         Raises:
             ConfigError: with every error of every task, each once, with its tasks.

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import signal
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from tiny import make_tokenizer
 
-from emloc_ray.data import chats
 from emloc_ray.data.formats import encode, sequences
 from emloc_ray.errors import DataError
 
@@ -230,19 +226,6 @@ def test_an_earlier_turn_s_begin_is_not_taken_for_that_of_an_answer() -> None:
     unopened = UNMARKED.replace("<{{ m.role }}>", "{{ '<' + m.role + '>' if loop.index != 4 }}")
     with pytest.raises(DataError, match=r"^row 1: the chat template writes an answer in another place"):
         learnt(CALLED, unopened)
-
-
-LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-
-
-def test_a_template_that_loops_for_ever_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chats, "cpu_limit", functools.partial(chats.cpu_limit, seconds=0.05))
-    with pytest.raises(DataError, match=r"row 1: the model's chat template has taken over 60 s of a CPU for this row"):
-        learnt([turn("user", "x"), turn("assistant", "y")], LOOP)
-    assert learnt(CHAT, QWEN3)
-    assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL
-    with ThreadPoolExecutor() as pool:  # where no signal is heard
-        assert pool.submit(learnt, CHAT, QWEN3).result() == learnt(CHAT, QWEN3)
 
 
 def test_of_an_answer_what_the_template_does_not_mark_is_not_learnt() -> None:
