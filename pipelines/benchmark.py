@@ -10,11 +10,10 @@
 ``calibration``    forward passes with Grams, against the same passes without hooks and without the head
 ``step``           a training step on the emulator, against one of LoRA on the original
 ``memory``         peak of fine-tuning the emulator, against inference of the original: the quickstart's, and one of 1.1B
-``planner``        every stage's planned memory, against what a process of its own held
 ``shapes``         the plan for the paper's models, beside the paper's peaks; writes ``shapes.md`` too
 ``offloading``     a pass of a model whose blocks come and go, against the slower of compute and transfer; four in one
 ``bounded``        a whole run of a random model of 1.1B under 2 GiB: each stage's peak, against the limit
-``merge``          merging, against a copy of the same files that hashes and fsyncs, and against its largest tensor
+``merge``          merging, against a copy of the same files that hashes and fsyncs
 ``data``           rows into token shards and batches at 10³ to 10⁶ rows: peaks of driver, worker, object store; speed
 ``growth``         calibrating and factorizing at 1, 2 and 4 times the depth and the rows: time and peak memory
 ``ray``            the stages on Ray, against the same functions called in one process
@@ -55,7 +54,6 @@ BENCHMARKS = {
     "calibration": "whole_runs:calibration",
     "step": "whole_runs:training_step",
     "memory": "memory:memory",
-    "planner": "memory:planner",
     "shapes": "memory:shapes",
     "offloading": "offloading:offloading",
     "bounded": "offloading:bounded",

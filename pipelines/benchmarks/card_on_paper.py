@@ -15,8 +15,7 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.gpu.shapes import SHAPES, llama_config
-from benchmarks.on_paper import CALIBRATED, LENGTH, ROWS, SCORED, R, whole_model
-from benchmarks.stage_memory import bare_prepared
+from benchmarks.on_paper import CALIBRATED, LENGTH, ROWS, SCORED, R, bare_prepared, whole_model
 from emloc_ray.planning.alternatives import Alternative, Choice, choose_training
 from emloc_ray.planning.batches import shrink_batches, without_budget
 from emloc_ray.planning.costs import StageCost, busy_seconds

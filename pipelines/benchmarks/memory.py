@@ -1,37 +1,20 @@
-"""Memory: fine-tuning against inference, the plan against measurement and the paper, merging against its largest tensor."""
+"""Memory: fine-tuning against inference, and the plan against the paper; merging against a copy."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import emloc_ray
-from benchmarks.figures import (
-    Figures,
-    calibrated,
-    emulated,
-    figure,
-    interleaved,
-    paper_config,
-    saved_whole,
-    write_result,
-)
+from benchmarks.figures import Figures, calibrated, emulated, figure, interleaved, saved_whole, write_result
 from benchmarks.paper_shapes import write_shapes
-from benchmarks.stage_memory import (
-    Case,
-    bare_prepared,
-    made_directory,
-    probe,
-    probe_job,
-    quickstart_cases,
-    trained_cases,
-)
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter import attach_adapter
@@ -42,6 +25,7 @@ from emloc_ray.modeling.emulator_type import EmulatorModelConfig
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
 from emloc_ray.stages.merge.merge import MergeJob, merge_shard
+from emloc_ray.stages.ray.session import LEAN_MEMORY
 
 # A random Llama of 1.1 B parameters.
 LARGE: dict[str, Any] = {
@@ -67,8 +51,7 @@ def memory(out: Path) -> Figures:
     for name, (original, emulator) in pairs.items():
         peaks = {}
         for rows in BATCHES:
-            size = ("--rows", str(rows), "--length", "512")
-            ours, baseline = probe("finetune", emulator, *size), probe("inference", original, *size)
+            ours, baseline = probe("finetune", emulator, rows, 512), probe("inference", original, rows, 512)
             both = peaks[str(rows)] = ours["peak"] / 2**20, baseline["peak"] / 2**20
             figures[f"peak of fine-tuning the emulator against inference, {name}, {rows} × 512 tokens"] = figure(
                 *both, "MiB"
@@ -79,36 +62,12 @@ def memory(out: Path) -> Figures:
     return figures
 
 
-def planner(out: Path) -> Figures:
-    """What the plan says of every stage against what a process of its own held; the ratio is planned over measured."""
-    calibrated(out)
-    config = paper_config(out / "ratio-0.5", "finetune.max_steps=3")
-    emloc_ray.run(config, until="finetune", accept_changes=True)
-    config = paper_config(out / "ratio-0.5", "finetune.loss_on=all")
-    original, emulator = _large(out)
-    values = {
-        "run_dir": str(out / "unused"),
-        "model": {"source": str(original)},
-        "data": {"train": {"path": "-"}},
-        "finetune": {"loss_on": "all"},
-    }
-    large = bare_prepared(values, AutoConfig.from_pretrained(original))
-    scratch = made_directory(out / "planner")
-    cases: list[Case] = [
-        *quickstart_cases(config, Path(config.run_dir), scratch),
-        *((f"{case[0]}, 1.1B", *case[1:]) for case in trained_cases(large, original, emulator, rows=1)),
-    ]
-    figures: Figures = {}
-    for name, function, arguments, parts in cases:
-        measured = probe_job(function, arguments)
-        planned = {"total above imports": (sum(parts.values()) - parts.get("base", 0), measured["peak"])}
-        if "weights" in measured:
-            planned["weights"] = (parts["weights"], measured["weights"])
-        for what, (ours, baseline) in planned.items():
-            ratio = ours / baseline
-            line = figure(ours / 2**20, baseline / 2**20, "MiB (baseline: measured)", ratio - 1)
-            figures[f"plan, {name}, {what}"] = {**line, "ratio": ratio}
-    return figures
+def probe(what: str, directory: Path, rows: int, length: int) -> dict[str, float]:
+    """What ``memory_probe.py`` printed, run as workers under a memory_budget are."""
+    size = ("--rows", str(rows), "--length", str(length))
+    command = [sys.executable, str(Path(__file__).with_name("memory_probe.py")), what, str(directory), *size]
+    output = subprocess.run(command, check=True, capture_output=True, env={**os.environ, **LEAN_MEMORY}).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 def shapes(out: Path) -> Figures:
@@ -175,20 +134,5 @@ def merge(out: Path) -> Figures:
 
     seconds = interleaved([ours, copy], repeats=3)
     rates = [size / 2**20 / s for s in seconds]
-    peaks = {
-        "merge throughput": {**figure(rates[0], rates[1], "MiB/s (baseline: a copy)"), "ratio": rates[0] / rates[1]}
-    }
-    return {**peaks, **_merge_peaks(job, out)}
-
-
-def _merge_peaks(job: MergeJob, out: Path) -> Figures:
-    """Peak above imports against the largest tensor in its own dtype; the ratio is ours over that."""
-    narrow = saved_whole(out / "merge-bfloat16", load_model(job.model_dir, dtype="bfloat16").save_pretrained)
-    figures: Figures = {}
-    for dtype, directory in (("float32", job.model_dir), ("bfloat16", narrow)):
-        arguments = {"job": dataclasses.replace(job, model_dir=directory), "threads": 2}
-        peak = probe_job("merge", arguments)["peak"]
-        largest = max(entry.num_bytes for entry in Checkpoint(directory))
-        line = figure(peak / 2**20, largest / 2**20, "MiB (baseline: the tensor)")
-        figures[f"merge peak against the largest tensor, {dtype}"] = {**line, "ratio": peak / largest}
-    return figures
+    line = figure(rates[0], rates[1], "MiB/s (baseline: a copy)")
+    return {"merge throughput": {**line, "ratio": rates[0] / rates[1]}}

@@ -17,16 +17,19 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.gpu.shapes import SHAPES, llama_config
-from benchmarks.stage_memory import bare_prepared
-from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.config.reading import parse_config
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.modeling.architecture import LinearSpec, empty_model
+from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning.gpu_speeds import speed_of
-from emloc_ray.planning.layout import Layout, layout_under
+from emloc_ray.planning.layout import Layout, layout_under, make_layout
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.sizes import gram_bytes
+from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.stages.order import STEPS
 from emloc_ray.text import duration
 
@@ -41,6 +44,13 @@ MACHINES: dict[str, tuple[dict[str, Any], str, Speeds]] = {
     "16 cores": ({"cpus_per_worker": 16}, "512GiB", Speeds(96e9, disk=2e9)),
     "one H100": ({"gpus_per_worker": 1}, "72GiB", Speeds(96e9, _H100.flops, _H100.float32_flops, _H100.link, disk=2e9)),
 }
+
+
+def bare_prepared(values: dict[str, Any], model_config: Any) -> Prepared:
+    """A config on a model that has no files: enough to plan with."""
+    config = parse_config(values)
+    layout = make_layout(config, skeleton_of(model_config, empty_model(model_config)))
+    return Prepared(config, RunDirectory(config.run_dir), ModelSource(Path()), model_config, layout, {})
 
 
 def whole_model(values: dict[str, Any], sizes: dict[str, int]) -> Prepared:

@@ -18,7 +18,7 @@ from ablations.tables import render
 from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Qwen2Config
 
 from benchmarks.figures import write_result
-from benchmarks.stage_memory import bare_prepared
+from benchmarks.on_paper import bare_prepared
 from emloc_ray.modeling.architecture import ImageShape
 from emloc_ray.planning.budget import solve_for_budget, training_bytes, with_settings
 from emloc_ray.planning.lengths import Lengths

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import emloc_ray
 from benchmarks.figures import LOW_RANK, Figures, figure, write_result
-from benchmarks.stage_memory import probe
+from benchmarks.memory import probe
 
 MIB = 2**20
 
@@ -20,8 +20,7 @@ def within(out: Path) -> Figures:
         emloc_ray.load_config(LOW_RANK, [f"run_dir={out / name}", *budget]) for name, budget in _RUNS.items()
     )
     runs = [emloc_ray.run(config, fresh=True) for config in (bounded, free)]
-    size = ("--rows", "1", "--length", str(bounded.data.max_seq_length))
-    inference = probe("inference", Path(bounded.run_dir, "model"), *size)["peak"] / MIB
+    inference = probe("inference", Path(bounded.run_dir, "model"), 1, bounded.data.max_seq_length)["peak"] / MIB
     imports = runs[0]["planned_imports_bytes"]
     planned = {name: (held - imports) / MIB for name, held in runs[0]["planned_memory"].items()}
     rows, figures = [], {}

@@ -16,8 +16,7 @@ from benchmarks.card_on_paper import (
     stages_table,
 )
 from benchmarks.gpu.shapes import SHAPES, llama_config
-from benchmarks.on_paper import blocks_table, correction_table, deepened, paper_run, table
-from benchmarks.stage_memory import bare_prepared
+from benchmarks.on_paper import bare_prepared, blocks_table, correction_table, deepened, paper_run, table
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.io.formats.yaml_text import read_yaml
