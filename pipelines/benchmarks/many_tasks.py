@@ -3,24 +3,20 @@ hundreds on an S3 server."""
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
 import functools
-import http.client
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
+from faulting.s3 import s3_server, uri
 from faulting.task import make_config
 
 import emloc_ray
@@ -200,10 +196,10 @@ def stored_tasks(out: Path, tasks: int) -> Figures:
     """A batch of short tasks with all their stages, on an S3 server: seconds of each, against a few of them on a disk."""
     seconds, (few, most) = [], (_Peak(), _Peak())
     os.environ |= {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark"}
-    with _s3_server() as store, connection(num_cpus=_CPUS):
+    with s3_server() as port, connection(num_cpus=_CPUS):
         base = make_config(out / "stored-base", hidden_size=32)
         _warm(out, base)
-        for place, count, watched in ((str(out / "kept"), FEW_STORED, few), (store, tasks, most)):
+        for place, count, watched in ((str(out / "kept"), FEW_STORED, few), (uri(port, "many"), tasks, most)):
             shutil.rmtree(out / "kept", ignore_errors=True)
             rates = [1e-4 * (number + 1) for number in range(count)]
             batch_file = out / "stored.yaml"
@@ -222,7 +218,6 @@ def stored_tasks(out: Path, tasks: int) -> Figures:
     }
 
 
-_ANYONE = {"Authorization": "AWS4-HMAC-SHA256 Credential=anyone/0/us-east-1/s3/x"}
 _SHORT = [
     *_light(1),
     "emulator.healing=null",
@@ -232,28 +227,6 @@ _SHORT = [
     "evaluation.num_exact_match=0",
     "evaluation.num_generations=0",
 ]
-
-
-@contextlib.contextmanager
-def _s3_server() -> Iterator[str]:
-    """A place in an empty bucket of a server that keeps everything in memory."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(Path(__file__).with_name("s3_server.py")), str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            with contextlib.suppress(OSError):
-                asked = http.client.HTTPConnection("127.0.0.1", port)
-                asked.request("PUT", "/runs", headers=_ANYONE)
-                assert asked.getresponse().status == 200
-                break
-            time.sleep(0.1)
-        yield f"s3://runs/many?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1"
-    finally:
-        server.terminate()
-        server.wait(10)
 
 
 def short_training(out: Path) -> Figures:
