@@ -67,29 +67,20 @@ def table(cells: Sequence[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cells(matrix: Matrix, stages: Sequence[str], kinds: Sequence[str], moments: int, seed: int) -> Iterator[Cell]:
-    """One after the other, each moment drawn from the whole stage."""
-    for stage in stages:
-        for kind in kinds:
-            for number in range(moments):
-                drawn = random.Random(f"{seed} {stage} {kind} {number}")
-                yield matrix.cell(stage, kind, round(drawn.uniform(0.05, 0.95), 3), drawn.randrange(2**32))
-
-
-def batches(matrix: Matrix, moments: int, seed: int) -> Iterator[Cell]:
-    """The driver of two tasks killed once in each."""
-    for number in range(moments):
-        yield matrix.batch(round(random.Random(f"{seed} batch {number}").uniform(0.05, 0.95), 3))
-
-
-def chaos(matrix: Matrix, last: str, every_s: float, seed: int) -> Iterator[Cell]:
-    """One whole run, disturbed again and again."""
-    yield matrix.chaos(last, every_s, seed)
-
-
-def faulty_stores(matrix: Matrix, last: str, share: float, seed: int) -> Iterator[Cell]:
-    """One whole run on a store of which a share of the requests fails."""
-    yield matrix.faulty_store(last, share, seed)
+def cells(matrix: Matrix, stages: Sequence[str], asked: argparse.Namespace) -> Iterator[Cell]:
+    """Those asked for, one after the other, each moment drawn from the whole stage, of a batch from the whole run."""
+    seed, last, moments = asked.seed, stages[-1], range(asked.moments)
+    if asked.batch:
+        for number in moments:
+            yield matrix.batch(round(random.Random(f"{seed} batch {number}").uniform(0.05, 0.95), 3))
+    if asked.chaos is not None:
+        yield matrix.chaos(last, asked.chaos, seed)
+    if asked.store is not None:
+        yield matrix.faulty_store(last, asked.store, seed)
+    if not asked.batch and asked.chaos is None and asked.store is None:
+        for stage, kind, number in itertools.product(stages, asked.kinds, moments):
+            drawn = random.Random(f"{seed} {stage} {kind} {number}")
+            yield matrix.cell(stage, kind, round(drawn.uniform(0.05, 0.95), 3), drawn.randrange(2**32))
 
 
 def write(out: Path, cells: Sequence[Cell]) -> None:
@@ -125,16 +116,7 @@ def main() -> int:
         matrix = Matrix(nodes, config, Path(folder) / "runs")
         stages = [stage for stage in matrix.stages if stage in arguments.stages]
         matrix.undisturbed(matrix.stages if arguments.batch else stages)
-        found: list[Iterator[Cell]] = []
-        if arguments.batch:
-            found.append(batches(matrix, arguments.moments, arguments.seed))
-        if arguments.chaos is not None:
-            found.append(chaos(matrix, stages[-1], arguments.chaos, arguments.seed))
-        if arguments.store is not None:
-            found.append(faulty_stores(matrix, stages[-1], arguments.store, arguments.seed))
-        if not found:
-            found.append(cells(matrix, stages, arguments.kinds, arguments.moments, arguments.seed))
-        for cell in itertools.chain(*found):
+        for cell in cells(matrix, stages, arguments):
             done.append(cell)
             write(out, done)
             print(table([cell]).splitlines()[2], flush=True)
