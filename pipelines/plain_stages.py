@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,19 +15,43 @@ from unittest import mock
 from emloc_ray.core.gram import Gram
 from emloc_ray.data import tokenizing
 from emloc_ray.data.processors import example
+from emloc_ray.errors import StageError
 from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint
-from emloc_ray.io.formats.grams import GramStore, StoredGram
+from emloc_ray.io.formats.grams import GramStore, StoredGram, reduce_slots, write_gram_index, write_gram_shard
+from emloc_ray.io.formats.shards import write_tensors
+from emloc_ray.io.formats.teacher_shards import write_teacher_index
 from emloc_ray.io.store.atomic import copy_file
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.block_flow import block_flow
 from emloc_ray.modeling.loading import copy_tokenizer
-from emloc_ray.stages.calibrate.job import CalibrationJob
+from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
+from emloc_ray.stages.calibrate.stage import calibration_job, gradient_job
 from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file
+from emloc_ray.stages.context import Context
+from emloc_ray.stages.correct.correct import correct_adapter
+from emloc_ray.stages.correct.stage import correction_job
+from emloc_ray.stages.evaluate.evaluate import EvaluationJob, evaluate_slice
+from emloc_ray.stages.evaluate.stage import evaluation_job
+from emloc_ray.stages.factorize.allocate import allocate_ranks, group_spectra, read_ranks
 from emloc_ray.stages.factorize.factorize import factorize_group, finish_emulator
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
+from emloc_ray.stages.factorize.stage import allocation_job, factorization_job
+from emloc_ray.stages.finetune.job import FinetuneJob
+from emloc_ray.stages.finetune.stage import finetune_job
+from emloc_ray.stages.finetune.training import train_alone
+from emloc_ray.stages.finish import finishing_job
+from emloc_ray.stages.heal.fold import pieces, write_pieces
+from emloc_ray.stages.heal.stage import healing_job
+from emloc_ray.stages.heal.teacher import teach_part
 from emloc_ray.stages.merge.merge import MergeJob, merge_shard
+from emloc_ray.stages.merge.stage import merge_job
+from emloc_ray.stages.order import STEPS
+from emloc_ray.stages.ray.tasks import Resources
+from emloc_ray.stages.refine.refine import refine_blocks
+from emloc_ray.stages.refine.stage import refinement_job
+from emloc_ray.stages.tokens.tokens import tokenize_data
 
 Batch = dict[str, Any]
 
@@ -45,6 +70,28 @@ class Inline:
         """Nothing is at work."""
 
 
+def stages(context: Context, device: str = "cpu") -> dict[str, Callable[[], Any]]:
+    """What does each stage that the config has, from the data on, in order; every artifact comes to its place. Ranks, factors and
+    correction are computed on ``device``, models where torch has a GPU. A training gives its logged losses, the evaluation each
+    variant's scores."""
+    path = context.path
+    every: dict[str, Callable[[], Any]] = {
+        "data": lambda: tokenize(context),
+        "calibrate": lambda: gather(calibration_job(context), path("calibration")),
+        "gradients": lambda: gather(gradient_job(context), path("gradients")),
+        "allocate": lambda: allocate(context, device),
+        "factorize": lambda: factorize(context, device),
+        "refine": lambda: refine_blocks(refinement_job(context)),
+        "heal": lambda: heal(context),
+        "finetune": lambda: train(finetune_job(context, "training")),
+        "correct": lambda: correct_adapter(correction_job(context), device=device),
+        "finish": lambda: train(finishing_job(context, "finishing")),
+        "merge": lambda: merge(merge_job(context)),
+        "evaluate": lambda: score(evaluation_job(context)),
+    }
+    return {step.name: every[step.name] for step in STEPS if step.name in every and step.wanted(context.prepared)}
+
+
 @contextmanager
 def tokenized_here() -> Iterator[None]:
     """Rows are tokenized in this process meanwhile."""
@@ -53,6 +100,37 @@ def tokenized_here() -> Iterator[None]:
         mock.patch.dict(os.environ, TOKENIZERS_PARALLELISM="false"),
     ):
         yield
+
+
+def tokenize(context: Context) -> None:
+    """The token shards of every split."""
+    with tokenized_here():
+        tokenize_data(context.prepared, context.model_dir, context.path("data"))
+
+
+def gather(job: CalibrationJob, out_dir: Path) -> GramStore:
+    """All sums, by one slot that holds the model as the job says."""
+    files: dict[str, str] = {}
+    counts: dict[str, int] = {}
+
+    def write(grams: dict[str, Gram]) -> None:
+        file = f"grams-{len(files)}.safetensors"
+        write_gram_shard(out_dir / file, grams)
+        files.update(dict.fromkeys(grams, file))
+        counts.update({name: gram.num_tokens for name, gram in grams.items()})
+
+    if job.hold == BLOCKS:
+        for grams in streamed(job, out_dir):
+            write(grams)
+    else:
+        for groups in job.waves or (job.groups,):
+            gather_whole(replace(job, groups=groups), out_dir / "slot.safetensors")
+            names = [group[0] for group in groups]
+            for start in range(0, len(names), 4):
+                write(reduce_slots([out_dir / "slot.safetensors"], names[start : start + 4]))
+            (out_dir / "slot.safetensors").unlink()
+    write_gram_index(out_dir, job.groups, files, counts)
+    return GramStore(out_dir)
 
 
 def gather_whole(job: CalibrationJob, file: Path) -> None:
@@ -77,16 +155,57 @@ def streamed(job: CalibrationJob, out_dir: Path) -> Iterator[dict[str, Gram]]:
         yield {gram.name: Gram(gram.read(), gram.num_tokens) for gram in stored}
 
 
-def build(job: FactorizationJob, grams: GramStore, base_config: Any, device: str = "cpu") -> None:
+def allocate(context: Context, device: str = "cpu") -> None:
+    """The ranks, which the context knows from then on."""
+    job, out_dir = allocation_job(context), context.path("allocation")
+    grams, sums = GramStore(job.calibration_dir), GramStore(job.gradients_dir)
+    for number, specs in enumerate(job.groups):
+        stored = {spec.name: sums.stored(spec.name) for spec in specs}
+        spectra = group_spectra(job, specs, grams.stored(specs[0].name), stored, device)
+        write_tensors(out_dir / f"spectra-{number + 1:05d}-of-{len(job.groups):05d}.safetensors", spectra)
+    allocate_ranks(job, out_dir, Resources())
+    ranks = {**context.layout.ranks, **read_ranks(out_dir)}
+    kept = {name: rank for name, rank in ranks.items() if rank is not None}
+    context.results["factorize"] = {"ranks": kept, "layers": {}}
+
+
+def factorize(context: Context, device: str = "cpu") -> None:
+    """The emulator before it is refined and healed."""
+    job = factorization_job(context, context.layout_made)
+    build(job, context.path("calibration"), context.base_config(), device)
+
+
+def build(job: FactorizationJob, grams_dir: Path, base_config: Any, device: str = "cpu") -> None:
     """The emulator, of factors and of what stays as it is, in this process, computed on ``device``."""
     factorized = [[spec for spec in group if spec.name in job.ranks] for group in job.groups]
     work, rest = [group for group in factorized if group], rest_of_shards(job)
     files = [job.out_dir / f"model-{number}.safetensors" for number in range(len(work) + len(rest))]
     for group, file in zip(work, files, strict=False):
-        factorize_group(job, group, grams.stored(group[0].name), file, device)
+        factorize_group(job, group, GramStore(grams_dir).stored(group[0].name), file, device)
     for kept, file in zip(rest, files[len(work) :], strict=True):
         copy_rest(kept, file)
     finish_emulator(files, base_config, job.model_dir, job.ranks, job.storage, None)
+
+
+def heal(context: Context) -> None:
+    """The healed emulator."""
+    healing = context.prepared.config.emulator.heals
+    assert healing is not None
+    job = healing_job(context, healing, "healing")
+    teach_part(job.teacher, 0, 1)
+    write_teacher_index(job.teacher.out_dir, [rows[0] for rows in job.teacher.shards()])
+    train(job.training)
+    write_pieces(job.fold, pieces(job.fold))
+    files = [piece.file for piece in pieces(job.fold)]
+    finish_emulator(files, context.base_config(), job.fold.emulator_dir, job.fold.ranks, job.fold.storage, None)
+
+
+def train(job: FinetuneJob) -> list[float]:
+    """The adapter; returns the loss of each logged step, none where none came. Raises StageError where the training failed."""
+    if failure := train_alone(job)["failure"]:
+        raise StageError(failure)
+    logged = map(json.loads, job.log_path.read_text().splitlines() if job.log_path.is_file() else ())
+    return [line["loss"] for line in logged if "loss" in line]
 
 
 def merge(job: MergeJob) -> None:
@@ -97,3 +216,9 @@ def merge(job: MergeJob) -> None:
         if (job.model_dir / name).is_file():
             copy_file(job.model_dir / name, job.out_dir / name)
     copy_tokenizer(job.model_dir, job.out_dir)
+
+
+def score(job: EvaluationJob) -> dict[str, dict[str, float]]:
+    """Every variant on the held-out rows."""
+    results = [result for family in job.families for result in evaluate_slice(job, family, 0, 1)]
+    return {result.variant: result.score.metrics() for result in results}

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-import math
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, TrainingArguments
+from plain_stages import stages
+from transformers import AutoConfig
 
 import emloc_ray
 from benchmarks.figures import (
@@ -31,34 +30,17 @@ from benchmarks.figures import (
 )
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.ahead import batches_by_length
-from emloc_ray.data.formats import Tokens
-from emloc_ray.data.ingest import SampleOrder, read_micro_steps
 from emloc_ray.data.token_shards import TokenShards, collate
-from emloc_ray.io.formats.checkpoint import Checkpoint
-from emloc_ray.io.formats.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
-from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
+from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.modeling.adapter import attach_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import token_loss
 from emloc_ray.planning.prepared import prepare
-from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
-from emloc_ray.stages.calibrate.stage import calibration_job
 from emloc_ray.stages.context import Context
-from emloc_ray.stages.correct.correct import correct_adapter
-from emloc_ray.stages.correct.stage import correction_job
-from emloc_ray.stages.evaluate.evaluate import evaluate_slice
-from emloc_ray.stages.evaluate.stage import evaluation_job, gap_closed
-from emloc_ray.stages.factorize.factorize import factorize_group
-from emloc_ray.stages.factorize.stage import factorization_job
-from emloc_ray.stages.finetune.batches import RankBatches
-from emloc_ray.stages.finetune.job import FinetuneJob
-from emloc_ray.stages.finetune.session import LoneSession
-from emloc_ray.stages.finetune.stage import finetune_job
-from emloc_ray.stages.finetune.trainer import EmulatorTrainer, StepKeeper
-from emloc_ray.stages.merge.merge import merge_shard, output_shards
-from emloc_ray.stages.merge.stage import merge_job
+from emloc_ray.stages.evaluate.stage import gap_closed
 
 DEPTH, ROWS, REPEATS = 6, 64, 3
 TIMES = (2, 4)
@@ -114,68 +96,16 @@ def _run_on_ray(config: RunConfig) -> None:
 
 
 def _run_plain(config: RunConfig) -> None:
-    """The stages' own functions, one after the other, no Ray; from the adapter on they read what the run left."""
+    """The stages' own functions from the tokens on, one after the other, no Ray."""
     torch.set_num_threads(THREADS)
-    prepared = prepare(config)
-    context = Context(prepared, prepared.run.path("model"))
-    plain = prepared.run.root.with_name(prepared.run.name + "-plain")
-    grams = _calibrate_plain(context, plain)
-    factorization = factorization_job(context)
-    for number, group in enumerate(factorization.groups):
-        factorize_group(factorization, group, grams.stored(group[0].name), plain / "emulator" / f"{number}.safetensors")
-    _train_plain(finetune_job(context, "plain"), plain)
-    correct_adapter(dataclasses.replace(correction_job(context), out_dir=plain / "adapter"))
-    merging = merge_job(context)
-    for name, shard in output_shards(Checkpoint(context.model_dir).shards, None):
-        merge_shard(merging, shard, plain / "merged" / name)
-    evaluation = evaluation_job(context)
-    for family in evaluation.families:
-        evaluate_slice(evaluation, family, 0, 1)
+    run, plain = Path(config.run_dir), Path(f"{config.run_dir}-plain")
+    prepared = prepare(config.model_copy(update={"run_dir": str(plain)}))
+    prepared.run.create(prepared.config.model_dump(mode="json"))
+    shutil.copytree(run / "data", plain / "data")
+    for stage, work in stages(Context(prepared, run / "model")).items():
+        if stage != "data":
+            work()
     shutil.rmtree(plain)
-
-
-def _calibrate_plain(context: Context, plain: Path) -> GramStore:
-    job = calibration_job(context)
-    slot = ResidentSlot(job, plain / "slot.safetensors", THREADS)
-    for number in job.shards_of(0, 1):
-        slot.accumulate(number)
-    slot.commit()
-    names = [group[0] for group in job.groups]
-    grams = reduce_slots([slot.path], names)
-    write_gram_shard(plain / "calibration" / "grams.safetensors", grams)
-    files = dict.fromkeys(names, "grams.safetensors")
-    write_gram_index(plain / "calibration", job.groups, files, {name: gram.num_tokens for name, gram in grams.items()})
-    return GramStore(plain / "calibration")
-
-
-class _PlainBatches(RankBatches):
-    """The same batches, read without Ray Data."""
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for step in range(self.job.max_steps):
-            table = read_micro_steps(self.job.tokens_dir, self.order, step, step + 1)
-            columns = table["input_ids"].to_pylist(), table["completion_mask"].to_pylist()
-            batch = collate([Tokens(*row) for row in zip(*columns, strict=True)], self.job.pad_token_id)
-            yield self.called(batch, None)
-
-
-def _train_plain(job: FinetuneJob, plain: Path) -> None:
-    arguments = TrainingArguments(
-        output_dir=str(plain / "training"),
-        max_steps=job.max_steps,
-        per_device_train_batch_size=job.batch_size,
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        save_strategy="no",
-        **job.training_arguments,
-    )
-    model = attach_adapter(load_model(job.emulator_dir, **job.model_options), adapter_config(**job.adapter))
-    order = SampleOrder(len(TokenShards(job.tokens_dir)), job.batch_size, 0, 1, job.seed)
-    keeper = StepKeeper(job, LoneSession(plain / "training"), poll_s=math.inf)
-    EmulatorTrainer(job, _PlainBatches(job, order, 1), keeper, model=model, args=arguments).train()
-    save_trained_adapter(model, plain / "adapter_emulator", targets=job.portable_targets, base_model=job.base_model)
 
 
 def training_step(out: Path) -> Figures:

@@ -11,31 +11,22 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from plain_stages import build, gather_whole, merge, streamed, tokenized_here
+from plain_stages import gather, stages
 from transformers import AutoConfig
 
 from censusing.baseline import logits
 from emloc_ray.config.reading import parse_config
-from emloc_ray.core.gram import Gram
 from emloc_ray.data.processors import example
-from emloc_ray.errors import StageError
-from emloc_ray.io.formats.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
+from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.modeling.architecture import auto_class, load_config
 from emloc_ray.modeling.block_flow import block_flow
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import prepare
-from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob
+from emloc_ray.stages.calibrate.job import BLOCKS
 from emloc_ray.stages.calibrate.stage import calibration_job
 from emloc_ray.stages.context import Context
-from emloc_ray.stages.correct.correct import correct_adapter
-from emloc_ray.stages.correct.stage import correction_job
-from emloc_ray.stages.factorize.stage import factorization_job
-from emloc_ray.stages.finetune.stage import finetune_job
-from emloc_ray.stages.finetune.training import train_alone
-from emloc_ray.stages.merge.stage import merge_job
 from emloc_ray.stages.order import STEPS
-from emloc_ray.stages.tokens.tokens import tokenize_data
 
 STAGES = ("validate", "calibrate", "offloaded", "by_blocks", "factorize", "finetune", "correct", "merge", "parity")
 _TOLERANCE = 1e-3
@@ -59,21 +50,19 @@ def run_stages(model_dir: Path, run_dir: Path, ids: torch.Tensor, done: dict[str
         return result
 
     context = timed("validate", lambda: _context(run_dir, model_dir, data))
-    with tokenized_here():
-        tokenize_data(context.prepared, model_dir, context.path("data"))
+    works = stages(context)
+    works["data"]()
     job = calibration_job(context)
     whole = dataclasses.replace(job, hold="resident", waves=None)
-    timed("calibrate", lambda: _gather(whole, context.path("calibration")))
-    grams = GramStore(context.path("calibration"))
-    timed("offloaded", lambda: _same(_gathered(dataclasses.replace(whole, hold="offloaded"), run_dir / "other"), grams))
+    grams = timed("calibrate", lambda: gather(whole, context.path("calibration")))
+    offloaded = dataclasses.replace(whole, hold="offloaded")
+    timed("offloaded", lambda: _same(gather(offloaded, run_dir / "other"), grams))
     flow = block_flow(load_config(model_dir), False, example(model_dir, False))
     if not flow.shares:  # else the plan holds it offloaded
         blocks = dataclasses.replace(job, hold=BLOCKS)
-        timed("by_blocks", lambda: _same(_by_blocks(blocks, run_dir / "blocks"), grams))
-    timed("factorize", lambda: build(factorization_job(context, context.layout_made), grams, context.base_config()))
-    timed("finetune", lambda: _train(context))
-    timed("correct", lambda: correct_adapter(correction_job(context)))
-    timed("merge", lambda: merge(merge_job(context)))
+        timed("by_blocks", lambda: _same(gather(blocks, run_dir / "blocks"), grams))
+    for stage in ("factorize", "finetune", "correct", "merge"):
+        timed(stage, works[stage])
     timed("parity", lambda: _check_parity(context, ids))
 
 
@@ -94,35 +83,13 @@ def _context(run_dir: Path, model_dir: Path, data: Path) -> Context:
     return Context(prepared, model_dir)
 
 
-def _gathered(job: CalibrationJob, out_dir: Path) -> dict[str, Gram]:
-    """The Grams of all groups, each row passing through the whole model."""
-    gather_whole(job, out_dir / "slot.safetensors")
-    return reduce_slots([out_dir / "slot.safetensors"], [group[0] for group in job.groups])
-
-
-def _gather(job: CalibrationJob, out_dir: Path) -> None:
-    grams = _gathered(job, out_dir)
-    write_gram_shard(out_dir / "grams.safetensors", grams)
-    counts = {name: gram.num_tokens for name, gram in grams.items()}
-    write_gram_index(out_dir, job.groups, dict.fromkeys(grams, "grams.safetensors"), counts)
-
-
-def _by_blocks(job: CalibrationJob, out_dir: Path) -> dict[str, Gram]:
-    return {name: gram for grams in streamed(job, out_dir) for name, gram in grams.items()}
-
-
-def _same(grams: dict[str, Gram], expected: GramStore) -> None:
-    for name, gram in grams.items():
+def _same(grams: GramStore, expected: GramStore) -> None:
+    for name in expected.index["groups"]:
         right = expected.read(name)
         scale = float(right.diagonal().max())
-        assert gram.num_tokens == expected.num_tokens(name), f"{name} counts {gram.num_tokens} tokens"
-        assert float((gram.symmetric() - right).abs().max()) <= _TOLERANCE * scale, f"the Gram of {name} differs"
-
-
-def _train(context: Context) -> None:
-    failure = train_alone(finetune_job(context, "training"))["failure"]
-    if failure:
-        raise StageError(failure)
+        counted = grams.num_tokens(name)
+        assert counted == expected.num_tokens(name), f"{name} counts {counted} tokens"
+        assert float((grams.read(name) - right).abs().max()) <= _TOLERANCE * scale, f"the Gram of {name} differs"
 
 
 def _check_parity(context: Context, ids: torch.Tensor) -> None:

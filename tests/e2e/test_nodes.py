@@ -16,8 +16,7 @@ import pytest
 import ray
 import torch
 from faulting.nodes import Nodes, kill, workers
-from plain_runs import train
-from plain_stages import merge
+from plain_stages import merge, train
 from safetensors.torch import load_file
 from small_runs import GROUP, make_values, run_values
 

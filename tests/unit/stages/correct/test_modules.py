@@ -64,7 +64,7 @@ def emulated(root: Path, model_dir: Path, kind: str = "plain", **changes: Any) -
         dampening_frac=FRAC,
         **changes,
     )
-    build(job, GramStore(root / "grams"), model.config)
+    build(job, root / "grams", model.config)
     spectra = sorted((root / "emulator" / "spectra").iterdir())
     reports = [report for file in spectra for report in read_reports(root / "emulator" / file.name)]
     return CorrectionJob(
