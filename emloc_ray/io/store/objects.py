@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError, PreconditionError
 
 from emloc_ray.errors import FULL, ArtifactError, ConfigError
@@ -166,21 +165,9 @@ class Objects:
         self.client.put(key, file, chunk_size=_part(size))
 
     def copy(self, stored: Stored, key: str) -> None:
-        """Puts an object under another full key of its bucket too; raises FileNotFoundError where it is gone.
-
-        The store itself copies what is no larger than ``LARGEST_COPY``; the rest goes through this node, in parts.
-        """
-
-        def put() -> None:
-            if stored.size <= LARGEST_COPY:
-                self.client.copy(self.key(stored.path), key)
-                return
-            writer = obstore.open_writer(self.client, key, buffer_size=_part(stored.size))
-            for content in self.ranges(stored):
-                writer.write(content)
-            writer.close()  # only now it is there
-
-        self._trying(put, "copy", stored.path)
+        """Puts an object of at most ``LARGEST_COPY`` bytes under another full key of its bucket too; raises FileNotFoundError
+        where it is gone."""
+        self._trying(lambda: self.client.copy(self.key(stored.path), key), "copy", stored.path)
 
     def replace(self, path: str, content: bytes, known: Version | None) -> Version | None:
         """Puts a small object in the place of the version ``known`` (None: of nothing); None where another is there by now.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +14,10 @@ from typing import Any
 
 import ray
 import ray.train
-from pyarrow.fs import FileSelector
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from emloc_ray.errors import EmlocError, NumericsError, StageError, Stopped, TakenOver
 from emloc_ray.io.formats.json_lines import read_objects
-from emloc_ray.io.store.arrow_files import arrow_files
 from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.node_cache import discard, exists, is_stored, sizes
 from emloc_ray.stages.finetune.group_callbacks import (
@@ -30,7 +29,7 @@ from emloc_ray.stages.finetune.group_callbacks import (
 )
 from emloc_ray.stages.finetune.heartbeat import HeartbeatWatch
 from emloc_ray.stages.finetune.job import FinetuneJob
-from emloc_ray.stages.finetune.session import claim_try_folder
+from emloc_ray.stages.finetune.session import NEWEST, claim_try_folder
 from emloc_ray.stages.finetune.trainer import STORE_POLL_S
 from emloc_ray.stages.finetune.training import train_alone, train_loop
 from emloc_ray.stages.ray import pace
@@ -140,7 +139,7 @@ def run_alone(job: FinetuneJob, resources: Resources, tell: Tell, check: Callabl
         job.stage,
         tell,
         job.max_failures,
-        reached=newest(lambda: _checkpoints(job), set()),
+        reached=newest(lambda: newest_checkpoint(job), b""),
         last_word=newest(lambda: _last_word(job), ""),
     )
     look_s = STORE_POLL_S if is_stored(job.storage_dir) else LOOK_S
@@ -150,7 +149,7 @@ def run_alone(job: FinetuneJob, resources: Resources, tell: Tell, check: Callabl
 
 def run_group(job: FinetuneJob, resources: Resources, tell: Tell, check: Callable[[], None]) -> dict[str, Any]:
     """Trains in a Ray Train group; where its leading process is lost, in another."""
-    losses = Losses(job.stage, tell, reached=lambda: group_checkpoints(job), last_word=lambda: _last_word(job))
+    losses = Losses(job.stage, tell, reached=lambda: newest_checkpoint(job), last_word=lambda: _last_word(job))
     begun_at = time.time()
     with _interruptible():
         while (outcome := _fit(job, resources, losses)) is None:
@@ -164,37 +163,14 @@ def run_group(job: FinetuneJob, resources: Resources, tell: Tell, check: Callabl
 
 def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, Any] | None:
     """What rank 0 returns; None where the process that leads the workers was lost, and another may go on."""
-    storage = arrow_files(job.storage_dir)
     watch = HeartbeatWatch(job, pace.PATIENCE_S)
     own = [FailureLog(job), StopBeforeStart(job), StartWatch(job, pace.PATIENCE_S), GroupRelease(), watch.heartbeat]
-    trainer: Any = TorchTrainer(
-        train_loop,  # type: ignore[arg-type]
-        train_loop_config={"job": job, "threads": resources.threads, "device": resources.device},
-        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.num_workers,
-            use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker={
-                "CPU": resources.cpus_per_worker,
-                **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
-                **({"memory": resources.memory_per_worker} if resources.memory_per_worker else {}),
-            },
-        ),
-        run_config=ray.train.RunConfig(
-            name=job.name,
-            storage_path=str(job.storage_dir / job.folder) if storage is None else storage[1],
-            storage_filesystem=None if storage is None else storage[0],
-            failure_config=ray.train.FailureConfig(max_failures=job.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            callbacks=own,  # type: ignore[arg-type]
-        ),
-    )
-    before = group_checkpoints(job)
+    before = newest_checkpoint(job)
     try:
-        with watch:
-            return dict(trainer.fit().return_value)
+        with watch, tempfile.TemporaryDirectory() as folder:
+            return dict(_trainer(job, resources, own, folder).fit().return_value)
     except ray.train.WorkerGroupError as error:  # what workers raise, or are lost more often than max_failures
-        came_on = job.max_failures > 0 and group_checkpoints(job) != before
+        came_on = job.max_failures > 0 and newest_checkpoint(job) != before
         if not came_on or not is_lost(error):
             if word := _last_word(job):
                 raise StageError(f"{job.stage}: a worker was lost because {word}: {SILENT}.") from error
@@ -215,20 +191,33 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
         return None
 
 
-def _checkpoints(job: FinetuneJob) -> set[str]:
-    """What there is now to go on from."""
-    place = job.place
-    return {file.relative_to(place).parts[0] for file in sizes(place)}
+def _trainer(job: FinetuneJob, resources: Resources, callbacks: Sequence[Any], folder: str) -> Any:
+    """Ray Train's trainer, which keeps nothing in its ``folder`` that anybody reads: checkpoints are the session's."""
+    return TorchTrainer(
+        train_loop,  # type: ignore[arg-type]
+        train_loop_config={"job": job, "threads": resources.threads, "device": resources.device},
+        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": resources.cpus_per_worker,
+                **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+                **({"memory": resources.memory_per_worker} if resources.memory_per_worker else {}),
+            },
+        ),
+        run_config=ray.train.RunConfig(
+            name=job.name,
+            storage_path=folder,
+            failure_config=ray.train.FailureConfig(max_failures=job.max_failures),
+            callbacks=list(callbacks),
+        ),
+    )
 
 
-def group_checkpoints(job: FinetuneJob) -> set[str]:
-    """What there is now for a group to go on from, whose files Ray Train puts into a store under their own names."""
-    stored = arrow_files(job.storage_dir)
-    if stored is None:
-        return _checkpoints(job)
-    files, place = stored
-    inside = files.get_file_info(FileSelector(f"{place}/{job.name}", allow_not_found=True))
-    return {info.base_name for info in inside}
+def newest_checkpoint(job: FinetuneJob) -> bytes:
+    """What names the checkpoint to go on from; empty where there is none."""
+    return read_small_file(job.place / NEWEST)
 
 
 def _last_word(job: FinetuneJob) -> str:

@@ -3,92 +3,105 @@
 A group's processes are made for it and end with it, which takes many times as long as a short training of one worker.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
 import ray.train
+import torch
 
-from emloc_ray.io.store.atomic import atomic_directory, read_json, write_json
+from emloc_ray.io.store.atomic import COPY_BYTES, atomic_file, read_json, write_json
 from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import discard, ensure, is_stored, sizes
 from emloc_ray.stages.ray.departures import Departures
 
-_NEWEST = "newest.json"
+NEWEST = "newest.json"  # beside the checkpoints: which is the newest that is whole
 
 
-class GroupSession:
-    """A rank of the Ray Train group that this process belongs to, which keeps its checkpoints in ``directory``."""
+class TrainingSession(ABC):
+    """One rank of a training: which it is, and its checkpoints, which are folders of ``directory``."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+    def __init__(self, directory: Path, rank: int, world_size: int) -> None:
+        self.directory, self.rank, self.world_size = directory, rank, world_size
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[str | None]:
-        """The folder of the newest checkpoint, which Ray Train keeps, while the block lasts; None where there is none."""
-        kept = ray.train.get_checkpoint()
-        if kept is None:
+        """The folder of the newest checkpoint that is whole, while the block lasts; None where there is none. The first rank
+        removes what a save that was broken off left."""
+        newest = read_json(self.directory / NEWEST)
+        name = None if newest is None else newest["folder"]
+        if self.rank == 0:
+            self._remove_others(name)
+        if name is None:
             yield None
             return
-        with kept.as_directory() as folder:
-            yield folder
-
-    def is_leaving(self) -> bool:
-        """Whether a node of this training is about to leave, as Ray Train says from 2.56 on. All ranks ask it together."""
-        ask = getattr(ray.train, "get_preemption_info", None)
-        return ask is not None and ask() is not None
-
-    def save(self, folder: Path | None, step: int) -> None:
-        """Keeps what this rank wrote for a step (``folder``, where it did), in place of earlier steps'; all ranks call it. Ray
-        Train puts the files of all ranks together in one directory. Raises TakenOver where another process holds the run by
-        now: its training would go on from what this one hands in."""
-        check_lock(self.directory)
-        checkpoint = ray.train.Checkpoint.from_directory(folder) if folder is not None else None
-        ray.train.report({"step": step}, checkpoint=checkpoint)
-
-
-class LoneSession:
-    """The only worker of a training; its checkpoints are folders of ``directory``, the newest named by a file."""
-
-    rank, world_size = 0, 1
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._departures = Departures()
-
-    def is_leaving(self) -> bool:
-        """Whether this process's node is about to leave, as Ray says."""
-        return self._departures.here()
-
-    @contextlib.contextmanager
-    def checkpoint(self) -> Iterator[str | None]:
-        """The folder of the newest checkpoint that is whole, while the block lasts; None where there is none."""
-        newest = read_json(self.directory / _NEWEST)
-        if newest is None:
-            yield None
-            return
-        folder = self.directory / newest["folder"]
+        folder = self.directory / name
         ensure(folder)
         yield str(folder) if folder.is_dir() else None
 
     def save(self, folder: Path | None, step: int) -> None:
-        """Keeps what was written for a step: the new folder whole, then its name in the file, then no others."""
-        if folder is None:
-            return
+        """Keeps what this rank wrote for a step (``folder``, where it did), in place of earlier steps': the files of all ranks
+        in one folder, then its name, then no others. All ranks call it. Raises TakenOver where another process holds the run by
+        now."""
+        check_lock(self.directory)
         target = self.directory / f"checkpoint-{step}"
-        with atomic_directory(target) as place:
-            shutil.copytree(folder, place, dirs_exist_ok=True)
-        write_json(self.directory / _NEWEST, {"folder": target.name})
+        for file in sizes(folder) if folder is not None else ():
+            with file.open("rb") as source, atomic_file(target / file.relative_to(folder)) as kept:
+                shutil.copyfileobj(source, kept, COPY_BYTES)
+        self.meet()
+        if self.rank == 0 and folder is not None:
+            write_json(self.directory / NEWEST, {"folder": target.name})
+            self._remove_others(target.name)
+
+    def _remove_others(self, kept: str | None) -> None:
         for name in {file.relative_to(self.directory).parts[0] for file in sizes(self.directory)}:
-            if name not in (target.name, _NEWEST):
+            if name not in (kept, NEWEST):
                 discard(self.directory / name)
 
+    @abstractmethod
+    def meet(self) -> None:
+        """Waits for all ranks; raises where one was lost."""
 
-TrainingSession = GroupSession | LoneSession  # one rank of a training: which it is, and where its checkpoints are
+    @abstractmethod
+    def is_leaving(self) -> bool:
+        """Whether a node of this training is about to leave. All ranks ask it together."""
+
+
+class GroupSession(TrainingSession):
+    """A rank of the Ray Train group that this process belongs to."""
+
+    def __init__(self, directory: Path) -> None:
+        context = ray.train.get_context()
+        super().__init__(directory, context.get_world_rank(), context.get_world_size())
+
+    def meet(self) -> None:
+        """By torch, which raises where a rank was lost; Ray Train's own report returns then."""
+        torch.distributed.barrier()
+
+    def is_leaving(self) -> bool:
+        """As Ray Train says from 2.56 on."""
+        ask = getattr(ray.train, "get_preemption_info", None)
+        return ask is not None and ask() is not None
+
+
+class LoneSession(TrainingSession):
+    """The only worker of a training."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, 0, 1)
+        self._departures = Departures()
+
+    def meet(self) -> None:
+        """There is no other."""
+
+    def is_leaving(self) -> bool:
+        """Whether this process's node is about to leave, as Ray says."""
+        return self._departures.here()
 
 
 def claim_try_folder(storage_dir: Path) -> str:

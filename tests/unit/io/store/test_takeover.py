@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pf
 import pytest
 from faulting.s3 import uri
-from obstore.exceptions import GenericError
-from obstore.store import S3Store
 from test_lease import cut_off, quick  # noqa: F401
 
 from emloc_ray.errors import ArtifactError, TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.io.store import objects
-from emloc_ray.io.store.arrow_files import arrow_files
 from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.node_cache import discard, ensure, hashes, open_artifact, sizes
 from emloc_ray.io.store.object_store import ObjectStore
-from emloc_ray.stages.finetune.finetune import group_checkpoints
-from emloc_ray.stages.finetune.job import FinetuneJob
+from emloc_ray.stages.finetune.session import LoneSession
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -217,97 +208,22 @@ def test_a_node_keeps_its_copies_under_the_next_lease(
     assert following.path("emulator", "a").read_bytes() == b"content"
 
 
-def test_a_training_group_writes_below_its_lease_and_goes_on_from_the_last(
+def test_a_training_goes_on_from_what_the_holder_before_kept(
     begin: Callable[..., RunDirectory], tmp_path: Path
 ) -> None:
-    (tmp_path / "t" / "checkpoint" / "deep").mkdir(parents=True)
-    (tmp_path / "t" / "checkpoint" / "deep" / "state").write_bytes(b"x" * 100)
-
-    def opened(run: RunDirectory) -> tuple[Any, str]:
-        found = arrow_files(run.path("training"))
-        assert found is not None
-        return pickle.loads(pickle.dumps(found[0])), found[1]
-
-    late, at = opened(begin())
-    pf.copy_files(str(tmp_path / "t"), f"{at}/t", source_filesystem=pf.LocalFileSystem(), destination_filesystem=late)
-    with late.open_output_stream(f"{at}/t/newest.json") as stream:
-        stream.write(b"{}")
-    following, there = opened(begin())
-    assert there != at
-    found = following.get_file_info(pf.FileSelector(there, recursive=True))
-    assert {info.path.removeprefix(f"{there}/"): info.type for info in found} == {
-        "t": pf.FileType.Directory,
-        "t/checkpoint": pf.FileType.Directory,
-        "t/checkpoint/deep": pf.FileType.Directory,
-        "t/checkpoint/deep/state": pf.FileType.File,
-        "t/newest.json": pf.FileType.File,
+    made = tmp_path / "made" / "deep"
+    made.mkdir(parents=True)
+    (made / "state").write_bytes(b"x" * 100)
+    late = LoneSession(begin().path("training", "t"))
+    late.save(made.parent, 2)
+    following = LoneSession(begin().path("training", "t"))
+    with pytest.raises(TakenOver):
+        late.save(made.parent, 4)
+    with following.checkpoint() as folder:
+        assert folder is not None
+        assert Path(folder, "deep", "state").read_bytes() == b"x" * 100
+    following.save(made.parent, 3)
+    assert {file.relative_to(following.directory).as_posix() for file in sizes(following.directory)} == {
+        "checkpoint-3/deep/state",
+        "newest.json",
     }
-    with following.open_input_stream(f"{there}/t/checkpoint/deep/state") as stream:
-        assert stream.read() == b"x" * 100
-    with pytest.raises((TakenOver, ArtifactError, OSError)), late.open_output_stream(f"{at}/t/newest.json") as stream:
-        stream.write(b"late")
-    following.delete_dir(f"{there}/t/checkpoint")
-    assert [info.base_name for info in following.get_file_info(pf.FileSelector(f"{there}/t"))] == ["newest.json"]
-
-
-def test_a_training_group_goes_on_from_whole_copies_alone(
-    begin: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A driver may be killed while it copies what the one before had."""
-
-    def put(run: RunDirectory, *names: str) -> None:
-        found = arrow_files(run.path("training"))
-        assert found is not None
-        for name in names:
-            with found[0].open_output_stream(f"{found[1]}/t/{name}/state") as stream:
-                stream.write(b"x")
-
-    job = FinetuneJob(Path("e"), Path("t"), Path("o"), Path("s"), "t", {}, None, "base", 4, 1)
-    put(begin(), "checkpoint-1", "checkpoint-2")
-    killed = begin()
-    with monkeypatch.context() as patch:
-        patch.setattr(ObjectStore, "write", lambda *_: pytest.fail("after a copy that was cut short"))
-        with pytest.raises(pytest.fail.Exception):
-            arrow_files(killed.path("training"))
-    assert killed.store is not None
-    killed.store.delete(killed.store.below(f"training/{killed.store.lease}/t/checkpoint-2"))
-    following = begin()
-    training = dataclasses.replace(job, storage_dir=following.path("training"))
-    assert group_checkpoints(training) == {"checkpoint-1", "checkpoint-2"}
-    put(following, "checkpoint-3")
-    assert group_checkpoints(training) == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
-
-
-def test_a_training_group_goes_on_from_files_that_the_store_does_not_copy(
-    begin: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(objects, "LARGEST_COPY", 500)
-    monkeypatch.setattr(objects, "FIRST_PAUSE_S", 0.0)
-    contents = {"t/checkpoint/small": b"s" * 500, "t/checkpoint/large": bytes(range(256)) * 2**12, "t/newest": b"{}"}
-    copy, tries = S3Store.copy, itertools.count()
-
-    def limited(store: S3Store, source: str, target: str, **options: Any) -> None:
-        if store.head(source)["size"] > 500:
-            raise GenericError("copies of so much are refused")
-        if next(tries) == 0:
-            raise GenericError("503 Slow Down")
-        copy(store, source, target, **options)
-
-    monkeypatch.setattr(S3Store, "copy", limited)
-    late = arrow_files(begin().path("training"))
-    assert late is not None
-    for path, content in contents.items():
-        with late[0].open_output_stream(f"{late[1]}/{path}") as stream:
-            stream.write(content)
-    run = begin()
-    following = arrow_files(run.path("training"))
-    assert following is not None
-    files, at = following
-    for path, content in contents.items():
-        with files.open_input_stream(f"{at}/{path}") as stream:
-            assert stream.read() == content
-    assert run.store is not None
-    assert f"whole-{run.store.lease}" in run.store.names("training")
-    files.copy_file(f"{at}/t/checkpoint/large", f"{at}/t/copied")
-    with files.open_input_stream(f"{at}/t/copied") as stream:
-        assert stream.read() == contents["t/checkpoint/large"]

@@ -1,9 +1,12 @@
-"""A lone training's checkpoints, wherever it is killed between two writes; what it leaves to the next in its process."""
+"""A training's checkpoints, wherever it is killed between two writes; what it leaves to the next in its process."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +15,7 @@ import pytest
 from emloc_ray.errors import TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.stages.finetune import session as training_session
-from emloc_ray.stages.finetune.session import GroupSession, LoneSession, claim_try_folder, own_environment
+from emloc_ray.stages.finetune.session import NEWEST, GroupSession, LoneSession, claim_try_folder, own_environment
 
 
 class Killed(Exception):
@@ -55,21 +58,59 @@ def test_a_group_hears_that_a_node_of_it_is_about_to_go(monkeypatch: pytest.Monk
     assert not session.is_leaving()
 
 
-def test_a_group_whose_run_was_taken_hands_in_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reported: list[dict[str, int]] = []
-    rank = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 2)
-    monkeypatch.setattr(training_session.ray.train, "get_context", lambda: rank)
-    monkeypatch.setattr(training_session.ray.train, "report", lambda metrics, checkpoint=None: reported.append(metrics))
+def ranks(monkeypatch: pytest.MonkeyPatch, directory: Path, meet: Callable[[], object]) -> list[GroupSession]:
+    """The two ranks of a group."""
+    own = [SimpleNamespace(get_world_rank=lambda rank=rank: rank, get_world_size=lambda: 2) for rank in range(2)]
+    monkeypatch.setattr(training_session.ray.train, "get_context", lambda: own.pop(0))
+    monkeypatch.setattr(training_session.torch.distributed, "barrier", meet)
+    return [GroupSession(directory) for _ in range(2)]
+
+
+def test_a_group_names_a_checkpoint_once_all_ranks_have_put_theirs_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "kept"
+    LoneSession(kept).save(checkpoint(tmp_path / "first", 2), 2)
+    meeting = threading.Barrier(2, lambda: named.append((kept / NEWEST).read_text()))
+    named: list[str] = []
+    first, second = ranks(monkeypatch, kept, lambda: meeting.wait(10))
+    (tmp_path / "of second").mkdir()
+    (tmp_path / "of second" / "random_state").write_text("1")
+    with ThreadPoolExecutor(2) as pool:
+        saved = pool.submit(second.save, tmp_path / "of second", 4)
+        first.save(checkpoint(tmp_path / "of first", 4), 4)
+        saved.result()
+    assert "checkpoint-2" in named[0]
+    assert found(kept) == ("4", "wwww")
+    assert (kept / "checkpoint-4" / "random_state").read_text() == "1"
+    assert sorted(path.name for path in kept.iterdir()) == ["checkpoint-4", "newest.json"]
+
+
+def test_a_group_that_lost_a_rank_names_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost() -> None:
+        raise RuntimeError("connection closed by peer")
+
+    kept = tmp_path / "kept"
+    LoneSession(kept).save(checkpoint(tmp_path / "first", 2), 2)
+    first, _ = ranks(monkeypatch, kept, lost)
+    with pytest.raises(RuntimeError, match="peer"):
+        first.save(checkpoint(tmp_path / "second", 4), 4)
+    with first.checkpoint() as folder:
+        assert folder == str(kept / "checkpoint-2")
+    assert not (kept / "checkpoint-4").exists()  # a later save of that step is of one try alone
+
+
+def test_a_group_whose_run_was_taken_keeps_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(tmp_path / "mine")
     run.lock()
-    session = GroupSession(run.path("adapter_training", "kept"))
-    session.save(checkpoint(tmp_path / "made", 2), 2)
+    first, second = ranks(monkeypatch, run.path("training", "kept"), lambda: None)
+    first.save(checkpoint(tmp_path / "made", 2), 2)
     (tmp_path / "mine" / ".lock").write_text("process 2 on here\nanother\n")
-    for folder in (tmp_path / "made", None):
+    for session, folder in ((first, tmp_path / "made"), (second, None)):
         with pytest.raises(TakenOver):
             session.save(folder, 4)
     run.unlock()
-    assert reported == [{"step": 2}]
+    assert found(run.path("training", "kept")) == ("2", "ww")
 
 
 def test_each_try_has_a_folder_of_its_own_with_what_was_trained_so_far(tmp_path: Path) -> None:
@@ -114,7 +155,7 @@ def test_of_two_that_begin_at_once_one_has_the_training(
     assert [place.name for place in tmp_path.iterdir()] == [own]
 
 
-@pytest.mark.parametrize(("call", "kept"), [("atomic_directory", 2), ("write_json", 2), ("discard", 4)])
+@pytest.mark.parametrize(("call", "kept"), [("atomic_file", 2), ("write_json", 2), ("discard", 4)])
 def test_killed_before_any_write_one_whole_checkpoint_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, kept: int
 ) -> None:

@@ -156,8 +156,8 @@ def test_a_word_of_a_group_that_came_on_is_not_told_of_the_next(
             raise ActorDiedError()
         raise InterruptedError
 
-    checkpoints = itertools.chain([set[str]()], itertools.repeat({"a"}))
-    monkeypatch.setattr(finetune, "group_checkpoints", lambda _: next(checkpoints))
+    checkpoints = itertools.chain([b""], itertools.repeat(b"4"))
+    monkeypatch.setattr(finetune, "newest_checkpoint", lambda _: next(checkpoints))
     monkeypatch.setattr(Losses, "delays", (0.0,))
     monkeypatch.setattr(finetune, "TorchTrainer", lambda *_, **__: SimpleNamespace(fit=fit))
     with pytest.raises(InterruptedError):
