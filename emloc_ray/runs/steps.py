@@ -47,9 +47,6 @@ class Turns(Protocol):
     def stopped(self) -> bool:
         """Whether the run shall end; polled while a stage runs."""
 
-    def moves(self, run: str) -> object:
-        """Another value whenever another run of this process, by its name, has got on."""
-
 
 class AtOnce:
     """The turns of a run that has the cluster for itself. SIGTERM stops the stage that runs: a training saves a checkpoint."""
@@ -93,10 +90,6 @@ class AtOnce:
         """Whether SIGTERM came."""
         self._heard |= self._signalled
         return self._signalled
-
-    def moves(self, run: str) -> object:
-        """There is no other."""
-        return None
 
     def _break_off(self) -> None:
         if not self._heard:
@@ -292,8 +285,6 @@ class Steps:
             cache_key(stage, inputs),
             self.turns.stopped,
             lambda text: self._note(f"{stage.name}: {text}"),
-            name=self.directory.name,
-            moves=self.turns.moves,
         )
 
     def _from_cache(self, stage: Stage, context: Context, inputs: Inputs) -> Result | None:

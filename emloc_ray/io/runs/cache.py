@@ -23,16 +23,17 @@ import pyarrow as pa
 
 from emloc_ray.errors import ArtifactError, DamagedArtifactError, EmlocError, Stopped
 from emloc_ray.io.formats.arrow_schemas import check_no_extensions, open_parquet
-from emloc_ray.io.runs.cache_place import FORMAT, CachePlace, ThreadTurn
+from emloc_ray.io.runs.cache_place import FORMAT, CachePlace, turn_of
 from emloc_ray.io.store.digests import digest_of
 from emloc_ray.io.store.node_cache import discard, open_artifact, origin, sizes
 from emloc_ray.io.store.places import leads_out
 from emloc_ray.io.store.transfer import Look, listing, look_of, transfer
-from emloc_ray.io.store.turns import own_name, wait_for_turn
+from emloc_ray.io.store.turns import wait_for_turn
 
 _FILES = "files"
 _WITH_COLUMNS = (".arrow", ".parquet")
 PATIENCE_S = 6 * 3600.0  # with another one that makes the same and gets nowhere: it may have been stopped
+_LOOK_S = 0.1  # between two looks of a waiting thread at whether it is to stop
 _CONNECTIONS = 8
 _FREED = 0.1  # of max_bytes, where an entry exceeds it: the next ones need no weighing
 _SWEEP_S = 3600.0  # between two looks of a process at all that is there for what killed ones left
@@ -107,16 +108,14 @@ class ArtifactCache:
         stopped: Callable[[], bool] = lambda: False,
         tell: Callable[[str], None] = lambda text: None,
         patience_s: float = PATIENCE_S,
-        name: str = "of this process",
-        moves: Callable[[str], object] = lambda name: None,
     ) -> Iterator[None]:
         """Lets one thread at a time make the artifact of a key: of all processes where the place is in a file system, of this
         one where it is on an object store or another user's lock is refused (two that make the same do no harm).
 
-        ``tell`` hears of such a refusal, and when another one takes more than a minute; where that one has got nowhere for
-        ``patience_s``, it is made here too. Of another process nobody sees how it gets on; of the run of a ``name`` in this one
-        ``moves(name)`` says so, see :func:`wait_for_turn`. Raises Stopped where ``stopped`` turns true while another makes it,
-        ConfigError where the place cannot be written.
+        A run of this process is waited for as long as it takes: what hangs in it ends by itself. Of another process nobody sees
+        how it gets on: ``tell`` hears when it takes more than a minute, and of such a refusal; after ``patience_s`` it is made
+        here too. Raises Stopped where ``stopped`` turns true while another makes it, ConfigError where the place cannot be
+        written.
         """
 
         def look() -> None:
@@ -124,22 +123,15 @@ class ArtifactCache:
                 raise Stopped(f"Stopped while another run makes the artifact {key[:12]} of {self.place}.")
 
         with contextlib.ExitStack() as stack:
-            what = f"makes the artifact {key[:12]} of {self.place}"
-            turn, lock = ThreadTurn(self.place, key, name), self._at.lock(key, stack, tell)
-            stack.callback(turn.give_back)
-
-            def holder() -> str:
-                return f"The run {turn.holder()}"
-
-            def moved() -> object:
-                return holder(), moves(turn.holder())
-
-            # Of a wait for this process's own runs, which everybody sees at work, nothing is told before its end.
-            if not wait_for_turn(holder, turn.take, what, patience_s, tell, look, moved, word_s=math.inf):
-                turn.take(from_others=True)  # whoever waits too waits for this one from now on
-            elif lock is not None:
-                named, acquire = lock  # which a run of this process that got nowhere may hold on
-                wait_for_turn(named, lambda: acquire() or named() == own_name(), what, patience_s, tell, look)
+            turn = turn_of(self.place, key)
+            while not turn.acquire(timeout=_LOOK_S):
+                look()
+            stack.callback(turn.release)
+            lock = self._at.lock(key, stack, tell)
+            if lock is not None:
+                holder, acquire = lock
+                what = f"makes the artifact {key[:12]} of {self.place}"
+                wait_for_turn(holder, acquire, what, patience_s, tell, look)
             yield
 
     def find(

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
+from weakref import WeakValueDictionary
 
 from emloc_ray.errors import ArtifactError, ConfigError, EmlocError
 from emloc_ray.io.runs.run_places import check_folder
@@ -34,34 +35,14 @@ _ENTRY, _USED, _LOCKS = "entry.json", "used", ".locks"
 LEFT_S = 3600.0
 
 
-class ThreadTurn:
-    """The turn of a key at a place among the threads of this process; others know the one that has it by its ``name``."""
-
-    def __init__(self, place: str, key: str, name: str) -> None:
-        self._key, self.name = (place, key), name
-
-    def holder(self) -> str:
-        """The name of the one that has it, "" where nobody has."""
-        held = _held.get(self._key)
-        return "" if held is None else held.name
-
-    def take(self, from_others: bool = False) -> bool:
-        """Takes it where nobody has it, or ``from_others``; whether it was taken."""
-        with _guard:
-            if self._key in _held and not from_others:
-                return False
-            _held[self._key] = self
-            return True
-
-    def give_back(self) -> None:
-        """Gives it back, unless another one has taken it."""
-        with _guard:
-            if _held.get(self._key) is self:
-                del _held[self._key]
-
-
-_held: dict[tuple[str, str], ThreadTurn] = {}
+_turns: WeakValueDictionary[tuple[str, str], threading.Lock] = WeakValueDictionary()
 _guard = threading.Lock()  # of the above
+
+
+def turn_of(place: str, key: str) -> threading.Lock:
+    """The turn of a key at a place among the threads of this process."""
+    with _guard:
+        return _turns.setdefault((place, key), threading.Lock())
 
 
 class CachePlace:

@@ -61,25 +61,21 @@ def wait_for_turn(
     patience_s: float,
     tell: Callable[[str], None] = _log.warning,
     look: Callable[[], None] = lambda: None,
-    moves: Callable[[], object] = lambda: None,
-    word_s: float | None = None,
 ) -> bool:
-    """Waits until ``acquire()``, such as a :func:`try_lock`, is true; whether it is before the ``holder`` has got nowhere for
-    ``patience_s``. Each other value of ``moves()`` says that it got on; by default nothing does.
+    """Waits until ``acquire()``, such as a :func:`try_lock`, is true; whether it is within ``patience_s``.
 
-    ``tell`` hears after ``word_s``, by default a minute, whom it waits for and ``what`` that one does, such as "makes x in y",
-    and at the end of the patience that it waits no longer. ``look`` is called between two tries; what it raises ends the wait.
+    ``tell`` hears after a minute whom it waits for and ``what`` that one does, such as "makes x in y", and at the end of the
+    patience that it waits no longer. ``look`` is called between two tries; what it raises ends the wait.
     """
-    begun, still, is_told = time.monotonic(), Still(moves()), False
-    word_s = WORD_S if word_s is None else word_s
+    begun, still, is_told = time.monotonic(), Still(), False
     while not acquire():
         look()
-        still.look(moves())
+        still.look(None)
         if still.seconds > patience_s:
             minutes = f"{still.seconds / 60:.0f} minutes"
             tell(f"{holder()} {what}, and nothing came of it for {minutes}: done here too, without waiting any longer.")
             return False
-        if time.monotonic() - begun > word_s and not is_told:
+        if time.monotonic() - begun > WORD_S and not is_told:
             tell(f"{holder()} {what}: waiting for that.")
             is_told = True
         time.sleep(_POLL_S)

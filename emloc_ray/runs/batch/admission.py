@@ -10,10 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from emloc_ray.errors import StageError, Stopped
-from emloc_ray.io.store.turns import Still
-from emloc_ray.stages.ray.pace import patience
-from emloc_ray.text import duration, listed
+from emloc_ray.errors import Stopped
 
 _ROUNDING = 1e-9  # relative: sums of fractions of GPUs are not exact
 _TICK_S = 0.5  # how often a waiting thread checks whether it was stopped
@@ -69,13 +66,12 @@ class Need:
 
 @dataclass(frozen=True, eq=False)
 class Ticket:
-    """A task's request to run a stage; a smaller ``order`` goes first. ``planned_s``: the seconds of all its stages."""
+    """A task's request to run a stage; a smaller ``order`` goes first."""
 
     task: str
     stage: str
     order: int
     need: Need
-    planned_s: float = 0.0
 
 
 class AdmissionQueue:
@@ -148,36 +144,24 @@ class Admission:
             self._admit()
 
     @contextmanager
-    def admitted(
-        self, ticket: Ticket, stopped: Callable[[], bool], moves: Callable[[], object] = lambda: None
-    ) -> Iterator[int]:
-        """Waits until the stage may start, gives its number of workers, and releases them at the end of the block. Raises
-        Stopped where ``stopped()`` turned true before the stage could start; StageError, naming what runs, where that got
-        nowhere for longer than a stage may: each other value of ``moves()`` says that it got on."""
+    def admitted(self, ticket: Ticket, stopped: Callable[[], bool]) -> Iterator[int]:
+        """Waits until the stage may start, gives its number of workers, and releases them at the end of the block. What hangs in
+        those ahead ends by itself. Raises Stopped where ``stopped()`` turned true before the stage could start."""
         try:
-            yield self._wait(ticket, stopped, moves)
+            yield self._wait(ticket, stopped)
         finally:
             with self._changed:
                 self.queue.leave(ticket)
                 self._admit()
 
-    def _wait(self, ticket: Ticket, stopped: Callable[[], bool], moves: Callable[[], object]) -> int:
+    def _wait(self, ticket: Ticket, stopped: Callable[[], bool]) -> int:
         with self._changed:
             self.queue.ask(ticket)
             self._admit()
-            still = Still(moves())
             while not stopped():
-                running = self.queue.running
-                if ticket in running:
-                    return running[ticket]
-                if still.seconds > patience(max((other.planned_s for other in running), default=0.0)):
-                    names = listed([f"{other.stage} of task {other.task}" for other in running]) or "the cluster"
-                    raise StageError(
-                        f"{ticket.stage} waits for {names}, and nothing came of that for {duration(still.seconds)}: see what"
-                        " holds it up, then run the same command again."
-                    )
+                if ticket in self.queue.running:
+                    return self.queue.running[ticket]
                 self._changed.wait(_TICK_S)
-                still.look(moves())
         raise Stopped(f"Task {ticket.task} was stopped before its stage {ticket.stage} could start.")
 
     def _admit(self) -> None:

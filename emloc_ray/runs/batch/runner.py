@@ -125,7 +125,6 @@ class BatchRun:
                 plan,
                 lambda: self._ending or name in self._cancelled,
                 reporter.wait,
-                self.board.moves,
             )
             self.work.do(task, turns, reporter)
             self.board.end(name, "done")

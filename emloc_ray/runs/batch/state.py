@@ -183,11 +183,6 @@ class Board:
             self._tasks[name] = dataclasses.replace(before, **values)
             self.version += self._tasks[name] != before
 
-    def moves(self, name: str) -> object:
-        """Another value whenever a task has got on or, while its stage does not run, any has."""
-        task = self._tasks.get(name)
-        return (task.stage, task.units) if task is not None and task.active else self.version
-
     def end(self, name: str, status: Status, reason: str | None = None) -> None:
         """Ends a task, for this run of the batch."""
         self.change(name, status=status, reason=reason, active=False, ended_at=time.time())

@@ -57,12 +57,10 @@ class TaskTurns:
         plan: TaskPlan,
         stopped: Callable[[], bool],
         on_wait: Callable[[str], None] = lambda stage: None,
-        moves: Callable[[str], object] = lambda task: None,
     ) -> None:
-        """``on_wait`` is called with a stage that begins to wait; ``moves``: another value whenever a task has got on, or for
-        one that waits, any."""
+        """``on_wait`` is called with a stage that begins to wait."""
         self.task, self.order, self.admission, self.plan = task, order, admission, plan
-        self.stopped, self.on_wait, self.moves = stopped, on_wait, moves
+        self.stopped, self.on_wait = stopped, on_wait
 
     @contextlib.contextmanager
     def take(self, stage: str, asked: Resources, least: int) -> Iterator[Resources]:
@@ -70,8 +68,7 @@ class TaskTurns:
         each = Amount(asked.cpus_per_worker, asked.gpus_per_worker, self.plan.worker_bytes.get(stage, 0))
         need = Need(each, asked.num_workers, least)
         self.on_wait(stage)
-        ticket = Ticket(self.task, stage, self.order, need, self.plan.seconds)
-        with self.admission.admitted(ticket, self.stopped, lambda: self.moves(self.task)) as workers:
+        with self.admission.admitted(Ticket(self.task, stage, self.order, need), self.stopped) as workers:
             yield dataclasses.replace(asked, num_workers=workers)
 
 

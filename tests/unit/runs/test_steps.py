@@ -281,25 +281,6 @@ def test_a_model_s_own_code_is_of_this_user(
     assert bool(asked) != trusts
 
 
-def test_others_know_who_makes_an_artifact_and_how_it_gets_on(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runs_steps, "shortage", lambda *asked: None)
-    asked: list[dict[str, Any]] = []
-
-    class Cache(ArtifactCache):
-        def alone(self, *given: Any, **how: Any) -> Any:
-            asked.append(how)
-            return super().alone(*given, **how)
-
-    stage = made_at_once()
-    turns = AtOnce()
-    Steps(prepared, RecordingReporter(), turns, Cache(str(tmp_path / "cache"))).run(
-        stage, Context(prepared, prepared.source.directory)
-    )
-    assert asked == [{"name": prepared.run.name, "moves": turns.moves}]
-
-
 def test_a_model_that_changes_between_two_steps_ends_the_run(
     tiny_model_dir: Callable[..., Path], task_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

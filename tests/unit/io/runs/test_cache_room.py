@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
-import itertools
 import os
 import socket
 import threading
@@ -293,33 +291,6 @@ def test_a_maker_that_is_paused_is_told_of_and_not_waited_for_for_ever(
     finally:
         process.kill()
         process.join(60)
-
-
-def test_a_run_of_this_process_is_not_waited_for_where_it_gets_nowhere(cache: ArtifactCache) -> None:
-    told: list[str] = []
-    with contextlib.ExitStack() as first:
-        first.enter_context(cache.alone(KEY, name="first"))
-        with ArtifactCache(cache.place).alone(KEY, tell=told.append, patience_s=0.2, name="second"):
-            [sentence] = told
-            assert sentence.startswith(
-                f"The run first makes the artifact {KEY[:12]} of {cache.place}, and nothing came of it for"
-            )
-            with pytest.raises(Stopped), cache.alone(KEY, lambda: True):  # waits for the second
-                pass
-        with cache.alone(KEY, lambda: True):  # though the first still holds what it took
-            pass
-    with cache.alone(KEY, lambda: True):
-        pass
-
-
-def test_a_run_of_this_process_is_waited_for_as_long_as_it_gets_on(cache: ArtifactCache) -> None:
-    end, moves = time.monotonic() + 0.5, itertools.count()
-    with (
-        cache.alone(KEY, name="first"),
-        pytest.raises(Stopped),
-        cache.alone(KEY, lambda: time.monotonic() > end, patience_s=0.1, moves=lambda run: (run, next(moves))),
-    ):
-        pytest.fail("two at once")
 
 
 def test_who_waits_can_be_stopped(cache: ArtifactCache) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import heapq
-import itertools
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -14,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emloc_ray.errors import StageError, Stopped
-from emloc_ray.runs.batch import admission as admission_module
+from emloc_ray.errors import Stopped
 from emloc_ray.runs.batch.admission import Admission, AdmissionQueue, Amount, Need, Ticket
 from emloc_ray.runs.batch.work import TaskPlan, TaskTurns
 from emloc_ray.stages.ray.tasks import Resources
@@ -313,25 +310,6 @@ def test_who_was_stopped_before_asking_does_not_start() -> None:
     with pytest.raises(Stopped):
         pass_through(queue, "stopped", lambda: True)
     assert pass_through(queue, "next") == 1
-
-
-@pytest.mark.slow
-def test_a_wait_for_what_gets_nowhere_ends_and_names_it(
-    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(admission_module, "patience", lambda planned_s: 0.3)
-    queue, end, moves = admission(Amount(cpus=1)), time.monotonic() + 2.0, itertools.count()
-    over, held = holder(queue, pool)
-    with pytest.raises(StageError, match=r"^merge waits for finetune of task holder, and nothing came of that for"):
-        pass_through(queue, "waits")
-    with (
-        pytest.raises(Stopped),  # as long as it gets on it is waited for
-        queue.admitted(Ticket("b", "merge", 0, ONE_CPU), lambda: time.monotonic() > end, lambda: next(moves)),
-    ):
-        pytest.fail("two at once")
-    assert queue.queue.waiting == []
-    over.set()
-    held.result(10)
 
 
 def test_an_error_inside_releases() -> None:

@@ -13,7 +13,7 @@ import pytest
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ArtifactError, ConfigError, StageError, Stopped, TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.runs.batch import admission, runner
+from emloc_ray.runs.batch import runner
 from emloc_ray.runs.batch.admission import Amount
 from emloc_ray.runs.batch.driver import check_free
 from emloc_ray.runs.batch.runner import BatchRun, concurrency
@@ -149,30 +149,6 @@ def test_priority_decides_who_begins_then_the_order_of_the_file(tmp_path: Path) 
     work = Waits()
     batch_run(tmp_path, work, "low", "first", "second", "high", cpus=1, max_concurrent=1, low=-1, high=5).run()
     assert [name for name, stage in work.begun if stage == "calibrate"] == ["high", "first", "second", "low"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("gets_on", [True, False])
-def test_others_are_waited_for_as_long_as_they_get_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gets_on: bool
-) -> None:
-    monkeypatch.setattr(admission, "patience", lambda planned_s: 0.5)
-
-    def hold() -> None:
-        for number in range(200 if not gets_on else 15):
-            if gets_on:
-                run.board.change("first", units=(number, 15))
-            if run.board["second"].status == "failed":
-                return
-            time.sleep(0.1)
-
-    run = batch_run(tmp_path, Waits({"first": hold}), "first", "second", cpus=1, max_concurrent=2)
-    state = run.run()
-    assert statuses(state) == {"first": "done", "second": "done" if gets_on else "failed"}
-    if not gets_on:
-        reason = state.tasks[1].reason
-        assert reason is not None
-        assert reason.startswith("calibrate waits for calibrate of task first, and nothing came of that for")
 
 
 def test_cancelled_while_it_waits_and_while_it_runs(tmp_path: Path) -> None:
