@@ -133,7 +133,8 @@ def _budget(context: Context) -> Inputs:
     if layout.budget is None:
         return {"budget": {name: layout.ranks[name] for name in layout.allocated}}
     form_sizes = dataclasses.asdict(layout.form_sizes(file_dtype(context.prepared).itemsize))
-    return {"budget": layout.budget, "linears": layout.allocated, "storing": form_sizes}
+    # 2: until then forms whose loss was no number were taken to lose nothing.
+    return {"budget": layout.budget, "linears": layout.allocated, "storing": form_sizes, "losses": 2}
 
 
 def _factorize_inputs(context: Context) -> Inputs:

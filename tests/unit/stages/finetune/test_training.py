@@ -24,6 +24,7 @@ from torch._dynamo.utils import counters
 from emloc_ray.data.packing import num_sequences
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.errors import DamagedArtifactError, StageError
+from emloc_ray.io.formats.json_lines import read_objects
 from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_files import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
@@ -32,7 +33,7 @@ from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import token_loss
 from emloc_ray.stages.finetune import training, validation
-from emloc_ray.stages.finetune.finetune import finetune
+from emloc_ray.stages.finetune.finetune import finetune, mean_loss
 from emloc_ray.stages.finetune.job import FinetuneJob, OriginalJob, ValidationJob
 from emloc_ray.stages.finetune.session import LoneSession, own_environment
 from emloc_ray.stages.finetune.trainer import EmulatorTrainer
@@ -113,6 +114,22 @@ def test_how_often_it_is_saved_changes_nothing(job: FinetuneJob, artifacts: Arti
         written.append([(one.out_dir / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME)])
         written[-1].append(one.log_path.read_bytes())
     assert written[0] == written[1]
+
+
+def test_the_loss_of_a_training_that_goes_on_is_that_of_all_its_steps(
+    job: FinetuneJob, artifacts: Artifacts, tmp_path: Path
+) -> None:
+    arguments = {**job.training_arguments, "logging_steps": 3}  # between two of which it is saved
+    options = settings("lora", "llama", [spec.name for spec in artifacts.specs])
+    job = replace(
+        job, adapter=options, training_arguments=arguments, storage_dir=tmp_path, out_dir=tmp_path / "adapter"
+    )
+    whole = train(replace(job, name="whole"), LoneSession(tmp_path / "whole"))
+    with pytest.raises(Killed):
+        train(job, DyingSession(tmp_path / "broken"))
+    assert train(job, LoneSession(tmp_path / "broken"))["resumed"]
+    lines = {line["step"]: line for line in read_objects(job.log_path.read_bytes())}
+    assert mean_loss([lines[step] for step in sorted(lines)]) == pytest.approx(whole["train_loss"], abs=1e-4)
 
 
 def test_a_training_that_goes_on_is_saved_as_often_as_is_asked_now(
