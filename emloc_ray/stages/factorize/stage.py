@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config.schema import RunConfig
-from emloc_ray.core.integer_forms import group_size_of, num_groups
 from emloc_ray.core.ranks import rank_multiple
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.runs.resume import discard_unless
@@ -270,7 +269,6 @@ def _remarks(context: Context, result: Result) -> list[str | None]:
     return [
         thin_calibration(context.prepared.config, result["fewest_tokens"], made),
         unseen_linears(result.get("unseen", ()), made),
-        uneven_groups(made),
     ]
 
 
@@ -315,21 +313,6 @@ def _factorize_metrics(prepared: Prepared, results: dict[str, Result]) -> dict[s
     }
     last = results.get("heal", made)
     return {"emulator": {**emulator, **({"bytes": last["bytes"]} if "bytes" in last else {})}}
-
-
-def uneven_groups(layout: Layout) -> str | None:
-    """Where rows of integers are no multiple of the group size long."""
-    size = layout.group_size
-    uneven = [spec for spec in layout.specs if spec.name in layout.bits and spec.in_features % size]
-    uneven = [spec for spec in uneven if spec.in_features > size and spec.name not in layout.ranks]
-    if not uneven:
-        return None
-    first, others = uneven[0], len(uneven) - 1
-    cut = group_size_of(first.in_features, num_groups(first.in_features, size))
-    return (
-        f"emulator.group_size {size} does not divide the {first.in_features} inputs of {first.name}"
-        f"{f' (nor those of {others} more linears)' if others else ''}: rows are cut into groups of {cut}, the last one shorter."
-    )
 
 
 def _with_shares(layers: dict[str, Any], layout: Layout) -> dict[str, Any]:

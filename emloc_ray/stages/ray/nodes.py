@@ -8,7 +8,7 @@ from ray._private.state import state
 
 from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.stages.ray.tasks import Resources
-from emloc_ray.text import size
+from emloc_ray.text import counted, size
 
 _ROUND = 2**28  # tasks that ask for other amounts are other kinds of tasks to Ray, which keeps each
 _ROUNDING = 1e-9  # of shares of GPUs
@@ -166,22 +166,13 @@ def memory_to_ask(
 
 
 def shortage(stage: str, asked: Resources, together: bool) -> str | None:
-    """What no node, or not the whole cluster, has now of what a stage asks for, as a sentence; None where it has it. A cluster
-    may grow; one that does not would let the stage wait without a word."""
-    nodes = live_nodes()
-    for kind, wanted in (("CPU", asked.cpus_per_worker), ("GPU", asked.gpus_per_worker)):
-        largest, whole = max(n.get(kind, 0.0) for n in nodes), sum(n.get(kind, 0.0) for n in nodes)
-        if wanted > largest:
-            return f"{stage} asks for {wanted:g} {kind}s a worker, the largest node has {largest:g}: it waits for one that fits."
-        if together and wanted * asked.num_workers > whole:
-            return (
-                f"{stage} asks for {wanted * asked.num_workers:g} {kind}s at once, the cluster has {whole:g}: it waits until"
-                " more nodes have joined."
-            )
-    each = {"CPU": asked.cpus_per_worker, "GPU": asked.gpus_per_worker}
-    if together and (fitting := sum(_workers_on(each, node) for node in nodes)) < asked.num_workers:
-        return (
-            f"{stage} starts {asked.num_workers} workers at once, the nodes hold {fitting:g} of them: it waits until more have"
-            " joined."
-        )
-    return None
+    """Says so where the nodes that there are now hold no worker of a stage, or not all that have to run together; None where they
+    do. A cluster may grow; one that does not would let the stage wait without a word."""
+    wanted, number = {"CPU": asked.cpus_per_worker, "GPU": asked.gpus_per_worker}, asked.num_workers if together else 1
+    fitting = sum(_workers_on(wanted, node) for node in live_nodes())
+    if fitting >= number:
+        return None
+    return (
+        f"{stage} begins with {counted(number, 'worker')}, {wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs each, of which the"
+        f" nodes hold {fitting:g}: it waits until more have joined."
+    )

@@ -27,7 +27,7 @@ from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.training import healing_training, rounded_late
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.factorize.spend import FORMS
-from emloc_ray.stages.factorize.stage import FACTORIZE, uneven_groups
+from emloc_ray.stages.factorize.stage import FACTORIZE
 from emloc_ray.stages.heal.stage import HEAL
 from emloc_ray.stages.ray.tasks import Resources, silent
 
@@ -242,11 +242,3 @@ def test_the_alternatives_to_a_budget_are_without_it(values: dict[str, Any]) -> 
     assert layouts["the original"].budget is None
     assert not layouts["the original"].differs
     assert "emulator.budget=null" in choice.overrides
-
-
-def test_a_group_size_that_divides_no_row_is_told(values: dict[str, Any]) -> None:
-    assert uneven_groups(of(values, "4.3 bits").layout) is None
-    told = uneven_groups(of(values, "4.3 bits", group_size=48).layout)
-    assert told is not None
-    assert "emulator.group_size 48 does not divide the 64 inputs of model.layers.0.self_attn.q_proj" in told
-    assert "cut into groups of 32" in told

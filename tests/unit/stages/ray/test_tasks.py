@@ -118,14 +118,11 @@ def test_what_no_node_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks.ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 9.0}}])
     assert shortage("merge", Resources(99, 8), together=False) is None
     assert shortage("finetune", Resources(3, 4, 0), together=True) is None
-    assert shortage("merge", Resources(1, 9), together=False) == (
-        "merge asks for 9 CPUs a worker, the largest node has 8: it waits for one that fits."
+    assert shortage("merge", Resources(9, 9), together=False) == (
+        "merge begins with 1 worker, 9 CPUs and 0 GPUs each, of which the nodes hold 0: it waits until more have joined."
     )
-    assert "2 GPUs at once, the cluster has 1: it waits until more" in str(
-        shortage("f", Resources(2, 1, 1), together=True)
-    )
-    assert shortage("finetune", Resources(4, 3), together=True) == (
-        "finetune starts 4 workers at once, the nodes hold 3 of them: it waits until more have joined."
+    assert "2 workers, 1 CPUs and 1 GPUs each, of which the nodes hold 1: it waits" in str(
+        shortage("finetune", Resources(2, 1, 1), together=True)
     )
 
 
