@@ -11,7 +11,7 @@ import torch
 
 from emloc_ray.core.correction import Candidate, Method
 from emloc_ray.core.precision import exact_float32
-from emloc_ray.io.store.node_cache import discard, existing, sizes
+from emloc_ray.io.store.node_cache import discard, existing
 from emloc_ray.modeling.adapter_files import Adapter, copy_adapter, lora_config, write_adapter
 from emloc_ray.stages.correct.adapted import see_adapted_inputs
 from emloc_ray.stages.correct.job import CorrectionJob, ModuleGroup, module_groups
@@ -20,7 +20,7 @@ from emloc_ray.stages.correct.scoring import Scoring, scored, selection_rows
 from emloc_ray.stages.correct.search import AUTO, best_choice
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.slots import run_slots, start_slot
-from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, newest, run_tasks, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, run_tasks, silent
 
 # Why adapters of a kind are plugged into the original as trained.
 AS_TRAINED = {
@@ -71,18 +71,12 @@ def correct(
     largest = sorted(plan.groups, key=_parameters, reverse=True)
     work = [(_names(bundle), (bundle, resources.device)) for bundle in bundles(largest, _parameters, resources)]
 
-    paths = {group.path for group in plan.groups}
-    written = newest(lambda: len(set(sizes(job.state_dir)) & paths), 0)
-
-    def by_groups(done: int, of: int) -> int | None:
-        # A worker with a GPU takes all its groups one after another: their files tell how far it is.
-        count = written() if resources.gpus_per_worker else None
-        progress(plan.num_passes + (len(paths) * done // of if count is None else count), plan.total)
-        return count
+    def read(done: int, _: int) -> None:
+        progress(plan.num_passes + done, plan.total)
 
     if work:
         losses = Losses("correct", tell, files={name: [g.path for g in bundle] for name, (bundle, _) in work})
-        run_tasks(read_groups, Opened(job), work, resources, losses, by_groups)
+        run_tasks(read_groups, Opened(job), work, resources, losses, read)
     if plan.num_scored:
         units = range(plan.num_scored)
         arguments = ray.put(job), resources.threads

@@ -28,7 +28,7 @@ from emloc_ray.stages.factorize.group_tensors import GroupTensors, read_ahead, r
 from emloc_ray.stages.factorize.job import group_cost
 from emloc_ray.stages.factorize.spend import Spending, spend
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, newest, run_tasks, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, run_tasks, silent
 
 RANKS = "ranks.json"
 # Linears, their Gram, their sums of gradients, the file of what their ranks gain.
@@ -141,13 +141,7 @@ def allocate_ranks(
         work.append((name, (pieces, resources.device)))
         files_of[name] = [file for _, file in bundle]
     shared = dataclasses.replace(job, groups=(), ranks={}, spending=job.spending and job.spending.without_even)
-    num_written = newest(lambda: len(sizes(out_dir)), 0)
-
-    def look(done: int, of: int) -> int | None:
-        progress(done, of)
-        return num_written() if resources.gpus_per_worker else None
-
-    run_tasks(spectra_of_groups, shared, work, resources, Losses("allocate", tell, files=files_of), look)
+    run_tasks(spectra_of_groups, shared, work, resources, Losses("allocate", tell, files=files_of), progress)
     gains: dict[str, Tensor] = {}
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         for spectra in pool.map(_read_spectra, files):

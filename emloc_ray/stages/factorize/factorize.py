@@ -48,7 +48,7 @@ from emloc_ray.stages.factorize.layer_reports import (
     write_spectra,
 )
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, bundles, newest, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, bundles, silent
 
 Parts = dict[str, dict[str, Tensor]]  # a linear's tensors by part, which is the end of a name, such as ``.up``
 GroupWork = tuple[Sequence[LinearSpec], StoredGram | None, Path]  # linears, their Gram, the shard of their factors
@@ -297,21 +297,15 @@ def build_emulator(
     for kept, file in zip(rest, files[len(work) :], strict=True):
         if file not in written:
             task = copy.options(name=f"factorize: {file.name}")
-            submits.append((f"shard {file.name}", functools.partial(task.remote, kept, file)))
+            name = f"shard {file.name}"
+            files_of[name] = [file]
+            submits.append((name, functools.partial(task.remote, kept, file)))
 
-    left = len(todo) + sum(file not in written for file in files[len(work) :])
-
-    num_written = newest(lambda: len(set(sizes(job.out_dir)) & set(files)), total - left)
-
-    def by_files(done: int, of: int) -> int | None:
-        # A worker with a GPU takes all its groups one after another: their files tell how far it is.
-        count = num_written() if done < of and resources.gpus_per_worker else None
-        by_tasks = total - math.ceil(left * (of - done) / max(of, 1))
-        progress(by_tasks if count is None else min(count, total - 1), total)
-        return count
+    def of_all(done: int, left: int) -> None:
+        progress(total - left + done, total)
 
     losses = Losses("factorize", tell, files=files_of)
-    bounded(submits, resources.num_workers, losses, by_files, planned_s=resources.planned_s)
+    bounded(submits, resources.num_workers, losses, of_all, planned_s=resources.planned_s)
     kept_wide = job.kept_wide if job.in_4bit else None
     total_size = finish_emulator(files, base_config, job.model_dir, job.ranks, job.storage, kept_wide, job.integers)
     with ThreadPoolExecutor(_CONNECTIONS) as pool:

@@ -20,12 +20,12 @@ from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.io.formats.shards import copy_chunks, make_header, stream_shard, write_tensors
-from emloc_ray.io.store.node_cache import existing, sizes
+from emloc_ray.io.store.node_cache import existing
 from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.nf4 import quantize_nf4
 from emloc_ray.stages.factorize.factorize import finish_emulator, whitening_of
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, newest, run_tasks, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, run_tasks, silent
 
 _CHUNK_BYTES = 2**25
 # ``.bias`` is that of pivoted factors: plain ones have it in ``.up``.
@@ -217,17 +217,8 @@ def fold(
     files = [piece.file for piece in shards]
     largest = sorted(shards, key=_num_bytes, reverse=True)
     work = [(f"shard {b[0].file.name}", (b, resources.device)) for b in bundles(largest, _num_bytes, resources)]
-
-    written = newest(lambda: len(set(sizes(job.out_dir)) & set(files)), 0)
-
-    def by_files(done: int, of: int) -> int | None:
-        # A worker with a GPU writes many shards one after another: these tell how far it is.
-        count = written() if resources.gpus_per_worker else None
-        progress(*((done, of) if count is None else (count, len(files))))
-        return count
-
     losses = Losses("heal", tell, files={name: [piece.file for piece in bundle] for name, (bundle, _) in work})
-    run_tasks(write_pieces, job, work, resources, losses, by_files)
+    run_tasks(write_pieces, job, work, resources, losses, progress)
     kept_wide = job.kept_wide if job.in_4bit else None
     return finish_emulator(files, base_config, job.emulator_dir, job.ranks, job.storage, kept_wide, job.integers)
 

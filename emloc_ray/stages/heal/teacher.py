@@ -1,7 +1,6 @@
 """The teacher of the healing: what the original predicts at each label of the rows that the healing will read, cached."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,11 @@ from emloc_ray.io.formats.teacher_shards import (
     write_teacher_index,
     write_teacher_shard,
 )
-from emloc_ray.io.store.node_cache import existing, is_stored, sizes
+from emloc_ray.io.store.node_cache import existing
 from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.loss import teacher_logits
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import LOOK_S, Progress, Resources, bounded, newest, silent
-
-_STORE_LOOK_S = 5.0
+from emloc_ray.stages.ray.tasks import Progress, Resources, run_tasks, silent
 
 
 @dataclass(frozen=True)
@@ -84,23 +81,9 @@ def teach(job: TeacherJob, resources: Resources, progress: Progress = silent, te
     a task raised. ``progress`` counts shards."""
     shards = job.shards()
     num_parts = min(resources.num_workers, len(shards))
-    task = resources.task(teach_part)
-
-    def submit(part: int) -> Callable[[], Any]:
-        named = task.options(name=f"heal: teacher, part {part + 1} of {num_parts}")
-        return functools.partial(named.remote, job, part, num_parts)
-
-    written = newest(lambda: sum(file.suffix == ".safetensors" for file in sizes(job.out_dir)), 0)
-
-    def look(_done: int, _total: int) -> int:
-        count = written()
-        progress(count, len(shards))
-        return count
-
-    parts = [(f"part {part + 1} of {num_parts} of the teacher's logits", submit(part)) for part in range(num_parts)]
+    names = [f"part {part + 1} of {num_parts} of the teacher's logits" for part in range(num_parts)]
     files = [teacher_shard(job.out_dir, number) for number in range(len(shards))]
-    losses = Losses("heal", tell, files={name: files[part::num_parts] for part, (name, _) in enumerate(parts)})
-    look_s = _STORE_LOOK_S if is_stored(job.out_dir) else LOOK_S
-    bounded(parts, num_parts, losses, look, look_s, resources.planned_s)
+    losses = Losses("heal", tell, files={name: files[part::num_parts] for part, name in enumerate(names)})
+    pieces = [(name, (part, num_parts)) for part, name in enumerate(names)]
+    run_tasks(teach_part, job, pieces, resources, losses, progress)
     write_teacher_index(job.out_dir, [rows[0] for rows in shards])
-    progress(len(shards), len(shards))

@@ -73,8 +73,8 @@ class Losses:
         files: Mapping[str, Sequence[Path]] | None = None,
     ) -> None:
         """``reached``: how far pieces have come that do not say so when they are lost; ``files``: what pieces write one after
-        another, by their names, which says so too. ``last_word``: why a worker ended itself, for it did no more; empty where
-        none did."""
+        another, by their names, which says so too, and is their progress. ``last_word``: why a worker ended itself, for it did
+        no more; empty where none did."""
         self.stage, self.tell, self.bound, self.reached, self.last_word = stage, tell, bound, reached, last_word
         self.files = files or {}
         self._at: dict[str, object] = {}  # where each piece was at its last loss

@@ -15,6 +15,7 @@ import ray
 import torch
 
 from emloc_ray.errors import ArtifactError, StageError
+from emloc_ray.io.store.node_cache import existing
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.pace import Pace
 from emloc_ray.stages.ray.spans import Span, Timed, tell_span, timed
@@ -259,8 +260,10 @@ def bounded(
     planned_s: float = 0.0,
 ) -> list[Any]:
     """Submits named Ray tasks in order, at most ``limit`` in flight; their results in the order submitted. ``progress`` hears
-    how many have ended, at least every ``look_s`` seconds. ``planned_s``: as for :class:`Pace`."""
+    how many have ended, or of how many ``losses.files`` they have written, at least every ``look_s`` seconds. ``planned_s``: as
+    for :class:`Pace`."""
     pieces = [FlightTask(name, submit) for name, submit in tasks]
+    progress = _by_files(losses, progress) if losses.files else progress
     with Flight(limit, losses, planned_s) as flight:
         for piece in pieces:
             flight.add(piece)
@@ -268,6 +271,19 @@ def bounded(
             flight.see(progress(len(pieces) - flight.left, len(pieces)))
         progress(len(pieces), len(pieces))
     return [piece.result for piece in pieces]
+
+
+def _by_files(losses: Losses, progress: Look) -> Look:
+    """The callback, which hears of the files that tasks write one after another: some take all their work as one piece."""
+    files = [file for of_piece in losses.files.values() for file in of_piece]
+    written = newest(lambda: len(existing(files)), 0)
+
+    def look(done: int, total: int) -> int | None:
+        count = len(files) if done == total else written()
+        progress(count, len(files))
+        return count if len(files) > total else None  # what writes one file goes on until it ends
+
+    return look
 
 
 def run_tasks(

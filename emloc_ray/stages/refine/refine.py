@@ -29,7 +29,7 @@ from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.modeling.refining import Fit, factorized_in, fit_block
 from emloc_ray.modeling.replay import BlockReplay
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, newest, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, run_tasks, silent
 
 _HELD_OUT = 8  # of so many rows one only says whether a block's fit is kept
 _CHUNK_BYTES = 2**25
@@ -250,18 +250,8 @@ def refine(
 ) -> dict[str, Any]:
     """Writes the refined emulator to ``job.out_dir``; returns each block's held-out error before and after, and their mean
     relative to that before. Raises NumericsError where a block gives NaN or Inf, naming it."""
-
-    written = newest(lambda: len(written_blocks(job)), 0)
-
-    def look(_done: int, _total: int) -> int:
-        count = written()
-        progress(count, num_blocks)
-        return count
-
-    task = resources.task(refine_blocks).options(name="refine: blocks")
-    blocks_task = ("the blocks", functools.partial(task.remote, job))
     losses = Losses("refine", tell, files={"the blocks": [job.block_file(at) for at in range(num_blocks)]})
-    bounded([blocks_task], 1, losses, look, planned_s=resources.planned_s)
+    run_tasks(refine_blocks, job, [("the blocks", ())], resources, losses, progress)
     every_fit = list(fits(job).values())
     errors = [[fit.before, min(fit)] for fit in every_fit]
     blocks = [fit for fit in every_fit if fit.before > 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -152,6 +153,22 @@ def test_lost_tasks_start_again_and_results_keep_their_order(monkeypatch: pytest
     assert sorted(started) == ["a", "a", "a", "b", "c"]
     assert len(told) == 2
     assert shown[-1] == (3, 3)
+
+
+def test_the_progress_of_tasks_that_write_files_is_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, shown = [tmp_path / str(number) for number in range(3)], list[tuple[int, int]]()
+
+    def write() -> Iterator[Timed | None]:
+        for file in files:
+            file.touch()
+            yield None
+        yield Timed(1, "process 1 on here", 0.0, 1.0, 0)
+
+    monkeypatch.setattr(tasks.ray, "wait", lambda references, **options: (references[:1], references[1:]))
+    monkeypatch.setattr(tasks.ray, "get", lambda given: given)
+    losses = Losses("factorize", files={"layer k, …": files})
+    assert bounded([("layer k, …", write)], 1, losses, lambda done, of: shown.append((done, of))) == [1]
+    assert (shown[0], shown[-1]) == ((1, 3), (3, 3))
 
 
 @pytest.mark.parametrize(("granted", "opens"), [([0], False), ([0], True), ([], False)])

@@ -111,13 +111,13 @@ def test_blocks_that_are_done_between_losses_are_progress(
 ) -> None:
     job, losing = replace(refined, work_dir=tmp_path / "work"), [0, 0, 0, 1, 1, 1]
 
-    def bounded(pieces: list[Any], limit: int, losses: Losses, *rest: Any, **more: Any) -> None:
+    def run_tasks(function: Any, shared: Any, pieces: list[Any], resources: Resources, losses: Losses, _: Any) -> None:
         for position in losing:
             shutil.copy(refined.block_file(0), job.block_file(position))
             losses.record_lost_worker(pieces[0][0], WorkerCrashedError())
 
     job.work_dir.mkdir()
-    monkeypatch.setattr(refining, "bounded", bounded)
+    monkeypatch.setattr(refining, "run_tasks", run_tasks)
     assert len(losing) > MAX_RESTARTS
     assert refining.refine(job, 2, Resources())["blocks"] == 2
 
