@@ -1,8 +1,8 @@
 """Artifacts of stages that many runs share, under keys that hash all that they are made from.
 
 PLACE/STAGE/KEY holds ``files/``, by their paths inside a run, and ``entry.json`` (:mod:`emloc_ray.io.runs.cache_place`). Entries
-never change. In a file system their files share blocks with those of the runs, or are read-only hard links to them: an entry
-that is removed takes nothing from a run.
+never change. In a file system their files are read-only hard links to those of the runs: an entry that is removed takes
+nothing from a run.
 """
 
 import contextlib
@@ -26,8 +26,9 @@ from emloc_ray.io.formats.arrow_schemas import check_no_extensions, open_parquet
 from emloc_ray.io.runs.cache_place import FORMAT, CachePlace, turn_of
 from emloc_ray.io.store.digests import digest_of
 from emloc_ray.io.store.node_cache import discard, open_artifact, origin, sizes
+from emloc_ray.io.store.node_copies import holds
 from emloc_ray.io.store.places import leads_out
-from emloc_ray.io.store.transfer import Look, listing, look_of, transfer
+from emloc_ray.io.store.transfer import listing, transfer
 from emloc_ray.io.store.turns import wait_for_turn
 
 _FILES = "files"
@@ -73,7 +74,6 @@ class ArtifactCache:
         self.max_bytes, self.is_own = max_bytes, is_own
         self._at = CachePlace(place)
         self.place = self._at.name
-        self._verified: dict[str, dict[str, Look]] = {}  # the files of entries when their content was read
         self._swept_at = self._weighed_at = -math.inf  # by the monotonic clock
         self._held = math.inf  # bytes at most, but for what other processes have added since it was weighed
 
@@ -146,9 +146,8 @@ class ArtifactCache:
         """The entry, where every file of it is there with its size; another is removed. A place that cannot be read holds
         nothing.
 
-        ``verify``: checks that its files are of their content and run no code, once a process, and again where a file's times
-        or inode changed otherwise than by this process's links. What this process added counts as checked. On an object store
-        content is checked when it is fetched, so that only columns are read. ``doubted``: checks content in any case.
+        ``verify``: checks that its files are of their content (:func:`holds`) and run no code. What this process added is of its
+        content. On an object store that is checked when it is fetched, with ``doubted`` here already.
         ``outputs``: the folders of a run that its files may be for: another entry would write over what other stages made, or
         the run's own files, and is removed too. ``own_only``: passes over what another user may have made, whose code would run
         with this user's rights. An object store does not say who made an entry."""
@@ -157,16 +156,12 @@ class ArtifactCache:
             entry = None if used is None else self._read(stage, key, used)
             if entry is None:
                 return None
-            now = self._looks(entry)
-            if own_only and not (self.is_own or self._is_of_user(entry, now)):
+            if own_only and not (self.is_own or self._is_of_user(entry)):
                 return None
-            unread = doubted or (verify and self._verified.get(key) != now)
-            is_whole = _is_within(entry, outputs) and self._has_sizes(entry, now)
-            if not is_whole or (unread and not self._is_safe(entry, now, hashed=doubted or self._at.store is None)):
+            is_whole = _is_within(entry, outputs) and self._has_sizes(entry)
+            if not is_whole or (verify and not self._is_safe(entry, hashed=doubted or self._at.store is None)):
                 self._at.remove(stage, key)
                 return None
-            if unread:
-                self._verified[key] = now
             return entry
         except (OSError, ArtifactError):
             return None
@@ -175,18 +170,12 @@ class ArtifactCache:
         """Puts an entry's files at their places in the run at ``root`` (:attr:`RunDirectory.root`); returns these.
 
         Each appears whole, and takes the place of what is there; :func:`emloc_ray.io.store.transfer.transfer` says how. Raises
-        EntryGone where that cannot be done, for any reason, such as other content than :meth:`find` checked; then none of its
-        files is in the run.
+        EntryGone where that cannot be done, for any reason, such as other content; then none of its files is in the run.
         """
         folder = self._at.folder(entry.stage, entry.key) / _FILES
         try:
             self._at.touch(entry.stage, entry.key)
-            before = self._looks(entry)
-            verified = self._verified.get(entry.key)
-            _transfer_all(folder, root, entry.files, before if verified is None else verified)
-            now = self._looks(entry)
-            if verified == before and _but_ctime(now) == _but_ctime(before):
-                self._verified[entry.key] = now  # a link changes its ctime
+            _transfer_all(folder, root, entry.files, verify=True)
         except (OSError, ArtifactError) as error:
             with contextlib.suppress(OSError, ArtifactError):
                 for path in entry.files:
@@ -208,7 +197,6 @@ class ArtifactCache:
             self._at.make()
             if self.find(stage, key) is None:
                 self._write(entry, root)
-                self._verified[key] = self._looks(entry)
                 self._held += entry.bytes
             self._prune(self.max_bytes, key)
         except (OSError, EmlocError) as error:
@@ -265,7 +253,7 @@ class ArtifactCache:
         """The sizes of an entry's files by what they are on the disk or in the store."""
         if self._at.store is not None:
             return {(entry.key, path): content["size"] for path, content in entry.files.items()}
-        return {(device, inode): size for device, inode, size, *_ in self._looks(entry).values()}
+        return {(file.st_dev, file.st_ino): file.st_size for file in self._held_files(entry).values()}
 
     def _read(self, stage: str, key: str, used_at: float) -> Entry | None:
         """None where there is none; one that cannot be understood is removed."""
@@ -278,12 +266,12 @@ class ArtifactCache:
             return None
         return entry
 
-    def _has_sizes(self, entry: Entry, looks: Mapping[str, Look]) -> bool:
+    def _has_sizes(self, entry: Entry) -> bool:
         folder = self._at.folder(entry.stage, entry.key) / _FILES
         if self._at.store is not None:
             held = sizes(folder)
         else:
-            held = {folder / path: size for path, (_, _, size, *_) in looks.items()}
+            held = {folder / path: file.st_size for path, file in self._held_files(entry).items()}
         return all(held.get(folder / path) == content["size"] for path, content in entry.files.items())
 
     @property
@@ -291,46 +279,38 @@ class ArtifactCache:
         """Whether it can give entries of this user alone; an object store does not say who made one."""
         return self.is_own or self._at.store is None
 
-    def _is_of_user(self, entry: Entry, looks: Mapping[str, Look]) -> bool:
-        owners = {look[3] for look in looks.values()}
+    def _is_of_user(self, entry: Entry) -> bool:
+        owners = {file.st_uid for file in self._held_files(entry).values()}
         return self._at.store is None and owners | {self._at.owner(entry.stage, entry.key)} == {os.geteuid()}
 
-    def _is_safe(self, entry: Entry, looks: Mapping[str, Look], hashed: bool) -> bool:
+    def _is_safe(self, entry: Entry, hashed: bool) -> bool:
         folder = self._at.folder(entry.stage, entry.key) / _FILES
-
-        def is_safe(path: str) -> bool:
-            return _is_safe(folder / path, entry.files[path]["sha256"] if hashed else None, looks.get(path))
-
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
-            return all(pool.map(is_safe, entry.files))
+            shas = (content["sha256"] if hashed else None for content in entry.files.values())
+            return all(pool.map(_is_safe, [folder / path for path in entry.files], shas))
 
-    def _looks(self, entry: Entry) -> dict[str, Look]:
-        """The looks of an entry's files, without what is no file itself, such as a link. None in a store, whose keys name their
-        content."""
+    def _held_files(self, entry: Entry) -> dict[str, os.stat_result]:
+        """An entry's files, without what is no file itself, such as a link. None in a store."""
         folder = self._at.folder(entry.stage, entry.key) / _FILES
-        looks: dict[str, Look] = {}
+        held: dict[str, os.stat_result] = {}
         for path in entry.files if self._at.store is None else ():
             with contextlib.suppress(FileNotFoundError, PermissionError):  # another user's may be closed
                 status = (folder / path).lstat()
                 if stat.S_ISREG(status.st_mode):
-                    looks[path] = look_of(status)
-        return looks
+                    held[path] = status
+        return held
 
 
 _WRITTEN = ("stage", "key", "files", "result", "inputs", "created_at", "origin")
 
 
-def _but_ctime(looks: Mapping[str, Look]) -> dict[str, Look]:
-    return {path: look[:-1] for path, look in looks.items()}
-
-
-def _transfer_all(source: Path, target: Path, files: Files, looks: Mapping[str, Look] | None = None) -> None:
+def _transfer_all(source: Path, target: Path, files: Files, verify: bool = False) -> None:
     folders = {path.partition("/")[0] for path in files}
     listings = listing(source, folders), listing(target, folders)
 
     def one(path: str) -> None:
-        look = None if looks is None else looks.get(path, ())  # which no file has
-        transfer(source / path, target / path, files[path]["size"], files[path]["sha256"], *listings, look)
+        content = files[path]
+        transfer(source / path, target / path, content["size"], content["sha256"], *listings, verify)
 
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         list(pool.map(one, files))
@@ -355,15 +335,13 @@ def _is_within(entry: Entry, folders: Sequence[str] | None) -> bool:
     )
 
 
-def _is_safe(path: Path, sha256: str | None, look: Look | None) -> bool:
-    """Whether a file is of this content (None: of any) and look (None: in a store), and its columns, where it has some, are of
-    types that run no code."""
+def _is_safe(path: Path, sha256: str | None) -> bool:
+    """Whether a file is of this content (None: of any), and its columns, where it has some, are of types that run no code."""
     if sha256 is None and path.suffix not in _WITH_COLUMNS:
         return True
     with open_artifact(path) as (stream, _):
-        if look is not None and look_of(os.fstat(stream.fileno()))[:-1] != look[:-1]:
-            return False
-        if sha256 is not None and digest_of(stream) != sha256:
+        is_local = origin(path) is None
+        if sha256 is not None and not (holds(stream, sha256) if is_local else digest_of(stream) == sha256):
             return False
         try:
             stream.seek(0)

@@ -69,12 +69,26 @@ def open_copy(note: Path, file: Path, version: str) -> IO[bytes] | None:
 
 
 def is_whole(file: Path, sha256: str) -> bool:
-    """Whether a file is there with this content: hashed once a process, however many runs have links to it, and again when
-    it has changed."""
+    """Whether a file is there with this content, by :func:`holds`."""
     if not file.is_file():
         return False
-    with file.open("rb") as stream, _turns[os.fstat(stream.fileno()).st_ino % len(_turns)]:
-        return _is_of(stream, os.fstat(stream.fileno()), sha256)
+    with file.open("rb") as stream:
+        return holds(stream, sha256)
+
+
+def holds(file: IO[bytes], sha256: str) -> bool:
+    """Whether an open file has this content: hashed once a process, however many runs have links to it, and again when it has
+    changed."""
+    status = os.fstat(file.fileno())
+    with _turns[status.st_ino % len(_turns)]:
+        return _is_of(file, status, sha256)
+
+
+def take_as_whole(file: Path, sha256: str) -> None:
+    """Has :func:`holds` take a file that this process has just linked or written as it is now."""
+    status = file.stat()
+    known = sha256, status.st_dev, *_identity(status)
+    _hashed[known] = status.st_ctime_ns, status.st_nlink
 
 
 def _is_of(copy: IO[bytes], status: os.stat_result, version: str) -> bool:
@@ -83,6 +97,7 @@ def _is_of(copy: IO[bytes], status: os.stat_result, version: str) -> bool:
     # A link, by which another run has it too, or no more, changes the ctime as well.
     if before is None or (before[0] != now[0] and before[1] == now[1]):
         if digest_of(copy) != version:
+            _hashed.pop(known, None)
             return False
         copy.seek(0)
     _hashed[known] = now

@@ -1,32 +1,24 @@
 """A file of one place put into another as cheaply as the two allow: linked, copied by the store itself, or through this node."""
 
-import contextlib
 import errno
-import fcntl
 import io
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from emloc_ray.errors import ArtifactError, DamagedArtifactError
 from emloc_ray.io.store import objects
-from emloc_ray.io.store.digests import HashingWriter, note_digest, noted_digest
+from emloc_ray.io.store.digests import HashingWriter, note_digest
 from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import Origin, discard, origin
+from emloc_ray.io.store.node_copies import is_whole, take_as_whole
 from emloc_ray.io.store.object_store import Listing
 from emloc_ray.io.store.replacing import replacing
 
 _CHUNK = 2**22
-_FICLONE = 0x40049409
-Look = tuple[int, ...]
-
-
-def look_of(status: os.stat_result) -> Look:
-    """A file's device, inode, size, owner, mtime and ctime: the last, which nobody can put back, changes with its content, but
-    also with its links."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_uid, status.st_mtime_ns, status.st_ctime_ns
 
 
 def listing(root: Path, paths: Iterable[str]) -> Listing | None:
@@ -42,22 +34,21 @@ def transfer(
     sha256: str,
     source_listing: Listing | None = None,
     target_listing: Listing | None = None,
-    look: Look | None = None,
+    verify: bool = False,
 ) -> None:
     """Makes ``target`` a file of the same content as ``source``, atomically; either may mirror an object store. The
     :func:`listing` of each, where there is one, spares its store a request.
 
-    On one file system it shares the blocks of ``source`` where that can be (a reflink), else it is a read-only hard link,
-    checked by size. Within one bucket the object, whose key names its content, is copied there. Otherwise the content goes
-    through this node, and is checked by ``sha256``; so it does where ``source`` is not the file of this ``look``, which was
-    checked before. Raises FileNotFoundError where there is no ``source``, DamagedArtifactError where it is not of this size or
-    content (``target`` is as it was, or gone), ArtifactError where a store cannot be reached, TakenOver where ``target`` lies in
-    a run that another process has taken.
+    On one file system it is a read-only hard link, checked by size and, with ``verify``, by :func:`is_whole`: the link itself,
+    so that nobody can put another file there meanwhile. Within one bucket the object, whose key names its content, is copied
+    there. Otherwise the content goes through this node, and is checked by ``sha256``. Raises FileNotFoundError where there is no
+    ``source``, DamagedArtifactError where it is not of this size or content (``target`` is as it was, or gone), ArtifactError
+    where a store cannot be reached, TakenOver where ``target`` lies in a run that another process has taken.
     """
     source_at, target_at = origin(source), origin(target)
     if source_at is None:
         if target_at is None:
-            _link_file(source, target, size, sha256, look)
+            _link_file(source, target, size, sha256, verify)
         elif (
             source.stat().st_size != size
             or target_at.store.add_version(target_at.path, source, target_listing) != sha256
@@ -82,47 +73,28 @@ def transfer(
             target_at.store.add_version(target_at.path, Path(folder, "file"), target_listing)
 
 
-def _link_file(source: Path, target: Path, size: int, sha256: str, look: Look | None) -> None:
+def _link_file(source: Path, target: Path, size: int, sha256: str, verify: bool) -> None:
     with replacing(target) as temporary:
         try:
-            if _clone(source, temporary, look):
-                if look is not None or noted_digest(source) == sha256:
-                    note_digest(temporary, sha256)  # blocks are shared, attributes are not
-            else:
-                os.link(os.path.realpath(source) if look is None else source, temporary, follow_symlinks=False)
-                status = temporary.lstat()
-                _check_same(status, look)  # before its mode is changed
-                if status.st_uid == os.geteuid():
-                    temporary.chmod(status.st_mode & 0o555)  # what is altered in place would be altered for all
+            os.link(source if verify else os.path.realpath(source), temporary, follow_symlinks=False)
         except FileNotFoundError:
             raise
-        # Another file system, one without hard links, too many links, another user's file, or not the one that was checked.
-        except OSError:
-            temporary.unlink(missing_ok=True)
+        except OSError:  # another file system, one without hard links, too many links, or another user's file
             with source.open("rb") as stream, HashingWriter(io.FileIO(temporary, "wb")) as file:
                 shutil.copyfileobj(stream, file, _CHUNK)
             if file.hexdigest() != sha256:
                 raise _damaged(source) from None
             note_digest(temporary, sha256)
+        else:
+            status = temporary.lstat()
+            if not stat.S_ISREG(status.st_mode) or (verify and not is_whole(temporary, sha256)):
+                raise _damaged(source)
+            if status.st_uid == os.geteuid():
+                temporary.chmod(status.st_mode & 0o555)  # what is altered in place would be altered for all
         if temporary.stat().st_size != size:
             raise _damaged(source)
         check_lock(target)
-
-
-def _check_same(status: os.stat_result, look: Look | None) -> None:
-    if look is not None and look_of(status)[:-1] != look[:-1]:
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-
-
-def _clone(source: Path, target: Path, look: Look | None) -> bool:
-    """Makes a file that shares its blocks with another until one is altered; whether the file system can
-    (https://man7.org/linux/man-pages/man2/ioctl_ficlone.2.html)."""
-    with source.open("rb") as stream, target.open("wb") as file, contextlib.suppress(OSError):
-        fcntl.ioctl(file, _FICLONE, stream.fileno())
-        _check_same(os.fstat(stream.fileno()), look)
-        return True
-    target.unlink()
-    return False
+    take_as_whole(target, sha256)
 
 
 def _copied_in_bucket(

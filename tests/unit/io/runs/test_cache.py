@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import errno
-import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from emloc_ray.io.runs import cache as artifact_cache
 from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
 from emloc_ray.io.runs.cache_place import MARKER
-from emloc_ray.io.store import objects, transfer
+from emloc_ray.io.store import node_copies, objects, transfer
 from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.digests import digest, digest_of, noted_digest
 from emloc_ray.io.store.node_cache import discard, hashes, mirror, open_artifact, sizes
@@ -222,10 +222,13 @@ def test_what_this_process_has_added_or_linked_is_not_read_again(
         read.append(stream)
         return digest_of(stream)
 
-    monkeypatch.setattr(artifact_cache, "digest_of", counted)
-    assert local.find(STAGE, KEY, verify=True) is not None  # what it has added itself
-    assert read == []
-    other = ArtifactCache(local.place)
+    monkeypatch.setattr(node_copies, "digest_of", counted)
+    entry = local.find(STAGE, KEY, verify=True)
+    assert entry is not None
+    local.link(entry, tmp_path / "own")
+    assert read == []  # what it has added itself
+    shutil.copytree(local.place, tmp_path / "of another process")
+    other = ArtifactCache(str(tmp_path / "of another process"))
     for run in ("second", "third"):
         entry = other.find(STAGE, KEY, verify=True)
         assert entry is not None
@@ -276,29 +279,7 @@ def test_an_entry_that_lost_a_file_goes_for_good(local: ArtifactCache, tmp_path:
     assert not any(path.is_file() for path in (tmp_path / "second").rglob("*"))
 
 
-def test_where_blocks_can_be_shared_a_run_s_file_is_its_own(
-    local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def clone(target: Any, code: int, source: int) -> None:
-        os.sendfile(target.fileno(), source, 0, os.fstat(source).st_size)
-
-    monkeypatch.setattr(fcntl, "ioctl", clone)
-    added(local, tmp_path / "first")
-    entry = local.find(STAGE, KEY, verify=True)
-    assert entry is not None
-    local.link(entry, tmp_path / "second")
-    (tmp_path / "second" / "emulator" / "a.safetensors").write_bytes(b"b" * 1000)
-    assert held(tmp_path / "first") == CONTENTS
-    assert local.find(STAGE, KEY, verify=True) is not None
-
-
-def test_on_one_file_system_nothing_is_copied(
-    local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any) -> None:
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))  # a file system that shares no blocks
-
-    monkeypatch.setattr(fcntl, "ioctl", refuse)
+def test_on_one_file_system_nothing_is_copied(local: ArtifactCache, tmp_path: Path) -> None:
     added(local, tmp_path / "first")
     entry = local.find(STAGE, KEY)
     assert entry is not None
@@ -374,7 +355,7 @@ def test_a_broken_entry_of_a_store_is_a_miss_and_goes(place: Callable[..., str])
     store.write(f"{STAGE}/{KEY}/files/emulator/a.safetensors/{info.sha256}", b"b" * 1000)
     entry = cache.find(STAGE, KEY, verify=True)
     assert entry is not None
-    assert cache.find(STAGE, KEY, doubted=True) is None
+    assert cache.find(STAGE, KEY, verify=True, doubted=True) is None
     with pytest.raises(EntryGone):
         cache.link(entry, root_of(place("folder", "second")))
 

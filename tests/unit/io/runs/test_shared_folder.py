@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -133,12 +132,9 @@ def test_links_that_another_user_put_there_are_not_followed(
 
 
 @pytest.mark.parametrize("swapped", ["emulator/deep/b.json", "emulator/deep"])
-@pytest.mark.parametrize("shares_blocks", [False, True])
 def test_a_file_that_is_swapped_after_the_check_is_not_taken(
-    local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swapped: str, shares_blocks: bool
+    local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swapped: str
 ) -> None:
-    if shares_blocks:
-        monkeypatch.setattr("fcntl.ioctl", lambda target, code, source: os.sendfile(target.fileno(), source, 0, 1000))
     added(local, tmp_path / "first")
     private = tmp_path / "home" / "b.json"
     private.parent.mkdir()
@@ -155,18 +151,6 @@ def test_a_file_that_is_swapped_after_the_check_is_not_taken(
     assert (stat.S_IMODE(private.stat().st_mode), private.stat().st_nlink) == (0o600, 1)
     assert not any(file.is_file() for file in (tmp_path / "second").rglob("*"))
     assert other.find(STAGE, KEY, verify=True) is None
-
-
-def test_where_a_link_looks_like_another_file_it_is_copied(
-    local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As where a file system numbers files by their names."""
-    added(local, tmp_path / "first")
-    entry = local.find(STAGE, KEY, verify=True)
-    assert entry is not None
-    monkeypatch.setattr(os, "link", lambda source, target, **options: shutil.copyfile(source, target))
-    local.link(entry, tmp_path / "second")
-    assert held(tmp_path / "second") == CONTENTS
 
 
 @pytest.mark.parametrize("of_another", ["emulator/deep/b.json", "entry.json"])
