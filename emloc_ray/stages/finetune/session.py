@@ -50,9 +50,10 @@ class TrainingSession(ABC):
         now."""
         check_lock(self.directory)
         target = self.directory / f"checkpoint-{step}"
-        for file in sizes(folder) if folder is not None else ():
-            with file.open("rb") as source, atomic_file(target / file.relative_to(folder)) as kept:
-                shutil.copyfileobj(source, kept, COPY_BYTES)
+        if folder is not None:
+            for file in sizes(folder):
+                with file.open("rb") as source, atomic_file(target / file.relative_to(folder)) as kept:
+                    shutil.copyfileobj(source, kept, COPY_BYTES)
         self.meet()
         if self.rank == 0 and folder is not None:
             write_json(self.directory / NEWEST, {"folder": target.name})
