@@ -138,13 +138,13 @@ def test_no_file_is_read_twice_to_find_one_that_is_damaged(
     prepared.run.path("calibrate", "2").write_bytes(b"0")
 
     def note(stream: IO[bytes]) -> str:
-        file = Path(stream.name)
-        read.append(f"{file.parent.name} {file.name}")
+        read.append(stream.name)
         return digest_of(stream)
 
     monkeypatch.setattr(node_copies, "digest_of", note)
     assert tries() == ["calibrate 2"]
-    assert sorted(read) == ["calibrate 1", "calibrate 2", "factorize 1", "factorize 2"]
+    assert str(prepared.run.path("calibrate", "2")) in read
+    assert len(read) == len(set(read))
 
 
 def test_a_damaged_file_goes_before_its_stage_is_forgotten(

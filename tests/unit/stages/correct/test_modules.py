@@ -142,12 +142,12 @@ def test_a_worker_with_a_gpu_reads_its_groups_in_one_task(
         if function is finish_adapter:  # as a task of the stage's memory, which the final actor has none of
             assert resources == replace(granted, gpus_per_worker=0)
             return [function(shared)]
-        for number, (name, (share, device)) in enumerate(work):
+        for name, (share, device) in work:
             assert device == "cuda"
             assert losses.files[name] == [group.path for group in share]  # which tell how far a lost one had come
             shares.append(share)
             function(shared, share, "cpu")
-            progress[0](number + 1, len(work))
+            progress[0](sum(map(len, shares)), len(groups))
         return []
 
     monkeypatch.setattr("emloc_ray.stages.correct.correct.run_tasks", here)

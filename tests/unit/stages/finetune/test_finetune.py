@@ -157,7 +157,7 @@ def _steps_until_stopped(rank: int, root: Path, found: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{root / 'group'}", rank=rank, world_size=2)
     session: Any = SimpleNamespace(rank=rank, world_size=2, is_leaving=lambda: False)
     keeper = StepKeeper(dataclasses.replace(JOB, storage_dir=root), session, poll_s=0.05)
-    control = SimpleNamespace()
+    control = SimpleNamespace(should_save=False, should_log=False)
     for step in range(1, 2000):
         if step == 5 and rank == 1:
             keeper.job.stop_path.touch()

@@ -136,4 +136,4 @@ def test_a_store_that_does_not_answer_ends_no_training(
 
     monkeypatch.setattr(stage, "bounded", bounded)
     stage.run_alone(job, Resources(), print, lambda: None)
-    assert looked == [b"", "", set()]
+    assert looked == [b"", "", b""]

@@ -228,7 +228,7 @@ def test_a_training_saves_once_where_its_node_is_about_to_go(tmp_path: Path, mon
     keeper = StepKeeper(job(tmp_path), session, poll_s=0, ask_s=0)
 
     def saves() -> bool:
-        control = SimpleNamespace(should_save=False, should_training_stop=False)
+        control = SimpleNamespace(should_save=False, should_log=False, should_training_stop=False)
         keeper.sync_norm_and_stop(None, torch.device("cpu"), step=1)
         keeper.on_step_end(None, None, control)
         assert not control.should_training_stop
