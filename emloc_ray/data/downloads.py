@@ -7,19 +7,21 @@ the name server changes nothing. The same holds after each redirect.
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 MAX_BYTES = 2**27
 _TIMEOUT_S = 20.0  # for a server's next bytes
-LONGEST_S = 60.0  # for one try, with its redirects: however slowly bytes come
+LONGEST_S = 60.0  # for one try, with its redirects
 WAITS_S = (1.0, 4.0)  # before another try
 _MAX_REDIRECTS = 5
 _CHUNK_BYTES = 2**16
@@ -100,19 +102,20 @@ def _ask(url: str, hosts: Collection[str], ends: float) -> tuple[int, bytes, str
         raise NotAllowed("it leads to a URL that is none of http or https: name the file itself")
     if parts.username is not None:
         raise ValueError("its URL holds a user's name")
-    connection, target, headers = _connect(parts, hosts)
-    try:
-        connection.request("GET", target, headers={"User-Agent": "emloc-ray", **headers})
-        answer = connection.getresponse()
-        where = answer.getheader("Location") if answer.status in (301, 302, 303, 307, 308) else None
-        content = _whole(answer, ends) if answer.status == 200 else b""
-    finally:
-        connection.close()
+    with _Deadline(ends) as deadline:
+        connection, target, headers = _connect(parts, hosts, deadline.watch)
+        try:
+            connection.request("GET", target, headers={"User-Agent": "emloc-ray", **headers})
+            answer = connection.getresponse()
+            where = answer.getheader("Location") if answer.status in (301, 302, 303, 307, 308) else None
+            content = _whole(answer) if answer.status == 200 else b""
+        finally:
+            connection.close()
     return answer.status, content, where
 
 
 def _connect(
-    parts: urllib.parse.SplitResult, hosts: Collection[str]
+    parts: urllib.parse.SplitResult, hosts: Collection[str], watch: Callable[[socket.socket], None]
 ) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
     """A connection to a URL's host, the request's target, and its headers. An environment's proxy resolves names itself: they
     are checked here all the same. Raises NotAllowed where this machine does not know one, unless ``hosts`` names it."""
@@ -124,8 +127,10 @@ def _connect(
     if not proxy or urllib.request.proxy_bypass(host):
         connection = kind(host, port, timeout=_TIMEOUT_S)
         stream = _open_first(public_addresses(host, port, hosts))
+        watch(stream)
         if secure:
             stream = ssl.create_default_context().wrap_socket(stream, server_hostname=host)
+            watch(stream)
         connection.sock = stream
         return connection, target, {}
     try:
@@ -142,6 +147,9 @@ def _connect(
     connection = kind(str(via.hostname), via.port or 80, timeout=_TIMEOUT_S)
     if secure:
         connection.set_tunnel(host, port, login)
+    connection.connect()
+    watch(connection.sock)
+    if secure:
         return connection, target, {}
     return connection, urllib.parse.urlunsplit((*parts[:4], "")), login
 
@@ -161,14 +169,40 @@ def _open_first(addresses: list[Address]) -> socket.socket:
     raise OSError("its name has no address")
 
 
-def _whole(answer: http.client.HTTPResponse, ends: float) -> bytes:
-    """An answer's whole body, within :data:`MAX_BYTES` and until a time: a timeout alone restarts with each read."""
+class _Deadline:
+    """Ends a connection's reads at a time: a timeout alone restarts with each read, however slowly bytes come."""
+
+    def __init__(self, ends: float) -> None:
+        self._ends = ends
+        self._stream: socket.socket | None = None
+        self._timer = threading.Timer(max(0.0, ends - time.monotonic()), self._end)
+
+    def watch(self, stream: socket.socket) -> None:
+        """Sets the connection to end."""
+        self._stream = stream
+
+    def _end(self) -> None:
+        if self._stream is not None:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._stream, socket.SHUT_RDWR)  # below TLS, which may be in a read
+
+    def __enter__(self) -> _Deadline:
+        self._timer.daemon = True
+        self._timer.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        self._timer.cancel()
+        if time.monotonic() > self._ends and not isinstance(error, NotAllowed):
+            raise TimeoutError(f"it took more than {LONGEST_S:g} s") from error
+
+
+def _whole(answer: http.client.HTTPResponse) -> bytes:
+    """An answer's whole body, within :data:`MAX_BYTES`."""
     content = bytearray()
     while chunk := answer.read1(_CHUNK_BYTES):
         content += chunk
         bounded(content)
-        if time.monotonic() > ends:
-            raise TimeoutError(f"it took more than {LONGEST_S:g} s")
     if answer.length:
         raise ConnectionError(f"it ended {answer.length} bytes early")
     return bytes(content)
