@@ -14,11 +14,11 @@ from emloc_ray.data.hub_splits import HubSplit
 from emloc_ray.errors import DataError
 from emloc_ray.io.formats.arrow_schemas import check_no_extensions
 from emloc_ray.io.store.atomic import atomic_file
-from emloc_ray.text import one_line
+from emloc_ray.text import duration, one_line
 
 _WRONG_NAME = "fix its name, its subset (hf:NAME@SUBSET) or its split"
 _NO_NETWORK = "check the network, and HF_HUB_OFFLINE and HF_ENDPOINT in the environment, or name files that are here"
-LOOK_S = 1.0  # between two looks
+LOOK_S, SILENT_S = 1.0, 1800.0  # between two looks; for which nothing may come
 _REFUSED = 3  # the exit code for a whole sentence of ours on stdout
 
 
@@ -27,7 +27,8 @@ def download(
 ) -> None:
     """Writes the rows of ``hf:NAME[@SUBSET][:SPLIT]`` (also of a local folder that ``datasets`` reads) to ``path``; with
     ``first`` only so many, of the whole split, which are then all that is fetched. ``look`` is called every second, and may
-    raise. Raises DataError where it cannot be loaded, or where a column has an extension type."""
+    raise. Raises DataError where it cannot be loaded, where nothing comes for half an hour, or where a column has an extension
+    type."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=path.parent, prefix=".hub.", suffix=".tmp") as folder,
@@ -43,6 +44,8 @@ def download(
                 code = _watched(loading, look)
             finally:
                 loading.kill()
+        if code is None:
+            raise DataError(f"data.{split}.path {place} has given nothing for {duration(SILENT_S)}: {_NO_NETWORK}.")
         if code:
             said.seek(0)
             detail = (said.read().strip().splitlines() or [f"exit code {code}"])[-1]
@@ -54,13 +57,28 @@ def download(
             shutil.copyfileobj(written, file)
 
 
-def _watched(loading: subprocess.Popen[bytes], look: Callable[[], None]) -> int:
-    """Waits for a process and returns its exit code."""
-    while True:
+def _watched(loading: subprocess.Popen[bytes], look: Callable[[], None]) -> int | None:
+    """Waits for a process and returns its exit code; None where it neither wrote nor computed for too long. Counts looks, not
+    time: this process itself may have been stopped meanwhile."""
+    done, looks = "", 0
+    while looks * LOOK_S < SILENT_S:
         try:
             return loading.wait(LOOK_S)
         except subprocess.TimeoutExpired:
             look()
+            before, done = done, _done(loading.pid)
+            looks = looks + 1 if done and done == before else 0
+    return None
+
+
+def _done(process: int) -> str:
+    """The bytes that a process has written, and its seconds of CPU; proc(5)."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        written = Path(f"/proc/{process}/io").read_text().split("wchar:")[1].split()[0]
+        return f"{written} {sum(map(int, stat[11:13])) // os.sysconf('SC_CLK_TCK')}"
+    except (OSError, IndexError):  # not Linux, where it is not known and nothing is ended
+        return ""
 
 
 def _write(name: str, subset: str, part: str, place: str, path: str, first: str) -> None:

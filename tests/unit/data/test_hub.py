@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from emloc_ray.data import hub
+from emloc_ray.errors import DataError
 
 
 class Stop(Exception):
@@ -30,6 +31,27 @@ def loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def is_gone(folder: Path) -> bool:
     return not Path("/proc", (folder / "number").read_text().strip()).exists()
+
+
+def test_silence_has_an_end_with_a_sentence(loader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (loader / "work").write_text("exec sleep 600\n")
+    monkeypatch.setattr(hub, "SILENT_S", 0.5)
+    with pytest.raises(
+        DataError, match=r"^data\.train\.path hf:some/rows has given nothing for 0\.5 s: check the netw"
+    ):
+        hub.download("hf:some/rows", "train", loader / "out" / "train.parquet")
+    assert is_gone(loader)
+    assert list((loader / "out").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_what_goes_on_writing_may_take_longer(loader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (loader / "work").write_text(
+        "for i in 1 2 3 4 5 6 7 8; do echo some; sleep 0.25; done; echo 'all of it' ; exit 3\n"
+    )
+    monkeypatch.setattr(hub, "SILENT_S", 1.5)
+    with pytest.raises(DataError, match=r"^all of it$"):
+        hub.download("hf:some/rows", "train", loader / "out" / "train.parquet")
 
 
 def test_who_waits_can_stop(loader: Path) -> None:
