@@ -174,7 +174,7 @@ def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
 def _counted(place: str, kind: str, stream: io.BufferedReader, keep_bad: bool, version: str) -> SourceFile:
     """A text file with its rows counted, and marked where reading can begin there."""
     if kind == "jsonl" and is_array(place, stream):
-        count = sum(1 for _ in array_items(stream))
+        count = sum(1 for _ in array_items(stream, keep_bad))
         return SourceFile(place, "array", count, (), max(1, count), version)
     marks, count = [], 0
     delimiter = delimiter_of(place, stream) if kind == "csv" else ","
@@ -227,7 +227,7 @@ def _read_groups(
     """Rows of Parquet files: reads the row groups that hold any, each as far as its last one."""
     start = stop = 0
     try:
-        with _parquet(source.path) as file:
+        with _parquet(source.path) as (file, stream):
             names = file.schema_arrow.names
             wanted = [*(fields or ()), *(name for name in extra if name in names)]
             columns = wanted if fields and set(fields) <= set(names) else None
@@ -238,7 +238,7 @@ def _read_groups(
                     raise _shorter(source)
                 metadata = file.metadata.row_group(group)
                 start, stop = ends[group] - metadata.num_rows, ends[group]
-                size = _rows_a_batch(metadata, columns)
+                size = _rows_a_batch(metadata, columns, stream)
                 batches = file.iter_batches(size, [group], columns, use_threads=False)
                 for batch, begin, numbers in _batches_with(in_group, batches, start, source):
                     yield from zip(numbers, _python_rows(batch, begin, source, numbers, keep_bad), strict=True)
@@ -272,16 +272,31 @@ def _shorter(source: SourceFile) -> DataError:
     return DataError(f"{source.name} is shorter than when it was counted: run again.")
 
 
-def _rows_a_batch(group: pq.RowGroupMetaData, columns: Sequence[str] | None) -> int:
-    """How many rows of a group are read at once: about :data:`BATCH_BYTES` of them."""
+def _rows_a_batch(group: pq.RowGroupMetaData, columns: Sequence[str] | None, stream: Any) -> int:
+    """How many rows of a group are read at once: about :data:`BATCH_BYTES` of them. Rows may repeat a dictionary's values, of
+    each column as many as make a value too long at most."""
     names = None if columns is None else tuple(f"{name}." for name in columns)
-    chunks = (group.column(number) for number in range(group.num_columns))
-    whole = sum(
-        chunk.total_uncompressed_size
-        for chunk in chunks
-        if names is None or f"{chunk.path_in_schema}.".startswith(names)
-    )
-    return max(1, min(_ROWS_PER_BATCH, BATCH_BYTES * group.num_rows // max(whole, 1)))
+    every = (group.column(number) for number in range(group.num_columns))
+    chunks = [chunk for chunk in every if names is None or f"{chunk.path_in_schema}.".startswith(names)]
+    whole = sum(chunk.total_uncompressed_size for chunk in chunks)
+    large = [chunk for chunk in chunks if chunk.total_uncompressed_size * _ROWS_PER_BATCH > text_rows.MAX_LINE_BYTES]
+    most = [text_rows.MAX_LINE_BYTES // _dictionary_bytes(chunk, stream) for chunk in large]
+    return max(1, min(_ROWS_PER_BATCH, BATCH_BYTES * group.num_rows // max(whole, 1), *most))
+
+
+def _dictionary_bytes(chunk: pq.ColumnChunkMetaData, stream: Any) -> int:
+    """The bytes of a column's dictionary, by the header of its first page: 1 where it has none. The header begins with the
+    page's kind, 2 for a dictionary, and its size, each as a byte 0x15 and a zigzag varint (Thrift's compact protocol)."""
+    stream.seek(chunk.dictionary_page_offset or chunk.data_page_offset)
+    head = stream.read(8)
+    if not head.startswith(b"\x15\x04\x15"):
+        return 1 if head.startswith(b"\x15") else int(chunk.total_uncompressed_size)
+    size = 0
+    for place, byte in enumerate(head[3:]):
+        size |= (byte & 127) << 7 * place
+        if byte < 128:
+            break
+    return max(1, size >> 1)
 
 
 def _python_rows(
@@ -353,7 +368,7 @@ def _read_records(source: SourceFile, rows: Iterable[int], keep_bad: bool) -> It
 def _records(source: SourceFile, offset: int) -> Iterator[Any]:
     with open_file(source.path, STORED_BUFFER_BYTES) as stream:
         if source.kind == "array":
-            yield from array_items(stream)
+            yield from array_items(stream, keep_bad=True)
             return
         is_csv = source.kind == "csv"
         for _, record in csv_records(stream, offset, source.delimiter) if is_csv else lines(stream, offset):
@@ -370,12 +385,12 @@ def _parser(source: SourceFile) -> Callable[[Any], Row]:
 
 
 @contextlib.contextmanager
-def _parquet(path: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file, buffered: so a row group is read page by page instead of by whole columns. Checks its schema each time, as
-    the file may have changed since it was counted."""
+def _parquet(path: str) -> Iterator[tuple[pq.ParquetFile, Any]]:
+    """A Parquet file, buffered: so a row group is read page by page instead of by whole columns; and its bytes. Checks its schema
+    each time, as the file may have changed since it was counted."""
     size = STORED_BUFFER_BYTES if is_store_uri(path) else _BUFFER_BYTES
     with (
         StoredFile(path) if is_store_uri(path) else pa.OSFile(path) as stream,
         open_parquet(stream, shown(path), buffer_size=size, pre_buffer=False) as file,
     ):
-        yield file
+        yield file, stream

@@ -20,8 +20,10 @@ _MAX_CSV_FIELD = 2**31 - 1  # the csv module's own limit is 128 KiB
 SKIP_BYTES = 2**20
 ARRAY_BYTES = 2**18
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
+_MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)  # strings, and brackets between them
+# The marks that count outside JSON's strings, and inside.
+_OUTSIDE, _INSIDE = re.compile(r'["\[\]{}]'), re.compile(r'"|\\.?', re.DOTALL)
 _PARSE = json.JSONDecoder().raw_decode
-_END = object()  # of an array
 _OPEN_QUOTE = "a quote is opened that is never closed"
 _TOO_LONG = "\udcfftoo long"  # replaces a too long line of a CSV file; no UTF-8 decodes to it
 _BOMS = {
@@ -78,7 +80,9 @@ def read_object(line: bytes) -> Row:
 
 
 def check_object(value: Any) -> Row:
-    """The value itself; raises BadText where it is no object."""
+    """The value itself; raises BadText where it is no object, or is that itself."""
+    if isinstance(value, BadText):
+        raise value
     if not isinstance(value, dict):
         raise BadText(f"{type(value).__name__} instead of an object: write one object a line")
     return value
@@ -103,55 +107,104 @@ def _decoded(line: bytes) -> str:
         raise BadText(_not_utf8(line[error.start], error.start)) from error
 
 
-def array_items(stream: io.BufferedReader) -> Iterator[Any]:
-    """The values in the one JSON array of a file; holds one of them, and a piece of the file. Raises ValueError, naming the
-    element, where the array is no JSON or not UTF-8, or an element is too long."""
+def array_items(stream: io.BufferedReader, keep_bad: bool = False) -> Iterator[Any]:
+    """The values in the one JSON array of a file; holds one of them, and a piece of the file.
+
+    ``keep_bad``: gives BadText, not raised, for an object that is no JSON, not UTF-8 or too long and whose brackets still say
+    where it ends. Raises ValueError where it is no JSON; what comes after that cannot be found.
+    """
     stream.seek(0)
-    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-    text, at, number, size, ended = "", 0, 0, ARRAY_BYTES, False
+    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+    text, at, size, ended = "", 0, ARRAY_BYTES, False
+    place = "["  # what comes next: the array's beginning, a value or its end, or what is between two values
+    number = 0
     while True:
-        try:
-            value, at = _array_value(text, at, is_first=number == 0)
-        except json.JSONDecodeError as error:
-            is_long = len(text) - at > MAX_LINE_BYTES
-            if ended or is_long:
-                within = f" in its first {MAX_LINE_BYTES} bytes: split it, or correct it" if is_long else ""
-                raise ValueError(f"element {number + 1}: {error.msg}{within}") from error
-            more = stream.read(size)
-            try:
-                text, at, size, ended = text[at:] + decode(more, not more), 0, 2 * size, not more
-            except UnicodeDecodeError as wrong:
-                place = stream.tell() - len(wrong.object) + wrong.start
-                raise ValueError(_not_utf8(wrong.object[wrong.start], place)) from wrong
+        at = _JSON_SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing too
+        if at < len(text) and place == "[":
+            at, place = at + 1, "value or ]"
             continue
+        if at < len(text) and place == ", or ]" and text[at] == ",":
+            at, place = at + 1, "value"
+            continue
+        if at < len(text) and text[at] == "]" and place != "value":
+            while not (rest := text[at + 1 :].strip()) and (more := stream.read(ARRAY_BYTES)):
+                text, at = decode(more), -1
+            if rest:
+                raise ValueError(f"there is more after the ] of element {number}")
+            return
+        try:
+            if place == ", or ]" or at == len(text):
+                raise json.JSONDecodeError(f"expected {place}", text, at)
+            value, at = _array_value(text, at)
         except (ValueError, RecursionError) as error:
-            why = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
-            raise ValueError(f"element {number + 1}: {why}") from error
-        if value is _END:
-            break
+            is_long = len(text) - at > MAX_LINE_BYTES
+            if not (ended or is_long or (at < len(text) and place == ", or ]")):
+                more = stream.read(size)
+                text, at, ended, size = text[at:] + decode(more, not more), 0, not more, 2 * size
+                continue
+            pieces = (decode(more) for more in iter(lambda: stream.read(SKIP_BYTES), b""))
+            passed = _past(text, at, pieces) if is_long and text.startswith("{", at) else None
+            if passed is None:
+                raise ValueError(f"element {number + 1}: {_why(error)}") from error
+            value, (text, at) = BadText(f"longer than {MAX_LINE_BYTES} bytes: split it"), passed
+        if isinstance(value, BadText) and not keep_bad:
+            raise ValueError(f"element {number + 1}: {value}")
         yield value
-        number, size = number + 1, ARRAY_BYTES
-    if text[at:].strip() or any(more.strip() for more in iter(lambda: stream.read(ARRAY_BYTES), b"")):
-        raise ValueError(f"there is more after the ] of element {number}")
+        number, place, size = number + 1, ", or ]", ARRAY_BYTES
 
 
-def _array_value(text: str, at: int, is_first: bool) -> tuple[Any, int]:
-    """The value, or :data:`_END`, of an array behind what comes before it, and where it ends. Raises JSONDecodeError where it is
-    not all there."""
-    at = _past_space(text, at)
-    mark = text[at : at + 1]
-    behind = _past_space(text, at + 1)
-    if mark == "]" and not is_first:
-        return _END, at + 1
-    if mark == "[" and is_first and text.startswith("]", behind):
-        return _END, behind + 1
-    if mark != ("[" if is_first else ","):
-        raise json.JSONDecodeError(f"expected {'[' if is_first else ', or ]'}", text, at)
-    return _PARSE(text, behind)
+def _array_value(text: str, at: int) -> tuple[Any, int]:
+    """The value that begins at ``at``, or BadText, and where it ends; raises where it is not all there, or has no end."""
+    try:
+        value, end = _PARSE(text, at)
+    except (ValueError, RecursionError) as error:  # also of a number of more digits than Python reads
+        closing = _closing(text, at)
+        if closing is None:
+            raise
+        return BadText(f"not JSON ({_why(error)}): correct it"), closing
+    try:
+        text[at:end].encode()
+    except UnicodeEncodeError as error:
+        return BadText(_not_utf8(ord(text[at + error.start]) & 0xFF, error.start)), end
+    return value, end
 
 
-def _past_space(text: str, at: int) -> int:
-    return _JSON_SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing too
+def _why(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return error.msg if isinstance(error, json.JSONDecodeError) else "a number has too many digits"
+
+
+def _past(text: str, at: int, pieces: Iterator[str]) -> tuple[str, int] | None:
+    """The piece of a text in which the object at ``at`` ends, and where; holds one piece of ``pieces``, which follow. None
+    where it has no end."""
+    depth, is_inside = 0, False
+    while True:
+        while mark := (_INSIDE if is_inside else _OUTSIDE).search(text, at):
+            at = mark.end()
+            if mark[0] == '"':
+                is_inside = not is_inside
+            elif not is_inside:
+                depth += 1 if mark[0] in "{[" else -1
+                if depth == 0:
+                    return text, at
+            elif mark[0] == "\\":  # the piece ends inside an escape
+                break
+        rest = "\\" if mark else ""
+        piece = next(pieces, None)
+        if piece is None:
+            return None
+        text, at = rest + piece, 0
+
+
+def _closing(text: str, at: int) -> int | None:
+    """The end of the object at ``at`` by its brackets outside strings, whatever else it holds; None where it has none here."""
+    depth = 0
+    for mark in _MARKS.finditer(text, at) if text.startswith("{", at) else ():
+        depth += (mark[0] in ("{", "[")) - (mark[0] in ("}", "]"))
+        if depth == 0:
+            return mark.end()
+    return None
 
 
 def csv_records(stream: io.BufferedReader, offset: int = 0, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -116,12 +117,32 @@ def test_a_poison_row_alone_is_left_out(
     assert all(rows[number] == GOOD[number] for number in rows if number != BAD)
 
 
-def test_a_too_long_element_ends_its_array(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ['", "completion": "c"}', '\\\\", "a": [{"b": "}]"}]}', '\\"}"}'])
+@pytest.mark.parametrize("piece", [1, 7, 2**20])
+def test_a_too_long_element_of_an_array_is_left_out_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, piece: int
+) -> None:
+    monkeypatch.setattr(text_rows, "SKIP_BYTES", piece)
+    monkeypatch.setattr(text_rows, "ARRAY_BYTES", 2**12)
     path = tmp_path / "a.json"
-    path.write_text('[{"prompt": "a", "completion": "b"}, {"prompt": "' + "x" * 1_000_000 + '"}]')
+    rows = [json.dumps(row, ensure_ascii=False) for row in GOOD[:9]]
+    rows[4] = '{"prompt": "' + "}ü" * 70_000 + ending
+    path.write_text("[" + ", ".join(rows) + "]")
+    read = dict(read_rows(scan(path, keep_bad=True), range(9), keep_bad=True))
+    bad = read.pop(4)
+    assert isinstance(bad, BadRow)
+    assert str(bad.error) == f"{path}, row 5: longer than 65536 bytes: split it."
+    assert [*read.values()] == [*GOOD[:4], *GOOD[5:9]]
     with pytest.raises(
-        DataError, match="element 2: Unterminated string starting at in its first 65536 bytes: split it"
+        DataError, match=r"a\.json cannot be read as jsonl \(element 5: longer than 65536 bytes: split it\)"
     ):
+        scan(path)
+
+
+def test_a_too_long_element_without_an_end_ends_its_array(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"prompt": "a", "completion": "b"}, {"prompt": "' + "x" * 1_000_000)
+    with pytest.raises(DataError, match="element 2: Unterminated string"):
         scan(path, keep_bad=True)
 
 
@@ -157,6 +178,18 @@ def test_a_too_long_value_of_a_parquet_file_is_named_or_left_out(tmp_path: Path,
     assert isinstance(bad, BadRow)
     assert str(bad.error) == told
     assert [row["prompt"] for row in rows.values()] == [f"p{number}" for number in rows]
+
+
+def test_few_rows_are_read_at_once_that_repeat_a_long_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parquet stores it once; read as text it is there once a row."""
+    monkeypatch.setattr(text_rows, "MAX_LINE_BYTES", 2**21)
+    path = tmp_path / "a.parquet"
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 500, pa.int32()), pa.array(["x" * 2**20]))
+    pq.write_table(pa.table({"text": text}), path, store_schema=False)
+    source, before = scan(path), pa.total_allocated_bytes()
+    for _, row in itertools.islice(read_rows(source, range(500)), 9):
+        assert len(row["text"]) == 2**20
+        assert pa.total_allocated_bytes() - before < 2**24
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
