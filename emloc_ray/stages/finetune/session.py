@@ -9,12 +9,14 @@ import contextlib
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ray.train
 import torch
+from ray.train.collective import broadcast_from_rank_zero
 
+from emloc_ray.errors import ArtifactError, StageError
 from emloc_ray.io.store.atomic import COPY_BYTES, atomic_file, read_json, write_json
 from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import discard, ensure, is_stored, sizes
@@ -31,23 +33,24 @@ class TrainingSession(ABC):
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[str | None]:
-        """The folder of the newest checkpoint that is whole, while the block lasts; None where there is none. The first rank
-        removes what a save that was broken off left."""
-        newest = read_json(self.directory / NEWEST)
-        name = None if newest is None else newest["folder"]
+        """The folder of the newest checkpoint that is whole, the same on all ranks, while the block lasts; None where there is
+        none. The first rank removes what a save that was broken off left. Raises ArtifactError where a rank does not see it."""
+        name = self.agreed(self._newest() if self.rank == 0 else None)
+        folder = None if name is None else self.directory / name
+        if folder is not None:
+            ensure(folder)
+            if not folder.is_dir():
+                raise ArtifactError(
+                    f"{self.directory / NEWEST} names {name}, which is not there: remove the file to begin anew."
+                )
         if self.rank == 0:
-            self._remove_others(name)
-        if name is None:
-            yield None
-            return
-        folder = self.directory / name
-        ensure(folder)
-        yield str(folder) if folder.is_dir() else None
+            self._remove(lambda step: f"checkpoint-{step}" != name)
+        yield None if folder is None else str(folder)
 
     def save(self, folder: Path | None, step: int) -> None:
         """Keeps what this rank wrote for a step (``folder``, where it did), in place of earlier steps': the files of all ranks
-        in one folder, then its name, then no others. All ranks call it. Raises TakenOver where another process holds the run by
-        now."""
+        in one folder, then its name, then no earlier ones. All ranks call it. Raises TakenOver where another process holds the
+        run by now, StageError where another group has come further: this one stood still, and was replaced."""
         check_lock(self.directory)
         target = self.directory / f"checkpoint-{step}"
         if folder is not None:
@@ -56,13 +59,26 @@ class TrainingSession(ABC):
                     shutil.copyfileobj(source, kept, COPY_BYTES)
         self.meet()
         if self.rank == 0 and folder is not None:
+            newest = self._newest()
+            if newest is not None and _step_of(newest) > step:
+                raise StageError(
+                    f"Step {step} was saved too late: the training has gone on to {newest} without this worker."
+                )
             write_json(self.directory / NEWEST, {"folder": target.name})
-            self._remove_others(target.name)
+            self._remove(lambda other: other < step)
 
-    def _remove_others(self, kept: str | None) -> None:
+    def _newest(self) -> str | None:
+        newest = read_json(self.directory / NEWEST)
+        return None if newest is None else str(newest["folder"])
+
+    def _remove(self, goes: Callable[[int], bool]) -> None:
         for name in {file.relative_to(self.directory).parts[0] for file in sizes(self.directory)}:
-            if name not in (kept, NEWEST):
+            if name != NEWEST and goes(_step_of(name)):
                 discard(self.directory / name)
+
+    @abstractmethod
+    def agreed(self, name: str | None) -> str | None:
+        """What the first rank gives, on all ranks."""
 
     @abstractmethod
     def meet(self) -> None:
@@ -79,6 +95,10 @@ class GroupSession(TrainingSession):
     def __init__(self, directory: Path) -> None:
         context = ray.train.get_context()
         super().__init__(directory, context.get_world_rank(), context.get_world_size())
+
+    def agreed(self, name: str | None) -> str | None:
+        """By Ray Train: on a GPU torch has no device of this rank's yet."""
+        return broadcast_from_rank_zero(name)
 
     def meet(self) -> None:
         """By torch, which raises where a rank was lost; Ray Train's own report returns then."""
@@ -97,12 +117,22 @@ class LoneSession(TrainingSession):
         super().__init__(directory, 0, 1)
         self._departures = Departures()
 
+    def agreed(self, name: str | None) -> str | None:
+        """There is no other."""
+        return name
+
     def meet(self) -> None:
         """There is no other."""
 
     def is_leaving(self) -> bool:
         """Whether this process's node is about to leave, as Ray says."""
         return self._departures.here()
+
+
+def _step_of(name: str) -> int:
+    """The step of a checkpoint's folder; -1 of what is none, as an earlier version's."""
+    step = name.removeprefix("checkpoint-")
+    return int(step) if step.isdecimal() else -1
 
 
 def claim_try_folder(storage_dir: Path) -> str:

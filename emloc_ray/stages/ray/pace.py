@@ -87,7 +87,8 @@ class Pace:
     def __init__(self, planned_s: float = 0.0) -> None:
         """``planned_s``: the seconds that all of it was planned to take; 0 where that is not known."""
         self._planned_s = planned_s
-        self._since: dict[Any, float] = {}
+        self._gave: dict[Any, float] = {}  # when each task yielded last
+        self._since: dict[Any, float] = {}  # when it, or all together, last gave a sign
         self._starting: set[Any] = set()
         self._left: object = None
         self._looked = -math.inf
@@ -97,9 +98,9 @@ class Pace:
         """Notes that a task has yielded a piece; the first time, that it has begun. ``starts``: what follows is no piece yet, and
         may take as long as a piece may where few are known."""
         now = time.monotonic()
-        if task in self._since and task not in self._starting:
-            self._took.append(now - self._since[task])
-        self._since[task] = now
+        if task in self._gave and task not in self._starting:
+            self._took.append(now - self._gave[task])
+        self._gave[task] = self._since[task] = now
         (self._starting.add if starts else self._starting.discard)(task)
 
     def see(self, left: object) -> None:
@@ -110,6 +111,7 @@ class Pace:
 
     def over(self, task: Any) -> None:
         """Forgets a task that has ended, or was lost."""
+        self._gave.pop(task, None)
         self._since.pop(task, None)
         self._starting.discard(task)
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from emloc_ray.errors import TakenOver
+from emloc_ray.errors import ArtifactError, StageError, TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.stages.finetune import session as training_session
 from emloc_ray.stages.finetune.session import NEWEST, GroupSession, LoneSession, claim_try_folder, own_environment
@@ -63,6 +63,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch, directory: Path, meet: Callable[[], o
     own = [SimpleNamespace(get_world_rank=lambda rank=rank: rank, get_world_size=lambda: 2) for rank in range(2)]
     monkeypatch.setattr(training_session.ray.train, "get_context", lambda: own.pop(0))
     monkeypatch.setattr(training_session.torch.distributed, "barrier", meet)
+    monkeypatch.setattr(training_session, "broadcast_from_rank_zero", lambda name: name)
     return [GroupSession(directory) for _ in range(2)]
 
 
@@ -175,9 +176,37 @@ def test_killed_before_any_write_one_whole_checkpoint_is_named(
     assert not (tmp_path / "kept" / "checkpoint-2").exists()
 
 
-def test_a_name_without_its_folder_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "newest.json").write_text('{"folder": "checkpoint-8"}')
-    assert found(tmp_path) is None
+def test_a_name_without_its_folder_begins_nothing_anew_in_silence(tmp_path: Path) -> None:
+    (tmp_path / NEWEST).write_text('{"folder": "checkpoint-8"}')
+    LoneSession(tmp_path).save(checkpoint(tmp_path / "made" / "x", 9), 9)
+    (tmp_path / NEWEST).write_text('{"folder": "checkpoint-8"}')
+    with pytest.raises(ArtifactError, match=r"newest.json names checkpoint-8, which is not there"):
+        found(tmp_path)
+    assert (tmp_path / "checkpoint-9").is_dir()
+
+
+def test_all_ranks_go_on_from_what_the_first_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LoneSession(tmp_path / "kept").save(checkpoint(tmp_path / "made", 2), 2)
+    _, second = ranks(monkeypatch, tmp_path / "kept", lambda: None)
+    for said in (None, "checkpoint-2"):
+        monkeypatch.setattr(training_session, "broadcast_from_rank_zero", lambda own, said=said: said)
+        with second.checkpoint() as folder:
+            assert folder == (said and str(tmp_path / "kept" / said))
+
+
+def test_a_first_rank_that_stood_still_takes_nothing_from_the_group_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "kept"
+
+    def stand_still() -> None:
+        """Meanwhile the group after it has come further."""
+        LoneSession(kept).save(checkpoint(tmp_path / "later", 6), 6)
+
+    late, _ = ranks(monkeypatch, kept, stand_still)
+    with pytest.raises(StageError, match="Step 4 was saved too late: the training has gone on to checkpoint-6"):
+        late.save(checkpoint(tmp_path / "made", 4), 4)
+    assert found(kept) == ("6", "w" * 6)
 
 
 def test_what_a_training_sets_in_the_environment_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,20 @@ def test_a_task_that_tells_elsewhere_how_far_it_is_goes_on(silent_task: list[flo
     assert [task for task, _ in ended] == ([] if goes_on else ["the training"])
 
 
+def test_files_that_others_write_do_not_make_long_pieces_seem_short(silent_task: list[float]) -> None:
+    """Groups of one shape end together; in the next hour nobody writes a file."""
+    watch, ended = Pace(), list[Ended]()
+    for task in range(4):
+        watch.gave(task)
+    for minute in range(1, 10 * 60):
+        silent_task[0] += 60
+        if minute % 60 < 4:  # each has ended, and begins another
+            watch.see(minute)
+            watch.gave(minute % 60)
+        ended += watch.end_overdue()
+    assert ended == []
+
+
 def test_a_start_is_held_against_the_plan_and_is_no_piece(silent_task: list[float]) -> None:
     """To open a large model from a slow disk may take longer than many of its units."""
     watch = Pace(planned_s=600.0)
