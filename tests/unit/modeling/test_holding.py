@@ -14,7 +14,7 @@ import torch
 import transformers
 from families import save
 from safetensors.torch import save_file
-from shared_keys import HAS_MISTRAL, MISTRAL
+from shared_keys import HAS_MISTRAL, MISTRAL, TRANSFORMERS
 from stage_artifacts import random_rows
 from tiny import PAD, save_emulator, save_model
 from torch import Tensor
@@ -154,9 +154,9 @@ def test_sums_are_those_of_the_whole_model(family: str, saved: Callable[[str], P
 
 @pytest.mark.skipif(not HAS_MISTRAL, reason="transformers has no Mistral Large 4")
 def test_grams_of_blocks_that_share_keys_and_values_are_those_of_the_whole_model(tmp_path: Path) -> None:
-    config = transformers.MistralLarge4Config(**MISTRAL)
+    config = TRANSFORMERS.MistralLarge4Config(**MISTRAL)
     torch.manual_seed(0)
-    transformers.MistralLarge4ForConditionalGeneration(config).save_pretrained(tmp_path)
+    TRANSFORMERS.MistralLarge4ForConditionalGeneration(config).save_pretrained(tmp_path)
     empty = empty_model(config)
     trace = trace_inputs(empty, block_linears(empty))
     sums = []

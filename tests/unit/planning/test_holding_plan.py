@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import transformers
-from shared_keys import HAS_MISTRAL, MISTRAL
+from shared_keys import HAS_MISTRAL, MISTRAL, TRANSFORMERS
 from tiny import make_config
 
 from emloc_ray.modeling.architecture import LinearSpec
@@ -74,7 +74,7 @@ OF_4: dict[str, Any] = {"intermediate_size": 96, "global_head_dim": 16}
             laurel_rank=4,
             activation_sparsity_pattern=[0.0] * 4,
         ),
-        *([transformers.MistralLarge4Config(**MISTRAL)] if HAS_MISTRAL else []),
+        *([TRANSFORMERS.MistralLarge4Config(**MISTRAL)] if HAS_MISTRAL else []),
     ],
     ids=lambda config: config.model_type,
 )
