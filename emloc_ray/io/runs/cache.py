@@ -147,7 +147,7 @@ class ArtifactCache:
         nothing.
 
         ``verify``: checks that its files are of their content (:func:`holds`) and run no code. What this process added is of its
-        content. On an object store that is checked when it is fetched, with ``doubted`` here already.
+        content, but where it is ``doubted``: then all is read. On an object store content is checked when it is fetched.
         ``outputs``: the folders of a run that its files may be for: another entry would write over what other stages made, or
         the run's own files, and is removed too. ``own_only``: passes over what another user may have made, whose code would run
         with this user's rights. An object store does not say who made an entry."""
@@ -159,7 +159,7 @@ class ArtifactCache:
             if own_only and not (self.is_own or self._is_of_user(entry)):
                 return None
             is_whole = _is_within(entry, outputs) and self._has_sizes(entry)
-            if not is_whole or (verify and not self._is_safe(entry, hashed=doubted or self._at.store is None)):
+            if not is_whole or ((verify or doubted) and not self._is_safe(entry, doubted)):
                 self._at.remove(stage, key)
                 return None
             return entry
@@ -283,11 +283,14 @@ class ArtifactCache:
         owners = {file.st_uid for file in self._held_files(entry).values()}
         return self._at.store is None and owners | {self._at.owner(entry.stage, entry.key)} == {os.geteuid()}
 
-    def _is_safe(self, entry: Entry, hashed: bool) -> bool:
-        folder = self._at.folder(entry.stage, entry.key) / _FILES
+    def _is_safe(self, entry: Entry, doubted: bool) -> bool:
+        folder, hashed = self._at.folder(entry.stage, entry.key) / _FILES, doubted or self._at.store is None
+
+        def is_safe(path: str) -> bool:
+            return _is_safe(folder / path, entry.files[path]["sha256"] if hashed else None, doubted)
+
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
-            shas = (content["sha256"] if hashed else None for content in entry.files.values())
-            return all(pool.map(_is_safe, [folder / path for path in entry.files], shas))
+            return all(pool.map(is_safe, entry.files))
 
     def _held_files(self, entry: Entry) -> dict[str, os.stat_result]:
         """An entry's files, without what is no file itself, such as a link. None in a store."""
@@ -335,13 +338,16 @@ def _is_within(entry: Entry, folders: Sequence[str] | None) -> bool:
     )
 
 
-def _is_safe(path: Path, sha256: str | None) -> bool:
-    """Whether a file is of this content (None: of any), and its columns, where it has some, are of types that run no code."""
+def _is_safe(path: Path, sha256: str | None, doubted: bool) -> bool:
+    """Whether a file is of this content (None: of any; read anew where it is doubted), and its columns, where it has some, are
+    of types that run no code."""
     if sha256 is None and path.suffix not in _WITH_COLUMNS:
         return True
     with open_artifact(path) as (stream, _):
         is_local = origin(path) is None
-        if sha256 is not None and not (holds(stream, sha256) if is_local else digest_of(stream) == sha256):
+        if sha256 is not None and not (
+            holds(stream, sha256, anew=doubted) if is_local else digest_of(stream) == sha256
+        ):
             return False
         try:
             stream.seek(0)

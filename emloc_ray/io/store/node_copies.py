@@ -76,11 +76,13 @@ def is_whole(file: Path, sha256: str) -> bool:
         return holds(stream, sha256)
 
 
-def holds(file: IO[bytes], sha256: str) -> bool:
+def holds(file: IO[bytes], sha256: str, anew: bool = False) -> bool:
     """Whether an open file has this content: hashed once a process, however many runs have links to it, and again when it has
-    changed."""
+    changed, or is to be read ``anew``."""
     status = os.fstat(file.fileno())
     with _turns[status.st_ino % len(_turns)]:
+        if anew:
+            _hashed.pop((sha256, status.st_dev, *_identity(status)), None)
         return _is_of(file, status, sha256)
 
 

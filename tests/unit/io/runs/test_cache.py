@@ -360,6 +360,21 @@ def test_a_broken_entry_of_a_store_is_a_miss_and_goes(place: Callable[..., str])
         cache.link(entry, root_of(place("folder", "second")))
 
 
+def test_a_doubted_entry_is_read_whatever_its_times_say(local: ArtifactCache, tmp_path: Path) -> None:
+    """As a disk that rots: neither size nor time of the file has changed."""
+    added(local, tmp_path / "first")
+    file, run = (
+        folder(local) / "files" / "emulator" / "a.safetensors",
+        tmp_path / "first" / "emulator" / "a.safetensors",
+    )
+    status = file.stat()
+    file.chmod(0o600)
+    file.write_bytes(b"b" * status.st_size)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    run.unlink()
+    assert local.find(STAGE, KEY, verify=True, doubted=True) is None
+
+
 def test_what_is_wrong_in_the_run_is_not_taken(local: ArtifactCache, tmp_path: Path) -> None:
     files = made(tmp_path / "first")
     os.truncate(tmp_path / "first" / "emulator" / "a.safetensors", 999)
