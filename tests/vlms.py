@@ -14,13 +14,17 @@ HIDDEN = 32
 _NAMED = {
     "image_token": "<image>",
     "start_image_token": "<img>",
+    "image_boundary_token": "<img>",
     "boi_token": "<img>",
     "eoi_token": "</img>",
     "end_image_token": "</img>",
     "context_image_token": "<image>",
     "video_token": "<video>",
+    "audio_token": "<video>",
+    "boa_token": "<img>",
+    "eoa_token": "</img>",
 }
-_TEXT: dict[str, Any] = {
+TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "pad_token_id": PAD,
     "bos_token_id": EOS,
@@ -69,7 +73,7 @@ def _llava(tokenizer: Any) -> tuple[Any, Any]:
     )
     config = transformers.LlavaConfig(
         vision_config=vision,
-        text_config=transformers.LlamaConfig(**_TEXT),
+        text_config=transformers.LlamaConfig(**TEXT),
         image_token_index=tokenizer.image_token_id,
         vision_feature_layer=-2,
         tie_word_embeddings=False,
@@ -100,7 +104,7 @@ def _internvl(tokenizer: Any) -> tuple[Any, Any]:
     )
     config = transformers.InternVLConfig(
         vision_config=vision,
-        text_config=transformers.Qwen2Config(**_TEXT),
+        text_config=transformers.Qwen2Config(**TEXT),
         image_token_id=tokenizer.context_image_token_id,
         image_seq_length=4,
         tie_word_embeddings=False,
@@ -140,7 +144,7 @@ def _qwen2_vl(tokenizer: Any) -> tuple[Any, Any]:
     vision = {"depth": 2, "embed_dim": HIDDEN, "hidden_size": HIDDEN, "num_heads": 4, "mlp_ratio": 2, "patch_size": 7}
     rope = {**_MROPE, "mrope_section": [1, 1, 2]}
     config = transformers.Qwen2VLConfig(
-        text_config={**_TEXT, "rope_parameters": rope}, vision_config=vision, **_qwen_ids(tokenizer)
+        text_config={**TEXT, "rope_parameters": rope}, vision_config=vision, **_qwen_ids(tokenizer)
     )
     return config, _qwen_processor(transformers.Qwen2VLProcessor, tokenizer)
 
@@ -159,7 +163,7 @@ def _qwen25_vl(tokenizer: Any) -> tuple[Any, Any]:
     }
     rope = {**_MROPE, "mrope_section": [1, 1, 2]}
     config = transformers.Qwen2_5_VLConfig(
-        text_config={**_TEXT, "rope_parameters": rope}, vision_config=vision, **_qwen_ids(tokenizer)
+        text_config={**TEXT, "rope_parameters": rope}, vision_config=vision, **_qwen_ids(tokenizer)
     )
     return config, _qwen_processor(transformers.Qwen2_5_VLProcessor, tokenizer)
 
@@ -180,7 +184,7 @@ def _qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
     vision = {**_QWEN3_VISION, "depth": 3, "deepstack_visual_indexes": [1]}
     rope = {**_MROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
     config = transformers.Qwen3VLConfig(
-        text_config={**_TEXT, "head_dim": 8, "rope_parameters": rope}, vision_config=vision, **_qwen_ids(tokenizer)
+        text_config={**TEXT, "head_dim": 8, "rope_parameters": rope}, vision_config=vision, **_qwen_ids(tokenizer)
     )
     return config, _qwen_processor(transformers.Qwen3VLProcessor, tokenizer)
 
@@ -196,7 +200,7 @@ def _qwen35(tokenizer: Any) -> tuple[Any, Any]:
     kinds = ["linear_attention", "full_attention"]
     rope = {**_MROPE, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
     config = transformers.Qwen3_5Config(
-        text_config={**_TEXT, **linear, "head_dim": 16, "layer_types": kinds, "rope_parameters": rope},
+        text_config={**TEXT, **linear, "head_dim": 16, "layer_types": kinds, "rope_parameters": rope},
         vision_config=_QWEN3_VISION,
         architectures=["Qwen3_5ForConditionalGeneration"],
         **_qwen_ids(tokenizer),
@@ -214,7 +218,7 @@ def _gemma3(tokenizer: Any) -> tuple[Any, Any]:
         image_size=28,
         patch_size=7,
     )
-    text = {key: value for key, value in _TEXT.items() if key != "tie_word_embeddings"}
+    text = {key: value for key, value in TEXT.items() if key != "tie_word_embeddings"}
     config = transformers.Gemma3Config(
         vision_config=vision,
         text_config=transformers.Gemma3TextConfig(**text, head_dim=8, sliding_window=64),
@@ -231,7 +235,7 @@ def _gemma3(tokenizer: Any) -> tuple[Any, Any]:
 
 def save_mllama(directory: Path) -> Path:
     """Saves a random Mllama, whose processor makes a mask of each token of the text beside an image; it is in no table."""
-    tokenizer, text = image_tokenizer(CHAT_TEMPLATE), {**_TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1]}
+    tokenizer, text = image_tokenizer(CHAT_TEMPLATE), {**TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1]}
     tokenizer.bos_token = "<eos>"
     vision: dict[str, Any] = {
         "hidden_size": HIDDEN,
@@ -302,7 +306,7 @@ def small_llava(directory: Path, side: int) -> Path:
     vision = transformers.CLIPVisionConfig(**sizes, image_size=side, patch_size=side // 4, projection_dim=width)
     config = transformers.LlavaConfig(
         vision_config=vision,
-        text_config=transformers.LlamaConfig(**{**_TEXT, **sizes}),
+        text_config=transformers.LlamaConfig(**{**TEXT, **sizes}),
         image_token_index=tokenizer.image_token_id,
         vision_feature_layer=-1,
         tie_word_embeddings=False,

@@ -37,7 +37,7 @@ class TokenSums:
 
     @contextlib.contextmanager
     def counting(self, counted: Mapping[Stream, Tensor]) -> Iterator[None]:
-        """While it lasts, a pass of the model adds the tokens of each stream where ``counted (rows, length)`` is true."""
+        """While it lasts, a pass of the model adds the tokens of each stream where ``counted`` is true."""
         # Asked once a batch, not once a Gram, and where the masks are: on the CPU.
         self._masks = {stream: mask.flatten() for stream, mask in counted.items() if not bool(mask.all())}
         self._places = {
@@ -59,7 +59,8 @@ class TokenSums:
         was sent, on the CPU, None where it runs on all."""
         tokens, stream = tokens.reshape(-1, tokens.shape[-1]), self._streams.get(name, "row")
         mask = self._masks.get(stream)
-        if mask is None:
+        # Beside patches an image brings others: those that its tower joins, or a resampler makes.
+        if mask is None or (stream == "other" and len(mask) != len(tokens)):
             return self.grams[name].update(tokens)
         known = len(mask) if sent is None else len(sent)
         if known != len(tokens):

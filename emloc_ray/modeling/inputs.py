@@ -16,7 +16,7 @@ _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id")
 _SEE_LATER = {"cpmant", "diffusion_gemma", "git", "prophetnet", "xlnet"}
 
 # Which tokens a linear reads: those of the row (of its prompt, where an encoder reads that), those that a decoder reads
-# beside an encoder, or others, which are all real (an image's patches).
+# beside an encoder, or others (an image's patches).
 Stream = Literal["row", "decoder", "other"]
 
 
@@ -26,7 +26,8 @@ class ModelCall:
 
     Attributes:
         inputs: what the model is called with.
-        counted: which tokens of the row and of a decoder's input count, ``(rows, length)`` each, where they were made.
+        counted: which tokens of the row and of a decoder's input count, ``(rows, length)`` each, and which patches of images,
+            ``(images, patches)``, where a processor pads them; where they were made.
         predicting: where in what the head reads ``(rows, length, hidden)`` a label is predicted: rows, and places from the
             end (prompt tuning puts virtual tokens before a row's), ``(labels,)`` each.
         targets: the labels, in that order ``(labels,)``.
@@ -86,15 +87,19 @@ def model_call(config: Any, batch: dict[str, Tensor], loss_on: str = "completion
     ``loss_on`` are the labels, ``tokens`` what counts for Grams: ``all`` but padding, or of the ``completion`` alone.
     Whatever else is in the batch is handed on.
     """
+    call = _encoder_decoder(config, batch) if has_encoder(config) else _decoder(config, batch, loss_on, tokens)
     others = {key: value for key, value in batch.items() if key not in OURS}
-    if has_encoder(config):
-        call = _encoder_decoder(config, batch)
-        return replace(call, inputs={**call.inputs, **others})
+    patches = real_patches(config, batch)
+    counted: dict[Stream, Tensor] = {} if patches is None else {"other": patches}
+    return replace(call, inputs={**call.inputs, **others}, counted={**call.counted, **counted})
+
+
+def _decoder(config: Any, batch: dict[str, Tensor], loss_on: str, tokens: str) -> ModelCall:
     labels = label_mask(batch, loss_on, config)
     # Where positions begin again, transformers keeps apart what is before and after, unless it is given a mask.
     masked = sees_later_tokens(config) and "position_ids" not in batch
     mask = unpadded_is_none(batch["attention_mask"]) if masked else None
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, **others}
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": mask}
     counted = batch["attention_mask"].bool() if tokens == "all" else label_mask(batch, "completion")
     return _call(inputs, {"row": counted}, labels, batch["input_ids"], shift=1)
 
@@ -121,6 +126,19 @@ def label_mask(batch: dict[str, Tensor], loss_on: str, config: Any = None) -> Te
         if isinstance(token, int):
             mask &= batch["input_ids"] != token
     return mask
+
+
+def real_patches(config: Any, batch: dict[str, Tensor]) -> Tensor | None:
+    """Which patches that a vision tower reads are no padding ``(images, patches)``; None where none is padding."""
+    if "image_position_ids" in batch:  # Gemma 4: (images, patches, 2), -1 of padding
+        return (batch["image_position_ids"] >= 0).all(-1)
+    mask = batch.get("pixel_attention_mask")
+    if mask is None or mask.dim() != 4:  # SigLIP 2: (images, patches)
+        return None if mask is None else mask.bool()
+    # Idefics: (rows, images, height, width). It leaves out images that are padding, and patches that are in part.
+    size, images = config.vision_config.patch_size, mask.flatten(0, 1).bool()
+    pixels = images[images.flatten(1).any(1)].unfold(1, size, size).unfold(2, size, size)
+    return pixels.flatten(-2).all(-1).flatten(1)
 
 
 def unpadded_is_none(attention_mask: Tensor) -> Tensor | None:

@@ -24,7 +24,7 @@ from emloc_ray.io.formats.shards import copy_chunks, make_header, stream_shard, 
 from emloc_ray.io.store.atomic import copy_file
 from emloc_ray.io.store.node_cache import exists, local_only, sizes
 from emloc_ray.modeling.block_outputs import BlockOutput, read_outputs, write_outputs
-from emloc_ray.modeling.inputs import ModelCall, model_call, on_device
+from emloc_ray.modeling.inputs import ModelCall, Stream, model_call, on_device
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.modeling.refining import Fit, factorized_in, fit_block
 from emloc_ray.modeling.replay import BlockReplay
@@ -190,9 +190,10 @@ class Refiner:
             return torch.zeros((), requires_grad=True), 0
         ours, theirs = given.tensors[0], on_device(wanted.tensors[0], self.device)
         inside = self.flow.order[position] in self.job.decoder_blocks
-        counted = call.counted["decoder" if inside else "row"]
-        # An image's blocks read other tokens. The mask is on the host.
-        if counted.shape != ours.shape[:-1] or bool(counted.all()):
+        streams: tuple[Stream, ...] = ("decoder" if inside else "row", "other")  # an image's blocks read its patches
+        masks = [call.counted[stream] for stream in streams if stream in call.counted]
+        counted = next((mask for mask in masks if mask.shape == ours.shape[:-1]), None)
+        if counted is None or bool(counted.all()):  # asked on the host
             return token_error(ours, theirs), ours[..., 0].numel()
         return token_error(ours, theirs, on_device(counted, self.device)), int(counted.sum())
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from other_vlms import PADDING, build_padding_vlm, row_with_images
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from stage_artifacts import random_rows
 from tiny import FAMILIES, PAD, make_model
 
 from emloc_ray.data.formats import Tokens
+from emloc_ray.data.processors import ImageInputs, example
 from emloc_ray.data.token_shards import collate
 from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
+from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.gram_hooks import ColumnHooks, GramHooks
 
 EVERY_FAMILY = [*FAMILIES, "opt"]
@@ -127,3 +131,32 @@ def test_columns_are_of_what_linears_with_an_adapter_read(tokens: str) -> None:
         x = torch.cat(read[name])[counts]
         assert hooks.grams[name].num_tokens == len(x)
         torch.testing.assert_close(hooks.grams[name].matrix, x.T @ (x @ q[name]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", PADDING)
+def test_patches_that_are_padding_never_count(family: str, tmp_path: Path) -> None:
+    """Those of a tower are summed in a batch as they are of each image alone."""
+    model, processor = build_padding_vlm(family)
+    processor.save_pretrained(tmp_path)
+    bare, images = empty_model(model.config), ImageInputs(tmp_path)
+    streams = trace_inputs(bare, block_linears(bare), example(tmp_path)).streams
+    tower = [name for name, stream in streams.items() if stream == "other" and "vision" in name]
+    assert len(tower) > 10
+    rows = [row_with_images(processor, sizes) for sizes in ([(24, 24)], [(90, 40)], [(30, 60), (24, 24)])]
+    # Idefics2 makes these images 28 × 28, 70 × 31, 30 × 60 and 28 × 28; of four patches the others make a token.
+    token = processor.image_token_id
+    patches = 16 + 40 + 32 + 16 if family == "Idefics2" else 4 * sum(row.input_ids.count(token) for row in rows)
+    alone = GramHooks(model, [[name] for name in tower], streams)
+    for row in rows:
+        alone.forward(collate([row], PAD, images))
+    alone.remove()
+    batched = GramHooks(model, [[name] for name in tower], streams)
+    batched.forward(collate(rows, PAD, images))
+    batched.remove()
+    gradients = GradientHooks(model.requires_grad_(False), tower, streams)
+    gradients.forward(collate(rows, PAD, images), "all", range(3))
+    for name in tower:
+        one, other = alone.grams[name], batched.grams[name]
+        assert one.num_tokens == other.num_tokens == gradients.grams[name].num_tokens == patches
+        scale = float(one.matrix.diagonal().max())
+        torch.testing.assert_close(other.symmetric(), one.symmetric(), rtol=1e-3, atol=1e-4 * scale)

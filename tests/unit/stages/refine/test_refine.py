@@ -12,6 +12,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from other_vlms import build_padding_vlm, row_with_images
 from plain_runs import plain_run
 from ray.exceptions import WorkerCrashedError
 from small_runs import make_values
@@ -20,6 +21,7 @@ from tiny import save_emulator, save_model
 
 from emloc_ray.core.refinement import token_error
 from emloc_ray.data.formats import Tokens
+from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards, shard_name, write_index, write_shard
 from emloc_ray.modeling.architecture import block_names
 from emloc_ray.modeling.loading import load_model
@@ -174,6 +176,26 @@ def test_a_decoder_s_blocks_are_fitted_where_its_answers_are(tmp_path: Path, mon
     refine_blocks(job_of(model_dir, emulator, tmp_path / "tokens", tmp_path, steps=1, decoder_blocks=blocks))
     encoder, decoder = [[2], [5, 5], [2]], [[4], [3, 5], [4]]  # each held out, in a step, held out again
     assert counted == [*encoder, *encoder, *decoder, *decoder]
+
+
+def test_a_tower_s_blocks_are_fitted_where_its_patches_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = build_padding_vlm("Idefics2")
+    model.save_pretrained(tmp_path / "model")
+    emulator = save_emulator(tmp_path / "model", tmp_path / "emulator")
+    for directory in (tmp_path / "model", emulator):
+        processor.save_pretrained(directory)
+    write_shard(tmp_path / "tokens" / shard_name(0), [row_with_images(processor, [(24, 24), (90, 40)])], {}, True)
+    write_index(tmp_path / "tokens", [1], {"tokens": 1})
+    counted: list[tuple[int, int]] = []
+
+    def note(given: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        counted.append((given[..., 0].numel(), given[..., 0].numel() if mask is None else int(mask.sum())))
+        return token_error(given, wanted, mask)
+
+    monkeypatch.setattr(refining, "token_error", note)
+    images = ImageInputs(tmp_path / "model")
+    refine_blocks(job_of(tmp_path / "model", emulator, tmp_path / "tokens", tmp_path, steps=1, images=images))
+    assert {numbers for numbers in counted if numbers[0] == 80} == {(80, 16 + 40)}
 
 
 @pytest.mark.parametrize("computed", ["float16", "float32"])
