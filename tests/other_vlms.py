@@ -1,4 +1,5 @@
-"""Tiny vision-language models whose processors pad patches: no table names them."""
+"""Tiny vision-language models whose processors pad patches, and a processor that tiles an image where it is the only one: no
+table names them."""
 
 from __future__ import annotations
 
@@ -109,6 +110,20 @@ def build_padding_vlm(family: str) -> tuple[Any, Any]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return transformers.AutoModelForImageTextToText.from_config(config).eval(), processor
+
+
+def llava_onevision() -> Any:
+    """A processor that makes 16 tokens of an image and one of a line's end, and more where a text shows no other."""
+    tokenizer, side = image_tokenizer(), {"height": 28, "width": 28}
+    images = transformers.LlavaOnevisionImageProcessor(size=side, image_grid_pinpoints=[[28, 28], [28, 56], [56, 28]])
+    return transformers.LlavaOnevisionProcessor(
+        images,
+        tokenizer,
+        transformers.LlavaOnevisionVideoProcessor(size=side),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def row_with_images(processor: Any, sizes: Sequence[tuple[int, int]]) -> Tokens:

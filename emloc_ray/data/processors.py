@@ -60,6 +60,17 @@ def _mixes(processor: Any) -> bool:
     return not all(torch.equal(value, longer[name]) for name, value in tensors.items())
 
 
+@functools.lru_cache(maxsize=2)
+def counts_apart(processor: Any) -> bool:
+    """Whether the processor makes as many tokens of an image beside others as of it alone, of which LLaVA-OneVision's makes
+    more."""
+    try:
+        one, two, three = (len(blank_image_tokens(processor, _SMALL_SIDE, count=n)["input_ids"][0]) for n in (1, 2, 3))
+    except Exception:  # noqa: BLE001  whoever shows it an image says why it takes none
+        return True
+    return three - two == two - one
+
+
 @dataclass(frozen=True)
 class ImageInputs:
     """Makes a model's inputs for the images of a batch with its own processor, which it opens at the first image."""
@@ -132,12 +143,12 @@ def example(directory: str | Path, trust_remote_code: bool = False) -> dict[str,
     return {key: value for key, value in made.items() if isinstance(value, Tensor)}
 
 
-def blank_image_tokens(processor: Any, side: int, words: str = "") -> Any:
-    """What the processor makes of a text with one black square image of ``side`` pixels, and ``words``."""
+def blank_image_tokens(processor: Any, side: int, words: str = "", count: int = 1) -> Any:
+    """What the processor makes of a text with ``count`` black square images of ``side`` pixels, and ``words``."""
     from PIL import Image
 
-    text, image = placeholders(processor, 1) + words, Image.new("RGB", (side, side))
-    return processor(text=[text], images=[[image]], padding=True, return_tensors="pt")
+    text, image = placeholders(processor, count) + words, Image.new("RGB", (side, side))
+    return processor(text=[text], images=[[image] * count], padding=True, return_tensors="pt")
 
 
 IMAGE_SIDE = 448  # pixels of the blank image

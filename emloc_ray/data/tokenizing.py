@@ -17,7 +17,7 @@ from emloc_ray.data.formats import Tokens, check_row, encode, pack, sequences, t
 from emloc_ray.data.image_places import NOWHERE_ELSE, ImagePlaces, is_remote
 from emloc_ray.data.images import load_images, sources
 from emloc_ray.data.polling import polled
-from emloc_ray.data.processors import open_processor
+from emloc_ray.data.processors import counts_apart, open_processor
 from emloc_ray.data.reading import BadRow, Row, each, value_errors
 from emloc_ray.data.row_formats import CHATS, converted
 from emloc_ray.data.splits import RowSelection
@@ -89,11 +89,24 @@ class TokenizeOptions:
                 check_row(row, kind, where, self.packing)
                 shows = self._may_show and processor is not None
                 images = load_images(row, where, self.image_places) if shows else []
-                return sequences(row, kind, tokenizer, where, self.has_encoder, processor, images)
+                made = sequences(row, kind, tokenizer, where, self.has_encoder, processor, images)
+                _check_turns(made, processor, where)
+                return made
         except DataError:
             if self.skip_bad_rows:
                 return None
             raise
+
+
+def _check_turns(sequences_of_row: list[list[Segment]], processor: Any, where: str) -> None:
+    """Raises DataError where images in several turns get other tokens than pixels: tokens are made turn by turn, pixels of all
+    images together."""
+    turns = max(sum(bool(segment.images) for segment in parts) for parts in sequences_of_row)
+    if turns > 1 and not counts_apart(processor):
+        raise DataError(
+            f"{where}: it shows images in several turns, and the model's processor makes fewer tokens of an image beside"
+            " others: show all in one turn."
+        )
 
 
 def _asks_a_server(row: Row, where: str) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from other_vlms import llava_onevision
 from small_runs import write_jsonl
 from test_images import place, png, row, torn
 from test_tokenizing import inline  # noqa: F401
@@ -223,6 +225,20 @@ def test_images_are_not_packed(vlm_dir: Callable[[str], Path]) -> None:
     options = TokenizeOptions(str(vlm_dir("LLaVA")), "messages", 512, packing=True)
     with pytest.raises(DataError, match=r"row 2: it shows an image, and data\.packing"):
         tokens_of(options, row(), two_turns())
+
+
+def test_images_in_several_turns_of_which_a_processor_makes_fewer_tokens_together(tmp_path: Path) -> None:
+    """The pixels would be those of fewer tokens than the row has."""
+    llava_onevision().save_pretrained(tmp_path)
+    options = TokenizeOptions(str(tmp_path), "messages", 512)
+    shown = {"type": "image", "image": png()}
+    with pytest.raises(
+        DataError, match=r"row 2: it shows images in several turns, and the model's processor makes fewer"
+    ):
+        tokens_of(options, row(shown, shown), two_turns())
+    later = {"messages": row()["messages"] + row(shown)["messages"]}
+    kept = tokens_of(replace(options, skip_bad_rows=True), row(shown, shown), two_turns(), later)
+    assert [tokens and len(tokens.images) for tokens in kept] == [2, None, 1]
 
 
 @pytest.fixture
