@@ -101,7 +101,7 @@ class TokenizeOptions:
 def _check_turns(sequences_of_row: list[list[Segment]], processor: Any, where: str) -> None:
     """Raises DataError where images in several turns get other tokens than pixels: tokens are made turn by turn, pixels of all
     images together."""
-    turns = max(sum(bool(segment.images) for segment in parts) for parts in sequences_of_row)
+    turns = max((sum(bool(segment.images) for segment in parts) for parts in sequences_of_row), default=0)
     if turns > 1 and not counts_apart(processor):
         raise DataError(
             f"{where}: it shows images in several turns, and the model's processor makes fewer tokens of an image beside"
