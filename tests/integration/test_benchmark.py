@@ -12,7 +12,7 @@ from typing import Any
 import benchmark
 import pytest
 from ablations.tables import render
-from benchmarks import allocation, figures, many_tasks, memory, offloading, whole_runs, within_inference
+from benchmarks import allocation, data_path, figures, many_tasks, memory, offloading, whole_runs, within_inference
 from faulting.task import make_config
 from gguf_files import write_gguf
 from small_runs import task_rows, write_jsonl
@@ -136,6 +136,16 @@ def test_many_tasks(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPat
     assert {name: len(part) for name, part in published["parts"].items()} == {
         name: len(part) for name, part in committed("tasks.json")["parts"].items()
     }
+
+
+def test_rows_of_any_number(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_path, "POWERS", (1, 2))
+    published, found = publish(" ".join(benchmark.TABLES["data.json"]))
+    assert header(published) == header(committed("data.json"))
+    (lines,), (shown,) = published["parts"].values(), committed("data.json")["parts"].values()
+    assert lines == found
+    assert [what.replace("10^2", "10^6") for what in lines] == list(shown)
+    assert all(line["ours"] > 0 and line["baseline"] > 0 for line in lines.values())
 
 
 def test_better_ranks(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
