@@ -7,7 +7,6 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import transformers
 from PIL import Image
 from vlms import CHAT_TEMPLATE, HIDDEN, TEXT, image_tokenizer
@@ -102,14 +101,6 @@ PADDING: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "LFM2-VL": _lfm2_vl,
     "Gemma 4": _gemma4,
 }
-
-
-def build_padding_vlm(family: str) -> tuple[Any, Any]:
-    """A random model of the family in evaluation mode, and its processor."""
-    config, processor = PADDING[family](image_tokenizer())
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return transformers.AutoModelForImageTextToText.from_config(config).eval(), processor
 
 
 def llava_onevision() -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -272,9 +272,9 @@ VLMS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
 }
 
 
-def build_vlm(family: str) -> tuple[Any, Any]:
+def build_vlm(family: str, families: Mapping[str, Callable[[Any], tuple[Any, Any]]] = VLMS) -> tuple[Any, Any]:
     """A random model of the family, with random biases too, in evaluation mode, and its processor."""
-    config, processor = VLMS[family](image_tokenizer())
+    config, processor = families[family](image_tokenizer())
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.AutoModelForImageTextToText.from_config(config)

@@ -77,7 +77,7 @@ def form_losses(
     losses = torch.tensor([loss(form) * unit for form in forms], dtype=torch.float64).clamp_min(0.0)
     if not losses.isfinite().all():
         raise NumericsError(
-            f"What forms of {name} would lose is not finite: give emulator.compression_ratio in place of a budget."
+            f"The predicted loss of {name} is NaN or Inf: give emulator.compression_ratio in place of emulator.budget."
         )
     return losses
 

@@ -62,8 +62,7 @@ def _mixes(processor: Any) -> bool:
 
 @functools.lru_cache(maxsize=2)
 def counts_apart(processor: Any) -> bool:
-    """Whether the processor makes as many tokens of an image beside others as of it alone, of which LLaVA-OneVision's makes
-    more."""
+    """Whether the processor makes as many tokens of an image beside others as of one alone. LLaVA-OneVision's makes fewer."""
     try:
         one, two, three = (len(blank_image_tokens(processor, _SMALL_SIDE, count=n)["input_ids"][0]) for n in (1, 2, 3))
     except Exception:  # noqa: BLE001  whoever shows it an image says why it takes none

@@ -129,7 +129,7 @@ def label_mask(batch: dict[str, Tensor], loss_on: str, config: Any = None) -> Te
 
 
 def real_patches(config: Any, batch: dict[str, Tensor]) -> Tensor | None:
-    """Which patches that a vision tower reads are no padding ``(images, patches)``; None where none is padding."""
+    """Which patches that a vision tower reads are no padding ``(images, patches)``; None where its processor pads none."""
     if "image_position_ids" in batch:  # Gemma 4: (images, patches, 2), -1 of padding
         return (batch["image_position_ids"] >= 0).all(-1)
     mask = batch.get("pixel_attention_mask")

@@ -132,7 +132,7 @@ def _budget(context: Context) -> Inputs:
     if layout.budget is None:
         return {"budget": {name: layout.ranks[name] for name in layout.allocated}}
     form_sizes = dataclasses.asdict(layout.form_sizes(file_dtype(context.prepared).itemsize))
-    # 2: until then forms whose loss was no number were taken to lose nothing.
+    # Version 2 of the predicted losses: in the first, forms whose loss was NaN counted as lossless.
     return {"budget": layout.budget, "linears": layout.allocated, "storing": form_sizes, "losses": 2}
 
 

@@ -192,7 +192,7 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
 
 
 def _trainer(job: FinetuneJob, resources: Resources, callbacks: Sequence[Any], folder: str) -> Any:
-    """Ray Train's trainer, which keeps nothing in its ``folder`` that anybody reads: checkpoints are the session's."""
+    """Ray Train's trainer. It needs a ``folder``, which nobody reads: the session keeps the checkpoints."""
     return TorchTrainer(
         train_loop,  # type: ignore[arg-type]
         train_loop_config={"job": job, "threads": resources.threads, "device": resources.device},

@@ -118,11 +118,11 @@ class LoneSession(TrainingSession):
         self._departures = Departures()
 
     def agreed(self, name: str | None) -> str | None:
-        """There is no other."""
+        """Its own."""
         return name
 
     def meet(self) -> None:
-        """There is no other."""
+        """There is nobody to wait for."""
 
     def is_leaving(self) -> bool:
         """Whether this process's node is about to leave, as Ray says."""

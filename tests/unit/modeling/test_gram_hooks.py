@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from other_vlms import PADDING, build_padding_vlm, row_with_images
+from other_vlms import PADDING, row_with_images
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from stage_artifacts import random_rows
 from tiny import FAMILIES, PAD, make_model
+from vlms import build_vlm
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.processors import ImageInputs, example
@@ -136,7 +137,7 @@ def test_columns_are_of_what_linears_with_an_adapter_read(tokens: str) -> None:
 @pytest.mark.parametrize("family", PADDING)
 def test_patches_that_are_padding_never_count(family: str, tmp_path: Path) -> None:
     """Those of a tower are summed in a batch as they are of each image alone."""
-    model, processor = build_padding_vlm(family)
+    model, processor = build_vlm(family, PADDING)
     processor.save_pretrained(tmp_path)
     bare, images = empty_model(model.config), ImageInputs(tmp_path)
     streams = trace_inputs(bare, block_linears(bare), example(tmp_path)).streams

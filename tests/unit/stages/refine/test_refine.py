@@ -12,12 +12,13 @@ from typing import Any
 import families
 import pytest
 import torch
-from other_vlms import build_padding_vlm, row_with_images
+from other_vlms import PADDING, row_with_images
 from plain_runs import plain_run
 from ray.exceptions import WorkerCrashedError
 from small_runs import make_values
 from stage_artifacts import Artifacts, tensors_in, write_tokens
 from tiny import save_emulator, save_model
+from vlms import build_vlm
 
 from emloc_ray.core.refinement import token_error
 from emloc_ray.data.formats import Tokens
@@ -179,7 +180,7 @@ def test_a_decoder_s_blocks_are_fitted_where_its_answers_are(tmp_path: Path, mon
 
 
 def test_a_tower_s_blocks_are_fitted_where_its_patches_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, processor = build_padding_vlm("Idefics2")
+    model, processor = build_vlm("Idefics2", PADDING)
     model.save_pretrained(tmp_path / "model")
     emulator = save_emulator(tmp_path / "model", tmp_path / "emulator")
     for directory in (tmp_path / "model", emulator):
