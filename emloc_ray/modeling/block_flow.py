@@ -116,12 +116,11 @@ def block_flow(config: Any, trust_remote_code: bool = False, example: Mapping[st
     one."""
     model = empty_model(config, trust_remote_code)
     names = block_names(model)
-    with_image = _followed(model, names, example) if example else None
     text = _followed(model, names, traced_inputs(config))
-    flow = with_image or text
+    flow = _followed(model, names, example) if example else text
     if flow is None:
-        return BlockFlow(tuple(names), tuple(frozenset(range(k)) for k in range(len(names))))
-    if with_image is None or text is None:
+        flow = BlockFlow(tuple(names), tuple(frozenset(range(k)) for k in range(len(names))))
+    if not example or text is None:
         return flow
     optional = frozenset(position for position, name in enumerate(flow.order) if name not in text.order)
     return replace(flow, optional=optional)

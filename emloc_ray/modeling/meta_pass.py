@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 _aten = torch.ops.aten
 _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default)
+_COUNTING = (_aten.arange.default, _aten.arange.start, _aten.arange.start_step)
 # What a pass without weights raises where a model's code asks for what only weights could tell.
 UNTRACEABLE = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
 
@@ -27,6 +28,8 @@ class MetaPass(TorchDispatchMode):
             return 0
         if func is _aten._to_copy.default and not args[0].is_meta:  # asked for beside weights: it stays as it is
             return func(*args, **{**kwargs, "device": args[0].device})
+        if func in _COUNTING:  # no weight is asked where a model counts its patches
+            return func(*args, **{**kwargs, "device": "cpu"})
         places = [leaf.is_meta for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(places) and not all(places):
             if func in _INDEXING:

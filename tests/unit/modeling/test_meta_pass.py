@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from vlms import VLMS, build_vlm, save_vlm
 
 from emloc_ray.data.processors import example
-from emloc_ray.modeling.architecture import empty_model, learned_positions, load_config, towers, unfactorable
+from emloc_ray.modeling.architecture import (
+    block_names,
+    empty_model,
+    learned_positions,
+    load_config,
+    towers,
+    unfactorable,
+)
 from emloc_ray.modeling.block_flow import block_flow
 from emloc_ray.modeling.meta_pass import MetaPass
 from emloc_ray.planning.skeleton import skeleton_of
@@ -32,6 +41,7 @@ def test_values_that_depend_on_no_weight_stay() -> None:
         beside = mask.to(weight.device)
         assert weight[mask].shape == weight[beside].shape == (2, 4)
         assert int(beside.sum()) == 2
+        assert weight[torch.arange(3, device=weight.device) < 2].shape == (2, 4)
         assert (weight + torch.ones(4)).is_meta
         weight[mask] = 1.0
         assert weight.sum().item() == 0  # only weights could tell
@@ -76,6 +86,21 @@ def test_a_merger_beside_the_blocks_is_read_by_the_second_text_block(tmp_path: P
     names = dict(enumerate(flow.order))
     needed = {names[position] for position in flow.needs[flow.order.index("model.language_model.layers.1")]}
     assert needed == {"model.visual.deepstack_merger_list.0", "model.language_model.layers.0"}
+
+
+def test_blocks_of_images_that_cannot_be_followed_are_run_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counts_pixels(self: CLIPVisionEmbeddings, pixel_values: torch.Tensor, **options: Any) -> torch.Tensor:
+        return self.patch_embedding(pixel_values)[pixel_values.nonzero()]
+
+    save_vlm("LLaVA", tmp_path)
+    config, shown = load_config(tmp_path), example(tmp_path)
+    monkeypatch.setattr(CLIPVisionEmbeddings, "forward", counts_pixels)
+    flow = block_flow(config, example=shown)
+    assert flow.order == tuple(block_names(empty_model(config)))
+    assert {name for name in flow.order if "vision_tower" in name} == {flow.order[k] for k in flow.optional}
+    assert flow.needs[-1] == set(range(len(flow.order) - 1))
 
 
 def test_what_is_of_an_image_alone_is_no_bound_of_a_text(tmp_path: Path) -> None:

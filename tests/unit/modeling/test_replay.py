@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from faulting.s3 import uri
-from tiny import VOCABULARY, make_model
+from other_vlms import PADDING, row_with_images
+from tiny import PAD, VOCABULARY, make_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
@@ -18,11 +19,14 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from vlms import build_vlm
 
+from emloc_ray.data.processors import ImageInputs
+from emloc_ray.data.token_shards import collate
 from emloc_ray.errors import ArtifactError, StageError
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.store.node_cache import mirror
-from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
+from emloc_ray.modeling.architecture import block_linears, block_names, empty_model, trace_inputs
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.loading import copy_checkpoint, load_model
@@ -84,6 +88,26 @@ def test_grams_block_by_block_are_those_of_the_whole_model(family: str, tmp_path
             torch.testing.assert_close(gram.symmetric(), whole.grams[linear].symmetric(), rtol=1e-5, atol=1e-5)
             seen += 1
     assert seen == len(groups) == len(whole.grams)
+
+
+@pytest.mark.parametrize("family", PADDING)
+def test_an_image_passes_through_the_blocks_as_through_the_whole_model(family: str, tmp_path: Path) -> None:
+    """A tower's too, whose processor pads patches: how many are real, its code asks for the tokens' places."""
+    model, processor = build_vlm(family, PADDING)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    rows = [row_with_images(processor, sizes) for sizes in ([(24, 24)], [(90, 40)], [])]
+    call = model_call(model.config, collate(rows, PAD, ImageInputs(tmp_path)))
+    replay, outputs, given = BlockReplay(tmp_path), {}, {}
+    assert set(replay.flow.order) == set(block_names(model))
+    for name in replay.flow.order:
+        model.get_submodule(name).register_forward_hook(lambda m, args, made, name=name: given.update({name: made}))
+    with torch.no_grad():
+        model(**call.inputs, use_cache=False)
+    for position, name in enumerate(replay.flow.order):
+        replay.load_block(position)
+        outputs[position] = replay.forward(position, call.inputs, outputs)
+        torch.testing.assert_close(outputs[position].tensors, BlockOutput.of(given[name], name).tensors)
 
 
 def test_one_block_is_in_memory_at_a_time(tmp_path: Path) -> None:
