@@ -20,6 +20,17 @@ from emloc_ray.modeling.architecture import learned_positions
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loss import logits_at, row_losses, token_loss
 
+# For generate(), which takes the rest from the model's own generation_config.json: beams, penalties, a least length.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+}
+
 
 @dataclass(frozen=True)
 class Score:
@@ -178,8 +189,8 @@ def _generated(
         input_ids=ids,
         attention_mask=mask.to(model.device),
         max_new_tokens=max_new_tokens,
-        do_sample=False,
         pad_token_id=pad,
+        **GREEDY,
     )
     return list(output if apart else output[:, longest:])
 

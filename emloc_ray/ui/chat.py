@@ -18,6 +18,7 @@ from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import auto_class
 from emloc_ray.modeling.architecture import load_config as read_model
+from emloc_ray.modeling.scoring import GREEDY
 from emloc_ray.text import one_line
 from emloc_ray.ui.publishing import original, result_name
 
@@ -98,8 +99,8 @@ class Pair:
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=self.max_new_tokens,
-            do_sample=False,
             pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+            **GREEDY,
         )[0]
         new = made if self.model.config.is_encoder_decoder else made[ids.shape[1] :]
         text = str(self.tokenizer.decode(new, skip_special_tokens=True))

@@ -36,6 +36,7 @@ class EvaluationJob:
     corrected_adapter_dir: Path
     merged_dir: Path | None  # None where the adapter cannot be merged
     tokens_dir: Path
+    max_seq_length: int
     loss_on: str = "completion"
     batch_size: int = 8
     pad_token_id: int = 0
@@ -231,7 +232,7 @@ def _interleave(by_piece: Sequence[Any], variant: str, num_parts: int) -> list[s
 
 def compare_texts(job: EvaluationJob, texts: dict[str, list[str]]) -> dict[str, Any]:
     """The share of prompts whose generated text is the reference, by variant, and the first samples; the keys of metrics.json.
-    A reference of more than ``max_new_tokens`` is not matched against: no completion is as long."""
+    A reference of more than ``max_new_tokens``, or cut at ``max_seq_length``, is not matched against: no completion ends there."""
     tokenizer = _tokenizer(job)
     shards = TokenShards(job.tokens_dir)
     samples, asked, matches = [], 0, dict.fromkeys(job.generating, 0)
@@ -245,7 +246,8 @@ def compare_texts(job: EvaluationJob, texts: dict[str, list[str]]) -> dict[str, 
         reference = tokenizer.decode(row.input_ids[cut:end], skip_special_tokens=True).strip()
         answers = {variant: texts[variant][position] for variant in job.generating}
         is_ended = row.input_ids[end - 1] == tokenizer.eos_token_id
-        if position < job.num_exact_match and end - cut - is_ended <= job.max_new_tokens:
+        is_whole = is_ended or end < len(row) or len(row) < job.max_seq_length
+        if position < job.num_exact_match and is_whole and end - cut - is_ended <= job.max_new_tokens:
             asked += 1
             for variant, text in answers.items():
                 matches[variant] += text == reference

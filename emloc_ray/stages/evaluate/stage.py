@@ -47,6 +47,7 @@ def evaluation_job(context: Context) -> EvaluationJob:
         num_exact_match=section.num_exact_match,
         max_new_tokens=section.max_new_tokens,
         prompts_at_once=context.memory.prompts_at_once(),
+        max_seq_length=config.data.max_seq_length,
         variants=tuple(section.variants),
         model_options=context.model_options,
         hold=context.memory.evaluation_plan().hold,

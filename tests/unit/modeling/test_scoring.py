@@ -109,6 +109,15 @@ def test_completions_are_greedy_whatever_the_batch(tokenizer: Any, family: str, 
     assert texts == [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in expected]
 
 
+def test_completions_are_greedy_whatever_the_model_s_generation_config_asks_for(tokenizer: Any) -> None:
+    model, many = make_model("llama"), rows(13, 6)
+    plain = complete(model, tokenizer, many, max_new_tokens=8, batch_size=2)
+    asked = {"repetition_penalty": 5.0, "num_beams": 3, "no_repeat_ngram_size": 1, "min_length": 40}
+    for key, value in asked.items():
+        setattr(model.generation_config, key, value)
+    assert complete(model, tokenizer, many, max_new_tokens=8, batch_size=2) == plain
+
+
 @pytest.mark.parametrize("virtual", [0, 5])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_completions_end_with_the_model_s_last_position(tokenizer: Any, virtual: int, batch_size: int) -> None:

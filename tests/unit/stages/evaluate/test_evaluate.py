@@ -43,6 +43,7 @@ def job(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Evalu
         finished_adapter_dir=artifacts.adapter_dir,
         merged_dir=root / "merged",
         tokens_dir=artifacts.tokens_dir,
+        max_seq_length=64,
         num_generations=2,
         num_exact_match=3,
         max_new_tokens=3,
@@ -222,6 +223,19 @@ def test_a_reference_that_no_completion_is_as_long_as_is_not_matched(job: Evalua
     none = evaluate.compare_texts(replace(few, max_new_tokens=4), texts)
     assert none["exact_match"] == {}
     assert len(none["generations"]) == 2
+
+
+def test_a_reference_that_was_cut_is_not_matched(job: EvaluationJob, tmp_path: Path) -> None:
+    """Of three rows of at most four tokens the first goes on, as the row did; the others end in time."""
+    tokenizer = AutoTokenizer.from_pretrained(job.model_dir)
+    answers = [[20, 21, 22], [20, 21, tokenizer.eos_token_id], [20, 21]]
+    write_shard(tmp_path / shard_name(0), [Tokens([5, *ids], [False] + [True] * len(ids)) for ids in answers])
+    write_index(tmp_path, [3], {})
+    short = replace(job, tokens_dir=tmp_path, max_seq_length=4, max_new_tokens=32)
+    perfect = [tokenizer.decode([20, 21, 22, 23]).strip(), *[tokenizer.decode([20, 21]).strip()] * 2]
+    texts = {variant: perfect for variant in short.generating}
+    exact = {variant: 1.0 for variant in short.generating}
+    assert evaluate.compare_texts(short, texts)["exact_match"] == {**exact, "num_prompts": 2}
 
 
 def test_texts_of_several_workers_stand_beside_their_own_references(
