@@ -25,7 +25,8 @@ _NEAR = 0.1  # of a strength, or of 1 where it is smaller: differences that no l
 
 def certainty(gain: Gain, num_rows: int) -> float:
     """The probability that a mean gain over so many rows is above zero: Student's t with ``num_rows − 1`` degrees of freedom;
-    0.5 where nothing is known, of one row, and where there is neither a gain nor an error."""
+    0.5 where nothing is known, of one row, and where there is neither a gain nor an error. It holds for gains that are normal: of
+    skewed ones, many that gain a little and few that lose much, it says more than it should."""
     from scipy.special import stdtr  # which the GPU's benchmark does without
 
     if not gain.standard_error:

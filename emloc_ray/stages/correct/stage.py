@@ -139,7 +139,7 @@ def _summary(result: Result) -> str:
     if considered.get("certainty") is not None:
         named = "it" if considered["method"] == result["method"] else describe_choice(considered)
         if considered["certainty"] >= 0.5:
-            sure = f"; with at least {whole_percent(considered['certainty'])} certainty {named} is better than none"
+            sure = f"; with about {whole_percent(considered['certainty'])} certainty {named} is better than none"
         else:
             sure = f"; the rows do not tell whether {named} is better than none"
     return f"{chosen}, best of {len(result['candidates'])} on {counted(result['selection_rows'], 'row')}{sure}"

@@ -301,12 +301,12 @@ def test_what_a_choice_was_made_on_is_told(finished: str) -> None:
     fix["considered"] = {**fix["candidates"][2], "certainty": 0.931}
     told = told_of_correct(fix)
     assert (
-        "chose covariance, λ = 3, strength 0.5, best of 3 on 11 rows; with at least 93 % certainty it is better" in told
+        "chose covariance, λ = 3, strength 0.5, best of 3 on 11 rows; with about 93 % certainty it is better" in told
     )
     other = told_of_correct({**fix, "method": "none"})
-    assert "with at least 93 % certainty covariance, λ = 3, strength 0.5 is better than none" in other
+    assert "with about 93 % certainty covariance, λ = 3, strength 0.5 is better than none" in other
     fix["considered"]["certainty"] = 0.9951
-    assert "with at least 99 % certainty it is better" in told_of_correct(fix)
+    assert "with about 99 % certainty it is better" in told_of_correct(fix)
     fix["considered"]["certainty"] = 0.2
     assert "best of 3 on 11 rows; the rows do not tell whether it is better than none" in told_of_correct(fix)
     none = {"method": "none", "clamp": 3.0, "strength": 1.0, "selection_tokens": 0}
