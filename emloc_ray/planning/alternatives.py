@@ -27,8 +27,8 @@ _WHOLE = {"compression_ratio": 1.0, "residual_rank": 0, "storage": "factors"}
 _IN_ALL_BITS = {"quantization": "none"}
 _ORIGINAL = {**_WHOLE, **_IN_ALL_BITS}
 _FEW_BITS = ("nf4", "int4", "int3", "int2")
-# Below those of int2.
-_BUDGETS = tuple(f"{tenths / 10:g} bits" for tenths in (22, 20, 18, 16, 14, 12, 11, 10, 9, 8))
+# Below those of int3.
+_BUDGETS = tuple(f"{tenths / 10:g} bits" for tenths in (32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 11, 10, 9, 8))
 _ALIKE = 0.03  # of the gap closed: what three seeds hardly tell apart
 _SLOWER = 10.0  # times the fastest: what nobody waits for
 _AS_FAST = 1.1  # times the fastest: what a plan does not tell apart
@@ -198,12 +198,12 @@ class _Candidates:
         changed = _changed(self.prepared, {**_IN_ALL_BITS, "residual_rank": 0})
         yield self.solve("an emulator", changed, RATIOS, unneeded=self.resident.fits)
 
-    def below_int2(self) -> Iterator[Alternative]:
-        """An emulator of the largest budget below that of int2 that fits, or else of the smallest, where the config's own budget
+    def below_int3(self) -> Iterator[Alternative]:
+        """An emulator of the largest budget below that of int3 that fits, or else of the smallest, where the config's own budget
         does not fit."""
-        if "int2" not in self.in_few_bits or (self.of_budget is not None and self.of_budget.fits):
+        if "int3" not in self.in_few_bits or (self.of_budget is not None and self.of_budget.fits):
             return
-        unneeded, emulator = self.resident.fits or self.in_few_bits["int2"].fits, None
+        unneeded, emulator = self.resident.fits or self.in_few_bits["int3"].fits, None
         for bits, run in _of_budgets(self.prepared):
             emulator = self.solve(f"an emulator of {bits}", run, RATIOS, unneeded=unneeded)
             if emulator.fits or unneeded:
@@ -217,7 +217,7 @@ def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Spe
     yield from candidates.originals()
     yield from candidates.in_few_bits.values()
     yield from candidates.emulators()
-    yield from candidates.below_int2()
+    yield from candidates.below_int3()
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

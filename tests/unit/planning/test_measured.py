@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,16 @@ DEFAULTS = {"allocation": "uniform", "objective": "activations", "storage": "fac
 def test_a_figure_is_the_published_one(row: Measured) -> None:
     published: dict[str, Any] = json.loads((RESULTS / f"{row.file}.json").read_text())
     label = {"method": row.method, "emulator.compression_ratio": row.ratio}
-    [found] = [entry for entry in published["rows"] if entry["label"] == label]
-    assert found["datasets"]["summaries"]["gap_closed"]["mean"] == pytest.approx(row.gap_closed, abs=5e-4)
+    others = [json.loads((RESULTS / "equal_bytes_tasks.json").read_text())] if row.file == "equal_bytes" else []
+    tasks = [
+        task["gap_closed"]["mean"]
+        for result in (published, *others)
+        for entry in result["rows"]
+        if entry["label"] == label
+        for task in entry["datasets"].values()
+    ]
+    assert len(tasks) == (3 if others else 1)
+    assert min(1, statistics.mean(tasks)) == pytest.approx(row.gap_closed, abs=5e-4)
     [method] = [entry for entry in published["config"]["methods"] if entry["name"] == row.method]
     emulator = method.get("emulator", {})
     assert {key: emulator.get(key, default) for key, default in DEFAULTS.items()} == {**DEFAULTS, **row.made}
@@ -36,7 +45,7 @@ def test_a_ratio_has_the_figure_of_the_next_smaller_one() -> None:
     best = {"allocation": "sensitivity", "objective": "predictions"}
     assert (figure(1.0), figure(0.95), figure(0.5), figure(0.45), figure(0.2)) == (1.0, 0.722, 0.722, 0.529, None)
     assert (figure(0.5, **best), figure(0.5, **best, healing={"steps": 20})) == (0.887, 0.903)
-    assert [figure(1.0, quantization=bits) for bits in ("nf4", "int4", "int2")] == [0.967, 0.997, 0.932]
+    assert [figure(1.0, quantization=bits) for bits in ("nf4", "int4", "int2")] == [0.961, 1.0, 0.915]
     assert figure(1.0, quantization="int8") is None
 
     def of_budget(budget: str, **settings: Any) -> float | None:
@@ -45,7 +54,7 @@ def test_a_ratio_has_the_figure_of_the_next_smaller_one() -> None:
 
     by_predictions = {"objective": "predictions"}
     bits = ("5 bits", "3 bits", "2.4 bits", "2 bits", "1.1 bits", "1 bits", "2GiB")
-    assert [of_budget(each, **by_predictions) for each in bits] == [0.997, 0.944, 0.944, 0.747, 0.747, None, None]
-    assert of_budget("2 bits", **by_predictions, healing={"steps": 20}) == 0.770
+    assert [of_budget(each, **by_predictions) for each in bits] == [1.0, 0.947, 0.947, 0.703, 0.703, None, None]
+    assert of_budget("2 bits", **by_predictions, healing={"steps": 20}) == 0.732
     assert of_budget("2 bits") is None
     assert figure(1.0, **best, healing={"steps": 20}) == 1.0  # where nothing is healed or compressed

@@ -300,9 +300,7 @@ def test_what_a_choice_was_made_on_is_told(finished: str) -> None:
     assert "(interpolated)" in text
     fix["considered"] = {**fix["candidates"][2], "certainty": 0.931}
     told = told_of_correct(fix)
-    assert (
-        "chose covariance, λ = 3, strength 0.5, best of 3 on 11 rows; with about 93 % certainty it is better" in told
-    )
+    assert "chose covariance, λ = 3, strength 0.5, best of 3 on 11 rows; with about 93 % certainty it is better" in told
     other = told_of_correct({**fix, "method": "none"})
     assert "with about 93 % certainty covariance, λ = 3, strength 0.5 is better than none" in other
     fix["considered"]["certainty"] = 0.9951
