@@ -2,7 +2,8 @@
 
     python pipelines/frontier.py          # pipelines/frontier.svg, of pipelines/results/frontier*.json
 
-A model each has a panel. Methods of one kind are joined by a line. The results come of ``configs/ablations/frontier.yaml``.
+A model each has a panel. Methods of one kind are joined by a line. The results come of ``configs/ablations/frontier.yaml``, and
+on docstrings of ``equal_bytes.yaml``, whose methods have more seeds.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PICTURE = HERE / "frontier.svg"
-MODELS = {"SmolLM2 135M": "frontier", "Gemma 3 270M": "frontier_gemma"}  # and the names of their results
+# And the names of their results.
+MODELS = {"SmolLM2 135M": ("frontier", "equal_bytes"), "Gemma 3 270M": ("frontier_gemma",)}
 # What joins a kind's methods, and whether the kind is ours.
 KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
     "one budget over ranks and bits": (("budget_1.1", "budget_2.4", "budget_4.15"), True),
+    "one budget, healed": (("budget_1.1_healed",), True),
     "low rank in NF4": (("quarter_nf4", "factors_nf4"), True),
     "low rank": (("quarter", "factors"), True),
     "low rank, refined": (("factors_refined",), True),
@@ -79,10 +82,11 @@ def draw(models: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) -> Non
     pyplot.close(figure)
 
 
-def records(name: str) -> Any:
-    """The cells of a published result."""
-    return json.loads((HERE / "results" / f"{name}.json").read_text())["records"]
+def records(names: Sequence[str]) -> list[Any]:
+    """The cells of published results, each once."""
+    cells = [cell for name in names for cell in json.loads((HERE / "results" / f"{name}.json").read_text())["records"]]
+    return [*{(cell["method"], cell["dataset"], cell["seed"]): cell for cell in cells}.values()]
 
 
 if __name__ == "__main__":
-    draw({model: points(records(name)) for model, name in MODELS.items()}, PICTURE)
+    draw({model: points(records(names)) for model, names in MODELS.items()}, PICTURE)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import frontier
 import pytest
 from ablations.cells import read_ablation
-from frontier import KINDS, draw, points
+from frontier import KINDS, MODELS, draw, points
 
 ROOT = Path(__file__).parents[3]
 
@@ -28,9 +30,15 @@ def test_a_method_of_no_kind_is_named() -> None:
         points([record("brand_new", 1, 0)])
 
 
-def test_every_method_of_the_grid_has_a_kind() -> None:
-    methods = {method.name for method in read_ablation(ROOT / "configs" / "ablations" / "frontier.yaml").config.methods}
+def test_every_method_of_the_grids_has_a_kind() -> None:
+    files = [ROOT / "configs" / "ablations" / f"{name}.yaml" for name in ("frontier", "equal_bytes")]
+    methods = {method.name for file in files for method in read_ablation(file).config.methods}
     assert methods == {name for names, _ in KINDS.values() for name in names}
+
+
+def test_a_cell_that_two_results_have_counts_once() -> None:
+    of_seeds = Counter(cell["method"] for cell in frontier.records(MODELS["SmolLM2 135M"]))
+    assert (of_seeds["int2"], of_seeds["quarter"]) == (5, 1)
 
 
 @pytest.mark.slow
