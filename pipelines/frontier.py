@@ -77,7 +77,7 @@ def draw(models: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) -> Non
         axes.set_xlabel("bits a weight of the model that is trained on")
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("gap closed, % (LoRA on the original = 100)")
-    panels[0, 0].legend(fontsize="small")
+    panels[0, -1].legend(*panels[0, 0].get_legend_handles_labels(), fontsize="small", loc="lower right")
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
