@@ -20,6 +20,7 @@ from emloc_ray.stages.finish import FINISH
 from emloc_ray.stages.importing import IMPORT, original_dir
 from emloc_ray.stages.order import STEPS, up_to
 from emloc_ray.stages.stage import Stage
+from emloc_ray.text import listed
 from emloc_ray.stages.tokens.stage import DATA
 
 Accept = bool | Callable[[Sequence[str]], bool]
@@ -64,7 +65,9 @@ def find_changes(prepared: Prepared, forced: Collection[str] = (), until: str = 
     if removed:
         does.append(f"removes {', '.join(stage.name for stage in removed)}")
     folders = ", ".join(f"{folder}/" for folder in _folders(prepared.run, [*redone, *removed]))
-    return f"{what}: that {' and '.join(does)}" + (f" (in {folders})" if folders else "")
+    unchanged = [s for s in steps if s.name in kept and s.name not in forced and s not in (*following, *removed)]
+    sentence = f"{what}: that {' and '.join(does)}" + (f" (in {folders})" if folders else "")
+    return "; ".join([sentence, *_made_again(prepared.run, unchanged)])
 
 
 def outdated_stage(prepared: Prepared) -> str | None:
@@ -114,6 +117,13 @@ def _edited(run: RunDirectory, kept: Collection[str], outdated: Stage) -> tuple[
             for file in run.damaged(stage.name):
                 return stage, f"{file.relative_to(run.root).as_posix()} is not what {stage.name} wrote"
     return outdated, None
+
+
+def _made_again(run: RunDirectory, stages: Collection[Stage]) -> Iterator[str]:
+    """A clause on each stage that stands but for files that are gone or of another size."""
+    for stage in stages:
+        if files := [file.relative_to(run.root).as_posix() for file in run.altered(stage.name)]:
+            yield f"{stage.name} makes {listed(files, 1)} again, missing or altered"
 
 
 def _judged(

@@ -31,7 +31,7 @@ from emloc_ray.stages.ray.session import hardware
 from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.stages.ray.usage import measured
 from emloc_ray.stages.stage import Stage
-from emloc_ray.text import version_changes
+from emloc_ray.text import listed, version_changes
 
 _NOTE_S = 60.0  # between two notes of how long a stage has run: what a kill loses at most
 _TERMINATED = 128 + signal.SIGTERM  # a shell's exit code of what SIGTERM ended
@@ -156,7 +156,7 @@ class Steps:
         if entry is None or stage.name in self.forced:
             return None
         if not self.directory.is_done(stage.name, key):
-            if self._outdated is None:
+            if self._outdated is None and entry["inputs"] != key:
                 self._outdated = stage.name
                 self._note(
                     f"{stage.name} and what follows from it are redone: the config, the files or the version of emloc_ray"
@@ -187,10 +187,9 @@ class Steps:
         self._check_artifacts()
         self.directory.check_held()  # before files are removed or overwritten: another process may own them now
         outputs = self._outputs(stage)
-        if self.directory.stage(stage.name) is not None:
-            for path in outputs:  # first: once the stage is forgotten, a later try would continue from what a kill left
-                discard(path)
-            self.directory.forget(stage.name)
+        entry = self.directory.stage(stage.name)
+        if entry is not None:
+            self._clear(stage, is_same=entry["inputs"] == context.made[stage.name])
             self.write_results()  # its old numbers are no longer this run's
         gives = self.cache is not None and (self.cache.knows_owners or not self._trusts)
         shared = None if stage.cache_inputs is None or not gives else stage.cache_inputs(context)
@@ -219,6 +218,19 @@ class Steps:
             if cached is not None:
                 self._to_cache(stage, cached, result)
         return result
+
+    def _clear(self, stage: Stage, is_same: bool) -> None:
+        """Removes what a finished stage wrote and takes it out of the manifest, before it is made again; where its inputs are the
+        same, and it goes on from what is whole, no other files than those that are not."""
+        stale = self._outputs(stage)
+        if is_same and stage.name not in self.forced:
+            lost = sorted({*self.directory.altered(stage.name), *self.directory.damaged(stage.name)})
+            names = [file.relative_to(self.directory.root).as_posix() for file in lost]
+            self._note(f"{stage.name} makes again what is missing or altered: {listed(names)}.")
+            stale = lost if stage.resumes else stale
+        for path in stale:  # first: once the stage is forgotten, a later try goes on from what is there
+            discard(path)
+        self.directory.forget(stage.name)
 
     def _begin(self, stage: Stage, key: str, spent: float) -> None:
         now, begun = made_with(stage), self.directory.begun()

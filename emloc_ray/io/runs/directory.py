@@ -199,15 +199,19 @@ class RunDirectory:
         return entry
 
     def is_done(self, name: str, inputs: str) -> bool:
-        """Whether the stage was finished with inputs of this fingerprint and its files are all there, whole by size, or were
-        dropped since; on an object store, whose keys name contents, as they were written."""
+        """Whether the stage was finished with inputs of this fingerprint and none of its files is :meth:`altered`."""
         entry = self.stage(name)
-        if entry is None or entry["inputs"] != inputs:
-            return False
-        if entry.get("dropped"):
-            return True
-        content = self._content_of(entry["outputs"])
-        return all(content.get(path, {"": None}).items() <= wanted.items() for path, wanted in entry["outputs"].items())
+        return entry is not None and entry["inputs"] == inputs and not self._altered(entry)
+
+    def altered(self, name: str) -> list[Path]:
+        """The files of a finished stage that are missing or of another size, unless they were dropped since; on an object store,
+        whose keys name contents, those that are not as they were written."""
+        return self._altered(self.stage(name) or {"outputs": {}})
+
+    def _altered(self, entry: Mapping[str, Any]) -> list[Path]:
+        outputs: dict[str, dict[str, Any]] = {} if entry.get("dropped") else entry["outputs"]
+        seen = self._content_of(outputs)
+        return [self.path(path) for path in outputs if not seen.get(path, {"": 0}).items() <= outputs[path].items()]
 
     def _content_of(self, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Sizes of the files that exist; from a store their SHA-256 too, listed by the run's top folders."""
@@ -327,8 +331,13 @@ class RunDirectory:
         """Takes a stage out of the manifest, before its files are written again."""
         self.check_held()
         manifest = self.manifest()
-        if manifest["stages"].pop(name, None) is not None:
-            self._write_manifest(manifest)
+        entry = manifest["stages"].pop(name, None)
+        if entry is None:
+            return
+        if self.store is not None:  # whose holder sees what earlier ones wrote by the manifest alone
+            written = {path: content["sha256"] for path, content in entry["outputs"].items()}
+            manifest["adopted"] = {**manifest.get("adopted", {}), **written}
+        self._write_manifest(manifest)
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         """On an object store in the place of the one that was read."""

@@ -127,6 +127,18 @@ def test_a_result_that_was_edited_is_named_with_what_is_made_anew_in_its_place(v
     )
 
 
+def test_what_is_made_again_beside_a_change_is_named(values: dict[str, Any]) -> None:
+    finish(values)
+    run = changed(values).run
+    run.path("calibration", "a.json").write_text("cut")
+    run.path("emulator", "a.json").unlink()
+    assert find_changes(changed(values)) is None  # as after a crash, nothing is asked
+    asked = str(find_changes(changed(values, finetune={"learning_rate": 1e-3})))
+    again = "again, missing or altered"
+    assert asked.endswith(f"; calibrate makes calibration/a.json {again}; factorize makes emulator/a.json {again}")
+    assert "emulator" not in str(find_changes(changed(values, emulator={"compression_ratio": 0.25})).partition(";")[2])
+
+
 def test_what_is_written_beside_the_model_is_no_part_of_it(values: dict[str, Any], tmp_path: Path) -> None:
     place = Path(shutil.copytree(values["model"]["source"], tmp_path / "model"))
     values["model"] = {**values["model"], "source": str(place)}

@@ -44,7 +44,8 @@ class Pipeline:
     """Three stages of two units each, which are kept from one try to the next; all share a cache."""
 
     def __init__(self, prepared: Prepared, cache: Path) -> None:
-        self.prepared, self.cache = prepared, ArtifactCache(str(cache))
+        self.prepared, self.resumes, self.notes = prepared, True, list[str]()
+        self.cache: ArtifactCache | None = ArtifactCache(str(cache))
         self.takes_s, self.killed_in, self.now, self.noted_s = 0.0, "", 0.0, 0.0
         self.changed: dict[str, Any] = {}
 
@@ -67,6 +68,7 @@ class Pipeline:
             CALIBRATE,
             name=name,
             outputs=(name,),
+            resumes=self.resumes,
             scratch=(f"{name}_scratch",),
             inputs=lambda context: {"made": name, **self.changed},
             cache_inputs=lambda context: {},
@@ -79,9 +81,9 @@ class Pipeline:
     def __call__(self, *redo: str, stops_in: str = "") -> list[str]:
         """The units that a try makes."""
         made: list[str] = []
-        run = self.prepared.run
+        run, reporter = self.prepared.run, RecordingReporter()
         run.create({}, steps=NAMES, redo=redo)
-        steps = Steps(self.prepared, RecordingReporter(), AtOnce(), self.cache, run.to_redo())
+        steps, self.notes = Steps(self.prepared, reporter, AtOnce(), self.cache, run.to_redo()), reporter.notes
         context = Context(self.prepared, self.prepared.source.directory)
         try:
             for name in NAMES * 2:
@@ -145,6 +147,38 @@ def test_no_file_is_read_twice_to_find_one_that_is_damaged(
     assert tries() == ["calibrate 2"]
     assert str(prepared.run.path("calibrate", "2")) in read
     assert len(read) == len(set(read))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"10", b"0"], ids=["missing", "cut", "grown", "of its size"])
+def test_a_file_that_is_missing_or_altered_costs_that_file_alone(
+    prepared: Prepared, tries: Pipeline, content: bytes | None
+) -> None:
+    tries.cache = None
+    tries()
+    altered = prepared.run.path("factorize", "2")
+    altered.unlink()
+    if content is not None:
+        altered.write_bytes(content)
+    prepared.run.forget("merge")  # so that what it builds on is read
+    assert tries() == ["factorize 2"]
+    assert altered.read_bytes() == b"1"
+    assert any("factorize/2" in note for note in tries.notes)
+    assert not any("what follows from it" in note for note in tries.notes)
+
+
+def test_a_stage_that_does_not_go_on_is_made_anew_for_one_file(prepared: Prepared, tries: Pipeline) -> None:
+    tries.cache, tries.resumes = None, False
+    tries()
+    prepared.run.path("factorize", "2").unlink()
+    assert tries() == ["factorize 1", "factorize 2"]
+
+
+def test_what_has_other_inputs_keeps_no_file(prepared: Prepared, tries: Pipeline) -> None:
+    tries.cache = None
+    tries()
+    prepared.run.path("factorize", "2").unlink()
+    tries.changed = {"another": "config"}
+    assert tries() == [f"{name} {unit}" for name in NAMES for unit in (1, 2)]
 
 
 def test_a_damaged_file_goes_before_its_stage_is_forgotten(

@@ -95,6 +95,24 @@ def test_a_late_write_that_slips_through_is_never_read(
     assert third.is_done("factorize", "inputs")
 
 
+def test_a_stage_that_is_forgotten_goes_on_from_what_an_earlier_holder_wrote(
+    begin: Callable[..., RunDirectory],
+) -> None:
+    first = begin()
+    for name in ("a", "b"):
+        write_bytes(first.path("emulator", name), b"right")
+    first.commit("factorize", "inputs", [first.path("emulator")], {})
+    run = begin()
+    discard(run.path("emulator", "a"))
+    assert run.altered("factorize") == [run.path("emulator", "a")]
+    run.forget("factorize")
+    assert {*sizes(run.path("emulator"))} == {run.path("emulator", "b")}
+    write_bytes(run.path("emulator", "a"), b"again")
+    run.commit("factorize", "inputs", [run.path("emulator")], {})
+    assert run.altered("factorize") == []
+    assert run.manifest()["adopted"] == {}
+
+
 def test_what_is_written_after_the_commit_is_not_read(begin: Callable[..., RunDirectory]) -> None:
     """As by a worker that was taken for dead and has a successor."""
     run = begin()
