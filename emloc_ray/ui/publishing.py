@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from rich.console import Console
 
 from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.io.runs.directory import CARD, RunDirectory
-from emloc_ray.io.runs.fetch import fetch
+from emloc_ray.io.runs.fetch import WEIGHT_NAMES, fetch
 from emloc_ray.runs.status import current_stages
 from emloc_ray.text import counted, listed, one_line, size
 from emloc_ray.ui.cards import WRITTEN_BY, base_name, card
@@ -24,10 +23,6 @@ from emloc_ray.ui.terminal import progress_bar
 
 Result = Literal["adapter", "merged"]
 MODEL = "model"  # the folder of a run's original, where that had to be imported
-# Names of weights that loaders may take before those of a merged model.
-_WEIGHTS = re.compile(
-    r"(pytorch_model|model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
-)
 _CONVERTERS = {"merged": "convert_hf_to_gguf.py", "adapter": "convert_lora_to_gguf.py"}
 
 
@@ -86,7 +81,7 @@ def push(console: Console, run: RunDirectory, name: str, part: Result, private: 
             text = card(run.name, result, run.manifest()["config"], run.metrics(), made)
             pushed = {file.relative_to(folder).as_posix(): _pushed(file) for file in files}
             present = api.list_repo_files(made) if part == "merged" else []
-            old = [file for file in present if _WEIGHTS.fullmatch(file) and file not in pushed]
+            old = [file for file in present if WEIGHT_NAMES.fullmatch(file) and file not in pushed]
             console.print(
                 f"Pushing {result}/ ({counted(len(files), 'file')} and a card, {held}) to {made}"
                 + (f", and deleting {listed(old)} there" if old else ""),

@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from emloc_ray.io.store.places import below
 from emloc_ray.io.store.replacing import replacing
 from emloc_ray.text import counted, listed
 
+WEIGHT_NAMES = re.compile(
+    r"(pytorch_model|model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
+)
+"""Names of weights that loaders may take before those of a merged model."""
 _CONNECTIONS = 8
 
 
@@ -28,8 +33,9 @@ def fetch(
 ) -> list[Path]:
     """Writes the run's files (those of ``parts`` such as ``adapter`` or ``merged``, else all) to ``directory``; of a batch,
     those of all its tasks, without its cache. Returns the files written; what is there with the same content is left as it is,
-    so that a broken fetch resumes. ``progress`` counts bytes. ``folder`` names a run's folder of a part; a task for which it
-    raises ConfigError is left out, and ``tell`` is called with a sentence that names such tasks.
+    so that a broken fetch resumes. Weights that an earlier fetch left and the run no longer holds are removed, and ``tell`` is
+    called with a sentence that names them. ``progress`` counts bytes. ``folder`` names a run's folder of a part; a task for
+    which it raises ConfigError is left out, and told.
 
     Raises ConfigError where the run is in a file system or has no such part, or ``directory`` holds another run; ArtifactError
     where a file cannot be read, is not what its key names, or its name leads out of ``directory``.
@@ -37,7 +43,7 @@ def fetch(
     store = run.store
     if store is None:
         raise ConfigError(f"{run.place} is in a file system already: copy it from there.")
-    if (directory / MANIFEST).is_file() and RunDirectory(directory).manifest()["name"] != run.name:
+    if (directory / MANIFEST).is_file() and _name_of(directory) != run.name:
         raise ConfigError(f"{directory} holds another run: name a new directory.")
     if run.manifest().get("kind") == "batch":
         return _fetch_tasks(run, store, directory, parts, progress, folder, tell)
@@ -61,6 +67,7 @@ def fetch(
         for size in pool.map(functools.partial(_copy, store), left.values(), left):
             done += size
             progress(done, total)
+    _remove_old_weights(directory, files, tell)
     return [*left, *_fetch_plain(store, plain, directory)]
 
 
@@ -90,7 +97,8 @@ def _fetch_tasks(
     files = _fetch_plain(store, names, directory)
     for task, wanted in held.items():
         if MANIFEST in names_of[task] and (wanted or not parts):
-            files += fetch(task, _inside(directory / "tasks", task.name), list(wanted.values()), progress)
+            home = _inside(directory / "tasks", task.name)
+            files += fetch(task, home, list(wanted.values()), progress, tell=tell)
     return files
 
 
@@ -107,11 +115,40 @@ def _held(
 
 def _fetch_plain(store: ObjectStore, names: Sequence[str], directory: Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
-    contents = {_inside(directory, name): store.read(name) for name in names}
+    read = {_inside(directory, name): store.read(name) for name in names}
+    contents = {file: content for file, content in read.items() if content is not None}
     for file, content in contents.items():
-        if content is not None:
-            file.write_bytes(content)
-    return [file for file, content in contents.items() if content is not None]
+        with replacing(file) as temporary:
+            temporary.write_bytes(content)
+    return [*contents]
+
+
+def _name_of(directory: Path) -> str:
+    """The name of the run that a directory holds; raises ConfigError where its manifest cannot be read."""
+    try:
+        name: str = RunDirectory(directory).manifest()["name"]
+    except ArtifactError as error:
+        raise ConfigError(
+            f"{directory / MANIFEST} cannot be read: remove it alone, where a fetch of this run was broken off, or name a new"
+            " directory."
+        ) from error
+    return name
+
+
+def _remove_old_weights(directory: Path, files: Collection[Path], tell: Callable[[str], None]) -> None:
+    """Removes weights that lie in a folder of these ``files`` and are none of them: loaders may take them first."""
+    folders = {file.parent for file in files} - {directory}
+    old = [
+        file
+        for folder in folders
+        for file in folder.iterdir()
+        if WEIGHT_NAMES.fullmatch(file.name) and file not in files
+    ]
+    for file in old:
+        file.unlink()
+    if old:
+        names = sorted(file.relative_to(directory).as_posix() for file in old)
+        tell(f"Removed from {directory} what the run no longer holds: {listed(names)}.")
 
 
 def _inside(directory: Path, name: str) -> Path:

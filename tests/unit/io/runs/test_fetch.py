@@ -51,6 +51,46 @@ def test_a_part_comes_alone_and_what_is_there_stays(
     assert fetch(run, tmp_path, ["adapter"]) == []
 
 
+def test_weights_that_the_run_no_longer_holds_are_removed(run: RunDirectory, tmp_path: Path) -> None:
+    fetch(run, tmp_path)
+    (tmp_path / "merged" / "notes.md").write_text("mine")
+    assert run.store is not None
+    run.store.remove("merged")
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for name in (*shards, "model.safetensors.index.json"):
+        write_text(run.path("merged", name), name)
+    sentences: list[str] = []
+    fetch(run, tmp_path, ["merged"], tell=sentences.append)
+    assert {file.name for file in (tmp_path / "merged").iterdir()} == {
+        *shards,
+        "model.safetensors.index.json",
+        "notes.md",
+    }
+    assert sentences == [f"Removed from {tmp_path} what the run no longer holds: merged/model.safetensors."]
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
+def test_a_fetch_that_is_broken_off_leaves_no_half_manifest(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch(run, tmp_path)
+    whole = (tmp_path / "manifest.json").read_bytes()
+    write = Path.write_bytes
+
+    def broken_off(path: Path, content: bytes) -> int:
+        write(path, content[:1])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            fetch(run, tmp_path)
+    assert (tmp_path / "manifest.json").read_bytes() == whole
+    (tmp_path / "manifest.json").write_bytes(whole[:9])  # as an older version leaves it
+    with pytest.raises(ConfigError, match=r"manifest\.json cannot be read: remove it alone, where a fetch of this run"):
+        fetch(run, tmp_path)
+
+
 def test_a_part_may_be_called_other_than_its_folder(run: RunDirectory, tmp_path: Path) -> None:
     write_text(run.path("adapter_finished", "adapter_config.json"), "later")
     [file] = fetch(run, tmp_path, ["adapter"], folder=lambda _, part: f"{part}_finished")
