@@ -21,6 +21,7 @@ from emloc_ray.data.reading import BadRow, Place, Row, SourceFile, each, read_ro
 from emloc_ray.data.row_formats import columns_of, converted, recognized, unknown_format
 from emloc_ray.data.splits import SPLITS, counts_in_shares
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
+from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.fingerprint import fingerprint, look_of
 from emloc_ray.io.store.shared import Shared
 from emloc_ray.io.store.stored_files import StoredFile
@@ -220,6 +221,18 @@ def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...]
                     f"data.{held_out} and data.{other} both read {listed(both, 1)}: held-out rows must not be trained on;"
                     f" leave data.{held_out} out to have rows of train kept for it, or name other files."
                 )
+
+
+def check_apart(run: RunDirectory, model: Path | None, files: Mapping[str, tuple[SourceFile, ...] | None]) -> None:
+    """Raises ConfigError where the model or rows lie in the run's directory: stages write there, and remove what is theirs."""
+    root = os.path.realpath(run.root) if run.store is None else run.place.partition("?")[0].rstrip("/")
+    places = {} if model is None else {os.path.realpath(model): "model.source"}
+    places |= {_place(source): f"data.{name}.path" for name, sources in files.items() for source in sources or ()}
+    for place, key in places.items():
+        if f"{place}/".startswith(f"{root}/"):
+            raise ConfigError(
+                f"{key}: {place} lies in run_dir {run.place}, where stages write and remove: move it out."
+            )
 
 
 def check_columns(data: DataConfig, files: Mapping[str, tuple[SourceFile, ...] | None]) -> None:

@@ -25,7 +25,15 @@ from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.shared import Shared
 from emloc_ray.modeling.loading import ModelSource, resolve_source, token_counter
-from emloc_ray.planning.data_checks import Looks, check_columns, check_held_out, check_split, look_at_files, places_here
+from emloc_ray.planning.data_checks import (
+    Looks,
+    check_apart,
+    check_columns,
+    check_held_out,
+    check_split,
+    look_at_files,
+    places_here,
+)
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths, row_lengths
 from emloc_ray.planning.machine import check_packages, check_resources, gpus_expected
@@ -209,6 +217,7 @@ def prepare(config: RunConfig, needs_weights: bool = True, lookups: Lookups | No
     formats |= {config.data.row_format} - {"auto"}
     if source is not None and model is not None:
         attempt(functools.partial(check_formats, config, source, model[0], formats))
+    attempt(lambda: check_apart(run, None if source is None else source.directory, files))
     attempt(lambda: check_held_out(config, files))
     attempt(lambda: check_columns(config.data, files))
     attempt(lookups.upper_bound)

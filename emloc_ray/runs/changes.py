@@ -20,8 +20,8 @@ from emloc_ray.stages.finish import FINISH
 from emloc_ray.stages.importing import IMPORT, original_dir
 from emloc_ray.stages.order import STEPS, up_to
 from emloc_ray.stages.stage import Stage
-from emloc_ray.text import listed
 from emloc_ray.stages.tokens.stage import DATA
+from emloc_ray.text import listed
 
 Accept = bool | Callable[[Sequence[str]], bool]
 """Whether what is finished may be redone or removed; or who is asked, with a sentence for each run."""
@@ -65,9 +65,9 @@ def find_changes(prepared: Prepared, forced: Collection[str] = (), until: str = 
     if removed:
         does.append(f"removes {', '.join(stage.name for stage in removed)}")
     folders = ", ".join(f"{folder}/" for folder in _folders(prepared.run, [*redone, *removed]))
-    unchanged = [s for s in steps if s.name in kept and s.name not in forced and s not in (*following, *removed)]
+    unchanged = [stage.name for stage in steps if stage not in (*following, *removed) and stage.name not in forced]
     sentence = f"{what}: that {' and '.join(does)}" + (f" (in {folders})" if folders else "")
-    return "; ".join([sentence, *_made_again(prepared.run, unchanged)])
+    return "; ".join([sentence, *_made_again(prepared.run, {name: kept[name] for name in unchanged if name in kept})])
 
 
 def outdated_stage(prepared: Prepared) -> str | None:
@@ -119,11 +119,11 @@ def _edited(run: RunDirectory, kept: Collection[str], outdated: Stage) -> tuple[
     return outdated, None
 
 
-def _made_again(run: RunDirectory, stages: Collection[Stage]) -> Iterator[str]:
-    """A clause on each stage that stands but for files that are gone or of another size."""
-    for stage in stages:
-        if files := [file.relative_to(run.root).as_posix() for file in run.altered(stage.name)]:
-            yield f"{stage.name} makes {listed(files, 1)} again, missing or altered"
+def _made_again(run: RunDirectory, entries: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A clause on each finished stage that stands but for files that are gone or of another size."""
+    for name, entry in entries.items():
+        if files := [file.relative_to(run.root).as_posix() for file in run.altered(entry)]:
+            yield f"{name} makes {listed(files, 1)} again, missing or altered"
 
 
 def _judged(

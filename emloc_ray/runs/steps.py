@@ -189,7 +189,7 @@ class Steps:
         outputs = self._outputs(stage)
         entry = self.directory.stage(stage.name)
         if entry is not None:
-            self._clear(stage, is_same=entry["inputs"] == context.made[stage.name])
+            self._clear(stage, entry, is_same=entry["inputs"] == context.made[stage.name])
             self.write_results()  # its old numbers are no longer this run's
         gives = self.cache is not None and (self.cache.knows_owners or not self._trusts)
         shared = None if stage.cache_inputs is None or not gives else stage.cache_inputs(context)
@@ -219,12 +219,12 @@ class Steps:
                 self._to_cache(stage, cached, result)
         return result
 
-    def _clear(self, stage: Stage, is_same: bool) -> None:
+    def _clear(self, stage: Stage, entry: Mapping[str, Any], is_same: bool) -> None:
         """Removes what a finished stage wrote and takes it out of the manifest, before it is made again; where its inputs are the
         same, and it goes on from what is whole, no other files than those that are not."""
         stale = self._outputs(stage)
         if is_same and stage.name not in self.forced:
-            lost = sorted({*self.directory.altered(stage.name), *self.directory.damaged(stage.name)})
+            lost = sorted({*self.directory.altered(entry), *self.directory.damaged(stage.name)})
             names = [file.relative_to(self.directory.root).as_posix() for file in lost]
             self._note(f"{stage.name} makes again what is missing or altered: {listed(names)}.")
             stale = lost if stage.resumes else stale

@@ -18,7 +18,7 @@ from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.manifest import FORMAT, after_all, ask_to_redo, confirm, end_tries, parse_manifest
 from emloc_ray.io.runs.metrics import METRICS, read_metrics, write_metrics
 from emloc_ray.io.runs.resume import INPUTS
-from emloc_ray.io.runs.run_places import check_folder, check_store
+from emloc_ray.io.runs.run_places import check_empty, check_folder, check_holds_no_run, check_store
 from emloc_ray.io.runs.secret_values import without_secrets
 from emloc_ray.io.store.atomic import json_bytes, write_json, write_text
 from emloc_ray.io.store.lease import KEY as LEASE
@@ -76,14 +76,7 @@ class RunDirectory:
         without our manifest, or another run's name, or what is of another kind."""
         check_folder(self.root, "run_dir") if self.store is None else check_store(self.store)
         if self._manifest_content() is None:
-            # A run killed while it wrote its first manifest left no more than these.
-            own = (LOCK, LEASE, f".{MANIFEST}.")
-            others = [name for name in self.names() if not name.startswith(own)]
-            if others:
-                raise ConfigError(
-                    f"run_dir {self.place} holds files of something else ({', '.join(sorted(others)[:3])}) and no"
-                    f" {MANIFEST}: name a new or empty directory."
-                )
+            check_empty(self.place, self.names())
             return {}
         try:
             manifest = self.manifest()
@@ -125,7 +118,7 @@ class RunDirectory:
         """Makes the directory with its manifest and config, without its secrets, and the ``steps`` that it will take; ``fresh``
         removes what an earlier run of this name left, as does the next try where that is broken off. Notes the stages to
         ``redo``, each until it is committed again, and the first that is ``outdated`` under this config, until it is made anew
-        or confirmed."""
+        or confirmed. Raises ConfigError where ``fresh`` would remove another run."""
         self.check(kind)
         config = without_secrets(config)
         self.root.mkdir(parents=True, exist_ok=True)
@@ -134,6 +127,8 @@ class RunDirectory:
         names = self.names()
         before: dict[str, Any] = self.manifest() if MANIFEST in names else {"stages": {}}
         fresh = fresh or before.get(_FRESH, False)
+        if fresh:
+            check_holds_no_run(self.place, self.root if self.store is None else self.store)
         manifest: dict[str, Any] = {"stages": {}, _FRESH: True} if fresh else dict(before)
         manifest.update({"format": FORMAT, "kind": kind, "name": self.name, "config": config, "steps": list(steps)})
         if redo:
@@ -201,14 +196,11 @@ class RunDirectory:
     def is_done(self, name: str, inputs: str) -> bool:
         """Whether the stage was finished with inputs of this fingerprint and none of its files is :meth:`altered`."""
         entry = self.stage(name)
-        return entry is not None and entry["inputs"] == inputs and not self._altered(entry)
+        return entry is not None and entry["inputs"] == inputs and not self.altered(entry)
 
-    def altered(self, name: str) -> list[Path]:
-        """The files of a finished stage that are missing or of another size, unless they were dropped since; on an object store,
-        whose keys name contents, those that are not as they were written."""
-        return self._altered(self.stage(name) or {"outputs": {}})
-
-    def _altered(self, entry: Mapping[str, Any]) -> list[Path]:
+    def altered(self, entry: Mapping[str, Any]) -> list[Path]:
+        """The files of a finished stage, by its entry in the manifest, that are missing or of another size, unless they were
+        dropped since; on an object store, whose keys name contents, those that are not as they were written."""
         outputs: dict[str, dict[str, Any]] = {} if entry.get("dropped") else entry["outputs"]
         seen = self._content_of(outputs)
         return [self.path(path) for path in outputs if not seen.get(path, {"": 0}).items() <= outputs[path].items()]
@@ -335,8 +327,7 @@ class RunDirectory:
         if entry is None:
             return
         if self.store is not None:  # whose holder sees what earlier ones wrote by the manifest alone
-            written = {path: content["sha256"] for path, content in entry["outputs"].items()}
-            manifest["adopted"] = {**manifest.get("adopted", {}), **written}
+            manifest["adopted"] = {**manifest.get("adopted", {}), **named_files({"stages": {name: entry}})}
         self._write_manifest(manifest)
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:

@@ -1,12 +1,14 @@
-"""Whether a folder, or a run's place on an object store, can be written."""
+"""Whether a folder, or a run's place on an object store, can be written, and holds nothing of others."""
 
 import tempfile
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.store.lease import KEY as LEASE
-from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.io.store.lock_file import NAME as LOCK
+from emloc_ray.io.store.object_store import MANIFEST, ObjectStore
 
 
 def check_folder(root: Path, what: str) -> None:
@@ -34,3 +36,27 @@ def check_store(store: ObjectStore) -> None:
         store.check_conditions(f"{LEASE}.{uuid.uuid4().hex}")
     except (ArtifactError, ConfigError) as error:
         raise ConfigError(f"run_dir: {error}") from error
+
+
+def check_empty(place: str, names: Iterable[str]) -> None:
+    """Raises ConfigError where a place without a manifest holds more than a run that was killed while it wrote its first one."""
+    own = (LOCK, LEASE, f".{MANIFEST}.")
+    others = [name for name in names if not name.startswith(own)]
+    if others:
+        raise ConfigError(
+            f"run_dir {place} holds files of something else ({', '.join(sorted(others)[:3])}) and no {MANIFEST}: name a new or"
+            " empty directory."
+        )
+
+
+def check_holds_no_run(place: str, root: Path | ObjectStore) -> None:
+    """Raises ConfigError where a folder of a run holds another run: who empties the one removes the other."""
+    if isinstance(root, Path):
+        files = [file.relative_to(root).as_posix() for file in root.rglob(MANIFEST)]
+    else:
+        files = root.files("")
+    inside = sorted(file for file in files if file.endswith(f"/{MANIFEST}"))
+    if inside:
+        raise ConfigError(
+            f"run_dir {place} holds another run ({inside[0]}), which --fresh would remove: move that out, or remove it yourself."
+        )

@@ -18,6 +18,7 @@ import transformers
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.prepared import prepare
 
 
@@ -58,6 +59,31 @@ def test_gpus_are_decided_by_what_this_machine_has_and_anew_by_what_ray_has(
     assert on_cpus.written_config.finetune.gpus_per_worker == "auto"
     assert on_cpus.with_gpus(0) is on_cpus
     assert on_cpus.with_gpus(4).config.finetune.gpus_per_worker == 1
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_lies_in_the_run_s_directory_is_refused(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], link: bool
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.create({})
+    shutil.copytree(tiny_model_dir("llama"), run.path("model"))
+    rows = write_rows(run.path("log.jsonl"), 5)
+    beside = write_rows(tmp_path / "run.jsonl", 5)
+    place = tmp_path / "link" if link else run.root
+    if link:
+        place.symlink_to(run.root)
+    values: dict[str, Any] = {"run_dir": str(run.root), "model": {"source": str(place / "model")}}
+    values["data"] = {"train": {"path": str(beside)}}
+    inside = "lies in run_dir .*run, where stages write and remove: move it out"
+    with pytest.raises(ConfigError, match=f"^model.source: {run.path('model')} {inside}"):
+        prepare(parse_config(values))
+    values["model"] = {"source": str(tiny_model_dir("llama"))}
+    values["data"]["train"] = {"path": [str(beside), str(place / "*.jsonl")]}
+    with pytest.raises(ConfigError, match=f"^data.train.path: {rows} {inside}"):
+        prepare(parse_config(values))
+    values["data"]["train"] = {"path": str(beside)}
+    prepare(parse_config(values))
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.digests import digest_of
 from emloc_ray.io.store.node_cache import discard
 from emloc_ray.io.store.object_store import MANIFEST
+from emloc_ray.io.store.places import below
 
 
 @pytest.fixture
@@ -129,6 +130,32 @@ def test_fresh_removes_all_but_the_lock(run: RunDirectory) -> None:
     run.create({"seed": 1}, fresh=True)
     assert {entry.name for entry in run.root.iterdir()} == {CONFIG, MANIFEST, ".lock"}
     assert not run.is_done("merge", "abc")
+
+
+@pytest.mark.parametrize("inside", ["second", "tries/second"])
+def test_fresh_removes_no_other_run(run: RunDirectory, inside: str) -> None:
+    second = RunDirectory(run.path(inside))
+    second.create({})
+    weeks = artifact(second, "adapter/a")
+    before = run.manifest()
+    with pytest.raises(
+        ConfigError, match=rf"holds another run \({inside}/manifest\.json\), which --fresh would remove"
+    ):
+        run.create({"seed": 1}, fresh=True)
+    assert weeks.is_file()
+    assert run.manifest() == before
+    run.create({"seed": 1})
+
+
+def test_fresh_removes_no_other_run_in_a_bucket(s3_port: int, node_cache: Path) -> None:
+    run = RunDirectory(uri(s3_port, "outer"))
+    run.create({})
+    second = RunDirectory(below(run.place, "second"))
+    second.create({})
+    write_text(run.path("model", "manifest.json"), "of a model")
+    with pytest.raises(ConfigError, match=r"holds another run \(second/manifest\.json\), which --fresh would remove"):
+        run.create({}, fresh=True)
+    assert second.manifest()["name"] == "second"
 
 
 @pytest.mark.parametrize("fresh", [False, True])

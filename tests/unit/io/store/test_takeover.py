@@ -104,12 +104,12 @@ def test_a_stage_that_is_forgotten_goes_on_from_what_an_earlier_holder_wrote(
     first.commit("factorize", "inputs", [first.path("emulator")], {})
     run = begin()
     discard(run.path("emulator", "a"))
-    assert run.altered("factorize") == [run.path("emulator", "a")]
+    assert run.altered(run.stages()["factorize"]) == [run.path("emulator", "a")]
     run.forget("factorize")
     assert {*sizes(run.path("emulator"))} == {run.path("emulator", "b")}
     write_bytes(run.path("emulator", "a"), b"again")
     run.commit("factorize", "inputs", [run.path("emulator")], {})
-    assert run.altered("factorize") == []
+    assert run.is_done("factorize", "inputs")
     assert run.manifest()["adopted"] == {}
 
 
