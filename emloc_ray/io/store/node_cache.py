@@ -204,14 +204,22 @@ def open_newest(path: Path, listed: ListedFiles | None = None) -> Iterator[tuple
     spare the store a request."""
     here = origin(path)
     if here is None:
-        with path.open("rb") as stream:
-            yield stream, path.stat().st_size, None
+        with _open_here(path) as file:
+            yield file, os.fstat(file.fileno()).st_size, None
         return
     info = here.store.versions(here.path).get("") if listed is None else listed.version(path)
     if info is None:
         raise FileNotFoundError(f"{here.store.uri} holds no {here.path}")
     with open_copy(here.note, path, info.sha256) or here.store.open(info) as stream:
         yield stream, info.size, info.sha256  # type: ignore[misc]
+
+
+def _open_here(path: Path) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        _look_anew(path)
+        return path.open("rb")
 
 
 def open_version(path: Path, version: str | None) -> IO[bytes]:
@@ -239,16 +247,23 @@ def exists(path: Path) -> bool:
     """Whether a file is there for all nodes."""
     here = origin(path)
     if here is None:
+        if not path.is_file():
+            _look_anew(path)
         return path.is_file()
     return here.store.read(here.path) is not None if here.is_plain else "" in here.store.versions(here.path)
 
 
 def existing(files: Sequence[Path]) -> set[Path]:
-    """Those of some files, in the folder of the first or below, that are there for all nodes; a store is asked once for all."""
-    here = origin(files[0]) if files else None
-    if here is None:
-        return {file for file in files if file.is_file()}
-    return set(files) & sizes(files[0].parent).keys()
+    """Those of some files, in the folder of the first or below, that are there for all nodes, by one listing."""
+    return set(files) & sizes(files[0].parent).keys() if files else set()
+
+
+def _look_anew(path: Path) -> None:
+    """Has NFS ask its server for a file that it takes for absent, which it does for up to a minute after it once was: it asks
+    when a folder is opened (``lookupcache`` in nfs(5))."""
+    for folder in reversed(path.parents[:3]):
+        with contextlib.suppress(OSError):
+            os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
 
 
 def is_stored(path: Path) -> bool:
