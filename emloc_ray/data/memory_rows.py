@@ -3,6 +3,7 @@
 import contextlib
 import json
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import pyarrow.parquet
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.places import is_store_uri
+from emloc_ray.io.store.replacing import remove, replacing
+
+_A_DAY_S = 86_400.0
 
 
 def is_place(rows: Any) -> bool:
@@ -24,8 +28,9 @@ def is_place(rows: Any) -> bool:
 
 def write_rows(rows: Any, name: str, run_dir: str) -> str:
     """Writes rows, mappings or a table that Arrow reads (pandas, polars, pyarrow), into a folder beside the run's directory,
-    ``RUN_DIR.rows``, under the hash of their content: the same rows are the same file. Returns its path. Raises ConfigError
-    where a row is none, or holds what is not JSON, or there is none; where ``run_dir`` is on an object store."""
+    ``RUN_DIR.rows``, under the hash of their content: the same rows are the same file, which is written anew where it holds
+    others by now. Returns its path. Raises ConfigError where a row is none, or holds what is not JSON, or there is none; where
+    ``run_dir`` is on an object store."""
     if is_store_uri(run_dir):
         raise ConfigError(
             f"{name} are rows, and run_dir {run_dir} is on an object store: give the path of a file there."
@@ -35,15 +40,21 @@ def write_rows(rows: Any, name: str, run_dir: str) -> str:
     if hasattr(rows, "__len__") and not len(rows):
         raise ConfigError(f"{name} has no rows: give at least one.")
     folder.mkdir(parents=True, exist_ok=True)
-    with _gone_where_empty(folder), tempfile.TemporaryDirectory(dir=folder) as temporary:
+    for left in folder.glob(".*.tmp"):  # by calls that were killed
+        with contextlib.suppress(FileNotFoundError):
+            if left.stat().st_mtime < time.time() - _A_DAY_S:
+                remove(left)
+    with _gone_where_empty(folder), tempfile.TemporaryDirectory(".tmp", ".", folder) as temporary:
         new = Path(temporary, name)
         if is_table:
             pa.parquet.write_table(pa.table(rows), new)
         else:
             new.write_text("".join(_lines(rows, name)), "utf-8")
-        path = folder / f"{name}-{digest(new)[:16]}.{'parquet' if is_table else 'jsonl'}"
-        if not path.is_file():  # else it is kept, as its time tells it from others
-            new.replace(path)
+        sha256 = digest(new)
+        path = folder / f"{name}-{sha256[:16]}.{'parquet' if is_table else 'jsonl'}"
+        if not path.is_file() or digest(path) != sha256:  # else it is kept, as its time tells it from others
+            with replacing(path) as whole:
+                new.replace(whole)
     return str(path)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import pickle
 import re
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from transformers import LlamaConfig
 
 import emloc_ray
 from emloc_ray.config.reading import parse_config
+from emloc_ray.data.memory_rows import write_rows
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.checkpoint import write_index
 from emloc_ray.modeling.architecture import empty_model
@@ -48,6 +51,27 @@ def test_rows_of_a_program_become_a_file_beside_the_run(tmp_path: Path) -> None:
     assert again.data.train == config.data.train
     assert train.stat().st_mtime_ns == before
     assert sorted(train.parent.iterdir()) == sorted([train, held_out])
+
+
+@pytest.mark.parametrize(
+    "edit", [lambda rows: rows[: len(rows) // 2], lambda rows: rows.replace(b"a", b"b", 1), bytes.upper]
+)
+def test_rows_whose_file_was_cut_or_edited_are_written_anew(tmp_path: Path, edit: Callable[[bytes], bytes]) -> None:
+    path = Path(write_rows(ROWS, "train", str(tmp_path / "mine")))
+    whole = path.read_bytes()
+    path.write_bytes(edit(whole))
+    assert Path(write_rows(ROWS, "train", str(tmp_path / "mine"))) == path
+    assert path.read_bytes() == whole
+
+
+def test_what_a_killed_call_left_beside_rows_goes_after_a_day(tmp_path: Path) -> None:
+    for name, days in (("killed", 2), ("at work", 0)):
+        left = tmp_path / "mine.rows" / f".{name}.tmp"
+        left.mkdir(parents=True)
+        (left / "train").write_text("half")
+        os.utime(left, times=(0, time.time() - days * 86_400))
+    path = Path(write_rows(ROWS, "train", str(tmp_path / "mine")))
+    assert {file.name for file in path.parent.iterdir()} == {".at work.tmp", path.name}
 
 
 def test_rows_may_have_numbers_of_numpy_and_dates(tmp_path: Path) -> None:
