@@ -123,7 +123,7 @@ def publish_plain(path: Path, written: Path) -> bool:
 def _publish_file(file: Path, whole: bool) -> None:
     here, status = origin(file), file.stat()
     assert here is not None
-    version = here.store.add_version(here.path, file)
+    version = here.store.add_version(here.path, file, None, noted_digest(file))
     if whole:
         write_note(here.note, version, status)
         make_room(here.root, 0, kept_since=status.st_mtime, written=status.st_size)

@@ -123,8 +123,9 @@ class ObjectStore(Objects):
                 self._written[path] = version
                 return
 
-    def add_version(self, path: str, file: Path, listing: Listing | None = None) -> str:
-        """Puts a file's content as the version of ``path``; returns its SHA-256. ``listing``: with this path, if there is one.
+    def add_version(self, path: str, file: Path, listing: Listing | None = None, sha256: str | None = None) -> str:
+        """Puts a file's content as the version of ``path``; returns its SHA-256. ``listing``: with this path, if there is one;
+        ``sha256``: where it is known.
 
         The last version of the same lease stays beside it until the stage is committed: a process that takes the run over
         at this moment may have adopted that one. Versions of earlier leases stay.
@@ -134,7 +135,7 @@ class ObjectStore(Objects):
         """
         if self.lease is not None:
             self.checked_manifest()
-        sha, size = digest(file), file.stat().st_size
+        sha, size = sha256 or digest(file), file.stat().st_size
         with self._new_version(path, sha, size, listing) as key:
             if key is not None:
                 self._trying(lambda: self.upload(file, key, size), "write", path)

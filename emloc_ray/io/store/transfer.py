@@ -70,7 +70,7 @@ def transfer(
         target_at.root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target_at.root, prefix=".", suffix=".tmp") as folder:
             source_at.store.download(info, Path(folder, "file"))
-            target_at.store.add_version(target_at.path, Path(folder, "file"), target_listing)
+            target_at.store.add_version(target_at.path, Path(folder, "file"), target_listing, sha256)
 
 
 def _link_file(source: Path, target: Path, size: int, sha256: str, verify: bool) -> None:

@@ -19,9 +19,9 @@ from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard, write_index
 from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.runs.resume import discard_unless
-from emloc_ray.io.store import node_copies
+from emloc_ray.io.store import node_copies, object_store
 from emloc_ray.io.store.atomic import atomic_directory, copy_file, write_bytes, write_json
-from emloc_ray.io.store.digests import digest
+from emloc_ray.io.store.digests import digest, noted_digest
 from emloc_ray.io.store.node_cache import (
     discard,
     ensure,
@@ -58,6 +58,17 @@ def root(s3_port: int, node_cache: Path, request: pytest.FixtureRequest) -> Path
 def other(root: Path, tmp_path: Path) -> Path:
     """The same run on another node."""
     return tmp_path / "other" / root.name
+
+
+def test_what_was_hashed_on_the_way_is_not_read_again_for_its_upload(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(object_store, "digest", lambda file: (read.append(file), digest(file))[1])
+    shard = root / "model" / "model.safetensors"
+    write_tensors(shard, {"w": torch.ones(1)})
+    assert hashes(shard) == {shard: digest(shard)}
+    assert read == ([shard] if noted_digest(shard) is None else [])  # a file system may keep no attributes
 
 
 def test_a_checkpoint_is_listed_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
