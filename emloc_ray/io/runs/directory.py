@@ -149,12 +149,12 @@ class RunDirectory:
     def _adopted(self, before: dict[str, Any], manifest: dict[str, Any], fresh: bool) -> dict[str, Any]:
         """The manifest under this lease, which names what unfinished stages had written under the one before: from now on
         nobody else writes to this run, or what they write is not read. A try that is broken off here leaves the number of the
-        lease before to the next one."""
+        lease before to the next one. Of a batch all lies under plain names, but for its tasks and its cache: none is listed."""
         assert self.lease is not None
         past = ObjectStore(self.place, lease=before.get(_ADOPTING, before.get("lease")))
         manifest.update({"lease": self.lease.number, _ADOPTING: past.lease})
         self._write_manifest(manifest)
-        named, seen = named_files(before), {} if fresh else past.versions("", before)
+        named, seen = named_files(before), {} if fresh or manifest["kind"] == "batch" else past.versions("", before)
         del manifest[_ADOPTING]
         return {**manifest, "adopted": {path: stored.sha256 for path, stored in seen.items() if path not in named}}
 

@@ -71,6 +71,17 @@ def test_a_late_writer_is_told_and_writes_and_removes_nothing(begin: Callable[..
         ensure(late.path("emulator"))
 
 
+def test_who_takes_a_batch_over_lists_nothing_of_its_tasks(
+    begin: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bytes(begin(kind="batch").path("tasks", "a", "emulator", "a"), b"a task's")
+    listed: list[str] = []
+    below = ObjectStore.below
+    monkeypatch.setattr(ObjectStore, "below", lambda self, path="": (listed.append(path), below(self, path))[1])
+    assert begin(kind="batch").manifest()["adopted"] == {}
+    assert "" not in listed
+
+
 def test_a_late_write_that_slips_through_is_never_read(
     begin: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
