@@ -55,8 +55,8 @@ def import_weights(shared: tuple[ModelSource, Path], name: str) -> None:
             check_lock(target)
             sha256 = digest(Path(file))
             _check_cached(Path(file), sha256, source.hub_id)
+            note_digest(Path(file), sha256)  # before a link makes it read-only, for its owner's notes too
             transfer(Path(file), target / name, Path(file).stat().st_size, sha256)
-            note_digest(target / name, sha256)
             return
         total = hashlib.sha256()
         with Path(file).open("rb") as stream, atomic_file(target / name) as copy:

@@ -7,7 +7,9 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ from emloc_ray.data.token_shards import shard_name, write_index, write_shard
 from emloc_ray.errors import ArtifactError, ConfigError, Stopped
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.store.atomic import remove_leftovers
+from emloc_ray.io.store.digests import digest, note_digest, noted_digest
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.hub_weights import weight_files
 from emloc_ray.modeling.loading import ModelSource
@@ -203,6 +206,24 @@ def test_a_cached_file_takes_no_more_room(
     assert hub.asked == others
     assert (context.model_dir / name).samefile(cached / name)
     assert not list(context.prepared.run.root.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("context", ["folder"], indirect=True)
+def test_an_imported_file_s_digest_is_noted(context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note_digest(tmp_path, "0")
+    if noted_digest(tmp_path) is None:
+        pytest.skip("this file system keeps no attributes")
+    setxattr = os.setxattr
+
+    def as_no_root(path: Path, *arguments: Any) -> None:
+        if not path.stat().st_mode & stat.S_IWUSR:
+            raise PermissionError(errno.EACCES, "read-only")
+        setxattr(path, *arguments)
+
+    monkeypatch.setattr(os, "setxattr", as_no_root)
+    IMPORT.run(context, IMPORT.inputs(context), Resources(), lambda done, total: None)
+    for file in context.model_dir.glob("*.safetensors"):
+        assert noted_digest(file) == digest(file)
 
 
 @pytest.mark.parametrize("context", ["folder"], indirect=True)
