@@ -67,8 +67,9 @@ def prepare_batch(
 
 
 def check_free(run: RunDirectory) -> None:
-    """Raises ConfigError where a process runs the batch now."""
-    holder = run.holder()
+    """Raises ConfigError where a process runs the batch now. On an object store :meth:`RunDirectory.lock` alone tells, by the
+    store's clock: by this machine's a holder may seem to be alive, or dead."""
+    holder = run.holder() if run.store is None else None
     if holder is not None:
         raise ConfigError(
             f"{run.place} is run by {holder}: stop that with Ctrl-C, then give this command again: it continues from there."

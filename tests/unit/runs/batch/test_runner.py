@@ -329,3 +329,12 @@ def test_a_batch_that_runs_is_told_from_a_free_one(tmp_path: Path) -> None:
             check_free(run)
     finally:
         run.unlock()
+
+
+def test_a_batch_on_a_store_is_not_refused_by_this_machine_s_clock(
+    node_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emloc_ray.io.runs.directory.find_holder", lambda store: "process 7 on n1")
+    run = RunDirectory("s3://bucket/batch")
+    assert run.holder() == "process 7 on n1"
+    check_free(run)
