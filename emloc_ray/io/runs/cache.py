@@ -25,7 +25,7 @@ from emloc_ray.errors import ArtifactError, DamagedArtifactError, EmlocError, St
 from emloc_ray.io.formats.arrow_schemas import check_no_extensions, open_parquet
 from emloc_ray.io.runs.cache_place import FORMAT, CachePlace, turn_of
 from emloc_ray.io.store.digests import digest_of
-from emloc_ray.io.store.node_cache import discard, open_artifact, origin, sizes
+from emloc_ray.io.store.node_cache import ListedFiles, discard, open_newest, origin, sizes
 from emloc_ray.io.store.node_copies import holds
 from emloc_ray.io.store.places import leads_out
 from emloc_ray.io.store.transfer import listing, transfer
@@ -285,12 +285,14 @@ class ArtifactCache:
 
     def _is_safe(self, entry: Entry, doubted: bool) -> bool:
         folder, hashed = self._at.folder(entry.stage, entry.key) / _FILES, doubted or self._at.store is None
+        read = [path for path in entry.files if hashed or path.endswith(_WITH_COLUMNS)]
+        listed = ListedFiles(folder) if read else None
 
         def is_safe(path: str) -> bool:
-            return _is_safe(folder / path, entry.files[path]["sha256"] if hashed else None, doubted)
+            return _is_safe(folder / path, entry.files[path]["sha256"] if hashed else None, doubted, listed)
 
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
-            return all(pool.map(is_safe, entry.files))
+            return all(pool.map(is_safe, read))
 
     def _held_files(self, entry: Entry) -> dict[str, os.stat_result]:
         """An entry's files, without what is no file itself, such as a link. None in a store."""
@@ -338,12 +340,10 @@ def _is_within(entry: Entry, folders: Sequence[str] | None) -> bool:
     )
 
 
-def _is_safe(path: Path, sha256: str | None, doubted: bool) -> bool:
+def _is_safe(path: Path, sha256: str | None, doubted: bool, listed: ListedFiles | None) -> bool:
     """Whether a file is of this content (None: of any; read anew where it is doubted), and its columns, where it has some, are
     of types that run no code."""
-    if sha256 is None and path.suffix not in _WITH_COLUMNS:
-        return True
-    with open_artifact(path) as (stream, _):
+    with open_newest(path, listed) as (stream, *_):
         is_local = origin(path) is None
         if sha256 is not None and not (
             holds(stream, sha256, anew=doubted) if is_local else digest_of(stream) == sha256
