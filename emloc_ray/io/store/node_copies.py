@@ -23,7 +23,7 @@ from emloc_ray.io.store.replacing import remove, replacing
 from emloc_ray.io.store.turns import holder_of, try_lock, wait_for_turn
 
 MARK, LOCAL = "store=", "local="
-_VERSIONS = ".versions"
+_VERSIONS, _LOCKS, _SWEPT = ".versions", ".locks", ".swept"
 # The copies may fill the node's disk but for this share of it; what was used in the last minutes stays.
 _FREE_SHARE = 0.1
 _SIZE_VARIABLE = "EMLOC_RAY_CACHE_SIZE"
@@ -33,7 +33,7 @@ IN_USE_S = 600.0
 _PROCESSES = 64
 _LEAST_SHARE = 0.001
 _SPARE_SHARE = 0.1  # of all bytes is freed beyond what is missing: what all processes add before they look again
-_SWEEP_S = 3600.0  # between two sweeps by a process
+_SWEEP_S = 3600.0  # between two sweeps of a node
 _LEFT_S = 86400.0  # what has not changed for so long was left for good
 PATIENCE_S = 1800.0  # with one that fetches the same file: it may have been stopped
 _MAX_NAME = 255
@@ -42,7 +42,6 @@ _NEVER_ALTERED = (".safetensors", ".arrow")
 _hashed: dict[tuple[object, ...], tuple[int, int]] = {}  # by what a copy is: its ctime and links when it was hashed
 _turns = [threading.Lock() for _ in range(64)]  # of threads that would hash the same file
 _allowance: dict[Path, float] = {}  # bytes that this process may add before it looks at all copies again
-_swept: dict[Path, float] = {}  # when this process last swept a cache
 
 
 def note_of(root: Path, path: str) -> Path:
@@ -169,7 +168,7 @@ def write_small(path: Path, content: bytes) -> None:
 def alone(root: Path, key: str, waits: bool = True, patience_s: float = PATIENCE_S) -> Iterator[None]:
     """One worker of a node at a time, but for who has waited for ``patience_s``: two that do the same do no harm. Raises
     BlockingIOError where it is another's turn and this one does not wait."""
-    lock = root / ".locks" / quote(key, safe="")[-_MAX_NAME:]
+    lock = _lock_of(root, key)
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a+") as file:
         if waits:
@@ -179,12 +178,19 @@ def alone(root: Path, key: str, waits: bool = True, patience_s: float = PATIENCE
         yield
 
 
+def _lock_of(root: Path, key: str) -> Path:
+    return root / _LOCKS / quote(key, safe="")[-_MAX_NAME:]
+
+
 def make_room(root: Path, needed: int, kept_since: float = math.inf, written: int = 0) -> None:
     """Drops the copies that were used longest ago until the disk has room for ``needed`` bytes more and a share of it stays free,
     and all copies together take no more than ``EMLOC_RAY_CACHE_SIZE`` (such as 150GiB), where that is set. What was used in the
     last minutes stays, and since ``kept_since``, in s since 1970; so does what is no copy of what a store holds, but for what
     killed processes left. ``written``: bytes that were added since the last call."""
     cache = root.parent
+    if _is_unswept(cache):
+        with alone(cache, "room"):
+            _sweep(cache)
     left = _allowance.get(cache, 0.0) - needed - written
     if left >= 0:
         _allowance[cache] = left
@@ -193,7 +199,6 @@ def make_room(root: Path, needed: int, kept_since: float = math.inf, written: in
     if not os.environ.get(_SIZE_VARIABLE) and taken + needed <= most:
         return
     with alone(cache, "room"):
-        _sweep(cache)
         limits, gained = _limits(root), 0
         missing = max(taken + needed - most for most, taken in limits)  # another worker may have made some
         if missing > 0:
@@ -218,15 +223,28 @@ def _disk(root: Path) -> tuple[int, int]:
     return disk.total - int(_FREE_SHARE * disk.total), disk.total - disk.free
 
 
+def _is_unswept(cache: Path) -> bool:
+    """Whether no process of this node has swept for an hour."""
+    try:
+        return (cache / _SWEPT).stat().st_mtime < time.time() - _SWEEP_S
+    except FileNotFoundError:
+        return True
+
+
 def _sweep(cache: Path) -> None:
-    """Removes what killed processes left: what is unfinished, and what a run had on this node alone, unchanged for a day."""
-    if time.monotonic() < _swept.get(cache, -math.inf) + _SWEEP_S:
+    """Removes what killed processes left: what is unfinished, and what a run had on this node alone, unchanged for a day; and
+    the places of runs of which no file is left for as long."""
+    if not _is_unswept(cache):  # another process was faster
         return
-    _swept[cache] = time.monotonic()
+    (cache / _SWEPT).touch()
     left = [*cache.glob(f"{LOCAL}*"), *cache.glob(f".{LOCAL}*.tmp")]  # and those whose removal was killed
     for place in cache.glob(f"{MARK}*"):
+        holds_files = False
         for folder, folders, names in os.walk(place):
             left += [Path(folder, name) for name in (*folders, *names) if name.endswith(".tmp")]
+            top = Path(folder).relative_to(place).parts[:1]
+            holds_files |= bool(names) and top not in ((_LOCKS,), (_VERSIONS,))
+        left += [] if holds_files else [place]
     for path in left:
         below = [Path(folder, name) for folder, folders, names in os.walk(path) for name in (*folders, *names)]
         changed = 0.0
@@ -274,5 +292,6 @@ def _drop(root: Path, path: str) -> int:
         if _noted_version(note, status) is not None:
             file.unlink()
             note.unlink()
+            _lock_of(root, path).unlink(missing_ok=True)
             return status.st_size if status.st_nlink == 1 else 0
     return 0

@@ -84,6 +84,7 @@ def test_where_copies_go_room_is_made_for_the_next_ones_too(
         make_room(root, FILE)
         add(root, number)
         assert held(root) <= 150 * FILE
+    assert len(list((root / ".locks").iterdir())) == 0  # they go with what they were for
     assert (root / "a" / "199").exists()
     assert not (root / "a" / "0").exists()
     assert held(root) > 130 * FILE
@@ -120,3 +121,23 @@ def test_what_killed_processes_left_goes_after_a_day(root: Path, monkeypatch: py
     assert [file for file in gone if file.exists()] == []
     assert all(file.exists() for file in (*kept, kept[2].with_name("ended")))
     assert not (cache / "local=s3").exists()
+
+
+def test_the_places_of_runs_without_files_go_after_a_day_however_much_room_there_is(root: Path) -> None:
+    cache, hour, day = root.parent, 3600.0, 25 * 3600.0
+    gone, kept = [cache / f"store=gone{number}" for number in range(3)], [cache / "store=new", cache / "store=log"]
+    for place in (*gone, *kept):
+        for folder in (place / "emulator", place / ".versions" / "emulator", place / ".locks"):
+            folder.mkdir(parents=True)
+        for file in (place / ".locks" / "a", place / ".versions" / "emulator" / "of-what-is-no-more"):
+            file.touch()
+    (kept[1] / "log.jsonl").touch()
+    for path in sorted(cache.rglob("*"), reverse=True):
+        old(path, hour if kept[0] in path.parents else day)
+    make_room(root, 0, written=FILE)
+    assert set(cache.glob("store=*")) == {root, *kept}
+    again = cache / "store=again"
+    again.mkdir()
+    old(again, day)
+    make_room(root, 0, written=FILE)
+    assert again.exists()  # it is looked at once an hour
