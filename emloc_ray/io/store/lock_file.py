@@ -42,7 +42,10 @@ class LockFile:
             while not self._flock(descriptor, fcntl.LOCK_EX):
                 if time.monotonic() > until:
                     name = _holder(os.read(descriptor, 400)) or "another process"
-                    raise ConfigError(f"run_dir {self.root} is in use by {name}: wait for it, or name another.")
+                    raise ConfigError(
+                        f"run_dir {self.root} is in use by {name}: wait for it, or name another; where its machine is gone for"
+                        f" good, remove {self.path}."
+                    )
                 time.sleep(_FILE_S)
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, f"{own_name()}\n{_TOKEN}\n".encode(), 0)
