@@ -1,7 +1,7 @@
 """One run: import, calibrate, factorize, heal, finetune, correct, merge, evaluate; each is skipped where it is done."""
 
 import contextlib
-from collections.abc import Collection, Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,13 +80,13 @@ def run(
     redo = [stage.name for stage in up_to(until) if stage.name in redone_from(begin) and stage.wanted(prepared)]
     plan, left = _planned(prepared), {stage.name for stage in up_to(until)}
     if fresh or not prepared.run.stages():  # what is refused makes no directory
-        _check_left(prepared, plan, left, in_batch is not None)
+        _check_left(prepared, plan, left, in_batch is not None, cache)
     with _locked(prepared, reporter, in_batch):
         forced = [*redo, *prepared.run.to_redo()]
         if not fresh:
             check_versions(prepared, forced, until, accept_versions, in_batch is not None)
             left = unfinished(prepared, forced, until)
-            _check_left(prepared, plan, left, in_batch is not None)
+            _check_left(prepared, plan, left, in_batch is not None, cache)
         if not fresh and not config.ray.joins:
             _check_changes(prepared, forced, until, accept_changes)
             if in_batch is None and is_finished(prepared, left, until):
@@ -167,8 +167,11 @@ def _planned(prepared: Prepared) -> Plan:
     return make_plan(STEPS, prepared)
 
 
-def _check_left(prepared: Prepared, plan: Plan, left: Container[str], in_batch: bool) -> None:
-    """Raises ConfigError where this machine, as far as it takes part, lacks memory or disk for the stages that are ``left``."""
+def _check_left(
+    prepared: Prepared, plan: Plan, left: Set[str], in_batch: bool, cache: ArtifactCache | None = None
+) -> None:
+    """Raises ConfigError where this machine, as far as it takes part, lacks memory or disk for the stages that are ``left``.
+    Those of which a batch's own cache holds an entry take no disk: most tasks link that."""
     if not in_batch and _GATHERED in left:  # in a batch a stage waits until others have freed memory
         check_holding(prepared)
     if not in_batch:  # which has checked its tasks
@@ -176,7 +179,8 @@ def _check_left(prepared: Prepared, plan: Plan, left: Container[str], in_batch: 
         if DATA.name in left:
             check_first_rows(prepared)
     if prepared.run.store is None:  # a store has room, and a node's cache makes its own
-        check_disk(prepared.run, missing_disk(plan, prepared.run, left))
+        linked = cache.stages() if cache is not None and cache.is_own else set()
+        check_disk(prepared.run, missing_disk(plan, prepared.run, left - linked))
 
 
 def _within_reach(prepared: Prepared, plan: Plan, left: Container[str]) -> tuple[Prepared, Plan]:

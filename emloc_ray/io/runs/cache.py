@@ -91,6 +91,10 @@ class ArtifactCache:
         """Whether anything was ever put there."""
         return self._at.is_made()
 
+    def stages(self) -> set[str]:
+        """The stages of which it holds an entry."""
+        return {stage for (stage, _), used in self._at.scan().items() if used is not None}
+
     def check(self) -> None:
         """Raises ConfigError where nothing can be put there."""
         self._at.check()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faulting.s3 import uri
 from small_runs import make_values
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.errors import DamagedArtifactError
+from emloc_ray.errors import ConfigError, DamagedArtifactError, Stopped
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store import node_cache
@@ -21,11 +23,14 @@ from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import prepare
+from emloc_ray.runs import run as pipeline
 from emloc_ray.runs import steps as runs_steps
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.steps import AtOnce, Steps, cache_key
 from emloc_ray.stages.context import Context, Inputs, Result
+from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.ray.tasks import Progress, Resources
 from emloc_ray.stages.stage import Stage
 
@@ -109,3 +114,29 @@ def test_what_a_run_links_is_not_read_where_files_keep_no_digest(
         Steps(prepared, Reporter(), AtOnce(), cache).run(stage_of([]), Context(prepared, base.source.directory))
         assert len(read) == count
         assert prepared.run.damaged("calibrate") == []
+
+
+def test_a_task_needs_no_disk_for_what_it_links(
+    tiny_model_dir: Callable[..., Path], task_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(parse_config(make_values(tmp_path / "run", tiny_model_dir(), task_file)))
+    shared = {stage.name for stage in STEPS if stage.cache_inputs is not None}
+    bytes_of = {stage.name: stage.disk_bytes for stage in make_plan(STEPS, prepared).stages}
+    own = sum(number for name, number in bytes_of.items() if name not in shared)
+    free = (own + sum(bytes_of.values())) // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 2**40 - free, free))
+
+    def begin(*_: object, **options: object) -> None:
+        raise Stopped("It begins.")
+
+    monkeypatch.setattr(pipeline, "connection", begin)
+    cache = ArtifactCache(str(tmp_path / "cache"), is_own=True)
+    task: dict[str, Any] = {"prepared": prepared, "cache": cache, "in_batch": pipeline.InBatch(AtOnce(), None, None)}
+    with pytest.raises(ConfigError, match="needs about"):
+        pipeline.run(prepared.config, **task)
+    write_bytes(tmp_path / "made" / "a", b"a")
+    files = {"a": {"size": 1, "sha256": digest(tmp_path / "made" / "a")}}
+    for name in shared:
+        assert cache.add(name, cache.key(name, {}), tmp_path / "made", files, {}, {}) is None
+    with pytest.raises(Stopped):
+        pipeline.run(prepared.config, **task)
