@@ -13,8 +13,8 @@ class Measured:
     """A row of a table: SmolLM2-135M-Instruct, 60 steps on docstring summaries, means over three seeds; of ``equal_bytes``
     means over five and over three tasks (with ``equal_bytes_tasks``), on weights that no 4-bit grid restores.
 
-    ``gap_closed``: (original − method) / (original − LoRA on the original) in held-out loss, 1 at the most: what is
-    above it is within the error. ``method`` of ``file`` has it. An emulator counts as ``healed`` where it was, by a third of its steps.
+    ``gap_closed``: (original − method) / (original − LoRA on the original) in held-out loss, 1 at the most: what is above it is
+    within the error. ``method`` of ``file`` has it. An emulator counts as ``healed`` where it was, by a third of its steps.
     """
 
     file: str

@@ -277,8 +277,8 @@ def _choice_table(choice: Choice) -> Table:
         )
     how = "measured" if choice.speeds.measured else "assumed"
     table.caption = (
-        f"Gap closed: of SmolLM2-135M, on one task or three (pipelines/README.md). A GPU's {choice.speeds.gpu_flops / 1e12:.0f} TFLOPS"
-        f" and the {choice.speeds.link / 1e9:.0f} GB/s of its link are {how}."
+        f"Gap closed: of SmolLM2-135M, on one task or three (pipelines/README.md). A GPU's"
+        f" {choice.speeds.gpu_flops / 1e12:.0f} TFLOPS and the {choice.speeds.link / 1e9:.0f} GB/s of its link are {how}."
     )
     return table
 

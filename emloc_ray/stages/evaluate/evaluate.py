@@ -232,7 +232,7 @@ def _interleave(by_piece: Sequence[Any], variant: str, num_parts: int) -> list[s
 
 def compare_texts(job: EvaluationJob, texts: dict[str, list[str]]) -> dict[str, Any]:
     """The share of prompts whose generated text is the reference, by variant, and the first samples; the keys of metrics.json.
-    A reference of more than ``max_new_tokens``, or cut at ``max_seq_length``, is not matched against: no completion ends there."""
+    A reference of more than ``max_new_tokens``, or that ``max_seq_length`` cut, is not matched: no completion ends there."""
     tokenizer = _tokenizer(job)
     shards = TokenShards(job.tokens_dir)
     samples, asked, matches = [], 0, dict.fromkeys(job.generating, 0)

@@ -98,7 +98,9 @@ def test_an_image_passes_through_the_blocks_as_through_the_whole_model(family: s
     processor.save_pretrained(tmp_path)
     rows = [row_with_images(processor, sizes) for sizes in ([(24, 24)], [(90, 40)], [])]
     call = model_call(model.config, collate(rows, PAD, ImageInputs(tmp_path)))
-    replay, outputs, given = BlockReplay(tmp_path), {}, {}
+    replay = BlockReplay(tmp_path)
+    outputs: dict[int, BlockOutput] = {}
+    given: dict[str, Any] = {}
     assert set(replay.flow.order) == set(block_names(model))
     for name in replay.flow.order:
         model.get_submodule(name).register_forward_hook(lambda m, args, made, name=name: given.update({name: made}))
@@ -106,8 +108,10 @@ def test_an_image_passes_through_the_blocks_as_through_the_whole_model(family: s
         model(**call.inputs, use_cache=False)
     for position, name in enumerate(replay.flow.order):
         replay.load_block(position)
-        outputs[position] = replay.forward(position, call.inputs, outputs)
-        torch.testing.assert_close(outputs[position].tensors, BlockOutput.of(given[name], name).tensors)
+        made = replay.forward(position, call.inputs, outputs)
+        assert made is not None
+        torch.testing.assert_close(made.tensors, BlockOutput.of(given[name], name).tensors)
+        outputs[position] = made
 
 
 def test_one_block_is_in_memory_at_a_time(tmp_path: Path) -> None:

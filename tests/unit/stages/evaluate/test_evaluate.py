@@ -233,8 +233,8 @@ def test_a_reference_that_was_cut_is_not_matched(job: EvaluationJob, tmp_path: P
     write_index(tmp_path, [3], {})
     short = replace(job, tokens_dir=tmp_path, max_seq_length=4, max_new_tokens=32)
     perfect = [tokenizer.decode([20, 21, 22, 23]).strip(), *[tokenizer.decode([20, 21]).strip()] * 2]
-    texts = {variant: perfect for variant in short.generating}
-    exact = {variant: 1.0 for variant in short.generating}
+    texts = dict.fromkeys(short.generating, perfect)
+    exact = dict.fromkeys(short.generating, 1.0)
     assert evaluate.compare_texts(short, texts)["exact_match"] == {**exact, "num_prompts": 2}
 
 
