@@ -96,6 +96,7 @@ def train(job: FinetuneJob, session: TrainingSession) -> dict[str, Any]:
         with session.checkpoint() as folder:
             if folder is not None and trainer.validation is not None:
                 trainer.validation.load(folder)
+                trainer.args.eval_on_start = False  # the first try has scored its start
             try:
                 output = trainer.train(resume_from_checkpoint=folder)
             except pickle.UnpicklingError as error:  # torch's weights-only loader found more than tensors and numbers

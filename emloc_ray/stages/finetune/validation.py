@@ -34,14 +34,12 @@ class Validation(TrainerCallback):
 
     The adapter's best and the end go by the loss on the emulator, or on the original where that ``decides``. ``best_loss`` is
     the lowest score, in nats a token; infinite before the first. ``num_worse`` counts the scores since one was better by more
-    than the threshold, the last of them at ``scored_step``. ``best`` is the adapter of the lowest score, on the CPU; empty where
-    the last one is wanted.
+    than the threshold. ``best`` is the adapter of the lowest score, on the CPU; empty where the last one is wanted.
     """
 
     def __init__(self, job: FinetuneJob, asked: ValidationJob, session: TrainingSession) -> None:
         self.job, self.asked, self.session = job, asked, session
         self.best_loss, self.num_worse = float("inf"), 0
-        self.scored_step: int | None = None
         self.best: dict[str, Tensor] = {}
 
     @property
@@ -100,11 +98,7 @@ class Validation(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any
     ) -> None:
-        """Keeps the adapter of a new lowest score; ends the training after ``patience`` scores without one. A step counts once,
-        though ``eval_on_start`` scores it again where a later try goes on from it."""
-        if state.global_step == self.scored_step:
-            return
-        self.scored_step = state.global_step
+        """Keeps the adapter of a new lowest score; ends the training after ``patience`` scores without one."""
         line = {"step": state.global_step, "loss": metrics["eval_loss"]}
         if (on_original := metrics.get("eval_original_loss")) is not None:
             line["original_loss"] = on_original
@@ -123,7 +117,7 @@ class Validation(TrainerCallback):
 
     def save(self, folder: Path) -> None:
         """Writes what a later try goes on with into a checkpoint."""
-        state = {"best_loss": self.best_loss, "num_worse": self.num_worse, "scored_step": self.scored_step}
+        state = {"best_loss": self.best_loss, "num_worse": self.num_worse}
         save_file(self.best, folder / _FILE, {"scores": json.dumps(state)})
 
     def load(self, folder: str) -> None:
@@ -132,7 +126,6 @@ class Validation(TrainerCallback):
             scores = json.loads(file.metadata()["scores"])
             self.best = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict
         self.best_loss, self.num_worse = scores["best_loss"], scores["num_worse"]
-        self.scored_step = scores["scored_step"]
 
     @torch.no_grad()
     def restore(self, model: Any) -> None:

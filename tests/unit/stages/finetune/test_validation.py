@@ -44,22 +44,18 @@ def job(artifacts: Artifacts, tmp_path: Path) -> FinetuneJob:
     )
 
 
-def test_a_score_counts_once_though_a_training_that_goes_on_begins_with_it(job: FinetuneJob, tmp_path: Path) -> None:
-    def score(scores: Validation, step: int, loss: float) -> bool:
-        control = SimpleNamespace(should_training_stop=False)
-        scores.on_evaluate(None, SimpleNamespace(global_step=step), control, {"eval_loss": loss}, torch.nn.Linear(1, 1))
-        return control.should_training_stop
-
-    asked = ValidationJob(tmp_path, 10, 1, patience=2)
-    whole = Validation(job, asked, LoneSession(tmp_path))
-    assert not score(whole, 10, 1.0)
-    assert not score(whole, 20, 1.1)
-    whole.save(tmp_path)
-    resumed = Validation(job, asked, LoneSession(tmp_path))
-    resumed.load(str(tmp_path))
-    assert not score(resumed, 20, 1.1)
-    assert resumed.num_worse == 1
-    assert score(resumed, 30, 1.2)
+def test_a_training_that_goes_on_has_the_scores_of_one_that_was_not_broken_off(job: FinetuneJob, tmp_path: Path) -> None:
+    """Which is scored before its first step, and saved between two scores."""
+    arguments = {**job.training_arguments, "learning_rate": 2.0, "eval_on_start": True}
+    asked = ValidationJob(job.tokens_dir, 4, 4, keeps_best=True, patience=2)
+    job = replace(job, max_steps=6, training_arguments=arguments, validation=asked)
+    whole, broken = (replace(job, name=name, out_dir=tmp_path / f"{name}-adapter") for name in ("whole", "broken"))
+    train(whole, LoneSession(tmp_path / "whole"))
+    with pytest.raises(Killed):
+        train(broken, DyingSession(tmp_path / "broken"))
+    train(broken, LoneSession(tmp_path / "broken"))
+    assert broken.validation_path.read_bytes() == whole.validation_path.read_bytes()
+    assert (broken.out_dir / WEIGHTS_NAME).read_bytes() == (whole.out_dir / WEIGHTS_NAME).read_bytes()
 
 
 def test_a_training_that_was_over_takes_no_further_step(job: FinetuneJob, tmp_path: Path) -> None:
