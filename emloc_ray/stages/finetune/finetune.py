@@ -33,7 +33,7 @@ from emloc_ray.stages.finetune.session import NEWEST, claim_try_folder
 from emloc_ray.stages.finetune.trainer import STORE_POLL_S
 from emloc_ray.stages.finetune.training import train_alone, train_loop
 from emloc_ray.stages.ray import pace
-from emloc_ray.stages.ray.losses import SILENT, Losses, Tell, explain, is_lost, last_line, unheard
+from emloc_ray.stages.ray.losses import SILENT, Losses, Tell, explain, hopeless, last_line, own_error, unheard
 from emloc_ray.stages.ray.spans import Span, tell_span
 from emloc_ray.stages.ray.tasks import LOOK_S, Progress, Resources, bounded, newest, silent
 from emloc_ray.text import Rate
@@ -171,7 +171,8 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
             return dict(_trainer(job, resources, own, folder).fit().return_value)
     except ray.train.WorkerGroupError as error:  # what workers raise, or are lost more often than max_failures
         came_on = job.max_failures > 0 and newest_checkpoint(job) != before
-        if not came_on or not is_lost(error):
+        # Of a lost worker its peers' closed connections may be all that is heard.
+        if not came_on or own_error(error) is not None or hopeless(error) is not None:
             if word := _last_word(job):
                 raise StageError(f"{job.stage}: a worker was lost because {word}: {SILENT}.") from error
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import ray.train
 from ray.exceptions import ActorDiedError, WorkerCrashedError
 
-from emloc_ray.errors import StageError
+from emloc_ray.errors import DataError, StageError
 from emloc_ray.stages.finetune import finetune, watchdog
 from emloc_ray.stages.finetune.group_callbacks import FailureLog
 from emloc_ray.stages.finetune.job import FinetuneJob
@@ -141,8 +142,9 @@ def test_a_group_s_log_says_why_a_worker_ended_itself(tmp_path: Path) -> None:
     assert not log.job.last_word_path.exists()  # told once
 
 
+@pytest.mark.parametrize("heard", [{1: ActorDiedError()}, {0: RuntimeError("Connection closed by peer")}])
 def test_a_word_of_a_group_that_came_on_is_not_told_of_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    heard: dict[int, Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, told = dataclasses.replace(JOB, storage_dir=tmp_path, max_failures=1), list[str]()
     tries = iter(range(3))
@@ -151,7 +153,7 @@ def test_a_word_of_a_group_that_came_on_is_not_told_of_the_next(
         number = next(tries)
         if number == 0:
             job.last_word_path.write_text(WORD)
-            raise ray.train.WorkerGroupError("failed", {1: ActorDiedError()})
+            raise ray.train.WorkerGroupError("failed", heard)
         if number == 1:
             raise ActorDiedError()
         raise InterruptedError
@@ -167,6 +169,32 @@ def test_a_word_of_a_group_that_came_on_is_not_told_of_the_next(
         "finetune: it has made progress since it first failed, so failures are counted from zero again.",
         "finetune: the training lost its worker because its process crashed or was killed; restarted (1 of 3).",
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "comes_on", "tries"),
+    [
+        (RuntimeError("Connection closed by peer"), True, 2),
+        (RuntimeError("Connection closed by peer"), False, 1),
+        (DataError("a.jsonl, row 3: no field 'text'."), True, 1),
+        (OSError(errno.ENOSPC, "No space left on device"), True, 1),
+    ],
+)
+def test_a_group_that_failed_is_begun_again_where_it_had_come_on_and_another_try_may_do(
+    error: Exception, comes_on: bool, tries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = list[int]()
+
+    def fit() -> Any:
+        tried.append(len(tried))
+        raise ray.train.WorkerGroupError("failed", {0: error})
+
+    checkpoints = itertools.chain([b""], itertools.repeat(b"4" if comes_on else b""))
+    monkeypatch.setattr(finetune, "newest_checkpoint", lambda _: next(checkpoints))
+    monkeypatch.setattr(finetune, "TorchTrainer", lambda *_, **__: SimpleNamespace(fit=fit))
+    with pytest.raises(ray.train.WorkerGroupError):
+        finetune.finetune(dataclasses.replace(JOB, storage_dir=tmp_path), Resources(2))
+    assert len(tried) == tries
 
 
 def test_what_hangs_too_often_is_given_up_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
