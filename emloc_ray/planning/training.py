@@ -1,10 +1,13 @@
 """The trainings of a run: the fine-tuning, and the healing before it."""
 
+import math
 from collections.abc import Mapping, Set
 from dataclasses import replace
+from typing import Any
 
 from emloc_ray.config.adapter import AdapterConfig
 from emloc_ray.config.emulator import EmulatorConfig, HealingConfig
+from emloc_ray.config.finetune import FinetuneConfig
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.core.healing import healed_layers, ranks_before_healing
 from emloc_ray.planning.layout import Layout
@@ -60,6 +63,7 @@ def healing_training(config: RunConfig, healing: HealingConfig, layout: Layout) 
         "learning_rate": healing.learning_rate or finetune.learning_rate,
         "per_device_train_batch_size": healing.per_device_train_batch_size or finetune.per_device_train_batch_size,
         "gradient_accumulation_steps": healing.gradient_accumulation_steps or finetune.gradient_accumulation_steps,
+        **_shorter_schedule(finetune, healing.steps),
     }
     healed, late = healed_layers(layout.ranks, healing.r), set(quantized_late(layout, healing))
     return Training(
@@ -77,6 +81,23 @@ def healing_training(config: RunConfig, healing: HealingConfig, layout: Layout) 
         ),
         healing_split(config),
     )
+
+
+def _shorter_schedule(finetune: FinetuneConfig, steps: int) -> dict[str, Any]:
+    """What a training of ``steps`` has instead of the fine-tuning's schedule. A warm-up that would outlast it is in proportion,
+    where ``max_steps`` says to what; a schedule whose own settings count steps gives way to a linear one."""
+    given, shorter = finetune.model_extra or {}, dict[str, Any]()
+    if finetune.max_steps > 0 and (warmup := warmup_in_steps(finetune)) >= steps:
+        shorter["warmup_steps"] = math.ceil(warmup * steps / finetune.max_steps)
+    if "_steps" in str(given.get("lr_scheduler_kwargs")):
+        shorter |= {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": None}
+    return shorter
+
+
+def warmup_in_steps(section: FinetuneConfig) -> float:
+    """The warm-up where it is given as a number of steps, not as a share of them; else 0."""
+    warmup = (section.model_extra or {}).get("warmup_steps", 0)
+    return float(warmup) if isinstance(warmup, int | float) and warmup >= 1 else 0.0
 
 
 def longest_lengths(prepared: Prepared) -> Lengths:

@@ -23,6 +23,7 @@ from emloc_ray.planning.measured import measured_for
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.model_bytes import model_dtype
 from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.training import healing_training, warmup_in_steps
 from emloc_ray.planning.work import num_rows, num_train_sequences, packed, rows_trained, steps_trained
 from emloc_ray.stages.order import STEPS
 from emloc_ray.text import counted, listed, size, size_up
@@ -249,12 +250,19 @@ def copied_rows(prepared: Prepared) -> str | None:
 
 
 def late_warmup(prepared: Prepared) -> str | None:
-    """Says so where the learning rate does not reach its peak before the steps end."""
-    steps = steps_trained(prepared)
-    warmup = (prepared.config.finetune.model_extra or {}).get("warmup_steps", 0)
-    if not isinstance(warmup, int | float) or warmup < 1 or warmup < steps:
-        return None
-    return f"finetune.warmup_steps is {warmup:g}, and there are {steps} steps: the learning rate ends before its peak; lower it."
+    """Says so where the learning rate does not reach its peak before the steps end, of the fine-tuning or of the healing."""
+    config, healing = prepared.config, prepared.config.emulator.heals
+    trainings = [("there are", config.finetune, steps_trained(prepared))]
+    if healing is not None:
+        section = healing_training(config, healing, prepared.layout).section
+        trainings.append(("emulator.healing has", section, healing.steps))
+    for which, section, steps in trainings:
+        if (warmup := warmup_in_steps(section)) >= steps:
+            return (
+                f"finetune.warmup_steps is {warmup:g}, and {which} {steps} steps: the learning rate ends before its peak;"
+                " lower it."
+            )
+    return None
 
 
 def moved_for_completions(prepared: Prepared) -> str | None:

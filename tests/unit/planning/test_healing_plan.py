@@ -118,6 +118,32 @@ def healed(prepared: Prepared) -> Training:
     return healing_training(prepared.config, healing, prepared.layout)
 
 
+@pytest.mark.parametrize(
+    ("max_steps", "warmup", "expected"),
+    [(1000, 100, 2), (1000, 30, 1), (40, 5, 5), (1000, 0.1, 0.1), (50, 60, 24), (-1, 100, 100)],
+)
+def test_its_warm_up_does_not_outlast_it_where_that_is_known_to_be_in_proportion(
+    max_steps: int, warmup: float, expected: float, prepared: Callable[..., Prepared]
+) -> None:
+    found = prepared({"steps": 20}, finetune={"max_steps": max_steps, "warmup_steps": warmup})
+    assert (healed(found).section.model_extra or {})["warmup_steps"] == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"num_decay_steps": 50}, {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": None}),
+        ({"num_cycles": 1}, {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 1}}),
+    ],
+)
+def test_its_schedule_is_the_fine_tuning_s_unless_that_counts_steps(
+    settings: dict[str, Any], expected: dict[str, Any], prepared: Callable[..., Prepared]
+) -> None:
+    kind = "warmup_stable_decay" if expected["lr_scheduler_kwargs"] is None else "cosine"
+    finetune = {"max_steps": 1000, "lr_scheduler_type": kind, "lr_scheduler_kwargs": settings}
+    assert healed(prepared({"steps": 20}, finetune=finetune)).section.model_extra == expected
+
+
 def test_parameters_are_those_without_healing(prepared: Callable[..., Prepared]) -> None:
     plain, found = prepared(None), prepared({"steps": 3, "r": 17})
     assert found.layout.ranks == plain.layout.ranks

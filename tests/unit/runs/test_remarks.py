@@ -22,6 +22,7 @@ from emloc_ray.runs.remarks import (
     bfloat16_beyond_gpus,
     emulated_bfloat16,
     idle_cpus,
+    late_warmup,
     left_in_blocks,
     moved_for_completions,
     of_settings,
@@ -283,3 +284,14 @@ def test_healing_of_the_original_itself_is_told_to_be_none(
     prepared: Make, emulator: dict[str, Any], told: bool
 ) -> None:
     assert (no_healing(prepared(emulator=emulator).config) is not None) is told
+
+
+def test_a_warm_up_that_outlasts_a_training_is_told(prepared: Make) -> None:
+    def said(healing: int | None, **finetune: Any) -> str:
+        emulator = {} if healing is None else {"healing": {"steps": healing, "r": 2}}
+        return late_warmup(prepared(emulator=emulator, finetune={"warmup_steps": 60, **finetune})) or ""
+
+    epochs: dict[str, Any] = {"max_steps": -1, "num_train_epochs": 2.0}
+    assert said(None, max_steps=100) == said(20, max_steps=100) == said(100, **epochs) == ""
+    assert said(20, max_steps=50).startswith("finetune.warmup_steps is 60, and there are 50 steps:")
+    assert said(20, **epochs).startswith("finetune.warmup_steps is 60, and emulator.healing has 20 steps:")
