@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, enable_full_determinism
 from transformers.trainer_pt_utils import get_model_param_count
 
 from emloc_ray.core.precision import computes_bfloat16
@@ -157,6 +157,8 @@ def _make_trainer(
     job: FinetuneJob, output_dir: str, session: TrainingSession, watchdog: Watchdog
 ) -> tuple[EmulatorTrainer, StepKeeper]:
     arguments = _arguments(job, output_dir)
+    if arguments.full_determinism:  # before the first product: torch reads cuBLAS's variable once, then
+        enable_full_determinism(job.seed)
     model = _opened(job, arguments)
     _fit_arguments(job, arguments, model)
     model = _adapted(job, model, arguments)

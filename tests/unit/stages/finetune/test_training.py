@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -225,6 +226,39 @@ def test_ranks_look_for_unused_parameters_where_asked_or_where_there_may_be_some
     with pytest.raises(Killed):
         train(replace(job, name="looked", adapter=dropped, storage_dir=tmp_path), LoneSession(tmp_path / "looked"))
     assert looked == [False, True, True, True]
+
+
+@pytest.mark.parametrize(("case", "pack_length"), [("dora", None), ("lora", 96)])
+def test_a_deterministic_training_is_so_from_its_first_product_on(
+    case: str,
+    pack_length: int | None,
+    job: FinetuneJob,
+    artifacts: Artifacts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which a new DoRA makes for its magnitudes, and a packed one to see that rows are apart, before there is a Trainer."""
+    linear, set_by_then = torch.nn.functional.linear, list[bool]()
+
+    def product(*args: Any) -> torch.Tensor:
+        set_by_then.append("CUBLAS_WORKSPACE_CONFIG" in os.environ)
+        return linear(*args)
+
+    def begun(*_: Any, **__: Any) -> Any:
+        raise Killed
+
+    monkeypatch.setattr(torch.nn.functional, "linear", product)
+    monkeypatch.setattr(training, "EmulatorTrainer", begun)
+    options = settings(case, "llama", [spec.name for spec in artifacts.specs])
+    arguments = {**job.training_arguments, "full_determinism": True}
+    job = replace(job, adapter=options, storage_dir=tmp_path, training_arguments=arguments, pack_length=pack_length)
+    try:
+        with pytest.raises(Killed):
+            train(job, LoneSession(tmp_path / "training"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert set_by_then
+    assert all(set_by_then)
 
 
 def validated(job: FinetuneJob, tmp_path: Path, **asked: Any) -> list[float]:
