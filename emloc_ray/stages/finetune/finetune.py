@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import tempfile
 import threading
@@ -193,11 +194,13 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
 
 
 def _trainer(job: FinetuneJob, resources: Resources, callbacks: Sequence[Any], folder: str) -> Any:
-    """Ray Train's trainer. It needs a ``folder``, which nobody reads: the session keeps the checkpoints."""
+    """Ray Train's trainer. It needs a ``folder``, which nobody reads: the session keeps the checkpoints. Ranks wait for one
+    another for ``ddp_timeout``, and at least as long as a watchdog does for one that starts, scores or saves."""
+    timeout_s = max(job.training_arguments.get("ddp_timeout") or 0, pace.patience(job.planned_s))
     return TorchTrainer(
         train_loop,  # type: ignore[arg-type]
         train_loop_config={"job": job, "threads": resources.threads, "device": resources.device},
-        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+        torch_config=TorchConfig("nccl" if resources.gpus_per_worker else "gloo", timeout_s=math.ceil(timeout_s)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.gpus_per_worker > 0,

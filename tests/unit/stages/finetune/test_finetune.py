@@ -67,6 +67,25 @@ def test_a_group_that_is_broken_off_ends_as_its_signal_asks(
         run_group(dataclasses.replace(JOB, storage_dir=tmp_path), Resources(2), print, lambda: None)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "planned_s", "timeout_s"),
+    [({}, 60.0, 6 * 3600), ({"ddp_timeout": 7200}, 3600.0, 36000), ({"ddp_timeout": 90000}, 60.0, 90000)],
+)
+def test_ranks_wait_for_one_another_as_long_as_asked_and_as_their_watchdogs_do(
+    arguments: dict[str, Any], planned_s: float, timeout_s: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    def make(*_: Any, torch_config: Any, **__: Any) -> Any:
+        made.append(torch_config)
+        return SimpleNamespace(fit=lambda: SimpleNamespace(return_value=OUTCOME))
+
+    monkeypatch.setattr(stage, "TorchTrainer", make)
+    job = dataclasses.replace(JOB, storage_dir=tmp_path, training_arguments=arguments)
+    finetune(job, Resources(2, planned_s=planned_s))
+    assert [(config.backend, config.timeout_s) for config in made] == [("gloo", timeout_s)]
+
+
 def test_a_resumed_training_s_loss_is_that_of_all_its_steps() -> None:
     # Steps of losses 1 to 5, logged after the second, the third and the fifth.
     history = [{"step": 2, "loss": 1.5}, {"step": 3, "loss": 3.0}, {"step": 5, "loss": 4.5}]
