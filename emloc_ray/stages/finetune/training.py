@@ -223,9 +223,9 @@ def _adapted(job: FinetuneJob, model: Any, arguments: TrainingArguments) -> Any:
         model = attach_adapter(model, adapter_config(**job.adapter))
     else:
         model = load_adapter(model, job.start_dir, trainable=True, lora_dropout=job.adapter.get("lora_dropout"))
-    if job.hold != "resident":  # DDP would make all ranks' weights the first one's, which are away
-        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        setattr(model, "_ddp_params_and_buffers_to_ignore", frozen)  # noqa: B010
+    # DDP would send every rank the first one's frozen weights, which it has read itself, or which are away.
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    setattr(model, "_ddp_params_and_buffers_to_ignore", frozen)  # noqa: B010
     if job.pack_length is not None and not job.zero_config:  # whose scattered weights are whole inside its engine alone
         check_rows_apart(model, torch.bfloat16 if arguments.bf16 else model.dtype)
     return model
