@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from stage_artifacts import Artifacts
 from tiny import save_emulator
 from torch._dynamo.utils import counters
+from transformers import PreTrainedModel
 
 from emloc_ray.data.packing import num_sequences
 from emloc_ray.data.token_shards import TokenShards, collate
@@ -259,6 +260,31 @@ def test_a_deterministic_training_is_so_from_its_first_product_on(
         torch.use_deterministic_algorithms(False)
     assert set_by_then
     assert all(set_by_then)
+
+
+@pytest.mark.parametrize("hold", ["resident", "offloaded"])
+def test_ranks_are_sent_what_is_trained_alone(
+    hold: str, job: FinetuneJob, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no micro-step goes through all modules, to count its operations or to find the model."""
+    models: list[Any] = []
+
+    class Watched(EmulatorTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            models.append(self.model)
+            with monkeypatch.context() as patched:
+                patched.setattr(self.accelerator, "unwrap_model", lambda *_: pytest.fail("looked for"))
+                return super().training_step(*args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "num_parameters", lambda *_, **__: pytest.fail("counted"))
+    monkeypatch.setattr(training, "EmulatorTrainer", Watched)
+    options = settings("lora", "llama", [spec.name for spec in artifacts.specs])
+    job = replace(job, adapter=options, storage_dir=tmp_path, out_dir=tmp_path / "adapter", max_steps=1, hold=hold)
+    train(job, LoneSession(tmp_path / "training"))
+    [model] = models
+    sent = {name: p for name, p in model.named_parameters() if name not in model._ddp_params_and_buffers_to_ignore}  # noqa: SLF001
+    assert sent
+    assert sent == {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def validated(job: FinetuneJob, tmp_path: Path, **asked: Any) -> list[float]:
