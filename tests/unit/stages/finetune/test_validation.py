@@ -44,7 +44,9 @@ def job(artifacts: Artifacts, tmp_path: Path) -> FinetuneJob:
     )
 
 
-def test_a_training_that_goes_on_has_the_scores_of_one_that_was_not_broken_off(job: FinetuneJob, tmp_path: Path) -> None:
+def test_a_training_that_goes_on_has_the_scores_of_one_that_was_not_broken_off(
+    job: FinetuneJob, tmp_path: Path
+) -> None:
     """Which is scored before its first step, and saved between two scores."""
     arguments = {**job.training_arguments, "learning_rate": 2.0, "eval_on_start": True}
     asked = ValidationJob(job.tokens_dir, 4, 4, keeps_best=True, patience=2)
