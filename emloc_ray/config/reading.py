@@ -82,9 +82,9 @@ def read_values(path: Path, named_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(
             f"Config {path} has {base!r} as its base: give the path of a YAML file, from this one's directory."
         )
-    written, unset = with_variables({"base": base})
-    if unset:
-        raise ConfigError("\n".join(f"Config {path}: {line}" for line in unset))
+    written, wrong = with_variables({"base": base})
+    if wrong:
+        raise ConfigError("\n".join(f"Config {path}: {line}" for line in wrong))
     below = read_values(path.parent / os.path.expanduser(written["base"]), (*named_by, path))
     for keys, value in settings(values):
         put(below, keys, value, f"{path}: {'.'.join(map(str, keys))}")
@@ -129,11 +129,11 @@ def check_config(values: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
         return None, peer
     # An empty section, with all its keys commented out, has its defaults; no budget is a choice.
     values = {key: value for key, value in values.items() if value is not None or key == "memory_budget"}
-    values, unset = with_variables(values)
+    values, wrong = with_variables(values)
     if "adapter" in values:
         values["adapter"] = without_what_holds(values["adapter"])
     config, lines = check(RunConfig, values)
-    lines = list(dict.fromkeys(unset + lines + passed_through_errors(values)))
+    lines = list(dict.fromkeys(wrong + lines + passed_through_errors(values)))
     return None if lines else config, lines
 
 
@@ -144,20 +144,26 @@ def is_batch(values: Mapping[str, Any]) -> bool:
 
 def with_variables(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A config or a batch with the ``${NAME}``, and each ``$NAME`` that begins a part, in its paths replaced from the
-    environment, and a sentence for each that is not set. A split's map of paths to shares has them in its keys."""
-    unset: list[str] = []
+    environment, and a sentence for each that is not set and for each empty path, which ``Path`` takes for the working directory.
+    A split's map of paths to shares has them in its keys."""
+    wrong: list[str] = []
 
     def replaced(key: str, value: Any) -> Any:
         if isinstance(value, list):
             return [replaced(key, each) for each in value]
         if not isinstance(value, str):
             return value
-        missing = [name for pair in _VARIABLE.findall(value) if (name := pair[0] or pair[1]) not in os.environ]
-        unset.extend(
+        names = [braced or bare for braced, bare in _VARIABLE.findall(value)]
+        wrong.extend(
             f"{key}: the variable {name} of {without_secrets(value, (key,))} is not set: export it, or write the path."
-            for name in missing
+            for name in names
+            if name not in os.environ
         )
-        return _VARIABLE.sub(lambda match: os.environ.get(match[1] or match[2], match[0]), value)
+        path = _VARIABLE.sub(lambda match: os.environ.get(match[1] or match[2], match[0]), value)
+        if not path.strip():
+            why = f" ({names[0]} is set to nothing)" if names else ""
+            wrong.append(f"{key} is empty{why}: write a path, or . for the working directory.")
+        return path
 
     def walk(node: Any, above: str) -> Any:
         if isinstance(node, dict):
@@ -165,7 +171,7 @@ def with_variables(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             return {key: walk(value, f"{above}.{key}" if above else str(key)) for key, value in named.items()}
         return replaced(above, node) if _PATHS.fullmatch(above) else node
 
-    return walk(values, ""), unset
+    return walk(values, ""), wrong
 
 
 def check(model: type[Checked], values: dict[str, Any]) -> tuple[Checked | None, list[str]]:

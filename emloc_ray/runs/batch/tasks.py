@@ -71,9 +71,9 @@ def read_batch(path: str | Path, overrides: Sequence[str] = ()) -> Batch:
 def compose_batch(values: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Batch:
     """As :func:`read_batch`, from ``values`` that were read from the file at ``path`` or derived from it."""
     where = f"{path} and its overrides" if overrides else str(path)
-    values, unset = with_variables(values)
-    if unset:
-        raise ConfigError("\n".join(f"{where}: {line}" for line in unset))
+    values, wrong = with_variables(values)
+    if wrong:
+        raise ConfigError("\n".join(f"{where}: {line}" for line in wrong))
     for key in ("base", "tasks"):
         if isinstance(values.get(key), str) and values[key].strip():
             values[key] = str(path.parent / os.path.expanduser(values[key]))

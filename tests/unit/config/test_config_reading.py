@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_schema import MINIMAL, config, error_of
 
 from emloc_ray.config.adapter import AdapterConfig
-from emloc_ray.config.reading import load_config
+from emloc_ray.config.reading import check_config, load_config, put
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import write_yaml
 
@@ -56,6 +57,34 @@ def test_yes_and_no_are_text_where_text_is_meant(path: Path) -> None:
 def test_ray_init_arguments_pass_through() -> None:
     made = config(ray={"num_cpus": 2, "object_store_memory": 10**8})
     assert made.ray.init_options == {"num_cpus": 2, "object_store_memory": 10**8}
+
+
+# Paths.
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.train", ""),
+        ("data.train", {"path": ""}),
+        ("data.train.path", ["a.jsonl", " "]),
+        ("data.train.path", {"": 1}),
+        ("data.calibration.path", ""),
+        ("data.image_roots", [""]),
+        ("model", ""),
+        ("run_dir", ""),
+    ],
+)
+def test_an_empty_path_is_not_the_working_directory(key: str, value: Any) -> None:
+    values: dict[str, Any] = {**MINIMAL}
+    put(values, tuple(key.split(".")), value, key)
+    assert " is empty: write a path, or . for the working directory." in check_config(values)[1][0]
+
+
+def test_an_empty_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROWS", "")
+    expected = "data.train.path is empty (ROWS is set to nothing): write a path, or . for the working directory."
+    assert check_config({**MINIMAL, "data": {"train": {"path": "${ROWS}"}}})[1] == [expected]
 
 
 # Files and overrides.

@@ -380,7 +380,7 @@ def test_places_on_an_object_store_keep_their_query(write: Write) -> None:
         ({"limits": {"cpu": 3}}, "limits.cpu is not a key: the nearest is cpus."),
         ({"limits": {"memory": "1,5GiB"}}, "limits.memory: '1,5GiB' is no size"),
         ({"cache": {"max_size": 0}}, "cache.max_size is 0"),
-        ({"run_dir": ""}, "run_dir is ''"),
+        ({"run_dir": ""}, "run_dir is empty"),
         ({"run_dir": None}, "run_dir is missing: set it."),
         ({"tasks": None}, "it names no tasks: set tasks, or grid, or both."),
         ({"tasks": []}, "tasks is empty: give at least one, or leave it out for a grid alone."),
