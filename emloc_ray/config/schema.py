@@ -235,7 +235,9 @@ class MergeConfig(StageConfig):
 class EvaluationConfig(StageConfig):
     """Measurements on the held-out split."""
 
-    variants: list[Variant] = Field(list(VARIANTS), description="models to score")
+    variants: list[Variant] = Field(
+        list(VARIANTS), description="models to score; finished too where exact_steps are and merged is left out"
+    )
     num_samples: int | None = Field(256, ge=1, description="held-out rows; null: all")
     batch_size: int = Field(8, ge=1, description="rows of a forward pass")
     num_generations: int = Field(4, ge=0, description="sample generations shown in the report")

@@ -86,9 +86,10 @@ class Prepared:
 
     @property
     def variants_scored(self) -> tuple[Variant, ...]:
-        """The evaluation's variants, without those that this run does not make."""
+        """The evaluation's variants, without those that this run does not make; of what exact steps serve one always is."""
         lacking = {"finished": not self.finishes, "merged": self.config.adapter.is_prompt}
-        return tuple(name for name in self.config.evaluation.variants if not lacking.get(name, False))
+        scored = tuple(name for name in self.config.evaluation.variants if not lacking.get(name, False))
+        return (*scored, "finished") if self.finishes and {"finished", "merged"}.isdisjoint(scored) else scored
 
     @functools.cached_property
     def for_fingerprints(self) -> Prepared:

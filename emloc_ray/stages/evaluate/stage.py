@@ -48,7 +48,7 @@ def evaluation_job(context: Context) -> EvaluationJob:
         max_new_tokens=section.max_new_tokens,
         prompts_at_once=context.memory.prompts_at_once(),
         max_seq_length=config.data.max_seq_length,
-        variants=tuple(section.variants),
+        variants=context.prepared.variants_scored,
         model_options=context.model_options,
         hold=context.memory.evaluation_plan().hold,
         images=context.images,

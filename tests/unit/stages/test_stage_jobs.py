@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,13 @@ def test_of_what_follows(context: Context) -> None:
     assert (scores.loss_on, scores.batch_size) == ("all", 3)
     assert (scores.num_exact_match, scores.num_generations, scores.max_new_tokens) == (5, 6, 7)
     assert correct.model_options == scores.model_options == OPTIONS
+
+
+def test_what_exact_steps_serve_is_scored_unasked(context: Context) -> None:
+    config = context.prepared.config
+    finetune = config.finetune.model_copy(update={"exact_steps": 1})
+    evaluation = config.evaluation.model_copy(update={"variants": ["original", "corrected"]})
+    config = config.model_copy(update={"finetune": finetune, "evaluation": evaluation})
+    job = evaluation_job(replace(context, prepared=replace(context.prepared, config=config)))
+    assert job.scored == ("original", "corrected", "finished")
+    assert job.generating == ("original", "finished")
