@@ -31,7 +31,7 @@ class AdapterConfig(Section):
         "lora", description="the kind of adapter"
     )
     r: int = Field(8, ge=1, description="rank")
-    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False, description="scale of the update, times r")
+    lora_alpha: float = Field(16, gt=0, description="scale of the update, times r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the adapter's input")
     target_modules: Patterns | None = Field(None, description="every linear inside the model's blocks by default")
     exclude_modules: Patterns | None = Field(None, description="linears without an adapter")
@@ -39,7 +39,7 @@ class AdapterConfig(Section):
     rank_pattern: dict[str, typing.Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="pattern: r of these"
     )
-    alpha_pattern: dict[str, typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+    alpha_pattern: dict[str, typing.Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="pattern: lora_alpha of these"
     )
     init_lora_weights: bool | Literal["gaussian", "orthogonal"] = Field(

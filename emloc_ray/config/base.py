@@ -41,9 +41,9 @@ Budget = typing.Annotated[
 
 
 class Section(BaseModel):
-    """Base of every section: frozen; unknown names are errors."""
+    """Base of every section: frozen; unknown names are errors, and numbers are finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     bare: ClassVar[str] = ""
     """The key that a text or a list in the section's place sets; none where it has to be a mapping."""

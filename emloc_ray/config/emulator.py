@@ -53,8 +53,8 @@ class HealingConfig(Section):
 
     steps: int = Field(ge=1, description="optimizer steps")
     r: int = Field(8, ge=1, description="taken from each layer's rank and given back by the healing")
-    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False, description="scale of its update, times r")
-    learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False, description="left out: finetune's")
+    lora_alpha: float = Field(16, gt=0, description="scale of its update, times r")
+    learning_rate: float | None = Field(None, gt=0, description="left out: finetune's")
     per_device_train_batch_size: int | None = Field(None, ge=1, description="left out: finetune's")
     gradient_accumulation_steps: int | None = Field(None, ge=1, description="left out: finetune's")
     num_teacher_logits: int = Field(64, ge=1, description="top logits of the original to cache for each label")
@@ -66,9 +66,7 @@ class RefinementConfig(Section):
     rows, at the same bytes (AA-SVD, arXiv 2604.02119)."""
 
     steps: int = Field(ge=1, description="steps for each block, of calibration.batch_size rows each")
-    learning_rate: float = Field(
-        1e-2, gt=0, allow_inf_nan=False, description="step size, as a share of the factors' own size"
-    )
+    learning_rate: float = Field(1e-2, gt=0, description="step size, as a share of the factors' own size")
 
 
 class EmulatorConfig(StageConfig):

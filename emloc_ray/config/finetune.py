@@ -22,12 +22,8 @@ class FinetuneConfig(StageConfig):
     )
     per_device_train_batch_size: int = Field(8, ge=1, description="rows of a worker's forward pass")
     gradient_accumulation_steps: int = Field(1, ge=1, description="passes a step")
-    learning_rate: float = Field(
-        2e-4, gt=0, allow_inf_nan=False, description="peak of the schedule (lr_scheduler_type)"
-    )
-    loraplus_lr_ratio: float | None = Field(
-        None, ge=1, allow_inf_nan=False, description="LoRA+: lora_B learns at so many times the rate"
-    )
+    learning_rate: float = Field(2e-4, gt=0, description="peak of the schedule (lr_scheduler_type)")
+    loraplus_lr_ratio: float | None = Field(None, ge=1, description="LoRA+: lora_B learns at so many times the rate")
     bf16: Literal["auto"] | StrictBool = Field(
         "auto", description="mixed precision; auto: where the worker's GPU has it"
     )

@@ -6,6 +6,7 @@ Not by pydantic's validators, which are skipped in a section that has another er
 import difflib
 import functools
 import json
+import math
 import re
 import typing
 from collections.abc import Iterable
@@ -74,6 +75,7 @@ _BOUNDS = {
     **dict.fromkeys(("neftune_noise_alpha", "weight_decay"), Field(ge=0)),
     "per_device_eval_batch_size": Field(ge=1),
     "adam_epsilon": Field(gt=0),
+    "max_grad_norm": Field(allow_inf_nan=True, ge=-math.inf),  # infinite: gradients' norms are logged, none is clipped
 }
 _TRUTHS_OF_YAML_1_1 = {"yes", "no", "on", "off"}
 
@@ -235,7 +237,8 @@ def _type_errors(key: str, value: Any, hint: Any, strict: bool = False) -> list[
     if lines := _truth_errors(key, value, hint):
         return lines
     try:
-        declared: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+        taken = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+        declared: TypeAdapter[Any] = TypeAdapter(hint, config=taken)
         if strict:  # in JSON, a text passes for an enum's value
             declared.validate_json(json.dumps(value, default=str), strict=True)
         else:

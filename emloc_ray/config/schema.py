@@ -55,7 +55,7 @@ class ModelConfig(Section):
         return name
 
 
-Weight = typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = typing.Annotated[float, Field(gt=0)]
 
 
 class SplitConfig(Section):

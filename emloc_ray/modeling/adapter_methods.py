@@ -58,7 +58,7 @@ _BOUNDS: dict[str, dict[str, Any]] = {
     "rank_dropout": {"ge": 0, "lt": 1},
     "module_dropout": {"ge": 0, "lt": 1},
     "vera_dropout": {"ge": 0, "lt": 1},
-    "d_initial": {"gt": 0, "allow_inf_nan": False},
+    "d_initial": {"gt": 0},
     "projection_prng_key": {"ge": 0, "lt": 2**63},
     "num_virtual_tokens": {"ge": 1},
 }

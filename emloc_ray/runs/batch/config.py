@@ -20,8 +20,8 @@ REMOVED_BATCH_KEYS = {
 class LimitsConfig(Section):
     """What the batch may hold of the cluster at once."""
 
-    cpus: float | None = Field(None, gt=0, allow_inf_nan=False)
-    gpus: float | None = Field(None, ge=0, allow_inf_nan=False)
+    cpus: float | None = Field(None, gt=0)
+    gpus: float | None = Field(None, ge=0)
     memory: Size | None = Field(None, description="such as 512GiB")
 
 
