@@ -18,7 +18,7 @@ from emloc_ray.config.peers import config_of_peer
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.text_rows import other_encoding
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.formats.yaml_text import read_yaml
+from emloc_ray.io.formats.yaml_text import read_yaml, read_yaml_value
 from emloc_ray.io.runs.secret_values import without_secret, without_secrets
 from emloc_ray.io.store.places import looked_in
 from emloc_ray.text import counted, listed
@@ -259,7 +259,7 @@ def read_override(override: str) -> tuple[Keys, Any]:
         raise ConfigError(f"Override {written!r} is not key.path=value: write it like finetune.max_steps=20.")
     try:
         is_glob = text.startswith("*")  # in YAML an alias, which has nothing to name here
-        return keys, text if is_glob else read_yaml(text)
+        return keys, text if is_glob else read_yaml_value(text)
     except ValueError as error:
         raise ConfigError(f"Override {key} has a value that is not YAML ({error}): write it in quotes.") from error
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+from datetime import date
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -44,6 +45,15 @@ def read_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def read_yaml_value(text: str) -> Any:
+    """A value on a command line or in a cell: as YAML where that is a number, a list and the like, otherwise as text, where #
+    begins no comment. Raises ValueError as :func:`read_yaml` does."""
+    text = text.strip()
+    value = read_yaml(text)
+    is_text = isinstance(value, str | date) if value is not None else text.lower() not in ("", "null", "~")
+    return text if is_text and text[0] not in "\"'" else value
 
 
 def write_yaml(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from emloc_ray.config.reading import read_mapping
 from emloc_ray.data.files import KINDS
 from emloc_ray.data.reading import Row, read_rows, scan
 from emloc_ray.errors import ConfigError, DataError
-from emloc_ray.io.formats.yaml_text import read_yaml
+from emloc_ray.io.formats.yaml_text import read_yaml_value
 
 _TEXTS = {"name", "base"}  # columns of a CSV file that stay text: 007 is no number
 
@@ -100,16 +99,12 @@ def _parsed(row: Row) -> Row:
 
 
 def _parse(key: str, text: str) -> Any:
-    """A CSV cell as YAML where that is a number, a list and the like; otherwise as text, where # begins no comment."""
+    """A CSV cell; what is no YAML is text too."""
     if text.lower() in ("", "nan"):
         return ""
-    if text.lower() in ("null", "~"):
-        return None
     try:
-        value = read_yaml(text)
+        return read_yaml_value(text)
     except ValueError as error:
         if text[0] in "[{\"'":
             raise ConfigError(f"{key} is {text!r}, which is not YAML: fix it.") from error
         return text  # such as the pattern *.jsonl
-    is_plain = isinstance(value, str) and text[0] not in "\"'"
-    return text if value is None or is_plain or isinstance(value, date) else value

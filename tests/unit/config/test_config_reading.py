@@ -9,7 +9,7 @@ import pytest
 from test_schema import MINIMAL, config, error_of
 
 from emloc_ray.config.adapter import AdapterConfig
-from emloc_ray.config.reading import check_config, load_config, put
+from emloc_ray.config.reading import check_config, load_config, put, read_override
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import write_yaml
 
@@ -142,6 +142,24 @@ def test_the_last_override_wins(path: Path) -> None:
 def test_override_without_key_or_value(path: Path, override: str) -> None:
     with pytest.raises(ConfigError, match=r"is not key\.path=value"):
         load_config(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("run_dir=runs/try #2", "runs/try #2"),
+        ("data.train.path=rows #1.jsonl", "rows #1.jsonl"),
+        ("finetune.run_name=#1", "#1"),
+        ("finetune.run_name=2026-12-01", "2026-12-01"),
+        ("finetune.max_steps= 5 ", 5),
+        ("correction.clamp=null", None),
+        ("correction.clamp=", None),
+        ('run_dir="a #b" # c', "a #b"),
+        ("adapter.target_modules=[q, v] # two", ["q", "v"]),
+    ],
+)
+def test_a_text_in_an_override_has_no_comment(override: str, value: object) -> None:
+    assert read_override(override)[1] == value
 
 
 def test_override_reaching_into_a_value(path: Path) -> None:
