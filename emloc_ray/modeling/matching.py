@@ -73,6 +73,8 @@ def check_table(names: Sequence[str], table: Mapping[str, object], key: str, oth
     """Raises ConfigError for the first key of a pattern table that names no module, of ``names`` or ``others``."""
     for pattern in table:
         _check_regex(pattern, key)
+        if flags := re.match(r"\(\?([aiLmsux]+)\)", pattern):  # PEFT puts the key inside another expression
+            raise ConfigError(f"{key}: {pattern!r} begins with flags: write (?{flags[1]}:…) around what they are for.")
         if not any(lookup(name, {pattern: True}, False) for name in [*names, *others]):
             raise ConfigError(_no_match(key, pattern, names))
 

@@ -140,6 +140,14 @@ def test_a_table_s_key_that_names_nothing() -> None:
         check_table(NAMES, {"(": 3}, "adapter.rank_pattern")
 
 
+def test_flags_of_a_table_s_key_stand_in_their_group() -> None:
+    with pytest.raises(
+        ConfigError, match=r"emulator\.ratios: '\(\?i\)Q_PROJ' begins with flags: write \(\?i:…\) around"
+    ):
+        check_table(NAMES, {"(?i)Q_PROJ": 0.5}, "emulator.ratios")
+    check_table(NAMES, {"(?i:Q_PROJ)": 0.5}, "emulator.ratios")
+
+
 def test_suffixes_in_order_without_repeats() -> None:
     assert suffixes(NAMES) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
