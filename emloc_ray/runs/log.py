@@ -66,7 +66,7 @@ class RunLog(Reporter):
             "run_started",
             "The run begins.",
             process=f"process {os.getpid()} on {socket.gethostname()}",
-            command=shlex.join([Path(sys.argv[0]).name, *map(without_secret, sys.argv[1:])]),
+            command=shlex.join(_command(Path(sys.argv[0]).name)),
             directory=str(Path.cwd()),
         )
         return self
@@ -134,6 +134,11 @@ class RunLog(Reporter):
             if event != "layer":  # the stage's end follows, and publishes them
                 publish(self.run.path(LOG))
         _LOGGER.log(level, "%s", message, extra={"fields": fields})
+
+
+def _command(program: str) -> list[str]:
+    """The command line without its secrets; of another program than our own, whose words may be any, its name alone."""
+    return [program, *(map(without_secret, sys.argv[1:]) if program == "emloc-ray" else ())]
 
 
 def _read(run: RunDirectory) -> bytes:

@@ -131,6 +131,13 @@ def test_no_secret_is_told(run: RunDirectory) -> None:
     assert read_events(run)[-1]["message"] == "https://host/a.png?sig=(hidden) of (hidden): fix it."
 
 
+def test_of_another_program_s_command_its_name_is_logged(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/home/me/sweep.py", "--db-password", "hunter2"])
+    with RunLog(run):
+        pass
+    assert read_events(run)[0]["command"] == "sweep.py"
+
+
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), SystemExit(15), Stopped("at 3 of 50.")], ids=["Ctrl-C", "SIGTERM", "cancelled"]
 )
