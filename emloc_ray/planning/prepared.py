@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -23,6 +24,8 @@ from emloc_ray.data.reading import SourceFile
 from emloc_ray.data.splits import SPLITS
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store.objects import Objects
+from emloc_ray.io.store.places import is_store_uri
 from emloc_ray.io.store.shared import Shared
 from emloc_ray.modeling.loading import ModelSource, resolve_source, token_counter
 from emloc_ray.planning.data_checks import (
@@ -221,6 +224,7 @@ def prepare(config: RunConfig, needs_weights: bool = True, lookups: Lookups | No
     attempt(lambda: check_apart(run, None if source is None else source.directory, files))
     attempt(lambda: check_held_out(config, files))
     attempt(lambda: check_columns(config.data, files))
+    attempt(lambda: _check_image_roots(config.data.image_roots))
     attempt(lookups.upper_bound)
     attempt(lambda: check_resources(config))
     attempt(lambda: check_packages(config))
@@ -239,10 +243,18 @@ def _check_run(place: str) -> dict[str, Any]:
     return {**manifest, "stages": {name: {k: v for k, v in entry.items() if k not in large} for name, entry in stages}}
 
 
+def _check_image_roots(roots: Sequence[str]) -> None:
+    for root in filter(is_store_uri, roots):
+        Objects(root, "data.image_roots")
+
+
 def _check_upper_bound(bound: str | None) -> None:
     if bound is None:
         return
-    metrics = RunDirectory(bound).existing().metrics()
+    try:
+        metrics = RunDirectory(bound).existing().metrics()
+    except ConfigError as error:
+        raise ConfigError(re.sub("^run_dir ", "evaluation.upper_bound ", str(error))) from error
     emulator = metrics.get("emulator") or {}
     whole = emulator.get("compression_ratio") == 1 and emulator.get("quantization", "none") == "none"
     if "evaluation" not in metrics or not whole:

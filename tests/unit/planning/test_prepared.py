@@ -19,7 +19,7 @@ import transformers
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.planning.prepared import prepare
+from emloc_ray.planning.prepared import Prepared, prepare
 
 
 def write_rows(path: Path, count: int) -> Path:
@@ -153,12 +153,21 @@ def refused(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[...
         ({"run_dir": "/dev/null/run"}, "/dev/null is a file"),
         ({"run_dir": "/proc/run"}, "cannot be written"),
         ({"evaluation": {"upper_bound": "/tmp"}}, "manifest.json"),
+        ({"evaluation": {"upper_bound": "s3://key:hush@runs/x"}}, "evaluation.upper_bound holds credentials"),
+        ({"evaluation": {"upper_bound": "what://runs/x"}}, "evaluation.upper_bound what://runs/x is no place"),
     ],
 )
 def test_what_would_only_fail_on_a_worker_is_told_before(
     refused: Callable[..., str], sections: dict[str, Any], words: str
 ) -> None:
     assert words in refused(**sections)
+
+
+def test_credentials_of_image_roots_are_refused(tmp_path: Path, prepared: Callable[..., Prepared]) -> None:
+    data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "max_seq_length": 64}
+    prepared(data={**data, "image_roots": ["/photos", "s3://photos/cats?region=eu-west-1"]})
+    with pytest.raises(ConfigError, match=r"^data\.image_roots holds credentials"):
+        prepared(data={**data, "image_roots": ["/photos", "s3://key:hush@photos/cats"]})
 
 
 @pytest.mark.parametrize(
