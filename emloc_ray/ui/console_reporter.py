@@ -43,12 +43,14 @@ class ConsoleReporter(Reporter):
         self._detail = ""
         self.bars = Progress(
             TextColumn("{task.description:<20}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if console.width >= 100 else 10),
             _Count(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            # By its ratio it gets the width that the others leave.
+            TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=console,
             transient=True,
+            expand=True,
         )
         self.task: TaskID | None = self.bars.add_task("Waiting for Ray", total=None, said="")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 from run_samples import usage
 
@@ -43,6 +44,19 @@ def test_a_terminal_shows_it_beside_the_bar() -> None:
     told = str(console.file.getvalue())  # type: ignore[attr-defined]
     assert "3/8" in told
     assert "loss 1.234 [x]" in told
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_a_narrow_terminal_cuts_neither_the_count_nor_the_time(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True)
+    with ConsoleReporter(console) as reporter:
+        progress = reporter.start("finetune")
+        reporter.detail("loss 1.234, learning rate 0.00012, 1,234 tokens/s")
+        progress(1234, 5000)
+        reporter.bars.refresh()
+    told = str(console.file.getvalue())  # type: ignore[attr-defined]
+    assert "1234/5000" in told
+    assert "0:00:0" in told
 
 
 def test_a_terminal_shows_that_ray_is_waited_for_until_a_stage_begins_or_was_done_before() -> None:
