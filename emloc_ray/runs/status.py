@@ -62,23 +62,31 @@ def status_lines(run: RunDirectory, now: datetime | None = None) -> list[str]:
     now, holder, events = now or datetime.now(timezone.utc), run.holder(), read_events(run)
     begin = max((n for n, event in enumerate(events) if event["event"] == "run_started"), default=0)
     newest = events[begin:]
+    begins = bool(newest) and holder not in (None, "another process", newest[0].get("process", holder))
+    if begins:  # it holds the run, and Ray still starts: the log is of the tries before
+        newest = []
     end = next((event["event"] for event in reversed(newest) if event["event"] in RUN_EVENTS[1:]), None)
     stage, progress = begun_stage(newest)
     place = stage or "no stage"
     if stage and progress:
         place += f", {progress[0]} of {progress[1]}"
-    if holder is not None:
+    if begins:
+        lines = [f"Running: {holder}; it has begun no stage yet"]
+    elif holder is not None:
         lines = [f"Running: {holder}, in {place}" if stage else f"Running: {holder}"]
     elif events and end is None:
         lines = [f"Not running: its process was killed in {place}, or its machine was lost."]
     else:
         lines = [f"Not running: stopped, in {place}." if end == "run_stopped" else "Not running."]
-    if events:
-        lines.append(f"Last event, {_age(events[-1], now)}: {events[-1]['message']}")
     outcomes = [event for event in events if event["event"] in ("run_failed", "run_finished")]
-    if outcomes and outcomes[-1]["event"] == "run_failed":
-        where = f" in {outcomes[-1]['stage']}" if "stage" in outcomes[-1] else ""
-        lines.append(f"Failed{where}, {_age(outcomes[-1], now)}: {outcomes[-1]['message']}")
+    failure = outcomes[-1] if outcomes and outcomes[-1]["event"] == "run_failed" else None
+    if events and failure is not events[-1]:
+        last = "The last event before" if begins else "Last event"
+        lines.append(f"{last}, {_age(events[-1], now)}: {events[-1]['message']}")
+    if failure is not None:
+        failed = "A try before failed" if failure not in newest else "Failed"
+        where = f" in {failure['stage']}" if "stage" in failure else ""
+        lines.append(f"{failed}{where}, {_age(failure, now)}: {failure['message']}")
     lines += _accepted(run.manifest()["stages"])
     if holder is None and end != "run_finished":
         command = _command(run, newest[0] if newest else {})

@@ -45,6 +45,21 @@ def test_a_live_run_shows_who_holds_it_and_how_far_it_is(run: RunDirectory) -> N
     assert second == "Last event, 58 s ago: calibrate: 3 of 8"
 
 
+def test_a_run_that_is_started_again_is_in_none_of_the_stages_of_the_tries_before(run: RunDirectory) -> None:
+    """From its lock on, while Ray starts."""
+    stage = {"stage": "finetune"}
+    died = {"event": "run_failed", "message": "finetune: no.", **stage}
+    write(run, {"event": "run_started", "process": "process 0 on elsewhere"}, {"event": "started", **stage}, died)
+    run.lock()
+    try:
+        first, second = lines(run)
+    finally:
+        run.unlock()
+    assert first.startswith("Running: process ")
+    assert first.endswith("; it has begun no stage yet")
+    assert second == "A try before failed in finetune, 57 s ago: finetune: no."
+
+
 def test_a_killed_run_says_where_it_was_and_how_it_goes_on(run: RunDirectory) -> None:
     write(run, {"event": "started", "stage": "merge"})
     first, last, go_on = lines(run, 7200)
@@ -59,10 +74,10 @@ def test_a_failed_run_says_its_sentence(run: RunDirectory) -> None:
         raise StageError("finetune: the disk is full: free some and run the same command again.")
     told = status_lines(run)
     assert told[0] == "Not running."
-    assert told[2].startswith("Failed in finetune, ")
-    assert told[2].endswith(": finetune: the disk is full: free some and run the same command again.")
+    assert told[1].startswith("Failed in finetune, ")
+    assert told[1].endswith(": finetune: the disk is full: free some and run the same command again.")
     config = run.path("config.yaml").absolute()  # begun from Python, not by a command line
-    assert told[3] == f"To continue, give the same command: cd {Path.cwd()} && emloc-ray run {config}"
+    assert told[2] == f"To continue, give the same command: cd {Path.cwd()} && emloc-ray run {config}"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +112,7 @@ def test_secrets_of_a_call_are_asked_for(run: RunDirectory) -> None:
 def test_what_a_later_try_made_good_is_no_failure(run: RunDirectory) -> None:
     write(run, {"event": "run_failed", "stage": "merge", "message": "merge: no."})
     write(run, {"event": "started", "stage": "merge"})
-    assert any(line.startswith("Failed in merge") for line in lines(run))
+    assert any(line.startswith("A try before failed in merge") for line in lines(run))
     write(run, {"event": "finished", "stage": "merge"}, {"event": "run_finished", "message": "The run has ended well."})
     assert lines(run) == ["Not running.", "Last event, 58 s ago: The run has ended well."]
 
