@@ -49,19 +49,24 @@ def duration(seconds: float) -> str:
 
 class Rate:
     """How fast units get done, by the newer half of those done so far, as a stage's first ones may be of another kind. It
-    leaves out the start, and what a stage that continues had done before."""
+    counts from the first that it sees done: with it end the start, and the jump to what a stage that continues had done."""
 
     def __init__(self) -> None:
-        self._begun = 0
+        self._begun = math.inf  # units done at the first look, then at the first mark
         self._marks: deque[tuple[int, float]] = deque()  # units done, and when, from before the newer half on
 
     def rate(self, done: int, now: float) -> float | None:
-        """Units a second, where ``done`` are done at the time ``now`` in seconds; None before two more are done."""
-        if not self._marks or done <= self._begun:
-            self._begun, self._marks = done, deque([(done, now)])
-        elif done > self._marks[-1][0]:
+        """Units a second, where ``done`` are done at the time ``now`` in seconds; None before two more are done than the
+        first."""
+        if done < self._begun:  # the first look, or a stage that begins anew
+            self._begun = done
+            self._marks.clear()
+        elif done > (self._marks[-1][0] if self._marks else self._begun):
+            self._begun = self._begun if self._marks else done
             self._marks.append((done, now))
-        while len(self._marks) > 1 and 2 * self._marks[1][0] <= self._begun + done:
+        if not self._marks:
+            return None
+        while len(self._marks) > 1 and 2 * self._marks[1][0] < self._begun + done:
             self._marks.popleft()
         units, seconds = done - self._marks[0][0], now - self._marks[0][1]
         return units / seconds if units > 1 and seconds > 0 else None

@@ -61,12 +61,11 @@ def test_control_characters_are_shown() -> None:
 
 def test_the_pace_of_a_stage_leaves_out_its_start_and_what_was_done_before() -> None:
     pace = text.Rate()
-    assert pace.rate(40, 0.0) is None
-    assert pace.left(40, 100, 10.0) == ""
-    assert pace.rate(50, 20.0) == 1.0
-    assert pace.left(50, 100, 20.0) == "about 50 s left"
-    assert pace.left(100, 100, 70.0) == ""
-    assert pace.rate(0, 80.0) is None  # begun anew
+    assert [pace.left(0, 500, now) for now in range(60)] == [""] * 60  # its worker loads the model
+    left = [pace.left(step, 500, now) for step, now in ((301, 70), (302, 80), (303, 90), (304, 100), (305, 110))]
+    assert left == ["", "", "about 33 min left", "about 33 min left", "about 32 min left"]
+    assert pace.left(500, 500, 2060) == ""
+    assert pace.rate(0, 2070) is None  # begun anew
 
 
 def test_the_pace_is_that_of_the_newer_half() -> None:

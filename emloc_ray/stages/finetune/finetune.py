@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import signal
 import tempfile
@@ -30,7 +31,7 @@ from emloc_ray.stages.finetune.group_callbacks import (
 )
 from emloc_ray.stages.finetune.heartbeat import HeartbeatWatch
 from emloc_ray.stages.finetune.job import FinetuneJob
-from emloc_ray.stages.finetune.session import NEWEST, claim_try_folder
+from emloc_ray.stages.finetune.session import NEWEST, claim_try_folder, step_of
 from emloc_ray.stages.finetune.trainer import STORE_POLL_S
 from emloc_ray.stages.finetune.training import train_alone, train_loop
 from emloc_ray.stages.ray import pace
@@ -224,6 +225,12 @@ def newest_checkpoint(job: FinetuneJob) -> bytes:
     return read_small_file(job.place / NEWEST)
 
 
+def kept_steps(job: FinetuneJob) -> int:
+    """How many steps that checkpoint has."""
+    named = newest_checkpoint(job)
+    return max(0, step_of(json.loads(named)["folder"])) if named else 0
+
+
 def _last_word(job: FinetuneJob) -> str:
     return read_small_file(job.last_word_path).decode()
 
@@ -263,7 +270,7 @@ class Watcher:
         """``begin_s``: seconds after which it is reported that no worker has begun."""
         self.job, self.progress, self.tell, self.detail = job, progress, tell, detail
         self.pace = Rate()
-        self.newest: dict[str, Any] = {"done": 0}  # of what rank 0 left in the step file
+        self.newest: dict[str, Any] = {}  # of what rank 0 left in the step file
         self.num_shown = len(_lines(job.failure_path))
         self.stop: EmlocError | None = None
         self.stop_requested = False
@@ -296,6 +303,8 @@ class Watcher:
     def _show(self) -> None:
         if objects := read_objects(read_small_file(self.job.step_path)):
             self.newest = objects[-1]
+        elif not self.newest:
+            self.newest = {"done": kept_steps(self.job)}
         if self.stop is None:
             try:
                 if "loss" in self.newest:

@@ -60,7 +60,7 @@ class TrainingSession(ABC):
         self.meet()
         if self.rank == 0 and folder is not None:
             newest = self._newest()
-            if newest is not None and _step_of(newest) > step:
+            if newest is not None and step_of(newest) > step:
                 raise StageError(
                     f"Step {step} was saved too late: the training has gone on to {newest} without this worker."
                 )
@@ -73,7 +73,7 @@ class TrainingSession(ABC):
 
     def _remove(self, goes: Callable[[int], bool]) -> None:
         for name in {file.relative_to(self.directory).parts[0] for file in sizes(self.directory)}:
-            if name != NEWEST and goes(_step_of(name)):
+            if name != NEWEST and goes(step_of(name)):
                 discard(self.directory / name)
 
     @abstractmethod
@@ -129,7 +129,7 @@ class LoneSession(TrainingSession):
         return self._departures.here()
 
 
-def _step_of(name: str) -> int:
+def step_of(name: str) -> int:
     """The step of a checkpoint's folder; -1 of what is none, as an earlier version's."""
     step = name.removeprefix("checkpoint-")
     return int(step) if step.isdecimal() else -1

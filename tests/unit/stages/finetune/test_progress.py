@@ -14,12 +14,14 @@ from faulting.s3 import uri
 
 from emloc_ray.io.formats.json_lines import append_object, read_objects
 from emloc_ray.io.store import objects
+from emloc_ray.io.store.atomic import write_json
 from emloc_ray.io.store.node_cache import mirror
 from emloc_ray.stages.finetune import finetune as stage
 from emloc_ray.stages.finetune import trainer
 from emloc_ray.stages.finetune.finetune import Watcher, other_try
 from emloc_ray.stages.finetune.group_callbacks import read_small_file
 from emloc_ray.stages.finetune.job import FinetuneJob
+from emloc_ray.stages.finetune.session import NEWEST
 from emloc_ray.stages.finetune.trainer import StepKeeper
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.tasks import Resources
@@ -57,6 +59,17 @@ def test_steps_between_two_lines_of_the_log_are_seen(tmp_path: Path, session: An
     look()
     assert seen == [0, 1, 3, 4]
     assert said == ["loss 1.250, learning rate 0.0002"] * 2
+
+
+def test_a_training_that_goes_on_begins_at_its_checkpoint(tmp_path: Path, session: Any) -> None:
+    """While its worker still loads the model."""
+    job, seen = dataclasses.replace(JOB, storage_dir=tmp_path), list[int]()
+    write_json(job.place / NEWEST, {"folder": "checkpoint-3"})
+    for _ in range(2):
+        with Watcher(job, lambda done, total: seen.append(done), print, poll_s=60):
+            pass
+        StepKeeper(job, session).on_train_begin(None, at(4), None)
+    assert seen == [3, 4]
 
 
 def test_a_look_reads_as_much_of_a_long_log_as_of_a_short_one(
