@@ -24,6 +24,7 @@ from emloc_ray.data.reading import SourceFile
 from emloc_ray.data.splits import SPLITS
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store.object_store import MANIFEST
 from emloc_ray.io.store.objects import Objects
 from emloc_ray.io.store.places import is_store_uri
 from emloc_ray.io.store.shared import Shared
@@ -251,14 +252,19 @@ def _check_image_roots(roots: Sequence[str]) -> None:
 def _check_upper_bound(bound: str | None) -> None:
     if bound is None:
         return
+    advice = (
+        "run this config with emulator.compression_ratio=1.0 emulator.quantization=none evaluation.upper_bound=null and"
+        " another run_dir, and name that."
+    )
+    run: RunDirectory | None = None
     try:
-        metrics = RunDirectory(bound).existing().metrics()
+        run = RunDirectory(bound)
+        metrics = run.existing().metrics()
     except ConfigError as error:
+        if run is not None and MANIFEST not in run.names():
+            raise ConfigError(f"evaluation.upper_bound {bound} is no run yet: {advice}") from error
         raise ConfigError(re.sub("^run_dir ", "evaluation.upper_bound ", str(error))) from error
     emulator = metrics.get("emulator") or {}
     whole = emulator.get("compression_ratio") == 1 and emulator.get("quantization", "none") == "none"
     if "evaluation" not in metrics or not whole:
-        raise ConfigError(
-            f"evaluation.upper_bound {bound} is no finished run at ratio 1.0: run the same config with"
-            " emulator.compression_ratio=1.0, not quantized, and another run_dir, and name that."
-        )
+        raise ConfigError(f"evaluation.upper_bound {bound} is no finished run at ratio 1.0 in floats: {advice}")

@@ -81,7 +81,7 @@ def _redo(first: Stage, names: Collection[str], in_batch: bool) -> str:
     redone = [
         stage.name for stage in STEPS if stage.name in names and (verb is None or stage.name in redone_from(verb))
     ]
-    return f"{'--fresh' if verb is None else f'--from {verb}'} to redo {', '.join(redone)}"
+    return f"{'--fresh' if verb is None else f'emloc-ray run with --from {verb}'} to redo {', '.join(redone)}"
 
 
 def redone_from(begin: str | None) -> tuple[str, ...]:

@@ -13,12 +13,13 @@ from typing import Literal
 
 from rich.console import Console
 
+from emloc_ray.config.adapter import PROMPT_METHODS
 from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.io.runs.directory import CARD, RunDirectory
 from emloc_ray.io.runs.fetch import WEIGHT_NAMES, fetch
 from emloc_ray.runs.status import current_stages
 from emloc_ray.text import counted, listed, one_line, size
-from emloc_ray.ui.cards import WRITTEN_BY, base_name, card
+from emloc_ray.ui.cards import METHOD_NAMES, WRITTEN_BY, base_name, card
 from emloc_ray.ui.terminal import progress_bar
 
 Result = Literal["adapter", "merged"]
@@ -34,6 +35,11 @@ def result_name(run: RunDirectory, part: Result) -> str:
     for name in names:
         if WRITTEN_BY[name] in current and name in folders:
             return name
+    method = (manifest["config"].get("adapter") or {}).get("method")
+    if part == "merged" and method in PROMPT_METHODS:
+        raise ConfigError(
+            f"{run.place} has no merged/, as {METHOD_NAMES[method]} changes no weight: use adapter/, by PEFT on the original."
+        )
     last, step = names[-1], WRITTEN_BY[names[-1]]
     lack = f"{last}/ in {run.place} is out of date" if step in manifest["stages"] else f"{run.place} has no {last}/"
     raise ConfigError(f"{lack}: run it up to there, emloc-ray {step} CONFIG.")

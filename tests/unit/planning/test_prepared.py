@@ -152,9 +152,13 @@ def refused(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[...
         ({"seed": -1}, "seed is -1"),
         ({"run_dir": "/dev/null/run"}, "/dev/null is a file"),
         ({"run_dir": "/proc/run"}, "cannot be written"),
-        ({"evaluation": {"upper_bound": "/tmp"}}, "manifest.json"),
         ({"evaluation": {"upper_bound": "s3://key:hush@runs/x"}}, "evaluation.upper_bound holds credentials"),
         ({"evaluation": {"upper_bound": "what://runs/x"}}, "evaluation.upper_bound what://runs/x is no place"),
+        (
+            {"evaluation": {"upper_bound": "/tmp"}},
+            "evaluation.upper_bound /tmp is no run yet: run this config with emulator.compression_ratio=1.0",
+        ),
+        ({"evaluation": {"upper_bound": "/tmp"}}, "evaluation.upper_bound=null and another run_dir"),
     ],
 )
 def test_what_would_only_fail_on_a_worker_is_told_before(

@@ -115,8 +115,10 @@ def test_what_other_versions_finished_is_refused_with_what_would_be_redone(
     assert "run_dir" not in refusal(prepared, in_batch=True).split(":")[0]  # one line for all tasks that have it
     check_versions(prepared, accept=True)
     finish(prepared, "data")
-    assert refusal(prepared).endswith("or --from calibrate to redo calibrate, factorize, merge.")
-    assert refusal(prepared, forced=["calibrate"]).endswith("it as it is, or --from merge to redo merge.")
+    assert refusal(prepared).endswith("or emloc-ray run with --from calibrate to redo calibrate, factorize, merge.")
+    assert refusal(prepared, forced=["calibrate"]).endswith(
+        "it as it is, or emloc-ray run with --from merge to redo merge."
+    )
     check_versions(prepared, forced=["calibrate", "factorize", "merge"])
 
 
@@ -143,7 +145,9 @@ def test_another_format_is_never_accepted(prepared: Prepared, monkeypatch: pytes
     monkeypatch.setattr(versions, "redone_from", lambda verb: ("calibrate",))
     for accept in (False, True):
         said = refusal(prepared, accept=accept, until="calibrate")
-        assert "calibrate was made with format 1 (now 2): --from calibrate to redo calibrate." in said
+        assert (
+            "calibrate was made with format 1 (now 2): emloc-ray run with --from calibrate to redo calibrate." in said
+        )
         assert "--accept-versions" not in said
 
 

@@ -56,6 +56,14 @@ def test_a_redo_that_was_killed_leaves_no_stage_behind_it_done(run: RunDirectory
     assert not any(run.path(folder, CARD).exists() for folder in FOLDERS.values())
 
 
+def test_a_run_that_is_never_merged_is_not_told_to(run: RunDirectory) -> None:
+    run.create({"adapter": {"method": "prefix_tuning"}}, steps=[step for step in STEPS if step != "merge"])
+    with pytest.raises(
+        ConfigError, match="has no merged/, as prefix tuning changes no weight: use adapter/, by PEFT on"
+    ):
+        result_name(run, "merged")
+
+
 def test_a_stage_that_the_config_leaves_out_now_is_none_of_its_results(run: RunDirectory) -> None:
     run.create({}, steps=[step for step in STEPS if step != "finish"])
     assert marks(run) == {step: "✓" if step != "finish" else "out of date" for step in STEPS}
