@@ -16,8 +16,8 @@ from emloc_ray.runs.batch.state import BatchState, TaskState
 from emloc_ray.text import NO_BREAK, duration, size
 
 _STYLES = {"done": "green", "failed": "red", "cancelled": "dim", "running": "cyan", "waiting": "dim"}
-_COLUMNS = ("task", "state", "loss", "held-out", "memory", "time", "notes")
-_LEFT_OUT_FIRST = ("notes", "memory", "loss")  # where the width is too small for all columns
+_COLUMNS = ("task", "state", "loss", "held-out", "memory", "time", "remarks")
+_LEFT_OUT_FIRST = ("remarks", "memory", "loss")  # where the width is too small for all columns
 _ORDER = ("running", "failed", "done", "cancelled", "waiting")
 _MARGIN = 8  # lines of a terminal outside the table
 _MIN_NAME = 30  # letters that a long name gets before columns are left out
@@ -49,7 +49,8 @@ def batch_table(state: BatchState, rows: int | None = None, now: float | None = 
 
 
 def _cells(task: TaskState, now: float) -> dict[str, Text]:
-    spent = task.seconds if task.status != "running" or task.started_at is None else now - task.started_at
+    began_at = task.stage_began_at if task.status == "running" and task.active else None
+    spent = task.seconds + (0.0 if began_at is None else now - began_at)
     return {
         "task": Text(task.name),
         "state": Text(status_text(task), style=_STYLES[task.status]),
@@ -57,7 +58,7 @@ def _cells(task: TaskState, now: float) -> dict[str, Text]:
         "held-out": Text(held_out(task)),
         "memory": Text(size(task.planned_bytes).replace(" ", NO_BREAK)),
         "time": Text(duration(spent).replace(" ", NO_BREAK) if spent else ""),
-        "notes": Text(str(task.notes or "")),
+        "remarks": Text(str(task.notes or "")),
     }
 
 
@@ -87,7 +88,7 @@ def held_out(task: TaskState) -> str:
 def counts(state: BatchState) -> str:
     """The number of tasks of each status, in words."""
     number: Counter[str] = Counter(task.status for task in state.tasks)
-    return ", ".join(f"{number[status]} {status}" for status in _ORDER if number[status]) or "no tasks"
+    return ", ".join(f"{number[status]} {status}" for status in _ORDER if number[status]) or "no tasks yet"
 
 
 def reasons(state: BatchState) -> list[str]:
@@ -100,7 +101,7 @@ class BatchView:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_interactive else None
         self._statuses: dict[str, str] = {}
         self._shown_at = 0.0
 

@@ -94,14 +94,14 @@ def asking(place: str) -> Status:
 
 def state_now(run: Any) -> BatchState | None:
     """The state of a batch, with running tasks only while a process runs it; None for the directory of a run."""
-    from emloc_ray.runs.batch.state import is_batch, read_state
+    from emloc_ray.runs.batch.state import BatchState, is_batch, read_state
     from emloc_ray.ui.batch_table import at_rest
 
     if not is_batch(run):
         return None
     is_running = run.holder() is not None  # asked before the state, as the batch may end in between
-    state = read_state(run)
-    return state if state is None or is_running else at_rest(state)
+    state = read_state(run) or BatchState(time.time())  # which a batch writes once Ray has started
+    return state if is_running else at_rest(state)
 
 
 def show_batch(run: Any, watch: bool) -> None:

@@ -35,7 +35,8 @@ class _Count(MofNCompleteColumn):
 
 
 class ConsoleReporter(Reporter):
-    """Shows a run: a bar for each stage on a terminal, elsewhere a line where a stage begins and ends, and now and then."""
+    """Shows a run: a bar for each stage on a terminal that draws any, elsewhere a line where a stage begins and ends, and now and
+    then."""
 
     def __init__(self, console: Console, interval_s: float = 30.0) -> None:
         """``interval_s``: seconds between two lines of a stage, where there is no terminal."""
@@ -55,7 +56,7 @@ class ConsoleReporter(Reporter):
         self.task: TaskID | None = self.bars.add_task("Waiting for Ray", total=None, said="")
 
     def __enter__(self) -> ConsoleReporter:
-        if self.console.is_terminal:
+        if self.console.is_interactive:
             self.bars.start()
         return self
 
@@ -78,7 +79,7 @@ class ConsoleReporter(Reporter):
         title, pace, self._detail = _stages()[stage].title, Rate(), ""
         said_at = time.monotonic()
         self._remove()
-        if self.console.is_terminal:
+        if self.console.is_interactive:
             self.task = self.bars.add_task(title, total=None, said="")
         else:
             self.console.print(f"{title} …", highlight=False)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ParamSpec
 
 import typer
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
 from typer.core import TyperGroup
@@ -17,6 +17,7 @@ from emloc_ray.errors import ConfigError, EmlocError, refusal
 from emloc_ray.text import listed, visible_controls
 
 Arguments = ParamSpec("Arguments")
+_PIPE_WIDTH = 200
 
 
 def flag(*names: str, help: str, **options: Any) -> Any:
@@ -38,13 +39,21 @@ class _Console(Console):
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible_controls(segment.text), segment.style)
 
+    @property  # type: ignore[misc]  # rich's can be set, which nobody does
+    def size(self) -> ConsoleDimensions:
+        """As any console's; wide where no terminal, and nobody by COLUMNS, says how wide: rows in a pipe or a file stay whole."""
+        said = self.is_terminal or "COLUMNS" in os.environ
+        return super().size if said else ConsoleDimensions(_PIPE_WIDTH, super().size.height)
+
     def on_broken_pipe(self) -> None:
         """Writes nothing from now on, not even at exit, when Python flushes the rest."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
-console = _Console(highlight=False)
+_IS_PIPED = sys.stdout is None or not sys.stdout.isatty()
+# FORCE_COLOR asks a pipe for colours, not for bars, which move the cursor.
+console = _Console(highlight=False, force_interactive=False if _IS_PIPED else None)
 errors = _Console(stderr=True, highlight=False, soft_wrap=True)
 
 

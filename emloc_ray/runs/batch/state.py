@@ -16,6 +16,7 @@ from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.atomic import write_json, write_text
 from emloc_ray.io.store.node_cache import discard, ensure
+from emloc_ray.io.store.object_store import MANIFEST
 from emloc_ray.runs.reporter import Reporter
 
 STATE = "batch.json"
@@ -47,6 +48,7 @@ class TaskState:
     served_loss: float | None = None
     notes: int = 0
     taken: tuple[str, ...] = ()
+    stage_began_at: float | None = None
 
     @property
     def is_over(self) -> bool:
@@ -70,17 +72,17 @@ _PART = TypeAdapter(tuple[TaskState, ...])
 
 
 def is_batch(run: RunDirectory) -> bool:
-    """Whether a directory is a batch's, not a run's."""
-    ensure(run.path(STATE))
-    return run.path(STATE).is_file()
+    """Whether a directory is a batch's, not a run's, from its manifest on."""
+    return MANIFEST in run.names() and run.manifest().get("kind") == "batch"
 
 
 def read_state(run: RunDirectory) -> BatchState | None:
     """What ``batch.json`` and its parts say; None where there is none. Raises ArtifactError where one of them is unreadable, or
     of another version."""
-    if not is_batch(run):
-        return None
     path = run.path(STATE)
+    ensure(path)
+    if not path.is_file():
+        return None
     try:
         head: Any = json.loads(path.read_text())
         if head["format"] != _FORMAT:
@@ -205,7 +207,7 @@ class TaskReporter(Reporter):
 
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins."""
-        self.board.change(self.name, stage=stage, units=None, active=True)
+        self.board.change(self.name, stage=stage, units=None, active=True, stage_began_at=time.time())
         return lambda done, total: self.board.change(self.name, units=(done, total))
 
     def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:

@@ -210,7 +210,7 @@ def test_a_batch_of_which_nothing_has_run() -> None:
 def batch(tmp_path: Path) -> RunDirectory:
     """A batch's directory with one task that has a stage, one whose manifest is broken and one that never began."""
     run = RunDirectory(tmp_path / "sweep")
-    run.create({})
+    run.create({}, kind="batch")
     write_state(run, BatchState(BEGIN, (done("a"), TaskState("broken"), TaskState("never"))))
     task = RunDirectory(run.path("tasks", "a"))
     task.create({})

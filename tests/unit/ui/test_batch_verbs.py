@@ -118,6 +118,23 @@ def test_what_nobody_runs_is_not_running(run: RunDirectory) -> None:
     assert at_rest(BatchState(BEGIN, TASKS)).count("running") == 0
 
 
+def test_a_running_task_s_time_is_that_of_its_stages_without_its_waits() -> None:
+    waits = TaskState("waits", "running", "finetune", started_at=BEGIN, seconds=100.0, stage_began_at=BEGIN)
+    works = replace(waits, name="works", active=True, stage_began_at=BEGIN + 1e6 - 200)
+    lines = shown(BatchState(BEGIN, (waits, works)), 200)
+    took = {line.split()[0]: line for line in lines if line.split()[:1] in (["waits"], ["works"])}
+    assert duration(100).replace(" ", "\u00a0") in took["waits"]
+    assert duration(300).replace(" ", "\u00a0") in took["works"]
+
+
+def test_a_batch_whose_ray_starts_is_one(tmp_path: Path) -> None:
+    starting = RunDirectory(tmp_path / "sweep")
+    starting.create({}, kind="batch")
+    assert "no tasks yet" in invoke("status", str(starting.root)).stdout
+    assert invoke("report", str(starting.root)).exit_code == 0
+    assert "emloc_ray batch" in starting.path("report.html").read_text()
+
+
 def test_a_long_name_takes_few_lines() -> None:
     name = "compression_ratio=0.5-" * 5
     tasks = (TaskState(name, "running", "calibrate", (10, 99), True, None, BEGIN, train_loss=2.5, planned_bytes=2**30),)
@@ -126,7 +143,7 @@ def test_a_long_name_takes_few_lines() -> None:
     rows = [line.split()[0] for line in lines[below:] if line.strip()]
     assert "".join(rows) == name
     assert len(rows) <= 4
-    assert "notes" in " ".join(shown(BatchState(BEGIN, tasks), 200))
+    assert "remarks" in " ".join(shown(BatchState(BEGIN, tasks), 200))
 
 
 def test_a_place_that_is_a_file_or_lies_below_one_is_no_batch_s(call: Call, tmp_path: Path) -> None:

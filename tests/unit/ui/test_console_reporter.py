@@ -70,6 +70,18 @@ def test_a_terminal_shows_that_ray_is_waited_for_until_a_stage_begins_or_was_don
             assert "Waiting for Ray" not in [task.description for task in reporter.bars.tasks]
 
 
+def test_a_terminal_that_draws_no_bars_gets_lines() -> None:
+    """A dumb one, and a pipe that FORCE_COLOR makes one."""
+    dumb = Console(file=io.StringIO(), width=200, force_terminal=True, _environ={"TERM": "dumb"})
+    for console in (dumb, Console(file=io.StringIO(), width=200, force_terminal=True, force_interactive=False)):
+        with ConsoleReporter(console, interval_s=0) as reporter:
+            reporter.start("finetune")(3, 8)
+        told = str(console.file.getvalue())  # type: ignore[attr-defined]
+        assert "Fine-tuning …" in told
+        assert "Fine-tuning: 3 of 8" in told
+        assert "\x1b[2K" not in told
+
+
 def test_brackets_in_what_is_told_are_no_markup() -> None:
     console = Console(file=io.StringIO(), width=200)
     text = "training begins again: RuntimeError: [/src/gloo/pair.cc:534] closed [1]"
