@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -13,7 +13,7 @@ from emloc_ray.io.runs.secret_values import HIDDEN, leaves
 from emloc_ray.runs.log import RUN_EVENTS, read_events
 from emloc_ray.text import duration, version_changes
 
-Event = dict[str, Any]
+Event = Mapping[str, Any]
 
 
 def asked_steps(manifest: Mapping[str, Any]) -> tuple[str, ...]:
@@ -56,12 +56,16 @@ def begun_stage(events: Iterable[Mapping[str, Any]]) -> tuple[str | None, tuple[
     return stage, progress
 
 
+def newest_try(events: Sequence[Event]) -> Sequence[Event]:
+    """The events since the log's last begin of a run."""
+    return events[max((n for n, event in enumerate(events) if event["event"] == "run_started"), default=0) :]
+
+
 def status_lines(run: RunDirectory, now: datetime | None = None) -> list[str]:
     """Sentences on a run's newest try, how it goes or ended, and on its last failure, unless a later try finished. ``now`` is
     the clock for the events' ages."""
     now, holder, events = now or datetime.now(timezone.utc), run.holder(), read_events(run)
-    begin = max((n for n, event in enumerate(events) if event["event"] == "run_started"), default=0)
-    newest = events[begin:]
+    newest = newest_try(events)
     begins = bool(newest) and holder not in (None, "another process", newest[0].get("process", holder))
     if begins:  # it holds the run, and Ray still starts: the log is of the tries before
         newest = []

@@ -18,8 +18,8 @@ _ROUNDING = 0.02  # by which the shares of parameters may differ for the roundin
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a heat map, of one layer or several: the mean error, the ranks, and the share of parameters kept, where
-    layers differ in it."""
+    """A cell of a heat map, of one layer or several: the mean error, the ranks (or the bits of weights that are none of factors),
+    and the share of parameters kept, where layers differ in it."""
 
     error: float
     rank: str
@@ -56,13 +56,17 @@ def _cell(name: str, layers: Sequence[dict[str, Any]], points: Sequence[tuple[in
     errors, ranks = [layer["relative_error"] for layer in layers], [layer["rank"] for layer in layers]
     shares = [layer["share"] for layer in layers if "share" in layer]
     kept = sum(shares) / len(shares) if shares else None
-    rank = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
+    stored = sorted({layer["form"] for layer in layers if "form" in layer})
+    of_factors = [layer["rank"] for layer in layers if "form" not in layer]
+    lowest, highest = min(of_factors, default=0), max(of_factors, default=0)
+    span = [f"{lowest}" if lowest == highest else f"{lowest}–{highest}"] if of_factors else []
+    rank = ", ".join([*span, *dict.fromkeys(form.removesuffix(" and factors") for form in stored)])
     if len(layers) == 1:
-        facts = [f"relative error {errors[0]:.6g}, rank {rank}"]
+        facts = [f"relative error {errors[0]:.6g}, {stored[0] if stored else f'rank {rank}'}"]
     else:
         facts = [f"{len(layers)} layers, relative errors of {min(errors):.3g} to {max(errors):.3g}"]
     facts += [] if kept is None else [f"{kept:.1%} of its parameters"]
-    facts += [layers[0]["solver"]] if len(layers) == 1 and "solver" in layers[0] else []
+    facts += [layers[0]["solver"]] if len(layers) == 1 and "solver" in layers[0] and not stored else []
     return Cell(
         sum(errors) / len(errors),
         rank,

@@ -21,7 +21,7 @@ from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.node_cache import ensure, exists
 from emloc_ray.runs.log import read_events
 from emloc_ray.runs.reporter import Reporter
-from emloc_ray.runs.status import asked_steps, begun_stage, current_stages, older_stages
+from emloc_ray.runs.status import asked_steps, begun_stage, current_stages, newest_try, older_stages
 from emloc_ray.runs.trace import TRACE
 from emloc_ray.stages.order import STEPS as STAGES
 from emloc_ray.text import (
@@ -136,7 +136,7 @@ def page_view(
     }
     config = manifest.get("config") or {}
     emulator, method = config.get("emulator") or {}, (config.get("adapter") or {}).get("method", "lora")
-    current = current_stages(manifest)
+    current, newest = current_stages(manifest), newest_try(events)
     usages = metrics.get("stages") or {}
     stages = [(stage, usages[stage]) for stage in STEP_NAMES if stage in usages and stage in done]
     return {
@@ -150,7 +150,8 @@ def page_view(
         "budget": emulator.get("budget"),
         "bits": described_bits(emulator.get("quantization", "none")),
         "progress": [(stage, stage in current) for stage in asked_steps(manifest)],
-        "begun": begun_stage(events)[0],
+        "begun": begun_stage(newest)[0],
+        "ending": _ending(newest),
         "updated": last_minute([entry["finished_at"] for entry in done.values() if "finished_at" in entry]),
         "older": older_stages(manifest),
         "evaluation": evaluation_rows(results["evaluation"]),
@@ -164,6 +165,7 @@ def page_view(
         "healing_curve": loss_curve(results["healing"]),
         "finishing_curve": loss_curve(results["finishing"]),
         "stages": stages,
+        "own": [(stage, usage) for stage, usage in stages if "taken_from" not in usage],
         "timeline": draw(run_lines(manifest), "the stages of the run"),
         **_memory_view(metrics, stages),
         "disk": metrics.get("disk_bytes") or {},
@@ -173,6 +175,16 @@ def page_view(
         "versions": metrics.get("versions") or {},
         "config": write_yaml(without_secrets(config)) if config else "",
     }
+
+
+def _ending(newest: Sequence[Mapping[str, Any]]) -> str | None:
+    """How a run's newest try failed or was stopped: its last word, where it is one of these."""
+    last = newest[-1] if newest else {"event": "run_started"}
+    ends = {"run_failed": "Failed", "run_stopped": "Stopped"}
+    if last["event"] not in ends:
+        return None
+    where = f"{ends[last['event']]}{f' in {stage}' if (stage := last.get('stage')) else ''}"
+    return f"{where}, {last_minute([datetime.fromisoformat(last['time']).timestamp()])}: {last['message']}"
 
 
 def _memory_view(metrics: Mapping[str, Any], stages: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:

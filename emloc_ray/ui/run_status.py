@@ -26,7 +26,12 @@ def show_status(console: Console, run: RunDirectory) -> None:
     stages, current, metrics = manifest["stages"], current_stages(manifest), run.metrics()
     for stage in STEP_NAMES:
         if stage in current:
-            usage = stages[stage]["result"]["usage"]
+            result = stages[stage]["result"]
+            if result.get("taken_from"):
+                made = f"from the cache, made by {result['taken_from']}"
+                console.print(f"[green]✓[/] {stage:<10} {escape(made)}", soft_wrap=True)
+                continue
+            usage = result["usage"]
             took, peak = duration(usage["wall_s"]), size(usage["peak_pss_bytes"])
             gpu = (
                 f", {size(usage['peak_gpu_bytes'])} of a GPU{_planned(metrics, stage)}"
@@ -44,7 +49,8 @@ def show_status(console: Console, run: RunDirectory) -> None:
         console.print(escape(f"Trace of its workers: {below(run.place, TRACE)}, for ui.perfetto.dev"), soft_wrap=True)
     if "evaluation" in metrics:
         console.print(evaluation_table(metrics))
-        for line in result_lines(metrics, run.place):
+        pages = [name for name in ("report.html", TRACE) if exists(run.path(name))]
+        for line in result_lines(metrics, run.place, pages):
             console.print(escape(line), soft_wrap=True)
 
 

@@ -47,7 +47,7 @@ def progress_bar(console: Console, what: str, in_bytes: bool = False) -> Iterato
     """Shows a bar on a terminal; the callback takes how many units are done and how many there are, bytes or things."""
     count = DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=32), count, TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_interactive) as bars:
         task = bars.add_task(what)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
@@ -72,7 +72,8 @@ def plan_tables(plan: Plan) -> list[Table]:
     """The plan as tables: the linears by kind, every stage's resources, the parts of its memory, and what else could be
     trained on."""
     tables = [_shape_table(plan), _stage_table(plan), _memory_table(plan)]
-    return tables if plan.choice is None else [*tables, _choice_table(plan.choice)]
+    on_gpu = any(stage.gpus_per_worker for stage in plan.stages if stage.name == "finetune")
+    return tables if plan.choice is None else [*tables, _choice_table(plan.choice, on_gpu)]
 
 
 def _shape_table(plan: Plan) -> Table:
@@ -250,7 +251,7 @@ def _memory_table(plan: Plan) -> Table:
     return table
 
 
-def _choice_table(choice: Choice) -> Table:
+def _choice_table(choice: Choice, on_gpu: bool) -> Table:
     table = Table(
         title=f"What fine-tunes within {size(choice.budget)} a worker (predicted)",
         title_justify="left",
@@ -276,10 +277,9 @@ def _choice_table(choice: Choice) -> Table:
             closed,
         )
     how = "measured" if choice.speeds.measured else "assumed"
-    table.caption = (
-        f"Gap closed: of SmolLM2-135M, on one task or three (pipelines/README.md). A GPU's"
-        f" {choice.speeds.gpu_flops / 1e12:.0f} TFLOPS and the {choice.speeds.link / 1e9:.0f} GB/s of its link are {how}."
-    )
+    speeds = f"{choice.speeds.gpu_flops / 1e12:.0f} TFLOPS and the {choice.speeds.link / 1e9:.0f} GB/s of its link are {how}."
+    timed = f"A GPU's {speeds}" if on_gpu else "A step is timed by this machine's CPU."
+    table.caption = f"Gap closed: of SmolLM2-135M, on one task or three (pipelines/README.md). {timed}"
     return table
 
 
@@ -344,8 +344,11 @@ def _artifacts(metrics: dict[str, Any]) -> list[str]:
     return results or [text for name, text in _BEFORE_RESULTS.items() if name in held][:1]
 
 
-def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
-    """The run's outcome in a few lines, below the table: what changed, how to load it, what it cost, how it was made."""
+def result_lines(
+    metrics: dict[str, Any], run_dir: str, pages: Sequence[str] = ("report.html", "trace.json")
+) -> list[str]:
+    """The run's outcome in a few lines, below the table: what changed, how to load it, what it cost, how it was made.
+    ``pages``: those that lie beside its artifacts."""
     lines = []
     if gap := metrics.get("gap_closed"):
         lines.append(
@@ -361,7 +364,9 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
     peak = max(stage["peak_pss_bytes"] for stage in stages.values())
     wall = sum(stage["wall_s"] for stage in stages.values())
     disk = sum(metrics["disk_bytes"].values())
-    lines.append(f"Cost: {duration(wall)}, peak memory of all processes {size(peak)}, disk {size(disk)}")
+    num_taken = sum("taken_from" in stage for stage in stages.values())
+    shared = f" and {counted(num_taken, 'stage')} from the cache" if num_taken else ""
+    lines.append(f"Cost: {duration(wall)}{shared}, peak memory of all processes {size(peak)}, disk {size(disk)}")
     if "correction" in metrics:
         choice = metrics["correction"]
         as_trained = choice.get("as_trained")
@@ -385,5 +390,5 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
             )
         chosen = [f"{key} {emulator[key]}" for key, value in _DEFAULTS.items() if emulator.get(key, value) != value]
         lines += [f"Its ranks and factors: {', '.join(chosen)}"] if chosen else []
-    lines.append(f"Artifacts in {run_dir}: {', '.join([*_artifacts(metrics), 'report.html', 'trace.json'])}")
+    lines.append(f"Artifacts in {run_dir}: {', '.join([*_artifacts(metrics), *pages])}")
     return lines

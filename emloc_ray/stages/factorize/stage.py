@@ -316,7 +316,8 @@ def _factorize_metrics(prepared: Prepared, results: dict[str, Result]) -> dict[s
 
 
 def _with_shares(layers: dict[str, Any], layout: Layout) -> dict[str, Any]:
-    """Each layer with the share of its parameters that the emulator keeps; beside them those that an allocation left dense."""
+    """Each layer with the share of its parameters that the emulator keeps, and its form where that has no rank; beside them those
+    that an allocation left dense."""
     specs = layout.by_name
     free = layout.free if (layout.ranks or layout.budget is not None) and layout.allocation != "uniform" else ()
     dense = {
@@ -324,7 +325,11 @@ def _with_shares(layers: dict[str, Any], layout: Layout) -> dict[str, Any]:
         for name in free
     }
     shares = {name: layout.kept(spec) / spec.num_parameters for name, spec in specs.items()}
-    return {name: {**layer, "share": shares[name]} for name, layer in {**dense, **layers}.items()}
+    named = {} if layout.quantization == "nf4" else {name: layout.form(spec) for name, spec in specs.items()}
+    kinds = {name: {"form": form.kind} for name, form in named.items() if form.rank is None}
+    return {
+        name: {**layer, "share": shares[name], **kinds.get(name, {})} for name, layer in {**dense, **layers}.items()
+    }
 
 
 ALLOCATE = Stage(

@@ -40,6 +40,17 @@ def layer(error: float, rank: int = 8) -> dict[str, Any]:
     return {"rank": rank, "relative_error": error, "solver": "exact", "share": 0.5}
 
 
+def test_a_linear_in_bits_shows_these_and_no_rank() -> None:
+    whole = {**layer(0.2, 576), "solver": "dense", "form": "2 bits and factors"}
+    cells = layer_grids.heat_cells({"a": whole, "b": layer(0.3, 116)}, {})
+    assert [cells[name].rank for name in "ab"] == ["2 bits", "116"]
+    assert cells["a"].title == "a: relative error 0.2, 2 bits and factors, 50.0% of its parameters"
+    metrics = finished_metrics()
+    metrics["emulator"]["layers"][NAMES[0]]["form"] = "2 bits"
+    page = report.render("run", manifest(*STAGES), metrics)
+    assert "the relative error on the calibration data, and the rank or bits. Mean" in page
+
+
 def test_experts_in_their_thousands_are_one_cell_a_block() -> None:
     layers = {
         f"model.layers.{block}.mlp.experts.{expert}.{kind}": layer(expert / 128, 8 + block)

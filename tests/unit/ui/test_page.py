@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pages import LOADING, Page
 from rich.console import Console
-from run_samples import STAGES, events, finished_metrics, healing_metrics, manifest, spectra, usage
+from run_samples import STAGES, event, events, finished_metrics, healing_metrics, manifest, spectra, usage
 
 from emloc_ray.io.runs.directory import SPECTRA, RunDirectory
 from emloc_ray.runs.log import RunLog
@@ -121,7 +121,7 @@ def test_a_run_killed_after_any_stage(count: int) -> None:
     # The manifest counts: what metrics.json still holds of a stage to be redone is not shown.
     page = Page(report.render("run", manifest(*STAGES[:count]), finished_metrics()))
     assert "Not evaluated yet." in page.text
-    made = {"timeline": 1, "stages": 1, "data": 1, "emulator": 3, "training": 4, "correction": 5}
+    made = {"timeline": 1, "stages": 1, "data": 1, "emulator": 3, "training": 4, "use": 5, "correction": 5}
     shown = [section for section, after in made.items() if count >= after]
     assert set(page.sections) - {"disk", "setup"} == set(shown)
     assert page.text.count("○") == len(STAGES) - count
@@ -192,6 +192,34 @@ def test_variants_of_the_same_figures_are_one_row() -> None:
 def test_the_stage_that_has_begun_is_marked() -> None:
     page = Page(report.render("run", manifest("data", "calibrate"), finished_metrics(), events()))
     assert "✓ calibrate ▶ factorize ○ finetune" in page.text
+
+
+@pytest.mark.parametrize(("end", "words"), [("run_failed", "Failed"), ("run_stopped", "Stopped")])
+def test_a_run_that_failed_or_was_stopped_says_so_until_it_is_tried_again(end: str, words: str) -> None:
+    last = event(end, 20, stage="factorize", message="factorize: <no>.")
+
+    def shown(*after: dict[str, Any]) -> str:
+        log = [*events(), last, *after]
+        return Page(report.render("run", manifest("data", "calibrate"), finished_metrics(), log)).text
+
+    assert "✓ calibrate ✗ factorize ○ finetune" in shown()
+    assert f"{words} in factorize, 2027-01-15 08:00 UTC: factorize: <no>." in shown()
+    assert "factorize: <no>." not in shown(event("run_started", 30))
+
+
+def test_a_stage_from_the_cache_names_who_made_it_and_counts_in_no_peak() -> None:
+    metrics = finished_metrics()
+    metrics["stages"]["calibrate"] |= {"taken_from": "other-run", "peak_pss_bytes": 2**50}
+    page = Page(report.render("run", manifest(*STAGES), metrics, events()))
+    assert "from the cache, made by other-run" in page.text
+    assert "7 stages, 1 from the cache" in page.text
+    assert "TiB" not in page.text
+    assert any(line.startswith("Cost: 2 min and 1 stage from the cache") for line in result_lines(metrics, "run"))
+
+
+def test_the_merged_model_is_opened_where_it_is_not_scored_and_before_the_evaluation() -> None:
+    page = report.render("run", manifest(*STAGES[:-1]), {**finished_metrics(), "evaluation": {}})
+    assert 'from_pretrained("merged")' in html.unescape(page)
 
 
 def test_the_corrections_effect_is_told_beside_the_losses(finished: str) -> None:
