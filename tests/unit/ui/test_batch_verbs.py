@@ -137,7 +137,8 @@ def test_a_batch_whose_ray_starts_is_one(tmp_path: Path) -> None:
 
 def test_a_long_name_takes_few_lines() -> None:
     name = "compression_ratio=0.5-" * 5
-    tasks = (TaskState(name, "running", "calibrate", (10, 99), True, None, BEGIN, train_loss=2.5, planned_bytes=2**30),)
+    state = TaskState(name, "running", "calibrate", (10, 99), active=True, stage_began_at=BEGIN)
+    tasks = (replace(state, train_loss=2.5, planned_bytes=2**30),)
     lines = shown(BatchState(BEGIN, tasks), 80)
     below = next(number for number, line in enumerate(lines) if "──" in line) + 1
     rows = [line.split()[0] for line in lines[below:] if line.strip()]
