@@ -20,6 +20,8 @@ _WRONG_NAME = "fix its name, its subset (hf:NAME@SUBSET) or its split"
 _NO_NETWORK = "check the network, and HF_HUB_OFFLINE and HF_ENDPOINT in the environment, or name files that are here"
 LOOK_S, SILENT_S = 1.0, 1800.0  # between two looks; for which nothing may come
 _REFUSED = 3  # the exit code for a whole sentence of ours on stdout
+# Python puts the working directory first, whose datasets.py or random.py would run in the library's place.
+_RUN = "import sys; sys.path = [place for place in sys.path if place]; from emloc_ray.data.hub import main; main()"
 
 
 def download(
@@ -38,7 +40,7 @@ def download(
         named = HubSplit.of(place, split)
         if first:
             named = named._replace(part=named.whole())
-        command = [sys.executable, "-m", __name__, *named, place, str(rows), str(first or "")]
+        command = [sys.executable, "-c", _RUN, *named, place, str(rows), str(first or "")]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said) as loading:
             try:
                 code = _watched(loading, look)
@@ -100,7 +102,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """What the process runs: its arguments are those of ``_write``."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         _write(*sys.argv[1:])

@@ -91,6 +91,7 @@ def assumed_speeds() -> Speeds:
 
 
 _TIMED_GPU = """
+import sys; sys.path = [place for place in sys.path if place]  # without the working directory, which may hold a torch
 import time, torch
 def rate(amount, work):
     work(); torch.cuda.synchronize(); begin = time.perf_counter()

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 from emloc_ray.data import hub
@@ -64,6 +65,16 @@ def test_who_waits_can_stop(loader: Path) -> None:
     with pytest.raises(Stop):
         hub.download("hf:some/rows", "train", loader / "out" / "train.parquet", look=look)
     assert is_gone(loader)
+
+
+def test_no_module_of_the_working_directory_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("datasets.py", "random.py"):
+        (tmp_path / name).write_text("raise SystemExit('the working directory was imported from')")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    monkeypatch.chdir(tmp_path)
+    hub.download("hf:rows", "train", tmp_path / "out" / "train.parquet")
+    assert pyarrow.parquet.read_table(tmp_path / "out" / "train.parquet").to_pylist() == [{"text": "a"}, {"text": "b"}]
 
 
 def test_a_process_that_loads_ends_with_the_one_that_began_it(tmp_path: Path) -> None:
