@@ -135,7 +135,7 @@ def _training_errors(key: str, value: Any) -> list[str]:
         ]
     if key not in (types := _training_argument_types()):
         return [f"{no_such_key(f'finetune.{key}', key, _trainable_keys())}."]
-    if isinstance(value, str) and (values := _enumerated(types[key])) and value not in values:
+    if isinstance(value, str) and (values := _choices(key, types[key])) and value not in values:
         near = difflib.get_close_matches(value, values, n=1)
         right = f"the nearest is {near[0]}" if near else f"give one of {listed(values, 8)}"
         return [f"finetune.{key} is {value!r}: {right}."]
@@ -143,8 +143,12 @@ def _training_errors(key: str, value: Any) -> list[str]:
     return _type_errors(f"finetune.{key}", value, bounded)
 
 
-def _enumerated(hint: Any) -> list[str]:
-    """The values of the enums in a type."""
+def _choices(key: str, hint: Any) -> list[str]:
+    """The values of the enums in a TrainingArgument's type, or those that its field names."""
+    from transformers import TrainingArguments
+
+    if named := TrainingArguments.__dataclass_fields__[key].metadata.get("choices"):
+        return [*named]
     kinds = [kind for kind in typing.get_args(hint) or (hint,) if isinstance(kind, type) and issubclass(kind, Enum)]
     return [str(member.value) for kind in kinds for member in kind]
 
@@ -163,9 +167,10 @@ def _checkpointing_errors(value: Any) -> list[str]:
     return [f"{no_such_key(f'{key}.{unknown[0]}', str(unknown[0]), _CHECKPOINTING)}."] if unknown else []
 
 
-def _inside(value: Any, key: str) -> Any:
-    """What a mapping has there; an empty one where it is none, or has none."""
-    return (value.get(key) if isinstance(value, dict) else None) or {}
+def _inside(value: Any, key: str) -> dict[str, Any]:
+    """The mapping that a mapping has there; an empty one where there is none."""
+    inner = value.get(key) if isinstance(value, dict) else None
+    return inner if isinstance(inner, dict) else {}
 
 
 def _adapter_errors(given: Any) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
+from emloc_ray.modeling.compiling import KEYS, is_compiled
 from emloc_ray.modeling.zero_config import check_zero_config, read_zero_config
 from emloc_ray.text import listed, one_line
 
@@ -38,6 +39,7 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
             raise ConfigError(f"finetune: transformers refuses its settings ({detail}): fix them.") from error
         if config.emulator.heals is not None and section.validates:
             _check_unscored(TrainingArguments, {"output_dir": folder, **given, "eval_on_start": False})
+    _check_made(arguments, extra)
     if section.deepspeed is None and not {*_OPTIMIZER, *_SCHEDULE}.isdisjoint(extra):
         _check_steps(arguments, extra)
     if extra.get("use_liger_kernel") and not section.gpus and not config.ray.joins:
@@ -79,18 +81,37 @@ def _check_unscored(kind: Callable[..., Any], given: dict[str, Any]) -> None:
         ) from error
 
 
+def _attempt(extra: Mapping[str, Any], keys: Sequence[str], make: Callable[[], Any]) -> None:
+    """Raises ConfigError, which names the ``keys`` that are given, where something cannot be made of them."""
+    try:
+        make()
+    except Exception as error:  # each library raises what it likes
+        given = listed([f"finetune.{key}: {extra[key]}" for key in keys if key in extra], len(keys))
+        raise ConfigError(f"{given} cannot be used ({one_line(error)}): change that.") from error
+
+
+def _check_made(arguments: Any, extra: Mapping[str, Any]) -> None:
+    """Makes what the Trainer and torch.compile make of settings that TrainingArguments takes as they are. Not a Trainer: that
+    imports DeepSpeed where it is installed."""
+    import torch
+    from accelerate.utils import GradientAccumulationPlugin
+
+    def compiled() -> None:
+        backend = extra.get("torch_compile_backend") or "inductor"
+        torch.compile(torch.nn.Identity(), backend=backend, mode=extra.get("torch_compile_mode"))
+
+    accumulation = arguments.accelerator_config.gradient_accumulation_kwargs or {}
+    _attempt(extra, ("accelerator_config",), lambda: GradientAccumulationPlugin(**accumulation))
+    _attempt(extra, ("warmup_steps",), lambda: arguments.get_warmup_steps(_SOME_STEPS))
+    if is_compiled(extra):
+        _attempt(extra, KEYS, compiled)
+
+
 def _check_steps(arguments: Any, extra: Mapping[str, Any]) -> None:
     """Makes the optimizer and the schedule of one weight, as the Trainer makes a training's. Raises ConfigError where they
     refuse their settings or miss a package, which the training would find only once the emulator is made."""
     import torch
     from transformers import Trainer, get_scheduler
-
-    def attempt(keys: Sequence[str], make: Callable[[], Any]) -> None:
-        try:
-            make()
-        except Exception as error:  # each optimizer and schedule raises what it likes
-            given = listed([f"finetune.{key}: {extra[key]}" for key in keys if key in extra], len(keys))
-            raise ConfigError(f"{given} cannot be used ({one_line(error)}): change that.") from error
 
     model: Any = torch.nn.Linear(1, 1)
 
@@ -114,8 +135,8 @@ def _check_steps(arguments: Any, extra: Mapping[str, Any]) -> None:
             scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
         )
 
-    attempt(_OPTIMIZER, optimizer)
-    attempt(_SCHEDULE, schedule)
+    _attempt(extra, _OPTIMIZER, optimizer)
+    _attempt(extra, _SCHEDULE, schedule)
 
 
 def _check_reporters(names: list[str]) -> None:

@@ -32,6 +32,8 @@ def test_unknown_keys_are_told_beside_a_bad_value_of_their_section() -> None:
             {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}},
             "gradient_accumulation_steps says",
         ),
+        ({"log_level": "warn"}, "finetune.log_level is 'warn': the nearest is warning."),
+        ({"log_level_replica": "INFO"}, "finetune.log_level_replica is 'INFO': give one of detail, debug, info"),
         ({"save_strategy": "best"}, "finetune.load_best_model_at_end for the adapter"),
         ({"save_strategy": "epoch"}, "save_strategy: epoch would come once, after the last step"),
         ({"logging_strategy": "epoch"}, "leave it out, and set finetune.logging_steps."),

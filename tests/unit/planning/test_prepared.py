@@ -138,6 +138,21 @@ def refused(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[...
         ),
         ({"finetune": {"report_to": "tensorbord"}}, "finetune.report_to: tensorbord is not supported"),
         ({"finetune": {"report_to": ["tensorboard", "neptune"]}}, "finetune.report_to: neptune is not installed"),
+        (
+            {"finetune": {"accelerator_config": {"gradient_accumulation_kwargs": {"nope": 1}}}},
+            "finetune.accelerator_config: {'gradient_accumulation_kwargs': {'nope': 1}} cannot be used",
+        ),
+        ({"finetune": {"accelerator_config": {"gradient_accumulation_kwargs": 3}}}, "finetune.accelerator_config: "),
+        ({"finetune": {"warmup_steps": float("inf")}}, "finetune.warmup_steps"),
+        ({"finetune": {"warmup_steps": float("nan")}}, "finetune.warmup_steps"),
+        (
+            {"finetune": {"torch_compile_mode": "max_autotune"}},
+            "finetune.torch_compile_mode: max_autotune cannot be used (Unrecognized mode=max_autotune, should be one of",
+        ),
+        (
+            {"finetune": {"torch_compile": True, "torch_compile_backend": "inductr"}},
+            "finetune.torch_compile: True, finetune.torch_compile_backend: inductr cannot be used (Invalid backend",
+        ),
         ({"finetune": {"warmup_steps": "abc"}}, "finetune.warmup_steps is 'abc'"),
         ({"finetune": {"gradient_checkpointing_kwargs": 3}}, "finetune.gradient_checkpointing_kwargs is 3"),
         ({"finetune": {"max_steps": 0}}, "finetune.max_steps: 0 is no number of steps"),
