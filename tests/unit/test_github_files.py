@@ -53,6 +53,14 @@ def test_a_release_of_this_version_would_pass_its_check() -> None:
     assert f"## {version}" in lines["CHANGELOG.md"]
 
 
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.yml")), ids=lambda path: path.name)
+def test_no_foreign_action_has_a_token_that_writes_to_the_repository(path: Path) -> None:
+    of_all = read_yaml(path.read_text())["permissions"]
+    for name, job in jobs(path.name).items():
+        foreign = [step for step in job["steps"] if not step.get("uses", "actions/").startswith("actions/")]
+        assert not foreign or job.get("permissions", of_all).get("contents") != "write", name
+
+
 def test_hooks_run_tools_that_the_tests_install() -> None:
     hooks = read_yaml((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     for tool in {hook["entry"].split()[0] for hook in hooks}:
