@@ -104,7 +104,7 @@ def passed_through_errors(values: dict[str, Any]) -> list[str]:
         elif key not in (types := _ray_init_types()):
             lines.append(f"{no_such_key(f'ray.{key}', key, {*types, *RayConfig.model_fields})}.")
         else:
-            lines += _truth_errors(f"ray.{key}", values["ray"][key], types[key])
+            lines += _type_errors(f"ray.{key}", values["ray"][key], types[key])
     return lines + _adapter_errors(values.get("adapter"))
 
 

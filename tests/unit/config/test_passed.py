@@ -57,6 +57,12 @@ def test_what_would_be_ignored_or_harm_is_refused(keys: dict[str, Any], words: s
     assert words in error_of(finetune=keys)
 
 
+def test_an_argument_of_ray_init_is_of_its_type() -> None:
+    assert "ray.object_store_memory is '10GiB': input should be a valid integer" in error_of(
+        ray={"object_store_memory": "10GiB"}
+    )
+
+
 @pytest.mark.parametrize(
     ("sections", "key"),
     [
