@@ -15,10 +15,10 @@
 # my.yaml: run_dir on a file system that all hosts share, as an absolute path (or s3://bucket/runs/mine), no ray.num_cpus. Ray
 # finds each host's CPUs and GPUs; stages take what their sections ask for. After a lost head, the same commands go on.
 #
-# Other settings: RAY_PORT (6379), DASHBOARD_PORT (8265), SCRATCH, a folder on a local disk for Ray's session and spilled
-# objects (/tmp/emloc-ray; Ray takes no more than 39 characters), RAY_OPTIONS, more options of ray start. The token is made here where there is none, kept in
-# ~/.ray/auth_token, and goes to the hosts through ssh's standard input. Credentials of a bucket, and HF_TOKEN for a gated
-# model, belong into the hosts' own environment or ~/.aws, not here.
+# Other settings: RAY_PORT (6379), DASHBOARD_PORT (8265), SCRATCH, a folder of yours on a local disk for Ray's session and spilled
+# objects, which others then cannot open (/tmp/emloc-ray-UID; Ray takes no more than 39 characters), RAY_OPTIONS, more options of
+# ray start. The token is made here where there is none, kept in ~/.ray/auth_token, and goes to the hosts through ssh's standard
+# input. Credentials of a bucket, and HF_TOKEN for a gated model, belong into the hosts' own environment or ~/.aws, not here.
 set -euo pipefail
 
 usage() {
@@ -48,6 +48,8 @@ start_here() {
         options=("--address=$head:$port")
     fi
     umask 077
+    mkdir -p "$scratch"
+    check_owner
     mkdir -p "$scratch/spill"
     if is_running; then
         echo "$address: runs already" >&2
@@ -73,6 +75,15 @@ start_here() {
     exit 1
 }
 
+# Whoever owns the folder decides what is written there and which processes are stopped.
+check_owner() {
+    if [ -L "$scratch" ] || [ ! -O "$scratch" ]; then
+        echo "$scratch is another user's, or a link: remove it, or set SCRATCH to another folder" >&2
+        exit 1
+    fi
+    chmod 700 "$scratch"
+}
+
 is_running() {
     [ -f "$scratch/ray.pid" ] && kill -0 "$(cat "$scratch/ray.pid")" 2>/dev/null
 }
@@ -81,6 +92,7 @@ is_running() {
 stop_here() {
     local address=$1 leader
     if [ -f "$scratch/ray.pid" ]; then
+        check_owner
         leader=$(cat "$scratch/ray.pid")
         pkill -TERM --session "$leader" || true
         for _ in $(seq 20); do
@@ -95,7 +107,7 @@ stop_here() {
 
 if [ "${1:-}" = on-host ]; then
     port=${RAY_PORT:-6379}
-    scratch=${SCRATCH:-/tmp/emloc-ray}
+    scratch=${SCRATCH:-/tmp/emloc-ray-$(id -u)}
     PATH=${EMLOC_BIN:-$HOME/emloc-ray/bin}:$PATH
     "$2_here" "$3" "$4"
     exit

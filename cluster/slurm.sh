@@ -51,10 +51,18 @@ export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 # shellcheck disable=SC2016
 start_ray='umask 077
     session=${RAY_TMPDIR:-/tmp}/emloc-ray-$SLURM_JOB_ID
-    spill=${SLURM_TMPDIR:-/tmp}/emloc-ray-$SLURM_JOB_ID/spill
-    mkdir -p "$session" "$spill"
+    spill=${SLURM_TMPDIR:-/tmp}/emloc-ray-$SLURM_JOB_ID
+    for folder in "$session" "$spill"; do
+        mkdir -p "$folder"
+        if [ -L "$folder" ] || [ ! -O "$folder" ]; then
+            echo "$folder is of another user, or a link: remove it, or set RAY_TMPDIR and SLURM_TMPDIR" >&2
+            exit 1
+        fi
+        chmod 700 "$folder"
+    done
+    mkdir -p "$spill/spill"
     exec ray start "$@" --block "--num-cpus=${SLURM_CPUS_PER_TASK:-1}" "--num-gpus=${SLURM_GPUS_ON_NODE:-0}" \
-        "--temp-dir=$session" "--object-spilling-directory=$spill"'
+        "--temp-dir=$session" "--object-spilling-directory=$spill/spill"'
 
 # srun takes a task's CPUs from its own option alone.
 cpus_per_task() {

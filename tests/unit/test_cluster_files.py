@@ -303,6 +303,35 @@ def test_scripts_are_sound(name: str) -> None:
     assert os.access(CLUSTER / name, os.X_OK)
 
 
+@pytest.mark.parametrize("whose", ["mine", "a link", "another's"])
+def test_a_folder_of_another_user_is_not_taken(tmp_path: Path, whose: str) -> None:
+    scratch, real = tmp_path / "scratch", tmp_path / "real"
+    real.mkdir(mode=0o777)
+    (real / "ray.log").write_text("kept")
+    (real / "ray.pid").write_text("4194305")  # above the kernel's highest number
+    if whose == "a link":
+        scratch.symlink_to(real)
+    else:
+        real.rename(scratch)
+    if whose == "another's":
+        if os.geteuid():
+            pytest.skip("only root gives a folder away")
+        os.chown(scratch, 65534, 65534)
+    (tmp_path / "ray").write_text("#!/bin/sh\necho Ray runtime started\n")
+    (tmp_path / "ray").chmod(0o755)
+    environment = {**os.environ, "SCRATCH": str(scratch), "EMLOC_BIN": str(tmp_path)}
+    for action in ("start", "stop"):
+        command = ["bash", str(CLUSTER / "hosts.sh"), "on-host", action, "192.0.2.1", "192.0.2.1"]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert (result.returncode == 0) is (whose == "mine"), result.stderr
+        if whose != "mine":
+            assert "is another user's, or a link: remove it, or set SCRATCH" in result.stderr
+            assert (scratch / "ray.log").read_text() == "kept"
+            assert not (scratch / "spill").exists()
+    if whose == "mine":
+        assert scratch.stat().st_mode & 0o777 == 0o700
+
+
 def test_the_dockerfile_is_sound() -> None:
     result = subprocess.run(
         [tool("hadolint"), str(CLUSTER / "Dockerfile")], capture_output=True, text=True, check=False
