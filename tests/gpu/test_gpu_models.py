@@ -156,7 +156,8 @@ def test_sums_are_those_of_the_cpu(gather: Callable[..., dict[str, Tensor]]) -> 
 
 
 def test_grams_block_by_block_are_those_of_the_whole_model(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow", reason="replaying a checkpoint reads the data's processors")
+    for name in ("obstore", "pyarrow"):
+        pytest.importorskip(name, reason="replaying a checkpoint reads the data's processors")
     from emloc_ray.modeling.replay import BlockReplay
 
     model, batch = model_on(DEVICE), batch_on(DEVICE)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from gpu_device import DEVICE, ON_GPU
 
-_MISSING = [name for name in ("ray", "pydantic", "pyarrow") if importlib.util.find_spec(name) is None]
+_MISSING = [name for name in ("obstore", "pyarrow", "pydantic", "ruamel") if importlib.util.find_spec(name) is None]
 pytestmark = [
     *ON_GPU,
     pytest.mark.skipif(bool(_MISSING), reason=f"stages need {', '.join(_MISSING)}"),
@@ -27,6 +27,8 @@ import json, sys
 from contextlib import contextmanager
 from pathlib import Path
 import torch
+from ray_names import lend_ray_s_names
+lend_ray_s_names()
 from gpu_memory import held_bytes
 from plain_runs import plain_run
 from small_runs import make_values, task_rows, write_jsonl
@@ -53,9 +55,7 @@ print(json.dumps({"losses": losses, "peak": peak, "left": left}))
 def run_on(devices: str, root: Path) -> dict[str, Any]:
     """The losses of all variants, the peak of the GPU's memory, and the bytes that each stage has left there."""
     root.mkdir()
-    tests, package = Path(__file__).parents[1:3]
-    paths = os.pathsep.join(map(str, (tests, package, package / "pipelines")))
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices, "PYTHONPATH": paths}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(root), DEVICE if devices else "cpu"],
         env=environment,
