@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from typing import Any
 
@@ -28,7 +29,7 @@ from emloc_ray.stages.correct.modules import CorrectableModule
 
 RATIOS = (0.5, 0.25)
 _LARGE = 8192  # from this order on a CPU takes minutes
-_FACTORIZED_S, _BY_SENSITIVITY_S = 60.0, 300.0  # of a model's linears: what is to be reached
+_FACTORIZED_S, _BY_SENSITIVITY_S, _CORRECTED_S = 60.0, 300.0, 60.0  # of a model's linears: what is to be reached
 _DAMPENING = 1e-4  # of a correction
 
 
@@ -52,23 +53,43 @@ def on_device(session: Session) -> None:
     shape = session.shapes.linears[0]
     run = functools.partial(_spectrum, session, shape)
     spectrum_of = session.measure("factorization", f"spectrum of {_name(shape, None, device)}", 10, run)
+    _of_the_model(session, spectrum_of.get("s"))
+
+
+def _of_the_model(session: Session, spectrum_s: float | None) -> None:
+    """What the shapes' figures add up to over the linears in the model's blocks, against what is to be reached."""
     bare = empty_model(llama_config(session.shapes.model))
     specs = block_linears(bare)
     counts = Counter((s.out_features, s.in_features) for s in specs)
     widths = {s.name: s.in_features for s in specs}
-    known = session.measured["factorization"]
-    figures = {s: known.get(_name(s, RATIOS[0], device), {}) for s in counts}
-    measured = {s: n for s, n in counts.items() if "factorize_s" in figures[s]}
-    roots = {s[1]: figures[s]["cholesky_s"] for s in measured}
+    corrected, what = _by_shape(session, counts, "correction", None, "s")
+    total = sum(counts[s] * figures["s"] for s, figures in corrected.items())
+    session.compare("correction", what, total, _CORRECTED_S, "s (baseline: the target)")
+    factorized, what = _by_shape(session, counts, "factorization", RATIOS[0], "factorize_s")
+    roots = {s[1]: figures["cholesky_s"] for s, figures in factorized.items()}
     grams = [widths[names[0]] for names in trace_inputs(bare, specs).groups if widths[names[0]] in roots]
-    what = f"{sum(measured.values())} of the model's {counts.total()} linears at ratio {RATIOS[0]}"
     what += f", and the roots of {len(grams)} Grams"
-    total = sum(n * figures[s]["factorize_s"] for s, n in measured.items()) + sum(roots[width] for width in grams)
+    total = sum(counts[s] * figures["factorize_s"] for s, figures in factorized.items())
+    total += sum(roots[width] for width in grams)
     session.compare("factorization", what, total, _FACTORIZED_S, "s (baseline: the target)")
-    if "s" in spectrum_of:
-        share = counts.total() * spectrum_of["s"]
+    if spectrum_s is not None:
+        shape, total = session.shapes.linears[0], counts.total() * spectrum_s
         what = f"spectra of {counts.total()} linears, each as long as of {shape[0]} × {shape[1]}"
-        session.compare("factorization", what, share, _BY_SENSITIVITY_S, "s (baseline: the target)")
+        session.compare("factorization", what, total, _BY_SENSITIVITY_S, "s (baseline: the target)")
+
+
+def _by_shape(
+    session: Session, counts: Counter[tuple[int, int]], part: str, ratio: float | None, key: str
+) -> tuple[dict[tuple[int, int], dict[str, Any]], str]:
+    """The figures of each of the model's shapes, of the smallest measured one that holds it, and a line's name."""
+    known = {s: session.measured[part].get(_name(s, ratio, session.device), {}) for s in session.shapes.linears}
+    measured = sorted((s for s, figures in known.items() if key in figures), key=math.prod)
+    holding = {s: next((m for m in measured if m[0] >= s[0] and m[1] >= s[1]), None) for s in counts}
+    figures = {s: known[m] for s, m in holding.items() if m is not None}
+    what = f"{sum(counts[s] for s in figures)} of the model's {counts.total()} linears"
+    what += "" if ratio is None else f" at ratio {ratio}"
+    larger = sum(counts[s] for s in figures if holding[s] != s)
+    return figures, what + (f", {larger} as long as of a larger shape" if larger else "")
 
 
 def on_cpu(session: Session) -> None:
@@ -193,7 +214,7 @@ def _corrected(session: Session, shape: tuple[int, int], device: torch.device) -
         module, candidate = CorrectableModule(lora, form, seen), Candidate("covariance", None)
         made.append((module.corrected(candidate, _DAMPENING), module.shortfalls(candidate, _DAMPENING)))
 
-    seconds = session.timed(correct, 1, warm_up=int(device == session.device))
+    seconds = session.timed(correct, 1, warm_up=1)
     corrected, shortfalls = made[-1]
     a, b = corrected.lora_a.double(), corrected.lora_b.double()
     update = float(torch.trace((b.T @ b) @ (a @ a.T)).clamp_min(0).sqrt())
