@@ -130,7 +130,7 @@ def _dropped_rows(layer: Any, adapter_name: str, y: Tensor, *, rescaled: bool) -
     share = layer.rank_dropout[adapter_name]
     if not layer.training or not share:
         return y
-    drop = (torch.rand(y.shape[-1]) > share).to(y)
+    drop = (torch.rand(y.shape[-1], device=y.device) > share).to(y)
     return y * (drop / drop.mean() if rescaled else drop)
 
 

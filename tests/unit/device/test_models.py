@@ -116,6 +116,21 @@ def test_an_adapter_s_forward_and_backward_pass(case: str, emulator_dir: Path, d
         close(found, expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("case", ["loha", "lokr"])
+def test_dropped_rows_are_drawn_where_they_are_dropped(
+    case: str, emulator_dir: Path, device: torch.device, meter: Meter
+) -> None:
+    model = moved(attached(emulator_dir, case, "llama")).train()
+    for module in model.modules():
+        if hasattr(module, "rank_dropout"):
+            module.rank_dropout["default"] = 0.5
+    ids = IDS.to(device)
+    for _ in range(2):  # of which the first warms it
+        meter.restart()
+        model(input_ids=ids).logits.square().mean().backward()
+    assert not meter.waits, meter.waits
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("taught", [False, True])
