@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,13 +102,18 @@ def cuda_unpacking(device: torch.device) -> Callable[..., Tensor]:
 def _compiled(device: torch.device) -> Callable[..., Tensor]:
     from torch._dynamo import config
 
-    # A graph for each shape and width: with sizes that it learns as it runs, an element takes four divisions by them, some ten
-    # times the instructions. Beyond the limit, which is 8, torch would run the elements uncompiled, in silence.
-    config.recompile_limit = max(config.recompile_limit, _GRAPHS)
     compiled: Callable[..., Tensor] = torch.compile(by_elements, dynamic=False)
+
+    def unpack(*arguments: Any) -> Tensor:
+        # A graph for each shape and width: with sizes that it learns as it runs, an element takes four divisions by them, some
+        # ten times the instructions. Beyond the limit, which is 8 and in torch 2.13 each thread's own, torch would run the
+        # elements uncompiled, in silence.
+        config.recompile_limit = max(config.recompile_limit, _GRAPHS)
+        return compiled(*arguments)
+
     packed, grid = (torch.zeros(8, count, dtype=torch.uint8, device=device) for count in (32, 2))
-    compiled(packed, grid, grid, torch.zeros((), device=device), 4, 64, 32)
-    return compiled
+    unpack(packed, grid, grid, torch.zeros((), device=device), 4, 64, 32)
+    return unpack
 
 
 def _codes(packed: Tensor, bits: int, in_features: int) -> Tensor:

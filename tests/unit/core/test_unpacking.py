@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -59,6 +60,15 @@ def test_it_compiles_to_one_kernel_for_each_shape(bits: int) -> None:
         torch.testing.assert_close(found, weight, rtol=2**-7, atol=0)
         assert (found == weight).float().mean() > 0.999
     assert metrics.generated_kernel_count == len(shapes)
+
+
+def test_a_second_thread_has_as_many_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo import config
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda *arguments: torch.tensor(config.recompile_limit))
+    unpack = cuda_unpacking(torch.device("cpu"))
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(unpack).result() == unpack() >= 256
 
 
 def test_where_nothing_compiles_it_goes_on_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
