@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -12,10 +13,12 @@ from benchmarks.gpu.linears import on_cpu, on_device
 from benchmarks.gpu.ranks import ranks
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.shapes import SHAPES
+from benchmarks.gpu.speeds import speeds
 from benchmarks.gpu.training import smaller_card, training
 from emloc_ray.errors import ConfigError
+from emloc_ray.stages.ray.spans import growing_segments
 
-PARTS = (training, ranks, blocks, smaller_card, on_device, on_cpu)
+PARTS = (training, ranks, blocks, smaller_card, speeds, on_device, on_cpu)
 
 
 def gpu(out: Path, minutes: float = 10.0, device: str = "cuda", shapes: str = "full") -> Figures:
@@ -24,6 +27,7 @@ def gpu(out: Path, minutes: float = 10.0, device: str = "cuda", shapes: str = "f
     Raises:
         ConfigError: where there is no such device.
     """
+    os.environ.update(growing_segments(os.environ))  # peaks are then of the allocator that Ray's workers have
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
             "--device cuda needs a GPU that torch sees, and there is none: give --device cpu --shapes tiny."

@@ -142,6 +142,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "transformers", "peft", "triton")},
         "gcc": shutil.which("gcc") is not None,
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
     }
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)

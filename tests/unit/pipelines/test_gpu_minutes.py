@@ -17,6 +17,13 @@ from benchmarks.gpu.session import Session
 from benchmarks.gpu.shapes import SHAPES
 
 
+@pytest.fixture(autouse=True)
+def allocator_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+
+
 class Planned(Session):
     """Notes what each case needs, and measures none."""
 
@@ -42,7 +49,7 @@ def test_all_cases_need_ten_minutes_at_most(tmp_path: Path, monkeypatch: pytest.
     planned = Planned(tmp_path)
     for part in PARTS:
         part(planned)
-    assert list(planned.cases) == ["training", "ranks", "blocks", "24 GiB", "factorization", "correction", "rounding"]
+    assert " ".join(planned.cases) == "training ranks blocks 24 GiB speeds factorization correction rounding"
     assert 500 < sum(sum(cases.values()) for cases in planned.cases.values()) <= 600, planned.cases
     assert limited == [0, 0]
     assert planned.cases["24 GiB"] == {
@@ -65,3 +72,12 @@ def test_a_part_that_raises_says_so_and_the_next_goes_on(tmp_path: Path, monkeyp
     measured = json.loads((tmp_path / "gpu.json").read_text())["measured"]
     assert measured["broken"]["beside its cases"] == {"failed": "ValueError: No such device."}
     assert measured["whole"]["case"]["s"] == 1.0
+
+
+def test_peaks_are_of_the_allocator_that_workers_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def part(session: Session) -> None:
+        session.measure("part", "case", 0, dict)
+
+    monkeypatch.setattr(command, "PARTS", (part,))
+    gpu(tmp_path, device="cpu", shapes="tiny")
+    assert json.loads((tmp_path / "gpu.json").read_text())["machine"]["allocator"] == "expandable_segments:True"

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.gpu import speeds
 from benchmarks.gpu.session import Session, machine
 from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.training import host_syncs
+
+from emloc_ray.planning.machine import Speeds
 
 
 def test_that_torch_finds_waits_at_all_is_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,3 +56,19 @@ def test_a_machine_says_what_compiles_kernels_there(monkeypatch: pytest.MonkeyPa
     found = machine(torch.device("cpu"))
     assert found["gcc"] is False
     assert {"triton", "torch", "peft"} <= found.keys()
+
+
+def test_a_plan_s_speeds_stand_beside_the_data_sheet_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session("cpu", SHAPES["tiny"], tmp_path, minutes=1)
+    speeds.speeds(session)
+    assert not session.measured
+    monkeypatch.setattr(session, "is_cuda", True)
+    monkeypatch.setattr(session, "give_back", lambda: None)
+    monkeypatch.setattr(speeds, "assumed_speeds", lambda: Speeds(1.0, 7e14, 5e13, 5e10))
+    monkeypatch.setattr(speeds, "measured_speeds", lambda: Speeds(1.0, 8e14, 4e13, 55e9, measured=True))
+    speeds.speeds(session)
+    sides = [(line["ours"], line["baseline"]) for line in session.parts["speeds"].values()]
+    assert sides == [(800.0, 700.0), (40.0, 50.0), (55.0, 50.0)]
+    monkeypatch.setattr(speeds, "measured_speeds", lambda: Speeds(1.0))
+    speeds.speeds(session)
+    assert "nvidia-smi" in session.measured["speeds"]["a plan's"]["failed"]
