@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,9 +16,11 @@ import ray.train
 from ray.exceptions import ActorDiedError, WorkerCrashedError
 
 from emloc_ray.errors import DataError, StageError
+from emloc_ray.io.store.atomic import write_json
 from emloc_ray.stages.finetune import finetune, watchdog
 from emloc_ray.stages.finetune.group_callbacks import FailureLog
 from emloc_ray.stages.finetune.job import FinetuneJob
+from emloc_ray.stages.finetune.session import NEWEST
 from emloc_ray.stages.finetune.watchdog import Watchdog
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.tasks import Resources
@@ -153,13 +154,13 @@ def test_a_word_of_a_group_that_came_on_is_not_told_of_the_next(
         number = next(tries)
         if number == 0:
             job.last_word_path.write_text(WORD)
+            write_json(job.place / NEWEST, {"folder": "checkpoint-4"})
             raise ray.train.WorkerGroupError("failed", heard)
         if number == 1:
             raise ActorDiedError()
         raise InterruptedError
 
-    checkpoints = itertools.chain([b""], itertools.repeat(b"4"))
-    monkeypatch.setattr(finetune, "newest_checkpoint", lambda _: next(checkpoints))
+    monkeypatch.setattr(finetune, "claim_try_folder", lambda _: job.folder)
     monkeypatch.setattr(Losses, "delays", (0.0,))
     monkeypatch.setattr(finetune, "TorchTrainer", lambda *_, **__: SimpleNamespace(fit=fit))
     with pytest.raises(InterruptedError):
@@ -183,17 +184,18 @@ def test_a_word_of_a_group_that_came_on_is_not_told_of_the_next(
 def test_a_group_that_failed_is_begun_again_where_it_had_come_on_and_another_try_may_do(
     error: Exception, comes_on: bool, tries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = list[int]()
+    job, tried = dataclasses.replace(JOB, storage_dir=tmp_path), list[int]()
 
     def fit() -> Any:
         tried.append(len(tried))
+        if comes_on:
+            write_json(job.place / NEWEST, {"folder": "checkpoint-4"})
         raise ray.train.WorkerGroupError("failed", {0: error})
 
-    checkpoints = itertools.chain([b""], itertools.repeat(b"4" if comes_on else b""))
-    monkeypatch.setattr(finetune, "newest_checkpoint", lambda _: next(checkpoints))
+    monkeypatch.setattr(finetune, "claim_try_folder", lambda _: job.folder)
     monkeypatch.setattr(finetune, "TorchTrainer", lambda *_, **__: SimpleNamespace(fit=fit))
     with pytest.raises(ray.train.WorkerGroupError):
-        finetune.finetune(dataclasses.replace(JOB, storage_dir=tmp_path), Resources(2))
+        finetune.finetune(job, Resources(2))
     assert len(tried) == tries
 
 
