@@ -317,7 +317,7 @@ def test_a_folder_of_another_user_is_not_taken(tmp_path: Path, whose: str) -> No
         if os.geteuid():
             pytest.skip("only root gives a folder away")
         os.chown(scratch, 65534, 65534)
-    (tmp_path / "ray").write_text("#!/bin/sh\necho Ray runtime started\n")
+    (tmp_path / "ray").write_text("#!/bin/sh\necho Ray runtime started\nexec sleep 60\n")
     (tmp_path / "ray").chmod(0o755)
     environment = {**os.environ, "SCRATCH": str(scratch), "EMLOC_BIN": str(tmp_path)}
     for action in ("start", "stop"):
