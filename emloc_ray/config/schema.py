@@ -195,9 +195,9 @@ class CorrectionConfig(Section):
         description="auto: measures none, covariance and two strengths of adapted, keeps what helps on the selection split",
     )
     clamp: float | None = Field(
-        3.0, gt=0, description="the paper's lambda; null: unclamped; auto and adapted ignore it"
+        3.0, gt=0, description="the paper's lambda; null: unclamped; auto, adapted and none ignore it"
     )
-    strength: float = Field(1.0, ge=0, le=4, description="factor of the correction; auto ignores it")
+    strength: float = Field(1.0, ge=0, le=4, description="factor of the correction; auto and none ignore it")
     dampening_frac: float = Field(
         1e-4, gt=0, lt=1, description="share of the mean diagonal of QᵀGQ that covariance adds to it"
     )
@@ -213,6 +213,12 @@ class CorrectionConfig(Section):
     def reads_adapted(self) -> bool:
         """Whether the emulator with the adapter reads rows for it."""
         return self.method in ("auto", "adapted")
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The settings that its method does not read."""
+        both = ("clamp", "strength")
+        return {"auto": both, "none": both, "adapted": ("clamp",)}.get(self.method, ())
 
 
 class MergeConfig(StageConfig):

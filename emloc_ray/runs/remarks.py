@@ -1,16 +1,18 @@
 """Remarks on a run where nothing is wrong: each function gives a sentence, or None."""
 
 import filecmp
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from emloc_ray.config.base import StageConfig
+from emloc_ray.config.base import Section, StageConfig
 from emloc_ray.config.emulator import EmulatorConfig
+from emloc_ray.config.finetune import FinetuneConfig
 from emloc_ray.config.schema import WORKER_SECTIONS, CorrectionConfig, RunConfig
 from emloc_ray.data.processors import IMAGE_SIDE
 from emloc_ray.io.available_memory import available_bytes
+from emloc_ray.modeling.matching import lookup
 from emloc_ray.planning.gpu_speeds import speed_of
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.machine import (
@@ -145,12 +147,23 @@ def bfloat16_beyond_gpus(prepared: Prepared) -> str | None:
 
 
 def unread_correction(section: CorrectionConfig) -> str | None:
-    """Names the settings of the correction that ``auto`` does not read."""
-    unread = [key for key in ("clamp", "strength") if getattr(section, key) != type(section).model_fields[key].default]
-    if section.method != "auto" or not unread:
+    """Names the settings of the correction that its method does not read."""
+    unread = [f"correction.{key}" for key in section.unread if _is_changed(section, key)]
+    if not unread:
         return None
-    names = " and ".join(f"correction.{key}" for key in unread)
-    return f"{names} {'are' if unread[1:] else 'is'} not read: auto tries its own; set correction.method to use yours."
+    if section.method == "auto":
+        return f"{_not_read(unread)}: auto tries its own; set correction.method to use yours."
+    return f"{_not_read(unread)} by correction.method {section.method}: leave {'them' if unread[1:] else 'it'} out."
+
+
+def unread_choice(section: FinetuneConfig) -> str | None:
+    """Names the settings that say which adapter is better, where nothing is chosen or ended by them."""
+    stops, keeps = section.early_stopping_patience is not None, section.load_best_model_at_end
+    if not (stops or keeps) and _is_changed(section, "metric_for_best_model"):
+        return "finetune.metric_for_best_model is not read: set load_best_model_at_end or early_stopping_patience, or leave it out."
+    if not stops and _is_changed(section, "early_stopping_threshold"):
+        return "finetune.early_stopping_threshold is not read: set early_stopping_patience, or leave it out."
+    return None
 
 
 def unread_at_ratio_one(section: EmulatorConfig) -> str | None:
@@ -162,9 +175,47 @@ def unread_at_ratio_one(section: EmulatorConfig) -> str | None:
     if not unread:
         return None
     return (
-        f"{listed(unread, len(keys))} {'are' if unread[1:] else 'is'} not read: at compression_ratio 1.0 nothing is factorized;"
-        " give a ratio below it, with emulator.target_modules for some linears alone."
+        f"{_not_read(unread)}: at compression_ratio 1.0 nothing is factorized; give a ratio below it, with"
+        " emulator.target_modules for some linears alone."
     )
+
+
+def unread_group_size(section: EmulatorConfig) -> str | None:
+    """Says so where groups of columns have a size, and nothing is stored in integers."""
+    if section.budget is not None or section.bits is not None or not _is_changed(section, "group_size"):
+        return None
+    return f"emulator.group_size is not read: quantization {section.quantization} has groups of its own; leave it out."
+
+
+def unread_patterns(config: RunConfig, layout: Layout) -> str | None:
+    """Names the keys of pattern tables whose linears are not compressed, or not adapted."""
+    unread = [
+        f"{section}.{table}.{pattern}"
+        for section, table, chosen in (
+            ("emulator", "ratios", layout.compressed),
+            ("adapter", "rank_pattern", layout.adapted),
+            ("adapter", "alpha_pattern", layout.adapted),
+        )
+        for pattern in getattr(getattr(config, section), table)
+        if _names_any(pattern, layout.by_name) and not _names_any(pattern, chosen)
+    ]
+    if not unread:
+        return None
+    return (
+        f"{_not_read(unread)}: the section's target_modules or exclude_modules leave those linears out; change these."
+    )
+
+
+def _names_any(pattern: str, names: Iterable[str]) -> bool:
+    return any(lookup(name, {pattern: True}, False) for name in names)
+
+
+def _is_changed(section: Section, key: str) -> bool:
+    return bool(getattr(section, key) != type(section).model_fields[key].default)
+
+
+def _not_read(keys: Sequence[str]) -> str:
+    return f"{listed(keys, len(keys))} {'are' if keys[1:] else 'is'} not read"
 
 
 def unread_residuals(config: RunConfig, layout: Layout) -> str | None:
@@ -287,7 +338,10 @@ def of_settings(prepared: Prepared, planned: Mapping[str, int]) -> list[str]:
         smaller_batches(prepared),
         over_budget(config, planned),
         unread_correction(config.correction),
+        unread_choice(config.finetune),
         unread_at_ratio_one(config.emulator),
+        unread_group_size(config.emulator),
+        unread_patterns(config, prepared.layout),
         unread_residuals(config, prepared.layout),
         left_dense(prepared.layout),
         left_in_blocks(prepared.layout),

@@ -37,7 +37,7 @@ def correction_job(context: Context) -> CorrectionJob:
     from emloc_ray.stages.correct.job import CorrectionJob
 
     config, layout = context.prepared.config, context.layout
-    section = config.correction
+    section = _read(config.correction)
     method = section.method if layout.differs and config.adapter.is_additive else "none"
     return CorrectionJob(
         model_dir=context.model_dir,
@@ -85,7 +85,7 @@ def _inputs(context: Context) -> Inputs:
     return {
         "finetune": context.made["finetune"],
         "adapter": context.contents("adapter_emulator"),
-        "correction": _settings(context.prepared.config.correction),
+        "correction": _read(context.prepared.config.correction).model_dump(mode="json"),
         "candidates": [dataclasses.asdict(candidate) for candidate in job.candidates],
         "max_tokens": job.max_tokens,
         "data": context.split_key("selection"),
@@ -93,11 +93,9 @@ def _inputs(context: Context) -> Inputs:
     }
 
 
-def _settings(section: CorrectionConfig) -> Inputs:
-    """The section, with the defaults of what ``auto`` ignores."""
-    ignored = ("clamp", "strength") if section.method == "auto" else ()
-    defaults = {key: CorrectionConfig.model_fields[key].default for key in ignored}
-    return section.model_copy(update=defaults).model_dump(mode="json")
+def _read(section: CorrectionConfig) -> CorrectionConfig:
+    """The section, with the defaults of what its method ignores."""
+    return section.model_copy(update={key: CorrectionConfig.model_fields[key].default for key in section.unread})
 
 
 def _correct(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:

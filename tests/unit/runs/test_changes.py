@@ -161,6 +161,12 @@ def test_what_redoes_nothing_is_not_asked_for(values: dict[str, Any]) -> None:
     assert find_changes(changed(values, correction={"method": "covariance", "strength": 0.5})) is not None
 
 
+def test_what_a_correction_does_not_read_redoes_nothing(values: dict[str, Any]) -> None:
+    plain = {**values, "correction": {"method": "none"}}
+    finish(plain)
+    assert find_changes(changed(plain, correction={"method": "none", "clamp": None, "strength": 0.5})) is None
+
+
 def test_what_factors_keep_redoes_nothing_where_there_are_none(values: dict[str, Any]) -> None:
     whole = {**values, "emulator": {**values["emulator"], "compression_ratio": 1.0}}
     finish(whole)

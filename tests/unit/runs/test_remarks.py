@@ -13,6 +13,7 @@ from tiny import PAD, VOCABULARY, make_tokenizer
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from emloc_ray.config.emulator import EmulatorConfig
+from emloc_ray.config.finetune import FinetuneConfig
 from emloc_ray.config.reading import parse_config
 from emloc_ray.config.schema import CorrectionConfig
 from emloc_ray.planning.memory import MemoryModel
@@ -29,7 +30,10 @@ from emloc_ray.runs.remarks import (
     over_budget,
     repeated_rows,
     unread_at_ratio_one,
+    unread_choice,
     unread_correction,
+    unread_group_size,
+    unread_patterns,
     unread_residuals,
 )
 from emloc_ray.stages.factorize.stage import FACTORIZE, thin_calibration
@@ -182,10 +186,18 @@ def test_bfloat16_that_a_gpu_lacks_is_told(
         ({"clamp": 3.0, "strength": 1.0}, None),
         ({"method": "projection", "clamp": 1.0}, None),
         ({"clamp": None}, "correction.clamp is not read: auto"),
-        ({"clamp": 1.0, "strength": 0.5}, "correction.clamp and correction.strength are not read: auto"),
+        ({"clamp": 1.0, "strength": 0.5}, "correction.clamp, correction.strength are not read: auto"),
+        (
+            {"method": "none", "strength": 0.5},
+            "correction.strength is not read by correction.method none: leave it out.",
+        ),
+        (
+            {"method": "adapted", "clamp": 1.0, "strength": 0.5},
+            "correction.clamp is not read by correction.method adap",
+        ),
     ],
 )
-def test_settings_that_auto_does_not_read_are_told(section: dict[str, Any], words: str | None) -> None:
+def test_settings_that_a_correction_does_not_read_are_told(section: dict[str, Any], words: str | None) -> None:
     said = unread_correction(CorrectionConfig.model_validate(section))
     assert (said is None) == (words is None)
     assert words is None or str(said).startswith(words)
@@ -212,6 +224,44 @@ def test_settings_of_ranks_are_told_where_nothing_is_factorized(section: dict[st
     said = unread_at_ratio_one(EmulatorConfig.model_validate(section))
     assert (said is None) == (words is None)
     assert words is None or str(said).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"eval_original_every": 2}, None),
+        ({"early_stopping_patience": 1, "early_stopping_threshold": 0.1}, None),
+        ({"load_best_model_at_end": True, "early_stopping_threshold": 0.1}, "finetune.early_stopping_threshold is not"),
+        (
+            {"eval_original_every": 2, "metric_for_best_model": "eval_original_loss"},
+            "finetune.metric_for_best_model is",
+        ),
+    ],
+)
+def test_settings_of_a_choice_are_told_where_there_is_none(section: dict[str, Any], words: str | None) -> None:
+    said = unread_choice(FinetuneConfig.model_validate({"eval_strategy": "steps", **section}))
+    assert (said is None) == (words is None)
+    assert words is None or str(said).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [({"quantization": "nf4"}, True), ({}, True), ({"quantization": "int4"}, False), ({"budget": "3 bits"}, False)],
+)
+def test_a_size_of_groups_that_there_are_none_of_is_told(section: dict[str, Any], told: bool) -> None:
+    assert unread_group_size(EmulatorConfig()) is None
+    assert (unread_group_size(EmulatorConfig.model_validate({"group_size": 32, **section})) is not None) is told
+
+
+def test_patterns_of_linears_that_are_left_out_are_told(prepared: Make) -> None:
+    tables: dict[str, Any] = {"emulator": {"ratios": {"q_proj": 0.3}}, "adapter": {"rank_pattern": {"[qk]_proj": 2}}}
+    read = prepared(**tables)
+    assert unread_patterns(read.config, read.layout) is None
+    tables["emulator"]["exclude_modules"] = ["q_proj"]
+    tables["adapter"]["target_modules"] = ["v_proj"]
+    unread = prepared(**tables)
+    said = unread_patterns(unread.config, unread.layout)
+    assert str(said).startswith("emulator.ratios.q_proj, adapter.rank_pattern.[qk]_proj are not read: ")
 
 
 @pytest.mark.parametrize(("ratio", "told"), [(0.5, True), (0.99, True), (1.0, False)])
