@@ -160,7 +160,8 @@ def unread_choice(section: FinetuneConfig) -> str | None:
     """Names the settings that say which adapter is better, where nothing is chosen or ended by them."""
     stops, keeps = section.early_stopping_patience is not None, section.load_best_model_at_end
     if not (stops or keeps) and _is_changed(section, "metric_for_best_model"):
-        return "finetune.metric_for_best_model is not read: set load_best_model_at_end or early_stopping_patience, or leave it out."
+        advice = "set load_best_model_at_end or early_stopping_patience, or leave it out"
+        return f"finetune.metric_for_best_model is not read: {advice}."
     if not stops and _is_changed(section, "early_stopping_threshold"):
         return "finetune.early_stopping_threshold is not read: set early_stopping_patience, or leave it out."
     return None
