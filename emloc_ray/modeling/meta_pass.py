@@ -26,7 +26,7 @@ class MetaPass(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _aten._local_scalar_dense.default and args[0].is_meta:
             return 0
-        if func is _aten._to_copy.default and not args[0].is_meta:  # asked for beside weights: it stays as it is
+        if func is _aten._to_copy.default:  # asked for beside another: each stays where it is
             return func(*args, **{**kwargs, "device": args[0].device})
         if func in _COUNTING:  # no weight is asked where a model counts its patches
             return func(*args, **{**kwargs, "device": "cpu"})
