@@ -106,5 +106,7 @@ def test_the_quantization_is_among_the_inputs(quantized_run: FinishedRun) -> Non
 
 def test_lora_on_the_original_in_4_bits_is_no_upper_bound(quantized_run: FinishedRun) -> None:
     values = quantized_run.changed(evaluation={"upper_bound": str(quantized_run.root)})
-    with pytest.raises(ConfigError, match=r"is no finished run at ratio 1\.0 in floats: .* emulator\.quantization=none"):
+    with pytest.raises(
+        ConfigError, match=r"is no finished run at ratio 1\.0 in floats: .* emulator\.quantization=none"
+    ):
         prepare(parse_config(values))
