@@ -66,15 +66,15 @@ def status_lines(run: RunDirectory, now: datetime | None = None) -> list[str]:
     the clock for the events' ages."""
     now, holder, events = now or datetime.now(timezone.utc), run.holder(), read_events(run)
     newest = newest_try(events)
-    begins = bool(newest) and holder not in (None, "another process", newest[0].get("process", holder))
-    if begins:  # it holds the run, and Ray still starts: the log is of the tries before
+    is_starting = bool(newest) and holder not in (None, "another process", newest[0].get("process", holder))
+    if is_starting:  # Ray starts, and the log is still that of earlier tries
         newest = []
     end = next((event["event"] for event in reversed(newest) if event["event"] in RUN_EVENTS[1:]), None)
     stage, progress = begun_stage(newest)
     place = stage or "no stage"
     if stage and progress:
         place += f", {progress[0]} of {progress[1]}"
-    if begins:
+    if is_starting:
         lines = [f"Running: {holder}; it has begun no stage yet"]
     elif holder is not None:
         lines = [f"Running: {holder}, in {place}" if stage else f"Running: {holder}"]
@@ -85,10 +85,10 @@ def status_lines(run: RunDirectory, now: datetime | None = None) -> list[str]:
     outcomes = [event for event in events if event["event"] in ("run_failed", "run_finished")]
     failure = outcomes[-1] if outcomes and outcomes[-1]["event"] == "run_failed" else None
     if events and failure is not events[-1]:
-        last = "The last event before" if begins else "Last event"
+        last = "Last event of an earlier try" if is_starting else "Last event"
         lines.append(f"{last}, {_age(events[-1], now)}: {events[-1]['message']}")
     if failure is not None:
-        failed = "A try before failed" if failure not in newest else "Failed"
+        failed = "An earlier try failed" if failure not in newest else "Failed"
         where = f" in {failure['stage']}" if "stage" in failure else ""
         lines.append(f"{failed}{where}, {_age(failure, now)}: {failure['message']}")
     lines += _accepted(run.manifest()["stages"])

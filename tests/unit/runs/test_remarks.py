@@ -236,6 +236,14 @@ def test_settings_of_ranks_are_told_where_nothing_is_factorized(section: dict[st
             {"eval_original_every": 2, "metric_for_best_model": "eval_original_loss"},
             "finetune.metric_for_best_model is",
         ),
+        (
+            {
+                "eval_original_every": 2,
+                "metric_for_best_model": "eval_original_loss",
+                "lr_scheduler_type": "reduce_lr_on_plateau",
+            },
+            None,
+        ),
     ],
 )
 def test_settings_of_a_choice_are_told_where_there_is_none(section: dict[str, Any], words: str | None) -> None:

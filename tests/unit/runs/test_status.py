@@ -57,7 +57,7 @@ def test_a_run_that_is_started_again_is_in_none_of_the_stages_of_the_tries_befor
         run.unlock()
     assert first.startswith("Running: process ")
     assert first.endswith("; it has begun no stage yet")
-    assert second == "A try before failed in finetune, 57 s ago: finetune: no."
+    assert second == "An earlier try failed in finetune, 57 s ago: finetune: no."
 
 
 def test_a_killed_run_says_where_it_was_and_how_it_goes_on(run: RunDirectory) -> None:
@@ -112,7 +112,7 @@ def test_secrets_of_a_call_are_asked_for(run: RunDirectory) -> None:
 def test_what_a_later_try_made_good_is_no_failure(run: RunDirectory) -> None:
     write(run, {"event": "run_failed", "stage": "merge", "message": "merge: no."})
     write(run, {"event": "started", "stage": "merge"})
-    assert any(line.startswith("A try before failed in merge") for line in lines(run))
+    assert any(line.startswith("An earlier try failed in merge") for line in lines(run))
     write(run, {"event": "finished", "stage": "merge"}, {"event": "run_finished", "message": "The run has ended well."})
     assert lines(run) == ["Not running.", "Last event, 58 s ago: The run has ended well."]
 
