@@ -8,10 +8,10 @@
     python pipelines/ablation.py configs/ablations/baselines.yaml --collect    # nothing: shows what is there
 
 Keys of a file: ``base`` (a config that all runs begin with), ``run_dir``, ``shared`` (what files share: data, figures, cache),
-``datasets`` (summaries, names, code), ``seeds``, ``rows`` (of train, selection, eval, calibration), ``methods`` (of each a
-``name``, the config keys that are its own, ``prune``: layers, random or structured, ``align``: other rows, on which all that
-pruning kept is trained before, ``heal_on``: other rows, ``start``: weights or activations, by which an adapter begins at what
-makes up for the emulator's lack), ``upper_bound`` (the method that is LoRA on the original), ``compare_with``
+``datasets`` (summaries, names, code, exceptions), ``seeds``, ``rows`` (of train, selection, eval, calibration), ``methods`` (of
+each a ``name``, the config keys that are its own, ``prune``: layers, random or structured, ``align``: other rows, on which all
+that pruning kept is trained before, ``heal_on``: other rows, ``start``: weights or activations, by which an adapter begins at
+what makes up for the emulator's lack), ``upper_bound`` (the method that is LoRA on the original), ``compare_with``
 (method, calibration, correction or a key of the grid), ``grid`` (config key: values, for methods that do not set it),
 ``unrounded`` (begin with the base's ``.gguf`` of 4 bits plus noise within half a step of its grid),
 ``calibrations`` (name: ``foreign`` rows, their ``share``, ``shuffle``), ``corrections`` (name: method, clamp, strength; tried on

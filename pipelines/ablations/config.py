@@ -99,7 +99,7 @@ class AblationConfig(Section):
     base: str = Field(min_length=1, description="the config that all runs begin with; model and lengths are there")
     run_dir: str = Field(min_length=1)
     shared: str = Field("", description="data sets, figures and cache that ablations share; run_dir where left out")
-    datasets: Annotated[list[Literal["summaries", "names", "code"]], Some]
+    datasets: Annotated[list[Literal["summaries", "names", "code", "exceptions"]], Some]
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Some] = Field([0, 1, 2])
     rows: RowsConfig = RowsConfig()
     methods: Annotated[list[MethodConfig], Some]

@@ -1,12 +1,13 @@
-"""Three tasks made from the Python sources installed here, and calibration rows that are not the task's own.
+"""Tasks made from the Python sources installed here, and calibration rows that are not the task's own.
 
-``summaries``  a function's code -> the first sentence of its docstring
-``names``      a function's code with its name masked -> its name
-``code``       a whole function with its docstring: plain text
+``summaries``   a function's code -> the first sentence of its docstring
+``names``       a function's code with its name masked -> its name
+``code``        a whole function with its docstring: plain text
+``exceptions``  a function's code with the exception that it raises masked -> the exception's name
 
 Nothing leaks between splits: whole files go to one split, drawn by a hash of seed and module name, and no row has the words
-of another's prompt or completion in any split, as copies of a file in another package would. The rows are a function of the
-seed and the installed sources alone.
+of another's prompt or completion in any split, as copies of a file in another package would; only the exceptions' names are
+shared. The rows are a function of the seed and the installed sources alone.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ from emloc_ray.errors import DataError
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.store.atomic import atomic_directory, write_json
 
-Dataset = Literal["summaries", "names", "code"]
+Dataset = Literal["summaries", "names", "code", "exceptions"]
 DATASETS: tuple[str, ...] = get_args(Dataset)
-FORMATS = {"summaries": "prompt_completion", "names": "prompt_completion", "code": "text"}
+FORMATS = {name: "text" if name == "code" else "prompt_completion" for name in DATASETS}
 SPLITS = ("train", "selection", "eval", "calibration")
 
 NAME_LEAD = "\n# Its name:\n"
+EXCEPTION_LEAD = "\n# The exception:\n"
 MASK = "____"
 
 _MADE = "made.json"
@@ -145,7 +147,8 @@ def _splits(name: str, folders: Sequence[Path], seed: int, rows: RowsConfig) -> 
     wanted: dict[str, int] = {split: getattr(rows, split) for split in SPLITS}
     shares = {split: count / sum(wanted.values()) for split, count in wanted.items()}
     splits: dict[str, list[SourceRow]] = {split: [] for split in SPLITS}
-    for row in collect(folders, replace(_TASKS[name], seed=seed)):
+    task = replace(_TASKS[name], seed=seed)
+    for row in collect(folders, task):
         split = splits[split_at(draw(seed, "split", row.module), shares)]
         split.append(row)
         if all(len(splits[name]) >= count for name, count in wanted.items()):
@@ -157,9 +160,10 @@ def _splits(name: str, folders: Sequence[Path], seed: int, rows: RowsConfig) -> 
             f"The data set {name} has {len(splits[short[0]])} rows for {short[0]} in {where} and needs {wanted[short[0]]}:"
             f" install more Python packages there, or lower rows.{short[0]}."
         )
-    # In an order of their own: rows of one file stand apart.
+    # In an order of their own: rows of one file stand apart, and rows of one label.
+    drawn_by = "completion" if task.max_share is None else "prompt"
     by_draw = {
-        split: sorted(members, key=lambda row: draw(seed, "row", row.completion)) for split, members in splits.items()
+        split: sorted(members, key=lambda row: draw(seed, "row", getattr(row, drawn_by))) for split, members in splits.items()
     }
     return {split: members[: wanted[split]] for split, members in by_draw.items()}
 
@@ -270,7 +274,31 @@ def _has_code(node: Function) -> bool:
     return not isinstance(node.body[-1], ast.Pass | ast.Raise)
 
 
+def _exception(node: Function, lines: list[str], module: str, max_prompt_chars: int) -> SourceRow | None:
+    """The code with the first exception that it raises masked; None where it raises none by a class's name, or was cut there."""
+    raised = min(filter(None, map(_raised, ast.walk(node))), default=None)
+    code = code_of(node, lines, max_prompt_chars - len(EXCEPTION_LEAD))
+    if raised is None or code is None:
+        return None
+    masked = re.sub(rf"\b{raised[1]}\b", MASK, code)
+    return SourceRow(masked + EXCEPTION_LEAD, raised[1], module) if f"raise {MASK}" in masked else None
+
+
+def _raised(node: ast.AST) -> tuple[int, str] | None:
+    """The line of a ``raise`` and its class; None of what else there is, as ``raise error``."""
+    if not isinstance(node, ast.Raise):
+        return None
+    raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+    return (node.lineno, raised.id) if isinstance(raised, ast.Name) and raised.id[0].isupper() else None
+
+
+_FEW_A_FILE = SourceTask(summary_row, _MAX_CHARS, max_rows_per_package=400, max_rows_per_module=6)
 _TASKS = {
-    name: SourceTask(row_of, _MAX_CHARS, max_rows_per_package=400, max_rows_per_module=6)
-    for name, row_of in (("summaries", summary_row), ("names", _name), ("code", _text))
+    "summaries": _FEW_A_FILE,
+    "names": replace(_FEW_A_FILE, row_of=_name),
+    "code": replace(_FEW_A_FILE, row_of=_text),
+    # No exception is on more than 300 rows of all: ValueError alone would be on a third.
+    "exceptions": replace(
+        _FEW_A_FILE, row_of=_exception, max_rows=2_000, max_share=0.15, matches=re.compile(r"\braise [A-Z]")
+    ),
 }

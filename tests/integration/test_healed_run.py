@@ -147,8 +147,15 @@ def test_from_it_on(copied: FinishedRun) -> None:
     assert redone(copied.values) == []
 
 
-def test_broken_off_in_each_part_it_goes_on_to_the_same_emulator(copied: FinishedRun, healed_run: FinishedRun) -> None:
-    values = copied.changed(finetune={"save_steps": 1})
+def test_broken_off_in_each_part_it_goes_on_to_the_same_emulator(
+    copied: FinishedRun, healed_run: FinishedRun, tmp_path: Path
+) -> None:
+    # A training says how far it is twice a second: this one takes some seconds anywhere.
+    steps = 150
+    changes: dict[str, Any] = {"emulator": {"healing": {**HEALING, "steps": steps}}, "finetune": {"save_steps": 1}}
+    values = copied.changed(**changes)
+    whole = healed_run.copy(tmp_path / "whole")
+    run_values(whole.changed(**changes), until="heal")
     place = copied.root / "healing"
 
     def stop(when: int) -> set[str]:
@@ -161,13 +168,13 @@ def test_broken_off_in_each_part_it_goes_on_to_the_same_emulator(copied: Finishe
 
     assert "teacher" in stop(2)  # both of its shards
     assert "adapter" not in stop(8)
-    assert {"adapter", "outcome.json"} <= stop(27)
+    assert {"adapter", "outcome.json"} <= stop(2 + steps + 1)
     outcome = json.loads((place / "outcome.json").read_text())
-    assert [line["step"] for line in outcome["history"]] == list(range(1, 25))
+    assert [line["step"] for line in outcome["history"]] == list(range(1, steps + 1))
     reporter = run_values(values, until="heal")
     assert reporter.started == ["heal"]
     assert not place.exists()
-    same_tensors(copied.root / "emulator_healed", healed_run.root / "emulator_healed", 1e-5)
+    same_tensors(copied.root / "emulator_healed", whole.root / "emulator_healed", 1e-5)
 
 
 def test_it_may_have_rows_of_its_own(copied: FinishedRun, healed_run: FinishedRun, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ CALIBRATIONS = {
     "quarter": CalibrationRows(foreign="prose", share=0.25),
     "other": CalibrationRows(foreign="prose"),
 }
+ERRORS = ("ValueError", "TypeError", "KeyError", "LimitError")
 Rows = list[dict[str, str]]
 
 
@@ -34,6 +35,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(60):
             functions = [
                 f'def count_item_{number}_{n}(values):\n    """Count item {n} of the list {number} once more."""\n'
+                f"    if not values:\n        raise {ERRORS[n]}(values)\n"
                 f"    total = values[{n}] + {number}\n    total += count_item_{number}_{n}(values)\n    return total\n"
                 for n in range(4)
             ]
@@ -66,7 +68,8 @@ def test_no_row_and_no_file_is_in_two_splits(made: Callable[[str, int], Path], n
         "eval": 12,
         "calibration-own": 20,
     }
-    texts = [words(text) for rows in splits.values() for row in rows for text in row.values()]
+    fields = {"prompt"} if name == "exceptions" else {"prompt", "completion", "text"}  # exceptions' names are shared
+    texts = [words(row[field]) for rows in splits.values() for row in rows for field in fields & row.keys()]
     assert max(Counter(texts).values()) == 1  # copies of a module are in, and none of their rows
     modules = {
         split: {word.split("_")[2] for row in rows for word in " ".join(row.values()).split() if "count_item_" in word}
@@ -99,6 +102,28 @@ def test_names_are_masked_wherever_they_stand(made: Callable[[str, int], Path]) 
     for row in read(made("names", 0), "train"):
         assert row["completion"] not in row["prompt"]
         assert row["prompt"].count(MASK) == 2
+
+
+def test_the_exception_is_masked_wherever_it_stands(made: Callable[[str, int], Path], tmp_path: Path) -> None:
+    rows = read(made("exceptions", 0), "train")
+    assert {row["completion"] for row in rows} == set(ERRORS)
+    for row in rows:
+        assert row["completion"] not in row["prompt"]
+        assert f"raise {MASK}(values)" in row["prompt"]
+    bodies = {
+        "again": "    raise error\n",
+        "lower": "    raise builder(values)\n",
+        "beyond": "    value = 'a text that is long'\n" * 9 + "    raise ValueError\n",
+        "first": "    try:\n        raise TypeError\n    except TypeError:\n        raise ValueError\n",
+    }
+    for number in range(40):
+        text = "".join(f"def {name}_{number}(values):\n    a = {number}\n{body}\n" for name, body in bodies.items())
+        (tmp_path / f"m{number}.py").write_text(text)
+    make_dataset("exceptions", tmp_path / "out", 0, RowsConfig(train=1, selection=1, eval=1, calibration=1), {}, (), [tmp_path])
+    [row] = read(tmp_path / "out", "train")
+    assert row["completion"] == "TypeError"
+    assert row["prompt"].count(MASK) == 2
+    assert "def first_" in row["prompt"]
 
 
 @pytest.mark.parametrize("name", DATASETS)
