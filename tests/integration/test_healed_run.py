@@ -151,7 +151,7 @@ def test_broken_off_in_each_part_it_goes_on_to_the_same_emulator(
     copied: FinishedRun, healed_run: FinishedRun, tmp_path: Path
 ) -> None:
     # A training says how far it is twice a second: this one takes some seconds anywhere.
-    steps = 150
+    steps = 80
     changes: dict[str, Any] = {"emulator": {"healing": {**HEALING, "steps": steps}}, "finetune": {"save_steps": 1}}
     values = copied.changed(**changes)
     whole = healed_run.copy(tmp_path / "whole")
