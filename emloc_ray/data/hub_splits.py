@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from emloc_ray.io.runs.fingerprint import fingerprint_large_files
+from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
 
 _SLICE = re.compile(r"(?P<name>[^\[(]+)(?:\[(?P<begin>-?\d+%?)?:(?P<end>-?\d+%?)?\])?")
 
@@ -52,14 +52,19 @@ class HubSplit(NamedTuple):
 
 
 def content_of_folders(hub: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Of every split, by its places on the ``hub``, a hash of each folder of this machine among these; splits without one are
-    left out."""
+    """Of every split, by its places on the ``hub``, a hash of the files of each folder of this machine among these, by their
+    paths in it; splits without one are left out."""
     folders = {name: [HubSplit.of(place, name).folder for place in places] for name, places in hub.items()}
     return {
-        name: [fingerprint_large_files(sorted(folder.rglob("*"))) for folder in every if folder is not None]
+        name: [_content_of(folder) for folder in every if folder is not None]
         for name, every in folders.items()
         if any(every)
     }
+
+
+def _content_of(folder: Path) -> str:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    return fingerprint([fingerprint_large_files(files), [file.relative_to(folder) for file in files]])
 
 
 class _Piece(NamedTuple):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from emloc_ray.data.hub_splits import HubSplit
+from emloc_ray.data.hub_splits import HubSplit, content_of_folders
 
 
 def test_a_place_names_data_set_subset_and_split() -> None:
@@ -40,3 +42,15 @@ def test_splits_that_surely_share_rows_overlap(one: str, other: str, expected: b
     assert a.overlaps(b) == b.overlaps(a) == expected
     assert not a.overlaps(HubSplit("org/other", "", other))
     assert not a.overlaps(HubSplit("org/rows", "en", other))
+
+
+def test_a_file_that_moves_to_another_split_s_folder_is_another_content(tmp_path: Path) -> None:
+    for name in ("test/part-0", "train/part-1", "train/part-2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    hub = {"train": [f"hf:{tmp_path}"]}
+    before = content_of_folders(hub)
+    (tmp_path / ".part-3").write_text("no part of it")
+    assert content_of_folders(hub) == before
+    (tmp_path / "train/part-1").rename(tmp_path / "test/part-1")
+    assert content_of_folders(hub) != before
