@@ -38,9 +38,8 @@ def fingerprint_large_files(files: Iterable[Path]) -> str:
     """A hash of names and contents of files that may be large, whatever their times: the whole is read once, and again where
     its time or inode changed, its header and blocks all over it each time. Of a file that the hub's cache names by its
     content, that name stands for the whole: the header and the blocks tell what was written over it since."""
-    shown = [file for file in files if file.is_file() and not file.name.startswith(".")]
     with ThreadPoolExecutor(_READERS) as pool:
-        return fingerprint(list(pool.map(_part, shown)))
+        return fingerprint(list(pool.map(_part, filter(Path.is_file, files))))
 
 
 def _part(file: Path) -> list[Any]:

@@ -45,6 +45,14 @@ def test_files_by_name_and_content(tmp_path: Path) -> None:
     assert fingerprint_files([one.rename(tmp_path / "renamed"), two]) != before
 
 
+def test_a_file_whose_name_begins_with_a_dot_counts(tmp_path: Path) -> None:
+    rows = tmp_path / ".rows.jsonl"
+    rows.write_text('{"text": "a"}')
+    before = fingerprint_large_files([rows])
+    rows.write_text('{"text": "b"}')
+    assert fingerprint_large_files([rows]) != before
+
+
 def test_a_checkpoint_s_copy_is_the_same_and_a_changed_byte_is_not(
     tmp_path: Path, tiny_model_dir: Callable[..., Path]
 ) -> None:
