@@ -189,8 +189,9 @@ def _counted(place: str, kind: str, stream: io.BufferedReader, keep_bad: bool, v
 
 
 def fingerprint_sources(sources: Sequence[SourceFile]) -> str:
-    """A hash of counted files: of local ones as :func:`fingerprint_large_files`, of stored ones by name and version; and of
-    the images that they name. Raises DataError naming the first local file that has changed since its rows were counted."""
+    """A hash of counted files: of local ones as :func:`fingerprint_large_files`, of stored ones by name and version; of
+    the images that they name; and of the shares that they are in. Raises DataError naming the first local file that has changed
+    since its rows were counted."""
     for source in sources:
         path = Path(source.path)
         if source.looked and (not path.is_file() or look_of(path) != source.looked):
@@ -198,7 +199,9 @@ def fingerprint_sources(sources: Sequence[SourceFile]) -> str:
     local = fingerprint_large_files(Path(source.path) for source in sources if not source.is_stored)
     stored = [[PurePosixPath(source.name).name, source.version] for source in sources if source.is_stored]
     images = [source.images for source in sources if source.images]
-    return fingerprint([local, stored, images]) if stored or images else local
+    shares = [source.part for source in sources]
+    others = [stored, images, *([shares] if any(shares) else [])]
+    return fingerprint([local, *others]) if any(others) else local
 
 
 def read_rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emloc_ray.data.files import list_files
-from emloc_ray.data.reading import read_rows, scan, value_errors
+from emloc_ray.data.reading import fingerprint_sources, read_rows, scan, value_errors
 from emloc_ray.errors import DataError
 
 Row = dict[str, Any]
@@ -263,3 +264,10 @@ def test_what_no_check_foresaw_is_told_with_its_place() -> None:
         raise KeyError("role")
     with pytest.raises(OSError, match="disk"), value_errors("a, row 3"):  # is no row's
         raise OSError("disk")
+
+
+def test_a_file_that_moves_to_another_share_of_a_split_is_another_content(tmp_path: Path) -> None:
+    paths = [write_jsonl(tmp_path / name, rows_of(2)) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    one, two, three = (scan(path) for path in paths)
+    two_b, three_b = (dataclasses.replace(source, part=1) for source in (two, three))
+    assert fingerprint_sources([one, two, three_b]) != fingerprint_sources([one, two_b, three_b])
