@@ -163,7 +163,8 @@ def _splits(name: str, folders: Sequence[Path], seed: int, rows: RowsConfig) -> 
     # In an order of their own: rows of one file stand apart, and rows of one label.
     drawn_by = "completion" if task.max_share is None else "prompt"
     by_draw = {
-        split: sorted(members, key=lambda row: draw(seed, "row", getattr(row, drawn_by))) for split, members in splits.items()
+        split: sorted(members, key=lambda row: draw(seed, "row", getattr(row, drawn_by)))
+        for split, members in splits.items()
     }
     return {split: members[: wanted[split]] for split, members in by_draw.items()}
 

@@ -119,7 +119,9 @@ def test_the_exception_is_masked_wherever_it_stands(made: Callable[[str, int], P
     for number in range(40):
         text = "".join(f"def {name}_{number}(values):\n    a = {number}\n{body}\n" for name, body in bodies.items())
         (tmp_path / f"m{number}.py").write_text(text)
-    make_dataset("exceptions", tmp_path / "out", 0, RowsConfig(train=1, selection=1, eval=1, calibration=1), {}, (), [tmp_path])
+    make_dataset(
+        "exceptions", tmp_path / "out", 0, RowsConfig(train=1, selection=1, eval=1, calibration=1), {}, (), [tmp_path]
+    )
     [row] = read(tmp_path / "out", "train")
     assert row["completion"] == "TypeError"
     assert row["prompt"].count(MASK) == 2
