@@ -26,14 +26,6 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def fingerprint_files(files: Iterable[Path]) -> str:
-    """A hash of names and contents, in the order given."""
-    total = hashlib.sha256()
-    for file in files:
-        total.update(file.name.encode() + bytes.fromhex(digest(file)))
-    return total.hexdigest()[:16]
-
-
 def fingerprint_large_files(files: Iterable[Path]) -> str:
     """A hash of names and contents of files that may be large, whatever their times: the whole is read once, and again where
     its time or inode changed, its header and blocks all over it each time. Of a file that the hub's cache names by its
@@ -43,9 +35,10 @@ def fingerprint_large_files(files: Iterable[Path]) -> str:
 
 
 def _part(file: Path) -> list[Any]:
+    sha256 = _digest_of(file)
     if file.stat().st_size < _LARGE:
-        return [file.name, _SMALL.get((file, *_look(file)), lambda: fingerprint_files([file]))]
-    return [file.name, [_sampled(file), _digest_of(file)]]
+        return [file.name, hashlib.sha256(file.name.encode() + bytes.fromhex(sha256)).hexdigest()[:16]]
+    return [file.name, [_sampled(file), sha256]]
 
 
 def look_of(file: Path) -> str:
@@ -88,7 +81,7 @@ def _content(file: Path) -> list[str]:
     return [file.name, _digest_of(file), *sampled]
 
 
-_SMALL, _WHOLE, _SAMPLED = (Shared[str](65536) for _ in range(3))  # hundreds of tasks may ask for the same
+_WHOLE, _SAMPLED = Shared[str](65536), Shared[str](65536)  # hundreds of tasks may ask for the same
 
 
 def _digest_of(file: Path) -> str:
