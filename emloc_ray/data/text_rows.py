@@ -20,7 +20,6 @@ _MAX_CSV_FIELD = 2**31 - 1  # the csv module's own limit is 128 KiB
 SKIP_BYTES = 2**20
 ARRAY_BYTES = 2**18
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
-_MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)  # strings, and brackets between them
 # The marks that count outside JSON's strings, and inside.
 _OUTSIDE, _INSIDE = re.compile(r'["\[\]{}]'), re.compile(r'"|\\.?', re.DOTALL)
 _PARSE = json.JSONDecoder().raw_decode
@@ -158,10 +157,10 @@ def _array_value(text: str, at: int) -> tuple[Any, int]:
     try:
         value, end = _PARSE(text, at)
     except (ValueError, RecursionError) as error:  # also of a number of more digits than Python reads
-        closing = _closing(text, at)
-        if closing is None:
+        passed = _past(text, at, iter(())) if text.startswith("{", at) else None
+        if passed is None:
             raise
-        return BadText(f"not JSON ({_why(error)}): correct it"), closing
+        return BadText(f"not JSON ({_why(error)}): correct it"), passed[1]
     try:
         text[at:end].encode()
     except UnicodeEncodeError as error:
@@ -195,16 +194,6 @@ def _past(text: str, at: int, pieces: Iterator[str]) -> tuple[str, int] | None:
         if piece is None:
             return None
         text, at = rest + piece, 0
-
-
-def _closing(text: str, at: int) -> int | None:
-    """The end of the object at ``at`` by its brackets outside strings, whatever else it holds; None where it has none here."""
-    depth = 0
-    for mark in _MARKS.finditer(text, at) if text.startswith("{", at) else ():
-        depth += (mark[0] in ("{", "[")) - (mark[0] in ("}", "]"))
-        if depth == 0:
-            return mark.end()
-    return None
 
 
 def csv_records(stream: io.BufferedReader, offset: int = 0, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
