@@ -21,7 +21,7 @@ from emloc_ray.data.formats import RowImage, Tokens
 from emloc_ray.errors import ArtifactError, DamagedArtifactError
 from emloc_ray.io.formats.arrow_schemas import check_as_written
 from emloc_ray.io.store.atomic import atomic_file, write_json
-from emloc_ray.io.store.node_cache import ListedFiles, open_artifact
+from emloc_ray.io.store.node_cache import ListedFiles, open_newest
 
 _INDEX = "index.json"
 _COUNTS = b"counts"
@@ -82,7 +82,7 @@ def _groups(rows: Iterable[Tokens], batch_bytes: int) -> Iterator[list[Tokens]]:
 def written_counts(path: Path) -> dict[str, int] | None:
     """The counts that a shard was written with; None where there is no whole shard."""
     try:
-        with open_artifact(path) as (stream, _), pa.ipc.open_file(stream) as reader:
+        with open_newest(path) as (stream, *_), pa.ipc.open_file(stream) as reader:
             check_as_written(reader.schema, _SCHEMAS, path)
             metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1).custom_metadata
             return json.loads(metadata[_COUNTS])

@@ -191,17 +191,10 @@ def _ensure_file(file: Path, info: Stored, begun: float) -> None:
 
 
 @contextlib.contextmanager
-def open_artifact(path: Path) -> Iterator[tuple[IO[bytes], int]]:
-    """A file and its size, to read some of it: from this node where it is current here, else by ranges from the store. Raises
-    FileNotFoundError where there is none."""
-    with open_newest(path) as (stream, size, _):
-        yield stream, size
-
-
-@contextlib.contextmanager
 def open_newest(path: Path, listed: ListedFiles | None = None) -> Iterator[tuple[IO[bytes], int, str | None]]:
-    """As :func:`open_artifact`, with the version that it is: None in a file system. ``listed``: the files of its folder, which
-    spare the store a request."""
+    """A file, its size and version (None in a file system), to read some of it: from this node where it is current here, else
+    by ranges from the store. ``listed``: the files of its folder, which spare the store a request. Raises FileNotFoundError
+    where there is none."""
     here = origin(path)
     if here is None:
         with _open_here(path) as file:

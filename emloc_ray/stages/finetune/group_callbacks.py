@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 from emloc_ray.errors import StageError, Stopped
 from emloc_ray.io.store.lock_file import check_lock
-from emloc_ray.io.store.node_cache import discard, ensure, exists, open_artifact, publish
+from emloc_ray.io.store.node_cache import discard, ensure, exists, open_newest, publish
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.ray.losses import is_lost, is_preempted, last_line, reason
 from emloc_ray.stages.ray.pace import end_process
@@ -30,7 +30,7 @@ _FOR_PLACES_S, _MOST_FOR_PLACES_S = 60.0, 24 * 3600.0  # Ray Train's default; of
 def read_small_file(path: Path) -> bytes:
     """Reads a file that workers write, without keeping a copy on this node; empty where there is none."""
     try:
-        with open_artifact(path) as (stream, _):
+        with open_newest(path) as (stream, *_):
             return stream.read()
     except FileNotFoundError:
         return b""

@@ -26,7 +26,7 @@ from emloc_ray.io.runs.cache_place import MARKER
 from emloc_ray.io.store import node_copies, objects, transfer
 from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.digests import digest, digest_of, noted_digest
-from emloc_ray.io.store.node_cache import discard, hashes, mirror, open_artifact, sizes
+from emloc_ray.io.store.node_cache import discard, hashes, mirror, open_newest, sizes
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.io.store.objects import ObjectFile
 
@@ -82,7 +82,7 @@ def added(cache: ArtifactCache, root: Path, key: str = KEY, contents: dict[str, 
 def held(root: Path, contents: dict[str, bytes] = CONTENTS) -> dict[str, bytes]:
     found = {}
     for path in contents:
-        with open_artifact(root / path) as (file, _):
+        with open_newest(root / path) as (file, *_):
             found[path] = file.read()
     return found
 

@@ -29,7 +29,7 @@ from emloc_ray.io.store.node_cache import (
     hashes,
     local_only,
     mirror,
-    open_artifact,
+    open_newest,
     origin,
     publish,
     sizes,
@@ -146,7 +146,7 @@ def test_an_old_copy_gives_way(root: Path, other: Path) -> None:
     write_bytes(root / "slots" / "s", b"first")
     ensure(other / "slots" / "s")
     write_bytes(root / "slots" / "s", b"later")
-    with open_artifact(other / "slots" / "s") as (file, size):
+    with open_newest(other / "slots" / "s") as (file, size, _):
         assert (file.read(), size) == (b"later", 5)
     ensure(other / "slots" / "s")
     assert (other / "slots" / "s").read_bytes() == b"later"
@@ -179,7 +179,7 @@ def test_what_a_killed_writer_did_not_give_to_the_store_is_not_believed(
         with pytest.raises(KeyboardInterrupt):
             write_bytes(root / "a" / "f", b"other")
     assert (root / "a" / "f").read_bytes() == b"other"
-    with open_artifact(root / "a" / "f") as (file, _):
+    with open_newest(root / "a" / "f") as (file, *_):
         assert file.read() == b"whole"
     ensure(root / "a")
     assert (root / "a" / "f").read_bytes() == b"whole"
@@ -189,7 +189,7 @@ def test_a_look_at_a_file_removes_nothing_that_others_have_just_fetched(root: Pa
     write_bytes(root / "a" / "f", b"x")
     (other / "a").mkdir(parents=True)
     (other / "a" / "f").write_bytes(b"x")  # in its place, and not noted yet
-    with open_artifact(other / "a" / "f") as (file, size):
+    with open_newest(other / "a" / "f") as (file, size, _):
         assert (file.read(), size) == (b"x", 1)
     assert (other / "a" / "f").is_file()
 
@@ -317,7 +317,7 @@ def test_a_copy_is_hashed_at_its_first_use_in_a_process(root: Path, other: Path)
     (other / "a" / "f").write_bytes(b"wrong")  # by whom the note of it is no secret
     os.utime(other / "a" / "f", ns=(status.st_atime_ns, status.st_mtime_ns))
     node_copies._hashed.clear()
-    with open_artifact(other / "a" / "f") as (file, _):
+    with open_newest(other / "a" / "f") as (file, *_):
         assert file.read() == b"right"
     ensure(other / "a" / "f")
     assert (other / "a" / "f").read_bytes() == b"right"

@@ -13,7 +13,7 @@ from test_lease import cut_off, quick  # noqa: F401
 from emloc_ray.errors import ArtifactError, TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.atomic import write_bytes
-from emloc_ray.io.store.node_cache import discard, ensure, hashes, open_artifact, sizes
+from emloc_ray.io.store.node_cache import discard, ensure, hashes, open_newest, sizes
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.stages.finetune.session import LoneSession
 
@@ -40,7 +40,7 @@ def begin(s3_port: int, node_cache: Path, request: pytest.FixtureRequest) -> Cal
 
 
 def read(path: Path) -> bytes:
-    with open_artifact(path) as (stream, _):
+    with open_newest(path) as (stream, *_):
         return stream.read()
 
 
