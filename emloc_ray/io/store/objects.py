@@ -97,11 +97,9 @@ class Objects:
         paths = [*listed["common_prefixes"], *(meta["path"] for meta in listed["objects"])]
         return [key.rstrip("/").rpartition("/")[2] for key in paths]
 
-    def files(self, path: str, recursive: bool = True) -> list[str]:
-        """The paths of the files in a directory and, where ``recursive``, in all below it: whatever their names."""
-        paths = [stored.path for stored in self.below(path)]
-        depth = path.count("/") + 1 if path else 0
-        return [file for file in paths if recursive or file.count("/") == depth]
+    def files(self, path: str) -> list[str]:
+        """The paths of the files in a directory and in all below it, whatever their names."""
+        return [stored.path for stored in self.below(path)]
 
     def find(self, path: str) -> Stored | None:
         """The object under a path's own name, or None."""

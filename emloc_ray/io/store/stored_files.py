@@ -47,8 +47,7 @@ def _matching_files(store: Objects, path: str, suffixes: Collection[str]) -> lis
     if plain is None:
         inside = [file for file in store.files(path) if file.lower().endswith(tuple(suffixes))]
         return [file for file in inside if not is_hidden(PurePosixPath(file).relative_to(path).parts)]
-    inside = store.files("/".join(parts[:plain]), recursive="**" in parts or plain + 1 < len(parts))
-    return [file for file in inside if _fits(file.split("/"), parts)]
+    return [file for file in store.files("/".join(parts[:plain])) if _fits(file.split("/"), parts)]
 
 
 def shown(place: str) -> str:
