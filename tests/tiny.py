@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +62,13 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def bracketed(tokens: Any, tokenizer: Any) -> str:
+    """A row's tokens as text, what is learnt in brackets."""
+    pairs = zip(tokens.completion_mask, tokens.input_ids, strict=True)
+    texts = ((mask, tokenizer.decode([token for _, token in run])) for mask, run in groupby(pairs, itemgetter(0)))
+    return "".join(f"[{text}]" if mask else text for mask, text in texts)
 
 
 def make_config(family: str, *, tied: bool = False, **changes: Any) -> Any:

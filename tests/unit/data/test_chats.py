@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny import make_tokenizer
+from tiny import bracketed, make_tokenizer
 
 from emloc_ray.data.formats import encode, sequences
 from emloc_ray.errors import DataError
@@ -60,16 +60,8 @@ def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
 def learnt(messages: list[dict[str, Any]], template: str, tools: list[dict[str, Any]] | None = None) -> list[str]:
     """Each sequence as text, what is learnt in brackets."""
     tokenizer = make_tokenizer(template)
-    written = []
-    row = {"messages": messages, "tools": tools}
-    for tokens in encode(sequences(row, "messages", tokenizer, "row 1"), tokenizer):
-        parts: list[tuple[bool, list[int]]] = []
-        for token, completion in zip(tokens.input_ids, tokens.completion_mask, strict=True):
-            if not parts or parts[-1][0] != completion:
-                parts.append((completion, []))
-            parts[-1][1].append(token)
-        written.append("".join(f"[{tokenizer.decode(ids)}]" if mask else tokenizer.decode(ids) for mask, ids in parts))
-    return written
+    made = sequences({"messages": messages, "tools": tools}, "messages", tokenizer, "row 1")
+    return [bracketed(tokens, tokenizer) for tokens in encode(made, tokenizer)]
 
 
 CHAT = [

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import http.server
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from faulting.s3 import uri
-from test_images import HERE, place, png, row
+from test_images import HERE, Server, place, png, row, serving
 
 from emloc_ray.data import downloads
 from emloc_ray.data.downloads import NotAllowed, download, is_public
@@ -22,43 +20,13 @@ from emloc_ray.errors import DataError
 from emloc_ray.io.store.object_store import ObjectStore
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """Redirects to where it is told to, or answers a byte at a time."""
-
-    targets: ClassVar[dict[str, str]] = {}
-    asked: ClassVar[list[str]] = []
-
-    def do_GET(self) -> None:
-        self.asked.append(f"{self.headers['Host'].partition(':')[0]}{self.path}")
-        if self.path in self.targets:
-            self.send_response(302)
-            self.send_header("Location", self.targets[self.path])
-            self.end_headers()
-            return
-        self.send_response(200)
-        self.end_headers()
-        content = png()
-        for at in range(len(content)) if self.path == "/slow.png" else ():
-            self.wfile.write(content[at : at + 1])
-            time.sleep(0.05)
-        if self.path != "/slow.png":
-            self.wfile.write(content)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(downloads, "WAITS_S", ())
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    Server.asked.clear()
-    Server.targets.clear()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as started:
-        threading.Thread(target=started.serve_forever, args=(0.01,), daemon=True).start()
-        yield started.server_address[1]
-        started.shutdown()
+    with serving() as number:
+        yield number
 
 
 @pytest.fixture

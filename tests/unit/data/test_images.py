@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,33 +63,46 @@ def place(folder: Path | str, number: int = 6) -> Place:
 
 
 class Server(BaseHTTPRequestHandler):
-    """Gives what is asked of it: an image, a refusal, or trouble that is over at the second try."""
+    """Gives what is asked of it: an image, a byte at a time too, where another is, a refusal, or trouble that is over at the
+    second try."""
 
+    targets: ClassVar[dict[str, str]] = {}
     asked: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
-        self.asked.append(self.path)
-        code = {"/gone.png": 404, "/broken.png": 500}.get(self.path, 200)
-        if self.path == "/busy.png" and self.asked.count(self.path) == 1:
-            code = 503
+        self.asked.append(f"{self.headers['Host'].partition(':')[0]}{self.path}")
+        is_first = self.asked.count(self.asked[-1]) == 1
+        codes = {"/gone.png": 404, "/broken.png": 500, "/busy.png": 503 if is_first else 200}
+        code = 302 if self.path in self.targets else codes.get(self.path, 200)
         self.send_response(code)
-        if self.path == "/short.png" and self.asked.count(self.path) == 1:
+        if code == 302:
+            self.send_header("Location", self.targets[self.path])
+        if self.path == "/short.png" and is_first:
             self.send_header("Content-Length", "9999")
         self.end_headers()
-        self.wfile.write(png() if code == 200 else b"no")
+        for byte in png() if code == 200 else b"no":
+            self.wfile.write(bytes([byte]))
+            time.sleep(0.05 if self.path == "/slow.png" else 0)
 
     def log_message(self, *args: Any) -> None:
         pass
 
 
+@contextlib.contextmanager
+def serving() -> Iterator[int]:
+    Server.asked.clear()
+    Server.targets.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as started:
+        threading.Thread(target=started.serve_forever, args=(0.01,), daemon=True).start()
+        yield started.server_address[1]
+        started.shutdown()
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(downloads, "WAITS_S", (0.01, 0.01))
-    Server.asked.clear()
-    with HTTPServer(("127.0.0.1", 0), Server) as started:
-        threading.Thread(target=started.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{started.server_address[1]}"
-        started.shutdown()
+    with serving() as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def test_every_way_of_naming_an_image_gives_its_bytes(tmp_path: Path, server: str) -> None:
@@ -192,12 +207,12 @@ def test_what_signs_a_url_is_in_no_error(server: str) -> None:
 
 def test_a_url_as_people_write_it(server: str) -> None:
     load_images(row({"type": "image", "url": f"{server}/a b ä.png?q=%20"}), "here", HERE)
-    assert Server.asked == ["/a%20b%20%C3%A4.png?q=%20"]
+    assert Server.asked == ["127.0.0.1/a%20b%20%C3%A4.png?q=%20"]
 
 
 def test_an_answer_that_ends_early_is_asked_for_again(server: str) -> None:
     assert load_images(row({"type": "image", "url": f"{server}/short.png"}), "here", HERE) == [png()]
-    assert Server.asked == ["/short.png"] * 2
+    assert Server.asked == ["127.0.0.1/short.png"] * 2
 
 
 def test_an_image_has_a_size_and_a_time(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +236,7 @@ def test_a_server_that_says_no_is_asked_once_and_one_in_trouble_again(
 ) -> None:
     with pytest.raises(DataError, match=f"{name} cannot be read .HTTP {code}"):
         load_images(row({"type": "image", "url": f"{server}/{name}"}), "here", HERE)
-    assert Server.asked == [f"/{name}"] * tries
+    assert Server.asked == [f"127.0.0.1/{name}"] * tries
 
 
 def test_a_server_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

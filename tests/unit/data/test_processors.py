@@ -292,12 +292,6 @@ def test_all_rows_bad(tmp_path: Path, vlm_dir: Callable[[str], Path]) -> None:
         tokenize_splits({"s": texts}, short, tmp_path / "short", rows_per_shard={"s": 5}, num_workers=1)
 
 
-def test_a_text_that_holds_an_image_s_token_is_told(vlm_dir: Callable[[str], Path]) -> None:
-    options = TokenizeOptions(str(vlm_dir("LLaVA")), "messages", 512)
-    with pytest.raises(DataError, match=r"row 1: .*<image>"):
-        tokens_of(options, row({"type": "text", "text": "is <image> a token?"}))
-
-
 def test_token_types_of_another_meaning_are_refused(
     vlm_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

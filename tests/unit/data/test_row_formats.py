@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from tiny import make_tokenizer
+from tiny import bracketed, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from emloc_ray.data.formats import check_row, encode, sequences
@@ -83,14 +83,8 @@ def written(row: dict[str, Any], format: str = "auto", tokenizer: Any = None, **
     tokenizer = tokenizer or make_tokenizer()
     row, kind = converted(row, format, columns, "f.jsonl, row 4", bool(tokenizer.chat_template))
     check_row(row, kind, "f.jsonl, row 4")
-    lines = []
-    for tokens in encode(sequences(row, kind, tokenizer, "f.jsonl, row 4"), tokenizer):
-        line, learnt = "", False
-        for token, completion in zip(tokens.input_ids, tokens.completion_mask, strict=True):
-            line += {(True, False): "]", (False, True): "["}.get((learnt, completion), "") + tokenizer.decode([token])
-            learnt = completion
-        lines.append(line + "]" * learnt)
-    return "\n".join(lines)
+    made = sequences(row, kind, tokenizer, "f.jsonl, row 4")
+    return "\n".join(bracketed(tokens, tokenizer) for tokens in encode(made, tokenizer))
 
 
 @pytest.mark.parametrize(("row", "format", "text"), CASES)

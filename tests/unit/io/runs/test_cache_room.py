@@ -147,15 +147,6 @@ def test_a_file_of_two_entries_counts_once(local: ArtifactCache, tmp_path: Path)
     assert [entry.key for entry in local.prune(1500)] == keys[:2]
 
 
-def test_what_was_altered_in_place_is_not_found(local: ArtifactCache, tmp_path: Path) -> None:
-    assert local.find(STAGE, KEY, verify=True) is None  # a miss says nothing of what another adds later
-    added(local, tmp_path / "first")
-    (file,) = Path(local.place).rglob("a.safetensors")
-    file.write_bytes(b"x" * 1000)
-    assert local.find(STAGE, KEY, verify=True) is None
-    assert local.entries() == []
-
-
 def test_pruned_while_it_is_linked(local: ArtifactCache, tmp_path: Path) -> None:
     """Each link gives all files or none, whatever others remove and add meanwhile."""
     contents = {f"emulator/{number}": bytes([number]) * 100 for number in range(20)}
