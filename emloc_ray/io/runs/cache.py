@@ -19,10 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pyarrow as pa
-
 from emloc_ray.errors import ArtifactError, DamagedArtifactError, EmlocError, Stopped
-from emloc_ray.io.formats.arrow_schemas import check_no_extensions, open_parquet
 from emloc_ray.io.runs.cache_place import FORMAT, CachePlace, turn_of
 from emloc_ray.io.store.digests import digest_of
 from emloc_ray.io.store.node_cache import ListedFiles, discard, open_newest, origin, sizes
@@ -32,7 +29,6 @@ from emloc_ray.io.store.transfer import listing, transfer
 from emloc_ray.io.store.turns import wait_for_turn
 
 _FILES = "files"
-_WITH_COLUMNS = (".arrow", ".parquet")
 PATIENCE_S = 6 * 3600.0  # with another one that makes the same and gets nowhere: it may have been stopped
 _LOOK_S = 0.1  # between two looks of a waiting thread at whether it is to stop
 _CONNECTIONS = 8
@@ -150,8 +146,8 @@ class ArtifactCache:
         """The entry, where every file of it is there with its size; another is removed. A place that cannot be read holds
         nothing.
 
-        ``verify``: checks that its files are of their content (:func:`holds`) and run no code. What this process added is of its
-        content, but where it is ``doubted``: then all is read. On an object store content is checked when it is fetched.
+        ``verify``: checks that its files are of their content (:func:`holds`). What this process added is of its content, but
+        where it is ``doubted``: then all is read. On an object store content is checked when it is fetched.
         ``outputs``: the folders of a run that its files may be for: another entry would write over what other stages made, or
         the run's own files, and is removed too. ``own_only``: passes over what another user may have made, whose code would run
         with this user's rights. An object store does not say who made an entry."""
@@ -163,7 +159,7 @@ class ArtifactCache:
             if own_only and not (self.is_own or self._is_of_user(entry)):
                 return None
             is_whole = _is_within(entry, outputs) and self._has_sizes(entry)
-            if not is_whole or ((verify or doubted) and not self._is_safe(entry, doubted)):
+            if not is_whole or ((verify or doubted) and not self._has_content(entry, doubted)):
                 self._at.remove(stage, key)
                 return None
             return entry
@@ -287,16 +283,19 @@ class ArtifactCache:
         owners = {file.st_uid for file in self._held_files(entry).values()}
         return self._at.store is None and owners | {self._at.owner(entry.stage, entry.key)} == {os.geteuid()}
 
-    def _is_safe(self, entry: Entry, doubted: bool) -> bool:
-        folder, hashed = self._at.folder(entry.stage, entry.key) / _FILES, doubted or self._at.store is None
-        read = [path for path in entry.files if hashed or path.endswith(_WITH_COLUMNS)]
-        listed = ListedFiles(folder) if read else None
+    def _has_content(self, entry: Entry, doubted: bool) -> bool:
+        if self._at.store is not None and not doubted:
+            return True
+        folder = self._at.folder(entry.stage, entry.key) / _FILES
+        listed = ListedFiles(folder)
 
-        def is_safe(path: str) -> bool:
-            return _is_safe(folder / path, entry.files[path]["sha256"] if hashed else None, doubted, listed)
+        def has_content(path: str) -> bool:
+            sha256 = entry.files[path]["sha256"]
+            with open_newest(folder / path, listed) as (stream, *_):
+                return holds(stream, sha256, doubted) if self._at.store is None else digest_of(stream) == sha256
 
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
-            return all(pool.map(is_safe, read))
+            return all(pool.map(has_content, entry.files))
 
     def _held_files(self, entry: Entry) -> dict[str, os.stat_result]:
         """An entry's files, without what is no file itself, such as a link. None in a store."""
@@ -342,26 +341,6 @@ def _is_within(entry: Entry, folders: Sequence[str] | None) -> bool:
     return folders is None or all(
         any(PurePosixPath(path).is_relative_to(one) for one in folders) for path in entry.files
     )
-
-
-def _is_safe(path: Path, sha256: str | None, doubted: bool, listed: ListedFiles | None) -> bool:
-    """Whether a file is of this content (None: of any; read anew where it is doubted), and its columns, where it has some, are
-    of types that run no code."""
-    with open_newest(path, listed) as (stream, *_):
-        is_local = origin(path) is None
-        if sha256 is not None and not (
-            holds(stream, sha256, anew=doubted) if is_local else digest_of(stream) == sha256
-        ):
-            return False
-        try:
-            stream.seek(0)
-            if path.suffix == ".arrow":
-                check_no_extensions(pa.ipc.open_file(stream).schema, path.name)
-            elif path.suffix == ".parquet":
-                open_parquet(stream, path.name)
-        except Exception:  # noqa: BLE001  whatever the code that is registered for a type raises over it
-            return False
-        return True
 
 
 def _run_name(root: Path) -> str:

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from faulting.s3 import uri
 from hypothesis import assume, given
@@ -234,23 +232,6 @@ def test_what_this_process_has_added_or_linked_is_not_read_again(
         assert entry is not None
         other.link(entry, tmp_path / run)
     assert len(read) == len(CONTENTS)
-
-
-@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
-def test_an_entry_that_carries_code_is_refused_and_goes(cache: ArtifactCache, tmp_path: Path, suffix: str) -> None:
-    """Once: no later run meets it again."""
-    field = pa.field("input_ids", pa.binary(), metadata={"ARROW:extension:name": "ray.data.arrow_pickled_object"})
-    table, path = pa.table([[b"code"]], schema=pa.schema([field])), tmp_path / "first" / "data" / f"shard.{suffix}"
-    path.parent.mkdir(parents=True)
-    if suffix == "arrow":
-        with pa.ipc.new_file(path, table.schema) as writer:
-            writer.write_table(table)
-    else:
-        pq.write_table(table, path)
-    files = {f"data/{path.name}": {"size": path.stat().st_size, "sha256": digest(path)}}
-    assert cache.add(STAGE, KEY, tmp_path / "first", files, {}, {}) is None
-    assert ArtifactCache(cache.place).find(STAGE, KEY, verify=True) is None
-    assert cache.entries() == []
 
 
 def test_an_entry_with_files_of_other_stages_goes(local: ArtifactCache, tmp_path: Path) -> None:

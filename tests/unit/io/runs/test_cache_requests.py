@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pyarrow as pa
 import pytest
 from test_cache import KEY, STAGE, held, made, place  # noqa: F401
 
@@ -43,19 +42,6 @@ def test_an_entry_s_files_are_listed_together(place: Callable[..., str], listed:
     cache.link(entry, second)
     assert sorted(listed) == ["emulator", f"{STAGE}/{KEY}/files/emulator"]
     assert held(second, CONTENTS) == CONTENTS
-
-
-@pytest.mark.server
-def test_an_entry_s_shards_are_checked_by_one_listing(place: Callable[..., str], listed: list[str]) -> None:
-    cache, run = ArtifactCache(place("bucket", "shared")), mirror(place("bucket", "first"))
-    batch, sink = pa.record_batch({"tokens": [1, 2]}), pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    shards = {f"data/shard-{number}.arrow": sink.getvalue().to_pybytes() for number in range(20)}
-    assert cache.add(STAGE, KEY, run, made(run, shards), {}, {}) is None
-    listed.clear()
-    assert cache.find(STAGE, KEY, verify=True) is not None
-    assert len(listed) < 5
 
 
 @pytest.mark.server
