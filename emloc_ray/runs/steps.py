@@ -191,9 +191,8 @@ class Steps:
         if entry is not None:
             self._clear(stage, entry, is_same=entry["inputs"] == context.made[stage.name])
             self.write_results()  # its old numbers are no longer this run's
-        gives = self.cache is not None and (self.cache.knows_owners or not self._trusts)
-        shared = None if stage.cache_inputs is None or not gives else stage.cache_inputs(context)
-        cached = None if shared is None or self._mixed else {**inputs, "shared": shared}
+        gives = self.cache is not None and (self.cache.knows_owners or not self._trusts) and not self._mixed
+        cached = dict(inputs) if gives and stage.is_shared is not None and stage.is_shared(context) else None
         if cached is not None and self._trusts:
             cached["user"] = os.geteuid()  # whose entries another user's must not stand in for
         with contextlib.nullcontext() if cached is None else self._alone(stage, cached):

@@ -17,7 +17,7 @@ from emloc_ray.io.store.node_cache import hashes
 from emloc_ray.modeling.architecture import LinearSpec, empty_model, load_config
 from emloc_ray.modeling.hub_weights import commit_of
 from emloc_ray.modeling.inputs import has_encoder
-from emloc_ray.modeling.loading import content_of_source, model_files
+from emloc_ray.modeling.loading import model_files
 from emloc_ray.modeling.stored_names import StoredParameter, stored_parameters, stored_specs
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.memory import MemoryModel
@@ -86,12 +86,6 @@ class Context:
     def model_key(self) -> str:
         """The fingerprint of the original."""
         return fingerprint(self.model_inputs)
-
-    @functools.cached_property
-    def weights(self) -> Inputs:
-        """A hash of the original's whole content: runs that share what they make of it must not go by times of files."""
-        source = self.prepared.source
-        return {"weights": content_of_source(source)} if source.hub_id is None else self.model_inputs
 
     def split_key(self, split: str) -> str:
         """The fingerprint of a split's token shards, by their content."""

@@ -16,7 +16,7 @@ from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.stages.context import Context, Inputs, Result
-from emloc_ray.stages.stage import Stage, cached_by_weights, one_worker
+from emloc_ray.stages.stage import Stage, one_worker
 
 if TYPE_CHECKING:
     from emloc_ray.stages.ray.tasks import Progress, Resources
@@ -81,5 +81,5 @@ IMPORT = Stage(
     cost=_cost,
     resumes=True,
     redone_by_from=False,
-    cache_inputs=cached_by_weights,
+    is_shared=lambda context: True,
 )

@@ -16,11 +16,6 @@ if TYPE_CHECKING:
     from emloc_ray.stages.ray.tasks import Progress, Resources
 
 
-def cached_by_weights(context: Context) -> Inputs:
-    """Runs that start from the same weights share what the stage makes of equal inputs."""
-    return context.weights
-
-
 @dataclass(frozen=True, kw_only=True)
 class Stage(Costed):
     """A step of a run: what it is made from, what it writes, how it runs, what it costs, and what is said of it.
@@ -40,8 +35,8 @@ class Stage(Costed):
     """The stages whose files it reads that may have been dropped by now."""
     drops: Callable[[Context], Sequence[str]] = lambda context: ()
     """The stages whose files nothing needs once this one is recorded."""
-    cache_inputs: Callable[[Context], Inputs | None] | None = None
-    """What is hashed beside ``inputs`` to find its work in a shared cache; None: it is not shared."""
+    is_shared: Callable[[Context], bool] | None = None
+    """Whether runs of equal ``inputs`` share its work through a cache; None: they never do."""
     resumes: bool = False
     """Whether what a killed try left in ``outputs`` is continued from."""
     redone_by_from: bool = True

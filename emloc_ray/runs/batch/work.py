@@ -164,7 +164,7 @@ class PipelineWork:
 
     def shared_bytes(self, task: Task) -> int:
         """What other tasks may share of all that the task is planned to have: links on a disk, copies in a bucket."""
-        shared = {stage.name for stage in STEPS if stage.cache_inputs is not None}
+        shared = {stage.name for stage in STEPS if stage.is_shared is not None}
         return sum(stage.disk_bytes for stage in self.stages(task) if stage.name in shared)
 
     def planned(self, task: Task) -> TaskPlan:

@@ -13,7 +13,7 @@ from emloc_ray.planning.sizes import gradient_bytes, gram_bytes
 from emloc_ray.planning.work import WITH_BACKWARD, block_work, head_work, tokens_calibrated
 from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, Labels, resume_job
 from emloc_ray.stages.context import Context, Inputs, Result
-from emloc_ray.stages.stage import Stage, cached_by_weights, metrics_of
+from emloc_ray.stages.stage import Stage, metrics_of
 
 if TYPE_CHECKING:
     from emloc_ray.stages.ray.tasks import Progress, Resources
@@ -181,7 +181,7 @@ CALIBRATE = Stage(
     outputs=("calibration",),
     run=_gather_grams,
     cost=_gram_cost,
-    cache_inputs=cached_by_weights,
+    is_shared=lambda context: True,
     resumes=True,
     summary=_summary,
     remarks=lambda context, result: [thin_experts(result)],
@@ -198,7 +198,7 @@ GRADIENTS = Stage(
     outputs=("gradients",),
     run=_gather_gradients,
     cost=_gradient_cost,
-    cache_inputs=cached_by_weights,
+    is_shared=lambda context: True,
     resumes=True,
     summary=_summary,
 )

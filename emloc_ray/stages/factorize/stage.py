@@ -23,7 +23,7 @@ from emloc_ray.planning.training import factor_ranks, factorize_work, healing_tr
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS, gradient_inputs
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.factorize.job import FactorizationJob
-from emloc_ray.stages.stage import Stage, cached_by_weights
+from emloc_ray.stages.stage import Stage
 
 if TYPE_CHECKING:
     from emloc_ray.stages.factorize.allocate import AllocationJob
@@ -343,7 +343,7 @@ ALLOCATE = Stage(
     run=_allocate,
     cost=_allocate_cost,
     reads=lambda context: SUMS,
-    cache_inputs=cached_by_weights,
+    is_shared=lambda context: True,
     resumes=True,
     divisible=True,
     summary=_allocate_summary,
@@ -359,7 +359,7 @@ FACTORIZE = Stage(
     run=_factorize,
     cost=_factorize_cost,
     reads=lambda context: SUMS if _reads_gradients(context.layout) else (CALIBRATE.name,),
-    cache_inputs=cached_by_weights,
+    is_shared=lambda context: True,
     resumes=True,
     divisible=True,
     summary=lambda result: f"{len(result['layers'])} linears, mean relative error {result['mean_relative_error']:.3f}",

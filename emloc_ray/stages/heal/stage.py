@@ -20,7 +20,7 @@ from emloc_ray.planning.work import block_work, emulator_work, head_work, num_tr
 from emloc_ray.stages.calibrate.stage import CALIBRATE
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import finetune_job, learned
-from emloc_ray.stages.stage import Stage, cached_by_weights, metrics_of
+from emloc_ray.stages.stage import Stage, metrics_of
 
 if TYPE_CHECKING:
     from emloc_ray.stages.heal.heal import HealingJob
@@ -179,7 +179,7 @@ HEAL = Stage(
     cost=_cost,
     steps=_steps,
     reads=lambda context: (CALIBRATE.name,) if _rounds_by_grams(context) else (),
-    cache_inputs=cached_by_weights,
+    is_shared=lambda context: True,
     resumes=True,
     summary=lambda result: f"{result['steps']} steps, mean divergence from the original {result['train_loss']:.3f}",
     note_if_left_out=no_healing,

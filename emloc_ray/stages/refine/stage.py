@@ -12,7 +12,7 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import block_work, emulator_work, tokens_calibrated
 from emloc_ray.stages.context import Context, Inputs, Result
-from emloc_ray.stages.stage import Stage, cached_by_weights, metrics_of, one_worker
+from emloc_ray.stages.stage import Stage, metrics_of, one_worker
 
 if TYPE_CHECKING:
     from emloc_ray.stages.ray.tasks import Progress, Resources
@@ -120,7 +120,7 @@ REFINE = Stage(
     run=_refine,
     cost=_cost,
     steps=_steps,
-    cache_inputs=cached_by_weights,
+    is_shared=lambda context: True,
     resumes=True,
     summary=_summary,
     note_if_left_out=no_refinement,

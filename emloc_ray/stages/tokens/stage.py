@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emloc_ray.config.schema import RunConfig
@@ -10,7 +9,7 @@ from emloc_ray.data.hub_splits import content_of_folders
 from emloc_ray.data.reading import fingerprint_sources
 from emloc_ray.data.token_shards import TOKEN_BYTES
 from emloc_ray.errors import DataError
-from emloc_ray.io.runs.fingerprint import content_of, fingerprint
+from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared, splits_of
@@ -69,22 +68,11 @@ def _formats(prepared: Prepared) -> list[str]:
     return sorted(taken) if made == "auto" else [made]
 
 
-def content_of_rows(prepared: Prepared) -> dict[str, str]:
-    """A hash of the rows of every split that has local files; a store tells the version of what lies in it."""
-    local = {name: [Path(s.path) for s in sources if not s.is_stored] for name, sources in prepared.files.items()}
-    return {name: content_of(files) for name, files in local.items()}
-
-
 def may_change(prepared: Prepared) -> bool:
     """Whether the rows may change under the same names: a data set of the hub, images that rows name."""
     data, names = prepared.config.data, splits_of(prepared.config)
     hub = any(split.hub for name in names if (split := getattr(data, name)) is not None)
     return hub or any(source.images for files in prepared.files.values() for source in files)
-
-
-def _cache_inputs(context: Context) -> Inputs | None:
-    prepared = context.prepared
-    return None if may_change(prepared) else {**context.weights, "rows": content_of_rows(prepared)}
 
 
 def _tokenize(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
@@ -161,7 +149,7 @@ DATA = Stage(
     cost=_cost,
     resumes=True,
     redone_by_from=False,
-    cache_inputs=_cache_inputs,
+    is_shared=lambda context: not may_change(context.prepared),
     summary=lambda result: (
         "rows: " + ", ".join(f"{split} {count['rows']:,}" for split, count in result["splits"].items())
     ),

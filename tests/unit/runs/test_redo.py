@@ -71,7 +71,7 @@ class Pipeline:
             resumes=self.resumes,
             scratch=(f"{name}_scratch",),
             inputs=lambda context: {"made": name, **self.changed},
-            cache_inputs=lambda context: {},
+            is_shared=lambda context: True,
             run=make,
             reads=lambda context: (),
             drops=lambda context: (),

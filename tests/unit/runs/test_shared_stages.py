@@ -48,7 +48,7 @@ def stage_of(made: list[str]) -> Stage:
         title="a file",
         workers=lambda config: config.merge,
         inputs=lambda context: {"seed": 0},
-        cache_inputs=lambda context: {},
+        is_shared=lambda context: True,
         run=write,
         outputs=("calibration",),
     )
@@ -78,7 +78,7 @@ def test_what_a_shared_cache_altered_is_made_again_for_all(
         return steps, context
 
     run("first")
-    store, key = ObjectStore(place), cache_key(stage, {"seed": 0, "shared": {}})
+    store, key = ObjectStore(place), cache_key(stage, {"seed": 0})
     [entry] = store.versions(f"calibrate/{key}/files").values()
     store.write(entry.path, b"wrong")
     steps, context = run("second")
@@ -120,7 +120,7 @@ def test_a_task_needs_no_disk_for_what_it_links(
     tiny_model_dir: Callable[..., Path], task_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = prepare(parse_config(make_values(tmp_path / "run", tiny_model_dir(), task_file)))
-    shared = {stage.name for stage in STEPS if stage.cache_inputs is not None}
+    shared = {stage.name for stage in STEPS if stage.is_shared is not None}
     bytes_of = {stage.name: stage.disk_bytes for stage in make_plan(STEPS, prepared).stages}
     own = sum(number for name, number in bytes_of.items() if name not in shared)
     free = (own + sum(bytes_of.values())) // 2

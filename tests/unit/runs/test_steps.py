@@ -68,7 +68,7 @@ def made_at_once() -> Stage:
         DATA,
         outputs=(),
         inputs=lambda context: {},
-        cache_inputs=lambda context: {},
+        is_shared=lambda context: True,
         run=lambda *_: {"splits": {}},
         remarks=lambda *_: (),
     )
@@ -162,7 +162,7 @@ def test_accepted_work_stands_is_told_and_is_not_shared(
         context.path("data", "tokens").mkdir(parents=True, exist_ok=True)
         return {"splits": {}}
 
-    stage = replace(DATA, inputs=lambda context: {"seed": 0}, cache_inputs=lambda context: {}, run=make)
+    stage = replace(DATA, inputs=lambda context: {"seed": 0}, is_shared=lambda context: True, run=make)
     cache = ArtifactCache(str(tmp_path / "cache"))
 
     def go(stage: Any = stage, accept: bool = False) -> list[str]:
