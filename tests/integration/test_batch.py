@@ -204,10 +204,11 @@ def test_what_the_cluster_could_never_run_is_told_before_anything_starts(
     with pytest.raises(ConfigError) as caught:
         run(path)
     wide, large = sorted(str(caught.value).split("\n"), reverse=True)
-    assert wide.startswith("task wide: finetune needs 5 CPUs and")
-    assert "for its 5 workers, there is 2 CPUs" in wide
-    assert large.startswith("task large: factorize needs 3 CPUs and")
-    assert "for one worker, the largest node has 2 CPUs" in large
+    assert wide.startswith("task wide: finetune starts 5 workers at once,")
+    assert "the cluster's nodes hold 2 of them" in wide
+    assert large.startswith(
+        "task large: factorize asks for 3 CPUs and 0 GPUs a worker, and the cluster's largest nodes have 2 CPUs"
+    )
     assert not (tmp_path / "many" / "tasks").exists()
     # A cluster that grows to more is said to.
     prepared = prepare_batch(read_batch(path, ["limits.cpus=8"]), reporter=PageReporter())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from emloc_ray.errors import ConfigError
@@ -24,11 +23,10 @@ from emloc_ray.runs.changes import Accept, check_accepted
 from emloc_ray.runs.gauges import BatchGauges
 from emloc_ray.runs.remarks import said_once
 from emloc_ray.runs.reporter import Reporter
-from emloc_ray.stages.ray.nodes import Node, grown_cluster, reachable_nodes, workers_that_fit
+from emloc_ray.stages.ray.nodes import grown_cluster, worker_problems
 from emloc_ray.stages.ray.session import check_nodes, connection, gpus_within_reach, smallest_gpu_bytes, total
+from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.text import size
-
-_ADVICE = "ask for less, or name in the batch's limits how far the cluster grows."
 
 Show = Callable[[BatchState], None]
 Tell = Callable[[str], None]
@@ -121,7 +119,8 @@ def run_batch(
 
 
 def check_fit(prepared: PreparedBatch) -> None:
-    """Raises ConfigError naming every task that can never run on the cluster."""
+    """Raises ConfigError naming every task that can never run on the cluster, which may grow as far as its autoscaler says, or to
+    the batch's limits."""
     problems: dict[str, list[str]] = {}
     for task in prepared.batch.tasks:
         for problem in _unfit(prepared.work.stages(task), prepared.batch.config.limits):
@@ -140,41 +139,25 @@ def cluster_capacity(limits: LimitsConfig) -> Amount:
     )
 
 
-def _unfit(stages: Iterable[StagePlan], limits: LimitsConfig) -> list[str]:
-    """A sentence for each stage that can never run: a worker exceeds every node that there is or may be added, or workers that
-    start together exceed the cluster, which may grow as far as its autoscaler says, or to ``limits``."""
-    reach = reachable_nodes()
-    nodes = [_amount({"memory": math.inf, **node}) for node, _ in reach]
-    whole = cluster_capacity(limits)
-    named = Amount(limits.cpus or 0.0, limits.gpus or 0.0, float(limits.memory or 0))
-    largest = Amount(*(max(sizes) for sizes in zip(*map(dataclasses.astuple, [named, *nodes]), strict=True)))
-    problems = []
+def _unfit(stages: Sequence[StagePlan], limits: LimitsConfig) -> list[str]:
+    """A sentence for each stage that can never run: its workers do not fit on the nodes, or exceed the limits."""
+    asked = [
+        (s.name, Resources(s.num_workers, s.cpus_per_worker, s.gpus_per_worker, s.host_bytes), s.together)
+        for s in stages
+    ]
+    named = {"CPU": limits.cpus, "GPU": limits.gpus, "memory": limits.memory}
+    grown = {kind: float(amount) for kind, amount in named.items() if amount is not None}
+    problems = [
+        f"{problem.removesuffix('.')}, or name in the batch's limits how far the cluster grows."
+        for problem in worker_problems(asked, grown)
+    ]
+    most = _amount({**dict.fromkeys(("CPU", "GPU", "memory"), math.inf), **grown})
     for stage in stages:
         worker = Amount(stage.cpus_per_worker, stage.gpus_per_worker, stage.host_bytes)
         together = worker if stage.divisible else worker * stage.num_workers
-        if not worker.fits_in(largest):
-            problems.append(
-                f"{stage.name} needs {_text(worker)} for one worker, the largest node has {_text(largest)}: {_ADVICE}"
-            )
-        elif not together.fits_in(whole):
-            problems.append(
-                f"{stage.name} needs {_text(together)} for its {stage.num_workers} workers, there is {_text(whole)}:"
-                f" {_ADVICE}"
-            )
-        elif (
-            stage.together
-            and limits == LimitsConfig()
-            and (fitting := _workers_that_fit(worker, reach)) < stage.num_workers
-        ):
-            problems.append(
-                f"{stage.name} needs {_text(worker)} for each of its {stage.num_workers} workers at once, the nodes hold"
-                f" {fitting:g} of them: {_ADVICE}"
-            )
+        if not together.fits_in(most):
+            problems.append(f"{stage.name} needs {_text(together)} at once: ask for less, or raise the batch's limits.")
     return problems
-
-
-def _workers_that_fit(worker: Amount, reach: Iterable[tuple[Node, float]]) -> float:
-    return workers_that_fit({"CPU": worker.cpus, "GPU": worker.gpus, "memory": worker.memory}, reach)
 
 
 def _amount(resources: Mapping[str, float]) -> Amount:
@@ -185,5 +168,4 @@ def _amount(resources: Mapping[str, float]) -> Amount:
 
 def _text(amount: Amount) -> str:
     gpus = f", {amount.gpus:g} GPUs" if amount.gpus else ""
-    memory = "any memory" if math.isinf(amount.memory) else size(amount.memory)
-    return f"{amount.cpus:g} CPUs{gpus} and {memory}"
+    return f"{amount.cpus:g} CPUs{gpus} and {size(amount.memory)}"

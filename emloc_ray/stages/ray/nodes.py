@@ -73,18 +73,26 @@ def grown_cluster() -> dict[str, float]:
 
 
 def check_workers(stages: Iterable[tuple[str, Resources, bool]]) -> None:
-    """Raises ConfigError where a worker of a stage asks for more CPUs or GPUs than any node has, or is planned to hold more than
-    any node's memory, or where workers that have to run together (the flag) do not fit on all nodes at once. Nodes that an
-    autoscaler may add count: without them the stage would wait for ever. On a single node memory decides nothing. Nothing
-    is raised under an autoscaler that tells Ray no limits: there a stage waits, and :func:`shortage` says what for."""
+    """Raises ConfigError with all :func:`worker_problems`."""
+    if problems := worker_problems(stages):
+        raise ConfigError("\n".join(problems))
+
+
+def worker_problems(stages: Iterable[tuple[str, Resources, bool]], grown: Node | None = None) -> list[str]:
+    """A sentence for each stage of which a worker asks for more CPUs or GPUs than any node has, or is planned to hold more than
+    any node's memory, or whose workers have to run together (the flag) and do not fit on all nodes at once. Nodes that an
+    autoscaler may add count, and what the cluster is said to have once it is ``grown``: without them the stage would wait
+    for ever. On a single node memory decides nothing. Nothing is said under an autoscaler that tells Ray no limits:
+    there a stage waits, and :func:`shortage` says what for."""
     if has_unknown_autoscaler():
-        return
-    reach, problems = reachable_nodes(), []
+        return []
+    live, problems = reachable_nodes(), []
+    reach = [*live, (grown, 1.0)] if grown else live
     nodes = [node for node, _ in reach]
     for stage, asked, together in stages:
         wanted = {"CPU": asked.cpus_per_worker, "GPU": asked.gpus_per_worker}
         able = [node for node in nodes if _workers_on(wanted, node)]
-        if len(nodes) > 1:
+        if len(live) > 1:
             wanted["memory"] = asked.memory_per_worker
         each = f"{wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs a worker"
         if not able:
@@ -100,8 +108,7 @@ def check_workers(stages: Iterable[tuple[str, Resources, bool]]) -> None:
                 f"{stage} starts {asked.num_workers} workers at once, with {each}{memory}, and the cluster's nodes hold"
                 f" {fitting:g} of them: lower its num_workers, ask for less, or add nodes first."
             )
-    if problems:
-        raise ConfigError("\n".join(problems))
+    return problems
 
 
 def _too_large(stage: str, planned: float, able: Sequence[Node]) -> str:

@@ -9,32 +9,61 @@ import pytest
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.planning.plan import StagePlan
-from emloc_ray.runs.batch import driver
 from emloc_ray.runs.batch.config import LimitsConfig
 from emloc_ray.runs.batch.driver import check_fit
+from emloc_ray.stages.ray import nodes
 
 NODE = {"CPU": 3.0, "memory": 2.0**34}
+TRAINING = StagePlan("finetune", {"weights": 2.0**30}, 0, 1.0, 3, 2.0, 0.0, together=True)
+SLOTS = StagePlan("calibrate", {"weights": 2.0**30}, 0, 1.0, 3, 2.0, 0.0)
+ON_GPU = StagePlan("evaluate", {"weights": 2.0**30}, 0, 1.0, 1, 16.0, 1.0, divisible=True)
+ADVICE = "or name in the batch's limits how far the cluster grows.$"
 
 
 @pytest.mark.parametrize(
-    ("together", "limits", "fits"),
-    [(True, {}, False), (False, {}, True), (True, {"cpus": 6}, True)],
-    ids=["a training", "slots, which take turns", "a cluster that grows"],
+    ("stage", "live", "limits", "refused"),
+    [
+        (TRAINING, [NODE, NODE], {}, f"finetune starts 3 workers at once, .* hold 2 of them.*, {ADVICE}"),
+        (SLOTS, [NODE, NODE], {}, None),
+        (TRAINING, [NODE, NODE], {"cpus": 6}, None),
+        (
+            SLOTS,
+            [NODE, NODE],
+            {"cpus": 4},
+            r"calibrate needs 6 CPUs and 3.00 GiB at once: .* raise the batch's limits\.$",
+        ),
+        (
+            ON_GPU,
+            [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 64.0}],
+            {},
+            f"evaluate asks for 16 CPUs and 1 GPUs a worker, .*, {ADVICE}",
+        ),
+        (ON_GPU, [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 64.0}], {"cpus": 16, "gpus": 1}, None),
+        (TRAINING, [{"CPU": 1.0, "KubeRay": 1.0}], {}, None),
+    ],
+    ids=[
+        "together",
+        "in turns",
+        "within limits",
+        "beyond limits",
+        "of two nodes",
+        "on a node to come",
+        "only a head up",
+    ],
 )
-def test_workers_of_a_training_have_to_fit_on_the_nodes_at_once(
-    together: bool, limits: dict[str, Any], fits: bool, monkeypatch: pytest.MonkeyPatch
+def test_what_no_nodes_can_take_is_refused(
+    stage: StagePlan, live: list[Any], limits: dict[str, Any], refused: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = StagePlan("finetune", {"weights": 2.0**30}, 0, 1.0, 3, 2.0, 0.0, together=together)
     tasks, config = [SimpleNamespace(name="a")], SimpleNamespace(limits=LimitsConfig(**limits))
     prepared: Any = SimpleNamespace(
         batch=SimpleNamespace(tasks=tasks, config=config), work=SimpleNamespace(stages=lambda task: (stage,))
     )
-    monkeypatch.setattr(driver, "reachable_nodes", lambda: [(NODE, 2.0)])
-    monkeypatch.setattr(driver, "grown_cluster", lambda: {name: 2 * amount for name, amount in NODE.items()})
-    if fits:
+    monkeypatch.setattr(nodes.state, "get_cluster_config", lambda: None)
+    labels = [{"ray.io/node-group": "head"} if "KubeRay" in node else {} for node in live]
+    listed = [{"Alive": True, "Resources": node, "Labels": of} for node, of in zip(live, labels, strict=True)]
+    monkeypatch.setattr(nodes.ray, "nodes", lambda: listed)
+    if refused is None:
         check_fit(prepared)
         return
-    with pytest.raises(
-        ConfigError, match=r"^task a: finetune needs 2 CPUs and 1.00 GiB for each of its 3 workers at once,"
-    ):
+    with pytest.raises(ConfigError, match=f"^task a: {refused}"):
         check_fit(prepared)
