@@ -27,7 +27,7 @@ from emloc_ray.data.tokenizing import ShardTokenizer, TokenizeOptions
 from emloc_ray.data.units import shard_units
 from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
-from emloc_ray.stages.correct.correct import finish_adapter
+from emloc_ray.stages.correct.correct import finish
 from emloc_ray.stages.correct.job import CorrectionJob, module_groups
 from emloc_ray.stages.correct.modules import CorrectableModule, write_modules
 
@@ -101,7 +101,7 @@ def correct(meter: Meter, hidden: int, intermediate: int, r: int, folder: Path) 
     [group] = module_groups(job, adapter.names)
     write_modules(group.path, [module(name) for name in adapter.names])
     with meter.during("correct"):
-        finish_adapter(job)
+        finish(job)
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """Correct: takes the emulator's difference out of the adapter, a Ray task for the linears that share a Gram; another task
 scores the candidates, and the best is written."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, get_args
@@ -37,25 +36,19 @@ def candidates(method: str, clamp: float | None, strength: float) -> list[Candid
     return [Candidate(m, clamp, strength) for m in get_args(Method) if m == method]
 
 
-def correct_adapter(
-    job: CorrectionJob, progress: Progress = silent, device: torch.device | str = "cpu"
-) -> dict[str, Any]:
+def correct_adapter(job: CorrectionJob, device: str = "cpu") -> dict[str, Any]:
     """Corrects every module on ``device``, chooses among the candidates on the selection split, writes ``job.out_dir``; in this
     process. Returns the choice, every candidate's loss, and each module's shortfall before and after."""
     discard(job.state_dir)
     plan = _Plan(job)
     if plan.num_passes:
         see_adapted_inputs(job)
-        progress(1, plan.total)
-    for number, group in enumerate(plan.groups):
-        write_modules(group.path, see_differences(plan.opened, group, torch.device(device)))
-        progress(plan.num_passes + number + 1, plan.total)
+    read_groups(Opened(job), plan.groups, device)
     if plan.num_scored:
         scoring = Scoring(job)
         for unit in range(plan.num_scored):
             scoring.accumulate(unit)
-            progress(plan.num_read + unit + 1, plan.total)
-    result = finish(plan)
+    result = finish(job)
     discard(job.state_dir)
     return result
 
@@ -89,7 +82,7 @@ def correct(
             planned_s=resources.planned_s,
         )
     here = replace(resources, gpus_per_worker=0)
-    [result] = run_tasks(finish_adapter, job, [("the adapter", ())], here, Losses("correct", tell))
+    [result] = run_tasks(finish, job, [("the adapter", ())], here, Losses("correct", tell))
     return {"num_workers": resources.num_workers, **result}
 
 
@@ -105,11 +98,6 @@ class _Plan:
         self.num_scored = len(job.candidates) if self.rows else 0
         chooses_none = choosing and not self.rows
         self.num_passes = int(job.reads_adapted and bool(self.groups) and not chooses_none)
-
-    @functools.cached_property
-    def opened(self) -> Opened:
-        """What the groups are read from."""
-        return Opened(self.job)
 
     @property
     def num_read(self) -> int:
@@ -138,16 +126,12 @@ def read_groups(opened: Opened, groups: Sequence[ModuleGroup], device: str) -> N
             write_modules(group.path, see_differences(opened, group, torch.device(device)))
 
 
-def finish_adapter(job: CorrectionJob) -> dict[str, Any]:
-    """:func:`finish` as a task, which holds the adapter as corrected."""
-    return finish(_Plan(job))
-
-
 @exact_float32()
-def finish(plan: _Plan) -> dict[str, Any]:
+def finish(job: CorrectionJob) -> dict[str, Any]:
     """Chooses by what was scored, and writes the adapter: see :func:`correct_adapter`. In the method's own form where it is
     LoRA or nothing is taken out; else as a LoRA adapter of the same linears."""
-    job, adapter = plan.job, plan.adapter
+    plan = _Plan(job)
+    adapter = plan.adapter
     if plan.as_trained:
         copy_adapter(job.adapter_dir, job.out_dir)
         return {

@@ -25,7 +25,7 @@ from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.stored_names import stored_parameters, stored_specs
 from emloc_ray.stages.correct import modules as stage
-from emloc_ray.stages.correct.correct import correct, finish_adapter, read_groups
+from emloc_ray.stages.correct.correct import correct, finish, read_groups
 from emloc_ray.stages.correct.job import CorrectionJob, module_groups
 from emloc_ray.stages.correct.modules import CorrectableModule, Opened, read_modules, see_differences, write_modules
 from emloc_ray.stages.factorize.factorize import finish_emulator
@@ -137,7 +137,7 @@ def test_a_worker_with_a_gpu_reads_its_groups_in_one_task(
     shares, heard = list[Any](), list[tuple[int, int]]()
 
     def here(function: Any, shared: Any, work: Any, resources: Any, losses: Any, *progress: Any) -> list[Any]:
-        if function is finish_adapter:  # as a task of the stage's memory, which the final actor has none of
+        if function is finish:  # as a task of the stage's memory, which the final actor has none of
             assert resources == replace(granted, gpus_per_worker=0)
             return [function(shared)]
         for name, (share, device) in work:
