@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from emloc_ray.core.correction import Candidate
 from emloc_ray.core.gram import Gram
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard
@@ -16,6 +18,7 @@ from emloc_ray.io.formats.grams import GramStore, StoredGram, write_gram_index, 
 from emloc_ray.modeling.adapter_files import LoraModule, write_adapter
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model
 from emloc_ray.stages.calibrate.job import CalibrationJob
+from emloc_ray.stages.correct.job import CorrectionJob
 from emloc_ray.stages.factorize.job import FactorizationJob
 
 
@@ -41,6 +44,12 @@ class Artifacts:
     @property
     def adapter_dir(self) -> Path:
         return self.root / "adapter"
+
+    def correction(self, emulator_dir: Path, root: Path, candidate: Candidate, **more: Any) -> CorrectionJob:
+        """Of its adapter, for an emulator of its model, into ``root``."""
+        paths = self.model_dir, emulator_dir, self.calibration_dir, self.adapter_dir, root / "corrected"
+        job = CorrectionJob(*paths, self.tokens_dir, self.tokens_dir, self.specs, (candidate,))
+        return replace(job, **more)
 
 
 def random_rows(*lengths: int) -> list[Tokens]:

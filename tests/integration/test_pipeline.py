@@ -17,8 +17,8 @@ import pytest
 import torch
 from run_samples import finished_metrics, metric_keys
 from safetensors import safe_open
-from safetensors.torch import load_file
 from small_runs import LENGTH, FinishedRun, run_values, task_rows
+from stage_artifacts import tensors_in
 from tiny import EOS
 from transformers import AutoModelForCausalLM
 
@@ -101,13 +101,6 @@ RUNS = ("llama_run", "qwen_run", "gpt2_run", "dense_run")
 def any_run(request: pytest.FixtureRequest) -> FinishedRun:
     """Every kind of run in turn."""
     return request.getfixturevalue(request.param)
-
-
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
 
 
 def adapter_updates(run: FinishedRun) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
@@ -235,7 +228,7 @@ def test_plain_libraries_read_adapter_and_merged_alike(
 
 
 def test_merged_tensors_are_the_original_plus_the_update(any_run: FinishedRun) -> None:
-    originals, merged = tensors(any_run.model_dir), tensors(any_run.root / "merged")
+    originals, merged = tensors_in(any_run.model_dir), tensors_in(any_run.root / "merged")
     updates = adapter_updates(any_run)
     assert merged.keys() == originals.keys()
     changed = 0
@@ -333,7 +326,7 @@ def test_rslora_and_patterns_reach_the_adapter(qwen_run: FinishedRun) -> None:
 
 
 def test_bfloat16_stays_bfloat16(gpt2_run: FinishedRun) -> None:
-    assert {t.dtype for t in tensors(gpt2_run.root / "emulator").values()} == {torch.bfloat16}
+    assert {t.dtype for t in tensors_in(gpt2_run.root / "emulator").values()} == {torch.bfloat16}
     store = GramStore(gpt2_run.root / "calibration")
     assert store.read("transformer.h.0.attn.c_attn").dtype == torch.float32
 
@@ -345,10 +338,10 @@ def test_ratio_one_is_plain_lora_on_the_original(dense_run: FinishedRun) -> None
     assert not (dense_run.root / "calibration").exists()
     assert metrics["correction"]["method"] == "none"
     assert metrics["emulator"]["parameters_kept"] == 1.0
-    originals, emulator = tensors(dense_run.model_dir), tensors(dense_run.root / "emulator")
+    originals, emulator = tensors_in(dense_run.model_dir), tensors_in(dense_run.root / "emulator")
     assert emulator.keys() == originals.keys()
     assert all(torch.equal(emulator[name], originals[name]) for name in originals)
-    trained, corrected = (tensors(dense_run.root / name) for name in ("adapter_emulator", "adapter"))
+    trained, corrected = (tensors_in(dense_run.root / name) for name in ("adapter_emulator", "adapter"))
     assert trained.keys() == corrected.keys()
     assert all(torch.equal(trained[name], corrected[name]) for name in trained)
     evaluation = metrics["evaluation"]

@@ -16,7 +16,6 @@ from emloc_ray.core.gram import Gram
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore, StoredGram, write_gram_shard
 from emloc_ray.stages.correct.correct import correct_adapter
-from emloc_ray.stages.correct.job import CorrectionJob
 from emloc_ray.stages.factorize.allocate import AllocationJob, group_spectra
 from emloc_ray.stages.factorize.factorize import factorize_group
 from emloc_ray.stages.factorize.job import FactorizationJob
@@ -64,19 +63,8 @@ def test_refined_blocks(artifacts: Artifacts, products: Float32Products, tmp_pat
 
 
 def test_corrections(artifacts: Artifacts, products: Float32Products, tmp_path: Path) -> None:
-    correct_adapter(
-        CorrectionJob(
-            model_dir=artifacts.model_dir,
-            emulator_dir=save_emulator(artifacts.model_dir, tmp_path / "emulator"),
-            calibration_dir=artifacts.calibration_dir,
-            adapter_dir=artifacts.adapter_dir,
-            out_dir=tmp_path / "corrected",
-            selection_dir=artifacts.tokens_dir,
-            tokens_dir=artifacts.tokens_dir,
-            specs=artifacts.specs,
-            candidates=(Candidate("covariance", None, 1.0),),
-        )
-    )
+    emulator = save_emulator(artifacts.model_dir, tmp_path / "emulator")
+    correct_adapter(artifacts.correction(emulator, tmp_path, Candidate("covariance", None)))
 
 
 def test_merged_weights(artifacts: Artifacts, products: Float32Products, tmp_path: Path) -> None:

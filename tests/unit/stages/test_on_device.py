@@ -17,7 +17,6 @@ from emloc_ray.core.correction import Candidate
 from emloc_ray.modeling.adapter import load_adapter
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.stages.correct.adapted import see_adapted_inputs
-from emloc_ray.stages.correct.job import CorrectionJob
 from emloc_ray.stages.finetune.job import FinetuneJob, ValidationJob
 from emloc_ray.stages.finetune.session import LoneSession
 from emloc_ray.stages.finetune.validation import Validation
@@ -61,20 +60,10 @@ def test_blocks_are_refined(artifacts: Artifacts, emulator_dir: Path, tmp_path: 
 
 def test_what_linears_read_beside_the_adapter(artifacts: Artifacts, emulator_dir: Path, tmp_path: Path) -> None:
     for number, device in enumerate(DEVICES):
-        job = CorrectionJob(
-            model_dir=artifacts.model_dir,
-            emulator_dir=emulator_dir,
-            calibration_dir=artifacts.calibration_dir,
-            adapter_dir=artifacts.adapter_dir,
-            out_dir=tmp_path / str(number) / "corrected",
-            selection_dir=artifacts.tokens_dir,
-            tokens_dir=artifacts.tokens_dir,
-            specs=artifacts.specs,
-            candidates=(Candidate("adapted", None, 1.0),),
-            model_options={"device": device},
-        )
+        root, options = tmp_path / str(number), {"device": device}
+        job = artifacts.correction(emulator_dir, root, Candidate("adapted"), model_options=options)
         see_adapted_inputs(job)
-        job.adapted_path.rename(tmp_path / str(number) / "adapted.safetensors")
+        job.adapted_path.rename(root / "adapted.safetensors")
     assert_alike([tmp_path / "0", tmp_path / "1"])
 
 

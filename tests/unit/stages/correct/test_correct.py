@@ -42,17 +42,8 @@ KEYS = ("method", "clamp", "strength")
 @pytest.fixture
 def job(artifacts: Artifacts, tmp_path: Path) -> CorrectionJob:
     """A correction of the adapter for an emulator of rank 8, whose last linear is dense."""
-    return CorrectionJob(
-        model_dir=artifacts.model_dir,
-        emulator_dir=save_emulator(artifacts.model_dir, tmp_path / "emulator"),
-        calibration_dir=artifacts.calibration_dir,
-        adapter_dir=artifacts.adapter_dir,
-        out_dir=tmp_path / "corrected",
-        selection_dir=artifacts.tokens_dir,
-        tokens_dir=artifacts.tokens_dir,
-        specs=artifacts.specs,
-        candidates=(Candidate("covariance", None, 1.0),),
-    )
+    emulator = save_emulator(artifacts.model_dir, tmp_path / "emulator")
+    return artifacts.correction(emulator, tmp_path, Candidate("covariance", None))
 
 
 def update(adapter: Adapter, name: str) -> torch.Tensor:

@@ -105,18 +105,7 @@ def test_correction_takes_out_what_4_bits_changed(artifacts: Artifacts, tmp_path
     # At full rank, or dense, 4 bits are all that the emulator differs by.
     full = {spec.name: min(spec.out_features, spec.in_features) for spec in artifacts.specs}
     emulator_dir = save_quantized_emulator(artifacts.model_dir, tmp_path / "e", full if ranks == "high" else {})
-    job = CorrectionJob(
-        model_dir=artifacts.model_dir,
-        emulator_dir=emulator_dir,
-        calibration_dir=None,
-        adapter_dir=artifacts.adapter_dir,
-        out_dir=tmp_path / "corrected",
-        selection_dir=artifacts.tokens_dir,
-        tokens_dir=artifacts.tokens_dir,
-        specs=artifacts.specs,
-        candidates=(Candidate("projection", None),),
-    )
-    assert_corrected(job)
+    assert_corrected(artifacts.correction(emulator_dir, tmp_path, Candidate("projection", None), calibration_dir=None))
 
 
 def test_experts_in_4_bits_are_corrected_as_any_linear(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
