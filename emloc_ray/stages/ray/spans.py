@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +106,7 @@ def growing_segments(variables: Mapping[str, str]) -> dict[str, str]:
     GPU's memory; empty where ``variables`` say already what it does. A process reads it when it first uses CUDA."""
     if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & variables.keys():
         return {}
-    renamed = tuple(map(int, version("torch").split(".")[:2])) >= (2, 10)  # 2.9 does not heed the new name on CUDA
-    return {"PYTORCH_ALLOC_CONF" if renamed else "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    return {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def _leave_imports_alone() -> None:
