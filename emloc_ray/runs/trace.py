@@ -99,7 +99,6 @@ def trace_events(spans: Sequence[Span]) -> list[dict[str, Any]]:
                 "tid": tids[node, worker],
                 "args": {
                     "stage": span.stage,
-                    "count": span.count,
                     "peak_bytes": span.peak_bytes,
                     **({"gpu_peak_bytes": span.gpu_peak_bytes} if span.gpu_peak_bytes else {}),
                 },
@@ -132,4 +131,4 @@ def _span(event: dict[str, Any], names: dict[tuple[str, int, int], str]) -> Span
     begin, end = event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
     args = event["args"]
     peaks = args["peak_bytes"], args.get("gpu_peak_bytes", 0)
-    return Span(event["cat"], f"{worker} on {node}", event["name"], begin, end, args["count"], *peaks)
+    return Span(event["cat"], f"{worker} on {node}", event["name"], begin, end, *peaks)

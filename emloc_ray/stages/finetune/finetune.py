@@ -36,7 +36,7 @@ from emloc_ray.stages.finetune.trainer import STORE_POLL_S
 from emloc_ray.stages.finetune.training import train_alone, train_loop
 from emloc_ray.stages.ray import pace
 from emloc_ray.stages.ray.losses import SILENT, Losses, Tell, explain, hopeless, last_line, own_error, unheard
-from emloc_ray.stages.ray.spans import Span, tell_span
+from emloc_ray.stages.ray.spans import tell_span
 from emloc_ray.stages.ray.tasks import LOOK_S, Progress, Resources, bounded, newest, silent
 from emloc_ray.text import Rate
 
@@ -156,10 +156,9 @@ def run_group(job: FinetuneJob, resources: Resources, tell: Tell, check: Callabl
     with _interruptible():
         while (outcome := _fit(job, resources, losses)) is None:
             check()
-    peaks_of = dict(enumerate(outcome["peaks"]))
-    for rank in range(resources.num_workers):
-        peaks = peaks_of.get(rank, {})
-        tell_span(Span(job.stage, f"rank {rank}", "the training", begun_at, time.time(), **peaks))
+    for rank, span in enumerate(outcome["spans"]):
+        who = {"stage": job.stage, "worker": f"rank {rank}", "unit": "the training"}
+        tell_span(replace(span, begun_at=begun_at, finished_at=time.time(), **who))
     return outcome
 
 

@@ -39,7 +39,7 @@ from emloc_ray.stages.finetune.watchdog import Watchdog
 from emloc_ray.stages.finetune.zero import join_as_deepspeed_rank, scattered_in
 from emloc_ray.stages.ray.losses import is_out_of_memory
 from emloc_ray.stages.ray.pace import end_process
-from emloc_ray.stages.ray.spans import timed
+from emloc_ray.stages.ray.spans import Span, timed
 from emloc_ray.stages.ray.tasks import set_threads
 
 # Of a training beside one that is scored, whose arguments it has.
@@ -47,26 +47,26 @@ _UNSCORED = {"eval_on_start": False}
 
 
 def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each worker of a Ray Train group runs; returns what the driver wants to know, and the ``peaks`` of each rank's
-    memory: Ray Train hands on what the first one returns."""
+    """What each worker of a Ray Train group runs; returns what the driver wants to know, and each rank's span: Ray Train
+    hands on what the first one returns."""
     if settings["device"] == "cpu":  # a Ray that our caller started lets every worker see its node's GPUs
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     set_threads(settings["threads"])
     job: FinetuneJob = settings["job"]
     if exists(job.out_of_memory_path):  # the group was restarted, and would run out once more
-        return {"out_of_memory": True, "peaks": []}
+        return {"out_of_memory": True, "spans": []}
     try:
         outcome = timed(train)(job, GroupSession(job.place))
     except Exception as error:
         if is_out_of_memory(error):
             write_text(job.out_of_memory_path, "")
         raise
-    return {**outcome.result, "peaks": of_ranks(outcome.peaks)}
+    return {**outcome.result, "spans": of_ranks(outcome.span)}
 
 
-def of_ranks(own: dict[str, int]) -> list[dict[str, int]]:
+def of_ranks(own: Span) -> list[Span]:
     """What each rank of this process's group says, by rank. All ranks call it."""
-    said: list[dict[str, int]] = [own] * torch.distributed.get_world_size()
+    said = [own] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(said, own)
     return said
 

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from emloc_ray.stages.ray.departures import Departures
 from emloc_ray.stages.ray.losses import Losses
-from emloc_ray.stages.ray.spans import Span, Timed, tell_span, timed
+from emloc_ray.stages.ray.spans import Timed, tell_span, timed
 from emloc_ray.stages.ray.tasks import LOOK_S, Flight, FlightTask, Next, Progress, Resources, remote_task, silent
 
 LEFT = -2  # no unit's number
@@ -131,8 +131,8 @@ class _Slot(FlightTask):
 
     def take(self, given: Timed, losses: Losses) -> Next:
         """A unit that is done, the slot's end, or that it leaves its node."""
-        worker, unit = f"slot {self.number} on {given.worker.partition(' on ')[2]}", given.result
-        tell_span(Span(losses.stage, worker, self._at, given.begun_at, given.finished_at, **given.peaks))
+        worker, unit = f"slot {self.number} on {given.span.worker.partition(' on ')[2]}", given.result
+        tell_span(dataclasses.replace(given.span, stage=losses.stage, worker=worker, unit=self._at))
         if unit is None:  # committed to the end
             return "over"
         if unit == LEFT:

@@ -9,7 +9,6 @@ import functools
 import gc
 import os
 import resource
-import socket
 import sys
 import threading
 import time
@@ -19,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emloc_ray.io.store.turns import own_name
+
 _EVERY_S = 0.02
 
 
 @dataclass(frozen=True)
 class Span:
-    """``count`` pieces of a stage's work by one worker; ``unit`` names it where it is one.
+    """A piece of a stage's work, its ``unit``, by one worker.
 
     Times are in seconds since 1970. ``peak_bytes``: the most that its process held meanwhile, without mapped models.
     ``idle_bytes``: what it held before, which is what its imports take. ``gpu_peak_bytes``: what torch reserved of its GPU. 0
@@ -36,7 +37,6 @@ class Span:
     unit: str
     begun_at: float
     finished_at: float
-    count: int = 1
     peak_bytes: int = 0
     gpu_peak_bytes: int = 0
     idle_bytes: int = 0
@@ -44,20 +44,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Timed:
-    """A task's result, with its times, its process, and the peak of this process's memory and of its GPU's."""
+    """A task's result and its span, whose stage and unit the driver names."""
 
     result: Any
-    worker: str
-    begun_at: float
-    finished_at: float
-    peak_bytes: int
-    gpu_peak_bytes: int = 0
-    idle_bytes: int = 0
-
-    @property
-    def peaks(self) -> dict[str, int]:
-        """What a span says of its memory."""
-        return {name: getattr(self, name) for name in ("peak_bytes", "gpu_peak_bytes", "idle_bytes")}
+    span: Span
 
 
 Listener = Callable[[Span], None]
@@ -87,10 +77,8 @@ def timed(function: Callable[..., Any], goes_on: bool = False) -> Callable[..., 
         with _OwnPeak() as own:
             result = function(*arguments, **named)
         gpu_peak = cuda.max_memory_reserved() if (cuda := _cuda()) else 0
-        where = f"process {os.getpid()} on {socket.gethostname()}"
-        return Timed(
-            result, where, begun_at, time.time(), min(_peak(), own.bytes or sys.maxsize), gpu_peak, _idle_bytes[0]
-        )
+        peak = min(_peak(), own.bytes or sys.maxsize)
+        return Timed(result, Span("", own_name(), "", begun_at, time.time(), peak, gpu_peak, _idle_bytes[0]))
 
     return run
 

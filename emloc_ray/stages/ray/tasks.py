@@ -8,7 +8,7 @@ import heapq
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import ray
@@ -18,7 +18,7 @@ from emloc_ray.errors import ArtifactError, StageError
 from emloc_ray.io.store.node_cache import existing
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.pace import Pace
-from emloc_ray.stages.ray.spans import Span, Timed, tell_span, timed
+from emloc_ray.stages.ray.spans import Timed, tell_span, timed
 
 Progress = Callable[[int, int], None]
 Look = Callable[[int, int], object]
@@ -164,8 +164,7 @@ class FlightTask:
 
     def take(self, given: Timed, losses: Losses) -> Next:
         """Keeps what the task gave."""
-        when = given.begun_at, given.finished_at
-        tell_span(Span(losses.stage, given.worker, self.name, *when, **given.peaks))
+        tell_span(replace(given.span, stage=losses.stage, unit=self.name))
         self.result = given.result
         return "over"
 

@@ -215,5 +215,5 @@ def test_several_reporters_hear_all(run: RunDirectory, tmp_path: Path) -> None:
 def test_a_tasks_time_comes_with_its_result() -> None:
     found = timed(math.hypot)(3, 4)
     assert found.result == 5
-    assert found.begun_at <= found.finished_at <= time.time()
-    assert found.worker.startswith(f"process {os.getpid()} on ")
+    assert found.span.begun_at <= found.span.finished_at <= time.time()
+    assert found.span.worker.startswith(f"process {os.getpid()} on ")

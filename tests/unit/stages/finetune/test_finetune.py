@@ -31,7 +31,7 @@ from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.trainer import StepKeeper
 from emloc_ray.stages.finetune.training import of_ranks
 from emloc_ray.stages.ray.losses import Losses
-from emloc_ray.stages.ray.spans import listening
+from emloc_ray.stages.ray.spans import Span, listening
 from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.stages.ray.usage import Usage
 
@@ -43,7 +43,7 @@ OUTCOME = {
     "resumed": True,
     "train_loss": 1.0,
     "trainable_parameters": 1,
-    "peaks": [],
+    "spans": [],
 }
 
 
@@ -204,7 +204,7 @@ def test_several_workers_hear_a_stop_between_logged_steps_and_end_at_the_same_on
 
 def _peaks_of_two(rank: int, root: Path, found: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{root / 'group'}", rank=rank, world_size=2)
-    found.put(of_ranks({"gpu_peak_bytes": 10 + rank}))
+    found.put(of_ranks(Span("", f"process {rank}", "", 0.0, 1.0, gpu_peak_bytes=10 + rank)))
 
 
 def test_a_group_s_peaks_are_those_of_each_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,8 +216,9 @@ def test_a_group_s_peaks_are_those_of_each_rank(tmp_path: Path, monkeypatch: pyt
     first, second = (found.get(timeout=60) for _ in ranks)
     for process in ranks:
         process.join(60)
-    assert first == second == [{"gpu_peak_bytes": 10}, {"gpu_peak_bytes": 11}]
-    trained = SimpleNamespace(fit=lambda: SimpleNamespace(return_value={"peaks": first}))
+    assert first == second
+    assert [span.gpu_peak_bytes for span in first] == [10, 11]
+    trained = SimpleNamespace(fit=lambda: SimpleNamespace(return_value={"spans": first}))
     monkeypatch.setattr("emloc_ray.stages.finetune.finetune.TorchTrainer", lambda *_, **__: trained)
     usage = Usage(JOB.stage)
     with listening(usage.hear):

@@ -21,9 +21,10 @@ from emloc_ray.stages.finetune.trainer import StepKeeper
 from emloc_ray.stages.ray import departures, pace, slots, tasks
 from emloc_ray.stages.ray.departures import Departures
 from emloc_ray.stages.ray.losses import Losses
-from emloc_ray.stages.ray.spans import Timed
+from emloc_ray.stages.ray.spans import Span, Timed
 
 NODE = "ab" * 28
+SPAN = Span("", "process 1 on here", "", 0.0, 1.0)
 
 
 def taken_back() -> RayActorError:
@@ -99,8 +100,8 @@ def test_a_slot_commits_and_leaves_a_node_that_is_about_to_go(monkeypatch: pytes
 def test_a_unit_that_takes_for_ever_is_ended_and_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(tasks.time, "monotonic", lambda: now[0])
-    units = [Timed(unit, "process 1 on here", 0.0, 1.0, 0) for unit in (-1, *range(8))]
-    end = Timed(None, "process 1 on here", 0.0, 1.0, 0)
+    units = [Timed(unit, SPAN) for unit in (-1, *range(8))]
+    end = Timed(None, SPAN)
     tries = [iter(units[:7]), iter([*units[6:], end])]
     cancelled: list[Any] = []
     told: list[str] = []
@@ -135,7 +136,7 @@ def test_a_unit_that_takes_for_ever_is_ended_and_begun_again(monkeypatch: pytest
 def test_a_task_that_takes_for_ever_is_ended_and_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(tasks.time, "monotonic", lambda: now[0])
-    done = Timed(1, "process 1 on here", 0.0, 1.0, 0)
+    done = Timed(1, SPAN)
     started: list[Any] = []
 
     def submit(given: list[list[Timed | None]]) -> Any:

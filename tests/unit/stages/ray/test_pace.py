@@ -10,8 +10,10 @@ import pytest
 from emloc_ray.stages.ray import pace, tasks
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.pace import Ended, Overdue, Pace, WholePace
-from emloc_ray.stages.ray.spans import Timed
+from emloc_ray.stages.ray.spans import Span, Timed
 from emloc_ray.stages.ray.tasks import Flight, FlightTask, Next
+
+SPAN = Span("", "process 1 on here", "", 0.0, 1.0)
 
 Wait = Callable[[WholePace, float, int], None]
 
@@ -69,7 +71,7 @@ def test_a_look_at_many_tasks_sorts_few_times_and_comes_once_a_second(
     monkeypatch.setattr(tasks.ray, "wait", lambda flying, **_: (flying, []))
     monkeypatch.setattr(tasks.ray, "get", lambda given: given)
     units = 10**5
-    done = Timed(1, "process 1 on here", 0.0, 0.001, 0)
+    done = Timed(1, SPAN)
     given = iter([None, *[done] * units])
 
     class Slot(FlightTask):

@@ -12,7 +12,7 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 from emloc_ray.errors import StageError
 from emloc_ray.stages.ray import slots, tasks
 from emloc_ray.stages.ray.losses import Losses
-from emloc_ray.stages.ray.spans import Timed
+from emloc_ray.stages.ray.spans import Span, Timed
 
 
 def test_a_slot_that_failed_is_not_cancelled_for_its_worker_may_be_at_other_work(
@@ -37,6 +37,7 @@ def test_a_slot_that_failed_is_not_cancelled_for_its_worker_may_be_at_other_work
 
 
 LOST = WorkerCrashedError()
+SPAN = Span("", "process 1 on here", "", 0.0, 1.0)
 NO_UNIT = -1
 
 
@@ -47,7 +48,7 @@ def work_off(tries: list[list[Any]], monkeypatch: pytest.MonkeyPatch, bound: int
     def get(unit: Any) -> Timed:
         if unit is LOST:
             raise LOST
-        return Timed(unit, "process 1 on here", 0.0, 1.0, 0)
+        return Timed(unit, SPAN)
 
     monkeypatch.setattr(tasks.ray, "wait", lambda tasks, **_: (tasks[:1], tasks[1:]))
     monkeypatch.setattr(tasks.ray, "get", get)

@@ -13,12 +13,12 @@ SCRIPT = """
 from emloc_ray.stages.ray.spans import timed
 
 task = timed(lambda: None)
-before = task().peak_bytes
+before = task().span.peak_bytes
 blocks = [bytearray(b"x") * 100_000 for _ in range(2000)]
-held = task().peak_bytes
+held = task().span.peak_bytes
 last = blocks.pop()  # on top of what is freed now
 blocks.clear()
-print(before, held, task().peak_bytes)
+print(before, held, task().span.peak_bytes)
 """
 
 

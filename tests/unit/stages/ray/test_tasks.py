@@ -16,8 +16,10 @@ from emloc_ray.errors import ArtifactError, StageError, TakenOver
 from emloc_ray.stages.ray import tasks
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.nodes import shortage
-from emloc_ray.stages.ray.spans import Timed
+from emloc_ray.stages.ray.spans import Span, Timed
 from emloc_ray.stages.ray.tasks import Resources, bounded
+
+SPAN = Span("", "process 1 on here", "", 0.0, 1.0)
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(0.5, 1), (1, 1), (2, 2), (2.5, 2)])
@@ -134,9 +136,7 @@ def test_lost_tasks_start_again_and_results_keep_their_order(monkeypatch: pytest
     def submit(name: str) -> Iterator[Any]:
         started.append(name)
         outcome = outcomes[name].pop(0)
-        return iter(
-            [None, outcome if isinstance(outcome, Exception) else Timed(outcome, "process 1 on here", 0.0, 1.0, 0)]
-        )
+        return iter([None, outcome if isinstance(outcome, Exception) else Timed(outcome, SPAN)])
 
     def get(given: Any) -> Any:
         if isinstance(given, Exception):
@@ -162,7 +162,7 @@ def test_the_progress_of_tasks_that_write_files_is_theirs(tmp_path: Path, monkey
         for file in files:
             file.touch()
             yield None
-        yield Timed(1, "process 1 on here", 0.0, 1.0, 0)
+        yield Timed(1, SPAN)
 
     monkeypatch.setattr(tasks.ray, "wait", lambda references, **options: (references[:1], references[1:]))
     monkeypatch.setattr(tasks.ray, "get", lambda given: given)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from emloc_ray.stages.ray import usage as monitor
-from emloc_ray.stages.ray.spans import Span, Timed, listening, tell_span, timed
+from emloc_ray.stages.ray.spans import Span, listening, tell_span, timed
 from emloc_ray.stages.ray.usage import measured
 
 
@@ -20,15 +20,15 @@ def test_a_workers_peak_is_that_of_its_own_task() -> None:
         time.sleep(0.3)  # while they are looked at
         return len(held)
 
-    large: Timed = timed(hold)(2**28)
-    small: Timed = timed(hold)(2**10)
-    assert large.result == 2**28
+    done = timed(hold)(2**28)
+    large, small = done.span, timed(hold)(2**10).span
+    assert done.result == 2**28
     assert large.peak_bytes - small.peak_bytes == pytest.approx(2**28, rel=0.2)
     assert large.peak_bytes - large.idle_bytes == pytest.approx(2**28, rel=0.2)
     kept: list[bytearray] = []
-    first: Timed = timed(kept.append)(bytearray(2**10))
+    first = timed(kept.append)(bytearray(2**10)).span
     kept.append(bytearray(2**27))
-    assert timed(kept.clear, goes_on=True)().idle_bytes == first.idle_bytes
+    assert timed(kept.clear, goes_on=True)().span.idle_bytes == first.idle_bytes
 
 
 def test_pages_of_mapped_models_do_not_count(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_pages_of_mapped_models_do_not_count(tmp_path: Path) -> None:
         with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             return sum(mapped[at] for at in range(0, 2**27, 4096))
 
-    held: Timed = timed(read)()
+    held = timed(read)().span
     assert held.peak_bytes - held.idle_bytes < 2**25
 
 
