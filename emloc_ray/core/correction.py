@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -68,10 +68,13 @@ class Difference:
     delta_aq: Tensor | None = None
     adapted_inner: Tensor | None = None
 
-    def cpu(self) -> Difference:
-        """On the CPU."""
-        delta_gq, inner = (None if part is None else part.cpu() for part in (self.delta_gq, self.inner))
-        return replace(self, delta_q=self.delta_q.cpu(), delta_gq=delta_gq, inner=inner)
+    def first(self, k: int, energy: float) -> Difference:
+        """Of the first k directions, on the CPU, with this energy."""
+        gram_parts = (
+            (None, None) if self.delta_gq is None or self.inner is None else (self.delta_gq[:, :k], self.inner[:k, :k])
+        )
+        delta_gq, inner = (None if part is None else part.cpu() for part in gram_parts)
+        return Difference(self.delta_q[:, :k].cpu(), delta_gq, inner, energy, self.damping)
 
 
 def canonical_form(lora_a: Tensor, lora_b: Tensor) -> CanonicalLora:
@@ -120,6 +123,15 @@ def residual_energy(weight: Tensor, stored: StoredWeight, gram: Tensor | None = 
         weighed = delta if gram is None else torch.addmm(delta, delta, gram, beta=damping)
         total += (weighed * delta).sum(dtype=torch.float64)
     return float(total)
+
+
+def energy_with(energy: float, up: Tensor, delta_g: Tensor, inner: Tensor) -> float:
+    """``tr(Δ' G Δ'ᵀ)`` of ``Δ' = Δ − up down``, from ``energy = tr(Δ G Δᵀ)``: what healing made of a layer's residual by adding
+    ``up (out, k)`` and ``down (k, in)``.
+
+    ``delta_g`` is ``Δ' G downᵀ (out, k)``, with what is stored now; ``inner`` is ``down G downᵀ (k, k)``.
+    """
+    return energy - float((up * (2 * delta_g + up @ inner)).sum())
 
 
 def correction(seen: Difference, method: Method, scale: float, dampening_frac: float = 1e-4) -> Tensor:

@@ -37,11 +37,13 @@ def rounded_late(layout: Layout, healing: HealingConfig | None) -> tuple[str, ..
 
 
 def changed_after_factorizing(emulator: EmulatorConfig, layout: Layout) -> set[str]:
-    """The linears whose stored weights refinement or healing changes, so that the error that factorizing measured no longer
-    holds: refined and healed factors, and what is put into few bits after healing."""
-    healing, refined = emulator.heals, () if emulator.refines is None else layout.ranks
-    healed = () if healing is None else healed_layers(layout.ranks, healing.r)
-    return {*refined, *healed, *quantized_late(layout, healing)}
+    """The linears whose stored weights refinement or healing changes otherwise than by ranks added, so that the error that
+    factorizing measured no longer holds: refined factors, and what is put into few bits or pivoted after healing."""
+    healing = emulator.heals
+    changed = set(layout.ranks if emulator.refines is not None else ()) | {*quantized_late(layout, healing)}
+    if healing is not None and layout.storage == "pivoted":
+        changed |= {*healed_layers(layout.ranks, healing.r)}
+    return changed
 
 
 def healing_split(config: RunConfig) -> str:

@@ -21,8 +21,8 @@ class CorrectionJob:
     """Artifact paths and flat settings of the stage.
 
     Where there is more than one candidate, ``none`` is the first. ``max_tokens`` bounds what scoring all may read (None: all
-    selection rows). ``residuals``: each linear's ``tr(Δ G' Δᵀ)`` as the factorization measured it; without linears whose weights
-    have changed since. ``gram_dampening_frac`` damps their G'.
+    selection rows). ``residuals``: each linear's ``tr(Δ G' Δᵀ)`` as the factorization measured it, before healing added
+    ``healed`` ranks; without linears whose weights were stored anew since. ``gram_dampening_frac`` damps their G'.
 
     For ``adapted`` the emulator with the adapter reads calibration rows of ``tokens_dir``, of which the ``calibration_tokens``
     count. ``streams`` names the tokens that a linear reads, where these are not the row's.
@@ -41,6 +41,7 @@ class CorrectionJob:
     dampening_frac: float = 1e-4
     gram_dampening_frac: float = 1e-6
     residuals: Mapping[str, float] = field(default_factory=dict)
+    healed: Mapping[str, int] = field(default_factory=dict)
     update_tolerance: float = 1e-3
     batch_size: int = 8
     loss_on: str = "completion"

@@ -18,6 +18,7 @@ from emloc_ray.core.correction import (
     clamp_columns,
     correction,
     difference,
+    energy_with,
     residual_energy,
     shortfall,
 )
@@ -129,7 +130,7 @@ def see_differences(opened: Opened, group: ModuleGroup, device: torch.device = _
         lora, lack = as_lora_module(adapter, spec, job.update_tolerance)
         magnitudes = Magnitudes(adapter.magnitude(spec.name)) if dora else None
         bare.append(CorrectableModule(lora, canonical_form(lora.lora_a, lora.lora_b), None, magnitudes, lack))
-    columns = [module.form.q.to(device) for module in bare]
+    columns = [_columns(job, module, emulator).to(device) for module in bare]
     gram = None if group.gram is None else group.gram.read(device)
     scale = 0.0 if gram is None else float(gram.diagonal().mean(dtype=torch.float64))
     gram_columns: Sequence[Tensor | None] = [None] * len(bare)
@@ -142,18 +143,54 @@ def see_differences(opened: Opened, group: ModuleGroup, device: torch.device = _
         if stored is None:
             corrected.append(module)
             continue
-        weight, damping = spec.read_weight(original).to(device), job.gram_dampening_frac * scale
-        energy = job.residuals.get(spec.name) if scale else None
-        if energy is None:
-            energy = residual_energy(weight, stored, gram, damping)
-        seen = difference(weight, stored, own, gram_own, energy=energy, damping=damping).cpu()
+        weight, k = spec.read_weight(original).to(device), module.form.q.shape[1]
+        wide = difference(weight, stored, own, gram_own, damping=job.gram_dampening_frac * scale)
+        if gram is not None and not scale:
+            energy = 0.0
+        else:
+            energy = _energy(job, spec.name, weight, stored, own[:, k:], wide, gram)
+        seen = wide.first(k, energy)
         if f"{spec.name}/q" in opened.adapted:
             basis, columns_of = (opened.adapted[f"{spec.name}/{part}"].read_rows().double() for part in ("q", "gram_q"))
             adapted_q = columns_of @ (basis.T @ module.form.q)  # both bases are of the same directions
             delta_aq = difference(weight, stored, adapted_q.to(device)).delta_q.cpu()
             seen = replace(seen, delta_aq=delta_aq, adapted_inner=module.form.q.T @ adapted_q)
-        corrected.append(replace(module, seen=seen, magnitudes=_for_original(module, weight, stored, own, seen)))
+        corrected.append(replace(module, seen=seen, magnitudes=_for_original(module, weight, stored, own[:, :k], seen)))
     return corrected
+
+
+def _columns(job: CorrectionJob, module: CorrectableModule, emulator: Checkpoint) -> Tensor:
+    """Q, and beside it the rows that healing joined to ``down``: ``(in, k + r)``, float64."""
+    added = job.healed.get(module.lora.name)
+    if added is None:
+        return module.form.q
+    down = emulator.read(f"{module.lora.name}.down.weight")[-added:]
+    return torch.cat([module.form.q, down.double().T], dim=1)
+
+
+def _energy(
+    job: CorrectionJob,
+    name: str,
+    weight: Tensor,
+    stored: StoredWeight,
+    added: Tensor,
+    wide: Difference,
+    gram: Tensor | None,
+) -> float:
+    """``tr(Δ G' Δᵀ)`` of what is stored: the factorization's where it measured that.
+
+    Healing joins ranks to its factors: the energy is then :func:`energy_with` these, ``added (in, r)``. Only what was made
+    anew since, as factors put into 4 bits or pivoted after healing, or was never measured, is measured here.
+    """
+    known = job.residuals.get(name)
+    if known is None or gram is None or wide.delta_gq is None or wide.inner is None:
+        return residual_energy(weight, stored, gram, wide.damping)
+    count = added.shape[1]
+    if not count:
+        return known
+    delta_g = wide.delta_gq[:, -count:] + wide.damping * wide.delta_q[:, -count:]
+    inner = wide.inner[-count:, -count:] + wide.damping * added.T @ added
+    return energy_with(known, stored.left[:, -count:].double(), delta_g, inner)
 
 
 def _for_original(

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config.schema import CorrectionConfig
+from emloc_ray.core.healing import healed_layers
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import CANDIDATES, MemoryModel
@@ -51,7 +52,7 @@ def correction_job(context: Context) -> CorrectionJob:
         max_tokens=None if section.max_share is None else int(section.max_share * trained_tokens(context)),
         dampening_frac=section.dampening_frac,
         gram_dampening_frac=config.emulator.dampening_frac,
-        residuals=_residuals(context),
+        **_residuals(context),
         update_tolerance=section.update_tolerance,
         batch_size=config.evaluation.batch_size,
         loss_on=context.loss_on(),
@@ -64,12 +65,19 @@ def correction_job(context: Context) -> CorrectionJob:
     )
 
 
-def _residuals(context: Context) -> dict[str, float]:
-    """What the factorization measured, for linears whose stored weights have not changed since."""
+def _residuals(context: Context) -> dict[str, Any]:
+    """What the factorization measured, for linears whose stored weights have not changed since, except for ranks that healing
+    added."""
+    emulator, layout = context.prepared.config.emulator, context.layout_made
     layers = context.results.get("factorize", {}).get("layers", {})
-    known = layers.keys() - changed_after_factorizing(context.prepared.config.emulator, context.layout_made)
+    known = layers.keys() - changed_after_factorizing(emulator, layout)
     residuals = {name: layer.get("residual_energy") for name, layer in layers.items() if name in known}
-    return {name: energy for name, energy in residuals.items() if energy is not None}
+    healing = emulator.heals
+    healed = () if healing is None else healed_layers(layout.ranks, healing.r)
+    return {
+        "residuals": {name: energy for name, energy in residuals.items() if energy is not None},
+        "healed": {name: healing.r for name in healed if name in known} if healing is not None else {},
+    }
 
 
 def _inputs(context: Context) -> Inputs:

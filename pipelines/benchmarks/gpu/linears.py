@@ -210,7 +210,7 @@ def _corrected(session: Session, shape: tuple[int, int], device: torch.device) -
     def correct() -> None:
         form = canonical_form(lora.lora_a, lora.lora_b)
         q = form.q.to(device)
-        seen = difference(weight, stored, q, product_by_rows(gram, q), energy=energy).cpu()
+        seen = difference(weight, stored, q, product_by_rows(gram, q)).first(q.shape[1], energy)
         module, candidate = CorrectableModule(lora, form, seen), Candidate("covariance", None)
         made.append((module.corrected(candidate, _DAMPENING), module.shortfalls(candidate, _DAMPENING)))
 

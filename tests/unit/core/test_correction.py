@@ -20,6 +20,7 @@ from emloc_ray.core.correction import (
     clamp_columns,
     correction,
     difference,
+    energy_with,
     residual_energy,
     shortfall,
 )
@@ -329,6 +330,17 @@ def test_what_is_seen_in_chunks_equals_the_plain_products(dtype: torch.dtype, ra
     damped = gram + 0.5 * torch.eye(12)
     assert residual_energy(weight, stored, gram, 0.5) == pytest.approx(energy_of(delta, damped), rel=1e-5)
     assert residual_energy(weight, stored) == pytest.approx(energy_of(delta), rel=1e-5)
+
+
+@given(seeds, sizes, st.floats(0.01, 10))
+def test_the_energy_of_healed_factors_follows_from_what_was_joined(
+    seed: int, size: tuple[int, int, int], strength: float
+) -> None:
+    delta, down, up = case(seed, size)
+    up, gram = strength * up, spd(seed + 4, size[1])
+    healed = delta - up @ down
+    found = energy_with(energy_of(delta, gram), up, healed @ gram @ down.T, down @ gram @ down.T)
+    assert found == pytest.approx(energy_of(healed, gram), rel=1e-9)
 
 
 @given(seeds, sizes, st.floats(1e-6, 10))

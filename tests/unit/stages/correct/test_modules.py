@@ -92,7 +92,9 @@ def healed(job: CorrectionJob, root: Path, **changes: Any) -> CorrectionJob:
     files = [piece.file for piece in pieces(fold)]
     kept_wide = fold.kept_wide if fold.in_4bit else None
     finish_emulator(files, AutoConfig.from_pretrained(job.model_dir), job.emulator_dir, ranks, fold.storage, kept_wide)
-    return replace(job, emulator_dir=root / "healed", residuals={})
+    plain = fold.storage == "factors" and not fold.in_4bit
+    residuals = job.residuals if plain else {}
+    return replace(job, emulator_dir=root / "healed", residuals=residuals, healed=dict.fromkeys(residuals, R))
 
 
 def all_modules(job: CorrectionJob) -> dict[str, CorrectableModule]:
@@ -186,13 +188,14 @@ def test_what_healing_joins_is_counted_in(dtype: str, tiny_model_dir: Callable[.
 
 
 @pytest.mark.parametrize("changes", [{"storage": "pivoted"}, {"in_4bit": True}])
-def test_what_is_stored_otherwise_after_healing_is_measured_too(
+def test_what_was_stored_anew_after_healing_is_measured_anew(
     changes: dict[str, Any], tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     storage = {"storage": changes["storage"]} if "storage" in changes else {}
     job = emulated(tmp_path, tiny_model_dir("llama"), **storage)
     names = tuple(job.residuals)
     job = healed(job, tmp_path, **({"in_4bit": names} if "in_4bit" in changes else storage))
+    assert not job.residuals
     assert_direct(job, all_modules(job))
 
 
