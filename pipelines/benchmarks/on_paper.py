@@ -29,7 +29,7 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.sizes import gram_bytes
-from emloc_ray.planning.skeleton import skeleton_of
+from emloc_ray.planning.skeleton import Skeleton, skeleton_of
 from emloc_ray.stages.order import STEPS
 from emloc_ray.text import duration
 
@@ -46,10 +46,15 @@ MACHINES: dict[str, tuple[dict[str, Any], str, Speeds]] = {
 }
 
 
+_SKELETONS: dict[str, Skeleton] = {}  # by the model's config in JSON: each takes longer than the plan
+
+
 def bare_prepared(values: dict[str, Any], model_config: Any) -> Prepared:
     """A config on a model that has no files: enough to plan with."""
-    config = parse_config(values)
-    layout = make_layout(config, skeleton_of(model_config, empty_model(model_config)))
+    config, sizes = parse_config(values), model_config.to_json_string()
+    if sizes not in _SKELETONS:
+        _SKELETONS[sizes] = skeleton_of(model_config, empty_model(model_config))
+    layout = make_layout(config, _SKELETONS[sizes])
     return Prepared(config, RunDirectory(config.run_dir), ModelSource(Path()), model_config, layout, {})
 
 

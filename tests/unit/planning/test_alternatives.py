@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.on_paper import bare_prepared
 from transformers import LlamaConfig
 
 from emloc_ray.config.reading import load_config, parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import write_yaml
-from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.modeling.architecture import empty_model
-from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning.alternatives import Alternative, Choice, choose_training
 from emloc_ray.planning.costs import StageCost, busy_seconds
 from emloc_ray.planning.emulator_budget import spend_evenly
-from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel
 from emloc_ray.planning.model_checks import check_healing
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.skeleton import Skeleton, skeleton_of
 from emloc_ray.planning.work import training_cost
 
 MODEL = LlamaConfig(
@@ -56,17 +51,11 @@ def values_of(budget: int | None, **sections: Any) -> dict[str, Any]:
     }
 
 
-@functools.cache
-def skeleton() -> Skeleton:
-    return skeleton_of(MODEL, empty_model(MODEL))
-
-
 def prepared(budget: int | None = None, **sections: Any) -> Prepared:
-    config = parse_config(values_of(budget, **sections))
-    layout = make_layout(config, skeleton())
-    if config.emulator.budget is not None:
-        layout = spend_evenly(layout, config.emulator, 2)
-    return Prepared(config, RunDirectory("unused"), ModelSource(Path()), MODEL, layout, {})
+    ready = bare_prepared(values_of(budget, **sections), MODEL)
+    if ready.config.emulator.budget is None:
+        return ready
+    return dataclasses.replace(ready, layout=spend_evenly(ready.layout, ready.config.emulator, 2))
 
 
 def chosen(megabytes: int, speeds: Speeds = FAST, **sections: Any) -> Choice:

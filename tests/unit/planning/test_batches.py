@@ -8,23 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bare_runs import bare_run
 from transformers import LlamaConfig
 
 from emloc_ray.config.reading import load_config, parse_config
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.modeling.architecture import empty_model
-from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning import calibration_memory
 from emloc_ray.planning.batches import shrink_batches, without_budget
 from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.costs import with_base
-from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
 from emloc_ray.planning.plan import check_stages, make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.planning.training import healing_training
 from emloc_ray.planning.work import rows_a_step
 from emloc_ray.runs.remarks import over_budget, smaller_batches
@@ -40,14 +36,12 @@ MODEL = LlamaConfig(
     num_key_value_heads=3,
     tie_word_embeddings=True,
 )
-SKELETON = skeleton_of(MODEL, empty_model(MODEL))
 ROOT = Path(__file__).parents[3]
 LEFT_OUT = object()
 
 
-def prepared(budget: Any, **sections: Any) -> Prepared:
+def prepared(budget: Any, model_config: Any = MODEL, **sections: Any) -> Prepared:
     values = {
-        "run_dir": "unused",
         **({} if budget is LEFT_OUT else {"memory_budget": budget}),
         "model": {"source": "unused", "dtype": "float32"},
         "data": {"train": {"path": "unused"}, "max_seq_length": 256},
@@ -55,10 +49,8 @@ def prepared(budget: Any, **sections: Any) -> Prepared:
         "emulator": {"allocation": "sensitivity", "objective": "predictions", "healing": {"steps": 4}},
         "finetune": {"per_device_train_batch_size": 8, "gradient_checkpointing": False, "exact_steps": 2},
         "evaluation": {"batch_size": 32},
-        **sections,
     }
-    config = parse_config(values)
-    return Prepared(config, RunDirectory("unused"), ModelSource(Path()), MODEL, make_layout(config, SKELETON), {})
+    return bare_run(model_config, **{**values, **sections})
 
 
 def test_every_stage_stays_within_inference_and_a_step_keeps_its_rows() -> None:
@@ -151,11 +143,9 @@ def test_what_cannot_be_kept_to_is_refused_where_it_was_written_and_told_where_n
     wide = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=16384, num_hidden_layers=2, num_attention_heads=2
     )
-    skeleton = skeleton_of(wide, empty_model(wide))
 
     def of(budget: Any) -> Prepared:
-        ready = prepared(budget)
-        return dataclasses.replace(ready, model_config=wide, layout=make_layout(ready.config, skeleton))
+        return prepared(budget, wide)
 
     with pytest.raises(
         ConfigError, match=r"needs gradients through the whole model, [\d.]+ GiB in a worker that may hold"
@@ -200,10 +190,8 @@ ON_A_CARD: dict[str, Any] = {
 def test_an_emulator_that_no_card_of_this_machine_holds_is_refused_before_anything_starts(
     budget: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ready = prepared(budget, **ON_A_CARD)
     deep = LlamaConfig(**{**MODEL.to_dict(), "hidden_size": 1152, "num_hidden_layers": 48})
-    layout = make_layout(ready.config, skeleton_of(deep, empty_model(deep)))
-    ready = dataclasses.replace(ready, model_config=deep, layout=layout)
+    ready = prepared(budget, deep, **ON_A_CARD)
     weights = MemoryModel(ready).emulator
     monkeypatch.setattr(calibration_memory, "gpu_bytes", lambda: BASE_BYTES + 0.5 * weights)
     asked = shrink_batches(ready)

@@ -9,25 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bare_runs import bare_run
 from transformers import LlamaConfig
 
 from emloc_ray.config.reading import check_config, parse_config
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.modeling.architecture import empty_model
-from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning.alternatives import choose_training
 from emloc_ray.planning.budget import solve_for_budget, training_bytes, with_settings
 from emloc_ray.planning.costs import with_base
-from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import StagePlan, make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.planning.training import factor_ranks, healing_split, healing_training, quantized_late, rounded_late
 from emloc_ray.planning.training_spec import Training
 from emloc_ray.planning.work import difference_work, rows_a_step
@@ -63,18 +59,9 @@ def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..
 
 
 def large(healing: dict[str, Any] | None, **sections: Any) -> Prepared:
-    """A 7B model without files, in bfloat16, a row at a time."""
-    values: dict[str, Any] = {
-        "run_dir": "unused",
-        "model": {"source": "unused", "dtype": "bfloat16"},
-        "data": {"train": {"path": "unused"}},
-        "finetune": {"per_device_train_batch_size": 1},
-        **sections,
-    }
-    values["emulator"] = {**values.get("emulator", {}), "healing": healing}
-    config, model_config = parse_config(values), LlamaConfig()
-    layout = make_layout(config, skeleton_of(model_config, empty_model(model_config)))
-    return Prepared(config, RunDirectory("unused"), ModelSource(Path()), model_config, layout, {})
+    """A 7B model, a row at a time."""
+    sections = {"finetune": {"per_device_train_batch_size": 1}, **sections}
+    return bare_run(LlamaConfig(), **{**sections, "emulator": {**sections.get("emulator", {}), "healing": healing}})
 
 
 def stage(found: Prepared, name: str) -> StagePlan:

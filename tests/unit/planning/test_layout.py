@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from bare_runs import bare_run
 from tiny import make_config
 from torch import nn
 from transformers import LlamaConfig
@@ -18,9 +19,7 @@ from emloc_ray.planning.skeleton import skeleton_of
 
 
 def layout(family: str = "llama", model_config: Any = None, **sections: Any) -> Layout:
-    values = {"run_dir": "x", "model": {"source": "y"}, "data": {"train": {"path": "z"}}, **sections}
-    model_config = model_config or make_config(family)
-    return make_layout(parse_config(values), skeleton_of(model_config, empty_model(model_config)))
+    return bare_run(model_config or make_config(family), **sections).layout
 
 
 def test_every_linear_is_compressed_and_adapted_by_default() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bare_runs import bare_run
 from transformers import (
     BltConfig,
     Gemma4TextConfig,
@@ -21,20 +22,15 @@ from transformers import (
     Qwen2Config,
 )
 
-from emloc_ray.config.reading import parse_config
 from emloc_ray.data import token_shards, tokenizing
-from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.modeling.architecture import ImageShape, empty_model
-from emloc_ray.modeling.loading import ModelSource
+from emloc_ray.modeling.architecture import ImageShape
 from emloc_ray.planning import memory as planned
 from emloc_ray.planning.budget import with_settings
 from emloc_ray.planning.costs import with_base
-from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.sizes import gram_bytes
-from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.stages.ray.session import LEAN_MEMORY
 
 LENGTHS = Lengths(mean=40.0, longest=64.0)
@@ -45,18 +41,9 @@ pytestmark = pytest.mark.usefixtures("much_memory")
 
 
 def bare(model_config: Any, **sections: Any) -> Prepared:
-    """A run of a model that has no files, in bfloat16, a row at a time."""
-    values = {
-        "run_dir": "unused",
-        "memory_budget": None,
-        "model": {"source": "unused", "dtype": "bfloat16"},
-        "data": {"train": {"path": "unused"}},
-        "finetune": {"per_device_train_batch_size": 1},
-        **sections,
-    }
-    config = parse_config(values)
-    layout = make_layout(config, skeleton_of(model_config, empty_model(model_config)))
-    return Prepared(config, RunDirectory("unused"), ModelSource(Path()), model_config, layout, {})
+    """Without a budget, a row at a time."""
+    row = {"per_device_train_batch_size": 1}
+    return bare_run(model_config, **{"memory_budget": None, "finetune": row, **sections})
 
 
 @pytest.fixture(scope="module")

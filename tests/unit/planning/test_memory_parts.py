@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bare_runs import bare_run
 from transformers import LlamaConfig, MixtralConfig
 
-from emloc_ray.config.reading import parse_config
-from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.modeling.architecture import empty_model
-from emloc_ray.modeling.loading import ModelSource
-from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import StagePlan
-from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.skeleton import skeleton_of
 
 pytestmark = pytest.mark.usefixtures("much_memory")
 
 
 def memory(model_config: Any = None, **sections: Any) -> MemoryModel:
-    """Of a model that has no files, two blocks of Llama 7B by default, in bfloat16, on rows of 64 tokens."""
-    values = {
-        "run_dir": "unused",
-        "memory_budget": None,
-        "model": {"source": "unused", "dtype": "bfloat16"},
-        "data": {"train": {"path": "unused"}},
-        **sections,
-    }
-    config, model_config = parse_config(values), model_config or LlamaConfig(num_hidden_layers=2)
-    layout = make_layout(config, skeleton_of(model_config, empty_model(model_config)))
-    prepared = Prepared(config, RunDirectory("unused"), ModelSource(Path()), model_config, layout, {})
+    """Of two blocks of Llama 7B by default, without a budget, on rows of 64 tokens."""
+    prepared = bare_run(model_config or LlamaConfig(num_hidden_layers=2), memory_budget=None, **sections)
     return MemoryModel(prepared, Lengths(64.0, 64.0))
 
 

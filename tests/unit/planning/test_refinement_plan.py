@@ -11,22 +11,19 @@ from typing import Any
 
 import pytest
 import transformers
+from bare_runs import bare_run
 from stage_artifacts import write_tokens
 from tiny import make_tokenizer
 from transformers import LlamaConfig
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.modeling.architecture import auto_class, empty_model
-from emloc_ray.modeling.loading import ModelSource
+from emloc_ray.modeling.architecture import auto_class
 from emloc_ray.planning.costs import with_base
-from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import StagePlan, make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.stages.context import Context, Inputs
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.refine.stage import REFINE, no_refinement, refinement_job
@@ -53,13 +50,8 @@ def values(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[...,
 
 
 def large(**sections: Any) -> Prepared:
-    """A 7B model without files, in bfloat16."""
-    values = {"run_dir": "unused", "model": {"source": "unused", "dtype": "bfloat16"}, **sections}
-    values["data"] = {"train": {"path": "unused"}}
-    values["emulator"] = {"refinement": {"steps": 50}}
-    config, model_config = parse_config(values), LlamaConfig()
-    layout = make_layout(config, skeleton_of(model_config, empty_model(model_config)))
-    return Prepared(config, RunDirectory("unused"), ModelSource(Path()), model_config, layout, {})
+    """A 7B model to be refined."""
+    return bare_run(LlamaConfig(), emulator={"refinement": {"steps": 50}}, **sections)
 
 
 def stages(prepared: Prepared) -> dict[str, StagePlan]:

@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bare_runs import bare_run
 from faulting.s3 import uri
 from tiny import make_config
 
-from emloc_ray.config.reading import parse_config
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.atomic import write_bytes
-from emloc_ray.modeling.architecture import empty_model
-from emloc_ray.modeling.loading import ModelSource
-from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.runs.results import assemble_metrics
 from emloc_ray.stages.evaluate.stage import gap_closed, other_bound
 
@@ -32,12 +28,9 @@ def losses(**values: float) -> dict[str, Any]:
 
 @pytest.fixture
 def prepared(tmp_path: Path) -> Prepared:
-    values = {"run_dir": str(tmp_path / "run"), "model": {"source": "y"}, "data": {"train": {"path": "z"}}}
-    config, model_config = parse_config(values), make_config("llama")
-    run = RunDirectory(config.run_dir)
-    run.create({}, steps=["data", "calibrate", "factorize", "finetune", "correct", "merge", "evaluate"])
-    layout = make_layout(config, skeleton_of(model_config, empty_model(model_config)))
-    return Prepared(config, run, ModelSource(tmp_path), model_config, layout, {})
+    ready = bare_run(make_config("llama"), run_dir=str(tmp_path / "run"))
+    ready.run.create({}, steps=["data", "calibrate", "factorize", "finetune", "correct", "merge", "evaluate"])
+    return ready
 
 
 def test_a_run_that_has_only_begun_has_what_its_stages_left(prepared: Prepared) -> None:
