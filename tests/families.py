@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
-from tiny import EOS, HIDDEN, PAD, VOCABULARY, make_tokenizer
+from tiny import EOS, HIDDEN, PAD, VOCABULARY, make_config, make_tokenizer, random_model
 
 _TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS}
 _SIZES: dict[str, Any] = {
@@ -22,14 +22,6 @@ _SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _GROUPED: dict[str, Any] = {**_SIZES, "num_key_value_heads": 2}
-
-
-def _llama() -> Any:
-    return transformers.LlamaConfig(**_GROUPED)
-
-
-def _qwen2() -> Any:
-    return transformers.Qwen2Config(**_GROUPED)
 
 
 def _qwen3() -> Any:
@@ -57,36 +49,8 @@ def _phi3() -> Any:
     return transformers.Phi3Config(**_GROUPED)
 
 
-def _gpt2() -> Any:
-    return transformers.GPT2Config(n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=128, **_TOKENS)
-
-
-def _opt() -> Any:
-    sizes = {key: value for key, value in _SIZES.items() if key != "intermediate_size"}
-    return transformers.OPTConfig(ffn_dim=2 * HIDDEN, word_embed_proj_dim=HIDDEN, **sizes)
-
-
 def _gpt_neox() -> Any:
     return transformers.GPTNeoXConfig(**_SIZES)
-
-
-_HEAD: dict[str, Any] = {"head_dim": 16}
-_ROUTED: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-
-
-def _mixtral() -> Any:
-    """On disk an expert's gate and up are two tensors, in memory all experts' are one."""
-    return transformers.MixtralConfig(num_local_experts=4, **_GROUPED)
-
-
-def _qwen2_moe() -> Any:
-    """An expert that all tokens go to beside those that a router picks."""
-    return transformers.Qwen2MoeConfig(shared_expert_intermediate_size=96, **_ROUTED, **_GROUPED)
-
-
-def _qwen3_moe() -> Any:
-    """The first layer dense: linears there are called as experts' are on disk."""
-    return transformers.Qwen3MoeConfig(mlp_only_layers=[0], **_ROUTED, **_GROUPED, **_HEAD)
 
 
 def _gpt_oss() -> Any:
@@ -140,19 +104,19 @@ def cases(names: Iterable[str]) -> list[Any]:
 
 # By the names that the table of emloc_ray/README.md has.
 FAMILIES: dict[str, Callable[[], Any]] = {
-    "Llama": _llama,
-    "Qwen2": _qwen2,
+    "Llama": partial(make_config, "llama"),
+    "Qwen2": partial(make_config, "qwen2"),
     "Qwen3": _qwen3,
     "Mistral": _mistral,
     "Gemma": _gemma,
     "Gemma 3": _gemma3,
     "Phi-3": _phi3,
-    "GPT-2": _gpt2,
-    "OPT": _opt,
+    "GPT-2": partial(make_config, "gpt2", tied=True),
+    "OPT": partial(make_config, "opt"),
     "GPT-NeoX": _gpt_neox,
-    "Mixtral": _mixtral,
-    "Qwen2-MoE": _qwen2_moe,
-    "Qwen3-MoE": _qwen3_moe,
+    "Mixtral": partial(make_config, "mixtral"),
+    "Qwen2-MoE": partial(make_config, "qwen2_moe"),
+    "Qwen3-MoE": partial(make_config, "qwen3_moe"),
     "gpt-oss": _gpt_oss,
     "T5": _t5,
     "BART": _bart,
@@ -160,18 +124,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 
 def build(family: str) -> Any:
-    """A random model of the family, with random biases too, in evaluation mode."""
-    from emloc_ray.modeling.architecture import auto_class
-
-    config = FAMILIES[family]()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = auto_class(config).from_config(config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
-                    parameter.normal_(std=0.1)
-    return model.eval()
+    """A random model of the family."""
+    return random_model(FAMILIES[family]())
 
 
 def save(family: str, directory: Path) -> Path:

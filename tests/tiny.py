@@ -12,20 +12,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
-    LlamaForCausalLM,
     MixtralConfig,
-    MixtralForCausalLM,
     OPTConfig,
-    OPTForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 Storage = Literal["factors", "pivoted"]
@@ -98,24 +91,22 @@ def make_config(family: str, *, tied: bool = False, **changes: Any) -> Any:
 
 
 def make_model(family: str, *, dtype: str = "float32", tied: bool = False, seed: int = 0, **changes: Any) -> Any:
+    """:func:`random_model` of a family, in a dtype."""
+    return cast_parameters(random_model(make_config(family, tied=tied, **changes), seed), getattr(torch, dtype))
+
+
+def random_model(config: Any, seed: int = 0) -> Any:
     """A random model with random biases too, in evaluation mode."""
-    classes = {
-        "llama": LlamaForCausalLM,
-        "qwen2": Qwen2ForCausalLM,
-        "gpt2": GPT2LMHeadModel,
-        "opt": OPTForCausalLM,
-        "mixtral": MixtralForCausalLM,
-        "qwen2_moe": Qwen2MoeForCausalLM,
-        "qwen3_moe": Qwen3MoeForCausalLM,
-    }
+    from emloc_ray.modeling.architecture import auto_class
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = classes[family](make_config(family, tied=tied, **changes))
+        model = auto_class(config).from_config(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
+                if name.endswith(("bias", "projection_weight")):  # 0 else, of Gemma 3's projector too
                     parameter.normal_(std=0.1)
-    return cast_parameters(model, getattr(torch, dtype)).eval()
+    return model.eval()
 
 
 def cast_parameters(model: Any, dtype: torch.dtype) -> Any:

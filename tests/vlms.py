@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny import EOS, PAD, VOCABULARY, make_tokenizer
+from tiny import EOS, PAD, VOCABULARY, make_tokenizer, random_model
 
 HIDDEN = 32
 _NAMED = {
@@ -273,16 +273,9 @@ VLMS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
 
 
 def build_vlm(family: str, families: Mapping[str, Callable[[Any], tuple[Any, Any]]] = VLMS) -> tuple[Any, Any]:
-    """A random model of the family, with random biases too, in evaluation mode, and its processor."""
+    """A random model of the family and its processor."""
     config, processor = families[family](image_tokenizer())
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForImageTextToText.from_config(config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith(("bias", "projection_weight")):  # 0 else, of Gemma 3's projector too
-                    parameter.normal_(std=0.1)
-    return model.eval(), processor
+    return random_model(config), processor
 
 
 def save_vlm(family: str, directory: Path) -> Path:
