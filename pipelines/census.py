@@ -36,7 +36,7 @@ import transformers
 from censusing.baseline import build, plain_training
 from censusing.pipeline import STAGES, run_stages
 from censusing.tiny_configs import tiny_config
-from censusing.tokenizer import save_tokenizer
+from tokenizer import byte_level
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -91,7 +91,7 @@ def _write_row(model_type: str, folder: Path, file: Path) -> None:
     try:
         ids = torch.randint(2, _TEXT_IDS, (2, 16), generator=torch.Generator().manual_seed(1))
         model = build(tiny_config(model_type), folder / "model")
-        save_tokenizer(folder / "model")
+        byte_level().save_pretrained(folder / "model")
         row |= {"parameters": model.num_parameters()}
         del model
         plain_training(folder / "model", ids, folder / "plain")

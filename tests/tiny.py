@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizer import byte_level
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -41,18 +41,9 @@ REWRITING = (
 
 
 def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most ``VOCABULARY`` tokens: ``<pad>`` is 0, ``<eos>`` is 1, any text is lossless."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<pad>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(["def add(a, b): return a + b", "the sum of the two numbers", "hello world"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    """:func:`byte_level`, of at most ``VOCABULARY`` tokens."""
+    texts = ["def add(a, b): return a + b", "the sum of the two numbers", "hello world"]
+    tokenizer = byte_level(texts, VOCABULARY)
     tokenizer.chat_template = chat_template
     return tokenizer
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizer import byte_level
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.figures import Figures, figure
 
@@ -59,19 +59,12 @@ def _probe(model: Path, rows: Path) -> dict[str, float]:
 
 def _save_tiny_model(directory: Path) -> None:
     """A Llama of a few thousand weights and a byte-level tokenizer of 512 tokens."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special, alphabet = ["<pad>", "<eos>"], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator((row["prompt"] + row["completion"] for row in _rows(1000)), trainer)
+    tokenizer = byte_level((row["prompt"] + row["completion"] for row in _rows(1000)), 512)
     config = LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=512
     )
     LlamaForCausalLM(config).save_pretrained(directory)
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>").save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def _rows(count: int) -> Iterator[dict[str, str]]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizer import byte_level
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from emloc_ray.io.formats.yaml_text import write_yaml
 
@@ -41,17 +41,7 @@ def make_config(folder: Path, hidden_size: int = 192) -> Path:
 
 def _make_model(directory: Path, hidden_size: int) -> Path:
     """A random Llama of four blocks with a byte-level tokenizer; 192 wide it is a dozen shards."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY,
-        special_tokens=["<pad>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(["the sum of the two numbers is"], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>").save_pretrained(directory)
+    byte_level(["the sum of the two numbers is"], _VOCABULARY).save_pretrained(directory)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
