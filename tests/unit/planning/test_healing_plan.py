@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bare_runs import bare_run
+from bare_runs import bare_run, tiny_run
 from transformers import LlamaConfig
 
-from emloc_ray.config.reading import check_config, parse_config
+from emloc_ray.config.reading import check_config
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard
 from emloc_ray.errors import ConfigError
@@ -23,7 +23,7 @@ from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import StagePlan, make_plan
-from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import factor_ranks, healing_split, healing_training, quantized_late, rounded_late
 from emloc_ray.planning.training_spec import Training
 from emloc_ray.planning.work import difference_work, rows_a_step
@@ -42,18 +42,10 @@ ROW = Lengths(2048.0, 2048.0)
 @pytest.fixture
 def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., Prepared]:
     """``prepared(healing={…}, section={…})``: a tiny Llama's run on 300 rows of 20 tokens."""
-    data = tmp_path / "rows.jsonl"
-    data.write_text((json.dumps({"text": "x" * 20}) + "\n") * 300)
 
     def make(healing: dict[str, Any] | None, **sections: Any) -> Prepared:
-        values = {
-            "run_dir": str(tmp_path / "run"),
-            "model": {"source": str(tiny_model_dir("llama"))},
-            "data": {"train": {"path": str(data)}, "max_seq_length": 64},
-            **sections,
-        }
-        values["emulator"] = {**values.get("emulator", {}), "healing": healing}
-        return prepare(parse_config(values))
+        emulator = {**sections.pop("emulator", {}), "healing": healing}
+        return tiny_run(tmp_path, tiny_model_dir("llama"), 300, emulator=emulator, **sections)
 
     return make
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bare_runs import tiny_run
 from rich.console import Console
 from tiny import REWRITING, make_tokenizer, save_quantized_emulator
 
@@ -22,7 +23,7 @@ from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import Plan, StagePlan, make_plan, missing_disk
-from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import (
     CANDIDATES,
     block_work,
@@ -48,20 +49,8 @@ def steady_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., Prepared]:
-    """``prepared(dtype, section={…})``: a tiny Llama on twelve rows of 20 tokens."""
-    data = tmp_path / "rows.jsonl"
-    data.write_text((json.dumps({"text": "x" * 20}) + "\n") * 12)
-
-    def make(dtype: str = "float32", **sections: Any) -> Prepared:
-        values = {
-            "run_dir": str(tmp_path / "run"),
-            "model": {"source": str(tiny_model_dir("llama", dtype=dtype))},
-            "data": {"train": {"path": str(data)}, "max_seq_length": 64},
-            **sections,
-        }
-        return prepare(parse_config(values))
-
-    return make
+    """``prepared(dtype, section={…})``: a tiny Llama on twelve rows of 20 tokens, within inference."""
+    return lambda dtype="float32", **sections: tiny_run(tmp_path, tiny_model_dir("llama", dtype=dtype), **sections)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from typing import Any
 import families
 import pytest
 import transformers
+from bare_runs import alike_rows, tiny_run
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
@@ -89,19 +90,11 @@ def test_what_lies_in_the_run_s_directory_is_refused(
 @pytest.fixture
 def refused(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., str]:
     """``refused(section={…})``: what is said of a config with these keys; nothing may be written."""
-    data = tmp_path / "rows.jsonl"
-    data.write_text((json.dumps({"text": "x" * 20}) + "\n") * 12)
+    alike_rows(tmp_path)
 
     def sentences(model_dir: Path | None = None, **sections: Any) -> str:
-        values = {
-            "run_dir": str(tmp_path / "run"),
-            "model": {"source": str(model_dir or tiny_model_dir("llama"))},
-            "data": {"train": {"path": str(data)}, "max_seq_length": 64},
-            **{key: value for key, value in sections.items() if key != "model"},
-        }
-        values["model"] |= sections.get("model", {})
         with pytest.raises(ConfigError) as caught:
-            prepare(parse_config(values))
+            tiny_run(tmp_path, model_dir or tiny_model_dir("llama"), **sections)
         assert not (tmp_path / "run").exists()
         return str(caught.value)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,19 +10,18 @@ from typing import Any
 
 import pytest
 import transformers
-from bare_runs import bare_run
+from bare_runs import bare_run, tiny_run
 from stage_artifacts import write_tokens
 from tiny import make_tokenizer
 from transformers import LlamaConfig
 
-from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.architecture import auto_class
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import StagePlan, make_plan
-from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.planning.prepared import Prepared
 from emloc_ray.stages.context import Context, Inputs
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.refine.stage import REFINE, no_refinement, refinement_job
@@ -32,19 +30,13 @@ ROW = Lengths(2048.0, 2048.0)
 
 
 @pytest.fixture
-def values(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
-    """``values(refinement={…}, emulator's key=…)``: a tiny Llama's config on 300 rows."""
-    data = tmp_path / "rows.jsonl"
-    data.write_text((json.dumps({"text": "x" * 20}) + "\n") * 300)
+def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., Prepared]:
+    """``prepared(refinement={…}, emulator's key=…)``: a tiny Llama's run on 300 rows."""
 
-    def make(refinement: Any, model_dir: Path | None = None, **emulator: Any) -> dict[str, Any]:
-        return {
-            "run_dir": str(tmp_path / "run"),
-            "memory_budget": None,  # inference of a tiny model takes less than a batch's activations
-            "model": {"source": str(model_dir or tiny_model_dir("llama"))},
-            "data": {"train": {"path": str(data)}, "max_seq_length": 64},
-            "emulator": {**emulator, "refinement": refinement},
-        }
+    def make(refinement: Any, model_dir: Path | None = None, rows: int = 8, **emulator: Any) -> Prepared:
+        sections = {"emulator": {**emulator, "refinement": refinement}, "calibration": {"batch_size": rows}}
+        free = {"memory_budget": None}  # inference of a tiny model takes less than a batch's activations
+        return tiny_run(tmp_path, model_dir or tiny_model_dir("llama"), 300, **free, **sections)
 
     return make
 
@@ -58,20 +50,20 @@ def stages(prepared: Prepared) -> dict[str, StagePlan]:
     return {entry.name: entry for entry in make_plan(STEPS, prepared).stages}
 
 
-def test_it_is_a_step_between_factorizing_and_healing(values: Callable[..., dict[str, Any]]) -> None:
-    found = stages(prepare(parse_config(values({"steps": 20}, healing={"steps": 5}))))
+def test_it_is_a_step_between_factorizing_and_healing(prepared: Callable[..., Prepared]) -> None:
+    found = stages(prepared({"steps": 20}, healing={"steps": 5}))
     names = list(found)
     assert names.index("factorize") < names.index("refine") < names.index("heal")
-    longer = stages(prepare(parse_config(values({"steps": 4000}, healing={"steps": 5}))))
+    longer = stages(prepared({"steps": 4000}, healing={"steps": 5}))
     assert longer["refine"].seconds > found["refine"].seconds
-    assert "refine" not in stages(prepare(parse_config(values(None))))
+    assert "refine" not in stages(prepared(None))
 
 
-def test_at_ratio_one_it_is_left_out_and_told(values: Callable[..., dict[str, Any]]) -> None:
-    found = prepare(parse_config(values({"steps": 20}, compression_ratio=1.0)))
+def test_at_ratio_one_it_is_left_out_and_told(prepared: Callable[..., Prepared]) -> None:
+    found = prepared({"steps": 20}, compression_ratio=1.0)
     assert "refine" not in stages(found)
     assert "compression_ratio 1.0" in (no_refinement(found.config) or "")
-    assert no_refinement(prepare(parse_config(values({"steps": 20}))).config) is None
+    assert no_refinement(prepared({"steps": 20}).config) is None
 
 
 @pytest.mark.slow
@@ -85,23 +77,22 @@ def test_a_budget_has_it_read_fewer_rows_at_once(monkeypatch: pytest.MonkeyPatch
     assert total(with_base(within.refinement_parts())) <= total(within.inference(1, 2048))
 
 
-def test_what_is_refined_is_what_healing_begins_with(values: Callable[..., dict[str, Any]]) -> None:
-    prepared = prepare(parse_config(values({"steps": 20, "learning_rate": 0.01})))
-    context = Context(prepared, prepared.source.directory, made={"factorize": "one", "refine": "other"})
+def test_what_is_refined_is_what_healing_begins_with(prepared: Callable[..., Prepared]) -> None:
+    ready = prepared({"steps": 20, "learning_rate": 0.01})
+    context = Context(ready, ready.source.directory, made={"factorize": "one", "refine": "other"})
     job = refinement_job(context, "key")
     assert (job.steps, job.learning_rate, job.batch_size) == (20, 0.01, 8)
     assert job.out_dir == context.unhealed_dir == context.emulator_dir
     assert context.emulator_key == "other"
 
 
-def test_another_number_of_rows_a_step_is_another_refinement(values: Callable[..., dict[str, Any]]) -> None:
+def test_another_number_of_rows_a_step_is_another_refinement(prepared: Callable[..., Prepared]) -> None:
     def inputs(rows: int, shrunk: int | None = None) -> Inputs:
-        config = parse_config({**values({"steps": 20}), "calibration": {"batch_size": rows}})
-        prepared = prepare(config)
+        ready = prepared({"steps": 20}, rows=rows)
         if shrunk is not None:
-            section = config.calibration.model_copy(update={"batch_size": shrunk})
-            prepared = dataclasses.replace(prepared, config=config.model_copy(update={"calibration": section}))
-        context = Context(prepared, prepared.source.directory, made={"factorize": "one"})
+            section = ready.config.calibration.model_copy(update={"batch_size": shrunk})
+            ready = dataclasses.replace(ready, config=ready.config.model_copy(update={"calibration": section}))
+        context = Context(ready, ready.source.directory, made={"factorize": "one"})
         write_tokens(context.tokens("calibration"), 8, 8)
         job = refinement_job(context)
         assert (job.batch_size, job.rows_at_once) == (rows, shrunk or rows)
@@ -114,7 +105,7 @@ def test_another_number_of_rows_a_step_is_another_refinement(values: Callable[..
     assert "rows" not in inputs(8)  # as in runs before it was an input
 
 
-def test_blocks_that_read_inside_others_are_refused(values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_blocks_that_read_inside_others_are_refused(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16}
     sharing: dict[str, Any] = {
@@ -127,4 +118,4 @@ def test_blocks_that_read_inside_others_are_refused(values: Callable[..., dict[s
     auto_class(config).from_config(config).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"emulator\.refinement takes one block after another"):
-        prepare(parse_config(values({"steps": 20}, tmp_path / "model")))
+        prepared({"steps": 20}, tmp_path / "model")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bare_runs import tiny_run
 
-from emloc_ray.config.reading import parse_config
 from emloc_ray.data.token_shards import write_index
-from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.correct.job import CorrectionJob
 from emloc_ray.stages.correct.stage import correction_job
@@ -21,8 +19,7 @@ from emloc_ray.stages.correct.stage import correction_job
 @pytest.fixture
 def correction(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., CorrectionJob]:
     """The correction of a run of twelve training rows of 40 tokens together, 3 steps of 2 · 4 · 2 rows."""
-    data, model_dir = tmp_path / "rows.jsonl", tiny_model_dir("llama")
-    data.write_text((json.dumps({"text": "x" * 20}) + "\n") * 12)
+    model_dir = tiny_model_dir("llama")
     steps = {
         "max_steps": 3,
         "per_device_train_batch_size": 2,
@@ -31,14 +28,7 @@ def correction(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[
     }
 
     def make(steps_done: int | None = None, **section: Any) -> CorrectionJob:
-        values = {
-            "run_dir": str(tmp_path / "run"),
-            "model": {"source": str(model_dir)},
-            "data": {"train": {"path": str(data)}, "max_seq_length": 64},
-            "finetune": steps,
-            "correction": section,
-        }
-        prepared = prepare(parse_config(values))
+        prepared = tiny_run(tmp_path, model_dir, finetune=steps, correction=section)
         write_index(prepared.run.path("data", "tokens", "train"), [8, 4], {"tokens": 40})
         results = {} if steps_done is None else {"finetune": {"steps": steps_done}}
         found = correction_job(Context(prepared, model_dir, results=results))
