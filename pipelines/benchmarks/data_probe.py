@@ -39,11 +39,12 @@ def kilobytes(path: Path, field: str) -> int:
 
 
 class Peaks(threading.Thread):
-    """Watches this process, its Ray workers, and by how much the machine's shared memory grows: the object store."""
+    """Watches this process, its Ray workers that have ``named`` in their names, and by how much the machine's shared memory
+    grows: the object store."""
 
-    def __init__(self) -> None:
+    def __init__(self, named: str = "") -> None:
         super().__init__(daemon=True)
-        self.over = threading.Event()
+        self.named, self.over = named, threading.Event()
         self.peaks = {"driver": 0, "worker": 0, "object store": 0}
 
     def run(self) -> None:
@@ -55,8 +56,17 @@ class Peaks(threading.Thread):
             self._see("driver", kilobytes(Path("/proc/self/status"), "RssAnon"))
             for process in own.children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if process.name().startswith("ray::"):
+                    name = process.name() + "".join(process.cmdline())
+                    if name.startswith("ray::") and self.named in name:
                         self._see("worker", kilobytes(Path(f"/proc/{process.pid}/status"), "RssAnon"))
+
+    def __enter__(self) -> Peaks:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.join()
 
     def _see(self, kind: str, size: int) -> None:
         self.peaks[kind] = max(self.peaks[kind], size)
@@ -70,9 +80,7 @@ def measure(model_dir: Path, rows: Path, out: Path) -> dict[str, Any]:
         "data": {"train": {"path": str(rows)}, "format": "prompt_completion", "max_seq_length": 64},
         "calibration": {"num_workers": 2},
     }
-    with connection(num_cpus=2):
-        peaks = Peaks()
-        peaks.start()
+    with connection(num_cpus=2), Peaks() as peaks:
         begin = time.perf_counter()
         counts = tokenize_data(prepare(parse_config(values)), model_dir, out)["splits"]
         made = time.perf_counter()
@@ -80,8 +88,6 @@ def measure(model_dir: Path, rows: Path, out: Path) -> dict[str, Any]:
         order = SampleOrder(len(TokenShards(train)), BATCH, rank=0, world_size=1, seed=0)
         streamed = sum(len(batch) for batch in stream_batches(train, order, 0, STEPS))
         end = time.perf_counter()
-        peaks.over.set()
-        peaks.join()
     total = sum(count["rows"] for split, count in counts.items() if split != "calibration")
     tokens = counts["train"]["tokens"]
     rates = {"rows/s": total / (made - begin), "batch rows/s": streamed / (end - made)}

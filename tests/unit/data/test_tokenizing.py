@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from benchmarks.data_probe import Peaks
 from plain_stages import tokenized_here
-from small_runs import task_rows, worker_processes, write_jsonl
+from small_runs import task_rows, write_jsonl
 from tiny import make_tokenizer
 
 from emloc_ray.data import tokenizing, units
@@ -136,40 +134,6 @@ def test_a_file_that_is_gone_is_named_as_every_unreadable_one_is(
         tokenize_splits(splits, options, tmp_path / "out", rows_per_shard={"train": 4}, num_workers=1)
 
 
-class PeakAnonymous(threading.Thread):
-    """The most memory that one of some processes held itself, mapped files and shared memory aside."""
-
-    def __init__(self, processes: Callable[[], list[psutil.Process]]) -> None:
-        super().__init__(daemon=True)
-        self.processes, self.peak, self.over = processes, 0, threading.Event()
-
-    def run(self) -> None:
-        while not self.over.wait(0.05):
-            for process in self.processes():
-                try:
-                    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-                except OSError:
-                    continue
-                self.peak = max([self.peak, *(int(li.split()[1]) * 1024 for li in lines if li.startswith("RssAnon"))])
-
-    def __enter__(self) -> PeakAnonymous:
-        self.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.over.set()
-        self.join()
-
-
-def _tokenizers() -> list[psutil.Process]:
-    found = []
-    for process in worker_processes():
-        with contextlib.suppress(psutil.Error):  # it may end while it is looked at
-            if "ShardTokenizer" in process.name() + "".join(process.cmdline()):
-                found.append(process)
-    return found
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is told by Linux alone")
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_memory_is_flat_in_the_rows(
@@ -184,14 +148,14 @@ def test_memory_is_flat_in_the_rows(
         pq.write_table(pa.Table.from_pylist(rows), path) if kind == "parquet" else write_jsonl(path, rows)
         del rows
         pa.default_memory_pool().release_unused()
-        with PeakAnonymous(lambda: [psutil.Process()]) as driver, PeakAnonymous(_tokenizers) as worker:
+        with Peaks(named="ShardTokenizer") as watched:
             splits = {"train": RowSelection.all_rows([scan(path)])}
             out = tmp_path / f"{count}-{kind}"
             counts = tokenize_splits(splits, options, out, rows_per_shard={"train": 1024}, num_workers=1)
             time.sleep(0.1)
         assert counts["train"]["truncated_rows"] == counts["train"]["rows"] == count
-        peaks["driver"].append(driver.peak)
-        peaks["worker"].append(worker.peak)
+        for name, sizes in peaks.items():
+            sizes.append(watched.peaks[name])
     assert all(small > 0 for small, _ in peaks.values())
     # Held as dictionaries, 48,000 rows more would be 19 MB, as lists of tokens as much again. Up to 16,000 rows Arrow's
     # pool still grows to the size of its batches.
