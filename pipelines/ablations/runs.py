@@ -8,7 +8,6 @@ that shares the directory and asks for the same run takes its figures.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import tempfile
 import time
@@ -333,12 +332,9 @@ def measure_all(ablation: Ablation, cells: Cells, pruned: dict[str, Pruned], tel
 def _recovered(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | None, tell: Tell) -> dict[str, float]:
     """The original alone and with the adapter that was trained on a pruned model, scattered to its shapes."""
     from ablations.pruning import recover_adapter
-    from emloc_ray.runs.steps import resources_of
+    from ablations.starts import losses_of
     from emloc_ray.stages.context import Context
-    from emloc_ray.stages.evaluate.evaluate import evaluate_slice
-    from emloc_ray.stages.evaluate.stage import EVALUATE, evaluation_job
-    from emloc_ray.stages.ray.losses import Losses
-    from emloc_ray.stages.ray.tasks import bounded
+    from emloc_ray.stages.evaluate.stage import evaluation_job
 
     assert pruned is not None
     tell(f"{cell.name}: its adapter on the original")
@@ -352,13 +348,9 @@ def _recovered(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | 
         model_dir=original_dir(prepared),
         trained_adapter_dir=adapter,
         variants=("original", "uncorrected"),
-        num_generations=0,
-        num_exact_match=0,
     )
-    asked = resources_of(EVALUATE, own)
-    submit = functools.partial(asked.task(evaluate_slice).remote, job, "original", 0, 1)
-    [(original, recovered)] = bounded([("the adapter on the original", submit)], 1, Losses("evaluate", tell))
-    return {"original": original.score.metrics()["loss"], "recovered": recovered.score.metrics()["loss"]}
+    losses = losses_of(job, own, tell)
+    return {"original": losses["original"], "recovered": losses["uncorrected"]}
 
 
 def _started(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | None, tell: Tell) -> dict[str, float]:

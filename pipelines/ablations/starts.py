@@ -8,6 +8,7 @@ CLoQ (arXiv 2501.18475). Both serve the emulator with the adapter. What the trai
 from __future__ import annotations
 
 import functools
+import itertools
 import tempfile
 import time
 from dataclasses import replace
@@ -26,10 +27,10 @@ from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.modeling.adapter_files import Adapter, LoraModule, lora_config, write_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.emulator_weights import emulator_weight
-from emloc_ray.planning.prepared import prepare
+from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs.steps import resources_of
 from emloc_ray.stages.context import Context
-from emloc_ray.stages.evaluate.evaluate import evaluate_slice
+from emloc_ray.stages.evaluate.evaluate import EvaluationJob, evaluate_slice
 from emloc_ray.stages.evaluate.stage import EVALUATE, evaluation_job
 from emloc_ray.stages.finetune.finetune import finetune
 from emloc_ray.stages.finetune.stage import FINETUNE, finetune_job
@@ -52,14 +53,17 @@ def trained_from(start: Start, run: RunConfig, tell: Tell) -> dict[str, float]:
         took = time.monotonic() - began_at
         write_added(added, Adapter(begun), Adapter(trained))
         scoring = replace(evaluation_job(context), trained_adapter_dir=trained, corrected_adapter_dir=added)
-        scoring = replace(scoring, num_generations=0, num_exact_match=0)
-        losses = {}
-        for family, variant in (("emulator", "emulator_adapter"), ("original", "corrected")):
-            one, asked = replace(scoring, variants=(variant,)), resources_of(EVALUATE, prepared).task(evaluate_slice)
-            submit = functools.partial(asked.remote, one, family, 0, 1)
-            [[result]] = bounded([(variant, submit)], 1, Losses("evaluate", tell))
-            losses[variant] = result.score.metrics()["loss"]
+        losses = losses_of(replace(scoring, variants=("emulator_adapter", "corrected")), prepared, tell)
     return {**losses, "training_s": took}
+
+
+def losses_of(job: EvaluationJob, prepared: Prepared, tell: Tell) -> dict[str, float]:
+    """The held-out loss of each variant of an evaluation, one model after another; nothing is generated."""
+    task = resources_of(EVALUATE, prepared).task(evaluate_slice)
+    job = replace(job, num_generations=0, num_exact_match=0)
+    tasks = [(f"the {family} model", functools.partial(task.remote, job, family, 0, 1)) for family in job.families]
+    results = itertools.chain.from_iterable(bounded(tasks, 1, Losses("evaluate", tell)))
+    return {result.variant: result.score.metrics()["loss"] for result in results}
 
 
 def write_start(directory: Path, start: Start, context: Context, settings: dict[str, Any]) -> None:
