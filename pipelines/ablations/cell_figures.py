@@ -17,7 +17,7 @@ from ablations.datasets import split_files
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.fingerprint import fingerprint
-from emloc_ray.io.store.atomic import write_json
+from emloc_ray.io.store.atomic import read_json, write_json
 from emloc_ray.modeling.loading import content_of_source, resolve_source
 
 # Stands for the code in every digest: set it to another word where the same inputs come to give other figures, so that none of
@@ -88,7 +88,7 @@ class Cells:
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
         """A cell's figures, None where it is not done, or its adapter, yet to be measured, is there no more."""
-        figures = read_json(self.path(cell))
+        figures: dict[str, Any] | None = read_json(self.path(cell))
         if figures is None or not self._asks_more(cell) or self.measured(cell) is not None:
             return figures
         if "run_dir" not in figures:
@@ -161,15 +161,6 @@ def disagreeing(published: Mapping[str, Mapping[str, dict[str, Any]]]) -> list[s
             names[digest][json.dumps(content["losses"], sort_keys=True)].add(name)
     split = [by_losses.values() for by_losses in names.values() if len(by_losses) > 1]
     return sorted({name for sides in split for side in sides for name in side})
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no such file, or no JSON in it."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content
 
 
 def figures(metrics: dict[str, Any]) -> dict[str, Any]:
