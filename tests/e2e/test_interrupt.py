@@ -20,7 +20,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.status import status_lines
 
 SECONDS = 240
-STEPS, SAVE_STEPS = 200, 50  # in a process that is there already, a few take no time
+STEPS, SAVE_STEPS = 600, 50  # a stop is seen within a second, which is some hundred steps of a fast machine
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
