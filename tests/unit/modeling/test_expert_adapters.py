@@ -168,7 +168,9 @@ def test_of_an_adapter_on_attention_nothing_changes(tiny_model_dir: Callable[...
     directory = save(trained(tiny_model_dir("mixtral"), ["q_proj"]), tmp_path / "adapter")
     config = json.loads((directory / "adapter_config.json").read_text())
     assert not config["target_parameters"]
-    assert all(".self_attn.q_proj.lora_" in key for key in load_file(directory / "adapter_model.safetensors"))
+    keys = load_file(directory / "adapter_model.safetensors").keys()
+    assert keys
+    assert all(".self_attn.q_proj.lora_" in key for key in keys)
 
 
 def test_other_parameters_are_refused() -> None:

@@ -154,10 +154,11 @@ def test_a_healing_goes_by_the_bits_that_data_chose(healed: Prepared) -> None:
 
 
 def test_linears_that_are_left_out_are_not_counted(values: dict[str, Any]) -> None:
-    layout = of(values, "4 bits", exclude_modules=["down_proj"]).layout
-    names = {spec.name for spec in layout.specs} - set(layout.compressed)
-    assert all(name.endswith("down_proj") for name in names)
-    assert not names & (layout.bits.keys() | layout.ranks.keys())
+    whole, layout = of(values, "4 bits").layout, of(values, "4 bits", exclude_modules=["down_proj"]).layout
+    left_out = [spec for spec in layout.specs if spec.name not in layout.compressed]
+    assert [spec.name.rsplit(".", 2)[-2:] for spec in left_out] == [["mlp", "down_proj"]] * 2
+    assert not {spec.name for spec in left_out} & (layout.bits.keys() | layout.ranks.keys())
+    assert layout.parameters_targeted == whole.parameters_targeted - sum(spec.num_parameters for spec in left_out)
 
 
 @pytest.mark.parametrize("budget", ["0.01 bits", "79KiB"])
