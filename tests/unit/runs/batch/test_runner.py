@@ -135,13 +135,10 @@ def test_threads_are_bounded() -> None:
 
 
 def test_more_tasks_begin_once_the_cluster_has_grown(tmp_path: Path) -> None:
-    work, size = Waits(seconds=0.05), [1.0]
+    work = Waits(seconds=0.05)
     run = batch_run(tmp_path, work, *"abcdefgh", max_concurrent=None)
-    run.capacity = lambda: Amount(cpus=size[0], memory=1e6)
-    grown = threading.Timer(0.2, lambda: size.__setitem__(0, 8.0))
-    grown.start()
+    run.capacity = lambda: Amount(cpus=8.0 if len(work.begun) > 4 else 1.0, memory=1e6)
     run.run()
-    grown.join()
     assert work.most_at_once > 1
 
 
