@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import Stopped
@@ -22,6 +23,8 @@ from emloc_ray.runs.run import run_stages
 from emloc_ray.runs.steps import AtOnce, Steps
 from emloc_ray.runs.versions import redone_from
 from emloc_ray.stages.context import Context, Inputs, Result
+from emloc_ray.stages.finetune.job import FinetuneJob
+from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.stage import Stage
 from emloc_ray.ui import api
 
@@ -123,32 +126,35 @@ class KillingReporter(RecordingReporter):
             self.killed.append(kill_worker(self.victim))
 
 
-class KillingWatcher(threading.Thread):
-    """Follows a training's log, and kills a worker of this name as soon as a number of steps are logged."""
+def acting(job: FinetuneJob, step: int, mark: Path, act: Callable[[FinetuneJob], object]) -> FinetuneJob:
+    """The same, of which a rank calls ``act(job)`` in its process once so many steps are logged, unless ``mark`` exists, which
+    it makes before. One that looked from outside could come too late."""
+    driver = os.getpid()
 
-    def __init__(self, training: Path, steps: int, worker: str = "RayTrainWorker") -> None:
-        super().__init__(daemon=True)
-        self.training, self.steps, self.worker = training, steps, worker
-        self.over = threading.Event()
-        self.logged: list[int] = []
-        self.logged_when_killed: list[int] = []
+    class Acting(type(job)):  # type: ignore[misc]
+        @property
+        def log_path(self) -> Path:  # asked for by the first rank before each line, and by all with each checkpoint
+            path: Path = super().log_path
+            if os.getpid() != driver and path.is_file() and path.read_bytes().count(b"\n") >= step:
+                with contextlib.suppress(FileExistsError):
+                    mark.touch(exist_ok=False)
+                    act(self)
+            return path
 
-    def run(self) -> None:
-        while not self.over.wait(0.02):
-            for log in self.training.glob("*.log.jsonl"):
-                lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-                self.logged = [json.loads(line)["step"] for line in lines] or self.logged
-            if len(self.logged) >= self.steps and not self.logged_when_killed:
-                self.logged_when_killed = self.logged
-                kill_worker(self.worker)
+    return Acting(**{field.name: getattr(job, field.name) for field in dataclasses.fields(job)})
 
-    def __enter__(self) -> KillingWatcher:
-        self.start()
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self.over.set()
-        self.join()
+def act_in_training(
+    patched: pytest.MonkeyPatch,
+    stage: str,
+    step: int,
+    mark: Path,
+    act: Callable[[FinetuneJob], object] = lambda job: os.kill(os.getpid(), signal.SIGKILL),
+) -> None:
+    """Has the first training of a stage that comes so far be :func:`acting`, which by default kills its process."""
+    patched.setattr(
+        f"emloc_ray.stages.{stage}.stage.finetune_job", lambda *args: acting(finetune_job(*args), step, mark, act)
+    )
 
 
 def kill_worker(name: str) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import kill_worker, make_values, run_values, task_rows, write_jsonl
+from small_runs import act_in_training, make_values, run_values, task_rows, write_jsonl
 from test_failing_runs import poison
 
 from emloc_ray.errors import ConfigError
@@ -59,20 +59,6 @@ def named(state: BatchState) -> dict[str, TaskState]:
     return {task.name: task for task in state.tasks}
 
 
-class Killer:
-    """Kills the worker of a training as soon as one is under way."""
-
-    def __init__(self) -> None:
-        self.killed: list[int] = []
-
-    def __call__(self, state: BatchState) -> None:
-        if not self.killed and any(task.stage == "finetune" and task.active for task in state.tasks):
-            try:
-                self.killed.append(kill_worker("finetune"))
-            except ValueError:  # not begun yet
-                return
-
-
 @pytest.fixture(scope="module")
 def batch_file(
     ray_session: None, tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[..., Path], task_file: Path
@@ -93,24 +79,20 @@ def batch_file(
 
 
 @pytest.fixture(scope="module")
-def killer() -> Killer:
-    return Killer()
+def ended(batch_file: Path) -> BatchState:
+    """The batch run once, with a training's worker killed on the way."""
+    with pytest.MonkeyPatch.context() as patched:
+        act_in_training(patched, "finetune", 2, batch_file.parent / "killed")
+        return run(batch_file)
 
 
-@pytest.fixture(scope="module")
-def ended(batch_file: Path, killer: Killer) -> BatchState:
-    """The batch run once, with a worker killed on the way."""
-    return run(batch_file, show=killer)
-
-
-def test_broken_tasks_end_alone_with_their_reasons(ended: BatchState, killer: Killer, batch_file: Path) -> None:
+def test_broken_tasks_end_alone_with_their_reasons(ended: BatchState, batch_file: Path) -> None:
     tasks = named(ended)
     assert {name for name, task in tasks.items() if task.status == "failed"} == {"bad-row", "poisoned"}
     assert all(tasks[f"t{number}"].status == "done" for number in range(NUM_GOOD))
     assert f"{batch_file.parent / 'bad.jsonl'}, row 1101: no field 'completion'" in (tasks["bad-row"].reason or "")
     assert "model.layers.0.mlp.down_proj reads hold NaN or Inf" in (tasks["poisoned"].reason or "")
     # The killed worker cost its task a few steps and nobody else anything.
-    assert killer.killed
     told = [
         event["message"]
         for number in range(NUM_GOOD)

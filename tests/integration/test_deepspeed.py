@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors.torch import load_file
-from small_runs import GROUP, FinishedRun, KillingWatcher, redone, run_values
+from small_runs import GROUP, FinishedRun, act_in_training, redone, run_values
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.config.steps import VERBS
@@ -176,16 +177,16 @@ def copied(llama_run: FinishedRun, tmp_path: Path) -> FinishedRun:
 
 
 def test_zero_3_trains_the_same_adapter_and_goes_on_after_a_killed_worker(
-    copied: FinishedRun, llama_run: FinishedRun, tmp_path: Path
+    copied: FinishedRun, llama_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "zero3.json"
     path.write_text(EXAMPLE.read_text())
-    # A checkpoint after every step: it also makes steps slow enough to be killed between two of them.
     values = copied.changed(finetune={**GROUP, "deepspeed": str(path), "save_steps": 1})
-    with KillingWatcher(copied.root / "training", steps=3) as watcher:
-        reporter = run_values(values, until="finetune")
-    assert 3 <= max(watcher.logged_when_killed) < 8
-    assert watcher.logged.count(1) == 1  # it went on from a checkpoint; it did not begin again
+    act_in_training(monkeypatch, "finetune", 3, tmp_path / "killed")
+    reporter = run_values(values, until="finetune")
+    assert any(re.match("finetune: rank [01] .*; restarted from the last", note) for note in reporter.notes)
+    metrics = json.loads((copied.root / "metrics.json").read_text())
+    assert "tokens_per_second" not in metrics["finetune"]  # it went on from a checkpoint; it did not begin again
     assert reporter.skipped == ["data", "calibrate", "factorize"]
     assert_same_adapter(copied.root / "adapter_emulator", llama_run.root / "adapter_emulator")
     assert not (copied.root / "training").exists()

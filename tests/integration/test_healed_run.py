@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from safetensors.torch import load_file
 from small_runs import (
     HEALING,
     FinishedRun,
-    KillingWatcher,
     Stopping,
+    act_in_training,
     make_values,
     redone,
     run_values,
@@ -33,6 +34,7 @@ from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.fetch import fetch
 from emloc_ray.modeling.emulator import FactorizedLinear
+from emloc_ray.stages.finetune.job import FinetuneJob
 
 AFTER = ["finetune", "correct", "merge", "evaluate"]
 
@@ -148,14 +150,20 @@ def test_from_it_on(copied: FinishedRun) -> None:
 
 
 def test_broken_off_in_each_part_it_goes_on_to_the_same_emulator(
-    copied: FinishedRun, healed_run: FinishedRun, tmp_path: Path
+    copied: FinishedRun, healed_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A training says how far it is twice a second: this one takes some seconds anywhere.
-    steps = 80
-    changes: dict[str, Any] = {"emulator": {"healing": {**HEALING, "steps": steps}}, "finetune": {"save_steps": 1}}
-    values = copied.changed(**changes)
-    whole = healed_run.copy(tmp_path / "whole")
-    run_values(whole.changed(**changes), until="heal")
+    values, steps = copied.values, HEALING["steps"]
+
+    def await_stop(job: FinetuneJob) -> None:
+        """Says how far it is, as the trainer does twice a second, and goes on once it is asked to stop."""
+        job.step_path.write_text(json.dumps({"done": 6}))
+        for _ in range(600):
+            if job.stop_path.exists():
+                break
+            time.sleep(0.1)
+        time.sleep(0.5)  # between two looks of the trainer
+
+    act_in_training(monkeypatch, "heal", 6, tmp_path / "acted", await_stop)
     place = copied.root / "healing"
 
     def stop(when: int) -> set[str]:
@@ -174,7 +182,7 @@ def test_broken_off_in_each_part_it_goes_on_to_the_same_emulator(
     reporter = run_values(values, until="heal")
     assert reporter.started == ["heal"]
     assert not place.exists()
-    same_tensors(copied.root / "emulator_healed", whole.root / "emulator_healed", 1e-5)
+    same_tensors(copied.root / "emulator_healed", healed_run.root / "emulator_healed", 1e-5)
 
 
 def test_it_may_have_rows_of_its_own(copied: FinishedRun, healed_run: FinishedRun, tmp_path: Path) -> None:
@@ -196,12 +204,14 @@ def test_it_may_have_rows_of_its_own(copied: FinishedRun, healed_run: FinishedRu
     assert not (copied.root / "data" / "tokens" / "healing").exists()
 
 
-def test_a_killed_worker_leaves_no_trace(copied: FinishedRun, healed_run: FinishedRun) -> None:
+def test_a_killed_worker_leaves_no_trace(
+    copied: FinishedRun, healed_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = copied.changed(finetune={"save_steps": 1})
-    with KillingWatcher(copied.root / "healing", 4, "heal: ") as watcher:
-        reporter = run_values(values, begin="heal", until="heal")
-    assert 4 <= max(watcher.logged_when_killed) < HEALING["steps"]
-    assert watcher.logged.count(1) == 1
+    act_in_training(monkeypatch, "heal", 4, tmp_path / "killed")
+    reporter = run_values(values, begin="heal", until="heal")
+    result = json.loads((copied.root / "manifest.json").read_text())["stages"]["heal"]["result"]
+    assert result["sequences_per_second"] is None  # it went on from a checkpoint; it did not begin again
     assert any(re.match("heal: the training lost its worker because .*; restarted", note) for note in reporter.notes)
     same_tensors(copied.root / "emulator_healed", healed_run.root / "emulator_healed", 1e-5)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_runs import acting
 from stage_artifacts import write_tokens
 
 from emloc_ray.stages.finetune import group_callbacks
@@ -29,26 +30,21 @@ def hanging(job: FinetuneJob, marker: Path, stops: bool) -> FinetuneJob:
     """The same, but once its first rank hangs at a step's log, or is stopped, whereupon its peers hang."""
     driver = os.getpid()
 
-    class Hanging(FinetuneJob):
+    class Impatient(FinetuneJob):
         @property
         def events_dir(self) -> Path:  # asked for by each rank before it trains
             if os.getpid() != driver and not marker.exists():
                 pace.PATIENCE_S = 10.0  # on a machine that stands still for some seconds too
             return super().events_dir
 
-        @property
-        def log_path(self) -> Path:  # asked for by the first rank after each step, and with each checkpoint
-            path = super().log_path
-            steps = path.read_bytes().count(b"\n") if path.is_file() else 0
-            if os.getpid() != driver and steps == HANGS_AFTER - 1 and not marker.exists():
-                marker.touch()
-                if stops:
-                    time.sleep(3)  # Ray Train's controller looks each second for what was saved
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                time.sleep(600)
-            return path
+    def hang(job: FinetuneJob) -> None:
+        if stops:
+            time.sleep(3)  # Ray Train's controller looks each second for what was saved
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(600)
 
-    return Hanging(**{name: getattr(job, name) for name in asdict(job)})
+    impatient = Impatient(**{name: getattr(job, name) for name in asdict(job)})
+    return acting(impatient, HANGS_AFTER - 1, marker, hang)  # before the next step is logged
 
 
 def job_in(root: Path, emulator_dir: Path) -> FinetuneJob:

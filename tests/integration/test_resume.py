@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from small_runs import GROUP, FinishedRun, KillingReporter, KillingWatcher, redone, run_values
+from small_runs import GROUP, FinishedRun, KillingReporter, act_in_training, redone, run_values
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from emloc_ray.config.reading import parse_config
@@ -223,16 +223,14 @@ def test_a_killed_calibration_worker_leaves_no_trace(copied: FinishedRun, llama_
 
 
 def test_a_group_that_loses_a_worker_trains_as_one_worker_that_lives(
-    copied: FinishedRun, llama_run: FinishedRun
+    copied: FinishedRun, llama_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A checkpoint after every step: it also makes steps slow enough to be killed between two of them.
     values = copied.changed(finetune={**GROUP, "save_steps": 1, "report_to": "tensorboard"})
-    with KillingWatcher(copied.root / "training", steps=4) as watcher:
-        reporter = run_values(values, until="finetune")
-    assert 4 <= max(watcher.logged_when_killed) < 8
+    act_in_training(monkeypatch, "finetune", 4, tmp_path / "killed")
+    reporter = run_values(values, until="finetune")
     assert any(re.match("finetune: rank [01] .*; restarted from the last", n) for n in reporter.notes)
-    assert watcher.logged.count(1) == 1  # it went on from a checkpoint; it did not begin again
     metrics = json.loads((copied.root / "metrics.json").read_text())
+    assert "tokens_per_second" not in metrics["finetune"]  # it went on from a checkpoint; it did not begin again
     assert [line["step"] for line in metrics["finetune"]["history"]] == list(range(1, 9))
     assert metrics["stages"]["finetune"]["num_workers"] == 2
     workers = {span.worker for span in read_trace(RunDirectory(copied.root))[0] if span.stage == "finetune"}
