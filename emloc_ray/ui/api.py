@@ -129,7 +129,7 @@ def plan(
     """
     whole = as_config(config, train, eval, keys)
     if memory_budget is not None:
-        whole = parse_config({**whole.model_dump(mode="json"), "memory_budget": memory_budget})
+        whole = parse_config({**whole.model_dump(mode="json", exclude_unset=True), "memory_budget": memory_budget})
     asked, choice = prepare(whole, needs_weights=False), None
     prepared = shrink_batches(asked)
     files = sorted(prepared.source.directory.glob("*.safetensors"))
