@@ -204,7 +204,7 @@ def test_a_plan_recommends_what_fits_the_batches_as_written(tmp_path: Path, give
     as_written = within_budget(prepare(asked, needs_weights=False), planned.speeds)
     assert planned.choice is not None
     assert planned.choice.overrides == as_written.overrides
-    assert planned.choice.asked.emulator.model_fields_set == asked.emulator.model_fields_set  # else overrides set these to null
+    assert planned.choice.asked.emulator.model_fields_set == as_written.asked.emulator.model_fields_set
     assert planned.choice.asked.finetune.per_device_train_batch_size == 8
     assert planned.prepared.config.evaluation.batch_size < asked.evaluation.batch_size
 
