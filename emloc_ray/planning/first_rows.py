@@ -112,7 +112,7 @@ def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> Fir
 
 def check_first_rows(prepared: Prepared) -> None:
     """Tokenizes the first rows of every split that is all here. Raises ConfigError where a row is bad, or none keeps a
-    completion; opens no image."""
+    completion; opens no image file."""
     for split, files in prepared.files.items():
         if not getattr(prepared.config.data, split).hub and not any(source.images for source in files):
             first_rows(prepared, split)

@@ -209,16 +209,12 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
     return Layout(
         specs,
         skeleton.groups,
-        ranks_at(config, specs, compressed),
-        tuple(compressed),
-        tuple(adapted),
-        _portable(config, adapted, skeleton),
-        skeleton.num_parameters,
-        skeleton.head_parameters,
-        skeleton.hidden_size,
-        quantization=config.emulator.quantization,
-        bits={} if config.emulator.bits is None else {spec.name: config.emulator.bits for spec in specs},
-        residual_ranks=_residual_ranks(config, specs, compressed),
+        compressed=tuple(compressed),
+        adapted=tuple(adapted),
+        portable_targets=_portable(config, adapted, skeleton),
+        num_parameters=skeleton.num_parameters,
+        head_parameters=skeleton.head_parameters,
+        hidden_size=skeleton.hidden_size,
         group_size=config.emulator.group_size,
         replaceable=skeleton.replaceable,
         feedforward=tuple(feedforward_names(forward, model_type, adapted)) if config.adapter.method == "ia3" else (),
@@ -226,10 +222,8 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         left_in_blocks=skeleton.left_in_blocks,
         image=skeleton.image,
         whole_logits=skeleton.whole_logits,
-        allocation=config.emulator.allocation,
-        objective=config.emulator.objective,
         free=tuple(name for name in compressed if lookup(name, config.emulator.ratios, None) is None),
-        storage=config.emulator.storage,
+        **_emulated(config, specs, compressed),
     )
 
 
@@ -344,20 +338,25 @@ def _check_no_experts(method: str, adapted: Sequence[str], skeleton: Skeleton) -
 
 def layout_under(layout: Layout, config: RunConfig) -> Layout:
     """The same linears with the ratio, the bits, the objective and the storage of another config."""
-    emulator = config.emulator
-    if emulator.budget is not None:  # what it gives was found with the layout
+    if config.emulator.budget is not None:  # what it gives was found with the layout
         return layout
-    return replace(
-        layout,
-        budget=None,
-        allocation=emulator.allocation,
-        objective=emulator.objective,
-        ranks=ranks_at(config, layout.specs, layout.compressed),
-        quantization=emulator.quantization,
-        bits={} if emulator.bits is None else {spec.name: emulator.bits for spec in layout.specs},
-        residual_ranks=_residual_ranks(config, layout.specs, layout.compressed),
-        storage=emulator.storage,
-    )
+    return replace(layout, budget=None, **_emulated(config, layout.specs, layout.compressed))
+
+
+def _emulated(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, Any]:
+    """What a layout has of its config's ratio, bits, objective and storage."""
+    emulator, chosen = config.emulator, set(compressed)
+    # Beside integers, of linears that have a Gram.
+    beside = {s.name: min(emulator.residual_rank, s.out_features, s.in_features) for s in specs if s.name in chosen}
+    return {
+        "ranks": ranks_at(config, specs, compressed),
+        "quantization": emulator.quantization,
+        "bits": {} if emulator.bits is None else {spec.name: emulator.bits for spec in specs},
+        "residual_ranks": beside if emulator.residual_rank else {},
+        "allocation": emulator.allocation,
+        "objective": emulator.objective,
+        "storage": emulator.storage,
+    }
 
 
 def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, int]:
@@ -375,12 +374,6 @@ def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequenc
 
     ranks = {name: rank_of(by_name[name], ratio) for name, ratio in ratios.items()}
     return {name: rank for name, rank in ranks.items() if rank is not None}
-
-
-def _residual_ranks(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, int]:
-    """The ranks of factors beside integers, of linears that have a Gram."""
-    asked, chosen = config.emulator.residual_rank, set(compressed)
-    return {s.name: min(asked, s.out_features, s.in_features) for s in specs if asked and s.name in chosen}
 
 
 def _portable(config: RunConfig, adapted: list[str], skeleton: Skeleton) -> str | tuple[str, ...]:

@@ -11,15 +11,13 @@ import torch
 from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loss import chunk_tokens
-from emloc_ray.planning.lengths import PACKED_SHARE
+from emloc_ray.planning.lengths import PACKED_SHARE, Lengths
 from emloc_ray.planning.machine import WITH_MODELS, gpus_compute_bfloat16
 from emloc_ray.planning.model_files import named_dtype
 from emloc_ray.planning.sizes import FLOAT, Block, blocks_of, widest_step
 
 if TYPE_CHECKING:
-    from emloc_ray.planning.lengths import Lengths
-    from emloc_ray.planning.prepared import Prepared
-    from emloc_ray.planning.training_spec import Training
+    from emloc_ray.planning.prepared import Prepared, Training
 
 # Of a chunk's logits in float32 while their gradient is made: themselves, the softmax and its gradient; of a divergence also
 # those that are not the teacher's top, and theirs.

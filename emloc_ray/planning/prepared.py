@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 
+from emloc_ray.config.adapter import AdapterConfig
 from emloc_ray.config.base import StageConfig
 from emloc_ray.config.emulator import HealingConfig
 from emloc_ray.config.finetune import FinetuneConfig
@@ -44,12 +45,21 @@ from emloc_ray.planning.machine import check_packages, check_resources, gpus_exp
 from emloc_ray.planning.model_checks import check_formats, read_model
 from emloc_ray.planning.model_files import file_dtype_of
 from emloc_ray.planning.training_checks import check_training
-from emloc_ray.planning.training_spec import Training
 
 UNKNOWN_ROWS = 8000  # the guess for a split that is made or downloaded later
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 Settings = TypeVar("Settings", bound=StageConfig)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training's settings, its adapter, the layout of the model that it trains on, and the split that it reads."""
+
+    section: FinetuneConfig
+    adapter: AdapterConfig
+    layout: Layout
+    split: str = "train"
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from emloc_ray.config.schema import RunConfig
 from emloc_ray.core.healing import healed_layers, ranks_before_healing
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths
-from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.training_spec import Training
+from emloc_ray.planning.prepared import Prepared, Training
 
 
 def factor_ranks(prepared: Prepared) -> dict[str, int]:

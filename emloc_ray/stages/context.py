@@ -21,8 +21,7 @@ from emloc_ray.modeling.loading import model_files
 from emloc_ray.modeling.stored_names import StoredParameter, stored_parameters, stored_specs
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.memory import MemoryModel
-from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.training_spec import Training
+from emloc_ray.planning.prepared import Prepared, Training
 
 if TYPE_CHECKING:
     from emloc_ray.data.processors import ImageInputs

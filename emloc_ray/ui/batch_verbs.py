@@ -105,26 +105,17 @@ def state_now(run: Any) -> BatchState | None:
 
 
 def show_batch(run: Any, watch: bool) -> None:
-    """Shows the table of a batch, once, or with ``watch`` until it is over."""
-    from rich.live import Live
+    """Shows the table of a batch, with ``watch`` as it goes until it is over."""
+    from emloc_ray.ui.batch_table import BatchView, batch_table, reasons
 
-    from emloc_ray.ui.batch_table import batch_table, reasons
-
-    def table() -> Table:
-        state = state_now(run)
-        assert state is not None
-        return batch_table(state, width=console.width)
-
-    if watch:
-        with Live(table(), console=console, auto_refresh=False, transient=True) as live:
-            while not console.quiet and run.holder() is not None:
-                live.update(table(), refresh=True)
-                time.sleep(1)
-    console.print(table())
-    holder = run.holder()
-    console.print(f"Running: {holder}" if holder else "Not running.", soft_wrap=True, markup=False)
-    state = state_now(run)
-    for line in reasons(state) if state else ():
+    with BatchView(console) as view:
+        while watch and not console.quiet and run.holder() is not None and (state := state_now(run)) is not None:
+            view.show(state)
+            time.sleep(1)
+    state, holder = state_now(run), run.holder()
+    assert state is not None
+    console.print(batch_table(state, width=console.width))
+    for line in (f"Running: {holder}" if holder else "Not running.", *reasons(state)):
         console.print(line, soft_wrap=True, markup=False)
 
 

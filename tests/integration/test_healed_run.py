@@ -152,7 +152,7 @@ def test_from_it_on(copied: FinishedRun) -> None:
 def test_broken_off_in_each_part_it_goes_on_to_the_same_emulator(
     copied: FinishedRun, healed_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values, steps = copied.values, HEALING["steps"]
+    values, steps = copied.values, int(HEALING["steps"])
 
     def await_stop(job: FinetuneJob) -> None:
         """Says how far it is, as the trainer does twice a second, and goes on once it is asked to stop."""

@@ -13,7 +13,7 @@ from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.layout import Layout, adapter_settings
 from emloc_ray.planning.memory import MemoryModel
-from emloc_ray.planning.training_spec import Training
+from emloc_ray.planning.prepared import Training
 from emloc_ray.planning.work import num_steps, rows_a_step, steps_trained, training_cost, validation_cost
 from emloc_ray.stages.context import Context, Inputs, Result, without
 from emloc_ray.stages.stage import Stage, metrics_of

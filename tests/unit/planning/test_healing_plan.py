@@ -23,9 +23,8 @@ from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import StagePlan, make_plan
-from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.prepared import Prepared, Training
 from emloc_ray.planning.training import factor_ranks, healing_split, healing_training, quantized_late, rounded_late
-from emloc_ray.planning.training_spec import Training
 from emloc_ray.planning.work import difference_work, rows_a_step
 from emloc_ray.stages.context import Context, Inputs
 from emloc_ray.stages.factorize.job import FactorizationJob
