@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_cases import IDS, TARGETS, logits, train
 from dense_weights import dense_weight
 from faulting.s3 import uri
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import FAMILIES, VOCABULARY
+from tiny import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.io.store.node_cache import mirror
@@ -32,27 +33,6 @@ from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.expert_adapters import order_free_tables
 from emloc_ray.modeling.loading import load_model
-
-IDS = torch.randint(2, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
-TARGETS = {
-    "llama": ["q_proj", "v_proj", "down_proj"],
-    "qwen2": ["q_proj", "v_proj", "down_proj"],
-    "gpt2": ["c_attn", "c_proj"],
-}
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model(input_ids=IDS).logits
-
-
-def train(model: Any, steps: int = 3) -> None:
-    """A few large steps, so that the update shows."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=2.0)
-    for _ in range(steps):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def trained(directory: Path, emulator: Path, family: str = "llama", **options: Any) -> tuple[Any, Path]:
@@ -122,14 +102,6 @@ def test_the_layer_s_update_is_s_b_a(emulator_dir: Callable[[str], Path]) -> Non
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_emulator_refuses_the_merge(emulator_dir: Callable[[str], Path]) -> None:
-    model = attach_adapter(
-        load_model(emulator_dir("llama")), adapter_config(target_modules=["q_proj"], r=4, lora_alpha=8)
-    )
-    with pytest.raises(TypeError, match="merge the corrected adapter into the original"):
-        model.merge_and_unload()
-
-
 # Saving and loading.
 
 
@@ -159,16 +131,6 @@ def test_saved_names_are_the_original_s(
     assert config["base_model_name_or_path"] == "the/original"
     assert config["peft_type"] == "LORA"
     assert config["task_type"] == "CAUSAL_LM"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_loaded_on_the_emulator_again_it_is_as_trained(
-    tmp_path: Path, emulator_dir: Callable[[str], Path], family: str
-) -> None:
-    model, directory = trained(tmp_path / "a", emulator_dir(family), family)
-    loaded = load_adapter(load_model(emulator_dir(family)), directory).eval()
-    assert torch.equal(logits(loaded), logits(model))
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
 PLAIN_PEFT = """
