@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import EOS, EXPERT_FAMILIES, PAD, VOCABULARY, make_config, make_model
+from families import build
+from tiny import EXPERT_FAMILIES, VOCABULARY, make_config, make_model
 from torch import nn
-from transformers import Gemma4TextConfig, GptOssConfig, GptOssForCausalLM
+from transformers import Gemma4TextConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from emloc_ray.io.formats.checkpoint import Checkpoint
@@ -27,34 +28,9 @@ from emloc_ray.modeling.stored_names import stored_parameters, stored_specs
 IDS = torch.randint(2, VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(5))
 
 
-def gpt_oss() -> Any:
-    """Transposed parameters with biases, gate and up interleaved, a gate of its own."""
-    config = GptOssConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        pad_token_id=PAD,
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = GptOssForCausalLM(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(std=0.05)
-    return model.eval()
-
-
 MAKERS: dict[str, Callable[[], Any]] = {
     **{family: (lambda family=family: make_model(family)) for family in EXPERT_FAMILIES},
-    "gpt_oss": gpt_oss,
+    "gpt_oss": lambda: build("gpt-oss"),
 }
 
 

@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from families import build
 from faulting.s3 import uri
 from other_vlms import PADDING, row_with_images
 from tiny import PAD, VOCABULARY, make_model
 from transformers import (
     AutoModelForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    MistralConfig,
-    MistralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -32,21 +29,16 @@ from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.loading import copy_checkpoint, load_model
 from emloc_ray.modeling.replay import BlockOutput, BlockReplay
 
-SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
-ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
-HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-
 
 def models() -> dict[str, Any]:
-    torch.manual_seed(0)
     return {
         "llama, tied": make_model("llama", tied=True),
         "qwen2": make_model("qwen2"),
         "gpt2": make_model("gpt2"),
         "opt": make_model("opt"),
         # Every second block sees a sliding window: its mask is another one.
-        "gemma3": Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **HEADS, sliding_window=4, layer_types=ALTERNATING)),
-        "mistral": MistralForCausalLM(MistralConfig(**SIZES, **HEADS, sliding_window=4)),
+        "gemma3": build("Gemma 3"),
+        "mistral": build("Mistral"),
         "mixtral": make_model("mixtral"),
         "qwen2_moe": make_model("qwen2_moe"),
     }
