@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import HIDDEN, make_config
+from tiny import make_config
 from torch import nn
 from transformers import (
     BartConfig,
@@ -19,8 +19,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
-    MixtralConfig,
-    Qwen3MoeConfig,
     ResNetConfig,
     T5Config,
 )
@@ -80,38 +78,6 @@ def test_specs_are_the_checkpoint_s_own_shapes(family: str) -> None:
         assert spec.name.startswith(f"{spec.block}.")
     if family == "qwen2":
         assert {s.name.rsplit(".", 1)[-1] for s in block_linears(model) if s.has_bias} == {"q_proj", "k_proj", "v_proj"}
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        MixtralConfig(
-            hidden_size=HIDDEN,
-            intermediate_size=HIDDEN,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=50,
-            num_local_experts=4,
-        ),
-        Qwen3MoeConfig(
-            hidden_size=HIDDEN,
-            moe_intermediate_size=HIDDEN,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=50,
-            num_experts=4,
-        ),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_mixtures_leave_routers_out_and_every_expert_reads_for_itself(config: Any) -> None:
-    _, names, groups = traced(config)
-    attention, experts = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_up", "down"}
-    assert {name.rsplit(".", 1)[-1] for name in names} == attention | experts
-    assert all(len(group) == 1 for group in groups if ".experts." in group[0])
-    assert sorted(name for group in groups for name in group) == sorted(names)
 
 
 def test_auto_class() -> None:
