@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from emloc_ray.core.precision import exact_float32
 
@@ -49,7 +48,7 @@ class Gram(TokenSum):
         return cls(torch.zeros(in_features, in_features, dtype=dtype, device=device))
 
     def _add(self, tokens: Tensor) -> None:
-        narrow = tokens.dtype == torch.bfloat16 and self.matrix.dtype == torch.float32 and sums_wide(tokens.device)
+        narrow = tokens.is_cuda and tokens.dtype == torch.bfloat16 and self.matrix.dtype == torch.float32
         tokens = tokens if narrow else tokens.to(self.matrix.dtype)
         width = _width(tokens)
         for start in range(0, tokens.shape[1], width):
@@ -78,11 +77,6 @@ class GramColumns(TokenSum):
     def _add(self, tokens: Tensor) -> None:
         tokens = tokens.float()
         self.matrix.addmm_(tokens.T, tokens @ self.q)
-
-
-def sums_wide(device: torch.device, version: str = torch.__version__) -> bool:
-    """Whether products of bfloat16 there give float32: on CUDA, from torch 2.8 on."""
-    return device.type == "cuda" and TorchVersion(version) >= "2.8"
 
 
 def _width(tokens: Tensor) -> int:

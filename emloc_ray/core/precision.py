@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-_MATMULS: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+_MATMULS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -17,7 +17,7 @@ def exact_float32() -> Iterator[None]:
     beside what they are taken of. A user may want them in a model's own passes, by ``allow_tf32``,
     ``set_float32_matmul_precision`` or ``fp32_precision``, which torch refuses to read as one another where they differ.
     """
-    each = [getattr(matmul, "fp32_precision", None) for matmul in _MATMULS]  # since torch 2.9
+    each = [matmul.fp32_precision for matmul in _MATMULS]
     try:
         named = torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -29,8 +29,7 @@ def exact_float32() -> Iterator[None]:
         if named is not None:
             torch.set_float32_matmul_precision(named)
         for matmul, precision in zip(_MATMULS, each, strict=True):
-            if precision is not None:
-                matmul.fp32_precision = precision
+            matmul.fp32_precision = precision
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

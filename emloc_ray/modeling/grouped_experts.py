@@ -59,7 +59,7 @@ class GroupedRows:
 def groupable(parts: Sequence[Sequence[nn.Module]], hidden: Tensor) -> bool:
     """Whether each of ``parts``, the same linear of all experts, can be one product on the device of ``hidden``."""
     kind = hidden.device.type
-    if kind not in KERNELS_ON or not hasattr(F, "grouped_mm"):  # since torch 2.10
+    if kind not in KERNELS_ON:
         return False
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     for modules in parts:

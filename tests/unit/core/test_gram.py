@@ -15,7 +15,6 @@ from emloc_ray.core.gram import (
     gather_triangle,
     not_finite,
     packed_triangle,
-    sums_wide,
     unpack_triangle,
 )
 
@@ -95,16 +94,6 @@ def test_triangle_round_trip(seed: int, n: int) -> None:
 def test_packing_reads_the_lower_triangle_alone() -> None:
     gram = gram_of(tokens_of(0, 9, 300))
     assert torch.equal(unpack_triangle(torch.cat([*packed_triangle(gram.matrix)])), gram.symmetric())
-
-
-@pytest.mark.parametrize(
-    ("device", "version", "wide"),
-    [("cuda", "2.8.0+cu128", True), ("cuda", "2.11.0", True), ("cuda", "2.7.1", False), ("cpu", "2.11.0", False)],
-)
-def test_bfloat16_is_widened_first_where_torch_does_not_sum_it_in_float32(
-    device: str, version: str, wide: bool
-) -> None:
-    assert sums_wide(torch.device(device), version) is wide
 
 
 @FEW
