@@ -52,11 +52,17 @@ class Artifacts:
         return replace(job, **more)
 
 
-def random_rows(*lengths: int) -> list[Tokens]:
+def random_rows(*lengths: int, seed: int = 0) -> list[Tokens]:
     """Rows of these lengths, by default of four; the first three tokens of each are its prompt."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     made = [torch.randint(2, 300, (length,), generator=generator).tolist() for length in lengths or (13, 5, 16, 8)]
     return [Tokens(ids, [position >= 3 for position in range(len(ids))]) for ids in made]
+
+
+def half_rows(*lengths: int, seed: int = 0) -> list[Tokens]:
+    """Rows of these lengths; the second half of each is its completion."""
+    rows = random_rows(*lengths, seed=seed)
+    return [Tokens(row.input_ids, [position >= len(row) // 2 for position in range(len(row))]) for row in rows]
 
 
 def tensors_in(directory: Path) -> dict[str, torch.Tensor]:
@@ -66,12 +72,7 @@ def tensors_in(directory: Path) -> dict[str, torch.Tensor]:
 
 def write_tokens(directory: Path, count: int, rows_per_shard: int) -> Path:
     """Random rows of several lengths, half of each completion."""
-    generator = torch.Generator().manual_seed(1)
-    rows = []
-    for number in range(count):
-        length = 4 + number % 9
-        ids = torch.randint(2, 300, (length,), generator=generator).tolist()
-        rows.append(Tokens(ids, [position >= length // 2 for position in range(length)]))
+    rows = half_rows(*(4 + number % 9 for number in range(count)), seed=1)
     parts = [rows[start : start + rows_per_shard] for start in range(0, count, rows_per_shard)]
     for number, part in enumerate(parts):
         write_shard(directory / shard_name(number), part)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
+from stage_artifacts import half_rows
 from tiny import FAMILIES, PAD, VOCABULARY, make_model
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
-from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import collate
 from emloc_ray.modeling import loss
 from emloc_ray.modeling.adapter import attach_adapter
@@ -25,11 +25,7 @@ from emloc_ray.modeling.loss import call_loss, token_loss
 
 def batch_of(*lengths: int) -> dict[str, torch.Tensor]:
     """Rows of these lengths; about half of each is completion, and one row has it in two pieces."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for length in lengths:
-        ids = torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
-        rows.append(Tokens(ids, [position >= length // 2 for position in range(length)]))
+    rows = half_rows(*lengths)
     rows[0].completion_mask[0] = rows[0].completion_mask[1] = True
     return collate(rows, PAD)
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PAD, VOCABULARY, make_config, make_model
+from stage_artifacts import half_rows
+from tiny import PAD, make_config, make_model
 from torch import Tensor, nn
 from transformers import JambaConfig, JambaForCausalLM, LlamaForCausalLM, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from emloc_ray.data.formats import Tokens
 from emloc_ray.data.packing import join, pack_rows
 from emloc_ray.data.token_shards import collate
 from emloc_ray.errors import ConfigError
@@ -23,15 +23,6 @@ from emloc_ray.modeling.loss import token_loss
 from emloc_ray.modeling.packing import as_one_row, check_rows_apart, packs_known, why_rows_mix
 
 LENGTHS = (13, 5, 8, 3, 11, 2)
-
-
-def rows_of(lengths: tuple[int, ...]) -> list[Tokens]:
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for length in lengths:
-        ids = torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
-        rows.append(Tokens(ids, [position >= length // 2 for position in range(length)]))
-    return rows
 
 
 def trained(model: Any, batches: list[dict[str, Tensor]], loss_on: str) -> tuple[float, int, list[Tensor]]:
@@ -55,7 +46,7 @@ def test_packed_rows_are_trained_on_as_alone(family: str, loss_on: str, attentio
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    rows = rows_of(LENGTHS)
+    rows = half_rows(*LENGTHS)
     alone = trained(model, [collate([row], PAD) for row in rows], loss_on)
     packs = pack_rows([len(row) for row in rows], 16)
     assert len(packs) < len(rows)
@@ -72,7 +63,7 @@ def test_packed_rows_are_trained_on_as_alone(family: str, loss_on: str, attentio
 
 def test_packed_rows_are_found_as_transformers_finds_them() -> None:
     """But where no pack has a second row: that is a mask here, and there None."""
-    packs = collate([join(rows_of((5, 2))), join(rows_of((4, 1, 4)))], PAD, multiple=1)["position_ids"]
+    packs = collate([join(half_rows(5, 2)), join(half_rows(4, 1, 4))], PAD, multiple=1)["position_ids"]
     alone = torch.arange(9).expand(2, -1)
     for positions in (packs, packs[:1], alone):
         expected = masking_utils.find_packed_sequence_indices(positions)
@@ -93,7 +84,7 @@ def test_flash_attention_is_given_the_bounds_of_rows(monkeypatch: pytest.MonkeyP
         return sdpa_attention_forward(module, *args, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attend)
-    batch = as_one_row(collate([join(rows_of((5, 2))), join(rows_of((4, 3)))], PAD, multiple=8))
+    batch = as_one_row(collate([join(half_rows(5, 2)), join(half_rows(4, 3))], PAD, multiple=8))
     model = make_model("llama", attn_implementation="sdpa")
     token_loss(model, batch, "all")
     (expected, _), (longest, _) = prepare_fa_kwargs_from_position_ids(batch["position_ids"])

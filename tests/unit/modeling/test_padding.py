@@ -11,7 +11,7 @@ import families
 import pytest
 import torch
 from adapter_cases import CASES, attached
-from test_teacher_loss import batch_of
+from stage_artifacts import half_rows
 from tiny import PAD, VOCABULARY, save_emulator
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -31,7 +31,7 @@ from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import teacher_logits, token_loss
 from emloc_ray.modeling.scoring import losses_by_row, score_rows
 
-PADDED = batch_of(13, 5, 8)
+PADDED = collate(half_rows(13, 5, 8), PAD)
 ROWS = [Tokens(list(range(5, 5 + length)), [False, False, *[True] * (length - 2)]) for length in (13, 5, 8)]
 DECODERS = [family for family in families.FAMILIES if family not in ("T5", "BART")]
 SCORED: dict[str, Any] = {"batch_size": 3, "loss_on": "completion", "pad_token_id": PAD}

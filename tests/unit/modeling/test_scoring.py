@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
+from stage_artifacts import half_rows
 from tiny import EOS, FAMILIES, PAD, VOCABULARY, make_model
 from torch.nn.functional import log_softmax
 
@@ -15,15 +15,6 @@ from emloc_ray.data.formats import Tokens
 from emloc_ray.errors import NumericsError
 from emloc_ray.modeling import loss as loss_module
 from emloc_ray.modeling.scoring import Score, complete, losses_by_row, prompt_length, score_rows
-
-
-def rows(*lengths: int) -> list[Tokens]:
-    numbers = random.Random(0)
-    made = []
-    for length in lengths:
-        ids = [numbers.randrange(2, VOCABULARY) for _ in range(length)]
-        made.append(Tokens(ids, [position >= length // 2 for position in range(length)]))
-    return made
 
 
 @torch.no_grad()
@@ -43,7 +34,7 @@ def by_hand(model: Any, many: list[Tokens], loss_on: str) -> tuple[float, int, i
 @pytest.mark.parametrize("loss_on", ["completion", "all"])
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_score_is_row_by_row_whatever_the_batch(family: str, loss_on: str, batch_size: int) -> None:
-    model, many = make_model(family), rows(13, 5, 8, 21, 2)
+    model, many = make_model(family), half_rows(13, 5, 8, 21, 2)
     score = score_rows(model, many, batch_size=batch_size, loss_on=loss_on, pad_token_id=PAD, name="x")
     loss, correct, count = by_hand(model, many, loss_on)
     assert score.num_tokens == count
@@ -62,7 +53,7 @@ def test_losses_by_row_are_the_rows_own_in_their_order(
     loss_on: str, share: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_SHARE", share)  # logits at once, or a token's at a time
-    model, many = make_model("llama"), rows(13, 5, 1, 8, 21, 2)
+    model, many = make_model("llama"), half_rows(13, 5, 1, 8, 21, 2)
     found = losses_by_row(model, many, batch_size=4, loss_on=loss_on, pad_token_id=PAD)
     expected = [by_hand(model, [row], loss_on) for row in many]
     assert found.counts.tolist() == [count for _, _, count in expected]
@@ -79,7 +70,7 @@ def test_a_loss_that_is_no_number_names_the_model(bad: float) -> None:
     model = make_model("llama")
     model.model.norm.weight.data[0] = bad
     with pytest.raises(NumericsError, match="loss of the merged model is NaN or Inf"):
-        score_rows(model, rows(8), batch_size=1, loss_on="all", pad_token_id=PAD, name="merged")
+        score_rows(model, half_rows(8), batch_size=1, loss_on="all", pad_token_id=PAD, name="merged")
 
 
 @pytest.mark.parametrize(
@@ -103,14 +94,14 @@ def greedy(model: Any, prompt: list[int], steps: int) -> list[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_completions_are_greedy_whatever_the_batch(tokenizer: Any, family: str, batch_size: int) -> None:
-    model, many = make_model(family), rows(13, 6, 20, 9)
+    model, many = make_model(family), half_rows(13, 6, 20, 9)
     texts = complete(model, tokenizer, many, max_new_tokens=6, batch_size=batch_size)
     expected = [greedy(model, row.input_ids[: prompt_length(row)], 6) for row in many]
     assert texts == [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in expected]
 
 
 def test_completions_are_greedy_whatever_the_model_s_generation_config_asks_for(tokenizer: Any) -> None:
-    model, many = make_model("llama"), rows(13, 6)
+    model, many = make_model("llama"), half_rows(13, 6)
     plain = complete(model, tokenizer, many, max_new_tokens=8, batch_size=2)
     asked = {"repetition_penalty": 5.0, "num_beams": 3, "no_repeat_ngram_size": 1, "min_length": 40}
     for key, value in asked.items():
@@ -126,7 +117,7 @@ def test_completions_end_with_the_model_s_last_position(tokenizer: Any, virtual:
     if virtual:
         config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)
         model = get_peft_model(model, config).eval()
-    many = rows(6, 2 * room - 8, 20, 2 * room - 2)  # the halves before are prompts
+    many = half_rows(6, 2 * room - 8, 20, 2 * room - 2)  # the halves before are prompts
     texts = complete(model, tokenizer, many, max_new_tokens=9, batch_size=batch_size)
     expected = [greedy(model, row.input_ids[:count], min(9, room - count)) for row in many for count in [len(row) // 2]]
     assert texts == [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in expected]
@@ -149,7 +140,7 @@ class Told:
 def test_completions_stop_at_the_end_of_the_sequence(tokenizer: Any) -> None:
     word = tokenizer(" the sum")["input_ids"]
     model = Told([*word, EOS, word[0]]).model
-    assert complete(model, tokenizer, rows(6), max_new_tokens=20, batch_size=1) == ["the sum"]
+    assert complete(model, tokenizer, half_rows(6), max_new_tokens=20, batch_size=1) == ["the sum"]
 
 
 def test_no_rows_no_work(tokenizer: Any) -> None:

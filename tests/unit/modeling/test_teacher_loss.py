@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import build
+from stage_artifacts import half_rows
 from tiny import PAD, VOCABULARY, make_model
 
-from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import collate
 from emloc_ray.errors import ArtifactError
 from emloc_ray.modeling import loss
@@ -19,9 +19,7 @@ from emloc_ray.modeling.loss import TopLogProbs, teacher_logits, token_loss
 
 
 def batch_of(*lengths: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-    return collate([Tokens(row, [at >= len(row) // 2 for at in range(len(row))]) for row in ids], PAD)
+    return collate(half_rows(*lengths), PAD)
 
 
 def joined(rows: list[TopLogProbs]) -> TopLogProbs:
