@@ -20,7 +20,7 @@ from emloc_ray.planning.holding import choose
 from emloc_ray.planning.machine import gpus_of_slow_float64
 from emloc_ray.planning.model_bytes import DIVERGENCE_COPIES, LOSS_COPIES
 from emloc_ray.planning.optimizers import optimizer_bytes
-from emloc_ray.planning.sizes import DOUBLE, FLOAT, gradient_bytes, gram_bytes, most_tasks
+from emloc_ray.planning.sizes import DOUBLE, FLOAT, gradient_bytes, gram_bytes
 
 _HALF = 2
 _HEADER_BYTES = 4000  # of Python's objects for a token of the vocabulary and its merges: 3,560 for SmolLM2's
@@ -68,15 +68,15 @@ class MemoryModel(CalibrationMemory):
 
     def factorization_parts(self) -> Parts:
         """The group that needs most, with one of its linears computed once more in float64, as rounding may ask: on the host
-        where the GPU's float64 is slow. A task of several groups also holds, on the host, the tensors of the one that is
-        computed and of the next."""
+        where the GPU's float64 is slow. A worker with a GPU takes one group after another, so its node also holds the tensors
+        of the one that is computed and of the next."""
         section, groups = self.config.emulator, self._groups()
         left = {*self.layout.quantized_linears}.difference(spec.name for group in groups for spec in group)
         alone = [group for group in self.layout.groups if any(spec.name in left for spec in group)]
         parts = max([*map(self._group_parts, groups), *map(self._quantized_group_parts, alone)], key=total, default={})
         if section.gpus and not self.config.ray.joins and gpus_of_slow_float64():
             parts = {"in float64": total(parts)}
-        if len(groups) + len(alone) <= most_tasks(section.num_workers, section.gpus):
+        if not section.gpus or len(groups) + len(alone) <= section.num_workers:
             return parts
         read = [*map(self._group_bytes_as_read, groups), *map(self._weight_bytes_as_read, alone)]
         return {**parts, "read ahead": sum(sorted(read)[-2:])}
@@ -162,7 +162,7 @@ class MemoryModel(CalibrationMemory):
         from emloc_ray.planning.training import rounded_late  # as below
 
         rows = healing.per_device_train_batch_size or self.config.finetune.per_device_train_batch_size
-        rounding = {**self.factorization_parts(), "read ahead": 0} if rounded_late(self.layout, healing) else {}
+        rounding = self.factorization_parts() if rounded_late(self.layout, healing) else {}
         return max(training, self.teacher_plan(rows).parts, rounding, key=total)
 
     def teacher_plan(self, rows: int) -> HoldPlan:

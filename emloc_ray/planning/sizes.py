@@ -8,7 +8,6 @@ from emloc_ray.modeling.architecture import LinearSpec
 
 FLOAT = 4  # bytes: Grams, adapters, norms and losses are in float32 whatever the model is in
 DOUBLE = 8  # of what is decided in float64
-_TASKS_A_WORKER = 16
 
 Part = TypeVar("Part")
 
@@ -56,12 +55,6 @@ def gradient_bytes(spec: LinearSpec) -> int:
 def packed_bytes(order: int) -> int:
     """Bytes of a Gram or a sum of gradients of this order as stored: its lower triangle in float32."""
     return FLOAT * order * (order + 1) // 2
-
-
-def most_tasks(num_workers: int, gpus: float) -> int:
-    """Tasks that workers with so many GPUs each share their pieces out into, at most. One task a worker with a GPU: Ray ends such
-    a task's process, and a new one takes seconds to import torch and to open the card."""
-    return num_workers * (1 if gpus else _TASKS_A_WORKER)
 
 
 def in_waves(parts: Iterable[Part], size: Callable[[Part], int], budget: float) -> list[list[Part]]:

@@ -203,10 +203,10 @@ def _read_spectra(file: Path) -> dict[str, Tensor]:
 
 
 def spectra_of_groups(job: AllocationJob, pieces: Sequence[SpectraWork], device: torch.device | str = "cpu") -> None:
-    """Writes :func:`group_spectra` of each whose file is not there yet; the next one's tensors are read meanwhile."""
+    """Writes :func:`group_spectra` of each whose file is not there yet; on a GPU the next one's tensors are read meanwhile."""
     written = existing([piece[3] for piece in pieces])
     todo = [piece for piece in pieces if piece[3] not in written]
     checkpoint = Checkpoint(job.model_dir)
-    for piece, tensors_read in read_ahead(todo, lambda piece: read_group(checkpoint, *piece[:3])):
+    for piece, tensors_read in read_ahead(todo, lambda piece: read_group(checkpoint, *piece[:3]), torch.device(device)):
         specs, gram, gradients, file = piece
         write_tensors(file, group_spectra(job, specs, gram, gradients, device, tensors_read, checkpoint))

@@ -328,7 +328,7 @@ def _rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
 
 
 def factorize_groups(job: FactorizationJob, groups: Sequence[GroupWork], device: torch.device | str = "cpu") -> None:
-    """:func:`factorize_group` of each whose files are not there yet; while one is computed, the next one's tensors are read."""
+    """:func:`factorize_group` of each whose files are not there yet; on a GPU the next one's tensors are read meanwhile."""
     written = existing([name for *_, file in groups for name in (file, spectra_file(file))])
     todo = [piece for piece in groups if not {piece[2], spectra_file(piece[2])} <= written]
     checkpoint = Checkpoint(job.model_dir)
@@ -340,7 +340,7 @@ def factorize_groups(job: FactorizationJob, groups: Sequence[GroupWork], device:
         sums = {} if gradients is None else {name: gradients.stored(name) for name in names}
         return read_group(checkpoint, specs, gram, sums)
 
-    for piece, tensors_read in read_ahead(todo, read):
+    for piece, tensors_read in read_ahead(todo, read, torch.device(device)):
         factorize_group(job, *piece, device, tensors_read, checkpoint)
 
 

@@ -1,8 +1,9 @@
-"""Reads the weights, the Gram and the gradients of a group while the group before is computed."""
+"""Reads the weights, the Gram and the gradients of a group while a GPU computes the group before."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from emloc_ray.data.ahead import made_ahead
@@ -33,11 +34,11 @@ def read_group(
 
 
 def read_ahead(
-    pieces: Sequence[Work], read: Callable[[Work], GroupTensors]
+    pieces: Sequence[Work], read: Callable[[Work], GroupTensors], device: torch.device
 ) -> Iterator[tuple[Work, GroupTensors | None]]:
-    """Yields each piece of a task with its tensors, and reads the next one's meanwhile; a task's only piece comes without
-    tensors, as its layers are read one by one."""
-    if len(pieces) == 1:
-        yield pieces[0], None
+    """Yields each piece of a task for a GPU with its tensors, and reads the next one's meanwhile. A task's only piece, and all
+    that a CPU computes, come without tensors: their layers are read one by one, in less memory."""
+    if len(pieces) == 1 or device.type == "cpu":
+        yield from ((piece, None) for piece in pieces)
         return
     yield from zip(pieces, made_ahead(pieces, read, most=1), strict=True)

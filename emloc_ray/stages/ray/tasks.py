@@ -26,6 +26,7 @@ Look = Callable[[int, int], object]
 Work = TypeVar("Work")
 Value = TypeVar("Value")
 Next = Literal["more", "over", "again"]  # after what a task gave
+_TASKS_A_WORKER = 16
 LOOK_S = 1.0  # between two looks at tasks in flight
 
 
@@ -307,11 +308,10 @@ def run_tasks(
 
 
 def bundles(pieces: Sequence[Work], cost: Callable[[Work], float], resources: Resources) -> list[list[Work]]:
-    """Groups pieces into tasks of about equal cost, because each task reads anew what all share: :func:`most_tasks`, or each
-    piece alone where there are no more."""
-    from emloc_ray.planning.sizes import most_tasks  # which imports transformers: not every stage's driver needs it
-
-    tasks = most_tasks(resources.num_workers, resources.gpus_per_worker)
+    """Groups pieces into tasks of about equal cost, because each task reads anew what all share: at most :data:`_TASKS_A_WORKER`
+    tasks a worker, each piece alone where there are no more. One task a worker with a GPU: Ray ends such a task's process, and
+    a new one takes seconds to import torch and to open the card."""
+    tasks = resources.num_workers * (1 if resources.gpus_per_worker else _TASKS_A_WORKER)
     if len(pieces) <= tasks:
         return [[piece] for piece in pieces]
     made: list[list[Work]] = [[] for _ in range(tasks)]

@@ -25,6 +25,7 @@ from emloc_ray.io.store.node_cache import mirror
 from emloc_ray.io.store.objects import Objects
 from emloc_ray.stages.factorize.allocate import allocate_ranks, group_spectra, spectra_of_groups
 from emloc_ray.stages.factorize.factorize import build_emulator, factorize_group, factorize_groups
+from emloc_ray.stages.factorize.group_tensors import GroupTensors, read_ahead
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.kept_tensors import copy_rest
 from emloc_ray.stages.factorize.layer_reports import read_reports, spectra_file
@@ -77,32 +78,43 @@ def test_factors_of_predictions_and_spectra_are_the_cpu_s(
         torch.testing.assert_close(spectra[1][name], expected, rtol=1e-3, atol=1e-5 * float(expected[0]))
 
 
+@pytest.mark.parametrize("device", ["cpu", "pretend"])
 def test_groups_one_after_another_are_each_as_alone_and_those_there_are_kept(
-    artifacts: Artifacts, gradients_dir: Path, tmp_path: Path
+    artifacts: Artifacts, gradients_dir: Path, tmp_path: Path, device: str
 ) -> None:
+    where = "cpu" if device == "cpu" else pretend_device()
     job = replace(job_of(artifacts), gradients_dir=gradients_dir)
     pieces = [(g, gram_of(artifacts, g), tmp_path / f"{k}.safetensors") for k, g in enumerate(artifacts.groups[:3])]
     factorize_group(job, *pieces[1])
     kept = pieces[1][2].stat()
-    factorize_groups(job, pieces)
+    factorize_groups(job, pieces, where)
     assert pieces[1][2].stat().st_mtime_ns == kept.st_mtime_ns
-    for group, gram, file in pieces:
-        factorize_group(job, group, gram, tmp_path / "alone" / file.name)
+    for group, gram, file in (pieces[0], pieces[2]):
+        factorize_group(job, group, gram, tmp_path / "alone" / file.name, where)
         assert file.read_bytes() == (tmp_path / "alone" / file.name).read_bytes()
 
 
-def test_spectra_are_read_ahead_and_are_each_as_alone(
-    artifacts: Artifacts, gradients_dir: Path, tmp_path: Path
+def test_a_gpu_s_groups_are_read_ahead_and_a_cpu_s_are_not() -> None:
+    pieces, read = ["a", "b"], GroupTensors({}, None, {})
+    assert list(read_ahead(pieces, lambda piece: read, torch.device("cpu"))) == [("a", None), ("b", None)]
+    assert list(read_ahead(pieces, lambda piece: read, pretend_device())) == [("a", read), ("b", read)]
+    assert list(read_ahead(pieces[:1], lambda piece: read, pretend_device())) == [("a", None)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "pretend"])
+def test_spectra_one_after_another_are_each_as_alone(
+    artifacts: Artifacts, gradients_dir: Path, tmp_path: Path, device: str
 ) -> None:
+    where = "cpu" if device == "cpu" else pretend_device()
     job, pieces = allocation_job(artifacts, gradients_dir), []
     for number, group in enumerate(artifacts.groups[:3]):
         sums = stored(gradients_dir, [spec.name for spec in group])
         pieces.append((group, gram_of(artifacts, group), sums, tmp_path / f"{number}.safetensors"))
     pieces[1][3].write_bytes(b"there")
-    spectra_of_groups(job, pieces)
+    spectra_of_groups(job, pieces, where)
     assert pieces[1][3].read_bytes() == b"there"
     for group, gram, sums, file in (pieces[0], pieces[2]):
-        expected, found = group_spectra(job, group, gram, sums), load_file(file)
+        expected, found = group_spectra(job, group, gram, sums, where), load_file(file)
         assert all(torch.equal(found[name], values) for name, values in expected.items())
 
 
