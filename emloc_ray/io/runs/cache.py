@@ -284,6 +284,7 @@ class ArtifactCache:
         return self._at.store is None and owners | {self._at.owner(entry.stage, entry.key)} == {os.geteuid()}
 
     def _has_content(self, entry: Entry, doubted: bool) -> bool:
+        """Whether each file is of its noted content; on a store that is asked only where it is ``doubted``."""
         if self._at.store is not None and not doubted:
             return True
         folder = self._at.folder(entry.stage, entry.key) / _FILES

@@ -71,8 +71,8 @@ def _sampled(file: Path) -> str:
 
 
 def content_of(files: Iterable[Path]) -> str:
-    """A hash of names and whole contents, of large files too: what one machine's time says of them, another's need not. Each
-    file is read once, where its digest is not noted with it or by this user; of a large one, header and blocks each time."""
+    """A hash of names and whole contents, of large files too, whatever their times and folders. Each file is read once,
+    where its digest is not noted with it or by this user; of a large one, header and blocks each time."""
     return fingerprint([_content(file) for file in files if file.is_file()])
 
 
