@@ -28,7 +28,6 @@ DECIDED: dict[str, tuple[Any, ...]] = {
     "ratios": ({},),
     "quantization": ("none",),
     "residual_rank": (0,),
-    "refinement": (False,),
     "allocation": ("sensitivity",),
 }
 
@@ -62,11 +61,11 @@ class HealingConfig(Section):
 
 
 class RefinementConfig(Section):
-    """Fits each block's factors to what the original's block gives, before healing: one block at a time, on the calibration
-    rows, at the same bytes (AA-SVD, arXiv 2604.02119)."""
+    """Fits each block's factors and integers to what the original's block gives, before healing: one block at a time, on the
+    calibration rows, at the same bytes (AA-SVD, arXiv 2604.02119)."""
 
     steps: int = Field(ge=1, description="steps for each block, of calibration.batch_size rows each")
-    learning_rate: float = Field(1e-2, gt=0, description="step size, as a share of the factors' own size")
+    learning_rate: float = Field(1e-2, gt=0, description="step size, as a share of what it changes")
 
 
 class EmulatorConfig(StageConfig):
@@ -100,7 +99,7 @@ class EmulatorConfig(StageConfig):
     )
     gradient_dampening_frac: float = Field(1e-2, gt=0, lt=1, description="as dampening_frac, for the sums of gradients")
     refinement: RefinementConfig | None = Field(
-        None, description="each block's factors fitted together to the original's block"
+        None, description="each block's factors and integers fitted together to the original's block"
     )
     healing: HealingConfig | None = Field(None, description="distillation of the original into it, before training")
 
@@ -157,11 +156,10 @@ class EmulatorConfig(StageConfig):
             raise ValueError(
                 f"storage: pivoted does not go with quantization: {self.quantization}: take factors, or nf4"
             )
-        late = self.quantization == "nf4" and self.healing is not None
-        if self.refinement is not None and self.quantization != "none" and not late:
+        if self.refinement is not None and self.quantization == "nf4" and self.healing is None:
             raise ValueError(
-                f"refinement fits factors in floats, which quantization: {self.quantization} has rounded by then: remove one of"
-                " them, or add healing to nf4, after which it rounds"
+                "refinement fits floats and integers, and quantization: nf4 is neither: take int4, remove one of them, or add"
+                " healing, after which it rounds"
             )
         if self.budget is not None and self.objective == "weights":
             raise ValueError(
@@ -182,8 +180,8 @@ class EmulatorConfig(StageConfig):
 
     @property
     def refines(self) -> RefinementConfig | None:
-        """The refinement; None where nothing is compressed."""
-        return None if self.compression_ratio == 1 else self.refinement
+        """The refinement; None where neither factors nor integers are."""
+        return None if self.compression_ratio == 1 and self.bits is None else self.refinement
 
     @property
     def heals(self) -> HealingConfig | None:

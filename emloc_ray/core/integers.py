@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.integer_forms import BITS, PLANES, group_size_of
-from emloc_ray.core.unpacking import SCALE_STEPS, grouped_weight, scale_values, unpacked_weight, zero_values
+from emloc_ray.core.unpacking import (
+    SCALE_STEPS,
+    grouped_weight,
+    scale_values,
+    unpacked_codes,
+    unpacked_weight,
+    zero_values,
+)
 
 _OCTAVES = 256 // SCALE_STEPS
 
@@ -61,6 +68,15 @@ class IntegerWeight:
 def stored_bits(keys: Container[str]) -> int | None:
     """The bits of a module's weight by the names of its tensors; None where none is of integers."""
     return next((bits for bits in BITS if f"int{bits}" in keys), None)
+
+
+def integer_weight(tensors: Mapping[str, Tensor], in_features: int) -> IntegerWeight:
+    """The weight ``(out, in)`` that ``tensors``, as :meth:`IntegerWeight.tensors` has them, stand for."""
+    bits = stored_bits(tensors)
+    assert bits is not None
+    scales, exponent = tensors["scales"], int(tensors["exponent"])
+    codes, size = unpacked_codes(tensors[f"int{bits}"], bits, in_features), group_size_of(in_features, scales.shape[1])
+    return IntegerWeight(codes, scales, tensors["zeros"], exponent, bits, size)
 
 
 def dense_weight(tensors: Mapping[str, Tensor], in_features: int) -> Tensor:

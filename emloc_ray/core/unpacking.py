@@ -45,7 +45,7 @@ def by_words(
 ) -> Tensor:
     """As :func:`unpacked_weight`, step by step."""
     scale, zero = scale_values(scales, exponent.float()), zero_values(zeros, bits)
-    return grouped_weight(_codes(packed, bits, in_features), scale, zero, group_size).to(exponent.dtype)
+    return grouped_weight(unpacked_codes(packed, bits, in_features), scale, zero, group_size).to(exponent.dtype)
 
 
 def by_elements(
@@ -68,6 +68,19 @@ def by_elements(
     )
     weight: Tensor = ((codes.float() - zero) * scale).to(exponent.dtype)
     return weight
+
+
+def unpacked_codes(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    """``q (out, in)``, uint8, on a CPU or any other device."""
+    codes, begin, shift = None, 0, 0
+    for width in PLANES[bits]:
+        length = math.ceil(in_features * width / 8)
+        part = packed[:, begin : begin + length]
+        part = part if width == 8 else _spread(part, width)[:, :in_features]
+        codes = part if codes is None else codes | (part << shift)
+        begin, shift = begin + length, shift + width
+    assert codes is not None
+    return codes
 
 
 def scale_values(codes: Tensor, exponent: Tensor | int) -> Tensor:
@@ -114,18 +127,6 @@ def _compiled(device: torch.device) -> Callable[..., Tensor]:
     packed, grid = (torch.zeros(8, count, dtype=torch.uint8, device=device) for count in (32, 2))
     unpack(packed, grid, grid, torch.zeros((), device=device), 4, 64, 32)
     return unpack
-
-
-def _codes(packed: Tensor, bits: int, in_features: int) -> Tensor:
-    codes, begin, shift = None, 0, 0
-    for width in PLANES[bits]:
-        length = math.ceil(in_features * width / 8)
-        part = packed[:, begin : begin + length]
-        part = part if width == 8 else _spread(part, width)[:, :in_features]
-        codes = part if codes is None else codes | (part << shift)
-        begin, shift = begin + length, shift + width
-    assert codes is not None
-    return codes
 
 
 def _spread(part: Tensor, width: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.modeling.architecture import auto_class, block_names, load_config
 from emloc_ray.modeling.emulator import factorize_modules
 from emloc_ray.modeling.experts import experts_of, unfuse
+from emloc_ray.modeling.integer_linear import IntegerLinear
 from emloc_ray.modeling.loading import dtype_on
 from emloc_ray.modeling.stored_names import StoredParameter, may_be_missing, require, stored_parameters
 
@@ -37,8 +38,10 @@ class BlockWeights:
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         device: str | None = None,
+        integers: bool = True,
     ) -> None:
-        """Raises StageError where the weights are in 4 bits, which are not read a part at a time."""
+        """Without ``integers`` those inside the blocks are on the meta device too, until :meth:`load_integers`. Raises StageError
+        where the weights are in 4 bits, which are not read a part at a time."""
         from accelerate import init_empty_weights
 
         ensure(Path(directory))
@@ -68,7 +71,7 @@ class BlockWeights:
         self._stored = stored_parameters(self.model, shapes) if self.config is config else own
         self._files: dict[Path, Tensor] = {}
         self._untie()
-        self._place_buffers()
+        self._place_buffers(() if integers else {name for block in self.blocks for name in self._integers(block)})
         self.model.name_or_path = str(directory)
         if (Path(directory) / "generation_config.json").is_file():
             self.model.generation_config = GenerationConfig.from_pretrained(directory)
@@ -79,11 +82,33 @@ class BlockWeights:
             if {name, source} <= self._stored.keys() and not torch.equal(self.read([name]), self.read([source])):
                 self.place(name, nn.Parameter(torch.empty_like(self.model.get_parameter(name)), False))
 
-    def _place_buffers(self) -> None:
+    def _place_buffers(self, away: Collection[str]) -> None:
         for name, buffer in list(self.model.named_buffers(remove_duplicate=False)):
-            stored, (owner, _, attribute) = self._stored.get(name), name.rpartition(".")
-            value = buffer if stored is None else stored.read(self.checkpoint)
-            self.model.get_submodule(owner)._buffers[attribute] = value.to(self.device)
+            stored = self._stored.get(name)
+            if name in away:
+                self._place_buffer(name, buffer.to("meta"))
+            else:
+                self._place_buffer(name, (buffer if stored is None else stored.read(self.checkpoint)).to(self.device))
+
+    def _place_buffer(self, name: str, buffer: Tensor) -> None:
+        owner, _, attribute = name.rpartition(".")
+        self.model.get_submodule(owner)._buffers[attribute] = buffer
+
+    def _integers(self, module: str) -> list[str]:
+        """The integers of the linears in a module, with their scales, by the names of their buffers."""
+        inside = self.model.get_submodule(module).named_modules(prefix=module)
+        linears = [(name, linear) for name, linear in inside if isinstance(linear, IntegerLinear)]
+        return [f"{name}.{key}" for name, linear in linears for key, _ in linear.named_buffers()]
+
+    def load_integers(self, module: str) -> None:
+        """Puts the integers of a module's linears on the device."""
+        for name in self._integers(module):
+            self._place_buffer(name, self._stored[name].read(self.checkpoint).to(self.device))
+
+    def drop_integers(self, module: str) -> None:
+        """Drops the integers of a module's linears."""
+        for name in self._integers(module):
+            self._place_buffer(name, self.model.get_buffer(name).to("meta"))
 
     def outside(self) -> list[list[str]]:
         """The parameters outside all blocks, each by all the names that it has."""

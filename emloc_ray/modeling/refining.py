@@ -1,22 +1,28 @@
-"""Fits the factors of one block to what is wanted of it, in float32 whatever the model is in."""
+"""Fits the factors and integers of one block to what is wanted of it, in float32 whatever the model is in."""
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from emloc_ray.core.integers import integer_weight
 from emloc_ray.core.refinement import balanced, step_size
+from emloc_ray.core.trained_integers import Unrounded, rounded, rounded_weight, unrounded
 from emloc_ray.data.ahead import made_ahead
 from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.emulator import FactorizedLinear
+from emloc_ray.modeling.integer_linear import IntegerLinear
 
 Batch = TypeVar("Batch")
 
 _BETAS = (0.9, 0.95)  # so few steps that a longer memory of the gradients' size would be of the first ones
+# Steps are a share of what they change, and of codes at least of so many: in 2 and 3 bits a code is one or two in size, and
+# would be on its way to the next for longer than the fit lasts.
+_LEAST_CODES = 4.0
 
 
 class Fit(NamedTuple):
@@ -34,38 +40,101 @@ class Fit(NamedTuple):
 class _Master(nn.Module):
     """A linear whose weight is trained in float32, while it computes in the dtype of what it reads."""
 
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
+    def __init__(self, weight: Tensor, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(weight.detach().float().clone()), bias
+        self.weight, self.bias = nn.Parameter(weight.detach().float().clone()), linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias)
 
+    def sizes(self) -> list[tuple[nn.Parameter, float]]:
+        """What is trained, each with the size that a step is a share of."""
+        return [(self.weight, _root_mean_square(self.weight))]
 
-def factorized_in(block: nn.Module) -> dict[str, FactorizedLinear]:
-    """The linears of a block whose factors are floats, by their names inside it."""
-    factorized = {name: module for name, module in block.named_modules() if isinstance(module, FactorizedLinear)}
-    return {name: module for name, module in factorized.items() if isinstance(module.down, nn.Linear)}
+    def tensors(self) -> dict[str, Tensor]:
+        """What the linear is to store."""
+        return {"weight": self.weight.detach()}
+
+
+class _IntegerMaster(nn.Module):
+    """A linear of integers, each with a float in its place that is trained (:mod:`emloc_ray.core.trained_integers`)."""
+
+    def __init__(self, linear: IntegerLinear) -> None:
+        super().__init__()
+        self.grid, self.bias = integer_weight(dict(linear.named_buffers()), linear.in_features), linear.bias
+        self.floats = nn.ParameterList(nn.Parameter(part) for part in unrounded(self.grid))
+        self.compute_dtype, self.weight = linear.compute_dtype, linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, rounded_weight(Unrounded(*self.floats), self.grid).to(x.dtype), self.bias)
+
+    def sizes(self) -> list[tuple[nn.Parameter, float]]:
+        """As above; of a scale the logarithm is trained, whose steps are shares already."""
+        codes, log_scales, zeros = self.floats
+        size = max(_LEAST_CODES, _root_mean_square(codes - 2 ** (self.grid.bits - 1)))
+        return [(codes, size), (log_scales, 1.0), (zeros, size)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As above."""
+        trained = rounded(Unrounded(*(part.detach() for part in self.floats)), self.grid)
+        return trained.tensors(self.compute_dtype)
+
+
+def _root_mean_square(weight: Tensor) -> float:
+    return float(weight.detach().square().mean().sqrt())
+
+
+def refined_in(block: nn.Module) -> dict[str, nn.Linear | IntegerLinear]:
+    """The linears of a block that are fitted, by their names inside it: factors in floats, and all that is in integers."""
+    linears: dict[str, nn.Linear | IntegerLinear] = {}
+    for name, module in block.named_modules():
+        if isinstance(module, FactorizedLinear) and isinstance(module.down, nn.Linear):
+            linears |= {f"{name}.{part}": getattr(module, part) for part in ("up", "down")}
+        elif isinstance(module, IntegerLinear):
+            linears[name] = module
+    return linears
+
+
+def stored_in(linear: nn.Linear | IntegerLinear) -> dict[str, Tensor]:
+    """The tensors of a linear that fitting changes."""
+    return dict(linear.named_buffers()) if isinstance(linear, IntegerLinear) else {"weight": linear.weight.detach()}
+
+
+def store(linear: nn.Linear | IntegerLinear, tensors: Mapping[str, Tensor]) -> None:
+    """Puts :func:`stored_in`'s tensors into a linear, in the dtypes and on the device that it has them in."""
+    for key, tensor in tensors.items():
+        if isinstance(linear, IntegerLinear):
+            linear.register_buffer(key, tensor.to(linear.get_buffer(key)))
+        else:
+            linear.weight = nn.Parameter(tensor.to(linear.weight), False)
 
 
 @contextlib.contextmanager
-def trained_factors(block: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """The factors of a block, balanced where they are a product, as parameters to train; it has them when it ends."""
-    held: dict[Any, tuple[Any, Any]] = {}
-    for module in factorized_in(block).values():
-        up, down = module.up.weight, module.down.weight
-        if module.in_sequence:
-            up, down = (weight.to(up.device) for weight in balanced(up, down))
-        held[module] = module.up, module.down
-        trained = _Master(up, module.up.bias), _Master(down, None)
-        module.up, module.down = trained  # type: ignore[assignment]
+def trained_parts(block: nn.Module) -> Iterator[list[tuple[nn.Parameter, float]]]:
+    """What is trained of a block, factors balanced where they are a product, each with the size that a step is a share of; the
+    block has it when it ends."""
+    linears, masters = refined_in(block), dict[str, _Master | _IntegerMaster]()
+    for name, module in block.named_modules():
+        if isinstance(module, IntegerLinear):
+            masters[name] = _IntegerMaster(module)
+        elif f"{name}.up" in linears and isinstance(module.up, nn.Linear):
+            up, down = module.up.weight, module.down.weight
+            if module.in_sequence:
+                up, down = (weight.to(up.device) for weight in balanced(up, down))
+            masters |= {f"{name}.up": _Master(up, module.up), f"{name}.down": _Master(down, module.down)}
+    for name, master in masters.items():
+        _replace(block, name, master)
     try:
-        yield [master.weight for module in held for master in (module.up, module.down)]
+        yield [size for master in masters.values() for size in master.sizes()]
     finally:
-        for module, linears in held.items():
-            for linear, master in zip(linears, (module.up, module.down), strict=True):
-                linear.weight = nn.Parameter(master.weight.detach().to(linear.weight.dtype), False)
-            module.up, module.down = linears
+        for name, master in masters.items():
+            store(linears[name], master.tensors())
+            _replace(block, name, linears[name])
+
+
+def _replace(block: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(block.get_submodule(owner), attribute, module)
 
 
 def fit_block(
@@ -81,19 +150,20 @@ def fit_block(
     name: str = "the block",
 ) -> Fit:
     """Lowers ``Σ error / Σ tokens`` by ``steps`` of Adam, each over the batches of one entry of ``fitted``, in an order drawn
-    anew each time all were read; the factors are as before where that of the ``held_out`` batches is not lower then.
+    anew each time all were read; the block is as before where that of the ``held_out`` batches is not lower then.
 
     ``read(number)`` gives a batch, in a thread of its own while the one before is computed; ``error(batch)`` its sum of errors,
     with gradients, and its number of tokens. A step is at most about ``learning_rate`` times the root mean square of what it
     changes, falling to 0 along a cosine. Raises NumericsError where an error is NaN or Inf, naming the block.
     """
     before = _mean_error(read, error, held_out)
-    if before == 0 or not factorized_in(block):
+    linears = refined_in(block)
+    if before == 0 or not linears:
         return Fit(before, before)
-    original = [parameter.detach() for parameter in _factors(block)]
-    with trained_factors(block) as parameters:
-        groups = [{"params": [p], "lr": learning_rate * float(p.detach().square().mean().sqrt())} for p in parameters]
-        optimizer = torch.optim.Adam(groups, betas=_BETAS)
+    original = {name: stored_in(linear) for name, linear in linears.items()}
+    with trained_parts(block) as sizes:
+        parameters = [parameter for parameter, _ in sizes]
+        optimizer = torch.optim.Adam([{"params": [p], "lr": learning_rate * size} for p, size in sizes], betas=_BETAS)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step_size(step, steps))
         entries = [fitted[number] for number in _drawn(len(fitted), steps, seed)]
         with contextlib.closing(made_ahead(itertools.chain.from_iterable(entries), read, most=1)) as batches:
@@ -107,8 +177,8 @@ def fit_block(
         raise NumericsError(f"{name} gives NaN or Inf while it is refined: lower emulator.refinement.learning_rate.")
     fit = Fit(before, after)
     if not fit.is_better:
-        for parameter, weight in zip(_factors(block), original, strict=True):
-            parameter.data = weight
+        for part, tensors in original.items():
+            store(linears[part], tensors)
     return fit
 
 
@@ -136,10 +206,6 @@ def _drawn(count: int, steps: int, seed: int) -> list[int]:
     while len(numbers) < steps:
         numbers += reversed(torch.randperm(count, generator=draws).tolist())
     return numbers[:steps]
-
-
-def _factors(block: nn.Module) -> list[Tensor]:
-    return [linear.weight for module in factorized_in(block).values() for linear in (module.up, module.down)]
 
 
 @torch.no_grad()

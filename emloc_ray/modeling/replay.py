@@ -43,7 +43,7 @@ class BlockReplay:
         needs."""
         from emloc_ray.data.processors import example
 
-        self.weights = BlockWeights(directory, trust_remote_code=trust_remote_code, **options)
+        self.weights = BlockWeights(directory, trust_remote_code=trust_remote_code, integers=False, **options)
         self.model, self.device = self.weights.model, self.weights.device
         self.flow = block_flow(self.weights.config, trust_remote_code, example(directory, trust_remote_code))
         self.body = getattr(self.model, self.model.base_model_prefix, self.model)
@@ -61,12 +61,14 @@ class BlockReplay:
     def load_block(self, position: int) -> None:
         """Reads the block's weights; those of every other block are dropped."""
         self.drop_blocks()
+        self.weights.load_integers(self.flow.order[position])
         for name, _ in self.weights.parameters_of(self.flow.order[position]):
             self.weights.load([name])
 
     def drop_blocks(self) -> None:
         """Drops the weights of all blocks."""
         for block in self.flow.order:
+            self.weights.drop_integers(block)
             for name, parameter in self.weights.parameters_of(block):
                 if not parameter.is_meta:
                     self.weights.place(name, nn.Parameter(parameter.to("meta"), False))

@@ -178,8 +178,11 @@ class _Candidates:
         """The original in each number of bits."""
         if (self.prepared.zero_config or {}).get("zero_optimization", {}).get("stage") == 3:
             return {}
-        # Where nothing is factorized there is nothing to refine, and a config with both is refused.
-        runs = {b: _changed(self.prepared, {**_WHOLE, "quantization": b, "refinement": None}) for b in _FEW_BITS}
+        unrefined: dict[str, Any] = {"refinement": None}  # with which NF4 is refused
+        runs = {
+            b: _changed(self.prepared, {**_WHOLE, "quantization": b, **(unrefined if b == "nf4" else {})})
+            for b in _FEW_BITS
+        }
         return {b: self.solve(f"the original in {described_bits(b)}", run, (1.0,)) for b, run in runs.items()}
 
     @functools.cached_property

@@ -15,11 +15,12 @@ from emloc_ray.io.formats.shards import chunk_limit
 from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
 from emloc_ray.io.store.atomic import COPY_BYTES
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.planning.calibration_memory import BASE_BYTES, CalibrationMemory, Parts, total
+from emloc_ray.planning.calibration_memory import BASE_BYTES, Parts, total
 from emloc_ray.planning.holding import choose
 from emloc_ray.planning.machine import gpus_of_slow_float64
 from emloc_ray.planning.model_bytes import DIVERGENCE_COPIES, LOSS_COPIES
 from emloc_ray.planning.optimizers import optimizer_bytes
+from emloc_ray.planning.refinement_memory import RefinementMemory
 from emloc_ray.planning.sizes import DOUBLE, FLOAT, gradient_bytes, gram_bytes
 
 _HALF = 2
@@ -39,7 +40,7 @@ class HoldPlan(NamedTuple):
     parts: Parts
 
 
-class MemoryModel(CalibrationMemory):
+class MemoryModel(RefinementMemory):
     """Predicts from a layout, a config and row lengths; every method gives bytes by part, ``total`` adds them up."""
 
     def import_parts(self) -> Parts:
@@ -119,39 +120,6 @@ class MemoryModel(CalibrationMemory):
     def _linear_bytes(self, spec: LinearSpec) -> float:
         order = min(spec.out_features, spec.in_features)
         return spec.num_parameters * DOUBLE + 4 * order**2 * DOUBLE + self.layout.kept(spec) * (FLOAT + DOUBLE)
-
-    def refinement_parts(self) -> Parts:
-        """The weights of original and emulator outside the blocks and in the largest block. The block's factors are in float32
-        with gradients and Adam's moments, and as cast until the backward pass. With them a batch's hidden states, as both read
-        and give them, what the fit reads of the next batch, and what the block keeps."""
-        return self._refinement_parts_of(self.refinement_rows())
-
-    def refinement_rows(self) -> int:
-        """The rows that are read at once: those of a step, calibration's batch, or as many of them as fit a worker."""
-        rows = self.config.calibration.batch_size
-        while rows > 1 and BASE_BYTES + total(self._refinement_parts_of(rows)) > self.worker_bytes("emulator"):
-            rows //= 2
-        return rows
-
-    def _refinement_parts_of(self, rows: int) -> Parts:
-        blocks = [block for block in self.blocks if not block.is_between]
-        inside = max(self.itemsize * (b.num_parameters + sum(map(self.layout.kept, b.specs))) for b in blocks)
-        ranked = [[s for s in block.specs if s.name in self.layout.ranks] for block in blocks]
-        saved = max(
-            block.multiple
-            * (
-                self._saved_per_token(block, specs)
-                + self.itemsize * sum(s.token_share * self.layout.ranks[s.name] for s in specs)
-            )
-            for block, specs in zip(blocks, ranked, strict=True)
-        )
-        tokens, cast = rows * self.lengths.longest, self.itemsize if self.itemsize < FLOAT else 0
-        return {
-            "weights": 2 * self.outside * self.itemsize + inside,
-            "optimizer": (4 * FLOAT + cast) * max(sum(map(self.layout.kept, specs)) for specs in ranked),
-            "hidden states": 6 * tokens * self.layout.hidden_size * self.itemsize,
-            "activations": tokens * saved,
-        }
 
     def healing_stage_parts(self) -> Parts:
         """The training, the original's pass over its batches before it, or the rounding of grown factors under their Grams after

@@ -37,9 +37,9 @@ def rounded_late(layout: Layout, healing: HealingConfig | None) -> tuple[str, ..
 
 def changed_after_factorizing(emulator: EmulatorConfig, layout: Layout) -> set[str]:
     """The linears whose stored weights refinement or healing changes otherwise than by ranks added, so that the error that
-    factorizing measured no longer holds: refined factors, and what is put into few bits or pivoted after healing."""
-    healing = emulator.heals
-    changed = set(layout.ranks if emulator.refines is not None else ()) | {*quantized_late(layout, healing)}
+    factorizing measured no longer holds: what is refined, and what is put into few bits or pivoted after healing."""
+    healing, refined = emulator.heals, {*layout.ranks, *layout.bits}
+    changed = (refined if emulator.refines is not None else set()) | {*quantized_late(layout, healing)}
     if healing is not None and layout.storage == "pivoted":
         changed |= {*healed_layers(layout.ranks, healing.r)}
     return changed

@@ -26,7 +26,7 @@ from emloc_ray.io.store.node_cache import exists, local_only, sizes
 from emloc_ray.modeling.block_outputs import BlockOutput, read_outputs, write_outputs
 from emloc_ray.modeling.inputs import ModelCall, Stream, model_call, on_device
 from emloc_ray.modeling.loading import copy_tokenizer
-from emloc_ray.modeling.refining import Fit, factorized_in, fit_block
+from emloc_ray.modeling.refining import Fit, fit_block, refined_in, store, stored_in
 from emloc_ray.modeling.replay import BlockReplay
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, run_tasks, silent
@@ -141,12 +141,8 @@ class Refiner:
             seed=job.seed + position,
             name=name,
         )
-        kept = factorized_in(block) if fit.is_better else {}
-        weights = {
-            f"{name}.{own}.{part}.weight": getattr(module, part).weight.detach()
-            for own, module in kept.items()
-            for part in ("up", "down")
-        }
+        kept = refined_in(block) if fit.is_better else {}
+        weights = {f"{name}.{own}.{key}": t for own, linear in kept.items() for key, t in stored_in(linear).items()}
         stored_dtype = self.replays["emulator"].weights.stored_dtype  # which model.dtype need not be
         tensors = {key: weight.to(stored_dtype(key)) for key, weight in weights.items()}
         write_tensors(file, tensors, {_FIT: json.dumps([fit.before, fit.after])})
@@ -203,11 +199,11 @@ def _cut(rows: list[int], size: int) -> list[list[int]]:
 
 
 def _put(block: nn.Module, name: str, file: Path) -> None:
-    """Puts the refined factors of a file into a block, as they are stored."""
+    """Puts what a file has of a refined block into it."""
+    linears = refined_in(block)
     for entry in read_shard(file).entries:
-        owner, _, attribute = entry.name.removeprefix(f"{name}.").rpartition(".")
-        linear: Any = block.get_submodule(owner)
-        setattr(linear, attribute, nn.Parameter(entry.read_rows().to(linear.weight), False))
+        owner, _, key = entry.name.removeprefix(f"{name}.").rpartition(".")
+        store(linears[owner], {key: entry.read_rows()})
 
 
 @exact_float32()

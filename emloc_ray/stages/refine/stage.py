@@ -95,7 +95,7 @@ def no_refinement(config: RunConfig) -> str | None:
     """Says where refinement is asked for and there is nothing to refine."""
     if config.emulator.refinement is None or config.emulator.refines is not None:
         return None
-    return "refine: at compression_ratio 1.0 nothing is factorized, so there are no factors to refine."
+    return "refine: at compression_ratio 1.0 nothing is factorized or in integers, so there is nothing to refine."
 
 
 def _steps(prepared: Prepared) -> tuple[int, str]:

@@ -378,10 +378,9 @@ def test_a_lone_worker_may_share_a_gpu_and_checkpointing_needs_no_reentrance() -
             "residual_rank: 8 is of factors beside integers: set quantization to int2, int3, int4 or int8",
         ),
         (
-            {"quantization": "int4", "refinement": {"steps": 5}},
-            "refinement fits factors in floats, which quantization: int4 has rounded",
+            {"quantization": "nf4", "refinement": {"steps": 5}},
+            "refinement fits floats and integers, and quantization: nf4 is neither: take int4, remove one of them",
         ),
-        ({"quantization": "nf4", "refinement": {"steps": 5}}, "remove one of them, or add healing to nf4"),
         ({"quantization": "int8", "storage": "pivoted"}, "storage: pivoted does not go with quantization: int8"),
         ({"quantization": "int4", "group_size": 60}, "emulator.group_size"),
         ({"quantization": "int5"}, "emulator.quantization is 'int5'"),

@@ -37,6 +37,7 @@ from emloc_ray.core.products import product_by_rows
 from emloc_ray.core.quantization import quantize, quantize_factors, quantize_with_factors
 from emloc_ray.core.refinement import balanced, token_error
 from emloc_ray.core.stored_weight import StoredWeight
+from emloc_ray.core.trained_integers import Unrounded, rounded_weight, unrounded
 from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.updates import HadamardUpdate, KroneckerUpdate, LowRankUpdate
 from emloc_ray.core.whitening import Whitening
@@ -133,6 +134,14 @@ def through_integers(t: dict[str, Tensor]) -> Any:
     return y.detach(), x.grad
 
 
+def trained_integers(t: dict[str, Tensor]) -> Any:
+    grid = quantize(t["weight"], Whitening(t["gram"], 1e-2), 3, 16)
+    floats = Unrounded(*(part.requires_grad_() for part in unrounded(grid)))
+    y = t["x"] @ rounded_weight(floats, grid).T
+    y.square().sum().backward()
+    return y.detach(), *(part.grad for part in floats)
+
+
 def forms(t: dict[str, Tensor]) -> Any:
     asked = [Form(None), Form(R), Form(None, bits=3), Form(R, bits=4)]
     losses = form_losses(t["weight"], Whitening(t["gram"], 1e-2), Whitening(t["gradients"], 1e-2), asked, 16)
@@ -166,6 +175,7 @@ CASES: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "a linear of integers": through_integers,
     "forms": forms,
     "refinement": refined,
+    "trained integers": trained_integers,
 }
 
 

@@ -8,64 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, VOCABULARY, make_model, make_tokenizer
+from integer_emulators import save_integer_emulator
+from safetensors.torch import load_file
+from tiny import FAMILIES, VOCABULARY, make_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from emloc_ray.core.factorization import factorize
-from emloc_ray.core.integer_forms import IntegerForms
-from emloc_ray.core.quantization import quantize, quantize_factors, quantize_with_factors
+from emloc_ray.core.quantization import quantize
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter import attach_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears
-from emloc_ray.modeling.emulator import FactorizedLinear, ResidualLinear, write_emulator_config
+from emloc_ray.modeling.emulator import FactorizedLinear, ResidualLinear
 from emloc_ray.modeling.emulator_weights import emulator_weight, num_elements
-from emloc_ray.modeling.experts import unfuse
 from emloc_ray.modeling.integer_linear import IntegerLinear
 
 IDS = torch.randint(2, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
-SIZE = 16
-
-
-def save_integer_emulator(model_dir: Path, directory: Path) -> tuple[Path, dict[str, str]]:
-    """Of the linears in turn: factors in 4 bits, 2 bits, 2 bits with a rank of 3 beside them, 3 bits, 8 bits, and as it was."""
-    model = unfuse(AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto"))
-    state, kinds = model.state_dict(), {}
-    bits, ranks, beside = {}, {}, {}
-    for number, spec in enumerate(block_linears(model)):
-        kind = ("factors", "int2", "beside", "int3", "int8", "dense")[number % 6]
-        kinds[spec.name] = kind
-        if kind == "dense":
-            continue
-        weight = state.pop(spec.weight_name)
-        weight = (weight.T if spec.transposed else weight).float()
-        whitening = Whitening.identity(spec.in_features)
-        if kind == "factors":
-            bits[spec.name], ranks[spec.name] = 4, 9
-            up, down = quantize_factors(factorize(weight, whitening, 9).factors, weight, whitening, 4, SIZE)
-            made = {".up": up, ".down": down}
-            if spec.has_bias:
-                state[f"{spec.name}.up.bias"] = state.pop(f"{spec.name}.bias")
-        elif kind == "beside":
-            bits[spec.name], beside[spec.name] = 2, 3
-            whole, up, down = quantize_with_factors(weight, whitening, 2, 3, 4, SIZE)
-            made = {".base": whole, ".up": up, ".down": down}
-        else:
-            bits[spec.name] = int(kind[3:])
-            made = {"": quantize(weight, whitening, bits[spec.name], SIZE)}
-        state |= {
-            f"{spec.name}{part}.{k}": v for part, some in made.items() for k, v in some.tensors(model.dtype).items()
-        }
-    directory.mkdir(parents=True)
-    save_file(
-        {name: tensor.clone() for name, tensor in state.items()}, directory / "model.safetensors", {"format": "pt"}
-    )
-    write_emulator_config(directory, model.config, ranks, integers=IntegerForms(bits, beside, SIZE))
-    make_tokenizer().save_pretrained(directory)
-    return directory, kinds
 
 
 @pytest.fixture(params=[(family, "float32") for family in FAMILIES] + [("llama", "bfloat16")])

@@ -10,8 +10,13 @@ import torch
 from tiny import make_emulator, make_model
 from torch import Tensor, nn
 
+from emloc_ray.core.factorization import factorize
+from emloc_ray.core.quantization import quantize, quantize_factors, quantize_with_factors
+from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import NumericsError
-from emloc_ray.modeling.refining import factorized_in, fit_block
+from emloc_ray.modeling.emulator import FactorizedLinear, ResidualLinear
+from emloc_ray.modeling.integer_linear import IntegerLinear
+from emloc_ray.modeling.refining import fit_block, refined_in
 
 
 class Mlp:
@@ -44,6 +49,28 @@ class Mlp:
             return sum(float(self.error(x)[0]) for x in self.inputs[6:]) / 32
 
 
+def in_integers(dtype: str) -> nn.Module:
+    """The MLP's linears as factors in 4 bits, in 2 bits, and in 2 bits with factors beside them."""
+    block: Any = make_model("llama").model.layers[0].mlp
+    gate, up, down = (getattr(block, f"{name}_proj").weight.detach() for name in ("gate", "up", "down"))
+    alike = [Whitening.identity(weight.shape[1]) for weight in (gate, up, down)]
+    block.gate_proj = FactorizedLinear(64, 128, 9)
+    block.gate_proj.store_in(4, 16)
+    block.up_proj, block.down_proj = IntegerLinear(64, 128, 2, 16), ResidualLinear(128, 64, 3, 2, 16)
+    factors = factorize(gate, alike[0], 9).factors
+    made = [
+        *quantize_factors(factors, gate, alike[0], 4, 16),
+        quantize(up, alike[1], 2, 16),
+        *quantize_with_factors(down, alike[2], 2, 3, 4, 16),
+    ]
+    residual = block.down_proj
+    places = [block.gate_proj.up, block.gate_proj.down, block.up_proj, residual.base, residual.up, residual.down]
+    for linear, stored in zip(places, made, strict=True):
+        for key, tensor in stored.tensors(getattr(torch, dtype)).items():
+            linear.register_buffer(key, tensor)
+    return block.requires_grad_(False)
+
+
 @pytest.mark.parametrize("storage", ["factors", "pivoted"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_comes_closer_to_what_is_wanted(storage: Literal["factors", "pivoted"], dtype: str) -> None:
@@ -57,7 +84,32 @@ def test_it_comes_closer_to_what_is_wanted(storage: Literal["factors", "pivoted"
     assert {name: tuple(weight.shape) for name, weight in mlp.block.named_parameters()} == shapes
     assert all(weight.dtype == getattr(torch, dtype) for weight in mlp.block.parameters())
     assert not any(weight.requires_grad for weight in mlp.block.parameters())
-    assert all(isinstance(module.up, nn.Linear) for module in factorized_in(mlp.block).values())
+    assert {type(linear) for linear in refined_in(mlp.block).values()} == {nn.Linear}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_integers_come_closer_and_stay_integers(dtype: str) -> None:
+    """Factors in 4 bits, 2 bits, and 2 bits with factors beside them."""
+    mlp = Mlp(dtype=dtype)
+    mlp.block = in_integers(dtype)
+    before, stored = mlp.held_out(), {name: tensor.clone() for name, tensor in mlp.block.named_buffers()}
+    fit = mlp.fit()
+    assert fit.before == pytest.approx(before)
+    assert fit.after == pytest.approx(mlp.held_out())
+    assert fit.after < 0.9 * before
+    after = dict(mlp.block.named_buffers())
+    assert {name: (t.shape, t.dtype) for name, t in after.items()} == {n: (t.shape, t.dtype) for n, t in stored.items()}
+    changed = {name.rsplit(".", 1)[-1] for name, tensor in after.items() if not torch.equal(tensor, stored[name])}
+    assert changed == {"int2", "int4", "scales", "zeros"}
+    assert not [*mlp.block.parameters()]
+
+
+def test_integers_that_do_not_help_are_taken_back() -> None:
+    mlp = Mlp()
+    mlp.block = in_integers("float32")
+    stored = {name: tensor.clone() for name, tensor in mlp.block.named_buffers()}
+    assert not mlp.fit(steps=3, learning_rate=30.0).is_better
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in mlp.block.named_buffers())
 
 
 def test_batches_are_read_beside_the_steps() -> None:

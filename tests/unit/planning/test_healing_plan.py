@@ -247,6 +247,7 @@ def test_4_bits_come_after_healing(prepared: Callable[..., Prepared]) -> None:
         ({"storage": "pivoted"}, True),
         ({"quantization": "nf4"}, True),
         ({"refinement": {"steps": 3}}, True),
+        ({"refinement": {"steps": 3}, "quantization": "int4"}, True),
     ],
 )
 def test_a_correction_plans_the_errors_that_are_measured_anew(emulator: dict[str, Any], changed: bool) -> None:

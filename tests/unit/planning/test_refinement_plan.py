@@ -22,6 +22,7 @@ from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import StagePlan, make_plan
 from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.training import changed_after_factorizing
 from emloc_ray.stages.context import Context, Inputs
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.refine.stage import REFINE, no_refinement, refinement_job
@@ -57,6 +58,15 @@ def test_it_is_a_step_between_factorizing_and_healing(prepared: Callable[..., Pr
     longer = stages(prepared({"steps": 4000}, healing={"steps": 5}))
     assert longer["refine"].seconds > found["refine"].seconds
     assert "refine" not in stages(prepared(None))
+
+
+@pytest.mark.parametrize("emulator", [{"compression_ratio": 1.0, "quantization": "int2"}, {"budget": "2.4 bits"}])
+def test_integers_are_refined_without_factors_too(prepared: Callable[..., Prepared], emulator: dict[str, Any]) -> None:
+    found = prepared({"steps": 20}, **emulator)
+    assert "refine" in stages(found)
+    assert no_refinement(found.config) is None
+    layout = found.layout
+    assert changed_after_factorizing(found.config.emulator, layout) == {*layout.ranks, *layout.bits} != set()
 
 
 def test_at_ratio_one_it_is_left_out_and_told(prepared: Callable[..., Prepared]) -> None:

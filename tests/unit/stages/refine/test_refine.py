@@ -12,6 +12,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from integer_emulators import save_integer_emulator
 from other_vlms import PADDING, row_with_images
 from plain_runs import plain_run
 from ray.exceptions import WorkerCrashedError
@@ -156,6 +157,42 @@ def test_other_layers_are_refined_too(family: str, storage: Any, dtype: str, tmp
     refine_blocks(job)
     assert all(fit.after < fit.before for fit in fits(job).values())
     assert load_model(job.out_dir).dtype == getattr(torch, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("qwen2_moe", "bfloat16")])
+def test_integers_are_refined_where_they_are(family: str, dtype: str, tmp_path: Path) -> None:
+    """Factors, whole weights and both, in 2 to 8 bits: other integers, scales and zero points, in the same bytes."""
+    model_dir = save_model(tmp_path / "model", family, dtype=dtype)
+    emulator, _ = save_integer_emulator(model_dir, tmp_path / "emulator")
+    job = job_of(model_dir, emulator, write_tokens(tmp_path / "tokens", 12, 5), tmp_path, steps=20)
+    refine_blocks(job)
+    assert any(fit.is_better for fit in fits(job).values())
+    one, other = tensors_in(emulator), tensors_in(job.out_dir)
+    assert {name: (t.shape, t.dtype) for name, t in one.items()} == {n: (t.shape, t.dtype) for n, t in other.items()}
+    changed = {name.rsplit(".", 1)[-1] for name, tensor in one.items() if not torch.equal(tensor, other[name])}
+    assert {"int4", "scales", "zeros"} <= changed <= {"int2", "int3", "int4", "int8", "scales", "zeros"}
+    assert load_model(job.out_dir).dtype == getattr(torch, dtype)
+
+
+def test_one_block_s_integers_are_held_at_a_time(tmp_path: Path) -> None:
+    model_dir = save_model(tmp_path / "model")
+    emulator, _ = save_integer_emulator(model_dir, tmp_path / "emulator")
+    replay = Refiner(job_of(model_dir, emulator, write_tokens(tmp_path / "tokens", 12, 5), tmp_path)).replays[
+        "emulator"
+    ]
+
+    def held() -> set[str]:
+        buffers = {n: b for n, b in replay.model.named_buffers() if n.endswith("scales")}
+        assert buffers
+        return {name.split(".")[2] for name, buffer in buffers.items() if not buffer.is_meta}
+
+    assert held() == set()
+    for position in (0, 1):
+        replay.load_block(position)
+        assert held() == {str(position)}
+    replay.drop_blocks()
+    assert held() == set()
 
 
 def test_a_decoder_s_blocks_are_fitted_where_its_answers_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,81 @@
+"""Integers that steps along a gradient change: a float is trained in the place of each code, scale and zero point.
+
+The weight is always that of the rounded ones, ``W = s (q − z)`` of :mod:`emloc_ray.core.integers`. Its gradient goes through the
+rounding as if there was none: the straight-through estimator (https://arxiv.org/abs/1308.3432). EfficientQAT
+(https://arxiv.org/abs/2407.11062) trains a block's scales and weights in this way, SignRound
+(https://arxiv.org/abs/2309.05516) its roundings.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from emloc_ray.core.integers import IntegerWeight
+from emloc_ray.core.unpacking import SCALE_STEPS, zero_steps
+
+_STEP = math.log(2.0) / SCALE_STEPS  # from one scale to the next, in its logarithm
+
+
+class Unrounded(NamedTuple):
+    """What is trained, float32: ``codes (out, in)``; ``log_scales``, of ``s / 2^e``, and ``zeros``, ``(out, groups)``."""
+
+    codes: Tensor
+    log_scales: Tensor
+    zeros: Tensor
+
+
+def unrounded(weight: IntegerWeight) -> Unrounded:
+    """Of a weight's integers as they are."""
+    zeros = weight.zeros.float() / zero_steps(weight.bits)
+    return Unrounded(weight.codes.float(), weight.scales.float() * _STEP, zeros)
+
+
+def rounded(floats: Unrounded, grid: IntegerWeight) -> IntegerWeight:
+    """The integers nearest to what was trained, of the exponent, bits and groups of ``grid``."""
+    top, steps = 2**grid.bits - 1, zero_steps(grid.bits)
+    return IntegerWeight(
+        floats.codes.round().clamp(0, top).to(torch.uint8),
+        (floats.log_scales / _STEP).round().clamp(0, 255).to(torch.uint8),
+        (floats.zeros * steps).round().clamp(0, top * steps).to(torch.uint8),
+        grid.exponent,
+        grid.bits,
+        grid.group_size,
+    )
+
+
+def rounded_weight(floats: Unrounded, grid: IntegerWeight) -> Tensor:
+    """``W (out, in)`` of :func:`rounded`, float32, with gradients for what is trained."""
+    weight: Tensor = _Rounded.apply(*floats, grid)
+    return weight
+
+
+class _Rounded(torch.autograd.Function):
+    """``dL/dq = s dL/dW``, ``dL/d ln s = Σ_group W dL/dW`` and ``dL/dz = −s Σ_group dL/dW``; none that would lead a code beyond
+    its range."""
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, log_scales: Tensor, zeros: Tensor, grid: IntegerWeight) -> Tensor:
+        ctx.save_for_backward(codes, log_scales, zeros)
+        ctx.grid = grid
+        return rounded(Unrounded(codes, log_scales, zeros), grid).dense()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        floats, grid = Unrounded(*ctx.saved_tensors), ctx.grid
+        weight = rounded(floats, grid)
+        scales = torch.exp2(weight.scales.float() / SCALE_STEPS + grid.exponent)
+        by_group = _grouped(gradient, weight)
+        log_scales = (by_group * _grouped(weight.dense(), weight)).sum(dim=-1)
+        zeros = -scales * by_group.sum(dim=-1)
+        codes = (by_group * scales[..., None]).flatten(1)[:, : gradient.shape[1]]
+        beyond = ((floats.codes <= 0) & (codes > 0)) | ((floats.codes >= 2**grid.bits - 1) & (codes < 0))
+        return codes.masked_fill_(beyond, 0.0), log_scales, zeros, None
+
+
+def _grouped(values: Tensor, weight: IntegerWeight) -> Tensor:
+    """``(out, in)`` as ``(out, groups, size)``, zeros where the last group is shorter."""
+    groups, size = weight.scales.shape[1], weight.group_size
+    return pad(values, (0, groups * size - values.shape[1])).view(len(values), groups, size)
