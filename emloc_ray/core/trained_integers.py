@@ -7,6 +7,7 @@ rounding as if there was none: the straight-through estimator (https://arxiv.org
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from emloc_ray.core.integers import IntegerWeight
-from emloc_ray.core.unpacking import SCALE_STEPS, zero_steps
+from emloc_ray.core.unpacking import SCALE_STEPS, scale_values, zero_steps
 
+_ELEMENTS = 2**23  # of a weight that are made, or whose gradients are, at a time
 _STEP = math.log(2.0) / SCALE_STEPS  # from one scale to the next, in its logarithm
 
 
@@ -46,36 +48,49 @@ def rounded(floats: Unrounded, grid: IntegerWeight) -> IntegerWeight:
     )
 
 
-def rounded_weight(floats: Unrounded, grid: IntegerWeight) -> Tensor:
-    """``W (out, in)`` of :func:`rounded`, float32, with gradients for what is trained."""
-    weight: Tensor = _Rounded.apply(*floats, grid)
+def rounded_weight(floats: Unrounded, grid: IntegerWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``W (out, in)`` of :func:`rounded`, computed in float32 and rounded to ``dtype``, with gradients for what is trained."""
+    weight: Tensor = _Rounded.apply(*floats, grid, dtype)
     return weight
 
 
 class _Rounded(torch.autograd.Function):
     """``dL/dq = s dL/dW``, ``dL/d ln s = Σ_group W dL/dW`` and ``dL/dz = −s Σ_group dL/dW``; none that would lead a code beyond
-    its range."""
+    its range. Some rows at a time, so that little is held beside what comes and goes."""
 
     @staticmethod
-    def forward(ctx: Any, codes: Tensor, log_scales: Tensor, zeros: Tensor, grid: IntegerWeight) -> Tensor:
+    def forward(
+        ctx: Any, codes: Tensor, log_scales: Tensor, zeros: Tensor, grid: IntegerWeight, dtype: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(codes, log_scales, zeros)
         ctx.grid = grid
-        return rounded(Unrounded(codes, log_scales, zeros), grid).dense()
+        return torch.cat(
+            [rounded(Unrounded(*part), grid).dense().to(dtype) for part in _parts(codes, log_scales, zeros)]
+        )
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        floats, grid = Unrounded(*ctx.saved_tensors), ctx.grid
-        weight = rounded(floats, grid)
-        scales = torch.exp2(weight.scales.float() / SCALE_STEPS + grid.exponent)
-        by_group = _grouped(gradient, weight)
-        log_scales = (by_group * _grouped(weight.dense(), weight)).sum(dim=-1)
-        zeros = -scales * by_group.sum(dim=-1)
-        codes = (by_group * scales[..., None]).flatten(1)[:, : gradient.shape[1]]
-        beyond = ((floats.codes <= 0) & (codes > 0)) | ((floats.codes >= 2**grid.bits - 1) & (codes < 0))
-        return codes.masked_fill_(beyond, 0.0), log_scales, zeros, None
+        parts = [_gradients(Unrounded(*part), rows, ctx.grid) for *part, rows in _parts(*ctx.saved_tensors, gradient)]
+        return *map(torch.cat, zip(*parts, strict=True)), None, None
 
 
-def _grouped(values: Tensor, weight: IntegerWeight) -> Tensor:
-    """``(out, in)`` as ``(out, groups, size)``, zeros where the last group is shorter."""
-    groups, size = weight.scales.shape[1], weight.group_size
-    return pad(values, (0, groups * size - values.shape[1])).view(len(values), groups, size)
+def _gradients(floats: Unrounded, gradient: Tensor, grid: IntegerWeight) -> Unrounded:
+    """Of some rows, for the ``gradient`` of their weight."""
+    weight = rounded(floats, grid)
+    groups, size = weight.scales.shape[1], grid.group_size
+
+    def grouped(values: Tensor) -> Tensor:
+        return pad(values, (0, groups * size - values.shape[1])).view(len(values), groups, size)
+
+    scales, by_group = scale_values(weight.scales, grid.exponent), grouped(gradient.float())
+    log_scales = (by_group * grouped(weight.dense())).sum(dim=-1)
+    zeros = -scales * by_group.sum(dim=-1)
+    codes = (by_group * scales[..., None]).flatten(1)[:, : gradient.shape[1]]
+    beyond = ((floats.codes <= 0) & (codes > 0)) | ((floats.codes >= 2**grid.bits - 1) & (codes < 0))
+    return Unrounded(codes.masked_fill(beyond, 0.0), log_scales, zeros)
+
+
+def _parts(codes: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of all at a time."""
+    rows = max(1, _ELEMENTS // codes.shape[1])
+    return zip(*(tensor.split(rows) for tensor in (codes, *others)), strict=True)

@@ -66,7 +66,7 @@ class _IntegerMaster(nn.Module):
         self.compute_dtype, self.weight = linear.compute_dtype, linear.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, rounded_weight(Unrounded(*self.floats), self.grid).to(x.dtype), self.bias)
+        return F.linear(x, rounded_weight(Unrounded(*self.floats), self.grid, x.dtype), self.bias)
 
     def sizes(self) -> list[tuple[nn.Parameter, float]]:
         """As above; of a scale the logarithm is trained, whose steps are shares already."""

@@ -7,7 +7,6 @@ from emloc_ray.planning.calibration_memory import BASE_BYTES, CalibrationMemory,
 from emloc_ray.planning.sizes import FLOAT
 
 _TRAINED = 4  # floats of what is trained: it, its gradient and Adam's two moments
-_MADE = 6  # floats of a matrix while its integers become a weight, or its gradient theirs
 
 
 class RefinementMemory(CalibrationMemory):
@@ -62,7 +61,8 @@ class RefinementMemory(CalibrationMemory):
         return (_TRAINED * FLOAT + read) * self.layout.kept(spec)
 
     def _integer_bytes(self, spec: LinearSpec) -> int:
-        """Of one linear in integers, while its largest matrix is made a weight."""
+        """Of one linear in integers: the gradients of its largest matrix, of its weight as the products read it and of what is
+        trained, from which the latter is put together."""
         if spec.name not in self.layout.bits:
             return 0
-        return _MADE * FLOAT * max(map(math.prod, self.layout.stored_shapes(spec)))
+        return (self.itemsize + FLOAT) * max(map(math.prod, self.layout.stored_shapes(spec)))

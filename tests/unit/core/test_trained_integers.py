@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from emloc_ray.core import trained_integers
 from emloc_ray.core.integer_forms import BITS
 from emloc_ray.core.integers import IntegerWeight
 from emloc_ray.core.quantization import quantize
@@ -46,8 +47,13 @@ def test_the_weight_is_of_the_nearest_integers_in_range(bits: int) -> None:
     assert float((found.codes - floats.codes)[inside].abs().max()) <= 0.5
 
 
+@pytest.mark.parametrize("elements", [1, 100, 2**20])
 @pytest.mark.parametrize("bits", BITS)
-def test_its_gradients_are_those_of_the_formula_without_rounding(bits: int) -> None:
+def test_its_gradients_are_those_of_the_formula_without_rounding(
+    bits: int, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many rows at a time."""
+    monkeypatch.setattr(trained_integers, "_ELEMENTS", elements)
     grid = made(bits)
     floats, upstream = trained(grid), torch.randn(6, 44, generator=torch.Generator().manual_seed(2))
     (rounded_weight(floats, grid) * upstream).sum().backward()

@@ -89,14 +89,14 @@ def test_refining_holds_no_head_unless_it_is_the_embedding_too() -> None:
     assert in_float32.refinement_parts()["optimizer"] == 4 * 4 * kept
 
 
-def test_refining_integers_holds_floats_in_their_place_and_one_matrix_in_the_making() -> None:
+def test_refining_integers_holds_floats_in_their_place_and_one_matrix_of_gradients_beside() -> None:
     parts = memory(
         emulator={"compression_ratio": 1.0, "quantization": "int2", "refinement": {"steps": 5}}
     ).refinement_parts()
     block, largest = 4 * 4096**2 + 3 * 4096 * 11008, 4096 * 11008
     # Trained in float32 with gradient and two moments; beside it the weight in bfloat16 that is made of it, and its codes.
     assert parts["optimizer"] == (4 * 4 + 2 + 1) * block
-    assert parts["integers"] == 6 * 4 * largest
+    assert parts["integers"] == (2 + 4) * largest
     floats = refined().refinement_parts()
     assert floats["integers"] == 0
     assert parts["weights"] < floats["weights"]
