@@ -12,6 +12,7 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.planning.budget import RATIOS, solve_for_budget, training_bytes, with_config
 from emloc_ray.planning.costs import busy_seconds, with_base
 from emloc_ray.planning.emulator_budget import spend_evenly
+from emloc_ray.planning.holding import blocks_share
 from emloc_ray.planning.layout import layout_under
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
@@ -29,6 +30,7 @@ _ORIGINAL = {**_WHOLE, **_IN_ALL_BITS}
 _FEW_BITS = ("nf4", "int4", "int3", "int2")
 # Below those of int3.
 _BUDGETS = tuple(f"{tenths / 10:g} bits" for tenths in (32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 11, 10, 9, 8))
+_REFINED = {"steps": 75}  # of what the plan proposes itself: as was measured
 _ALIKE = 0.03  # of the gap closed: what three seeds hardly tell apart
 _SLOWER = 10.0  # times the fastest: what nobody waits for
 _AS_FAST = 1.1  # times the fastest: what a plan does not tell apart
@@ -227,7 +229,10 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     """What alternatives differ in, beside what is solved for."""
     emulator = config.emulator
     settings = {"model.hold": config.model.hold, "emulator.budget": emulator.budget or "null"}
-    settings["emulator.refinement"] = "null" if emulator.refinement is None else "as it was"
+    if emulator.refinement is None:
+        settings["emulator.refinement"] = "null"
+    else:
+        settings["emulator.refinement.steps"] = str(emulator.refinement.steps)
     keys = ("storage", "objective", *(("quantization", "residual_rank") if emulator.budget is None else ()))
     return settings | {f"emulator.{key}": getattr(emulator, key) for key in keys}
 
@@ -248,9 +253,11 @@ def _solved(config: RunConfig) -> list[str]:
 
 def _of_budgets(prepared: Prepared) -> Iterator[tuple[str, Prepared]]:
     """Each budget that its linears have forms for, and its healing factors to grow, the largest first, with the run under it: by
-    predictions, whose gradients every budget asks for."""
+    predictions, whose gradients every budget asks for, and refined where a block can be by itself."""
     config, itemsize = prepared.config, file_dtype(prepared).itemsize
     own = config.emulator.model_dump(exclude=set(DECIDED))
+    if own["refinement"] is None and not blocks_share(prepared.model_config, config.model.trust_remote_code):
+        own["refinement"] = _REFINED
     for bits in _BUDGETS:
         emulator = EmulatorConfig.model_validate({**own, "objective": "predictions", "budget": bits})
         changed = config.model_copy(update={"emulator": emulator})

@@ -10,8 +10,9 @@ _BY_PREDICTIONS = {"allocation": "sensitivity", **_PREDICTIONS}
 
 @dataclass(frozen=True)
 class Measured:
-    """A row of a table: SmolLM2-135M-Instruct, 60 steps on docstring summaries, means over three seeds; of ``equal_bytes``
-    means over five and over three tasks (with ``equal_bytes_tasks``), on weights that no 4-bit grid restores.
+    """A row of a table: SmolLM2-135M-Instruct, 60 steps on docstring summaries, means over three seeds; on weights that no 4-bit
+    grid restores, and over three tasks, of ``refined`` over three seeds, of ``refined_budgets`` and of ``equal_bytes`` (with
+    ``equal_bytes_tasks``) over five.
 
     ``gap_closed``: (original − method) / (original − LoRA on the original) in held-out loss, 1 at the most: what is above it is
     within the error. ``method`` of ``file`` has it. An emulator counts as ``healed`` where it was, by a third of its steps.
@@ -23,8 +24,14 @@ class Measured:
     gap_closed: float
     quantization: str = "none"
     healed: bool = False
+    refined: bool = False
     made: Mapping[str, str] = field(default_factory=dict)  # other settings of the emulator than the defaults
     bits: float | None = None  # a weight, of a budget in place of a ratio
+
+    @property
+    def size(self) -> float:
+        """Its bits a weight or its ratio."""
+        return self.bits or self.ratio or 0.0
 
     @property
     def where(self) -> str:
@@ -47,7 +54,9 @@ MEASURED = (
     Measured("allocation", "healed", 0.5, 0.903, healed=True, made=_BY_PREDICTIONS),
     Measured("allocation", "healed", 0.25, 0.812, healed=True, made=_BY_PREDICTIONS),
     Measured("storage", "pivoted", 0.5, 0.915, made={**_BY_PREDICTIONS, "storage": "pivoted"}),
-    Measured("baselines", "emloc_nf4", 0.5, 0.800, "nf4", True, _BY_PREDICTIONS),
+    Measured("refined", "half_refined_75", 0.5, 0.932, refined=True, made=_BY_PREDICTIONS),
+    Measured("refined", "quarter_refined_75", 0.25, 0.843, refined=True, made=_BY_PREDICTIONS),
+    Measured("baselines", "emloc_nf4", 0.5, 0.800, "nf4", healed=True, made=_BY_PREDICTIONS),
     Measured("equal_bytes", "budget_4.15", None, 1.0, made=_PREDICTIONS, bits=4.15),
     Measured("equal_bytes", "budget_2.4", None, 0.947, made=_PREDICTIONS, bits=2.4),
     Measured("equal_bytes", "budget_1.1", None, 0.703, made=_PREDICTIONS, bits=1.1),
@@ -58,16 +67,16 @@ _MADE = {"allocation": "uniform", "objective": "activations", "storage": "factor
 
 
 def measured_for(emulator: Any) -> Measured | None:
-    """The measured figures of such an emulator at its ratio or budget of bits, or at the next smaller one; None where none was
-    measured."""
+    """The measured figures of such an emulator at its ratio or budget of bits, or at the next smaller one: of one that was not
+    refined where none was; None where none was measured."""
     ratio, made = emulator.compression_ratio, {key: getattr(emulator, key) for key in _MADE}
-    healed = emulator.heals is not None
     if emulator.budget is not None:
-        of_budgets = [row for row in MEASURED if row.bits is not None and row.bits <= (emulator.budget_bits or 0)]
-        fewer = [row for row in of_budgets if row.healed == healed and {**_MADE, **row.made} == made]
-        return max(fewer, key=lambda row: row.bits or 0, default=None)
-    rows = [row for row in MEASURED if row.quantization == emulator.quantization and row.ratio is not None]
-    if ratio == 1:
-        return next((row for row in rows if row.ratio == 1), None)
-    alike = [row for row in rows if row.healed == healed and {**_MADE, **row.made} == made]
-    return max((row for row in alike if (row.ratio or 0) <= ratio), key=lambda row: row.ratio or 0, default=None)
+        rows, asked = [row for row in MEASURED if row.bits is not None], emulator.budget_bits or 0.0
+    else:
+        rows, asked = [row for row in MEASURED if row.ratio and row.quantization == emulator.quantization], ratio
+        if ratio == 1:
+            return next((row for row in rows if row.ratio == 1), None)
+    healed = emulator.heals is not None
+    alike = [row for row in rows if row.healed == healed and {**_MADE, **row.made} == made and row.size <= asked]
+    as_refined = [row for row in alike if row.refined and emulator.refines is not None]
+    return max(as_refined or [row for row in alike if not row.refined], key=lambda row: row.size, default=None)

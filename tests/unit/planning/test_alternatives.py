@@ -130,6 +130,10 @@ def test_where_2_bits_do_not_fit_a_budget_of_fewer_is_spent() -> None:
     assert best.measured.bits is not None
     assert best.measured.bits <= float(best.name.split()[-2])
     assert {"emulator.budget=2 bits", "emulator.allocation=null"} <= set(choice.overrides)
+    assert "emulator.refinement.steps=75" in choice.overrides
+    refined = chosen(140, dataclasses.replace(FAST, link=1e6), emulator={**BEST, "refinement": {"steps": 5}})
+    assert refined.recommended.config.emulator.budget == "2 bits"
+    assert not [override for override in refined.overrides if "refinement" in override]  # its own stays
     # Its own stays, and no other budget beside it.
     own = {"budget": "1.4 bits", "objective": "predictions"}
     asked = chosen(140, dataclasses.replace(FAST, link=1e6), emulator=own)

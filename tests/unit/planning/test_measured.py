@@ -28,12 +28,13 @@ def test_a_figure_is_the_published_one(row: Measured) -> None:
         if entry["label"] == label
         for task in entry["datasets"].values()
     ]
-    assert len(tasks) == (3 if others else 1)
+    assert len(tasks) == (3 if others or row.refined else 1)
     assert min(1, statistics.mean(tasks)) == pytest.approx(row.gap_closed, abs=5e-4)
     [method] = [entry for entry in published["config"]["methods"] if entry["name"] == row.method]
     emulator = method.get("emulator", {})
     assert {key: emulator.get(key, default) for key, default in DEFAULTS.items()} == {**DEFAULTS, **row.made}
     assert (emulator.get("quantization", "none"), "healing" in emulator) == (row.quantization, row.healed)
+    assert emulator.get("refinement") == ({"steps": 75} if row.refined else None)
     assert emulator.get("budget") == (None if row.bits is None else f"{row.bits:g} bits")
 
 
@@ -45,6 +46,9 @@ def test_a_ratio_has_the_figure_of_the_next_smaller_one() -> None:
     best = {"allocation": "sensitivity", "objective": "predictions"}
     assert (figure(1.0), figure(0.95), figure(0.5), figure(0.45), figure(0.2)) == (1.0, 0.722, 0.722, 0.529, None)
     assert (figure(0.5, **best), figure(0.5, **best, healing={"steps": 20})) == (0.887, 0.903)
+    refined = {"refinement": {"steps": 25}}
+    assert [figure(ratio, **best, **refined) for ratio in (0.6, 0.5, 0.3)] == [0.932, 0.932, 0.843]
+    assert figure(0.5, **refined) == 0.722  # as was measured without
     assert [figure(1.0, quantization=bits) for bits in ("nf4", "int4", "int2")] == [0.961, 1.0, 0.915]
     assert figure(1.0, quantization="int8") is None
 
