@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gpu_device import DEVICE, ON_GPU
@@ -15,6 +17,7 @@ from emloc_ray.core.pivoting import pivot
 from emloc_ray.core.products import product_by_rows
 from emloc_ray.core.quantization import quantize
 from emloc_ray.core.stored_weight import StoredWeight
+from emloc_ray.core.trained_integers import Unrounded, rounded_weight, unrounded
 from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.modeling.adapter_files import LoraModule
@@ -131,6 +134,21 @@ def test_rounding_loses_what_it_loses_on_the_cpu(shape: tuple[int, int], bits: i
         assert made.codes.device.type == device
         lost.append(direct_error(weight, made.dense(), gram))
     assert lost[1] == pytest.approx(lost[0], rel=1e-2)  # a code at the middle of two may fall to either
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_integers_that_are_trained_have_the_weight_and_gradients_of_the_cpu(bits: int) -> None:
+    grid = quantize(layer((96, 200))[0], Whitening.identity(200), bits)
+
+    def gradients(device: torch.device | str) -> list[Tensor]:
+        here = replace(grid, **{part: getattr(grid, part).to(device) for part in ("codes", "scales", "zeros")})
+        floats = Unrounded(*(part.requires_grad_() for part in unrounded(here)))
+        weight = rounded_weight(floats, here)
+        weight.square().sum().backward()
+        return [tensor.cpu() for tensor in (weight.detach(), *(part.grad for part in floats)) if tensor is not None]
+
+    for there, here in zip(gradients(DEVICE), gradients("cpu"), strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-5)
 
 
 def test_spectra_and_the_ranks_that_follow_are_those_of_the_cpu() -> None:
