@@ -34,7 +34,7 @@ from emloc_ray.stages.correct.stage import correction_job
 from emloc_ray.stages.evaluate.evaluate import EvaluationJob, evaluate_slice
 from emloc_ray.stages.evaluate.stage import evaluation_job
 from emloc_ray.stages.factorize.allocate import allocate_ranks, group_spectra, read_ranks
-from emloc_ray.stages.factorize.factorize import factorize_group, finish_emulator
+from emloc_ray.stages.factorize.factorize import factorize_group, finish_emulator, rewritten
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
 from emloc_ray.stages.factorize.stage import allocation_job, factorization_job
@@ -177,14 +177,14 @@ def factorize(context: Context, device: str = "cpu") -> None:
 
 def build(job: FactorizationJob, grams_dir: Path, base_config: Any, device: str = "cpu") -> None:
     """The emulator, of factors and of what stays as it is, in this process, computed on ``device``."""
-    factorized = [[spec for spec in group if spec.name in job.ranks] for group in job.groups]
-    work, rest = [group for group in factorized if group], rest_of_shards(job)
+    work, rest, without_gram = rewritten(job), rest_of_shards(job), {*job.without_gram}
     files = [job.out_dir / f"model-{number}.safetensors" for number in range(len(work) + len(rest))]
     for group, file in zip(work, files, strict=False):
-        factorize_group(job, group, GramStore(grams_dir).stored(group[0].name), file, device)
+        gram = None if group[0].name in without_gram else GramStore(grams_dir).stored(group[0].name)
+        factorize_group(job, group, gram, file, device)
     for kept, file in zip(rest, files[len(work) :], strict=True):
         copy_rest(kept, file)
-    finish_emulator(files, base_config, job.model_dir, job.ranks, job.storage, None)
+    finish_emulator(files, base_config, job.model_dir, job.ranks, job.storage, None, job.integers)
 
 
 def heal(context: Context) -> None:
@@ -197,7 +197,8 @@ def heal(context: Context) -> None:
     train(job.training)
     write_pieces(job.fold, pieces(job.fold))
     files = [piece.file for piece in pieces(job.fold)]
-    finish_emulator(files, context.base_config(), job.fold.emulator_dir, job.fold.ranks, job.fold.storage, None)
+    fold = job.fold
+    finish_emulator(files, context.base_config(), fold.emulator_dir, fold.ranks, fold.storage, None, fold.integers)
 
 
 def train(job: FinetuneJob) -> list[float]:

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from emloc_ray.core.integers import IntegerWeight
 from emloc_ray.core.unpacking import SCALE_STEPS, scale_values, zero_steps
 
-_ELEMENTS = 2**23  # of a weight that are made, or whose gradients are, at a time
+ELEMENTS = 2**22  # of a weight that are made, or whose gradients are, at a time
 _STEP = math.log(2.0) / SCALE_STEPS  # from one scale to the next, in its logarithm
 
 
@@ -63,15 +63,20 @@ class _Rounded(torch.autograd.Function):
         ctx: Any, codes: Tensor, log_scales: Tensor, zeros: Tensor, grid: IntegerWeight, dtype: torch.dtype
     ) -> Tensor:
         ctx.save_for_backward(codes, log_scales, zeros)
-        ctx.grid = grid
-        return torch.cat(
-            [rounded(Unrounded(*part), grid).dense().to(dtype) for part in _parts(codes, log_scales, zeros)]
-        )
+        ctx.grid, weight = grid, torch.empty_like(codes, dtype=dtype)
+        for *part, made in _parts(codes, log_scales, zeros, weight):
+            made.copy_(rounded(Unrounded(*part), grid).dense())
+        return weight
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        parts = [_gradients(Unrounded(*part), rows, ctx.grid) for *part, rows in _parts(*ctx.saved_tensors, gradient)]
-        return *map(torch.cat, zip(*parts, strict=True)), None, None
+        floats = ctx.saved_tensors
+        gradients = [torch.empty_like(part) for part in floats]
+        for *part, rows, codes, log_scales, zeros in _parts(*floats, gradient, *gradients):
+            found = _gradients(Unrounded(*part), rows, ctx.grid)
+            for place, made in zip((codes, log_scales, zeros), found, strict=True):
+                place.copy_(made)
+        return *gradients, None, None
 
 
 def _gradients(floats: Unrounded, gradient: Tensor, grid: IntegerWeight) -> Unrounded:
@@ -92,5 +97,5 @@ def _gradients(floats: Unrounded, gradient: Tensor, grid: IntegerWeight) -> Unro
 
 def _parts(codes: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Some rows of all at a time."""
-    rows = max(1, _ELEMENTS // codes.shape[1])
+    rows = max(1, ELEMENTS // codes.shape[1])
     return zip(*(tensor.split(rows) for tensor in (codes, *others)), strict=True)

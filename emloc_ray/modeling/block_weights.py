@@ -59,7 +59,8 @@ class BlockWeights:
             )
             self.model: Any = unfuse(model)
             if self.config is not config:
-                factorize_modules(self.model, config.ranks, config.storage, config.forms())
+                with torch.device("meta"):  # integers are buffers: made empty, they would be held from here on
+                    factorize_modules(self.model, config.ranks, config.storage, config.forms())
         for experts in experts_of(self.model).values():
             experts.together = False  # their weights come and go, each by itself
         self.model.tie_weights()  # again: what is made empty is made anew, and tied to nothing
@@ -84,10 +85,8 @@ class BlockWeights:
 
     def _place_buffers(self, away: Collection[str]) -> None:
         for name, buffer in list(self.model.named_buffers(remove_duplicate=False)):
-            stored = self._stored.get(name)
-            if name in away:
-                self._place_buffer(name, buffer.to("meta"))
-            else:
+            if name not in away:
+                stored = self._stored.get(name)
                 self._place_buffer(name, (buffer if stored is None else stored.read(self.checkpoint)).to(self.device))
 
     def _place_buffer(self, name: str, buffer: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emloc_ray.core.integers import integer_weight
+from emloc_ray.core.products import is_finite
 from emloc_ray.core.refinement import balanced, step_size
 from emloc_ray.core.trained_integers import Unrounded, rounded, rounded_weight, unrounded
 from emloc_ray.data.ahead import made_ahead
@@ -61,8 +62,9 @@ class _IntegerMaster(nn.Module):
 
     def __init__(self, linear: IntegerLinear) -> None:
         super().__init__()
-        self.grid, self.bias = integer_weight(dict(linear.named_buffers()), linear.in_features), linear.bias
-        self.floats = nn.ParameterList(nn.Parameter(part) for part in unrounded(self.grid))
+        stored = integer_weight(dict(linear.named_buffers()), linear.in_features)
+        self.grid, self.bias = stored.with_codes(stored.codes.to("meta")), linear.bias
+        self.floats = nn.ParameterList(nn.Parameter(part) for part in unrounded(stored))
         self.compute_dtype, self.weight = linear.compute_dtype, linear.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,15 +115,18 @@ def store(linear: nn.Linear | IntegerLinear, tensors: Mapping[str, Tensor]) -> N
 def trained_parts(block: nn.Module) -> Iterator[list[tuple[nn.Parameter, float]]]:
     """What is trained of a block, factors balanced where they are a product, each with the size that a step is a share of; the
     block has it when it ends."""
-    linears, masters = refined_in(block), dict[str, _Master | _IntegerMaster]()
+    linears = refined_in(block)
+    floats = {name: linear.weight.detach() for name, linear in linears.items() if isinstance(linear, nn.Linear)}
     for name, module in block.named_modules():
-        if isinstance(module, IntegerLinear):
-            masters[name] = _IntegerMaster(module)
-        elif f"{name}.up" in linears and isinstance(module.up, nn.Linear):
-            up, down = module.up.weight, module.down.weight
-            if module.in_sequence:
-                up, down = (weight.to(up.device) for weight in balanced(up, down))
-            masters |= {f"{name}.up": _Master(up, module.up), f"{name}.down": _Master(down, module.down)}
+        if f"{name}.up" in floats and module.in_sequence:
+            up, down = floats[f"{name}.up"], floats[f"{name}.down"]
+            floats |= zip(
+                (f"{name}.up", f"{name}.down"), (part.to(up.device) for part in balanced(up, down)), strict=True
+            )
+    masters = {
+        name: _IntegerMaster(linear) if isinstance(linear, IntegerLinear) else _Master(floats[name], linear)
+        for name, linear in linears.items()
+    }
     for name, master in masters.items():
         _replace(block, name, master)
     try:
@@ -153,8 +158,9 @@ def fit_block(
     anew each time all were read; the block is as before where that of the ``held_out`` batches is not lower then.
 
     ``read(number)`` gives a batch, in a thread of its own while the one before is computed; ``error(batch)`` its sum of errors,
-    with gradients, and its number of tokens. A step is at most about ``learning_rate`` times the root mean square of what it
-    changes, falling to 0 along a cosine. Raises NumericsError where an error is NaN or Inf, naming the block.
+    with gradients, and its number of tokens. A step is at most about ``learning_rate`` times the size of what it changes, falling
+    to 0 along a cosine: the root mean square of a factor; of codes and zero points theirs, or 4 where that is more; a scale
+    itself. Raises NumericsError where an error is NaN or Inf, naming the block.
     """
     before = _mean_error(read, error, held_out)
     linears = refined_in(block)
@@ -172,8 +178,9 @@ def fit_block(
                 _accumulate(itertools.islice(batches, len(entry)), error, before, parameters)
                 optimizer.step()
                 scheduler.step()
+        trained = all(map(is_finite, parameters))  # of which integers would hide what is not
     after = _mean_error(read, error, held_out)
-    if not before < float("inf") or not after < float("inf"):
+    if not (trained and before < float("inf") and after < float("inf")):
         raise NumericsError(f"{name} gives NaN or Inf while it is refined: lower emulator.refinement.learning_rate.")
     fit = Fit(before, after)
     if not fit.is_better:

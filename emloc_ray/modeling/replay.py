@@ -47,6 +47,7 @@ class BlockReplay:
         self.model, self.device = self.weights.model, self.weights.device
         self.flow = block_flow(self.weights.config, trust_remote_code, example(directory, trust_remote_code))
         self.body = getattr(self.model, self.model.base_model_prefix, self.model)
+        self._loaded: str | None = None
         self._current = -1
         self._outputs: Mapping[int, BlockOutput] = {}
         head = self.model.get_output_embeddings()
@@ -61,17 +62,19 @@ class BlockReplay:
     def load_block(self, position: int) -> None:
         """Reads the block's weights; those of every other block are dropped."""
         self.drop_blocks()
-        self.weights.load_integers(self.flow.order[position])
-        for name, _ in self.weights.parameters_of(self.flow.order[position]):
-            self.weights.load([name])
+        self._loaded = name = self.flow.order[position]
+        self.weights.load_integers(name)
+        for parameter, _ in self.weights.parameters_of(name):
+            self.weights.load([parameter])
 
     def drop_blocks(self) -> None:
-        """Drops the weights of all blocks."""
-        for block in self.flow.order:
-            self.weights.drop_integers(block)
-            for name, parameter in self.weights.parameters_of(block):
-                if not parameter.is_meta:
-                    self.weights.place(name, nn.Parameter(parameter.to("meta"), False))
+        """Drops the weights of the block that was read."""
+        if self._loaded is None:
+            return
+        self.weights.drop_integers(self._loaded)
+        for name, parameter in self.weights.parameters_of(self._loaded):
+            self.weights.place(name, nn.Parameter(parameter.to("meta"), False))
+        self._loaded = None
 
     @torch.no_grad()
     def forward(self, position: int, inputs: dict[str, Any], outputs: Mapping[int, BlockOutput]) -> BlockOutput | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emloc_ray.config.emulator import DECIDED, EmulatorConfig
+from emloc_ray.config.emulator import DECIDED, EmulatorConfig, RefinementConfig
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
 from emloc_ray.planning.budget import RATIOS, solve_for_budget, training_bytes, with_config
@@ -17,7 +17,7 @@ from emloc_ray.planning.layout import layout_under
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.measured import Measured, measured_for
-from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
 from emloc_ray.planning.model_bytes import file_dtype
 from emloc_ray.planning.model_checks import check_healing
 from emloc_ray.planning.prepared import Prepared
@@ -30,7 +30,7 @@ _ORIGINAL = {**_WHOLE, **_IN_ALL_BITS}
 _FEW_BITS = ("nf4", "int4", "int3", "int2")
 # Below those of int3.
 _BUDGETS = tuple(f"{tenths / 10:g} bits" for tenths in (32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 11, 10, 9, 8))
-_REFINED = {"steps": 75}  # of what the plan proposes itself: as was measured
+_REFINED = RefinementConfig(steps=75)  # of what the plan proposes itself: as was measured
 _ALIKE = 0.03  # of the gap closed: what three seeds hardly tell apart
 _SLOWER = 10.0  # times the fastest: what nobody waits for
 _AS_FAST = 1.1  # times the fastest: what a plan does not tell apart
@@ -147,8 +147,11 @@ class _Candidates:
         largest_batch: int | None = None,
         unneeded: bool = False,
     ) -> Alternative:
-        """A way to train at the largest of the ``ratios`` and the largest batch that fit the memory."""
+        """A way to train at the largest of the ``ratios`` and the largest batch that fit the memory, refined where that fits."""
         memory = solve_for_budget(changed, self.memory_budget, self.lengths, ratios, largest_batch)
+        refines = memory.config.emulator.refines is not None
+        if refines and BASE_BYTES + total(memory.refinement_parts()) > self.memory_budget:
+            memory = MemoryModel(_refined(memory.prepared, None), self.lengths)
         step = busy_seconds(training_cost(memory, 1), changed.config.finetune, self.speeds, memory.weights)
         needs_gradients = memory.config.emulator.asks_for_gradients is not None and memory.layout.gradient_linears
         gradients = int(memory.least_for_gradients()) if needs_gradients else 0
@@ -253,11 +256,13 @@ def _solved(config: RunConfig) -> list[str]:
 
 def _of_budgets(prepared: Prepared) -> Iterator[tuple[str, Prepared]]:
     """Each budget that its linears have forms for, and its healing factors to grow, the largest first, with the run under it: by
-    predictions, whose gradients every budget asks for, and refined where a block can be by itself."""
+    predictions, whose gradients every budget asks for. It is refined, as the figures are of, unless it heals, after which
+    refinement was not measured, or its blocks are not by themselves."""
     config, itemsize = prepared.config, file_dtype(prepared).itemsize
     own = config.emulator.model_dump(exclude=set(DECIDED))
-    if own["refinement"] is None and not blocks_share(prepared.model_config, config.model.trust_remote_code):
-        own["refinement"] = _REFINED
+    alone = not blocks_share(prepared.model_config, config.model.trust_remote_code)
+    if config.emulator.refinement is None and config.emulator.healing is None and alone:
+        own["refinement"] = _REFINED.model_dump()
     for bits in _BUDGETS:
         emulator = EmulatorConfig.model_validate({**own, "objective": "predictions", "budget": bits})
         changed = config.model_copy(update={"emulator": emulator})
@@ -268,6 +273,11 @@ def _of_budgets(prepared: Prepared) -> Iterator[tuple[str, Prepared]]:
         except ConfigError:
             continue
         yield bits, dataclasses.replace(prepared, config=changed, layout=layout)
+
+
+def _refined(prepared: Prepared, refinement: RefinementConfig | None) -> Prepared:
+    emulator = prepared.config.emulator.model_copy(update={"refinement": refinement})
+    return dataclasses.replace(prepared, config=prepared.config.model_copy(update={"emulator": emulator}))
 
 
 def _changed(prepared: Prepared, emulator: dict[str, Any], hold: str | None = None) -> Prepared:

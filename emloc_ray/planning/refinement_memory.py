@@ -2,10 +2,13 @@
 
 import math
 
+from emloc_ray.core.integer_forms import BITS
+from emloc_ray.core.trained_integers import ELEMENTS
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.planning.calibration_memory import BASE_BYTES, CalibrationMemory, Parts, total
 from emloc_ray.planning.sizes import FLOAT
 
+_MADE = 6  # floats of an integer while a weight is made of it, or a gradient for it
 _TRAINED = 4  # floats of what is trained: it, its gradient and Adam's two moments
 
 
@@ -54,15 +57,21 @@ class RefinementMemory(CalibrationMemory):
         return self.layout.quantized_bytes(spec) if in_integers else self.itemsize * self.layout.kept(spec)
 
     def _fitted_bytes(self, spec: LinearSpec) -> int:
-        """Of one linear: products read floats as they are where the model is in float32, and integers as a weight made of them,
-        whose codes lie beside."""
-        of_integers = spec.name in self.layout.bits
-        read = self.itemsize + 1 if of_integers else self.itemsize if self.itemsize < FLOAT else 0
-        return (_TRAINED * FLOAT + read) * self.layout.kept(spec)
+        """Of one linear: products read floats as they are where the model is in float32, and a weight made of integers."""
+        in_integers = spec.name in self.layout.bits
+        read = self.itemsize if in_integers or self.itemsize < FLOAT else 0
+        return (_TRAINED * FLOAT + read) * (self._integers(spec) if in_integers else self.layout.kept(spec))
+
+    def _integers(self, spec: LinearSpec) -> int:
+        """How many a linear has; under a budget, which spends its bytes otherwise than evenly, as many as its own may hold."""
+        if self.layout.budget is None:
+            return self.layout.kept(spec)
+        return min(spec.num_parameters, 8 * self.layout.quantized_bytes(spec) // min(BITS))
 
     def _integer_bytes(self, spec: LinearSpec) -> int:
         """Of one linear in integers: the gradients of its largest matrix, of its weight as the products read it and of what is
-        trained, from which the latter is put together."""
+        trained, beside those of the batches before; and some floats of the rows that are made at a time."""
         if spec.name not in self.layout.bits:
             return 0
-        return (self.itemsize + FLOAT) * max(map(math.prod, self.layout.stored_shapes(spec)))
+        largest = max(map(math.prod, self.layout.stored_shapes(spec)))
+        return (self.itemsize + FLOAT) * largest + _MADE * FLOAT * min(ELEMENTS, largest)

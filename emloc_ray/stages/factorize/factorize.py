@@ -276,7 +276,7 @@ def build_emulator(
 
     ``base_config`` is the original's. Raises what a task raised, and NumericsError as :func:`factorize_group`.
     """
-    work, rest = sorted(_rewritten(job), key=group_cost, reverse=True), rest_of_shards(job)
+    work, rest = sorted(rewritten(job), key=group_cost, reverse=True), rest_of_shards(job)
     total = len(work) + len(rest)
     files = [job.out_dir / f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
     written, without_gram = set(sizes(job.out_dir)), set(job.without_gram)
@@ -315,8 +315,8 @@ def build_emulator(
     return {**_summary(reports, resources), "bytes": total_size}
 
 
-def _rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
-    """The linears that are factorized or put into 4 bits: those of one Gram together, and those without one."""
+def rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
+    """The linears that are factorized or put into few bits: those of one Gram together, and those without one."""
     written = {*job.ranks, *job.quantized_linears}
     without_gram = set(job.without_gram)
     parts = [

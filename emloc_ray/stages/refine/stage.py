@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from emloc_ray.config.schema import CalibrationConfig, RunConfig
@@ -38,7 +39,7 @@ def refinement_job(context: Context, inputs: str = "") -> RefinementJob:
         refinement.learning_rate,
         config.calibration.tokens,
         _rows_a_step(context.prepared),
-        context.memory.refinement_rows(),
+        _rows_at_once(context),
         context.pad_token_id(),
         config.seed,
         inputs,
@@ -51,6 +52,12 @@ def refinement_job(context: Context, inputs: str = "") -> RefinementJob:
 def _rows_a_step(prepared: Prepared) -> int:
     """Calibration's batch, however few of its rows a worker's memory reads at once."""
     return prepared.for_fingerprints.config.calibration.batch_size
+
+
+def _rows_at_once(context: Context) -> int:
+    """As many rows as a worker's memory holds beside the forms that a budget was spent on."""
+    made = replace(context.layout_made, budget=None)
+    return MemoryModel(replace(context.prepared, layout=made)).refinement_rows()
 
 
 def _inputs(context: Context) -> Inputs:

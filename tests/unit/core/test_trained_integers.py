@@ -53,7 +53,7 @@ def test_its_gradients_are_those_of_the_formula_without_rounding(
     bits: int, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many rows at a time."""
-    monkeypatch.setattr(trained_integers, "_ELEMENTS", elements)
+    monkeypatch.setattr(trained_integers, "ELEMENTS", elements)
     grid = made(bits)
     floats, upstream = trained(grid), torch.randn(6, 44, generator=torch.Generator().manual_seed(2))
     (rounded_weight(floats, grid) * upstream).sum().backward()

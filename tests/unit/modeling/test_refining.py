@@ -112,6 +112,20 @@ def test_integers_that_do_not_help_are_taken_back() -> None:
     assert all(torch.equal(tensor, stored[name]) for name, tensor in mlp.block.named_buffers())
 
 
+def test_integers_that_become_nan_are_not_hidden_by_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp, computed = Mlp(), []
+    mlp.block = in_integers("float32")
+
+    def broken(x: Tensor) -> tuple[Tensor, int]:
+        total, tokens = Mlp.error(mlp, x)
+        computed.append(total)
+        return total * (float("nan") if len(computed) == 4 else 1.0), tokens  # in a step, after two batches held out
+
+    monkeypatch.setattr(mlp, "error", broken)
+    with pytest.raises(NumericsError, match=r"gives NaN or Inf while it is refined: lower emulator\.refinement"):
+        mlp.fit(steps=3)
+
+
 def test_batches_are_read_beside_the_steps() -> None:
     mlp = Mlp()
     mlp.fit(steps=3)

@@ -15,11 +15,11 @@ from emloc_ray.config.reading import load_config, parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.planning.alternatives import Alternative, Choice, choose_training
-from emloc_ray.planning.costs import StageCost, busy_seconds
+from emloc_ray.planning.costs import StageCost, busy_seconds, with_base
 from emloc_ray.planning.emulator_budget import spend_evenly
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
-from emloc_ray.planning.memory import BASE_BYTES, MemoryModel
+from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
 from emloc_ray.planning.model_checks import check_healing
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import training_cost
@@ -51,15 +51,15 @@ def values_of(budget: int | None, **sections: Any) -> dict[str, Any]:
     }
 
 
-def prepared(budget: int | None = None, **sections: Any) -> Prepared:
-    ready = bare_prepared(values_of(budget, **sections), MODEL)
+def prepared(budget: int | None = None, model_config: Any = MODEL, **sections: Any) -> Prepared:
+    ready = bare_prepared(values_of(budget, **sections), model_config)
     if ready.config.emulator.budget is None:
         return ready
     return dataclasses.replace(ready, layout=spend_evenly(ready.layout, ready.config.emulator, 2))
 
 
-def chosen(megabytes: int, speeds: Speeds = FAST, **sections: Any) -> Choice:
-    return choose_training(prepared(BASE_BYTES + megabytes * MIB, **sections), ROW, speeds)
+def chosen(megabytes: int, speeds: Speeds = FAST, model_config: Any = MODEL, **sections: Any) -> Choice:
+    return choose_training(prepared(BASE_BYTES + megabytes * MIB, model_config, **sections), ROW, speeds)
 
 
 def by_name(choice: Choice) -> dict[str, Alternative]:
@@ -104,10 +104,8 @@ def test_the_overrides_make_the_recommended_run(tmp_path: Path, megabytes: int, 
     file.write_text(write_yaml(values_of(None, emulator={**BEST, **more})))
     config = load_config(file, choice.overrides)
     assert config == choice.recommended.memory.prepared.config
-    assert (
-        MemoryModel(dataclasses.replace(choice.recommended.memory.prepared, config=config), ROW).finetuning_hold()
-        == "resident"
-    )
+    recommended = MemoryModel(dataclasses.replace(choice.recommended.memory.prepared, config=config), ROW)
+    assert recommended.finetuning_hold() == choice.recommended.memory.finetuning_hold()
 
 
 def test_an_emulator_is_as_large_as_fits_and_says_what_was_measured() -> None:
@@ -130,16 +128,29 @@ def test_where_2_bits_do_not_fit_a_budget_of_fewer_is_spent() -> None:
     assert best.measured.bits is not None
     assert best.measured.bits <= float(best.name.split()[-2])
     assert {"emulator.budget=2 bits", "emulator.allocation=null"} <= set(choice.overrides)
-    assert "emulator.refinement.steps=75" in choice.overrides
-    refined = chosen(140, dataclasses.replace(FAST, link=1e6), emulator={**BEST, "refinement": {"steps": 5}})
-    assert refined.recommended.config.emulator.budget == "2 bits"
-    assert not [override for override in refined.overrides if "refinement" in override]  # its own stays
+    assert not [override for override in choice.overrides if "refinement" in override]  # a block would not fit
     # Its own stays, and no other budget beside it.
     own = {"budget": "1.4 bits", "objective": "predictions"}
     asked = chosen(140, dataclasses.replace(FAST, link=1e6), emulator=own)
     assert [one.name for one in asked.alternatives if "bits" in one.name and "emulator" in one.name] == [
         "an emulator of 1.4 bits"
     ]
+
+
+@pytest.mark.parametrize(
+    ("emulator", "steps"), [({}, 75), ({"refinement": {"steps": 5}}, 5), ({"healing": {"steps": 5}}, None)]
+)
+def test_a_budget_that_is_proposed_is_refined_unless_it_heals(emulator: dict[str, Any], steps: int | None) -> None:
+    deep = LlamaConfig(**{**MODEL.to_dict(), "num_hidden_layers": 48})
+    choice = chosen(420, dataclasses.replace(FAST, link=1e6), deep, emulator={**BEST, **emulator})
+    proposed = choice.alternatives[-1]
+    refinement = proposed.config.emulator.refinement
+    assert proposed.name.endswith("bits")
+    assert (None if refinement is None else refinement.steps) == steps
+    if "healing" not in emulator:
+        assert choice.recommended is proposed
+        assert ("emulator.refinement.steps=75" in choice.overrides) is (steps == 75)  # its own stays
+        assert total(with_base(proposed.memory.refinement_parts())) <= choice.budget
 
 
 def test_where_3_bits_do_not_fit_a_budget_between_is_spent_before_2_bits() -> None:

@@ -9,6 +9,7 @@ import torch
 from bare_runs import bare_run
 from transformers import LlamaConfig, MixtralConfig
 
+from emloc_ray.core.trained_integers import ELEMENTS
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import StagePlan
@@ -94,9 +95,9 @@ def test_refining_integers_holds_floats_in_their_place_and_one_matrix_of_gradien
         emulator={"compression_ratio": 1.0, "quantization": "int2", "refinement": {"steps": 5}}
     ).refinement_parts()
     block, largest = 4 * 4096**2 + 3 * 4096 * 11008, 4096 * 11008
-    # Trained in float32 with gradient and two moments; beside it the weight in bfloat16 that is made of it, and its codes.
-    assert parts["optimizer"] == (4 * 4 + 2 + 1) * block
-    assert parts["integers"] == (2 + 4) * largest
+    # Trained in float32 with gradient and two moments; beside it the weight in bfloat16 that is made of it.
+    assert parts["optimizer"] == (4 * 4 + 2) * block
+    assert parts["integers"] == (2 + 4) * largest + 6 * 4 * ELEMENTS
     floats = refined().refinement_parts()
     assert floats["integers"] == 0
     assert parts["weights"] < floats["weights"]

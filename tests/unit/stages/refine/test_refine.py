@@ -26,6 +26,7 @@ from emloc_ray.data.formats import Tokens
 from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards, shard_name, write_index, write_shard
 from emloc_ray.modeling.architecture import block_names
+from emloc_ray.modeling.integer_linear import IntegerLinear
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.stages.correct.stage import correction_job
 from emloc_ray.stages.finetune.session import own_environment
@@ -175,7 +176,14 @@ def test_integers_are_refined_where_they_are(family: str, dtype: str, tmp_path: 
     assert load_model(job.out_dir).dtype == getattr(torch, dtype)
 
 
-def test_one_block_s_integers_are_held_at_a_time(tmp_path: Path) -> None:
+def test_one_block_s_integers_are_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, register = list[bool](), IntegerLinear.register_buffer
+
+    def note(linear: IntegerLinear, name: str, tensor: torch.Tensor) -> None:
+        register(linear, name, tensor)
+        made.append(linear.get_buffer(name).is_meta)
+
+    monkeypatch.setattr(IntegerLinear, "register_buffer", note)
     model_dir = save_model(tmp_path / "model")
     emulator, _ = save_integer_emulator(model_dir, tmp_path / "emulator")
     replay = Refiner(job_of(model_dir, emulator, write_tokens(tmp_path / "tokens", 12, 5), tmp_path)).replays[
@@ -188,6 +196,8 @@ def test_one_block_s_integers_are_held_at_a_time(tmp_path: Path) -> None:
         return {name.split(".")[2] for name, buffer in buffers.items() if not buffer.is_meta}
 
     assert held() == set()
+    assert made
+    assert all(made)  # not even as zeros while the model is made
     for position in (0, 1):
         replay.load_block(position)
         assert held() == {str(position)}
@@ -275,4 +285,30 @@ def test_a_run_heals_trains_and_corrects_what_was_refined(
     healed, refined = tensors_in(job.emulator_dir), tensors_in(run.context.unhealed_dir)
     name = "model.layers.0.mlp.up_proj.down.weight"
     assert torch.equal(healed[name][:-4], refined[name])
+    assert run.losses["merged"] == pytest.approx(run.losses["corrected"], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "emulator",
+    [
+        {"compression_ratio": 1.0, "quantization": "int2", "residual_rank": 4},
+        {"quantization": "int4", "healing": {"steps": 2, "r": 4}},
+    ],
+    ids=["whole", "factors that heal"],
+)
+def test_a_run_trains_and_corrects_refined_integers(
+    emulator: dict[str, Any], tiny_model_dir: Callable[..., Path], tmp_path: Path, task_file: Path
+) -> None:
+    settings = {**emulator, "group_size": 16, "refinement": {"steps": 6}}
+    values = make_values(
+        tmp_path / "run", tiny_model_dir("llama"), task_file, emulator=settings, correction={"method": "covariance"}
+    )
+    with own_environment():
+        run = plain_run(values, tiny_model_dir("llama"))
+    job = correction_job(run.context)
+    assert not {*job.residuals} & {*run.context.layout.ranks, *run.context.layout.bits}
+    stored, factorized = tensors_in(job.emulator_dir), tensors_in(run.context.path("emulator"))
+    assert any(name.endswith((".int2", ".int4")) for name in stored)
+    assert any(name not in factorized or not torch.equal(stored[name], factorized[name]) for name in stored)
     assert run.losses["merged"] == pytest.approx(run.losses["corrected"], abs=1e-4)
