@@ -1,7 +1,7 @@
-"""Refinement: a block's factors are fitted together to what the original's block gives (AA-SVD, https://arxiv.org/abs/2604.02119).
+"""Refinement: what an emulator has of a block is fitted to what the original's gives (AA-SVD, https://arxiv.org/abs/2604.02119).
 
 The block reads what the emulator's blocks before it give, ``h'``, and aims at what the original's gives for its own input,
-``F(h)``: its factors lower
+``F(h)``: its factors and integers lower
 
     Σ_tokens ‖F'(h') − F(h)‖² / ‖F(h)‖²
 

@@ -1,7 +1,7 @@
 """Refine: one block after another of the emulator is fitted to what the original's gives, by one worker.
 
 Original and emulator go through the calibration rows side by side, a block's weights of each at a time, hidden states on
-disk. A block is safe once its factors are written; then all are put into the emulator's shards.
+disk. A block is safe once what was fitted of it is written; then all is put into the emulator's shards.
 """
 
 import functools
@@ -61,7 +61,7 @@ class RefinementJob:
     decoder_blocks: tuple[str, ...] = ()
 
     def block_file(self, position: int) -> Path:
-        """Where a block's factors are, once it is refined, and its :class:`Fit`."""
+        """Where what was fitted of a block is, and its :class:`Fit`."""
         return self.work_dir / f"block-{position:05d}.safetensors"
 
 
@@ -208,7 +208,7 @@ def _put(block: nn.Module, name: str, file: Path) -> None:
 
 @exact_float32()
 def refine_blocks(job: RefinementJob) -> None:
-    """Writes every block's factors, in order, then the emulator that has them; what is there stays."""
+    """Writes what is fitted of every block, in order, then the emulator that has it; what is there stays."""
     refiner = Refiner(job)
     for position in range(refiner.begin(), len(refiner.flow.order)):
         refiner.take(position)
@@ -228,7 +228,7 @@ def fits(job: RefinementJob) -> dict[str, Fit]:
 
 
 def write_refined(job: RefinementJob) -> None:
-    """Writes the refined emulator: the emulator's shards with the refined factors in them, its config and tokenizer."""
+    """Writes the refined emulator: the emulator's shards with what was fitted in them, its config and tokenizer."""
     checkpoint, refined = Checkpoint(job.emulator_dir), dict[str, TensorEntry]()
     for file in written_blocks(job):
         refined |= {entry.name: entry for entry in read_shard(file).entries}
