@@ -73,5 +73,6 @@ class RefinementMemory(CalibrationMemory):
         trained, beside those of the batches before; and some floats of the rows that are made at a time."""
         if spec.name not in self.layout.bits:
             return 0
-        largest = max(map(math.prod, self.layout.stored_shapes(spec)))
+        shapes = [(spec.num_parameters,)] if self.layout.budget is not None else self.layout.stored_shapes(spec)
+        largest = max(map(math.prod, shapes))
         return (self.itemsize + FLOAT) * largest + _MADE * FLOAT * min(ELEMENTS, largest)
