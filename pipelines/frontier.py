@@ -2,8 +2,8 @@
 
     python pipelines/frontier.py          # pipelines/frontier.svg, of pipelines/results/frontier*.json
 
-A model each has a panel. Methods of one kind are joined by a line. The results come of ``configs/ablations/frontier.yaml``, and
-on docstrings of ``equal_bytes.yaml``, whose methods have more seeds.
+A model each has a panel. Methods of one kind are joined by a line. The results are of docstrings, and come of
+``configs/ablations/frontier.yaml``, of ``equal_bytes.yaml``, whose methods have more seeds, and of ``refined_budgets.yaml``.
 """
 
 from __future__ import annotations
@@ -17,16 +17,22 @@ from typing import Any
 HERE = Path(__file__).parent
 PICTURE = HERE / "frontier.svg"
 # And the names of their results.
-MODELS = {"SmolLM2 135M": ("frontier", "equal_bytes"), "Gemma 3 270M": ("frontier_gemma",)}
+MODELS = {
+    "SmolLM2 135M": ("frontier", "equal_bytes", "refined_budgets"),
+    "Gemma 3 270M": ("frontier_gemma", "refined_budgets_gemma"),
+}
+DATASET = "summaries"
 # What joins a kind's methods, and whether the kind is ours.
 KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
     "one budget over ranks and bits": (("budget_1.1", "budget_2.4", "budget_4.15"), True),
+    "one budget, refined": (("budget_1.1_refined",), True),
     "one budget, healed": (("budget_1.1_healed",), True),
     "low rank in NF4": (("quarter_nf4", "factors_nf4"), True),
     "low rank": (("quarter", "factors"), True),
     "low rank, refined": (("factors_refined",), True),
     "2 bits and rank 8": (("int2_rank8",), True),
     "2, 3, 4 and 8 bits (GPTQ)": (("int2", "int3", "int4", "int8"), True),
+    "half of the model pruned, in NF4": (("pruned_half_nf4",), False),
     "NF4 (QLoRA)": (("nf4",), False),
     "LoRA on the original": (("lora",), False),
 }
@@ -64,7 +70,7 @@ def draw(models: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) -> Non
 
     size = (6 * len(models), 5)
     figure, panels = pyplot.subplots(1, len(models), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    colours = {kind: f"C{number}" for number, kind in enumerate(KINDS)}
+    colours = {kind: matplotlib.colormaps["tab20"](number) for number, kind in enumerate(KINDS)}
     for axes, (model, lines) in zip(panels[0], models.items(), strict=True):
         for kind, line in lines.items():
             ours = KINDS[kind][1]
@@ -83,9 +89,9 @@ def draw(models: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) -> Non
 
 
 def records(names: Sequence[str]) -> list[Any]:
-    """The cells of published results, each once."""
+    """The cells of published results on docstrings, each once."""
     cells = [cell for name in names for cell in json.loads((HERE / "results" / f"{name}.json").read_text())["records"]]
-    return [*{(cell["method"], cell["dataset"], cell["seed"]): cell for cell in cells}.values()]
+    return [*{(cell["method"], cell["seed"]): cell for cell in cells if cell["dataset"] == DATASET}.values()]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ _BY_PREDICTIONS = {"allocation": "sensitivity", **_PREDICTIONS}
 @dataclass(frozen=True)
 class Measured:
     """A row of a table: SmolLM2-135M-Instruct, 60 steps on docstring summaries, means over three seeds; on weights that no 4-bit
-    grid restores, and over three tasks, of ``refined`` over three seeds, of ``refined_budgets`` and of ``equal_bytes`` (with
+    grid restores, and over three tasks, of ``refined`` and ``refined_budgets`` over three seeds, of ``equal_bytes`` (with
     ``equal_bytes_tasks``) over five.
 
     ``gap_closed``: (original − method) / (original − LoRA on the original) in held-out loss, 1 at the most: what is above it is
@@ -60,6 +60,7 @@ MEASURED = (
     Measured("equal_bytes", "budget_4.15", None, 1.0, made=_PREDICTIONS, bits=4.15),
     Measured("equal_bytes", "budget_2.4", None, 0.947, made=_PREDICTIONS, bits=2.4),
     Measured("equal_bytes", "budget_1.1", None, 0.703, made=_PREDICTIONS, bits=1.1),
+    Measured("refined_budgets", "budget_1.1_refined", None, 0.862, refined=True, made=_PREDICTIONS, bits=1.1),
     Measured("equal_bytes", "budget_1.1_healed", None, 0.732, healed=True, made=_PREDICTIONS, bits=1.1),
 )
 
@@ -67,8 +68,8 @@ _MADE = {"allocation": "uniform", "objective": "activations", "storage": "factor
 
 
 def measured_for(emulator: Any) -> Measured | None:
-    """The measured figures of such an emulator at its ratio or budget of bits, or at the next smaller one: of one that was not
-    refined where none was; None where none was measured."""
+    """The measured figures of such an emulator at its ratio or budget of bits, or at the next smaller one; of a refined one those
+    of one that was not, where they are higher. None where none was measured."""
     ratio, made = emulator.compression_ratio, {key: getattr(emulator, key) for key in _MADE}
     if emulator.budget is not None:
         rows, asked = [row for row in MEASURED if row.bits is not None], emulator.budget_bits or 0.0
@@ -78,5 +79,8 @@ def measured_for(emulator: Any) -> Measured | None:
             return next((row for row in rows if row.ratio == 1), None)
     healed = emulator.heals is not None
     alike = [row for row in rows if row.healed == healed and {**_MADE, **row.made} == made and row.size <= asked]
-    as_refined = [row for row in alike if row.refined and emulator.refines is not None]
-    return max(as_refined or [row for row in alike if not row.refined], key=lambda row: row.size, default=None)
+    kinds = (False, True) if emulator.refines is not None else (False,)
+    nearest = [
+        max((row for row in alike if row.refined is kind), key=lambda row: row.size, default=None) for kind in kinds
+    ]
+    return max((row for row in nearest if row is not None), key=lambda row: row.gap_closed, default=None)

@@ -246,10 +246,10 @@ def test_the_readmes_advice_has_the_figures_of_its_tables() -> None:
     assert closed("int4", *everywhere) == "100"
     assert f"`int4` kept all of what LoRA on the original gains, `int3` {closed('int3', *everywhere)} %" in text
     assert f"and `nf4` {closed('nf4', *everywhere)} %" in text
-    healed = closed("budget_1.1_healed", *everywhere)
-    assert f"it kept {closed('budget_2.4', *everywhere)} % in those runs, at 1.1 bits, healed, {healed} %;" in text
-    exact = closed("budget_healed_exact", "one_bit")
-    assert f"{closed('budget_1.1_healed', 'equal_bytes')} %, and [{exact} %](pipelines/README.md#at-11-bits)" in text
+    least, refined = closed("budget_1.1", *everywhere), closed("budget_1.1_refined", "refined_budgets")
+    assert (
+        f"it kept {closed('budget_2.4', *everywhere)} % in those runs, at 1.1 bits {least} %, and [{refined} %]" in text
+    )
 
 
 def test_every_grid_has_a_table() -> None:

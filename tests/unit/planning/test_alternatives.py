@@ -142,7 +142,7 @@ def test_where_2_bits_do_not_fit_a_budget_of_fewer_is_spent() -> None:
 )
 def test_a_budget_that_is_proposed_is_refined_unless_it_heals(emulator: dict[str, Any], steps: int | None) -> None:
     deep = LlamaConfig(**{**MODEL.to_dict(), "num_hidden_layers": 48})
-    choice = chosen(420, dataclasses.replace(FAST, link=1e6), deep, emulator={**BEST, **emulator})
+    choice = chosen(460, dataclasses.replace(FAST, link=1e6), deep, emulator={**BEST, **emulator})
     proposed = choice.alternatives[-1]
     refinement = proposed.config.emulator.refinement
     assert proposed.name.endswith("bits")
