@@ -16,6 +16,7 @@ from emloc_ray.modeling.emulator import write_emulator_config
 from emloc_ray.modeling.experts import unfuse
 
 SIZE = 16
+FILE = "model-00001-of-00001.safetensors"
 
 
 def save_integer_emulator(model_dir: Path, directory: Path) -> tuple[Path, dict[str, str]]:
@@ -48,10 +49,10 @@ def save_integer_emulator(model_dir: Path, directory: Path) -> tuple[Path, dict[
             f"{spec.name}{part}.{k}": v for part, some in made.items() for k, v in some.tensors(model.dtype).items()
         }
     directory.mkdir(parents=True)
-    file, tensors = "model-00001-of-00001.safetensors", {name: tensor.clone() for name, tensor in state.items()}
-    save_file(tensors, directory / file, {"format": "pt"})
+    tensors = {name: tensor.clone() for name, tensor in state.items()}
+    save_file(tensors, directory / FILE, {"format": "pt"})
     size = sum(tensor.nbytes for tensor in tensors.values())
-    write_index(directory, dict.fromkeys(tensors, file), size, model.num_parameters())
+    write_index(directory, dict.fromkeys(tensors, FILE), size, model.num_parameters())
     write_emulator_config(directory, model.config, ranks, integers=IntegerForms(bits, beside, SIZE))
     make_tokenizer().save_pretrained(directory)
     return directory, kinds

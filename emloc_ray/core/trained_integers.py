@@ -73,9 +73,9 @@ class _Rounded(torch.autograd.Function):
         floats = ctx.saved_tensors
         gradients = [torch.empty_like(part) for part in floats]
         for *part, rows, codes, log_scales, zeros in _parts(*floats, gradient, *gradients):
-            found = _gradients(Unrounded(*part), rows, ctx.grid)
-            for place, made in zip((codes, log_scales, zeros), found, strict=True):
-                place.copy_(made)
+            made = _gradients(Unrounded(*part), rows, ctx.grid)
+            for place, gradient_made in zip((codes, log_scales, zeros), made, strict=True):
+                place.copy_(gradient_made)
         return *gradients, None, None
 
 

@@ -15,12 +15,11 @@ from emloc_ray.io.formats.shards import chunk_limit
 from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
 from emloc_ray.io.store.atomic import COPY_BYTES
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.planning.calibration_memory import BASE_BYTES, Parts, total
+from emloc_ray.planning.calibration_memory import BASE_BYTES, CalibrationMemory, Parts, total
 from emloc_ray.planning.holding import choose
 from emloc_ray.planning.machine import gpus_of_slow_float64
 from emloc_ray.planning.model_bytes import DIVERGENCE_COPIES, LOSS_COPIES
 from emloc_ray.planning.optimizers import optimizer_bytes
-from emloc_ray.planning.refinement_memory import RefinementMemory
 from emloc_ray.planning.sizes import DOUBLE, FLOAT, gradient_bytes, gram_bytes
 
 _HALF = 2
@@ -40,7 +39,7 @@ class HoldPlan(NamedTuple):
     parts: Parts
 
 
-class MemoryModel(RefinementMemory):
+class MemoryModel(CalibrationMemory):
     """Predicts from a layout, a config and row lengths; every method gives bytes by part, ``total`` adds them up."""
 
     def import_parts(self) -> Parts:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from integer_emulators import save_integer_emulator
+from integer_emulators import FILE, save_integer_emulator
 from safetensors.torch import load_file
 from tiny import FAMILIES, VOCABULARY, make_model
 from torch import nn
@@ -112,7 +112,7 @@ def test_it_is_saved_as_it_was(made: Any, tmp_path: Path) -> None:
     _, directory, _ = made
     model = AutoModelForCausalLM.from_pretrained(directory)
     model.save_pretrained(tmp_path / "again")
-    one, other = load_file(directory / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    one, other = load_file(directory / FILE), load_file(tmp_path / "again" / "model.safetensors")
     packed = [name for name in one if name.endswith(("int2", "int3", "int4", "int8", "scales", "zeros", "exponent"))]
     assert packed
     assert all(torch.equal(one[name], other[name]) for name in packed)
