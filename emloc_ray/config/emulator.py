@@ -180,7 +180,7 @@ class EmulatorConfig(StageConfig):
 
     @property
     def refines(self) -> RefinementConfig | None:
-        """The refinement; None where neither factors nor integers are."""
+        """The refinement; None where the emulator has neither factors nor integers to fit."""
         return None if self.compression_ratio == 1 and self.bits is None else self.refinement
 
     @property

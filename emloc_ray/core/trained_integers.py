@@ -30,7 +30,7 @@ class Unrounded(NamedTuple):
 
 
 def unrounded(weight: IntegerWeight) -> Unrounded:
-    """Of a weight's integers as they are."""
+    """A weight's integers as floats, before any step."""
     zeros = weight.zeros.float() / zero_steps(weight.bits)
     return Unrounded(weight.codes.float(), weight.scales.float() * _STEP, zeros)
 
@@ -73,14 +73,15 @@ class _Rounded(torch.autograd.Function):
         floats = ctx.saved_tensors
         gradients = [torch.empty_like(part) for part in floats]
         for *part, rows, codes, log_scales, zeros in _parts(*floats, gradient, *gradients):
-            made = _gradients(Unrounded(*part), rows, ctx.grid)
-            for place, gradient_made in zip((codes, log_scales, zeros), made, strict=True):
-                place.copy_(gradient_made)
+            for place, made in zip(
+                (codes, log_scales, zeros), _gradients(Unrounded(*part), rows, ctx.grid), strict=True
+            ):
+                place.copy_(made)
         return *gradients, None, None
 
 
 def _gradients(floats: Unrounded, gradient: Tensor, grid: IntegerWeight) -> Unrounded:
-    """Of some rows, for the ``gradient`` of their weight."""
+    """What is trained of some rows, for the ``gradient (rows, in)`` of their weight: the formulas of :class:`_Rounded`."""
     weight = rounded(floats, grid)
     groups, size = weight.scales.shape[1], grid.group_size
 
@@ -96,6 +97,6 @@ def _gradients(floats: Unrounded, gradient: Tensor, grid: IntegerWeight) -> Unro
 
 
 def _parts(codes: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of all at a time."""
+    """The same rows of all tensors, some at a time."""
     rows = max(1, ELEMENTS // codes.shape[1])
     return zip(*(tensor.split(rows) for tensor in (codes, *others)), strict=True)

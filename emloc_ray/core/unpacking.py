@@ -71,7 +71,7 @@ def by_elements(
 
 
 def unpacked_codes(packed: Tensor, bits: int, in_features: int) -> Tensor:
-    """``q (out, in)``, uint8, on a CPU or any other device."""
+    """The codes ``q (out, in)``, uint8, of ``packed (out, bytes)``, on any device."""
     codes, begin, shift = None, 0, 0
     for width in PLANES[bits]:
         length = math.ceil(in_features * width / 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -13,10 +14,19 @@ from small_runs import Stopping, make_values, run_values
 from emloc_ray.errors import Stopped
 
 
+@pytest.mark.parametrize(
+    "emulator",
+    [{}, {"compression_ratio": None, "budget": "3.5 bits", "objective": "predictions"}],
+    ids=["factors", "budget"],
+)
 def test_broken_off_it_goes_on_and_what_follows_is_of_what_it_leaves(
-    ray_session: None, tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
+    ray_session: None,
+    tmp_path: Path,
+    tiny_model_dir: Callable[..., Path],
+    task_file: Path,
+    emulator: dict[str, Any],
 ) -> None:
-    emulator = {"refinement": {"steps": 8}}
+    emulator = {**emulator, "refinement": {"steps": 8}}
     values = make_values(tmp_path / "run", tiny_model_dir("llama"), task_file, emulator=emulator)
     with pytest.raises(Stopped):
         run_values(values, Stopping("refine", 1), until="factorize")
