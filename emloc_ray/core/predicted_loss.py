@@ -8,7 +8,7 @@ error ``L_kk²`` times, and rounding errors are as good as independent, so that
 with ``q = step² / 12`` of a group's range, or the error of the best uniform quantizer of a normal distribution of the group's
 variance (Max 1960), whichever is smaller, as few bits clip what is rare.
 
-**Factors.** The ranks that are left out are a sum of eigenvalues (:mod:`emloc_ray.core.allocation`). In integers ``down`` is
+**Factors.** The ranks that are left out are a sum of eigenvalues (:mod:`emloc_ray.core.spectra`). In integers ``down`` is
 rounded as a weight; of ``up``, rounded under ``down G downᵀ``, which is diagonal, column ``j`` counts by the j-th eigenvalue.
 
 **Integers and factors.** What integers leave is ``E diag(L_kk) L⁻¹`` with independent errors ``E``, so that the factors of it
@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emloc_ray.core.allocation import energy_vectors
 from emloc_ray.core.factorization import scaled_weight
 from emloc_ray.core.forms import Form
 from emloc_ray.core.integer_forms import GROUP_SIZE, factor_bits, group_size_of, num_groups
 from emloc_ray.core.quantization import DAMPENING_FRAC
+from emloc_ray.core.spectra import energy_vectors
 from emloc_ray.core.two_sided import output_whitened
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import NumericsError

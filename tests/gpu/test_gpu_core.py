@@ -9,13 +9,13 @@ import torch
 from gpu_device import DEVICE, ON_GPU
 from torch import Tensor
 
-from emloc_ray.core.allocation import Curve, allocate, spectrum
 from emloc_ray.core.correction import Candidate, canonical_form, difference, residual_energy
 from emloc_ray.core.factorization import factorize
 from emloc_ray.core.gram import Gram
 from emloc_ray.core.pivoting import pivot
 from emloc_ray.core.products import product_by_rows
 from emloc_ray.core.quantization import quantize
+from emloc_ray.core.spectra import spectrum
 from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.core.trained_integers import Unrounded, rounded_weight, unrounded
 from emloc_ray.core.two_sided import factorize_two_sided
@@ -152,6 +152,9 @@ def test_integers_that_are_trained_have_the_weight_and_gradients_of_the_cpu(bits
 
 
 def test_spectra_and_the_ranks_that_follow_are_those_of_the_cpu() -> None:
+    pytest.importorskip("scipy")
+    from emloc_ray.stages.factorize.rank_curves import Curve, allocate
+
     found = {}
     for device in ("cpu", DEVICE):
         curves = []

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from emloc_ray.core.allocation import Allocation, Curve, allocate, plain_gains, spectrum
 from emloc_ray.core.forms import Form
 from emloc_ray.core.gram import unpack_triangle
 from emloc_ray.core.precision import exact_float32
 from emloc_ray.core.predicted_loss import form_losses
 from emloc_ray.core.ranks import Storage, factor_parameters, rank_multiple
+from emloc_ray.core.spectra import plain_gains, spectrum
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
 from emloc_ray.io.formats.grams import GramStore, StoredGram
@@ -26,6 +26,7 @@ from emloc_ray.io.store.node_cache import existing, sizes
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.stages.factorize.group_tensors import GroupTensors, read_ahead, read_group
 from emloc_ray.stages.factorize.job import group_cost
+from emloc_ray.stages.factorize.rank_curves import Curve, allocate
 from emloc_ray.stages.factorize.spend import Spending, spend
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, run_tasks, silent
@@ -153,7 +154,7 @@ def allocate_ranks(
     curves = [_curve(job, spec, gains[spec.name]) for spec in gaining]
     uniform = {curve.name: job.ranks[curve.name] for curve in curves}
     budget = sum(curve.cost(uniform[curve.name]) for curve in curves)
-    allocation = allocate(curves, budget, dict(uniform)) if curves else Allocation({}, 0, 0.0)
+    allocation = allocate(curves, budget, uniform)
     ranks: dict[str, int | None] = {spec.name: allocation.ranks.get(spec.name, job.ranks[spec.name]) for spec in every}
     _write(job, out_dir / RANKS, every, ranks, gains, budget - allocation.used)
     possible = sum(float(values.sum()) for values in gains.values())

@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 _PRICES = 200  # that are tried: the interval of the best price's logarithm is halved each time
 _SWAPS = 64
 _UNITS = 2**24  # that a budget is counted in, at most: exact in the solver's tolerance
-_RELATIVE_GAP = 1e-6
+_RELATIVE_GAP = 1e-4  # of the loss
 _SECONDS = 10.0
 
 Values: TypeAlias = npt.NDArray[np.float64]
@@ -93,7 +93,7 @@ class _Table:
         if self.cost[at_no_price].sum() <= budget:
             return at_no_price, 0.0, self.loss(at_no_price)
         positive = self.lost[self.lost > 0]
-        low, high = np.log(positive.min() / self.cost.max()) - 1, np.log(positive.max()) + 1
+        low, high = np.log(positive.min()) - np.log(self.cost.max()) - 1, np.log(positive.max()) + 1
         dear, picks, bound, price = at_no_price, self.least(self.cost.astype(np.float64)), 0.0, float(np.exp(high))
         for _ in range(_PRICES):
             middle = (low + high) / 2

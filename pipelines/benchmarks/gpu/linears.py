@@ -13,13 +13,13 @@ from torch import Tensor
 from benchmarks.gpu.plan import R
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.shapes import llama_config
-from emloc_ray.core.allocation import spectrum
 from emloc_ray.core.correction import Candidate, canonical_form, difference, residual_energy
 from emloc_ray.core.factorization import factorize, relative_error
 from emloc_ray.core.integers import IntegerWeight
 from emloc_ray.core.products import product_by_rows
 from emloc_ray.core.quantization import quantize
 from emloc_ray.core.ranks import rank_for_ratio
+from emloc_ray.core.spectra import spectrum
 from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.core.unpacking import scale_values, zero_values
 from emloc_ray.core.whitening import Whitening

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from emloc_ray.core import factorization
-from emloc_ray.core.allocation import plain_gains, spectrum
 from emloc_ray.core.correction import (
     apply_correction,
     canonical_form,
@@ -36,6 +35,7 @@ from emloc_ray.core.predicted_loss import form_losses
 from emloc_ray.core.products import product_by_rows
 from emloc_ray.core.quantization import quantize, quantize_factors, quantize_with_factors
 from emloc_ray.core.refinement import balanced, token_error
+from emloc_ray.core.spectra import plain_gains, spectrum
 from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.core.trained_integers import Unrounded, rounded_weight, unrounded
 from emloc_ray.core.two_sided import factorize_two_sided

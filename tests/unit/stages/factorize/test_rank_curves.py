@@ -9,12 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_two_sided import DAMPING, best, root, sums
 
-from emloc_ray.core.allocation import Curve, allocate, plain_gains, spectrum
 from emloc_ray.core.ranks import Storage, rank_for_ratio
-from emloc_ray.core.whitening import Whitening
-from emloc_ray.errors import NumericsError
+from emloc_ray.stages.factorize.rank_curves import Curve, allocate
 
 
 def curve(
@@ -43,7 +40,7 @@ def curves(draw: st.DrawFn) -> list[Curve]:
     return found
 
 
-def uniform_ranks(found: list[Curve], ratio: float) -> dict[str, int | None]:
+def uniform_ranks(found: list[Curve], ratio: float) -> dict[str, int]:
     """Those of the paper; a linear that they would leave dense gets what it may have."""
     ranks = {c.name: rank_for_ratio(c.out_features, c.in_features, ratio, c.storage) for c in found}
     return {c.name: min(ranks[c.name] or c.highest, c.highest) for c in found}
@@ -86,12 +83,12 @@ def test_the_budget_is_met_and_the_gain_is_between_uniform_and_the_bound(found: 
             assert c.may_be_dense
             continue
         assert 1 <= rank <= c.highest
-        assert rank == c.highest or c.cost(rank + 1) - c.cost(rank) > budget - result.used  # no further step fits
-        assert not c.may_be_dense or c.dense - c.cost(rank) > budget - result.used or c.dense <= c.cost(rank)
+        for higher in c.options(rank):  # none of more gain fits
+            assert c.gain(higher) <= c.gain(rank) or c.cost(higher) - c.cost(rank) > budget - result.used
     assert result.gain == pytest.approx(sum(c.gain(result.ranks[c.name]) for c in found))
     limit = bound(found, budget)
     assert result.gain <= limit * (1 + 1e-9) + 1e-9
-    assert result.gain >= sum(c.gain(fallback[c.name]) for c in found) * (1 - 1e-12)
+    assert result.gain >= sum(c.gain(fallback[c.name]) for c in found) * (1 - 1e-6)
 
 
 @given(curves(), st.floats(0.05, 0.95))
@@ -139,13 +136,11 @@ def test_ranks_lie_on_the_grid(found: list[Curve], multiple: int, ratio: float) 
     budget = sum(c.cost(fallback[c.name]) for c in found)
     result = allocate(found, budget, fallback)
     assert result.used <= budget
-    assert result.gain >= sum(c.gain(fallback[c.name]) for c in found) * (1 - 1e-12)
+    assert result.gain >= sum(c.gain(fallback[c.name]) for c in found) * (1 - 1e-6)
     for c in found:
         rank = result.ranks[c.name]
         assert rank is None or rank <= c.highest
-        assert rank is None or rank % multiple == 0 or rank == min(c.least, fallback[c.name])
-        if rank is not None and c.highest >= (higher := rank - rank % multiple + multiple):
-            assert c.cost(higher) - c.cost(rank) > budget - result.used
+        assert rank is None or rank % multiple == 0 or rank in (c.least, fallback[c.name])
 
 
 def test_pieces_too_large_to_fit_do_not_leave_it_below_the_fallback() -> None:
@@ -153,47 +148,8 @@ def test_pieces_too_large_to_fit_do_not_leave_it_below_the_fallback() -> None:
     narrow = curve("narrow", (2, 4), [1.0, 0.7], may_be_dense=False)
     result = allocate([wide, narrow], 206, {"wide": 2, "narrow": 1})
     assert result.ranks == {"wide": 2, "narrow": 1}
-    with pytest.raises(ValueError, match="A budget of 100 parameters is 6 short of what 2 linears need"):
+    with pytest.raises(ValueError, match="cost 106, above the budget of 100"):
         allocate([wide, narrow], 100, {"wide": 1, "narrow": 1})
-
-
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
-@pytest.mark.parametrize("scale", [1.0, 1e-9])
-def test_spectra_are_those_of_the_roots_product(shape: tuple[int, int], scale: float) -> None:
-    weight, gram, gradients = sums(shape)
-    _, both = best(weight * scale, gram, gradients, 4, DAMPING)
-    found = spectrum((weight * scale).float(), Whitening(gram.float()), Whitening(gradients.float(), DAMPING))
-    torch.testing.assert_close(found, both, rtol=1e-3, atol=1e-5 * float(both[0]))
-
-
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
-@pytest.mark.parametrize("scale", [1.0, 1e-9])
-@pytest.mark.parametrize("tokens", [200, 1])
-def test_gains_of_plain_factors_are_what_these_save(shape: tuple[int, int], scale: float, tokens: int) -> None:
-    weight, gram, gradients = sums(shape, tokens)
-    weight, rows = weight * scale, min(shape)
-    left, right = (root(matrix, share) for matrix, share in ((gradients, DAMPING), (gram, 1e-6)))
-    u, s, vh = torch.linalg.svd(weight @ right, full_matrices=False)
-    saved = [0.0] + [float((left @ (u[:, :r] * s[:r]) @ vh[:r]).square().sum()) for r in range(1, rows + 1)]
-    found = plain_gains(weight.float(), Whitening(gram.float()), Whitening(gradients.float(), DAMPING)).cumsum(0)
-    torch.testing.assert_close(found, torch.tensor(saved[1:], dtype=torch.float64), rtol=1e-3, atol=0.0)
-
-
-@pytest.mark.parametrize("shape", [(200, 260), (260, 200)])
-def test_a_channel_far_above_the_others_leaves_the_tail_as_it_is(shape: tuple[int, int]) -> None:
-    # λ₁ is some 1e10 of the others: float32 would leave these to chance.
-    generator = torch.Generator().manual_seed(0)
-    weight, tokens = torch.randn(*shape, generator=generator), torch.randn(900, shape[1], generator=generator)
-    weight[:, 3] *= 30
-    tokens[:, 3] *= 3000
-    gram = tokens.double().T @ tokens.double()
-    gradients = torch.eye(shape[0], dtype=torch.float64)
-    right = root(gram, 1e-6)
-    reference = torch.linalg.svdvals(weight.double() @ right).square()
-    assert reference[0] > 1e9 * reference[50]
-    for gains in (spectrum, plain_gains):
-        found = gains(weight, Whitening(gram), Whitening(gradients, 0.0))
-        torch.testing.assert_close(found, reference, rtol=1e-3, atol=0.0)
 
 
 def test_gains_that_ascend_count_as_they_are() -> None:
@@ -205,13 +161,3 @@ def test_gains_that_ascend_count_as_they_are() -> None:
     more = allocate([late, even], 64, {"late": 1, "even": 2})
     assert more.ranks == {"late": 3, "even": 1}
     assert more.gain == pytest.approx(7.9)
-
-
-def test_a_weight_that_is_no_number_names_the_layer() -> None:
-    weight, gram, _ = sums((24, 40))
-    weight[3, 3] = torch.inf
-    for gains in (spectrum, plain_gains):
-        with pytest.raises(NumericsError, match="The weight of q_proj"):
-            gains(weight, Whitening(gram), Whitening(torch.eye(24)), name="q_proj")
-        with pytest.raises(ValueError, match="q_proj reads 40 features"):
-            gains(weight, Whitening(torch.eye(3)), Whitening(torch.eye(24)), name="q_proj")
