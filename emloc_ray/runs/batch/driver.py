@@ -148,7 +148,7 @@ def _unfit(stages: Sequence[StagePlan], limits: LimitsConfig) -> list[str]:
     named = {"CPU": limits.cpus, "GPU": limits.gpus, "memory": limits.memory}
     grown = {kind: float(amount) for kind, amount in named.items() if amount is not None}
     problems = [
-        f"{problem.removesuffix('.')}, or name in the batch's limits how far the cluster grows."
+        f"{problem.removesuffix('.')}; if the cluster is to grow, name how far in the batch's limits."
         for problem in worker_problems(asked, grown)
     ]
     most = _amount({**dict.fromkeys(("CPU", "GPU", "memory"), math.inf), **grown})

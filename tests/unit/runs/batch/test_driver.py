@@ -17,13 +17,13 @@ NODE = {"CPU": 3.0, "memory": 2.0**34}
 TRAINING = StagePlan("finetune", {"weights": 2.0**30}, 0, 1.0, 3, 2.0, 0.0, together=True)
 SLOTS = StagePlan("calibrate", {"weights": 2.0**30}, 0, 1.0, 3, 2.0, 0.0)
 ON_GPU = StagePlan("evaluate", {"weights": 2.0**30}, 0, 1.0, 1, 16.0, 1.0, divisible=True)
-ADVICE = "or name in the batch's limits how far the cluster grows.$"
+ADVICE = "; if the cluster is to grow, name how far in the batch's limits.$"
 
 
 @pytest.mark.parametrize(
     ("stage", "live", "limits", "refused"),
     [
-        (TRAINING, [NODE, NODE], {}, f"finetune starts 3 workers at once, .* hold 2 of them.*, {ADVICE}"),
+        (TRAINING, [NODE, NODE], {}, f"finetune starts 3 workers at once, .* hold 2 of them.*{ADVICE}"),
         (SLOTS, [NODE, NODE], {}, None),
         (TRAINING, [NODE, NODE], {"cpus": 6}, None),
         (
@@ -36,7 +36,7 @@ ADVICE = "or name in the batch's limits how far the cluster grows.$"
             ON_GPU,
             [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 64.0}],
             {},
-            f"evaluate asks for 16 CPUs and 1 GPUs a worker, .*, {ADVICE}",
+            f"evaluate asks for 16 CPUs and 1 GPUs a worker, .*{ADVICE}",
         ),
         (ON_GPU, [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 64.0}], {"cpus": 16, "gpus": 1}, None),
         (TRAINING, [{"CPU": 1.0, "KubeRay": 1.0}], {}, None),
