@@ -33,10 +33,11 @@ from emloc_ray.stages.correct.correct import correct_adapter
 from emloc_ray.stages.correct.stage import correction_job
 from emloc_ray.stages.evaluate.evaluate import EvaluationJob, evaluate_slice
 from emloc_ray.stages.evaluate.stage import evaluation_job
-from emloc_ray.stages.factorize.allocate import allocate_ranks, group_spectra, read_ranks
+from emloc_ray.stages.factorize.allocate import allocate_ranks, group_losses
 from emloc_ray.stages.factorize.factorize import factorize_group, finish_emulator, rewritten
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
+from emloc_ray.stages.factorize.spend import read_ranks
 from emloc_ray.stages.factorize.stage import allocation_job, factorization_job
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.stage import finetune_job
@@ -161,8 +162,8 @@ def allocate(context: Context, device: str = "cpu") -> None:
     grams, sums = GramStore(job.calibration_dir), GramStore(job.gradients_dir)
     for number, specs in enumerate(job.groups):
         stored = {spec.name: sums.stored(spec.name) for spec in specs}
-        spectra = group_spectra(job, specs, grams.stored(specs[0].name), stored, device)
-        write_tensors(out_dir / f"spectra-{number + 1:05d}-of-{len(job.groups):05d}.safetensors", spectra)
+        losses = group_losses(job, specs, grams.stored(specs[0].name), stored, device)
+        write_tensors(out_dir / f"losses-{number + 1:05d}-of-{len(job.groups):05d}.safetensors", losses)
     allocate_ranks(job, out_dir, Resources())
     ranks = {**context.layout.ranks, **read_ranks(out_dir)}
     kept = {name: rank for name, rank in ranks.items() if rank is not None}

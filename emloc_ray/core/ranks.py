@@ -10,6 +10,7 @@ Storage = Literal["factors", "pivoted"]
 # By a layer's smaller side, from which on its ranks are multiples of what: a GPU's matrix products run in tiles of 64, and
 # below a multiple of 8 without its tensor cores. Rounding down costs up to 6 % of the rank at ratio 0.5, and 3 % with 8.
 _MULTIPLES = ((4096, 64), (1024, 8))
+_MOST_RANKS = 128  # that are tried of a layer: one lies within a hundredth of the highest from any that it may have
 
 
 def rank_multiple(out_features: int, in_features: int, asked: int | Literal["auto"] = "auto") -> int:
@@ -41,6 +42,20 @@ def rank_for_ratio(
     rank -= rank % next((step for step in (multiple, 8) if multiple % step == 0 and step <= rank), 1)
     rank = max(1, rank)
     return None if factor_parameters(out_features, in_features, rank, storage) >= dense else rank
+
+
+def possible_ranks(
+    out_features: int, in_features: int, uniform: int, storage: Storage = "factors", multiple: int = 1
+) -> list[int]:
+    """The ranks whose factors are smaller than the layer, ascending: the ``uniform`` one and multiples of ``multiple``, some
+    hundred of them at most; 1 where no multiple is low enough."""
+    if storage == "pivoted":
+        limit = min(out_features, in_features) - 1
+    else:
+        limit = (out_features * in_features - 1) // (out_features + in_features)
+    least = multiple if multiple <= limit else 1
+    step = multiple * max(1, math.ceil(limit / (multiple * _MOST_RANKS)))
+    return sorted({uniform, least, *range(step, limit + 1, step)})
 
 
 def factor_parameters(out_features: int, in_features: int, rank: int | None, storage: Storage = "factors") -> int:

@@ -151,22 +151,13 @@ def test_integers_that_are_trained_have_the_weight_and_gradients_of_the_cpu(bits
         torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-5)
 
 
-def test_spectra_and_the_ranks_that_follow_are_those_of_the_cpu() -> None:
-    pytest.importorskip("scipy")
-    from emloc_ray.stages.factorize.rank_curves import Curve, allocate
-
-    found = {}
-    for device in ("cpu", DEVICE):
-        curves = []
-        for shape in SHAPES:
-            weight, gram = layer(shape)
+def test_spectra_are_those_of_the_cpu() -> None:
+    for shape in SHAPES:
+        weight, gram = layer(shape)
+        found = {}
+        for device in ("cpu", DEVICE):
             outputs = Whitening(torch.eye(shape[0], device=device, dtype=gram.dtype))
-            gains = spectrum(weight.to(device), Whitening(gram.to(device)), outputs)
-            assert gains.device.type == device
-            curves.append(Curve(str(shape), *shape, gains=gains.cpu(), may_be_dense=True))
-        budget = sum(out * inside for out, inside in SHAPES) // 2
-        found[device] = curves, allocate(curves, budget, {curve.name: 1 for curve in curves})
-    (here, expected), (there, ranks) = found["cpu"], found[DEVICE]
-    for one, other in zip(here, there, strict=True):
-        assert torch.allclose(one.gains, other.gains, rtol=1e-3, atol=1e-5 * float(one.gains[0]))
-    assert ranks.gain == pytest.approx(expected.gain, rel=1e-3)
+            found[device] = spectrum(weight.to(device), Whitening(gram.to(device)), outputs)
+            assert found[device].device.type == device
+        expected = found["cpu"]
+        assert torch.allclose(found[DEVICE].cpu(), expected, rtol=1e-3, atol=1e-5 * float(expected[0]))

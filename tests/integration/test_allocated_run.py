@@ -35,7 +35,7 @@ from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.planning.prepared import prepare
-from emloc_ray.stages.factorize.allocate import read_ranks
+from emloc_ray.stages.factorize.spend import read_ranks
 
 ALL = ["data", "calibrate", "gradients", "allocate", "factorize", *VERBS[3:]]  # not healed
 
@@ -74,7 +74,7 @@ def test_the_budget_is_uniform_s_and_the_predictions_are_nearer(
     ranks = read_ranks(weighed_run.root / "allocation")
     used = sum(factor_parameters(s.out_features, s.in_features, ranks[name]) for name, s in specs.items())
     told, uniform = weighed_run.metrics["emulator"], llama_run.metrics["emulator"]
-    left = json.loads((weighed_run.root / "allocation" / "ranks.json").read_text())["parameters_left"]
+    left = weighed_run.metrics["allocation"]["left"]
     assert used + left == layout.parameters_factorized
     assert left < min(s.out_features + s.in_features for s in layout.specs)
     assert told["parameters"] == uniform["parameters"] - left
@@ -304,10 +304,10 @@ def test_a_vision_tower_is_allocated_too(ray_session: None, tmp_path: Path) -> N
     finally:
         server.shutdown()
     told = json.loads((tmp_path / "run" / "allocation" / "ranks.json").read_text())["layers"]
-    tower = {name: layer["possible_gain"] > 0 for name, layer in told.items() if ".vision_tower." in name}
-    used = [name for name, gains in tower.items() if gains]
+    tower = {name: layer["loss"] is not None for name, layer in told.items() if ".vision_tower." in name}
+    used = [name for name, is_measured in tower.items() if is_measured]
     assert {name.split("layers.")[1][0] for name in used} == {"0", "1"}
     assert len(used) == 12
     # What the last block gives is not read: it is left as it would be uniformly.
     uniform = prepare(parse_config(values)).layout.ranks
-    assert all(told[name]["rank"] == uniform[name] for name, gains in tower.items() if not gains)
+    assert all(told[name]["rank"] == uniform[name] for name, is_measured in tower.items() if not is_measured)

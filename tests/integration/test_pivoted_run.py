@@ -15,7 +15,7 @@ from emloc_ray.core.ranks import factor_parameters
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.emulator import PivotedLinear
 from emloc_ray.planning.prepared import prepare
-from emloc_ray.stages.factorize.allocate import read_ranks
+from emloc_ray.stages.factorize.spend import read_ranks
 
 pytestmark = pytest.mark.deep
 
@@ -30,7 +30,7 @@ def test_the_budget_is_that_of_as_many_numbers(pivoted_run: FinishedRun) -> None
     layout = prepare(parse_config(pivoted_run.values)).layout
     ranks, emulator = read_ranks(pivoted_run.root / "allocation"), pivoted_run.root / "emulator"
     used = sum(factor_parameters(s.out_features, s.in_features, ranks[s.name], "pivoted") for s in layout.specs)
-    left = json.loads((pivoted_run.root / "allocation" / "ranks.json").read_text())["parameters_left"]
+    left = pivoted_run.metrics["allocation"]["left"]
     assert used + left == layout.parameters_factorized <= layout.parameters_targeted / 2
     told = pivoted_run.metrics["emulator"]
     assert told["storage"] == "pivoted"

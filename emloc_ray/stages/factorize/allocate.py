@@ -1,7 +1,8 @@
-"""Allocate: the spectra of all linears, or what each form of them loses, a Ray task for those that share a Gram; then the ranks
-or forms, here, written as JSON."""
+"""Allocate: what each form of all linears loses, a Ray task for those that share a Gram; then the ranks or forms, here, as
+JSON."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,30 +12,37 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from emloc_ray.core.forms import Form
+from emloc_ray.core.forms import Form, FormSizes
 from emloc_ray.core.gram import unpack_triangle
 from emloc_ray.core.precision import exact_float32
 from emloc_ray.core.predicted_loss import form_losses
-from emloc_ray.core.ranks import Storage, factor_parameters, rank_multiple
+from emloc_ray.core.ranks import Storage, factor_parameters, possible_ranks, rank_multiple
 from emloc_ray.core.spectra import plain_gains, spectrum
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
 from emloc_ray.io.formats.grams import GramStore, StoredGram
 from emloc_ray.io.formats.shards import write_tensors
-from emloc_ray.io.store.atomic import read_json, write_json
 from emloc_ray.io.store.node_cache import existing, sizes
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.stages.factorize.group_tensors import GroupTensors, read_ahead, read_group
 from emloc_ray.stages.factorize.job import group_cost
-from emloc_ray.stages.factorize.rank_curves import Curve, allocate
-from emloc_ray.stages.factorize.spend import Spending, spend
+from emloc_ray.stages.factorize.spend import FORMS, RANKS, Offer, spend
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, run_tasks, silent
 
-RANKS = "ranks.json"
-# Linears, their Gram, their sums of gradients, the file of what their ranks gain.
-SpectraWork = tuple[Sequence[LinearSpec], StoredGram, Mapping[str, StoredGram], Path]
+# Linears, their Gram, their sums of gradients, the file of what their forms lose.
+LossesWork = tuple[Sequence[LinearSpec], StoredGram, Mapping[str, StoredGram], Path]
 _CONNECTIONS = 8  # by which small files are read at once
+
+
+@dataclass(frozen=True)
+class Spending:
+    """``budget``: bytes for all linears. ``form_sizes``: how they are stored. ``even``: each linear's form at its own share of
+    the budget."""
+
+    budget: int
+    form_sizes: FormSizes
+    even: Mapping[str, Form]
 
 
 @dataclass(frozen=True)
@@ -62,23 +70,28 @@ class AllocationJob:
     spending: Spending | None = None
 
     def forms(self, spec: LinearSpec) -> list[Form]:
-        """What a linear may be stored as under a budget; nothing without one."""
+        """What a linear may be stored as."""
         shape = spec.out_features, spec.in_features
-        return (
-            []
-            if self.spending is None
-            else self.spending.form_sizes.forms(*shape, rank_multiple(*shape, self.rank_multiple))
-        )
+        multiple = rank_multiple(*shape, self.rank_multiple)
+        if self.spending is not None:
+            return self.spending.form_sizes.forms(*shape, multiple)
+        ranks = possible_ranks(*shape, self.ranks[spec.name], self.storage, multiple)
+        return [*map(Form, ranks), *([] if spec.name in self.never_dense else [Form()])]
 
+    def cost(self, spec: LinearSpec, form: Form) -> int:
+        """Bytes of a form, or without a budget of them its parameters."""
+        shape = spec.out_features, spec.in_features
+        if self.spending is not None:
+            return self.spending.form_sizes.num_bytes(*shape, form)
+        return factor_parameters(*shape, form.rank, self.storage)
 
-def read_ranks(directory: Path) -> dict[str, int | None]:
-    """The ranks that :func:`allocate_ranks` wrote, None for a linear that stays dense."""
-    layers: dict[str, Any] = read_json(directory / RANKS)["layers"]
-    return {name: layer["rank"] for name, layer in layers.items()}
+    def even(self, spec: LinearSpec) -> Form:
+        """Its form at its own share of what all may cost."""
+        return Form(self.ranks[spec.name]) if self.spending is None else self.spending.even[spec.name]
 
 
 @exact_float32()
-def group_spectra(
+def group_losses(
     job: AllocationJob,
     specs: Sequence[LinearSpec],
     gram: StoredGram,
@@ -87,10 +100,10 @@ def group_spectra(
     tensors_read: GroupTensors | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> dict[str, Tensor]:
-    """The gain of each rank of a group's linears, ``(min(out, in),)``, or with a budget the loss of each form, computed on
-    ``device``; zeros where the data says nothing. ``tensors_read`` are the tensors that were read ahead, ``checkpoint`` is the
+    """The expected loss of each form of a group's linears in nats a sample, ``(len(job.forms(spec)),)``, computed on ``device``;
+    zeros where the data says nothing. ``tensors_read`` are the tensors that were read ahead, ``checkpoint`` is the
     job's model, where it is open. Raises NumericsError where a weight or a sum holds NaN or Inf, naming the layer."""
-    checkpoint, values_of = checkpoint or Checkpoint(job.model_dir), {}
+    checkpoint, losses = checkpoint or Checkpoint(job.model_dir), dict[str, Tensor]()
     num_tokens = gram.num_tokens
     whitening = None
     if num_tokens > 0:  # else an expert's identity that was sent too few, as it is to be cut by a plain SVD
@@ -98,7 +111,7 @@ def group_spectra(
         whitening = Whitening(unpack_triangle(packed.to(device)), job.dampening_frac, name=specs[0].name)
     for spec in specs:
         forms = job.forms(spec)
-        values_of[spec.name] = torch.zeros(len(forms) or min(spec.out_features, spec.in_features), dtype=torch.float64)
+        losses[spec.name] = torch.zeros(len(forms), dtype=torch.float64)
         if whitening is None:
             continue
         name = f"the gradients of what {spec.name} gives"
@@ -112,21 +125,27 @@ def group_spectra(
             values = form_losses(weight, whitening, outputs, forms, size, plain=plain, name=spec.name)
         else:
             gains = plain_gains if job.plain_factors else spectrum
-            values = gains(weight, whitening, outputs, name=spec.name)
-        values_of[spec.name] = (values / (2 * num_tokens)).cpu()
-    return values_of
+            values = _losses_by_rank(gains(weight, whitening, outputs, name=spec.name).cpu(), forms)
+        losses[spec.name] = values.cpu() / (2 * num_tokens)
+    return losses
+
+
+def _losses_by_rank(gains: Tensor, forms: Sequence[Form]) -> Tensor:
+    """What the ranks after those of each form would gain: nothing where it is dense."""
+    left = torch.cat([gains.flip(0).cumsum(0).flip(0), gains.new_zeros(1)])
+    return left[[len(gains) if form.rank is None else form.rank for form in forms]]
 
 
 def allocate_ranks(
     job: AllocationJob, out_dir: Path, resources: Resources, progress: Progress = silent, tell: Tell = unheard
 ) -> dict[str, Any]:
-    """Writes ``ranks.json`` into ``out_dir``, or with a budget ``forms.json``: every linear's rank (null: dense), the share of
-    its parameters that it keeps, and its share of all that could be gained.
+    """Writes ``ranks.json`` into ``out_dir``, or with a budget ``forms.json``: every linear's rank (null: dense) or form, and
+    what it is expected to lose.
 
-    Spectra that an earlier try wrote are kept. A linear that the data says nothing of, such as an expert without tokens, keeps
+    Losses that an earlier try wrote are kept. A linear that the data says nothing of, such as an expert without tokens, keeps
     its uniform rank or form.
     """
-    files = [out_dir / f"spectra-{k + 1:05d}-of-{len(job.groups):05d}.safetensors" for k in range(len(job.groups))]
+    files = [out_dir / f"losses-{k + 1:05d}-of-{len(job.groups):05d}.safetensors" for k in range(len(job.groups))]
     grams = GramStore(job.calibration_dir)
     sums = GramStore(job.gradients_dir)
     written = set(sizes(out_dir))
@@ -141,73 +160,30 @@ def allocate_ranks(
         name = bundle[0][0][0].name
         work.append((name, (pieces, resources.device)))
         files_of[name] = [file for _, file in bundle]
-    shared = dataclasses.replace(job, groups=(), ranks={}, spending=job.spending and job.spending.without_even)
-    run_tasks(spectra_of_groups, shared, work, resources, Losses("allocate", tell, files=files_of), progress)
-    gains: dict[str, Tensor] = {}
+    shared = dataclasses.replace(job, groups=())
+    run_tasks(losses_of_groups, shared, work, resources, Losses("allocate", tell, files=files_of), progress)
+    losses: dict[str, Tensor] = {}
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        for spectra in pool.map(_read_spectra, files):
-            gains |= spectra
-    every = [spec for group in job.groups for spec in group]
-    if job.spending is not None:
-        return {"num_workers": resources.num_workers, **spend(job.spending, every, job.forms, gains, out_dir)}
-    gaining = [spec for spec in every if float(gains[spec.name].sum()) > 0]
-    curves = [_curve(job, spec, gains[spec.name]) for spec in gaining]
-    uniform = {curve.name: job.ranks[curve.name] for curve in curves}
-    budget = sum(curve.cost(uniform[curve.name]) for curve in curves)
-    allocation = allocate(curves, budget, uniform)
-    ranks: dict[str, int | None] = {spec.name: allocation.ranks.get(spec.name, job.ranks[spec.name]) for spec in every}
-    _write(job, out_dir / RANKS, every, ranks, gains, budget - allocation.used)
-    possible = sum(float(values.sum()) for values in gains.values())
-    return {
-        "num_workers": resources.num_workers,
-        "budget": sum(_kept(job, spec, job.ranks[spec.name]) for spec in every),
-        "left": budget - allocation.used,
-        "num_dense": sum(rank is None for rank in ranks.values()),
-        "num_kept_uniform": len(every) - len(gaining),
-        "gain": allocation.gain / possible if possible > 0 else 0.0,
-        "uniform_gain": sum(c.gain(uniform[c.name]) for c in curves) / possible if possible > 0 else 0.0,
-    }
+        for read in pool.map(_read_losses, files):
+            losses |= read
+    offers, even_cost = dict[str, Offer](), 0
+    for spec in itertools.chain.from_iterable(job.groups):
+        forms, even = job.forms(spec), job.even(spec)
+        offers[spec.name] = Offer(forms, [job.cost(spec, form) for form in forms], losses[spec.name], even)
+        even_cost += job.cost(spec, even)
+    budget, file = (even_cost, RANKS) if job.spending is None else (job.spending.budget, FORMS)
+    return {"num_workers": resources.num_workers, **spend(offers, budget, out_dir / file)}
 
 
-def _curve(job: AllocationJob, spec: LinearSpec, gains: Tensor) -> Curve:
-    shape = spec.out_features, spec.in_features
-    multiple = rank_multiple(*shape, job.rank_multiple)
-    return Curve(spec.name, *shape, gains, spec.name not in job.never_dense, job.storage, multiple)
-
-
-def _kept(job: AllocationJob, spec: LinearSpec, rank: int | None) -> int:
-    return factor_parameters(spec.out_features, spec.in_features, rank, job.storage)
-
-
-def _write(
-    job: AllocationJob,
-    path: Path,
-    specs: Sequence[LinearSpec],
-    ranks: Mapping[str, int | None],
-    gains: Mapping[str, Tensor],
-    left: int,
-) -> None:
-    layers = {}
-    for spec in specs:
-        rank, all_gains = ranks[spec.name], gains[spec.name]
-        layers[spec.name] = {
-            "rank": rank,
-            "share": _kept(job, spec, rank) / spec.num_parameters,
-            "gain": float((all_gains if rank is None else all_gains[:rank]).sum()),
-            "possible_gain": float(all_gains.sum()),
-        }
-    write_json(path, {"parameters_left": left, "layers": layers})
-
-
-def _read_spectra(file: Path) -> dict[str, Tensor]:
+def _read_losses(file: Path) -> dict[str, Tensor]:
     return {entry.name: entry.read_rows() for entry in read_shard(file).entries}
 
 
-def spectra_of_groups(job: AllocationJob, pieces: Sequence[SpectraWork], device: torch.device | str = "cpu") -> None:
-    """Writes :func:`group_spectra` of each whose file is not there yet; on a GPU the next one's tensors are read meanwhile."""
+def losses_of_groups(job: AllocationJob, pieces: Sequence[LossesWork], device: torch.device | str = "cpu") -> None:
+    """Writes :func:`group_losses` of each whose file is not there yet; on a GPU the next one's tensors are read meanwhile."""
     written = existing([piece[3] for piece in pieces])
     todo = [piece for piece in pieces if piece[3] not in written]
     checkpoint = Checkpoint(job.model_dir)
     for piece, tensors_read in read_ahead(todo, lambda piece: read_group(checkpoint, *piece[:3]), torch.device(device)):
         specs, gram, gradients, file = piece
-        write_tensors(file, group_spectra(job, specs, gram, gradients, device, tensors_read, checkpoint))
+        write_tensors(file, group_losses(job, specs, gram, gradients, device, tensors_read, checkpoint))

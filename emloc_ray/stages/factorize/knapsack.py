@@ -140,7 +140,7 @@ class _Table:
         counted = np.ceil(self.cost[places] / unit)  # never less than they cost
         rows = csr_array((np.ones(len(places)), (self.item[places], np.arange(len(places)))))
         result = milp(
-            (self.lost[places] - self.lost[places].min()) / gap,
+            (self.lost - np.minimum.reduceat(self.lost, self.starts)[self.item])[places] / gap,
             constraints=[
                 LinearConstraint(rows, 1, 1),
                 LinearConstraint(csr_array(counted[None]), -np.inf, np.floor(budget / unit)),

@@ -26,8 +26,7 @@ from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.stage import Stage
 
 if TYPE_CHECKING:
-    from emloc_ray.stages.factorize.allocate import AllocationJob
-    from emloc_ray.stages.factorize.spend import Spending
+    from emloc_ray.stages.factorize.allocate import AllocationJob, Spending
     from emloc_ray.stages.ray.tasks import Progress, Resources
 
 
@@ -55,7 +54,7 @@ def allocation_job(context: Context) -> AllocationJob:
 
 
 def _spending(context: Context, budget: int) -> Spending:
-    from emloc_ray.stages.factorize.spend import Spending
+    from emloc_ray.stages.factorize.allocate import Spending
 
     layout = context.layout
     even = {name: layout.form(layout.by_name[name]) for name in layout.allocated}
@@ -169,8 +168,7 @@ def _factorize_inputs(context: Context) -> Inputs:
 
 def _allocated(context: Context) -> Layout:
     """The layout with the ranks that were allocated."""
-    from emloc_ray.stages.factorize.allocate import read_ranks
-    from emloc_ray.stages.factorize.spend import read_forms
+    from emloc_ray.stages.factorize.spend import read_forms, read_ranks
 
     layout = context.layout
     if not layout.allocated:
@@ -273,14 +271,9 @@ def _remarks(context: Context, result: Result) -> list[str | None]:
 
 
 def _allocate_summary(result: Result) -> str:
-    if "forms" in result:
-        forms = ", ".join(f"{count} × {kind}" for kind, count in result["forms"].items())
-        share = result["loss"] / result["even_loss"] if result["even_loss"] > 0 else 1.0
-        return (
-            f"{forms}: what they lose is {share:.0%} of what even ones would, within {result['gap']:.1g} of the least"
-        )
-    lost, uniform = 1 - result["gain"], 1 - result["uniform_gain"]
-    return f"what they lose is {lost / uniform:.0%} of what uniform ranks would" if uniform > 0 else ""
+    forms = ", ".join(f"{count} × {kind}" for kind, count in result["forms"].items())
+    share = result["loss"] / result["even_loss"] if result["even_loss"] > 0 else 1.0
+    return f"{forms}: what they lose is {share:.0%} of what even ones would, within {result['gap']:.1g} of the least"
 
 
 def _allocate_metrics(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emloc_ray.core.ranks import factor_parameters, rank_for_ratio, rank_multiple
+from emloc_ray.core.ranks import Storage, factor_parameters, possible_ranks, rank_for_ratio, rank_multiple
 
 
 @pytest.mark.parametrize(
@@ -112,3 +113,28 @@ def test_pivoted_factors_keep_the_most_that_the_ratio_leaves(out_features: int, 
         assert factor_parameters(out_features, in_features, rank, "pivoted") <= room * (1 + Fraction(1, 10**9))
     if rank + 1 < smaller:
         assert factor_parameters(out_features, in_features, rank + 1, "pivoted") >= room * (1 - Fraction(1, 10**9))
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(2, 20000),
+    st.integers(2, 20000),
+    st.floats(1e-4, 0.999),
+    st.sampled_from([1, 8, 64]),
+    st.sampled_from(["factors", "pivoted"]),
+)
+def test_possible_ranks_are_smaller_than_the_layer_and_lie_close(
+    out_features: int, in_features: int, ratio: float, multiple: int, storage: Storage
+) -> None:
+    uniform = rank_for_ratio(out_features, in_features, ratio, storage, multiple)
+    if uniform is None:
+        return
+    ranks = possible_ranks(out_features, in_features, uniform, storage, multiple)
+    assert ranks == sorted({*ranks})
+    assert uniform in ranks
+    assert len(ranks) <= 130
+    assert all(rank % multiple == 0 or rank in (1, uniform) for rank in ranks)
+    dense = out_features * in_features
+    assert all(factor_parameters(out_features, in_features, rank, storage) < dense for rank in ranks)
+    widest = max((b - a for a, b in itertools.pairwise(ranks)), default=0)
+    assert widest <= max(multiple, 0.02 * ranks[-1] + multiple)

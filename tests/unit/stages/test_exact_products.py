@@ -16,7 +16,7 @@ from emloc_ray.core.gram import Gram
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore, StoredGram, write_gram_shard
 from emloc_ray.stages.correct.correct import correct_adapter
-from emloc_ray.stages.factorize.allocate import AllocationJob, group_spectra
+from emloc_ray.stages.factorize.allocate import AllocationJob, group_losses
 from emloc_ray.stages.factorize.factorize import factorize_group
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.merge.merge import MergeJob, merge_shard
@@ -53,7 +53,7 @@ def test_spectra(artifacts: Artifacts, products: Float32Products, tmp_path: Path
     write_gram_shard(file, {name: Gram(x.T @ x, 64) for name, x in made.items()})
     products.precisions.clear()  # of the sums that were just made
     sums = {spec.name: StoredGram(file, spec.name) for spec in group}
-    group_spectra(job, group, GramStore(artifacts.calibration_dir).stored(group[0].name), sums)
+    group_losses(job, group, GramStore(artifacts.calibration_dir).stored(group[0].name), sums)
 
 
 def test_refined_blocks(artifacts: Artifacts, products: Float32Products, tmp_path: Path) -> None:

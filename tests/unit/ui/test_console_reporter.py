@@ -14,11 +14,14 @@ from emloc_ray.ui.console_reporter import ConsoleReporter
 def test_found_ranks_are_told_beside_uniform_ones() -> None:
     console = Console(file=io.StringIO(), width=200)
     with ConsoleReporter(console) as reporter:
-        for uniform in (0.998, 1.0):
+        for even in (0.002, 0.0):
             reporter.start("allocate")
-            reporter.finish("allocate", {"gain": 0.9990, "uniform_gain": uniform}, usage(1))
+            forms = {"factors": 3, "dense": 1}
+            reporter.finish("allocate", {"forms": forms, "loss": even / 2, "even_loss": even, "gap": 0.0}, usage(1))
     told = str(console.file.getvalue())  # type: ignore[attr-defined]
-    assert told.count("what they lose is 50% of what uniform ranks would") == 1
+    assert (
+        told.count("3 × factors, 1 × dense: what they lose is 50% of what even ones would, within 0 of the least") == 1
+    )
 
 
 def test_without_a_terminal_a_stage_says_now_and_then_how_it_is_going() -> None:

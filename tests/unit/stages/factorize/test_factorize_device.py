@@ -23,7 +23,7 @@ from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.node_cache import mirror
 from emloc_ray.io.store.objects import Objects
-from emloc_ray.stages.factorize.allocate import allocate_ranks, group_spectra, spectra_of_groups
+from emloc_ray.stages.factorize.allocate import allocate_ranks, group_losses, losses_of_groups
 from emloc_ray.stages.factorize.factorize import build_emulator, factorize_group, factorize_groups
 from emloc_ray.stages.factorize.group_tensors import GroupTensors, read_ahead
 from emloc_ray.stages.factorize.job import FactorizationJob
@@ -71,7 +71,7 @@ def test_factors_of_predictions_and_spectra_are_the_cpu_s(
     gram = GramStore(artifacts.calibration_dir).stored(group[0].name)
     sums = stored(gradients_dir, [spec.name for spec in group])
     spectra = [
-        group_spectra(allocation_job(artifacts, gradients_dir), group, gram, sums, device)
+        group_losses(allocation_job(artifacts, gradients_dir), group, gram, sums, device)
         for device in ("cpu", pretend_device())
     ]
     for name, expected in spectra[0].items():
@@ -111,10 +111,10 @@ def test_spectra_one_after_another_are_each_as_alone(
         sums = stored(gradients_dir, [spec.name for spec in group])
         pieces.append((group, gram_of(artifacts, group), sums, tmp_path / f"{number}.safetensors"))
     pieces[1][3].write_bytes(b"there")
-    spectra_of_groups(job, pieces, where)
+    losses_of_groups(job, pieces, where)
     assert pieces[1][3].read_bytes() == b"there"
     for group, gram, sums, file in (pieces[0], pieces[2]):
-        expected, found = group_spectra(job, group, gram, sums, where), load_file(file)
+        expected, found = group_losses(job, group, gram, sums, where), load_file(file)
         assert all(torch.equal(found[name], values) for name, values in expected.items())
 
 
@@ -130,7 +130,7 @@ def test_a_task_opens_the_model_once(
         assert opened == [artifacts.model_dir]
         opened.clear()
         work = [(*part, sums[k], tmp_path / f"{count}-{k}-spectra") for k, part in enumerate(groups[:count])]
-        spectra_of_groups(allocation_job(artifacts, gradients_dir), work)
+        losses_of_groups(allocation_job(artifacts, gradients_dir), work)
         assert opened == [artifacts.model_dir]
 
 
@@ -150,7 +150,7 @@ def test_a_task_asks_a_store_once_which_of_its_files_are_written(
     assert listed == ["emulator"]
     listed.clear()
     work: list[Any] = [(*part, {}, file) for part, file in zip(groups, files, strict=True)]
-    spectra_of_groups(allocation_job(artifacts, gradients_dir), work)
+    losses_of_groups(allocation_job(artifacts, gradients_dir), work)
     assert listed == ["emulator"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from test_allocate import DAMPING, allocation_job, damped, gradients_dir, stored
 
 from emloc_ray.core.forms import Form, FormSizes
 from emloc_ray.core.integer_forms import IntegerForms
+from emloc_ray.core.ranks import factor_parameters, possible_ranks
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.modeling.emulator_weights import emulator_weight
-from emloc_ray.stages.factorize.allocate import AllocationJob, group_spectra
+from emloc_ray.stages.factorize.allocate import AllocationJob, Spending, group_losses
 from emloc_ray.stages.factorize.factorize import factorize_group
 from emloc_ray.stages.factorize.job import FactorizationJob
-from emloc_ray.stages.factorize.spend import Spending, read_forms, spend
+from emloc_ray.stages.factorize.spend import FORMS, RANKS, Offer, read_forms, read_ranks, spend
 
 __all__ = ["gradients_dir"]
 FORM_SIZES = FormSizes(4, "pivoted", 16)
@@ -38,8 +40,17 @@ def losses(artifacts: Artifacts, gradients_dir: Path) -> dict[str, torch.Tensor]
     found: dict[str, torch.Tensor] = {}
     for group in artifacts.groups:
         names = [spec.name for spec in group]
-        found |= group_spectra(job, group, grams.stored(names[0]), stored(gradients_dir, names))
+        found |= group_losses(job, group, grams.stored(names[0]), stored(gradients_dir, names))
     return found
+
+
+def spent(job: AllocationJob, artifacts: Artifacts, losses: dict[str, torch.Tensor], directory: Path) -> dict[str, Any]:
+    assert job.spending is not None
+    offers = {}
+    for spec in artifacts.specs:
+        forms = job.forms(spec)
+        offers[spec.name] = Offer(forms, [job.cost(spec, form) for form in forms], losses[spec.name], job.even(spec))
+    return spend(offers, job.spending.budget, directory / FORMS)
 
 
 @pytest.mark.parametrize("bits", [1.5, 2.6, 4.3, 9.0])
@@ -47,8 +58,7 @@ def test_the_forms_fit_and_lose_no_more_than_even_ones(
     artifacts: Artifacts, gradients_dir: Path, losses: dict[str, torch.Tensor], tmp_path: Path, bits: float
 ) -> None:
     job = budget_job(artifacts, gradients_dir, bits)
-    assert job.spending is not None
-    result = spend(job.spending, artifacts.specs, job.forms, losses, tmp_path)
+    result = spent(job, artifacts, losses, tmp_path)
     forms = read_forms(tmp_path)
     used = sum(FORM_SIZES.num_bytes(s.out_features, s.in_features, forms[s.name]) for s in artifacts.specs)
     assert used + result["left"] == result["budget"]
@@ -56,7 +66,7 @@ def test_the_forms_fit_and_lose_no_more_than_even_ones(
     assert sum(result["forms"].values()) == len(artifacts.specs)
     if bits > 2.6:
         assert result["loss"] < result["even_loss"]
-    layers = json.loads((tmp_path / "forms.json").read_text())["layers"]
+    layers = json.loads((tmp_path / FORMS).read_text())["layers"]
     assert sum(layer["loss"] for layer in layers.values()) == pytest.approx(result["loss"])
     assert result["gap"] < 0.05
 
@@ -66,11 +76,10 @@ def test_a_linear_of_which_the_data_says_nothing_keeps_the_even_form(
 ) -> None:
     silent = artifacts.specs[0].name
     job = budget_job(artifacts, gradients_dir, 4)
-    assert job.spending is not None
     without = {**losses, silent: torch.zeros_like(losses[silent])}
-    result = spend(job.spending, artifacts.specs, job.forms, without, tmp_path)
+    result = spent(job, artifacts, without, tmp_path)
     assert read_forms(tmp_path)[silent] == Form(bits=2)
-    assert result["num_kept_uniform"] == 1
+    assert result["num_kept_even"] == 1
     assert result["left"] >= 0
 
 
@@ -79,14 +88,31 @@ def test_it_takes_the_least_where_the_even_form_leaves_no_room_for_the_others(
 ) -> None:
     job, silent = budget_job(artifacts, gradients_dir, 4), artifacts.specs[0].name
     assert job.spending is not None
-    least = sum(
-        min(FORM_SIZES.num_bytes(spec.out_features, spec.in_features, form) for form in job.forms(spec))
-        for spec in artifacts.specs
-    )
+    least = sum(min(job.cost(spec, form) for form in job.forms(spec)) for spec in artifacts.specs)
     without = {**losses, silent: torch.zeros_like(losses[silent])}
-    result = spend(replace(job.spending, budget=least), artifacts.specs, job.forms, without, tmp_path)
+    result = spent(replace(job, spending=replace(job.spending, budget=least)), artifacts, without, tmp_path)
     assert result["left"] == 0
     assert read_forms(tmp_path)[silent] != Form(bits=2)
+
+
+def test_a_linear_that_matters_is_left_dense_and_one_that_does_not_pays(tmp_path: Path) -> None:
+    gains = {"flat": torch.ones(32), "steep": torch.tensor([100.0, *[1e-6] * 31])}
+    ranks = possible_ranks(32, 32, 9)
+    for dense, expected in (([None], {"flat": None, "steep": 2}), ([], {"flat": 15, "steep": 3})):
+        forms = [Form(rank) for rank in (*ranks, *dense)]
+        offers = {
+            name: Offer(
+                forms,
+                [factor_parameters(32, 32, form.rank) for form in forms],
+                torch.stack([each[32 if form.rank is None else form.rank :].sum() for form in forms]),
+                Form(9),
+            )
+            for name, each in gains.items()
+        }
+        result = spend(offers, 18 * 64, tmp_path / RANKS)
+        assert read_ranks(tmp_path) == expected
+        assert result["left"] == 0
+        assert result["loss"] < result["even_loss"]
 
 
 def test_each_form_is_made_and_loses_about_what_is_expected(
