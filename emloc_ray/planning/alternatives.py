@@ -16,7 +16,7 @@ from emloc_ray.planning.holding import blocks_share
 from emloc_ray.planning.layout import layout_under
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
-from emloc_ray.planning.measured import Measured, measured_for
+from emloc_ray.planning.measured import REFINED_STEPS, Measured, measured_for
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
 from emloc_ray.planning.model_bytes import file_dtype
 from emloc_ray.planning.model_checks import check_healing
@@ -30,7 +30,7 @@ _ORIGINAL = {**_WHOLE, **_IN_ALL_BITS}
 _FEW_BITS = ("nf4", "int4", "int3", "int2")
 # Below those of int3.
 _BUDGETS = tuple(f"{tenths / 10:g} bits" for tenths in (32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 11, 10, 9, 8))
-_REFINED = RefinementConfig(steps=75)  # of what the plan proposes itself: as was measured
+_REFINED = RefinementConfig(steps=REFINED_STEPS)  # of what the plan proposes itself
 _ALIKE = 0.03  # of the gap closed: what three seeds hardly tell apart
 _SLOWER = 10.0  # times the fastest: what nobody waits for
 _AS_FAST = 1.1  # times the fastest: what a plan does not tell apart
@@ -207,17 +207,18 @@ class _Candidates:
         yield self.solve("an emulator", changed, RATIOS, unneeded=self.resident.fits)
 
     def below_int3(self) -> Iterator[Alternative]:
-        """An emulator of the largest budget below that of int3 that fits, or else of the smallest, where the config's own budget
-        does not fit."""
+        """An emulator of the largest budget below that of int3 that fits, or of a smaller one that closed more as it leaves
+        memory for refinement, or else of the smallest, where the config's own budget does not fit."""
         if "int3" not in self.in_few_bits or (self.of_budget is not None and self.of_budget.fits):
             return
-        unneeded, emulator = self.resident.fits or self.in_few_bits["int3"].fits, None
+        unneeded, solved = self.resident.fits or self.in_few_bits["int3"].fits, list[Alternative]()
         for bits, run in _of_budgets(self.prepared):
             emulator = self.solve(f"an emulator of {bits}", run, RATIOS, unneeded=unneeded)
-            if emulator.fits or unneeded:
+            solved.append(emulator)
+            if unneeded or (emulator.fits and emulator.config.emulator.refinement == run.config.emulator.refinement):
                 break
-        if emulator is not None:
-            yield emulator
+        fit = [one for one in solved if one.fits] or solved[-1:]
+        yield from sorted(fit, key=lambda one: -one.measured.gap_closed if one.measured else 0.0)[:1]
 
 
 def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Speeds) -> Iterator[Alternative]:

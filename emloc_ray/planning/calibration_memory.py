@@ -180,7 +180,8 @@ class CalibrationMemory(ModelBytes):
     def refinement_rows(self) -> int:
         """The rows that are read at once: those of a step, calibration's batch, or as many of them as fit a worker."""
         rows = self.config.calibration.batch_size
-        while rows > 1 and BASE_BYTES + total(self._refinement_parts_of(rows)) > self.worker_bytes("emulator"):
+        within = self.worker_bytes("emulator", num_workers=1)
+        while rows > 1 and BASE_BYTES + total(self._refinement_parts_of(rows)) > within:
             rows //= 2
         return rows
 
@@ -191,7 +192,7 @@ class CalibrationMemory(ModelBytes):
         saved = max(
             block.multiple
             * (
-                self._saved_per_token(block, [spec for spec, _ in fitted])
+                self._saved_per_token(block, [spec for spec, _ in fitted], by_adapters=False)
                 + self.itemsize * sum(spec.token_share * (form.rank or form.residual_rank) for spec, form in fitted)
             )
             for block, fitted in zip(blocks, forms, strict=True)
@@ -254,20 +255,21 @@ class CalibrationMemory(ModelBytes):
             known = float("inf") if self.config.ray.joins else gpu_bytes()
         return _GPU_SHARE * known * gpus
 
-    def worker_bytes(self, section: str) -> float:
-        """Bytes that one worker may hold: the budget; under the default budget no more than what is free."""
-        budget = self.budget_bytes(section)
+    def worker_bytes(self, section: str, num_workers: int | None = None) -> float:
+        """Bytes that one worker may hold, of as many as the section has or of ``num_workers``: the budget; under the default
+        budget no more than what is free."""
+        budget, usable = self.budget_bytes(section), self.usable_bytes(section, num_workers)
         if budget is None:
-            return self.usable_bytes(section)
-        return min(budget, self.usable_bytes(section)) if self.config.budget_is_default else budget
+            return usable
+        return min(budget, usable) if self.config.budget_is_default else budget
 
-    def usable_bytes(self, section: str) -> float:
+    def usable_bytes(self, section: str, num_workers: int | None = None) -> float:
         """Bytes that one worker can fill: a share of its GPU's whole memory, or of this machine's free memory; infinite for
         workers of another machine."""
         workers = getattr(self.config, section)
         if workers.gpus:
             return self.fillable(workers.gpus)
-        return float("inf") if self.config.ray.joins else self._free_on_machine / workers.num_workers
+        return float("inf") if self.config.ray.joins else self._free_on_machine / (num_workers or workers.num_workers)
 
     @functools.cached_property
     def _free_on_machine(self) -> float:

@@ -64,12 +64,13 @@ MEASURED = (
     Measured("equal_bytes", "budget_1.1_healed", None, 0.732, healed=True, made=_PREDICTIONS, bits=1.1),
 )
 
+REFINED_STEPS = 75  # of each block, in all rows that are refined
 _MADE = {"allocation": "uniform", "objective": "activations", "storage": "factors"}
 
 
 def measured_for(emulator: Any) -> Measured | None:
-    """The measured figures of such an emulator at its ratio or budget of bits, or at the next smaller one; of a refined one those
-    of one that was not, where they are higher. None where none was measured."""
+    """The measured figures of such an emulator at its ratio or budget of bits, or at the next smaller one; of one refined by at
+    least as many steps those of one that was not, where they are higher. None where none was measured."""
     ratio, made = emulator.compression_ratio, {key: getattr(emulator, key) for key in _MADE}
     if emulator.budget is not None:
         rows, asked = [row for row in MEASURED if row.bits is not None], emulator.budget_bits or 0.0
@@ -79,7 +80,8 @@ def measured_for(emulator: Any) -> Measured | None:
             return next((row for row in rows if row.ratio == 1), None)
     healed = emulator.heals is not None
     alike = [row for row in rows if row.healed == healed and {**_MADE, **row.made} == made and row.size <= asked]
-    kinds = (False, True) if emulator.refines is not None else (False,)
+    steps = 0 if emulator.refines is None else emulator.refines.steps
+    kinds = (False, True) if steps >= REFINED_STEPS else (False,)
     nearest = [
         max((row for row in alike if row.refined is kind), key=lambda row: row.size, default=None) for kind in kinds
     ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from emloc_ray.core.forms import Form
+from emloc_ray.core.integer_forms import BITS
 from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loss import chunk_tokens
@@ -74,9 +77,19 @@ class ModelBytes:
             if itemsize == self.file_itemsize:
                 return rest + self.layout.budget
             wider = self.layout.stored_bytes(itemsize) - self.layout.stored_bytes(self.file_itemsize)
-            return rest + self.layout.budget + wider
+            spare = self._beyond_integers * (itemsize - self.file_itemsize) // self.file_itemsize
+            return rest + self.layout.budget + max(wider, spare)
         saved = self.layout.parameters_targeted - self.layout.parameters_factorized
         return (self.layout.num_parameters - saved) * itemsize - self._saved_bytes(itemsize) + self.layout.order_bytes
+
+    @functools.cached_property
+    def _beyond_integers(self) -> int:
+        """Bytes that a budget has beyond the most bits that hold all linears in integers: what it may spend on floats."""
+        assert self.layout.budget is not None
+        sizes, compressed = self.layout.form_sizes(self.file_itemsize), set(self.layout.compressed)
+        shapes = [(s.out_features, s.in_features) for s in self.layout.specs if s.name in compressed]
+        wholes = [sum(sizes.num_bytes(*shape, Form(bits=bits)) for shape in shapes) for bits in BITS]
+        return min((self.layout.budget - whole for whole in wholes if whole <= self.layout.budget), default=0)
 
     def _saved_bytes(self, itemsize: int) -> int:
         """Bytes that the emulator's linears in few bits save."""
@@ -131,11 +144,12 @@ class ModelBytes:
     def _vocabulary(self) -> float:
         return self.layout.head_parameters / self.layout.hidden_size
 
-    def _saved_per_token(self, block: Block, trained: Collection[LinearSpec]) -> float:
-        """Bytes that a block keeps of a token for its backward pass, ``trained`` being the linears that are adapted.
+    def _saved_per_token(self, block: Block, trained: Collection[LinearSpec], by_adapters: bool = True) -> float:
+        """Bytes that a block keeps of a token for its backward pass, ``trained`` being the linears that are adapted, or not
+        ``by_adapters``, whose own weights are trained.
 
-        - What adapted linears read, in float32: once for all that share it where the model is in float32, else in a
-          copy for each; with dropout a copy and a mask for each.
+        - What trained linears read, once for all that share it; adapters read it in float32: where the model is not, a copy
+          for each; with dropout a copy and a mask for each.
         - The residual stream in float32, at each of two norms.
         - What goes into attention and activations, and what comes out.
         - Outputs that are scaled by what is learned, in float32, and of DoRA the base's too.
@@ -143,21 +157,21 @@ class ModelBytes:
 
         Frozen linears keep nothing; experts' linears count by the share of tokens that is sent to each.
         """
-        adapted = set(trained)
+        adapted, method = set(trained), self.trained.adapter.method if by_adapters else ""
+        dropout = by_adapters and bool(self.trained.adapter.lora_dropout)
+        read_in = FLOAT if by_adapters else self.itemsize
         read = inner = outputs = 0.0
         for group in block.groups:
             count = sum(spec in adapted for spec in group)
-            copies = count if self.itemsize < FLOAT or self.trained.adapter.lora_dropout else min(count, 1)
+            copies = count if self.itemsize < read_in or dropout else min(count, 1)
             share = group[0].token_share
-            read += share * copies * group[0].in_features * FLOAT * (2 if self.trained.adapter.lora_dropout else 1)
+            read += share * copies * group[0].in_features * read_in * (2 if dropout else 1)
             outputs += share * sum(spec.out_features for spec in group if spec in adapted)
-            if self.trained.adapter.method == "loha":
+            if method == "loha":
                 read += share * FLOAT * sum(self._rank(spec) for spec in group if spec in adapted)
             writes = len(group) == 1 and group[0].out_features == block.width
             inner += share * (group[0].in_features if writes else sum(spec.out_features for spec in group))
-        scaled = {"dora": FLOAT + self.itemsize, "vera": FLOAT, "ia3": FLOAT, "lokr": FLOAT}.get(
-            self.trained.adapter.method, 0
-        )
+        scaled = {"dora": FLOAT + self.itemsize, "vera": FLOAT, "ia3": FLOAT, "lokr": FLOAT}.get(method, 0)
         return read + 2 * block.width * FLOAT + inner * self.itemsize + outputs * scaled
 
     def _update_weights(self, block: Block) -> int:

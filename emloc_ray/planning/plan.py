@@ -151,10 +151,12 @@ def check_stages(plan: Plan, left: Container[str] | None = None) -> None:
         if not stage.gpus_per_worker or scattered or (left is not None and stage.name not in left):
             continue
         if stage.gpu_bytes > (fillable := memory.fillable(stage.gpus_per_worker)):
+            ratio = "compression_ratio" if config.emulator.budget is None else "budget"
+            refined = ", remove emulator.refinement" if stage.name == "refine" else ""
             raise ConfigError(
                 f"{stage.name} is planned to hold {size_up(stage.gpu_bytes)} of a GPU of which {size(fillable)} can be"
-                " filled: lower its batch, data.max_seq_length or emulator.compression_ratio (emloc-ray plan --memory-budget says"
-                " what fits), or set its section's gpus_per_worker to 0; memory_budget: null tries it all the same."
+                f" filled: lower its batch, data.max_seq_length or emulator.{ratio} (emloc-ray plan --memory-budget says what"
+                f" fits){refined}, or set its section's gpus_per_worker to 0; memory_budget: null tries it all the same."
             )
 
 

@@ -67,19 +67,26 @@ class _Table:
     def __init__(self, costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]) -> None:
         self.orders = [np.lexsort((loss, cost)) for cost, loss in zip(costs, losses, strict=True)]
         self.cost = np.concatenate([np.asarray(c, np.int64)[o] for c, o in zip(costs, self.orders, strict=True)])
-        self.lost = np.concatenate([np.asarray(x, np.float64)[o] for x, o in zip(losses, self.orders, strict=True)])
+        least = [min(each) for each in losses]
+        self.lost_anyway = float(sum(least))  # by any choice: no part of what the answer is measured by
+        self.lost = np.concatenate(
+            [np.asarray(x, np.float64)[o] - low for x, o, low in zip(losses, self.orders, least, strict=True)]
+        )
         lengths = np.array([len(order) for order in self.orders])
         self.starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         self.item = np.repeat(np.arange(len(lengths)), lengths)
 
     def loss(self, picks: Picks) -> float:
+        """What picks lose beyond what is lost anyway."""
         return float(self.lost[picks].sum())
 
     def packing(self, picks: Picks, bound: float) -> Packing:
         """The packing with each pick as its number among the item's choices as they were given."""
         numbers = tuple(int(o[p]) for o, p in zip(self.orders, picks - self.starts, strict=True))
         loss = self.loss(picks)
-        return Packing(numbers, int(self.cost[picks].sum()), loss, min(bound, loss))
+        return Packing(
+            numbers, int(self.cost[picks].sum()), loss + self.lost_anyway, min(bound, loss) + self.lost_anyway
+        )
 
     def least(self, values: Values) -> Picks:
         """The first choice of least value of every item."""
@@ -140,7 +147,7 @@ class _Table:
         counted = np.ceil(self.cost[places] / unit)  # never less than they cost
         rows = csr_array((np.ones(len(places)), (self.item[places], np.arange(len(places)))))
         result = milp(
-            (self.lost - np.minimum.reduceat(self.lost, self.starts)[self.item])[places] / gap,
+            self.lost[places] / gap,
             constraints=[
                 LinearConstraint(rows, 1, 1),
                 LinearConstraint(csr_array(counted[None]), -np.inf, np.floor(budget / unit)),

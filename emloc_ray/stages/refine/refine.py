@@ -87,14 +87,19 @@ class Refiner:
         }
         self.flow, self.device = self.replays["emulator"].flow, self.replays["emulator"].device
         self.shards = TokenShards(job.tokens_dir)
-        lengths = self.shards.lengths()
-        rows = sorted(range(len(lengths)), key=lengths.__getitem__)
-        held_out = rows[_HELD_OUT // 2 :: _HELD_OUT] or rows[:1]
+        rows = self._by_length()
+        shown = [row for row in rows if self.shards.row(row).images] if self.shards.has_images else []
+        others = [row for row in rows if row not in {*shown}]
+        held_out = [*_held_out(others), *_held_out(shown)]  # blocks of a tower run for rows that show an image alone
         apart = {*held_out}
         fitted = [row for row in rows if row not in apart] or rows
         self.batches: list[list[int]] = []
         self.fitted = [self._add(step) for step in _cut(fitted, job.batch_size)]
         self.held_out = self._add(held_out)
+
+    def _by_length(self) -> list[int]:
+        lengths = self.shards.lengths()
+        return sorted(range(len(lengths)), key=lengths.__getitem__)
 
     def _add(self, rows: list[int]) -> range:
         """Cuts rows into batches; returns their numbers."""
@@ -103,8 +108,11 @@ class Refiner:
         return range(first, len(self.batches))
 
     def begin(self) -> int:
-        """The first block to take: after the last one whose hidden states are here, else the first of all."""
+        """The first block to take: none where all were fitted; after the last one whose hidden states are here; else the first
+        of all."""
         numbers = range(len(self.flow.order))
+        if all(exists(self.job.block_file(k)) for k in numbers):
+            return len(numbers)
         last = max((k for k in numbers if (self._hidden(k) / "whole").is_file()), default=-1)
         return last + 1 if all(exists(self.job.block_file(k)) for k in range(last + 1)) else 0
 
@@ -196,6 +204,10 @@ class Refiner:
 
 def _cut(rows: list[int], size: int) -> list[list[int]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _held_out(rows: list[int]) -> list[int]:
+    return rows[_HELD_OUT // 2 :: _HELD_OUT] or rows[:1]
 
 
 def _put(block: nn.Module, name: str, file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any, Literal
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from tiny import make_emulator, make_model
 from torch import Tensor, nn
 
-from emloc_ray.core.factorization import factorize
+from emloc_ray.core.factorization import LowRankFactors, factorize
 from emloc_ray.core.quantization import quantize, quantize_factors, quantize_with_factors
+from emloc_ray.core.refinement import balanced
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import NumericsError
+from emloc_ray.modeling import refining
 from emloc_ray.modeling.emulator import FactorizedLinear, ResidualLinear
 from emloc_ray.modeling.integer_linear import IntegerLinear
 from emloc_ray.modeling.refining import fit_block, refined_in
@@ -171,5 +174,35 @@ def test_a_block_without_factors_is_left_alone() -> None:
 def test_a_block_that_gives_nan_is_named() -> None:
     mlp = Mlp()
     mlp.inputs[7][0, 0] = float("nan")
-    with pytest.raises(NumericsError, match=r"^the first block gives NaN or Inf while it is refined"):
+    with pytest.raises(NumericsError, match=r"^the first block gives NaN or Inf before it is refined: set model.dtype"):
         mlp.fit(steps=1, name="the first block")
+    mlp.inputs[7][0, 0] = 0.0
+    mlp.inputs[0][0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=r"^the first block gives NaN or Inf while it is refined"):
+        mlp.fit(steps=6, name="the first block")
+
+
+def test_a_fit_holds_no_second_copy_of_balanced_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def watched(up: Tensor, down: Tensor) -> LowRankFactors:
+        found = balanced(up, down)
+        made.extend(weakref.ref(part) for part in found)
+        return found
+
+    monkeypatch.setattr(refining, "balanced", watched)
+    mlp = Mlp()
+    with refining.trained_parts(mlp.block):
+        assert len(made) == 6
+        assert [ref() for ref in made] == [None] * 6
+
+
+def test_codes_go_as_far_among_many_whose_gradients_are_small() -> None:
+    ways = []
+    for count in (2**10, 2**24):
+        codes = nn.Parameter(torch.zeros(count))
+        optimizer = refining.adam([(codes, 4.0)], 0.01)
+        codes.grad = torch.full_like(codes, 1.0 / count)
+        optimizer.step()
+        ways.append(-float(codes.detach()[0]))
+    assert ways == pytest.approx([0.04 / (1 + 0.035)] * 2, rel=1e-3)

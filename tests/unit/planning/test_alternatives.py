@@ -153,6 +153,18 @@ def test_a_budget_that_is_proposed_is_refined_unless_it_heals(emulator: dict[str
         assert total(with_base(proposed.memory.refinement_parts())) <= choice.budget
 
 
+def test_fewer_bits_that_leave_memory_to_refine_are_taken_where_they_closed_more() -> None:
+    deep = LlamaConfig(**{**MODEL.to_dict(), "num_hidden_layers": 48})
+    found = [chosen(size, dataclasses.replace(FAST, link=1e6), deep).alternatives[-1] for size in (410, 450, 480)]
+    settings = [(one.config.emulator.budget, one.config.emulator.refinement is not None) for one in found]
+    assert settings == [
+        ("1.6 bits", True),
+        ("2.4 bits", False),
+        ("2.8 bits", True),
+    ]  # 2 bits would fit first, unrefined
+    assert [one.measured and one.measured.gap_closed for one in found] == [0.862, 0.947, 0.947]
+
+
 def test_where_3_bits_do_not_fit_a_budget_between_is_spent_before_2_bits() -> None:
     """From 2.4 bits on it closed more of the gap than 2 bits, by more than three points."""
     slow = dataclasses.replace(FAST, link=1e6)

@@ -46,9 +46,10 @@ def test_a_ratio_has_the_figure_of_the_next_smaller_one() -> None:
     best = {"allocation": "sensitivity", "objective": "predictions"}
     assert (figure(1.0), figure(0.95), figure(0.5), figure(0.45), figure(0.2)) == (1.0, 0.722, 0.722, 0.529, None)
     assert (figure(0.5, **best), figure(0.5, **best, healing={"steps": 20})) == (0.887, 0.903)
-    refined = {"refinement": {"steps": 25}}
+    refined = {"refinement": {"steps": 100}}
     assert [figure(ratio, **best, **refined) for ratio in (0.6, 0.5, 0.3)] == [0.932, 0.932, 0.843]
     assert figure(0.5, **refined) == 0.722  # as was measured without
+    assert figure(0.5, **best, refinement={"steps": 25}) == 0.887  # fewer than were measured
     assert [figure(1.0, quantization=bits) for bits in ("nf4", "int4", "int2")] == [0.961, 1.0, 0.915]
     assert figure(1.0, quantization="int8") is None
 

@@ -20,7 +20,7 @@ from emloc_ray.modeling.architecture import auto_class
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import MemoryModel, total
-from emloc_ray.planning.plan import StagePlan, make_plan
+from emloc_ray.planning.plan import StagePlan, check_stages, make_plan
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import changed_after_factorizing
 from emloc_ray.stages.context import Context, Inputs
@@ -129,3 +129,25 @@ def test_blocks_that_read_inside_others_are_refused(prepared: Callable[..., Prep
     make_tokenizer().save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"emulator\.refinement takes one block after another"):
         prepared({"steps": 20}, tmp_path / "model")
+
+
+def test_its_memory_is_of_one_worker_without_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emloc_ray.planning.calibration_memory.available_bytes", lambda: 64 * 2**30)
+
+    def memory(workers: int = 1, **adapter: Any) -> MemoryModel:
+        sections = {"emulator": {"refinement": {"steps": 50}, "num_workers": workers}, "adapter": adapter}
+        return MemoryModel(bare_run(LlamaConfig(), memory_budget=None, **sections), ROW)
+
+    assert memory().refinement_rows() == memory(16).refinement_rows() > 1
+    plain = memory().refinement_parts()
+    assert memory(lora_dropout=0.05).refinement_parts() == plain
+    assert memory(method="dora").refinement_parts() == plain
+
+
+def test_a_gpu_that_holds_no_refinement_is_told_what_to_remove() -> None:
+    emulator = {"refinement": {"steps": 50}, "gpus_per_worker": 1}
+    ready = bare_run(LlamaConfig(), emulator=emulator, ray={"num_gpus": 1})
+    plan = make_plan(STEPS, dataclasses.replace(ready, gpu_bytes=2.0**30))
+    told = r"refine is planned to hold .* lower its batch, .* fits\), remove emulator\.refinement, or set"
+    with pytest.raises(ConfigError, match=told):
+        check_stages(plan, {"refine"})

@@ -111,6 +111,15 @@ def test_a_killed_try_is_continued(refined: RefinementJob, tmp_path: Path, keeps
         torch.testing.assert_close(tensors_in(job.out_dir)[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_a_try_that_fitted_all_blocks_takes_none_again(refined: RefinementJob, tmp_path: Path) -> None:
+    job = replace(refined, out_dir=tmp_path / "out")
+    assert len(written_blocks(job)) == 2
+    assert not (job.work_dir / "hidden").exists()
+    assert Refiner(job).begin() == 2
+    refine_blocks(job)
+    assert tensors_in(job.out_dir).keys() == tensors_in(refined.out_dir).keys()
+
+
 def test_blocks_that_are_done_between_losses_are_progress(
     refined: RefinementJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
