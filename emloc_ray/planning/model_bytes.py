@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Of a chunk's logits in float32 while their gradient is made: themselves, the softmax and its gradient; of a divergence also
 # those that are not the teacher's top, and theirs.
 LOSS_COPIES, DIVERGENCE_COPIES = 3, 5
+_WHOLE_FORMS = (Form(), *(Form(bits=bits) for bits in BITS))
 
 
 class ModelBytes:
@@ -77,19 +78,20 @@ class ModelBytes:
             if itemsize == self.file_itemsize:
                 return rest + self.layout.budget
             wider = self.layout.stored_bytes(itemsize) - self.layout.stored_bytes(self.file_itemsize)
-            spare = self._beyond_integers * (itemsize - self.file_itemsize) // self.file_itemsize
-            return rest + self.layout.budget + max(wider, spare)
+            dense = self._dense_beside_integers * (itemsize - self.file_itemsize) // self.file_itemsize
+            return rest + self.layout.budget + max(wider, dense)
         saved = self.layout.parameters_targeted - self.layout.parameters_factorized
         return (self.layout.num_parameters - saved) * itemsize - self._saved_bytes(itemsize) + self.layout.order_bytes
 
     @functools.cached_property
-    def _beyond_integers(self) -> int:
-        """Bytes that a budget has beyond the most bits that hold all linears in integers: what it may spend on floats."""
-        assert self.layout.budget is not None
+    def _dense_beside_integers(self) -> int:
+        """Bytes of the linears that a budget may leave as they are, the others being in the most bits that hold all of them."""
         sizes, compressed = self.layout.form_sizes(self.file_itemsize), set(self.layout.compressed)
         shapes = [(s.out_features, s.in_features) for s in self.layout.specs if s.name in compressed]
-        wholes = [sum(sizes.num_bytes(*shape, Form(bits=bits)) for shape in shapes) for bits in BITS]
-        return min((self.layout.budget - whole for whole in wholes if whole <= self.layout.budget), default=0)
+        budget = self.layout.budget or 0
+        dense, *in_bits = (sum(sizes.num_bytes(*shape, form) for shape in shapes) for form in _WHOLE_FORMS)
+        held = max((size for size in in_bits if size <= budget), default=budget)
+        return dense * (budget - held) // max(1, dense - held)
 
     def _saved_bytes(self, itemsize: int) -> int:
         """Bytes that the emulator's linears in few bits save."""

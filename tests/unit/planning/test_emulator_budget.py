@@ -59,6 +59,28 @@ def test_bits_are_those_of_the_linears_and_fit(values: dict[str, Any], budget: s
     assert layout.allocated == layout.gradient_linears == layout.compressed
 
 
+@pytest.mark.parametrize(("budget", "bits"), [("12 bits", 8), ("6 bits", 4)])
+def test_what_floats_take_in_a_wider_dtype_than_the_files_is_planned(
+    values: dict[str, Any], budget: str, bits: int
+) -> None:
+    values["model"]["dtype"] = "float32"
+    prepared = of(values, budget)
+    layout = prepared.layout
+    assert layout.budget is not None
+    sizes, forms = layout.form_sizes(2), {spec.name: Form(bits=bits) for spec in layout.specs}
+    left = layout.budget - layout.with_forms(forms).stored_bytes(2)
+    for spec in layout.specs:  # as many left as they are as the data might choose
+        shape = spec.out_features, spec.in_features
+        more = sizes.num_bytes(*shape, Form()) - sizes.num_bytes(*shape, forms[spec.name])
+        if more <= left:
+            forms[spec.name], left = Form(), left - more
+    assert Form() in forms.values()
+    made = layout.with_forms(forms)
+    assert made.stored_bytes(2) <= layout.budget
+    rest = (layout.num_parameters - layout.parameters_targeted) * 4
+    assert MemoryModel(prepared).emulator >= rest + 0.97 * made.stored_bytes(4)
+
+
 def test_the_forms_of_a_shape_are_made_once_however_many_linears_have_it(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -235,6 +235,22 @@ def test_a_decoder_s_blocks_are_fitted_where_its_answers_are(tmp_path: Path, mon
     assert counted == [*encoder, *encoder, *decoder, *decoder]
 
 
+def test_rows_are_held_out_of_those_that_show_images_too(tmp_path: Path) -> None:
+    model, processor = build_vlm("Idefics2", PADDING)
+    model.save_pretrained(tmp_path / "model")
+    emulator = save_emulator(tmp_path / "model", tmp_path / "emulator")
+    for directory in (tmp_path / "model", emulator):
+        processor.save_pretrained(directory)
+    shown = [row_with_images(processor, [(24, 24)]) for _ in range(6)]
+    rows = [*(Tokens([5] * length, [True] * length) for length in range(3, 13)), *shown]
+    write_shard(tmp_path / "tokens" / shard_name(0), rows, {}, True)
+    write_index(tmp_path / "tokens", [len(rows)], {"tokens": 1, "images": 6})
+    refiner = Refiner(job_of(tmp_path / "model", emulator, tmp_path / "tokens", tmp_path, steps=1))
+    held_out = {row for number in refiner.held_out for row in refiner.batches[number]}
+    assert {row >= 10 for row in held_out} == {True, False}
+    assert len(held_out) == 2
+
+
 def test_a_tower_s_blocks_are_fitted_where_its_patches_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = build_vlm("Idefics2", PADDING)
     model.save_pretrained(tmp_path / "model")
