@@ -1,8 +1,8 @@
 """A run's own log: one JSON line an event, through standard logging.
 
 Each line holds ``time`` (ISO 8601, UTC), ``run``, ``event`` and ``message``; where they apply ``stage``, ``done``,
-``total``, ``layer``, and what belongs to the event. Events are :data:`RUN_EVENTS` of the whole run, and of its stages
-``started``, ``progress``, ``finished``, ``skipped``, ``layer`` and ``note``.
+``total``, and what belongs to the event. Events are :data:`RUN_EVENTS` of the whole run, and of its stages ``started``,
+``progress``, ``finished``, ``skipped`` and ``note``. Figures of single layers are in ``metrics.json``.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +31,6 @@ from emloc_ray.text import Rate
 
 LOG = "log.jsonl"
 RUN_EVENTS = ("run_started", "run_finished", "run_failed", "run_stopped")
-_LAYER_KEYS = ("rank", "relative_error", "solver", "before", "after")
 # Between two lines of progress: a share of the stage's time, as each put to an object store holds the whole log, up to a bound.
 _PROGRESS_SHARE, _LONGEST_S = 0.05, 300.0
 
@@ -49,10 +47,8 @@ class RunLog(Reporter):
     without a live process, is a killed run's.
     """
 
-    def __init__(self, run: RunDirectory, layers: Sequence[str] = (), interval_s: float = 10.0) -> None:
-        """``layers``: the names that may occur in an error's sentence."""
+    def __init__(self, run: RunDirectory, interval_s: float = 10.0) -> None:
         self.run, self.interval_s = run, interval_s
-        self._layers = set(layers)
         self._stage: str | None = None
         self._units: dict[str, int] = {}
         self._detail = ""
@@ -78,10 +74,7 @@ class RunLog(Reporter):
         elif isinstance(error, (KeyboardInterrupt, SystemExit, Stopped)):  # Ray makes a SystemExit of SIGTERM
             self._write("run_stopped", "The run was stopped.", **where)
         else:
-            sentence = str(error) or type(error).__name__
-            named = [word for word in re.findall(r"[\w.]+", sentence) if word.rstrip(".") in self._layers]
-            layer: dict[str, Any] = {"layer": named[0].rstrip(".")} if named else {}
-            self._write("run_failed", sentence, logging.ERROR, **where, **layer)
+            self._write("run_failed", str(error) or type(error).__name__, logging.ERROR, **where)
 
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins."""
@@ -102,12 +95,8 @@ class RunLog(Reporter):
         return progress
 
     def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
-        """A stage has finished: logs its layers, then what it used."""
+        """A stage has finished: logs what it used."""
         self._stage = None
-        layers: dict[str, Any] = result.get("layers") or result.get("modules") or {}
-        for layer, values in layers.items():
-            shown = {key: values[key] for key in _LAYER_KEYS if key in values}
-            self._write("layer", f"{stage}: {layer}", stage=stage, layer=layer, **shown)
         self._write("finished", f"{stage} has ended.", stage=stage, **self._units, **usage)
 
     def skip(self, stage: str) -> None:
@@ -131,8 +120,7 @@ class RunLog(Reporter):
             self.run.check_held()
             with self.run.path(LOG).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
-            if event != "layer":  # the stage's end follows, and publishes them
-                publish(self.run.path(LOG))
+            publish(self.run.path(LOG))
         _LOGGER.log(level, "%s", message, extra={"fields": fields})
 
 

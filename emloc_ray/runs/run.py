@@ -151,12 +151,7 @@ def _create(prepared: Prepared, fresh: bool, redo: Sequence[str] = ()) -> None:
 @contextlib.contextmanager
 def _recorded(prepared: Prepared, reporter: Reporter, cache: ArtifactCache | None) -> Iterator[Reporters]:
     """The reporter, with those that write the run's log, trace and gauges."""
-    linears = [spec.name for spec in prepared.layout.specs]
-    with (
-        RunLog(prepared.run, linears) as log,
-        WorkerTrace(prepared.run) as trace,
-        RunGauges(prepared.run, cache) as gauges,
-    ):
+    with RunLog(prepared.run) as log, WorkerTrace(prepared.run) as trace, RunGauges(prepared.run, cache) as gauges:
         yield Reporters(reporter, log, trace, gauges)
 
 

@@ -27,13 +27,13 @@ LAYER = "model.layers.3.mlp.gate_proj"
 
 def fail(run: RunDirectory, stage: str, error: BaseException) -> None:
     """A try that an error ends in a stage."""
-    with contextlib.suppress(type(error)), RunLog(run, ["model.layers.3", LAYER]) as log:
+    with contextlib.suppress(type(error)), RunLog(run) as log:
         log.start(stage)
         raise error
 
 
-def test_a_run_tells_its_stages_and_layers_a_line_each(run: RunDirectory) -> None:
-    result = {"layers": {LAYER: {"rank": 8, "relative_error": 0.25, "solver": "eigh", "total_energy": 4.0}}}
+def test_a_run_tells_its_stages_a_line_each(run: RunDirectory) -> None:
+    result = {"layers": {LAYER: {"rank": 8}}}  # which may be thousands
     with RunLog(run) as log:
         log.skip("data")
         log.start("factorize")
@@ -45,15 +45,12 @@ def test_a_run_tells_its_stages_and_layers_a_line_each(run: RunDirectory) -> Non
         "skipped",
         "started",
         "note",
-        "layer",
         "finished",
         "run_finished",
     ]
     assert {line["run"] for line in lines} == {"mine"}
-    assert [line.get("stage") for line in lines] == [None, "data", *["factorize"] * 4, None]
-    layer = lines[4]
-    assert (layer["layer"], layer["rank"], layer["relative_error"]) == (LAYER, 8, 0.25)
-    assert lines[5]["wall_s"] == 2.5
+    assert [line.get("stage") for line in lines] == [None, "data", *["factorize"] * 3, None]
+    assert lines[4]["wall_s"] == 2.5
     age = datetime.now(timezone.utc) - datetime.fromisoformat(lines[0]["time"])
     assert 0 <= age.total_seconds() < 60
 
@@ -101,10 +98,10 @@ def test_progress_of_a_long_stage_is_told_more_seldom(run: RunDirectory, monkeyp
     assert len(told) < 150
 
 
-def test_a_failure_is_told_with_its_stage_and_layer(run: RunDirectory) -> None:
+def test_a_failure_is_told_with_its_stage(run: RunDirectory) -> None:
     fail(run, "factorize", NumericsError(f"{LAYER}: the Gram holds NaN: fix the data."))
     failed = read_events(run)[-1]
-    assert (failed["event"], failed["stage"], failed["layer"]) == ("run_failed", "factorize", LAYER)
+    assert (failed["event"], failed["stage"]) == ("run_failed", "factorize")
     assert failed["message"] == f"{LAYER}: the Gram holds NaN: fix the data."
 
 
