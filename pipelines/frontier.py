@@ -3,7 +3,8 @@
     python pipelines/frontier.py          # pipelines/frontier.svg, of pipelines/results/frontier*.json
 
 A model each has a panel. Methods of one kind are joined by a line. The results are of docstrings, and come of
-``configs/ablations/frontier.yaml``, of ``equal_bytes.yaml``, whose methods have more seeds, and of ``refined_budgets.yaml``.
+``configs/ablations/frontier.yaml``, of ``equal_bytes.yaml``, whose methods have more seeds, and of ``refined_budgets.yaml`` and
+``refined_more_bits.yaml``.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ HERE = Path(__file__).parent
 PICTURE = HERE / "frontier.svg"
 # And the names of their results.
 MODELS = {
-    "SmolLM2 135M": ("frontier", "equal_bytes", "refined_budgets"),
+    "SmolLM2 135M": ("frontier", "equal_bytes", "refined_budgets", "refined_more_bits"),
     "Gemma 3 270M": ("frontier_gemma", "refined_budgets_gemma"),
 }
 DATASET = "summaries"
 # What joins a kind's methods, and whether the kind is ours.
 KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
     "one budget over ranks and bits": (("budget_1.1", "budget_2.4", "budget_4.15"), True),
-    "one budget, refined": (("budget_1.1_refined",), True),
+    "one budget, refined": (("budget_1.1_refined", "budget_2.4_refined"), True),
     "one budget, healed": (("budget_1.1_healed",), True),
     "low rank in NF4": (("quarter_nf4", "factors_nf4"), True),
     "low rank": (("quarter", "factors"), True),
