@@ -70,8 +70,8 @@ _MADE = {"allocation": "uniform", "objective": "activations", "storage": "factor
 
 
 def measured_for(emulator: Any) -> Measured | None:
-    """The measured figures of such an emulator at its ratio or budget of bits, or at the next smaller one; of one refined by at
-    least as many steps those of one that was not, where they are higher. None where none was measured."""
+    """The measured figures of such an emulator at its ratio or budget of bits, or at the next smaller one; None where none was
+    measured. One refined by fewer steps than were measured has those of one that is not, by as many the higher of both."""
     ratio, made = emulator.compression_ratio, {key: getattr(emulator, key) for key in _MADE}
     if emulator.budget is not None:
         rows, asked = [row for row in MEASURED if row.bits is not None], emulator.budget_bits or 0.0

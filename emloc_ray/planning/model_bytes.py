@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -87,9 +88,11 @@ class ModelBytes:
     def _dense_beside_integers(self) -> int:
         """Bytes of the linears that a budget may leave as they are, the others being in the most bits that hold all of them."""
         sizes, compressed = self.layout.form_sizes(self.file_itemsize), set(self.layout.compressed)
-        shapes = [(s.out_features, s.in_features) for s in self.layout.specs if s.name in compressed]
+        shapes = Counter((s.out_features, s.in_features) for s in self.layout.specs if s.name in compressed)
         budget = self.layout.budget or 0
-        dense, *in_bits = (sum(sizes.num_bytes(*shape, form) for shape in shapes) for form in _WHOLE_FORMS)
+        dense, *in_bits = (
+            sum(count * sizes.num_bytes(*shape, form) for shape, count in shapes.items()) for form in _WHOLE_FORMS
+        )
         held = max((size for size in in_bits if size <= budget), default=budget)
         return dense * (budget - held) // max(1, dense - held)
 
