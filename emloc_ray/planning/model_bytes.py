@@ -80,7 +80,7 @@ class ModelBytes:
                 return rest + self.layout.budget
             wider = self.layout.stored_bytes(itemsize) - self.layout.stored_bytes(self.file_itemsize)
             dense = self._dense_beside_integers * (itemsize - self.file_itemsize) // self.file_itemsize
-            return rest + self.layout.budget + max(wider, dense)
+            return rest + self.layout.budget + (wider or dense)  # even forms have no floats, which data may choose
         saved = self.layout.parameters_targeted - self.layout.parameters_factorized
         return (self.layout.num_parameters - saved) * itemsize - self._saved_bytes(itemsize) + self.layout.order_bytes
 

@@ -88,9 +88,10 @@ class Refiner:
         self.flow, self.device = self.replays["emulator"].flow, self.replays["emulator"].device
         self.shards = TokenShards(job.tokens_dir)
         rows = self._by_length()
-        shown = [row for row in rows if self.shards.row(row).images] if self.shards.has_images else []
-        others = [row for row in rows if row not in {*shown}]
-        held_out = [*_held_out(others), *_held_out(shown)]  # blocks of a tower run for rows that show an image alone
+        shown = {row for row in rows if self.shards.row(row).images} if self.shards.has_images else set()
+        # Of each kind, as blocks of a tower run for rows that show an image alone.
+        kinds = [row for row in rows if row not in shown], [row for row in rows if row in shown]
+        held_out = [row for kind in kinds for row in kind[_HELD_OUT // 2 :: _HELD_OUT] or kind[:1]]
         apart = {*held_out}
         fitted = [row for row in rows if row not in apart] or rows
         self.batches: list[list[int]] = []
@@ -204,10 +205,6 @@ class Refiner:
 
 def _cut(rows: list[int], size: int) -> list[list[int]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _held_out(rows: list[int]) -> list[int]:
-    return rows[_HELD_OUT // 2 :: _HELD_OUT] or rows[:1]
 
 
 def _put(block: nn.Module, name: str, file: Path) -> None:
