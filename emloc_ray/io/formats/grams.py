@@ -1,7 +1,7 @@
 """Grams on disk: packed triangles in sharded safetensors, with an index of groups and token counts."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +21,11 @@ _CHUNK_BYTES = 2**26
 
 @dataclass(frozen=True)
 class StoredGram:
-    """One Gram in a file of :func:`write_gram_shard`."""
+    """One Gram in a file of :func:`write_gram_shard`; without a file the identity ``(order, order)``, over no token."""
 
-    file: Path
+    file: Path | None
     name: str
+    order: int = 0
 
     def read(self, device: torch.device | str = "cpu") -> Tensor:
         """The symmetric Gram ``(in, in)``, float32, unpacked on ``device``, to which half of its bytes go."""
@@ -32,6 +33,8 @@ class StoredGram:
 
     def packed(self) -> Tensor:
         """Its lower triangle as stored, ``(in (in + 1) / 2,)``; raises ArtifactError where the file does not hold it."""
+        if self.file is None:
+            return torch.cat([*packed_triangle(torch.eye(self.order))])
         entry = next((entry for entry in read_shard(self.file).entries if entry.name == self.name), None)
         if entry is None:
             raise ArtifactError(f"{self.file} holds no Gram of {self.name}: run the calibrate stage again.")
@@ -40,7 +43,7 @@ class StoredGram:
     @property
     def num_tokens(self) -> int:
         """Tokens summed in it."""
-        return gram_counts(self.file)[self.name]
+        return 0 if self.file is None else gram_counts(self.file)[self.name]
 
 
 class GramStore:
@@ -70,31 +73,19 @@ class GramStore:
 
     def stored(self, linear: str) -> StoredGram:
         """Where the Gram of the inputs of ``linear`` is."""
-        name = self._gram_of[linear]
+        name, orders = self._gram_of[linear], self.index.get("orders", {})
+        if name in orders:
+            return StoredGram(None, name, orders[name])
         return StoredGram(self.directory / self.index["weight_map"][name], name)
 
 
 def write_gram_shard(path: Path, grams: Mapping[str, Gram]) -> None:
     """Writes some Grams as packed triangles, their token counts beside them."""
     counts = {name: gram.num_tokens for name, gram in grams.items()}
-    _write_packed(
-        path, counts, {name: len(gram.matrix) for name, gram in grams.items()}, lambda name: grams[name].matrix
-    )
-
-
-def write_identities(path: Path, orders: Mapping[str, int]) -> None:
-    """Writes identities of these orders as the Grams over no token."""
-    _write_packed(path, dict.fromkeys(orders, 0), orders, lambda name: torch.eye(orders[name]))
-
-
-def _write_packed(
-    path: Path, counts: Mapping[str, int], orders: Mapping[str, int], matrix: Callable[[str], Tensor]
-) -> None:
-    """Calls ``matrix(name)`` once a name and keeps one matrix at a time."""
-    sizes = {name: order * (order + 1) // 2 for name, order in orders.items()}
+    sizes = {name: len(gram.matrix) * (len(gram.matrix) + 1) // 2 for name, gram in grams.items()}
     entries = [TensorEntry(name, path, torch.float32, (size,), 0, 4 * size) for name, size in sorted(sizes.items())]
     header = make_header(entries, {"num_tokens": json.dumps(counts)})
-    stream_shard(path, header, ((e, map(Tensor.float, packed_triangle(matrix(e.name)))) for e in entries))
+    stream_shard(path, header, ((e, map(Tensor.float, packed_triangle(grams[e.name].matrix))) for e in entries))
 
 
 def gram_counts(path: Path) -> dict[str, int]:
@@ -120,12 +111,15 @@ def write_gram_index(
     weight_map: dict[str, str],
     num_tokens: dict[str, int],
     routed_tokens: dict[str, int] | None = None,
+    orders: dict[str, int] | None = None,
 ) -> None:
     """Writes the index, last: Grams without it do not count. ``weight_map`` holds paths from ``directory`` on;
-    ``routed_tokens`` how many tokens experts were sent whose Gram is over others."""
+    ``routed_tokens`` how many tokens experts were sent whose Gram is over others; ``orders`` those of the Grams over no token,
+    which lie in no file."""
     named = {group[0]: list(group) for group in groups}
     index: dict[str, Any] = {"groups": named, "weight_map": weight_map, "num_tokens": num_tokens}
-    write_json(directory / INDEX, index | ({"routed_tokens": routed_tokens} if routed_tokens else {}))
+    more = {"routed_tokens": routed_tokens, "orders": orders}
+    write_json(directory / INDEX, index | {key: value for key, value in more.items() if value})
 
 
 def write_slot(path: Path, grams: dict[str, Gram], last_shard: int) -> None:

@@ -49,7 +49,8 @@ def calibrate(
 
         job, first = gather_or_go_by_block(job, out_dir, gather, tell)
         (counts, weight_map), routed = gather_for_thin_experts(job, out_dir, first, gather)
-        write_gram_index(out_dir, job.groups, weight_map, counts, routed_tokens=routed)
+        orders = {name: order for name, order in job.experts if name not in weight_map}
+        write_gram_index(out_dir, job.groups, weight_map, counts, routed_tokens=routed, orders=orders)
     for left in (out_dir / "slots", local_only(out_dir) / "hidden"):
         discard(left)
     clear_thin(out_dir)

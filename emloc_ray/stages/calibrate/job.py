@@ -80,8 +80,8 @@ class CalibrationJob:
 
 
 def resume_job(job: CalibrationJob, out_dir: Path, inputs: Any, num_slots: int, auto: bool) -> CalibrationJob:
-    """The job with the ``hold`` and the waves of a killed try of the same ``inputs``, so that its sums count. ``auto`` had chosen
-    them by the memory that was free then.
+    """The job with the waves of a killed try of the same ``inputs``, and block by block where that went so, so that its sums
+    count. ``auto`` had chosen them by the memory that was free then; a whole model is held as the job says now.
 
     A new job over an emptied ``out_dir`` where there was no such try, where it held more than this job may, or where it went
     block by block with another number of slots: each slot has the hidden states of its own shards.
@@ -92,7 +92,8 @@ def resume_job(job: CalibrationJob, out_dir: Path, inputs: Any, num_slots: int, 
     begun: dict[str, Any] = read_json(path) or {}
     if begun and _may_resume(begun, job, num_slots, auto):
         waves = begun["waves"] and tuple(tuple(tuple(group) for group in wave) for wave in begun["waves"])
-        job = dataclasses.replace(job, hold=begun["hold"], waves=waves)
+        # Sums are the same however the model is held, but for block by block.
+        job = dataclasses.replace(job, hold=BLOCKS if begun["hold"] == BLOCKS else job.hold, waves=waves)
     else:
         discard(out_dir)
         discard_unless(out_dir, inputs)

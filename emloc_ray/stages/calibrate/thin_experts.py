@@ -5,14 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emloc_ray.io.formats.grams import write_identities
 from emloc_ray.io.store.node_cache import discard, local_only
 from emloc_ray.stages.calibrate.job import CalibrationJob
 
 FOLDER = "reread"
-_IDENTITIES = "identities.safetensors"
 
-Gathered = tuple[dict[str, int], dict[str, str]]  # tokens and file of every Gram
+Gathered = tuple[dict[str, int], dict[str, str]]  # tokens of every Gram, and the file of each that lies in one
 
 
 def thin_names(job: CalibrationJob, counts: Mapping[str, int]) -> list[str]:
@@ -25,23 +23,24 @@ def gather_for_thin_experts(
 ) -> tuple[Gathered, dict[str, int]]:
     """Has ``gather`` run all tokens through the experts that saw too few, and takes those Grams instead.
 
-    Where there are too few tokens even so, the Gram is the identity, over no token: what is left is the plain SVD.
-    Returns the tokens and files of all Grams, and how many tokens the router had sent to those that were replaced.
+    Where there are too few tokens even so, the Gram is the identity, over no token, in no file: what is left is the plain SVD.
+    Nothing is gathered where no block has enough. Returns the tokens and files of all Grams, and how many tokens the router had
+    sent to those that were replaced.
     """
     counts, weight_map = first
     names = thin_names(job, counts)
     if not names:
         return first, {}
-    again = _only(job, names)
-    recounted, files = gather(again, out_dir / FOLDER)
-    still = thin_names(job, recounted)
-    if still:
-        widths = dict(job.experts)
-        write_identities(out_dir / FOLDER / _IDENTITIES, {name: widths[name] for name in still})
+    recounted: dict[str, int] = dict.fromkeys(names, 0)
+    files: dict[str, str] = {}
+    if max(counts.values()) >= job.min_expert_tokens:  # of all tokens of a block
+        recounted, files = gather(_only(job, names), out_dir / FOLDER)
+    still = {*thin_names(job, recounted)}
     replaced = {**recounted, **dict.fromkeys(still, 0)}
-    placed = {name: f"{FOLDER}/{file}" for name, file in {**files, **dict.fromkeys(still, _IDENTITIES)}.items()}
+    placed = {name: file for name, file in weight_map.items() if name not in replaced}
+    placed |= {name: f"{FOLDER}/{file}" for name, file in files.items() if name not in still}
     routed = {name: counts[name] for name in names}
-    return ({**counts, **replaced}, {**weight_map, **placed}), routed
+    return ({**counts, **replaced}, placed), routed
 
 
 def _only(job: CalibrationJob, names: Sequence[str]) -> CalibrationJob:

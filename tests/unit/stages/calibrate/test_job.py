@@ -46,6 +46,13 @@ def test_what_would_hold_more_than_is_allowed_now_is_begun_again(tmp_path: Path)
     assert not left.exists()
 
 
+@pytest.mark.parametrize("hold", ["offloaded", "all_offloaded"])
+def test_a_model_is_held_as_is_allowed_now_and_its_sums_are_kept(tmp_path: Path, hold: str) -> None:
+    left = begin(tmp_path / "c", job_of("resident", (A, B, C)))
+    assert went_on(job_of(hold, (A, B, C)), tmp_path / "c", INPUTS).hold == hold
+    assert left.exists()
+
+
 @pytest.mark.parametrize(
     ("num_slots", "auto", "hold", "kept"),
     [(2, True, "resident", True), (3, True, "block_by_block", False), (2, False, "resident", False)],

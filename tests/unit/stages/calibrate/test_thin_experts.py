@@ -89,7 +89,8 @@ def calibrated(scene: Scene, out_dir: Path, minimum: int, gather: type | object 
     assert callable(gather)
     job = replace(scene.job, min_expert_tokens=minimum)
     (counts, weight_map), routed = gather_for_thin_experts(job, out_dir, gather(job, out_dir), gather)
-    write_gram_index(out_dir, job.groups, weight_map, counts, routed_tokens=routed)
+    orders = {name: order for name, order in job.experts if name not in weight_map}
+    write_gram_index(out_dir, job.groups, weight_map, counts, routed_tokens=routed, orders=orders)
     return GramStore(out_dir), describe(job, counts, routed)["experts"]
 
 
@@ -113,6 +114,7 @@ def test_an_expert_that_no_token_is_sent_to_has_the_gram_of_all_tokens(
 
 def test_with_too_few_tokens_in_all_the_plain_svd_is_left(scene: Scene, tmp_path: Path) -> None:
     store, told = calibrated(scene, tmp_path, 10_000)
+    assert not (tmp_path / "reread").exists()  # no second pass over too few tokens, no identity in a file
     name = "model.layers.1.mlp.experts.3.down"
     assert store.num_tokens(name) == 0
     assert torch.equal(store.read(name), torch.eye(len(store.read(name))))
