@@ -98,8 +98,8 @@ def correct(meter: Meter, hidden: int, intermediate: int, r: int, folder: Path) 
             lora, form, Difference(wide, wide.clone(), inner, 1e9, 0.0, wide.clone(), inner.clone())
         )
 
-    [group] = module_groups(job, adapter.names)
-    write_modules(group.path, [module(name) for name in adapter.names])
+    for group in module_groups(job, adapter.names):
+        write_modules(group.path, [module(spec.name) for spec in group.specs])
     with meter.during("correct"):
         finish(job)
 

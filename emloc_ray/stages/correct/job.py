@@ -84,13 +84,13 @@ class ModuleGroup:
 
 
 def module_groups(job: CorrectionJob, names: Sequence[str]) -> list[ModuleGroup]:
-    """The adapter's linears by Gram, those without one each alone; all together where emulator and original are the same."""
+    """The adapter's linears by Gram, those without one each alone; by blocks where emulator and original are the same."""
     grams = None if job.calibration_dir is None else GramStore(job.calibration_dir)
     placed = {spec.name: spec for spec in job.specs}
     members: dict[object, list[LinearSpec]] = {}
     stored: dict[object, StoredGram] = {}
     for name in names:
-        key: object = "" if grams is None else name
+        key: object = placed[name].block if grams is None else name
         if grams is not None and name in grams and grams.num_tokens(name) > 0:
             key = gram = grams.stored(name)
             stored[key] = gram

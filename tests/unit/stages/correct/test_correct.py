@@ -51,6 +51,17 @@ def update(adapter: Adapter, name: str) -> torch.Tensor:
     return lora.scale * lora.lora_b.double() @ lora.lora_a.double()
 
 
+def test_without_a_difference_modules_are_read_block_by_block(job: CorrectionJob) -> None:
+    alike = replace(job, calibration_dir=None, emulator_dir=job.model_dir)
+    groups = module_groups(alike, Adapter(job.adapter_dir).names)
+    assert [{spec.block for spec in group.specs} for group in groups] == [{"model.layers.0"}, {"model.layers.1"}]
+    correct_adapter(alike)
+    before, after = Adapter(job.adapter_dir), Adapter(job.out_dir)
+    assert before.names == after.names
+    for name in before.names:
+        torch.testing.assert_close(update(after, name), update(before, name), rtol=1e-4, atol=1e-7)
+
+
 def test_none_leaves_the_adapter_as_it_was_trained(job: CorrectionJob) -> None:
     result = correct_adapter(replace(job, candidates=(Candidate("none"),)))
     before, after = Adapter(job.adapter_dir), Adapter(job.out_dir)
