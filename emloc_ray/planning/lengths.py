@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the memory model, which takes lengths, runs without pydantic and pyarrow
     from emloc_ray.config.schema import DataConfig
-    from emloc_ray.data.reading import SourceFile
+    from emloc_ray.data.reading import BadRow, SourceFile
     from emloc_ray.data.text_rows import Row
 
 PACKED_SHARE = 0.97  # of a sequence's length that the rows packed into it fill
@@ -18,17 +18,25 @@ _MOST_CHARACTERS = 32  # of a token, at most: texts are cut to as many as can co
 _TURN_TOKENS = 5  # of a chat template around a turn, as in ChatML
 _VQA_TOKENS = 24.0  # of a question and its answer
 _VQA_BYTES = 2000.0  # of its image
+_ROWS_READ = 200
 _IMAGE_BYTES = 100e3  # of a photograph that was not read
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens a row: the mean, and the longest to be expected after truncation; its images, and their bytes as encoded."""
+    """Tokens a row: the mean, and the longest to be expected after truncation; its images, and their bytes as encoded.
+    ``scored``: the longest to be expected of rows in files of their own that are scored."""
 
     mean: float
     longest: float
     images: float = 0.0
     image_bytes: float = 0.0
+    scored: float = 0.0
+
+    @property
+    def longest_scored(self) -> float:
+        """The longest row to be expected of all that are scored."""
+        return max(self.longest, self.scored)
 
 
 def row_lengths(
@@ -37,12 +45,12 @@ def row_lengths(
     image_tokens: int,
     count_tokens: Callable[[Sequence[str]], int] | None = None,
 ) -> Lengths:
-    """Tokens a row, by the texts and images, of ``image_tokens`` each, of the first rows of ``sources``. Rows of a task that
-    the run makes are as long as its rows were; those of the hub, not here before the run, as long as rows may be.
+    """Tokens a row, by the texts and images, of ``image_tokens`` each, of the first rows of each of ``sources``. Rows of a task
+    that the run makes are as long as its rows were; those of the hub, not here before the run, as long as rows may be.
     ``count_tokens``: how many tokens texts have; 3.5 characters are one by default."""
     from emloc_ray.data.images import encoded_bytes, image_parts
-    from emloc_ray.data.reading import BadRow, Place, read_rows, value_errors
-    from emloc_ray.data.row_formats import CHATS, columns_of, converted
+    from emloc_ray.data.reading import BadRow, Place, value_errors
+    from emloc_ray.data.row_formats import CHATS, converted
     from emloc_ray.demos.tasks import ROW_TOKENS
     from emloc_ray.errors import DataError
 
@@ -59,11 +67,10 @@ def row_lengths(
         assert data.generate is not None
         mean, longest = ROW_TOKENS[data.generate]
         return Lengths(min(mean, limit), min(longest, limit))
-    numbers = range(min(200, sources[0].num_rows))
     tokens, images, size = [], 0, 0
-    form = sources[0].format or data.row_format
-    for number, row in read_rows(sources[0], numbers, *columns_of(form, data.columns), data.on_error == "skip"):
-        place, kind, count = Place.of(sources[0], number), "text", 0
+    for source, number, row in _first_rows(data, sources):
+        place, kind, count = Place.of(source, number), "text", 0
+        form = source.format or data.row_format
         with contextlib.suppress(DataError), value_errors(place):  # a bad row, which is skipped
             row, kind = (row, kind) if isinstance(row, BadRow) else converted(row, form, data.columns, place)
             if kind == "messages":
@@ -77,6 +84,18 @@ def row_lengths(
         images += count
     mean = sum(min(length, limit) for length in tokens) / len(tokens)
     return Lengths(mean, min(1.25 * max(tokens), limit), images / len(tokens), size / len(tokens))
+
+
+def _first_rows(data: DataConfig, sources: Sequence[SourceFile]) -> Iterator[tuple[SourceFile, int, Row | BadRow]]:
+    """Some two hundred rows, as many of each file, with their file and number."""
+    from emloc_ray.data.reading import read_rows
+    from emloc_ray.data.row_formats import columns_of
+
+    for source in sources:
+        numbers = range(min(-(-_ROWS_READ // len(sources)), source.num_rows))
+        columns = columns_of(source.format or data.row_format, data.columns)
+        for number, row in read_rows(source, numbers, *columns, data.on_error == "skip"):
+            yield source, number, row
 
 
 def _texts(row: Row) -> list[str]:

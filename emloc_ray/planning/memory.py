@@ -137,7 +137,7 @@ class MemoryModel(CalibrationMemory):
         healing, mean = self.config.emulator.heals, self.lengths.mean
         logits = 0 if healing is None else healing.num_teacher_logits
         shard = rows_per_shard(mean, logits) * BYTES_PER_LOGIT * mean * logits
-        return self._plan_beside("finetune", {**self._scoring_parts(rows), "teacher": 2 * shard})
+        return self._plan_beside("finetune", {**self._scoring_parts(rows, with_adapter=False), "teacher": 2 * shard})
 
     def healing_training_parts(self) -> Parts:
         """The training of the healing alone; nothing where nothing is healed."""
@@ -207,6 +207,8 @@ class MemoryModel(CalibrationMemory):
         gone before a block begins: no part of the peak."""
         section, extra = self.trained.section, self.trained.section.model_extra or {}
         wide = optimizer_bytes(str(extra.get("optim", "adamw_torch")), section.gpus > 0)
+        if self.config.finetune.num_workers > 1 and self.config.finetune.deepspeed is None:
+            wide += FLOAT  # DDP's buckets, beside the gradients
         narrow = section.bf16 is True or extra.get("fp16") or (section.bf16 == "auto" and section.gpus > 0)
         return parameters * (wide + (_HALF if narrow else 0))
 
@@ -257,7 +259,7 @@ class MemoryModel(CalibrationMemory):
         return {
             "weights": self.emulator,
             "unpacked": self._unpacked(),
-            "activations": self._forward(rows * self.lengths.longest),
+            "activations": self._adapted_forward(rows * self.lengths.longest),
             **self._adapter_parts(1, rows),
             "correction": (DOUBLE + 2 * FLOAT) * directions,
         }
@@ -317,13 +319,15 @@ class MemoryModel(CalibrationMemory):
         variants at once, and one linear's merged weight."""
         section, scored = self.config.evaluation, self.prepared.variants_scored
         rows, completes = section.batch_size, section.num_generations or section.num_exact_match
-        cached = rows * (self.lengths.longest + section.max_new_tokens) * self.itemsize * self._cached_per_token()
+        cached = (
+            rows * (self.lengths.longest_scored + section.max_new_tokens) * self.itemsize * self._cached_per_token()
+        )
         merged = self.itemsize * max((s.num_parameters for s in self.adapted), default=0)
 
         def beside(number: int) -> Parts:
             adapters = self._adapter_parts(max(1, number - 1), rows)  # the original has none
             scoring = {**self._scoring_parts(rows), **adapters}
-            forward = self._forward(rows * self.lengths.longest)
+            forward = self._adapted_forward(rows * self.lengths.longest_scored)
             completing = {"kv cache": min(2, number) * cached, "activations": forward, **adapters}
             most = max(scoring, completing if completes else {}, key=total)
             return {**most, "merged": merged} if number > 1 and "merged" in scored else most
@@ -336,14 +340,14 @@ class MemoryModel(CalibrationMemory):
         asked = max(section.num_generations, section.num_exact_match, 1)
         if held.hold == "resident" or asked <= section.batch_size:
             return section.batch_size
-        cached = (self.lengths.longest + section.max_new_tokens) * self.itemsize * self._cached_per_token()
+        cached = (self.lengths.longest_scored + section.max_new_tokens) * self.itemsize * self._cached_per_token()
         left = self.worker_bytes("evaluation") - BASE_BYTES - total(held.parts)
-        more = max(0.0, left / (2 * cached + self._forward(self.lengths.longest)))
+        more = max(0.0, left / (2 * cached + self._adapted_forward(self.lengths.longest_scored)))
         return int(min(asked, section.batch_size + more))
 
     def _adapter_parts(self, number: int, rows: int) -> Parts:
         """So many adapters, and the hidden states of those that wait for their turn at a block: its input and output."""
-        waiting = 2 * (number - 1) * rows * self.lengths.longest * self.layout.hidden_size * self.itemsize
+        waiting = 2 * (number - 1) * rows * self.lengths.longest_scored * self.layout.hidden_size * self.itemsize
         return {
             "adapter": number * FLOAT * self.corrected_parameters,
             "row norms": number * self._row_norms(self.adapted),
@@ -355,10 +359,14 @@ class MemoryModel(CalibrationMemory):
         alone = self._plan_beside("evaluation", beside(1))
         return alone if alone.hold == "resident" else self._plan_beside("evaluation", beside(number))
 
-    def _scoring_parts(self, rows: int) -> Parts:
-        tokens = rows * self.lengths.longest
-        inside, logits = self._forward(tokens), self._logits(tokens)
+    def _scoring_parts(self, rows: int, with_adapter: bool = True) -> Parts:
+        tokens = rows * self.lengths.longest_scored
+        inside, logits = self._adapted_forward(tokens) if with_adapter else self._forward(tokens), self._logits(tokens)
         return {"activations": inside} if inside >= logits else {"logits": logits}
+
+    def _adapted_forward(self, tokens: float) -> float:
+        """A forward pass with an adapter, which adds to the widest output its update and that sum, in float32."""
+        return self._forward(tokens) + tokens * 2 * FLOAT * max((s.out_features for s in self.adapted), default=0)
 
     def _plan_beside(self, section: str, beside: Parts) -> HoldPlan:
         """The original as a worker of a section holds it, with what is beside it."""

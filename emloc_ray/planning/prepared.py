@@ -128,19 +128,21 @@ class Prepared:
 
     @functools.cached_property
     def lengths(self) -> Lengths:
-        """How long the rows to train on are."""
-        return self.lengths_of("train")
+        """How long the rows to train on are, and the longest of those in files of their own that are scored."""
+        scored = [self.lengths_of(split, packed=False).longest for split in _SCORED if self.files.get(split)]
+        return dataclasses.replace(self.lengths_of("train"), scored=max(scored, default=0.0))
 
     def lengths_of(self, split: str, packed: bool = True) -> Lengths:
         """How long the rows of a split are; as they are in its files where they are not ``packed``."""
         data = self.config.data if packed else self.config.data.model_copy(update={"packing": False})
         trust, image = self.config.model.trust_remote_code, self.layout.image.row_tokens
-        first = self.files.get(split, ())[:1]
+        files = self.files.get(split, ())
+        some = files[:: -(-len(files) // _FILES_READ) or 1]
 
         def count() -> Lengths:
-            return row_lengths(data, first, image, token_counter(self.source, trust))
+            return row_lengths(data, some, image, token_counter(self.source, trust))
 
-        return _LENGTHS.get((self.source, self.source.looks, trust, image, first, data.model_dump_json()), count)
+        return _LENGTHS.get((self.source, self.source.looks, trust, image, some, data.model_dump_json()), count)
 
     def calibration_tokens(self, tokens_per_row: float) -> float:
         """The tokens that calibration reads, at a mean of so many a row: the smallest of the config's bounds."""
@@ -152,6 +154,8 @@ class Prepared:
 
 
 _LENGTHS = Shared[Lengths](64)  # to tokenize a few hundred rows takes longer than all else of a plan
+_FILES_READ = 8  # of a split, at most: of its rows a plan reads some to know how long they are
+_SCORED = ("eval", "validation", "selection")
 _OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
 
 

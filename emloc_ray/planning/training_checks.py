@@ -29,8 +29,11 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
     extra["bf16"] = section.bf16 is True
     given = {"use_cpu": True, "report_to": "none", **ours, **extra}
     scores: dict[str, Any] = {"eval_strategy": section.eval_strategy, "eval_steps": section.scores_every}
-    if section.gpus:  # only workers know what their GPUs can do
-        given = {key: value for key, value in given.items() if key not in ("bf16", "fp16", "tf32", "optim")}
+    if section.bf16 is True and extra.get("fp16"):
+        raise ConfigError("finetune.fp16 and finetune.bf16 are both true: set one of them to false.")
+    if section.gpus:  # only workers know what their GPUs can do, and what is installed beside them
+        unknown = {"bf16", "fp16", "tf32", *(("optim",) if config.ray.joins else ())}
+        given = {key: value for key, value in given.items() if key not in unknown}
     with tempfile.TemporaryDirectory() as folder:
         try:
             arguments = TrainingArguments(output_dir=folder, **scores, **given)

@@ -11,6 +11,7 @@ import pytest
 
 from emloc_ray.planning.first_rows import first_rows
 from emloc_ray.planning.lengths import Lengths, row_lengths
+from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.prepared import Prepared
 
 _TEXTS = ("and so on " * 4, "7" * 50, "a few words", "日本語の文章です。" * 3)
@@ -60,3 +61,22 @@ def test_a_text_that_is_none_is_counted_until_it_is_left_out(prepared: Callable[
     path.write_text((json.dumps({"text": "good"}) + "\n") * 4 + '{"text": "\\ud800"}\n')
     data = {"train": {"path": str(path)}, "on_error": "skip", "format": "text", "max_seq_length": 64}
     assert prepared(data=data).lengths.longest == 5
+
+
+def test_rows_of_every_file_and_of_every_split_that_is_scored_count(
+    prepared: Callable[..., Prepared], tmp_path: Path
+) -> None:
+    paths = {name: tmp_path / f"{name}.jsonl" for name in ("short", "long", "longer")}
+    for path, length in zip(paths.values(), (5, 50, 90), strict=True):
+        path.write_text((json.dumps({"text": "7" * length}) + "\n") * 3)
+    short, long, longer = map(str, paths.values())
+    limit = {"max_seq_length": 4096, "format": "text"}
+    alone = prepared(data={"train": {"path": short}, **limit})
+    both = prepared(data={"train": {"path": [short, long]}, **limit})
+    assert both.lengths.longest > 5 * alone.lengths.longest == 5 * alone.lengths.longest_scored
+    scored = prepared(data={"train": {"path": short}, "eval": {"path": longer}, **limit})
+    assert scored.lengths.longest == alone.lengths.longest
+    assert scored.lengths.longest_scored == scored.lengths_of("eval").longest > both.lengths.longest
+    mine, others = MemoryModel(scored), MemoryModel(alone)
+    assert mine.finetuning_parts() == others.finetuning_parts()
+    assert total(mine.evaluation_parts()) > total(others.evaluation_parts())

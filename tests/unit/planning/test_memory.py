@@ -403,3 +403,14 @@ def test_gradients_of_llama_7b_by_hand() -> None:
     square = MemoryModel(bare(LlamaConfig()), ROW).factorization_parts()["grams"]
     assert model.factorization_parts()["grams"] == square + 3 * 4 * 4096**2 + 4 * 4096 * 11008
     assert MemoryModel(bare(LlamaConfig()), ROW).gradient_parts()["gradients"] == 0
+
+
+def test_a_group_holds_its_buckets_and_scores_an_adapter_s_update(llama_7b: Prepared) -> None:
+    alone = MemoryModel(llama_7b, ROW)
+    finetune = llama_7b.config.finetune.model_copy(update={"num_workers": 2})
+    config = llama_7b.config.model_copy(update={"finetune": finetune})
+    group = MemoryModel(dataclasses.replace(llama_7b, config=config), ROW)
+    assert group.finetuning_parts()["optimizer"] - alone.finetuning_parts()["optimizer"] == 4 * alone.adapter_parameters
+    rows = llama_7b.config.evaluation.batch_size
+    without = MemoryModel(llama_7b, ROW).teacher_plan(rows).parts["activations"]
+    assert alone.evaluation_parts()["activations"] - without == rows * 2048 * 2 * 4 * 11008

@@ -129,6 +129,11 @@ def refused(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[...
             },
             "emulator.healing trains by finetune's settings, but without scores",
         ),
+        (
+            {"ray": {"num_gpus": 1}, "finetune": {"gpus_per_worker": 1, "optim": "schedule_free_adamw"}},
+            "finetune.optim: schedule_free_adamw cannot be used (You need to install",
+        ),
+        ({"finetune": {"bf16": True, "fp16": True}}, "finetune.fp16 and finetune.bf16 are both true: set one"),
         ({"finetune": {"report_to": "tensorbord"}}, "finetune.report_to: tensorbord is not supported"),
         ({"finetune": {"report_to": ["tensorboard", "neptune"]}}, "finetune.report_to: neptune is not installed"),
         (
