@@ -137,12 +137,12 @@ class Prepared:
         data = self.config.data if packed else self.config.data.model_copy(update={"packing": False})
         trust, image = self.config.model.trust_remote_code, self.layout.image.row_tokens
         files = self.files.get(split, ())
-        some = files[:: -(-len(files) // _FILES_READ) or 1]
+        read = files[:: -(-len(files) // _FILES_READ) or 1]
 
         def count() -> Lengths:
-            return row_lengths(data, some, image, token_counter(self.source, trust))
+            return row_lengths(data, read, image, token_counter(self.source, trust))
 
-        return _LENGTHS.get((self.source, self.source.looks, trust, image, some, data.model_dump_json()), count)
+        return _LENGTHS.get((self.source, self.source.looks, trust, image, read, data.model_dump_json()), count)
 
     def calibration_tokens(self, tokens_per_row: float) -> float:
         """The tokens that calibration reads, at a mean of so many a row: the smallest of the config's bounds."""

@@ -37,6 +37,7 @@ def planned_bytes(
         finetune=SimpleNamespace(
             per_device_train_batch_size=rows,
             gradient_checkpointing=True,
+            num_workers=1,
             deepspeed=None,
             packing=False,
             bf16=True,
