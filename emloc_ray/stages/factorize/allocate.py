@@ -64,7 +64,7 @@ class AllocationJob:
     plain_factors: bool = False
     dampening_frac: float = 1e-6
     gradient_dampening_frac: float = 1e-2
-    never_dense: tuple[str, ...] = ()
+    never_dense: frozenset[str] = frozenset()
     storage: Storage = "factors"
     rank_multiple: int | Literal["auto"] = "auto"
     spending: Spending | None = None
@@ -167,9 +167,14 @@ def allocate_ranks(
         for read in pool.map(_read_losses, files):
             losses |= read
     offers, even_cost = dict[str, Offer](), 0
+    alike: dict[object, tuple[list[Form], list[int]]] = {}  # thousands of experts have one list between them
     for spec in itertools.chain.from_iterable(job.groups):
-        forms, even = job.forms(spec), job.even(spec)
-        offers[spec.name] = Offer(forms, [job.cost(spec, form) for form in forms], losses[spec.name], even)
+        even = job.even(spec)
+        key = spec.out_features, spec.in_features, even, spec.name in job.never_dense
+        if key not in alike:
+            forms = job.forms(spec)
+            alike[key] = forms, [job.cost(spec, form) for form in forms]
+        offers[spec.name] = Offer(*alike[key], losses[spec.name], even)
         even_cost += job.cost(spec, even)
     budget, file = (even_cost, RANKS) if job.spending is None else (job.spending.budget, FORMS)
     return {"num_workers": resources.num_workers, **spend(offers, budget, out_dir / file)}

@@ -46,7 +46,7 @@ def allocation_job(context: Context) -> AllocationJob:
         plain_factors=layout.objective == "activations",
         dampening_frac=emulator.dampening_frac,
         gradient_dampening_frac=emulator.gradient_dampening_frac,
-        never_dense=tuple(name for name in layout.allocated if not layout.may_be_dense(name)),
+        never_dense=frozenset(name for name in layout.allocated if not layout.may_be_dense(name)),
         storage=layout.storage,
         rank_multiple=emulator.rank_multiple,
         spending=None if layout.budget is None else _spending(context, layout.budget),

@@ -181,7 +181,7 @@ def test_ranks_are_written_with_what_they_lose(artifacts: Artifacts, gradients_d
     told = json.loads((out_dir / "ranks.json").read_text())["layers"]
     assert {name for name, layer in told.items() if layer["loss"] is None} == {silent}
     assert sum(layer["loss"] or 0 for layer in told.values()) == pytest.approx(result["loss"])
-    alone = replace(job, never_dense=tuple(ranks))
+    alone = replace(job, never_dense=frozenset(ranks))
     write_losses(alone, tmp_path / "alone", silent)
     allocate_ranks(alone, tmp_path / "alone", Resources())
     assert None not in read_ranks(tmp_path / "alone").values()
