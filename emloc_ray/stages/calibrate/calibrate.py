@@ -47,8 +47,11 @@ def calibrate(
             gather_grams = _gather_block_by_block if job.hold == BLOCKS else _gather_whole_model
             return gather_grams(job, out_dir, resources, progress, tell)
 
+        def gather_again(job: CalibrationJob, out_dir: Path) -> Gathered:
+            return gather_or_go_by_block(job, out_dir, gather, tell)[1]
+
         job, first = gather_or_go_by_block(job, out_dir, gather, tell)
-        (counts, weight_map), routed = gather_for_thin_experts(job, out_dir, first, gather)
+        (counts, weight_map), routed = gather_for_thin_experts(job, out_dir, first, gather_again)
         orders = {name: order for name, order in job.experts if name not in weight_map}
         write_gram_index(out_dir, job.groups, weight_map, counts, routed_tokens=routed, orders=orders)
     for left in (out_dir / "slots", local_only(out_dir) / "hidden"):

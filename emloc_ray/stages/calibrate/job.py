@@ -102,10 +102,10 @@ def resume_job(job: CalibrationJob, out_dir: Path, inputs: Any, num_slots: int, 
 
 
 def by_blocks(job: CalibrationJob, out_dir: Path) -> CalibrationJob:
-    """The job block by block, for an ``out_dir`` that :func:`resume_job` began otherwise. Removes its slots and sums; a later try
-    resumes block by block."""
+    """The job block by block, for an ``out_dir`` that was begun otherwise. Removes its slots and sums; a later try of what
+    :func:`resume_job` began resumes block by block."""
     path = out_dir / _BEGUN
-    begun = read_json(path)
+    begun: dict[str, Any] = read_json(path) or {}
     discard(out_dir / "slots")
     for sums in sizes(out_dir):
         if sums.suffix == ".safetensors":

@@ -12,14 +12,15 @@ import torch
 from ray.exceptions import WorkerCrashedError
 from stage_artifacts import Artifacts
 
+from emloc_ray.core.gram import Gram
 from emloc_ray.errors import ArtifactError, Stopped
-from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.io.formats.grams import GramStore, write_gram_shard
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.stages.calibrate import calibrate as calibrating
 from emloc_ray.stages.calibrate.calibrate import calibrate, gather_or_go_by_block, tokens_read
 from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, resume_job
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
-from emloc_ray.stages.calibrate.thin_experts import Gathered
+from emloc_ray.stages.calibrate.thin_experts import FOLDER, Gathered
 from emloc_ray.stages.ray.losses import MAX_RESTARTS, Losses
 from emloc_ray.stages.ray.tasks import Resources
 
@@ -48,6 +49,31 @@ def test_out_of_memory_goes_on_block_by_block_where_it_may(
     with pytest.raises(torch.OutOfMemoryError):
         gather_or_go_by_block(job, tmp_path, gather, notes.append)
     assert notes == []
+
+
+def test_a_second_pass_over_thin_experts_goes_on_block_by_block_too(
+    artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [name, *_], *_ = artifacts.calibration_job.groups
+    experts = ((name, artifacts.specs[0].in_features),)
+    job = replace(artifacts.calibration_job, may_stream=True, experts=experts, min_expert_tokens=5)
+    job = resume_job(job, tmp_path, "inputs", 1, auto=True)
+    ways: list[tuple[bool, str]] = []
+
+    def gather(job: CalibrationJob, out_dir: Path, *_: Any) -> Gathered:
+        ways.append((out_dir.name == FOLDER, job.hold))
+        if job.reread and job.hold != BLOCKS:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        file = f"{job.hold}.safetensors"
+        counts = {group[0]: 2 if group[0] == name and not job.reread else 9 for group in job.groups}
+        write_gram_shard(out_dir / file, {each: Gram(torch.eye(4), count) for each, count in counts.items()})
+        return counts, dict.fromkeys(counts, file)
+
+    for way in ("_gather_whole_model", "_gather_block_by_block"):
+        monkeypatch.setattr(calibrating, way, gather)
+    calibrate(job, tmp_path, Resources())
+    assert ways == [(False, "resident"), (True, "resident"), (True, BLOCKS)]
+    assert GramStore(tmp_path).num_tokens(name) == 9
 
 
 class OneProcess:
