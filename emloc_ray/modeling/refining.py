@@ -22,8 +22,8 @@ from emloc_ray.modeling.integer_linear import IntegerLinear
 Batch = TypeVar("Batch")
 
 _BETAS = (0.9, 0.95)  # so few steps that a longer memory of the gradients' size would be of the first ones
-# Of Adam, divided by how many numbers are trained, as their gradients are: 1e-8 in the blocks that were measured, and a sixtieth
-# in a block of 235 million, whose codes would else take half a step or less.
+# Adam's eps, times how many numbers are trained: a gradient is smaller the more there are. In the blocks that were measured, of
+# 3.5 million numbers, it is Adam's own 1e-8. With that, the codes of a block of hundreds of millions would hardly move.
 _EPS = 0.035
 # Steps are a share of what they change, and of codes at least of so many: in 2 and 3 bits a code is one or two in size, and
 # would be on its way to the next for longer than the fit lasts.
@@ -169,7 +169,9 @@ def fit_block(
     """
     before = _mean_error(read, error, held_out)
     if not math.isfinite(before):
-        raise NumericsError(f"{name} gives NaN or Inf before it is refined: set model.dtype to float32.")
+        raise NumericsError(
+            f"{name} gives NaN or Inf before it is refined: set model.dtype to float32, or remove emulator.refinement."
+        )
     linears = refined_in(block)
     if before == 0 or not linears:
         return Fit(before, before)
