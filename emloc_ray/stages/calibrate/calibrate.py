@@ -20,7 +20,7 @@ from emloc_ray.io.formats.grams import (
 from emloc_ray.io.store.node_cache import discard, exists, is_stored, local_only, sizes
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.block_flow import block_flow
-from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, by_blocks
+from emloc_ray.stages.calibrate.job import BLOCKS, MAX_LEAD, CalibrationJob, by_blocks
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot, smaller_batch
 from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file, last_node, part_file
 from emloc_ray.stages.calibrate.thin_experts import Gathered, clear_thin, describe, gather_for_thin_experts
@@ -198,8 +198,8 @@ def _reduce_part(slots: dict[Path, int], names: list[str], path: Path) -> dict[s
 def _gather_block_by_block(
     job: CalibrationJob, out_dir: Path, resources: Resources, progress: Progress, tell: Tell
 ) -> Gathered:
-    """Every slot at its own pace through the blocks; a block's Grams are summed once all slots have passed it. Those of a single
-    slot are the sums."""
+    """Every slot through the blocks, none far ahead of the slowest; a block's Grams are summed once all slots have passed it.
+    Those of a single slot are the sums."""
     num_slots, losses = _num_slots(job, resources), Losses(job.step, tell)
     options = dict(job.model_options)
     trusted = options.get("trust_remote_code", False)
@@ -233,7 +233,7 @@ def _gather_block_by_block(
 
     work, planned_s = [range(num_blocks)] * num_slots, resources.planned_s
     with Flight(num_slots, losses, planned_s) as flight:
-        run_slots(start, work, "block", losses, progress, done, planned_s=planned_s)
+        run_slots(start, work, "block", losses, progress, done, planned_s=planned_s, max_lead=MAX_LEAD)
         while flight.pump(LOOK_S):
             progress(num_slots * num_blocks, num_slots * num_blocks)
     counts = {name: count for file in files for name, count in gram_counts(file).items()}

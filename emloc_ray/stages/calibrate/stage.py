@@ -11,7 +11,7 @@ from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.sizes import gradient_bytes, gram_bytes
 from emloc_ray.planning.work import WITH_BACKWARD, block_work, head_work, tokens_calibrated
-from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, Labels, resume_job
+from emloc_ray.stages.calibrate.job import BLOCKS, MAX_LEAD, CalibrationJob, Labels, resume_job
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.stage import Stage, metrics_of
 
@@ -120,8 +120,7 @@ def _gram_cost(memory: MemoryModel) -> StageCost:
     groups = [group for wave in waves for group in wave]
     products = sum(group[0].token_share * group[0].in_features ** 2 for group in groups) * 1.2
     grams, passes = sum(map(gram_bytes, groups)), 1 if by_blocks else len(waves)
-    # Hidden states while the stage lasts, or a set of sums for each worker.
-    held = memory.hidden_state_disk_bytes() if by_blocks else grams * prepared.config.calibration.num_workers
+    held = _summed_on_disk(memory, grams, by_blocks)
     tokens, section = tokens_calibrated(prepared, memory.lengths), prepared.config.calibration
     # Block by block each worker's weights come once for all its rows.
     rows_read = section.num_workers * section.batch_size if by_blocks else tokens / memory.lengths.mean
@@ -134,6 +133,16 @@ def _gram_cost(memory: MemoryModel) -> StageCost:
         efficiency=0.65,
         start_seconds=25,
     )
+
+
+def _summed_on_disk(memory: MemoryModel, grams: int, by_blocks: bool) -> int:
+    """Bytes on disk while the stage lasts: a set of sums for each worker; or hidden states, and of several workers each the sums
+    of the blocks that not all have passed."""
+    num_workers = memory.config.calibration.num_workers
+    if not by_blocks:
+        return grams * num_workers
+    waiting = (MAX_LEAD + 1) * num_workers * memory.calibration_parts_by_block()["grams"] if num_workers > 1 else 0
+    return memory.hidden_state_disk_bytes() + min(int(waiting), grams * num_workers)
 
 
 def _gradient_cost(memory: MemoryModel) -> StageCost:

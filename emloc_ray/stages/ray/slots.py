@@ -3,6 +3,8 @@
 A task and no actor: its process, in which torch and transformers are imported, serves the next stage too.
 """
 
+from __future__ import annotations
+
 import bisect
 import dataclasses
 import gc
@@ -81,17 +83,24 @@ def run_slots(
     done: Callable[[int, int], None] = lambda slot, unit: None,
     safe: Sequence[int] | None = None,
     planned_s: float = 0.0,
+    max_lead: int | None = None,
 ) -> None:
     """Runs a task for each slot: ``start(slot)`` begins it (:func:`start_slot`), and it does ``work[slot]``, ascending units,
     which people call ``unit_name``.
 
     ``done(slot, unit)`` is called with every finished unit, after a resume with the last one alone. A lost task is restarted
     and reports its progress. ``safe[slot]``: the last unit of an earlier try, where known; a slot at its end is not begun.
-    ``planned_s``: as for :class:`Pace`. Raises StageError where a slot is lost more often than ``losses`` allows, either at one
-    unit, or before it begins while no unit is done.
+    ``planned_s``: as for :class:`Pace`. A slot that is ``max_lead`` units ahead of the slowest that runs does one more, then
+    waits; None: it never does. Raises StageError where a slot is lost more often than ``losses`` allows, either at one unit, or
+    before it begins while no unit is done.
     """
+
+    def waits(slot: _Slot) -> bool:
+        running = [other.count for other in slots if other.runs]
+        return max_lead is not None and slot.count - min(running, default=slot.count) >= max_lead
+
     slots = [
-        _Slot(number, units, last, start, unit_name, done)
+        _Slot(number, units, last, start, unit_name, done, waits)
         for number, (units, last) in enumerate(zip(work, safe or [-1] * len(work), strict=True))
     ]
     total = sum(map(len, work))
@@ -119,28 +128,35 @@ class _Slot(FlightTask):
         start: Callable[[int], Any],
         unit_name: str,
         done: Callable[[int, int], None],
+        waits: Callable[[_Slot], bool],
     ) -> None:
         super().__init__(f"slot {number}", self._start, opens=True)
         self.number, self.units, self.start, self.unit_name, self.done = number, units, start, unit_name, done
         self.count = self.reached = bisect.bisect_right(units, safe)
-        self._at = "its start"
+        self.runs = False  # until it has told where it goes on; it may wait for a worker
+        self._waits, self._at = waits, "its start"
 
     def _start(self) -> Any:
-        self.name, self._at = f"slot {self.number}", "its start"
+        self.name, self.runs, self._at = f"slot {self.number}", False, "its start"
         return self.start(self.number)
+
+    def waits(self) -> bool:
+        """Whether it is so far ahead of others that what it has done is not taken yet."""
+        return self.runs and self._waits(self)
 
     def take(self, given: Timed, losses: Losses) -> Next:
         """A unit that is done, the slot's end, or that it leaves its node."""
         worker, unit = f"slot {self.number} on {given.span.worker.partition(' on ')[2]}", given.result
         tell_span(dataclasses.replace(given.span, stage=losses.stage, worker=worker, unit=self._at))
         if unit is None:  # committed to the end
+            self.runs = False
             return "over"
         if unit == LEFT:
             losses.tell(
                 f"{losses.stage}: slot {self.number} leaves a node that is about to go, and continues from {self._at}."
             )
             return "again"
-        self.count = bisect.bisect_right(self.units, unit)
+        self.runs, self.count = True, bisect.bisect_right(self.units, unit)
         self.reached = max(self.reached or 0, self.count)  # a unit that is done again is none
         if unit >= 0:
             self.done(self.number, unit)

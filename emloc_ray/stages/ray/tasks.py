@@ -163,6 +163,10 @@ class FlightTask:
     result: Any = None
     opens: bool = False
 
+    def waits(self) -> bool:
+        """Whether what it gives is not taken yet: a generator goes on once that is."""
+        return False
+
     def take(self, given: Timed, losses: Losses) -> Next:
         """Keeps what the task gave."""
         tell_span(replace(given.span, stage=losses.stage, unit=self.name))
@@ -207,8 +211,8 @@ class Flight:
             self._waiting.remove(piece)
             self._flying[piece.submit()] = piece
         timeout = min([timeout, *(piece.begin - now for piece in self._waiting if piece.begin > now)])
-        if self._flying:
-            for task in ray.wait(list(self._flying), num_returns=1, timeout=timeout)[0]:
+        if going := [task for task, piece in self._flying.items() if not piece.waits()]:
+            for task in ray.wait(going, num_returns=1, timeout=timeout)[0]:
                 self._take(task)
         else:
             time.sleep(timeout)

@@ -74,6 +74,37 @@ def test_a_slot_that_comes_no_further_is_given_up(losing: list[Any], at: str, mo
         work_off([begun, *[losing] * 3], monkeypatch, bound=2)
 
 
+@pytest.mark.parametrize(("max_lead", "most"), [(2, 2), (None, 8)])
+def test_a_fast_slot_waits_for_the_slowest_that_runs(
+    max_lead: int | None, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three slots the second begins first, then the first is always faster; the third waits for a worker until both end."""
+    started: list[Iterator[int | None]] = []
+    reached, leads = [0, 0, 0], [0]
+
+    def start(slot: int) -> Iterator[int | None]:
+        started.append(iter([NO_UNIT, *range(8), None]))
+        return started[-1]
+
+    def wait(going: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        first = min(going, key=started.index)
+        if first is started[0] and not begun:
+            first = started[1]
+        begun.append(first)
+        return [first], [task for task in going if task is not first]
+
+    def done(slot: int, unit: int) -> None:
+        reached[slot] = unit + 1
+        leads.append(reached[0] - reached[1])
+
+    begun: list[Any] = []
+    monkeypatch.setattr(tasks.ray, "wait", wait)
+    monkeypatch.setattr(tasks.ray, "get", lambda unit: Timed(unit, SPAN))
+    slots.run_slots(start, [range(8)] * 3, "block", Losses("calibrate"), done=done, max_lead=max_lead)
+    assert reached == [8, 8, 8]
+    assert max(leads) == most
+
+
 def test_a_slot_says_that_it_has_begun_before_it_opens_its_model() -> None:
     opened: list[str] = []
 
