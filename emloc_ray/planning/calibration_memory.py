@@ -161,7 +161,8 @@ class CalibrationMemory(ModelBytes):
 
     def _backward_parts(self, tokens: float) -> Parts:
         inputs = tokens * self.itemsize * sum(block.multiple * block.width for block in self.blocks)
-        saved = max(block.multiple * self._saved_per_token(block, ()) for block in self.blocks)
+        length = self.lengths.longest
+        saved = max(block.multiple * self._saved(block, self.itemsize, length) for block in self.blocks)
         widest = max((spec.out_features for spec in self.layout.specs), default=0)
         inside = tokens * (saved + widest * (self.itemsize + FLOAT))
         # Beside the logits and their softmax a running sum in float64, from which labels are drawn.
@@ -192,7 +193,8 @@ class CalibrationMemory(ModelBytes):
         saved = max(
             block.multiple
             * (
-                self._saved_per_token(block, [spec for spec, _ in fitted], by_adapters=False)
+                self._saved(block, self.itemsize, self.lengths.longest)
+                + self._read_by_trained(block, [spec for spec, _ in fitted])
                 + self.itemsize * sum(spec.token_share * (form.rank or form.residual_rank) for spec, form in fitted)
             )
             for block, fitted in zip(blocks, forms, strict=True)

@@ -52,6 +52,7 @@ class Layout:
     left_in_blocks: dict[str, int] = field(default_factory=dict)  # parameters of what is no linear, by its kind
     image: ImageShape = field(default_factory=ImageShape)
     whole_logits: bool = False
+    eager: bool = False  # see Skeleton
     allocation: str = "uniform"
     objective: str = "activations"
     free: tuple[str, ...] = ()  # compressed linears without a ratio of their own
@@ -222,6 +223,7 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         left_in_blocks=skeleton.left_in_blocks,
         image=skeleton.image,
         whole_logits=skeleton.whole_logits,
+        eager=skeleton.eager,
         free=tuple(name for name in compressed if lookup(name, config.emulator.ratios, None) is None),
         **_emulated(config, specs, compressed),
     )

@@ -20,9 +20,8 @@ from emloc_ray.planning.holding import choose
 from emloc_ray.planning.machine import gpus_of_slow_float64
 from emloc_ray.planning.model_bytes import DIVERGENCE_COPIES, LOSS_COPIES
 from emloc_ray.planning.optimizers import optimizer_bytes
-from emloc_ray.planning.sizes import DOUBLE, FLOAT, gradient_bytes, gram_bytes
+from emloc_ray.planning.sizes import DOUBLE, FLOAT, HALF, gradient_bytes, gram_bytes
 
-_HALF = 2
 _HEADER_BYTES = 4000  # of Python's objects for a token of the vocabulary and its merges: 3,560 for SmolLM2's
 CANDIDATES = 4  # corrections that auto scores, in one pass where weights come and go
 # Of the data: rows that are tokenized at once, rows with images, and bytes of images that are written at once.
@@ -189,7 +188,7 @@ class MemoryModel(CalibrationMemory):
         section = self.trained.section
         virtual = self.trained.adapter.settings.get("num_virtual_tokens", 0)
         tokens = section.per_device_train_batch_size * (self.trained_lengths.longest + virtual)
-        saved = [block.multiple * self._saved_per_token(block, self.adapted) for block in self.blocks]
+        saved = [block.multiple * self.saved_in_training(block) for block in self.blocks]
         inputs = sum(block.multiple * block.width for block in self.blocks) * self.itemsize
         kept, inner = (inputs, max(saved)) if again else (sum(saved), 0.0)
         inside = tokens * (inner + self._update_per_token())
@@ -209,8 +208,7 @@ class MemoryModel(CalibrationMemory):
         wide = optimizer_bytes(str(extra.get("optim", "adamw_torch")), section.gpus > 0)
         if self.config.finetune.num_workers > 1 and self.config.finetune.deepspeed is None:
             wide += FLOAT  # DDP's buckets, beside the gradients
-        narrow = section.bf16 is True or extra.get("fp16") or (section.bf16 == "auto" and section.gpus > 0)
-        return parameters * (wide + (_HALF if narrow else 0))
+        return parameters * (wide + (HALF if self.narrow else 0))
 
     def finetuning_hold(self) -> str:
         """How the fine-tuning holds its model. Offloaded only where that is the original, at ratio 1.0, and it does not fit;

@@ -14,11 +14,12 @@ from emloc_ray.core.forms import Form
 from emloc_ray.core.integer_forms import BITS
 from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.modeling.attention import is_flash
 from emloc_ray.modeling.loss import chunk_tokens
 from emloc_ray.planning.lengths import PACKED_SHARE, Lengths
 from emloc_ray.planning.machine import WITH_MODELS, gpus_compute_bfloat16
 from emloc_ray.planning.model_files import named_dtype
-from emloc_ray.planning.sizes import FLOAT, Block, blocks_of, widest_step
+from emloc_ray.planning.sizes import FLOAT, HALF, Block, blocks_of, widest_step
 
 if TYPE_CHECKING:
     from emloc_ray.planning.prepared import Prepared, Training
@@ -149,35 +150,78 @@ class ModelBytes:
     def _vocabulary(self) -> float:
         return self.layout.head_parameters / self.layout.hidden_size
 
-    def _saved_per_token(self, block: Block, trained: Collection[LinearSpec], by_adapters: bool = True) -> float:
-        """Bytes that a block keeps of a token for its backward pass, ``trained`` being the linears that are adapted, or not
-        ``by_adapters``, whose own weights are trained.
+    @property
+    def narrow(self) -> bool:
+        """Whether training computes in 16 bits, by autocast."""
+        section = self.trained.section
+        half = section.bf16 is True or (section.model_extra or {}).get("fp16")
+        return bool(half) or (section.bf16 == "auto" and section.gpus > 0)
 
-        - What trained linears read, once for all that share it; adapters read it in float32: where the model is not, a copy
-          for each; with dropout a copy and a mask for each.
-        - The residual stream in float32, at each of two norms.
-        - What goes into attention and activations, and what comes out.
+    def saved_in_training(self, block: Block) -> float:
+        """Bytes that a block keeps of a token for its backward pass in training.
+
+        - What an adapter reads, once for all that share it; by autocast in 16 bits and else in float32, a copy for each where
+          the model is in another dtype; with dropout what is left of it in that dtype, and a mask.
+        - Of packs whose rows a mask tells apart the mask, as it is added to scores, and keys and values again for each head of
+          the queries.
+        - What stands between LoRA's two factors, or VeRA's.
         - Outputs that are scaled by what is learned, in float32, and of DoRA the base's too.
         - Of LoHa and LoKr what stands between their factors, in float32: of LoKr about as much as the outputs.
+        - What :meth:`_saved` counts.
+        """
+        adapted, method, section = set(self.adapted), self.trained.adapter.method, self.trained.section
+        dropout, narrow = bool(self.trained.adapter.lora_dropout), self.narrow
+        computed = HALF if narrow else FLOAT
+        mask = 0 if not dropout else 1 if section.gpus > 0 else FLOAT
+        kept = outputs = 0.0
+        for group in block.groups:
+            own = [spec for spec in group if spec in adapted]
+            copies = len(own) if dropout or narrow or self.itemsize < FLOAT else min(len(own), 1)
+            share = group[0].token_share
+            kept += share * copies * group[0].in_features * (computed + mask)
+            outputs += share * sum(spec.out_features for spec in own)
+            between = FLOAT if method in ("loha", "vera") else computed if method in ("lora", "dora") else 0
+            kept += share * between * sum(map(self._rank, own))
+        scaled = {"dora": FLOAT + self.itemsize, "vera": FLOAT, "ia3": FLOAT, "lokr": FLOAT}.get(method, 0)
+        itemsize, length = (HALF if narrow else self.itemsize), self.trained_lengths.longest
+        if section.packing and not is_flash(self.config.model.attn_implementation):
+            kept += 0 if block.is_between or self.layout.eager else itemsize * (length + self._repeated_per_token())
+        return kept + outputs * scaled + self._saved(block, itemsize, length)
+
+    def _saved(self, block: Block, itemsize: int, length: float) -> float:
+        """Bytes that a block keeps of a token for its backward pass, whatever is trained.
+
+        - The residual stream in float32, at each of two norms.
+        - What goes into attention and activations, and what comes out, in numbers of ``itemsize`` bytes.
+        - Of eager attention in rows of that ``length`` the scores' softmax in float32, and as it is multiplied; and keys and
+          values again for each head of the queries.
 
         Frozen linears keep nothing; experts' linears count by the share of tokens that is sent to each.
         """
-        adapted, method = set(trained), self.trained.adapter.method if by_adapters else ""
-        dropout = by_adapters and bool(self.trained.adapter.lora_dropout)
-        read_in = FLOAT if by_adapters else self.itemsize
-        read = inner = outputs = 0.0
+        inner = 0.0
         for group in block.groups:
-            count = sum(spec in adapted for spec in group)
-            copies = count if self.itemsize < read_in or dropout else min(count, 1)
-            share = group[0].token_share
-            read += share * copies * group[0].in_features * read_in * (2 if dropout else 1)
-            outputs += share * sum(spec.out_features for spec in group if spec in adapted)
-            if method == "loha":
-                read += share * FLOAT * sum(self._rank(spec) for spec in group if spec in adapted)
             writes = len(group) == 1 and group[0].out_features == block.width
-            inner += share * (group[0].in_features if writes else sum(spec.out_features for spec in group))
-        scaled = {"dora": FLOAT + self.itemsize, "vera": FLOAT, "ia3": FLOAT, "lokr": FLOAT}.get(method, 0)
-        return read + 2 * block.width * FLOAT + inner * self.itemsize + outputs * scaled
+            width = group[0].in_features if writes else sum(spec.out_features for spec in group)
+            inner += group[0].token_share * width
+        scored = 0.0
+        if self.layout.eager and not block.is_between:
+            scored = self._scores_per_token(length) * (FLOAT + (itemsize if itemsize < FLOAT else 0))
+            scored += self._repeated_per_token() * itemsize
+        return 2 * block.width * FLOAT + inner * itemsize + scored
+
+    def _read_by_trained(self, block: Block, trained: Collection[LinearSpec]) -> float:
+        """Bytes of a token that linears in a block read whose own weights are trained: once for all that share it."""
+        own = set(trained)
+        read = (group[0] for group in block.groups if own.intersection(group))
+        return self.itemsize * sum(spec.token_share * spec.in_features for spec in read)
+
+    def _scores_per_token(self, length: float) -> float:
+        """Numbers that eager attention scores of a token of so long a row in a layer: none where a kernel computes it."""
+        return length * max(heads for heads, _, _ in self._heads) if self.layout.eager else 0.0
+
+    def _repeated_per_token(self) -> float:
+        """Numbers that a layer has more once each head of the queries has keys and values of its own."""
+        return max(2.0 * width * (heads - cached) for heads, cached, width in self._heads)
 
     def _update_weights(self, block: Block) -> int:
         """What LoHa makes of its factors in a block and keeps for the backward pass, in float32: their paired columns, or
@@ -189,15 +233,18 @@ class ModelBytes:
 
     def _update_per_token(self) -> float:
         """Bytes of the widest ``W x + s B (A x)`` on its way forward, or of its gradient on the way back: once in the
-        model's dtype, three times in float32."""
+        model's dtype and three times in float32, or by autocast all in 16 bits."""
         widths = {block.name: block.multiple for block in self.blocks}
         outputs = (widths[spec.block] * spec.out_features for spec in self.adapted)
-        return max(outputs, default=0.0) * (self.itemsize + 3 * FLOAT)
+        return max(outputs, default=0.0) * (4 * HALF if self.narrow else self.itemsize + 3 * FLOAT)
 
     def _forward(self, tokens: float) -> float:
         """Bytes of what lives at once inside a block that keeps nothing: the residual stream before and after attention,
-        normed too, and of its widest step the input, the outputs and one more that is made of them."""
-        return tokens * self.itemsize * max(block.multiple * widest_step(block) for block in self.blocks)
+        normed too, and of its widest step the input, the outputs and one more that is made of them; or of eager attention the
+        scores, with their softmax in float32."""
+        widest = self.itemsize * max(block.multiple * widest_step(block) for block in self.blocks)
+        scores = self._scores_per_token(self.lengths.longest) * max(2 * FLOAT, FLOAT + 2 * self.itemsize)
+        return tokens * max(widest, scores + 2 * self.itemsize * self.layout.hidden_size if scores else 0)
 
     def _counting(self, tokens: float) -> float:
         """A pass that adds to Grams: beside it the widest input without its padding, in float32."""
@@ -205,16 +252,21 @@ class ModelBytes:
         return self._forward(tokens) + tokens * widest * (FLOAT + (0 if self.itemsize == FLOAT else self.itemsize))
 
     def _cached_per_token(self) -> float:
+        """Numbers that all layers keep of a token: its keys and values."""
+        return sum(2.0 * width * cached for _, cached, width in self._heads)
+
+    @functools.cached_property
+    def _heads(self) -> list[tuple[int, int, int]]:
+        """Of each layer the heads, those of keys and values, and how wide one is."""
         config = self.model_config.get_text_config()
         differ = getattr(config, "is_heterogeneous", False)  # then what differs is asked of a layer alone
         alike = [config] * getattr(config, "num_hidden_layers", len(self.blocks))  # BLT's counts for each of its parts
-        return sum(map(self._cached_in, config.per_layer_config if differ else alike))
+        return list(map(self._heads_in, config.per_layer_config if differ else alike))
 
-    def _cached_in(self, layer: Any) -> float:
-        """Numbers that a layer of that config keeps of a token: its keys and values."""
+    def _heads_in(self, layer: Any) -> tuple[int, int, int]:
         heads = getattr(layer, "num_attention_heads", None) or 1
-        width = getattr(layer, "head_dim", None) or self.layout.hidden_size // heads
-        return 2.0 * width * (getattr(layer, "num_key_value_heads", None) or heads)
+        cached = getattr(layer, "num_key_value_heads", None) or heads
+        return heads, cached, getattr(layer, "head_dim", None) or self.layout.hidden_size // heads
 
 
 def model_dtype(prepared: Prepared) -> torch.dtype:

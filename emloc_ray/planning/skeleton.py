@@ -39,6 +39,7 @@ class Skeleton:
     left_in_blocks: dict[str, int] = field(default_factory=dict)  # parameters in blocks of what is no linear, by kinds
     image: ImageShape = field(default_factory=ImageShape)
     whole_logits: bool = False  # see Trace
+    eager: bool = False  # whether attention makes its scores whole, by no kernel
 
 
 def skeleton_of(
@@ -79,6 +80,7 @@ def skeleton_of(
         _in_blocks(model, no_linears),
         image,
         trace.whole_logits,
+        model.config.get_text_config()._attn_implementation == "eager",
     )
 
 

@@ -46,15 +46,18 @@ MACHINES: dict[str, tuple[dict[str, Any], str, Speeds]] = {
 }
 
 
-_SKELETONS: dict[str, Skeleton] = {}  # by the model's config in JSON: each takes longer than the plan
+_SKELETONS: dict[
+    tuple[str, str | None], Skeleton
+] = {}  # by the model's config and attention: each takes longer than the plan
 
 
 def bare_prepared(values: dict[str, Any], model_config: Any) -> Prepared:
     """A config on a model that has no files: enough to plan with."""
-    config, sizes = parse_config(values), model_config.to_json_string()
-    if sizes not in _SKELETONS:
-        _SKELETONS[sizes] = skeleton_of(model_config, empty_model(model_config))
-    layout = make_layout(config, _SKELETONS[sizes])
+    config = parse_config(values)
+    opened = model_config.to_json_string(), config.model.attn_implementation
+    if opened not in _SKELETONS:
+        _SKELETONS[opened] = skeleton_of(model_config, empty_model(model_config, attn_implementation=opened[1]))
+    layout = make_layout(config, _SKELETONS[opened])
     return Prepared(config, RunDirectory(config.run_dir), ModelSource(Path()), model_config, layout, {})
 
 

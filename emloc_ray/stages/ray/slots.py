@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -94,13 +95,8 @@ def run_slots(
     waits; None: it never does. Raises StageError where a slot is lost more often than ``losses`` allows, either at one unit, or
     before it begins while no unit is done.
     """
-
-    def waits(slot: _Slot) -> bool:
-        running = [other.count for other in slots if other.runs]
-        return max_lead is not None and slot.count - min(running, default=slot.count) >= max_lead
-
     slots = [
-        _Slot(number, units, last, start, unit_name, done, waits)
+        _Slot(number, units, last, start, unit_name, done)
         for number, (units, last) in enumerate(zip(work, safe or [-1] * len(work), strict=True))
     ]
     total = sum(map(len, work))
@@ -115,6 +111,10 @@ def run_slots(
         tell_progress()
         while flight.pump(LOOK_S):
             tell_progress()
+            if max_lead is not None:
+                most = max_lead + min((slot.count for slot in slots if slot.runs), default=total)
+                for slot in slots:
+                    slot.most = most
 
 
 class _Slot(FlightTask):
@@ -128,13 +128,13 @@ class _Slot(FlightTask):
         start: Callable[[int], Any],
         unit_name: str,
         done: Callable[[int, int], None],
-        waits: Callable[[_Slot], bool],
     ) -> None:
         super().__init__(f"slot {number}", self._start, opens=True)
         self.number, self.units, self.start, self.unit_name, self.done = number, units, start, unit_name, done
         self.count = self.reached = bisect.bisect_right(units, safe)
         self.runs = False  # until it has told where it goes on; it may wait for a worker
-        self._waits, self._at = waits, "its start"
+        self.most: float = math.inf  # units that it may have done before others go on
+        self._at = "its start"
 
     def _start(self) -> Any:
         self.name, self.runs, self._at = f"slot {self.number}", False, "its start"
@@ -142,7 +142,7 @@ class _Slot(FlightTask):
 
     def waits(self) -> bool:
         """Whether it is so far ahead of others that what it has done is not taken yet."""
-        return self.runs and self._waits(self)
+        return self.runs and self.count >= self.most
 
     def take(self, given: Timed, losses: Losses) -> Next:
         """A unit that is done, the slot's end, or that it leaves its node."""
