@@ -7,6 +7,7 @@ All is as ``emloc-ray plan`` plans and chooses. cluster/README.md has all that t
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from emloc_ray.text import counted, duration
 
 # A card of 165 TFLOPS in bfloat16, of which training is planned to reach a fifth, behind PCIe 4; a host that holds the weights.
 CARD = Speeds(cpu_flops=1e11, gpu_flops=165e12, gpu_float32_flops=82e12, link=25e9)
-BUDGET = "24GiB"
+BUDGET, CARD_BYTES = "24GiB", 24 * 2**30
 _OF_32_B = {**SHAPES["full"].model, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
 SIZES = {
     "8 B": SHAPES["full"].model,
@@ -58,7 +59,8 @@ def choice_for(name: str) -> Choice:
 def choice_under(values: dict[str, Any], sizes: dict[str, int]) -> Choice:
     """What the card can train on under a config whose rows are all of ``data.max_seq_length``, of a Llama of these sizes."""
     length = values["data"]["max_seq_length"]
-    return choose_training(whole_model(values, sizes), Lengths(length, length), CARD)
+    prepared = dataclasses.replace(whole_model(values, sizes), gpu_bytes=CARD_BYTES)
+    return choose_training(prepared, Lengths(length, length), CARD)
 
 
 def choices_table(choices: dict[str, Choice]) -> str:

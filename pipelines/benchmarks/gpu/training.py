@@ -220,7 +220,7 @@ def smaller_card(session: Session) -> None:
     try:
         for rows in sorted(set(sizes)):
             case = f"{rows} rows, {'within the plan' if rows <= planned else 'beyond the plan'}"
-            if not session.measure("24 GiB", case, 2 * rows, functools.partial(_on_card, session, rows)).get("passed"):
+            if not session.measure("24 GiB", case, 10 + rows, functools.partial(_on_card, session, rows)).get("passed"):
                 break
     finally:
         if session.is_cuda:

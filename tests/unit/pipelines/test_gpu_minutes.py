@@ -53,9 +53,9 @@ def test_all_cases_need_ten_minutes_at_most(tmp_path: Path, monkeypatch: pytest.
     assert 500 < sum(sum(cases.values()) for cases in planned.cases.values()) <= 600, planned.cases
     assert limited == [0, 0]
     assert planned.cases["24 GiB"] == {
-        "9 rows, within the plan": 18,
-        "13 rows, beyond the plan": 26,
-        "18 rows, beyond the plan": 36,
+        "11 rows, within the plan": 21,
+        "16 rows, beyond the plan": 26,
+        "22 rows, beyond the plan": 32,
     }
     assert len(skeletons) <= 1  # each takes seconds in which the card waits
 

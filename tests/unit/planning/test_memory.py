@@ -285,7 +285,9 @@ def test_what_is_scaled_by_what_is_learned_is_kept(prepared: Callable[..., Prepa
     assert dora["row norms"] == 4 * 128 * (128 + 3 * 64)
     assert lora["row norms"] == 0
     lokr, loha = finetune(method="lokr", r=4), finetune(method="loha", r=2)
-    assert lokr["activations"] == vera["activations"] - 64 * 7 * 4 * 4  # without what stands between two factors of rank 4
+    assert (
+        lokr["activations"] == vera["activations"] - 64 * 7 * 4 * 4
+    )  # without what stands between two factors of rank 4
     # Of one block, as blocks are run again: r² columns and rows, or where these are more ΔW.
     assert loha["updates"] == 4 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
     assert loha["activations"] == lora["activations"]  # of rank r², as much between their factors
