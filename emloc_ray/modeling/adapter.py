@@ -4,19 +4,25 @@ Which methods there are is in ``adapter_methods.py``, how they sit on factors in
 ``adapter_files.py``.
 """
 
+import contextlib
 import json
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 
+from emloc_ray.errors import ArtifactError
 from emloc_ray.io.store.atomic import atomic_directory
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.modeling.adapter_files import CONFIG_NAME
 from emloc_ray.modeling.adapter_layers import attachable, start_magnitudes
 from emloc_ray.modeling.expert_adapters import as_linears, readable, store_as_peft_does
 from emloc_ray.modeling.matching import Patterns, suffixes
+from emloc_ray.text import one_line
 
 
 def attach_adapter(model: Any, config: PeftConfig) -> PeftModel:
@@ -35,14 +41,14 @@ def load_adapter(
 ) -> PeftModel:
     """A saved adapter, frozen unless ``trainable``, on an emulator or on its original, and on its device: it is read on the
     CPU, for PEFT reads it on the first GPU, whichever one the model is on. ``lora_dropout`` is that of a training where the
-    files have none, as those of experts' adapters."""
+    files have none, as those of experts' adapters. Raises ArtifactError where PEFT does not load all of it."""
     ensure(Path(directory))
     with readable(Path(directory), model) as folder:
         config: Any = PeftConfig.from_pretrained(str(folder))
         if lora_dropout is not None:
             config.lora_dropout = lora_dropout
         prompts = config.is_prompt_learning  # which PEFT opens to be used alone, its encoder trainable all the same
-        with attachable(model, config), as_linears():
+        with attachable(model, config), as_linears(), _whole(directory):
             loaded = PeftModel.from_pretrained(
                 model, folder, config=config, is_trainable=trainable and not prompts, torch_device="cpu"
             )
@@ -50,6 +56,31 @@ def load_adapter(
         return loaded.requires_grad_(False)
     config.inference_mode = False
     return loaded
+
+
+def read_adapter(model: PeftModel, directory: Path) -> None:
+    """Gives an adapter that is trained the numbers of a saved one, which is read on the CPU as by :func:`load_adapter`."""
+    read = model.load_adapter(str(directory), model.active_adapter, is_trainable=True, torch_device="cpu")
+    if read.missing_keys:
+        raise _not_whole(directory, read.missing_keys[0])
+
+
+@contextlib.contextmanager
+def _whole(directory: Path) -> Iterator[None]:
+    """Raises ArtifactError where PEFT, which warns, leaves modules of an adapter at their start."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+        try:
+            yield
+        except UserWarning as warning:
+            raise _not_whole(directory, str(warning)) from warning
+
+
+def _not_whole(directory: Path, what: str) -> ArtifactError:
+    return ArtifactError(
+        f"{directory}: PEFT {peft.__version__} does not load all of this adapter ({one_line(what)}): name these linears in"
+        " adapter.exclude_modules, or install the PEFT that wrote it."
+    )
 
 
 def detach_adapter(model: PeftModel) -> Any:

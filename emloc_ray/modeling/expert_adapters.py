@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.checkpoint import TensorEntry, read_shard
@@ -209,6 +210,24 @@ def taken_for_experts(model_type: str, names: Sequence[str]) -> list[str]:
     kind: Any = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type)
     mistaken = list(conversion._MOE_TARGET_MODULE_MAPPING.get(kind, ()))
     return [name for name in names if mistaken and matches(name, mistaken)]
+
+
+def renamed_by_peft(model: Any, names: Sequence[str]) -> list[str]:
+    """The linears whose LoRA factors PEFT looks for under another name when it loads them: it takes their keys for those of a
+    checkpoint, and renames them as transformers does these. Names that differ in numbers alone share what is done to the first.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    if get_checkpoint_conversion_mapping(model.config.model_type) is None or not kinds:
+        return []
+    from peft import LoraConfig
+    from peft.utils import transformers_weight_conversion as conversion
+
+    keys = {f"{PREFIX}{kind[0]}{_A}": kind for kind in kinds.values()}
+    config, factors = LoraConfig(r=1, target_modules=["-"]), {key: torch.zeros(1) for key in keys}
+    kept = conversion.convert_peft_adapter_state_dict_for_transformers(model, config, factors)
+    return [name for key, kind in keys.items() if key not in kept for name in kind]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Checks a config against its model, before a weight moves."""
 
 import dataclasses
+import importlib.metadata
 import json
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -57,6 +58,7 @@ def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
     if config.emulator.budget is not None:
         dtype = file_dtype_of(source) or named_dtype(config, source, skeleton.config)
         layout = spend_evenly(layout, config.emulator, dtype.itemsize)
+    _check_names(config, layout, skeleton)
     check_healing(config, layout)
     _check_refinement(config, skeleton)
     if not config.adapter.is_lora:
@@ -77,6 +79,17 @@ def check_formats(config: RunConfig, source: ModelSource, model_config: Any, for
     if "text" in formats and has_encoder(model_config):
         raise ConfigError(
             "data.format is text, and the model reads a prompt with its encoder: use prompt_completion or messages."
+        )
+
+
+def _check_names(config: RunConfig, layout: Layout, skeleton: Skeleton) -> None:
+    """PEFT must load what is written, which is LoRA, or becomes that when it is corrected."""
+    renamed = set(skeleton.renamed).intersection(layout.adapted)
+    if renamed and (config.adapter.is_lora or config.adapter.is_additive):
+        ends = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in renamed}))
+        raise ConfigError(
+            f"adapter: PEFT {importlib.metadata.version('peft')} looks for LoRA of {min(renamed)} under another name, as for"
+            f" {len(renamed)} linears of this model, and leaves it out: set adapter.exclude_modules to [{ends}]."
         )
 
 

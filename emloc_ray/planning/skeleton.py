@@ -19,6 +19,7 @@ from emloc_ray.modeling.architecture import (
     unfactorable,
 )
 from emloc_ray.modeling.block_flow import block_flow
+from emloc_ray.modeling.expert_adapters import renamed_by_peft
 from emloc_ray.modeling.nf4 import replaceable_linears
 
 
@@ -39,6 +40,7 @@ class Skeleton:
     left_in_blocks: dict[str, int] = field(default_factory=dict)  # parameters in blocks of what is no linear, by kinds
     image: ImageShape = field(default_factory=ImageShape)
     whole_logits: bool = False  # see Trace
+    renamed: tuple[str, ...] = ()  # linears outside experts whose adapters PEFT does not load under their own names
     eager: bool = False  # whether attention makes its scores whole, by no kernel
 
 
@@ -80,6 +82,7 @@ def skeleton_of(
         _in_blocks(model, no_linears),
         image,
         trace.whole_logits,
+        tuple(renamed_by_peft(model, [spec.name for spec in specs if spec.routed_share is None])),
         model.config.get_text_config()._attn_implementation == "eager",
     )
 

@@ -23,7 +23,7 @@ from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.json_lines import append_object
 from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import exists, is_stored, publish
-from emloc_ray.modeling.adapter import save_trained_adapter
+from emloc_ray.modeling.adapter import read_adapter, save_trained_adapter
 from emloc_ray.modeling.inputs import on_device
 from emloc_ray.modeling.loss import call_loss
 from emloc_ray.stages.finetune.batches import CALL, TEACHER, RankBatches
@@ -96,7 +96,7 @@ class EmulatorTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Reads the adapter on the CPU; the Trainer's leaves it to PEFT, which reads it on the first GPU on every rank."""
         adapted: Any = self.model if model is None else model
-        adapted.load_adapter(resume_from_checkpoint, adapted.active_adapter, is_trainable=True, torch_device="cpu")
+        read_adapter(adapted, Path(resume_from_checkpoint))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's; with ``loraplus_lr_ratio`` PEFT's LoRA+ of it (https://arxiv.org/abs/2402.12354)."""

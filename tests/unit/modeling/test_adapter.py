@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,12 +16,13 @@ from adapter_cases import IDS, TARGETS, logits, train
 from dense_weights import dense_weight
 from faulting.s3 import uri
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES
 from transformers import AutoModelForCausalLM
 
+from emloc_ray.errors import ArtifactError
 from emloc_ray.io.store.node_cache import mirror
-from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
+from emloc_ray.modeling.adapter import attach_adapter, load_adapter, read_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -197,6 +199,21 @@ def test_scales_are_peft_s_own(
         assert torch.equal(module.lora_a, layer.lora_A["default"].weight)
         assert torch.equal(module.lora_b, layer.lora_B["default"].weight)
         assert module.lora_a.shape[0] == layer.r["default"]
+
+
+def test_an_adapter_of_which_peft_leaves_a_part_is_not_taken_for_whole(
+    emulator_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """PEFT warns, and has that part at its start."""
+    model, directory = trained(tmp_path / "adapter", emulator_dir("llama"))
+    tensors = load_file(directory / WEIGHTS_NAME)
+    left = min(tensors)
+    save_file({name: tensor for name, tensor in tensors.items() if name != left}, directory / WEIGHTS_NAME)
+    said = f"{re.escape(str(directory))}: PEFT .* does not load all of this adapter .*{re.escape(left.partition('.lora_')[0])}"
+    with pytest.raises(ArtifactError, match=said):
+        load_adapter(load_model(emulator_dir("llama")), directory)
+    with pytest.raises(ArtifactError, match=said):
+        read_adapter(model, directory)
 
 
 def test_every_node_loads_the_newest_adapter(

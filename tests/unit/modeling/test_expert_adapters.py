@@ -12,8 +12,8 @@ import torch
 from faulting.s3 import uri
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import EXPERT_FAMILIES
-from transformers import AutoModelForCausalLM
+from tiny import EXPERT_FAMILIES, make_config
+from transformers import AutoModelForCausalLM, LagunaConfig
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.store.atomic import copy_file
@@ -21,8 +21,8 @@ from emloc_ray.io.store.node_cache import mirror
 from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_files import Adapter, LoraModule, write_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
-from emloc_ray.modeling.architecture import block_linears
-from emloc_ray.modeling.expert_adapters import split_experts
+from emloc_ray.modeling.architecture import block_linears, empty_model
+from emloc_ray.modeling.expert_adapters import renamed_by_peft, split_experts
 from emloc_ray.modeling.experts import experts_of
 from emloc_ray.modeling.loading import load_model
 
@@ -176,6 +176,24 @@ def test_of_an_adapter_on_attention_nothing_changes(tiny_model_dir: Callable[...
 def test_other_parameters_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"targets the parameter mlp\.gate\.bias"):
         split_experts({"target_parameters": ["mlp.gate.bias"], "r": 4}, {}, Path("adapter"))
+
+
+def test_a_linear_that_peft_loads_under_another_name_is_named() -> None:
+    """transformers renames Laguna's checkpoints by an expression that fits the names in memory too."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    config = LagunaConfig(**{**sizes, **experts, "intermediate_size": 64, "vocab_size": 64})
+    model = empty_model(config)
+    names = [spec.name for spec in block_linears(model) if spec.routed_share is None]
+    renamed = renamed_by_peft(model, names)
+    assert renamed == [name for name in names if ".shared_experts." in name] != []
+    mixtral = empty_model(make_config("mixtral"))
+    assert renamed_by_peft(mixtral, [spec.name for spec in block_linears(mixtral) if spec.routed_share is None]) == []
 
 
 def test_untrained_experts_are_lora_modules_too(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from bare_runs import alike_rows, tiny_run
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.planning import skeleton
 from emloc_ray.planning.prepared import Prepared, prepare
 
 
@@ -353,6 +354,19 @@ def test_a_file_that_leaves_nothing_to_train_on_is_refused(refused: Callable[...
     assert "held out" not in refused(
         data={"train": {"path": str(write_rows(tmp_path / "three.jsonl", 3))}}, adapter={"r": 9999}
     )
+
+
+def test_linears_that_peft_would_not_load_are_named(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_dir = Path(shutil.copytree(tiny_model_dir("llama"), tmp_path / "model"))
+    monkeypatch.setattr(skeleton, "renamed_by_peft", lambda _, names: [name for name in names if "mlp.down" in name])
+    said = r"of model\.layers\.0\.mlp\.down_proj under another name, as for 2 linears .*exclude_modules to \[mlp\.down_proj\]\.$"
+    for method in ("lora", "loha"):
+        with pytest.raises(ConfigError, match=said):
+            tiny_run(tmp_path, model_dir, adapter={"method": method})
+    tiny_run(tmp_path, model_dir, adapter={"exclude_modules": ["mlp.down_proj"]})
+    tiny_run(tmp_path, model_dir, adapter={"method": "ia3"})
 
 
 @pytest.mark.parametrize(
