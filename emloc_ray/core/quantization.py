@@ -20,7 +20,7 @@ diagonal).
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from emloc_ray.core.column_rounding import round_in_turn
 from emloc_ray.core.factorization import LowRankFactors, factorize, scaled_weight
 from emloc_ray.core.integer_forms import BITS, GROUP_SIZE, group_size_of, num_groups
 from emloc_ray.core.integers import IntegerWeight, exponent_for
+from emloc_ray.core.products import product_by_rows
 from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.unpacking import SCALE_STEPS, scale_values, zero_steps, zero_values
 from emloc_ray.core.whitening import Whitening
@@ -41,6 +42,7 @@ _ROWS = 64  # of a weight that scales are sought for at a time on a CPU: few eno
 _ELEMENTS = 2**22  # of a weight, on a GPU
 _COLUMNS = 64  # that are rounded one by one before the rest hears of it
 DAMPENING_FRAC = 1e-2
+_LEAST_DAMPENING = 1e-6  # of what factors see of the inputs
 _PASSES = 2  # of the descent: two more lower the error by another 1 %
 
 
@@ -81,15 +83,18 @@ def quantize_factors(
     """``up`` and ``down`` of ``weight ≈ up down`` in integers, rounded in turn.
 
     ``down`` first, under ``G``: with orthonormal columns of ``up`` what it loses is what the layer loses. Then ``up`` is fitted
-    anew to what became of it, ``W G dᵀ (d G dᵀ)⁻¹``, and rounded under ``d G dᵀ (r, r)``.
+    anew to what became of it, ``W G dᵀ (d G dᵀ)⁻¹``, and rounded under ``d G dᵀ (r, r)``. That is damped though ``G`` may not
+    be, for rows of ``d`` may be zero, and in float64: where few inputs of many were seen, rounding of these in float32 would be
+    divided by what the others have, which is the damping alone.
     """
-    down = quantize(factors.down, whitening, bits, group_size, name=name)
-    kept = down.dense()
-    seen = kept @ whitening.matrix(torch.float32)
-    inner = Whitening(seen @ kept.T, whitening.dampening_frac, name=name)
-    root, cross = inner.root(torch.float32), weight.float() @ seen.T / inner.scale
-    up = torch.cholesky_solve(cross.T, root).T
-    return quantize(up, inner, bits, group_size, name=name), down
+    scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
+    down = quantize(factors.down / scale, whitening, bits, group_size, name=name)
+    kept = down.dense().to(torch.float64)
+    seen = whitening.times(kept.T)
+    inner = Whitening(kept @ seen, max(whitening.dampening_frac, _LEAST_DAMPENING), name=name)
+    up = torch.cholesky_solve(product_by_rows(scaled, seen).T / inner.scale, inner.root(torch.float64)).T
+    restored = replace(down, exponent=down.exponent + round(math.log2(scale)))
+    return quantize(up, inner, bits, group_size, name=name), restored
 
 
 def quantize_with_factors(

@@ -58,6 +58,17 @@ def with_spectrum(order: int, eigenvalues: Tensor, out_features: int, in_feature
     return (u * eigenvalues.sqrt()) @ v.T @ (vectors / values.sqrt()) @ vectors.T, gram
 
 
+@pytest.mark.parametrize("strength", [30, 100, 300])
+def test_the_error_of_few_ranks_is_what_they_leave_beside_a_strong_direction(strength: float) -> None:
+    """Float32's rounding of the strong direction moves each of the many eigenvalues that are left."""
+    x = normal(1200, 512)
+    x[::100] += strength * normal(1, 512, 1)
+    whitening, weight = Whitening((x.T @ x).float()), normal(512, 512, 2).float()
+    made = factorize(weight, whitening, 4, solver="exact")
+    left = error_of(weight, made.factors, damped((x.T @ x).float()))
+    assert made.relative_error == pytest.approx(left, rel=5e-4)
+
+
 def test_a_gram_is_whitened_as_a_whitening_is() -> None:
     gram = Gram.zero(12)
     gram.update(normal(40, 12))

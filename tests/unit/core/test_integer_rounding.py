@@ -190,3 +190,34 @@ def test_factors_in_integers(bits: int, added: float) -> None:
     assert _error(weight, weight - difference, whitening) ** 2 <= wide.relative_error**2 + added**2
     apart = [quantize(part, Whitening.identity(part.shape[1]), bits).dense() for part in wide.factors]
     assert float(whitening.energy(difference)) < float(whitening.energy(weight - apart[0] @ apart[1]))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 32])
+def test_factors_beside_integers_stay_as_large_as_what_they_stand_for_where_few_tokens_were_seen(tokens: int) -> None:
+    torch.manual_seed(3)
+    weight, whitening = torch.randn(256, 256), Whitening(_gram(256, tokens))
+    whole, up, down = quantize_with_factors(weight, whitening, 4, 32, 4)
+    alone = torch.linalg.vector_norm(weight - whole.dense())
+    assert torch.linalg.vector_norm(up.dense() @ down.dense()) < 2 * alone
+
+
+@pytest.mark.parametrize("zero_rows", [0, 20])
+def test_factors_of_more_ranks_than_a_weight_has_are_its_own(zero_rows: int) -> None:
+    """Under the plain SVD, which nothing damps: the rows of the inner factor that are left are zero."""
+    torch.manual_seed(4)
+    weight, plain = torch.randn(96, 10) @ torch.randn(10, 128), Whitening.identity(128)
+    weight[:zero_rows] = 0
+    up, down = quantize_factors(factorize(weight, plain, 32).factors, weight, plain, 8)
+    assert torch.linalg.vector_norm(weight - up.dense() @ down.dense()) < 0.02 * torch.linalg.vector_norm(weight)
+
+
+@pytest.mark.parametrize("scale", [2.0**-80, 2.0**80])
+def test_factors_of_weights_of_any_size(scale: float) -> None:
+    torch.manual_seed(5)
+    weight, whitening = torch.randn(64, 96), Whitening(_gram(96))
+    wide = factorize(weight, whitening, 16).factors
+    up, down = quantize_factors(wide, weight, whitening, 8)
+    large = LowRankFactors(wide.up, wide.down * scale)
+    scaled_up, scaled_down = quantize_factors(large, weight * scale, whitening, 8)
+    made, wanted = scaled_up.dense() @ (scaled_down.dense() / scale), up.dense() @ down.dense()
+    torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)
