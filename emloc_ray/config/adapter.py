@@ -49,7 +49,9 @@ class AdapterConfig(Section):
     @field_validator("init_lora_weights", mode="before")
     @classmethod
     def _leaves_the_base(cls, value: Any) -> Any:
-        if not isinstance(value, bool) and value not in ("gaussian", "orthogonal"):
+        if not isinstance(value, str):
+            return value
+        if value not in ("gaussian", "orthogonal"):
             why = "reads the base's weights or inputs" if value in ("eva", "mica") else "changes the base's weights"
             raise ValueError(f"{value!r} is not supported, as it {why}: give true, false, gaussian or orthogonal")
         return value

@@ -59,7 +59,7 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):
-        return {key: without_paths(inner) for key, inner in value.items()}
+        return {without_paths(key): without_paths(inner) for key, inner in value.items()}
     if isinstance(value, list) and value and isinstance(value[0], os.PathLike):
         return [without_paths(inner) for inner in value]
     return value
@@ -282,7 +282,11 @@ def _sentence(detail: Any, model: type[Section]) -> str:
     for removed in (key, f"{key}: {detail['input']}"):
         if removed in REMOVED_KEYS:
             return f"{removed} was removed: {REMOVED_KEYS[removed]}."
+    if location[-1:] == ["[key]"]:
+        return f"{'.'.join(location[:-2])} has the key {location[-2]}, which is no text: write it in quotes."
     if detail["type"] == "extra_forbidden":
+        if "." in location[-1]:
+            return unknown_key(key) or f"{key} is written with dots, which overrides are: write {_nested(key)}."
         section = _section(location[:-1], model)
         return f"{no_such_key(key, location[-1], section.model_fields if section else ())}."
     if detail["type"] == "missing":
@@ -293,12 +297,20 @@ def _sentence(detail: Any, model: type[Section]) -> str:
         return f"{key} is empty: give at least {counted(detail['ctx']['min_length'], 'item')}."
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
-        return f"{key}: {message}." if key and key not in message else f"{message}."
+        return f"{message}." if message.startswith(key) else f"{key}: {message}."
     given = without_secrets(detail["input"], tuple(location))
     if detail["type"] == "model_type" and (section := _section(location, model)):
         keys = listed(list(section.model_fields), 3)
         return f"{key} is {given!r}: it is a section, give it keys of its own ({keys})."
     return f"{key} is {given!r}: {message[0].lower()}{message[1:]}."
+
+
+def _nested(key: str) -> str:
+    *sections, text = key.split(".")
+    text += ": …"
+    for section in reversed(sections):
+        text = f"{section}: {{{text}}}"
+    return text
 
 
 def _location(detail: Any) -> list[str]:

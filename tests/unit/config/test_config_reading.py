@@ -212,6 +212,39 @@ def test_a_key_that_is_no_string(section: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("adapter.r: 8", "adapter.r is written with dots, which overrides are: write adapter: {r: …}."),
+        (
+            "data.train.path: a",
+            "data.train.path is written with dots, which overrides are: write data: {train: {path: …}}.",
+        ),
+        ("model.dtpye: x", "model.dtpye is not a key: the nearest is dtype."),
+        (
+            "adapter: {rank_pattern: {1: 2}}",
+            "adapter.rank_pattern has the key 1, which is no text: write it in quotes.",
+        ),
+        (
+            "adapter: {init_lora_weights: null}",
+            "adapter.init_lora_weights is None: input should be 'gaussian' or 'orthogonal'.",
+        ),
+    ],
+)
+def test_a_key_of_a_file_that_is_not_one_is_one_sentence(path: Path, lines: str, said: str) -> None:
+    path.write_text(f"{path.read_text()}\n{lines}\n")
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+    assert str(refused.value) == f"{path}: {said}"
+
+
+def test_a_path_as_the_key_of_a_share_is_its_text(tmp_path: Path) -> None:
+    shares = {tmp_path / "a.jsonl": 1, tmp_path / "b.jsonl": 3}
+    config = load_config({**MINIMAL, "data": {"train": {"path": shares}}})
+    assert config.data.train is not None
+    assert config.data.train.path == {str(path): share for path, share in shares.items()}
+
+
+@pytest.mark.parametrize(
     ("text", "line", "what"),
     [
         ("run_dir: x\nadapter: {r: 4}\nadapter: {r: 8}\n", 3, 'there is a second key "adapter"'),
