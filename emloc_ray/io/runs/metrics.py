@@ -33,10 +33,10 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 
 def _digest(metrics: dict[str, Any]) -> str:
-    """The SHA-256; empty for what was never written: half of a surrogate pair, which JSON can escape and UTF-8 cannot encode."""
+    """The SHA-256; empty for what is nested more deeply than can have been written."""
     try:
         return hashlib.sha256(json_bytes(metrics)).hexdigest()
-    except (ValueError, RecursionError):
+    except RecursionError:
         return ""
 
 

@@ -70,8 +70,8 @@ def remove_leftovers(path: Path) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """A value as indented JSON."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """A value as indented JSON; half a surrogate pair, as a file's name that is not UTF-8 has it, is escaped."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

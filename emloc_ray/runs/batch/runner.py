@@ -23,7 +23,7 @@ from emloc_ray.runs.batch.state import (
 )
 from emloc_ray.runs.batch.tasks import Task
 from emloc_ray.runs.batch.work import TaskPlan, TaskTurns
-from emloc_ray.text import one_line
+from emloc_ray.text import one_line, visible
 
 _MIN_CONCURRENT = 4
 _TICK_S = 0.5
@@ -187,5 +187,5 @@ def concurrency(max_concurrent: int | None, capacity: Amount) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    text = hide_secrets(" ".join(str(error).split("\n")))
+    text = visible(hide_secrets(" ".join(str(error).split("\n"))))  # the state, the summary and the page are UTF-8
     return text if isinstance(error, EmlocError) else f"{type(error).__name__}: {text}"

@@ -111,6 +111,11 @@ def test_json_is_read_back_and_a_bad_value_keeps_the_old(tmp_path: Path) -> None
     assert names(tmp_path) == {"a.json"}
 
 
+def test_half_a_surrogate_pair_comes_back_from_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"path": "caf\udce9"})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"path": "caf\udce9"}
+
+
 def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "merged"
     (folder / "spectra").mkdir(parents=True)

@@ -103,18 +103,22 @@ def test_a_failed_task_ends_alone_with_its_reason(tmp_path: Path) -> None:
     def break_down() -> None:
         raise ZeroDivisionError("division by zero at https://host/a?sig=aBc")
 
-    work = Waits({"b": fail, "c": break_down})
-    run = batch_run(tmp_path, work, *"abcd")
+    def read_latin_1() -> None:
+        raise StageError("data: caf\udce9.jsonl is no file: name one.")
+
+    work = Waits({"b": fail, "c": break_down, "d": read_latin_1})
+    run = batch_run(tmp_path, work, *"abcde")
     state = run.run()
-    assert statuses(state) == {"a": "done", "b": "failed", "c": "failed", "d": "done"}
+    assert statuses(state) == {"a": "done", "b": "failed", "c": "failed", "d": "failed", "e": "done"}
     by_name = {task.name: task for task in state.tasks}
     assert by_name["b"].reason == "finetune: the loss is NaN: lower the learning rate."
     assert by_name["c"].reason == "ZeroDivisionError: division by zero at https://host/a?sig=(hidden)"
+    assert by_name["d"].reason == "data: caf\ufffd.jsonl is no file: name one."
     assert by_name["b"].stage == "calibrate"
     assert by_name["a"].train_loss == 2.0
     assert (by_name["a"].planned_seconds, by_name["a"].planned_bytes) == (2.0, 100)
     assert read_state(run.directory) == state
-    assert sorted(work.forgotten) == ["a", "b", "c", "d"]
+    assert sorted(work.forgotten) == ["a", "b", "c", "d", "e"]
 
 
 def test_no_more_at_once_than_there_are_resources_and_threads(tmp_path: Path) -> None:
