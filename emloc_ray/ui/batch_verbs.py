@@ -13,9 +13,9 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from emloc_ray.errors import ConfigError, StageError
+from emloc_ray.errors import ConfigError, EmlocError, StageError
 from emloc_ray.text import counted, duration, size
-from emloc_ray.ui.shell import AcceptVersions, Overrides, Yes, agrees, console, flag, guarded
+from emloc_ray.ui.shell import AcceptVersions, Overrides, Yes, agrees, console, flag, guarded, sentence
 
 if TYPE_CHECKING:
     from emloc_ray.io.runs.cache import ArtifactCache
@@ -42,6 +42,7 @@ def batch(
     """Run many tasks over one cluster; a second time, run new and failed ones."""
     from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.runs.batch import driver
+    from emloc_ray.runs.batch.summary import write_summary
     from emloc_ray.runs.batch.tasks import read_batch
     from emloc_ray.runs.changes import check_accepted
     from emloc_ray.ui.batch_page import write_batch_report
@@ -79,11 +80,16 @@ def batch(
     with BatchView(console) as view:
         state = driver.run_batch(prepared, view.show, view.tell, accept_changes=True)
     console.print(batch_table(state, width=console.width))  # first: the disk may be full
-    write_batch_report(prepared.run, state)
-    failed = state.count("failed")
-    if failed:
-        summary = f"{failed} of {counted(len(state.tasks), 'task')} failed: the same command tries again."
-        raise StageError("\n".join([*reasons(state), summary]))
+    problems = reasons(state)
+    for write in (write_summary, write_batch_report):
+        try:
+            write(prepared.run, state)
+        except (EmlocError, OSError) as error:
+            problems.append(sentence(error))
+    if failed := state.count("failed"):
+        problems.append(f"{failed} of {counted(len(state.tasks), 'task')} failed: the same command tries again.")
+    if problems:
+        raise StageError("\n".join(problems))
     console.print(f"Results in {place}: summary.parquet, report.html, tasks/", soft_wrap=True, markup=False)
 
 

@@ -102,6 +102,11 @@ def same_command(options: Mapping[str, Any]) -> str:
     return f"the same command{f' without {listed(left_out)}' if left_out else ''}"
 
 
+def sentence(error: EmlocError | OSError) -> str:
+    """What a verb says of a failure."""
+    return str(error) if isinstance(error, EmlocError) else f"{refusal(error)}."
+
+
 def guarded(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:
     """A verb that turns a failure into a sentence on stderr and an exit code: 1 failed, 2 bad call, 130 or 143 stopped."""
 
@@ -112,8 +117,7 @@ def guarded(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:
         except (EmlocError, OSError) as error:
             from emloc_ray.io.runs.secret_values import hide_secrets
 
-            text = str(error) if isinstance(error, EmlocError) else f"{refusal(error)}."
-            for line in hide_secrets(text).split("\n"):
+            for line in hide_secrets(sentence(error)).split("\n"):
                 errors.print(f"[red]Error:[/] {escape(line)}")
             raise typer.Exit(getattr(error, "exit_code", 1)) from None
         except (KeyboardInterrupt, SystemExit) as error:  # Ray makes a SystemExit of SIGTERM

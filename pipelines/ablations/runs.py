@@ -32,6 +32,7 @@ from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import run as pipeline
 from emloc_ray.runs.batch.driver import Show, Tell, prepare_batch, run_batch
 from emloc_ray.runs.batch.state import BatchState
+from emloc_ray.runs.batch.summary import write_summary
 from emloc_ray.runs.batch.tasks import Batch, Task
 from emloc_ray.stages.importing import original_dir
 from emloc_ray.ui.batch_page import write_batch_report
@@ -236,6 +237,7 @@ def _run_batch(
 
     prepared = prepare_batch(Batch(ablation.batch, tasks, ablation.ray), reporter=PageReporter())
     state = run_batch(prepared, look, tell, accept_changes=True)
+    write_summary(prepared.run, state)
     write_batch_report(prepared.run, state)
     look(state)
     return {task.name: task.reason or task.status for task in state.tasks if task.status != "done"}

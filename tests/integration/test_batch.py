@@ -19,6 +19,7 @@ from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.batch.driver import check_fit, prepare_batch, run_batch
 from emloc_ray.runs.batch.state import BatchState, TaskState, cancel
+from emloc_ray.runs.batch.summary import write_summary
 from emloc_ray.runs.batch.tasks import read_batch
 from emloc_ray.runs.log import read_events
 from emloc_ray.ui.page import PageReporter
@@ -52,7 +53,10 @@ def write_batch(root: Path, base: dict[str, Any], tasks: list[dict[str, Any]]) -
 
 
 def run(path: Path, **options: Any) -> BatchState:
-    return run_batch(prepare_batch(read_batch(path), reporter=PageReporter()), accept_changes=True, **options)
+    prepared = prepare_batch(read_batch(path), reporter=PageReporter())
+    state = run_batch(prepared, accept_changes=True, **options)
+    write_summary(prepared.run, state)
+    return state
 
 
 def named(state: BatchState) -> dict[str, TaskState]:

@@ -16,7 +16,6 @@ from emloc_ray.runs.batch.admission import Amount
 from emloc_ray.runs.batch.config import LimitsConfig
 from emloc_ray.runs.batch.runner import BatchRun
 from emloc_ray.runs.batch.state import BatchState
-from emloc_ray.runs.batch.summary import write_summary
 from emloc_ray.runs.batch.tasks import Batch
 from emloc_ray.runs.batch.work import PipelineWork, raise_problems
 from emloc_ray.runs.changes import Accept, check_accepted
@@ -109,11 +108,9 @@ def run_batch(
                 gauges.show(state)
                 show(state)
 
-            state = BatchRun(
+            return BatchRun(
                 run, batch.tasks, prepared.work, capacity, batch.config.max_concurrent, show_all, tell
             ).run()
-            write_summary(run, state)
-            return state
     finally:
         run.unlock()
 

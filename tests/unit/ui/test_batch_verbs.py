@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from cli_calls import Call, invoke
@@ -19,10 +21,11 @@ from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.runs.batch import driver, summary
 from emloc_ray.runs.batch.config import BatchConfig, TaskKeys
 from emloc_ray.runs.batch.state import STATE, BatchState, TaskState, read_cancelled, read_state, write_state
 from emloc_ray.text import duration
-from emloc_ray.ui import batch_verbs
+from emloc_ray.ui import batch_verbs, page
 from emloc_ray.ui.batch_table import BatchView, at_rest, batch_table
 
 BEGIN = 1.8e9
@@ -271,6 +274,22 @@ def test_a_dry_run_says_what_each_task_copies_in_a_bucket(write: Write, s3_port:
 
     assert copied(3) == pytest.approx(3 * copied(1), rel=0.1) != 0
     assert "of what tasks share" not in invoke(*write()).stdout
+
+
+def test_a_full_disk_at_the_end_hides_no_reason(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_full(path: Path) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(driver, "run_batch", lambda *_, **__: BatchState(BEGIN, TASKS))
+    monkeypatch.setattr(summary, "atomic_file", is_full)
+    monkeypatch.setattr(page, "write_bytes", lambda path, content: is_full(path))
+    result = invoke(*write()[:2])
+    assert "good" in result.stdout
+    assert result.exit_code == 1
+    said = " ".join(result.stderr.split())
+    assert "bad: failed in finetune: row 7 is bad." in said
+    assert said.count("the disk is full at") == 2
+    assert "1 of 5 tasks failed: the same command tries again." in said
 
 
 def test_a_tag_across_a_path_is_text(write: Write, tmp_path: Path) -> None:
