@@ -304,7 +304,7 @@ class Steps:
         doubted = stage.name in self._redone.values()  # what was damaged may have come from there
         key = cache_key(stage, inputs)
         entry = self.cache.find(
-            stage.name, key, verify=True, outputs=stage.outputs, doubted=doubted, own_only=self._trusts
+            stage.name, key, True, stage.outputs, doubted, own_only=self._trusts, stopped=self.turns.stopped
         )
         if entry is None:
             return None
@@ -313,7 +313,7 @@ class Steps:
             for path in self._outputs(stage):
                 discard(path)
             try:
-                self.cache.link(entry, self.directory.root)
+                self.cache.link(entry, self.directory.root, self.turns.stopped)
             except EntryGone:
                 return None
         report(1, 1)
@@ -346,7 +346,7 @@ class Steps:
         """Checks the files of finished stages once, before the first stage runs. Raises DamagedArtifactError where the content
         of a stage's files differs from the manifest; removes these files."""
         for name in [name for name, is_checked in self._checked.items() if not is_checked]:
-            damaged = self.directory.damaged(name)
+            damaged = self.directory.damaged(name, self.turns.stopped)
             self._checked[name] = not damaged
             for file in damaged:
                 discard(file)

@@ -14,7 +14,6 @@ import stat
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,6 +24,7 @@ from emloc_ray.io.store.digests import digest_of
 from emloc_ray.io.store.node_cache import ListedFiles, discard, open_newest, origin, sizes
 from emloc_ray.io.store.node_copies import holds
 from emloc_ray.io.store.places import leads_out
+from emloc_ray.io.store.threads import by_threads
 from emloc_ray.io.store.transfer import listing, transfer
 from emloc_ray.io.store.turns import wait_for_turn
 
@@ -142,6 +142,7 @@ class ArtifactCache:
         outputs: Sequence[str] | None = None,
         doubted: bool = False,
         own_only: bool = False,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> Entry | None:
         """The entry, where every file of it is there with its size; another is removed. A place that cannot be read holds
         nothing.
@@ -150,7 +151,9 @@ class ArtifactCache:
         where it is ``doubted``: then all is read. On an object store content is checked when it is fetched.
         ``outputs``: the folders of a run that its files may be for: another entry would write over what other stages made, or
         the run's own files, and is removed too. ``own_only``: passes over what another user may have made, whose code would run
-        with this user's rights. An object store does not say who made an entry."""
+        with this user's rights. An object store does not say who made an entry.
+
+        Raises Stopped where ``stopped`` turns true while content is checked."""
         try:
             used = self._at.used_at(stage, key)
             entry = None if used is None else self._read(stage, key, used)
@@ -159,23 +162,24 @@ class ArtifactCache:
             if own_only and not (self.is_own or self._is_of_user(entry)):
                 return None
             is_whole = _is_within(entry, outputs) and self._has_sizes(entry)
-            if not is_whole or ((verify or doubted) and not self._has_content(entry, doubted)):
+            if not is_whole or ((verify or doubted) and not self._has_content(entry, doubted, stopped)):
                 self._at.remove(stage, key)
                 return None
             return entry
         except (OSError, ArtifactError):
             return None
 
-    def link(self, entry: Entry, root: Path) -> list[Path]:
+    def link(self, entry: Entry, root: Path, stopped: Callable[[], bool] = lambda: False) -> list[Path]:
         """Puts an entry's files at their places in the run at ``root`` (:attr:`RunDirectory.root`); returns these.
 
         Each appears whole, and takes the place of what is there; :func:`emloc_ray.io.store.transfer.transfer` says how. Raises
-        EntryGone where that cannot be done, for any reason, such as other content; then none of its files is in the run.
+        EntryGone where that cannot be done, for any reason, such as other content; then none of its files is in the run. Raises
+        Stopped where ``stopped`` turns true before all are.
         """
         folder = self._at.folder(entry.stage, entry.key) / _FILES
         try:
             self._at.touch(entry.stage, entry.key)
-            _transfer_all(folder, root, entry.files, verify=True)
+            _transfer_all(folder, root, entry.files, verify=True, stopped=stopped)
         except (OSError, ArtifactError) as error:
             with contextlib.suppress(OSError, ArtifactError):
                 for path in entry.files:
@@ -211,9 +215,8 @@ class ArtifactCache:
     def entries(self) -> list[Entry]:
         """All entries, last used first."""
         used = {names: at for names, at in self._at.scan().items() if at is not None}
-        with ThreadPoolExecutor(_CONNECTIONS) as pool:
-            entries = pool.map(lambda names: self._read(names[0], names[1], used[names]), used)
-            return sorted((entry for entry in entries if entry is not None), key=lambda entry: -entry.used_at)
+        entries = by_threads(_CONNECTIONS, lambda names: self._read(names[0], names[1], used[names]), used)
+        return sorted((entry for entry in entries if entry is not None), key=lambda entry: -entry.used_at)
 
     def prune(self, max_bytes: int) -> list[Entry]:
         """Removes the entries that were used longest ago until the rest takes no more than ``max_bytes``; returns them. A file
@@ -283,7 +286,7 @@ class ArtifactCache:
         owners = {file.st_uid for file in self._held_files(entry).values()}
         return self._at.store is None and owners | {self._at.owner(entry.stage, entry.key)} == {os.geteuid()}
 
-    def _has_content(self, entry: Entry, doubted: bool) -> bool:
+    def _has_content(self, entry: Entry, doubted: bool, stopped: Callable[[], bool]) -> bool:
         """Whether each file is of its noted content; on a store that is asked only where it is ``doubted``."""
         if self._at.store is not None and not doubted:
             return True
@@ -295,8 +298,7 @@ class ArtifactCache:
             with open_newest(folder / path, listed) as (stream, *_):
                 return holds(stream, sha256, doubted) if self._at.store is None else digest_of(stream) == sha256
 
-        with ThreadPoolExecutor(_CONNECTIONS) as pool:
-            return all(pool.map(has_content, entry.files))
+        return all(by_threads(_CONNECTIONS, has_content, entry.files, stopped))
 
     def _held_files(self, entry: Entry) -> dict[str, os.stat_result]:
         """An entry's files, without what is no file itself, such as a link. None in a store."""
@@ -313,7 +315,9 @@ class ArtifactCache:
 _WRITTEN = ("stage", "key", "files", "result", "inputs", "created_at", "origin")
 
 
-def _transfer_all(source: Path, target: Path, files: Files, verify: bool = False) -> None:
+def _transfer_all(
+    source: Path, target: Path, files: Files, verify: bool = False, stopped: Callable[[], bool] = lambda: False
+) -> None:
     folders = {path.partition("/")[0] for path in files}
     listings = listing(source, folders), listing(target, folders)
 
@@ -321,8 +325,7 @@ def _transfer_all(source: Path, target: Path, files: Files, verify: bool = False
         content = files[path]
         transfer(source / path, target / path, content["size"], content["sha256"], *listings, verify)
 
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        list(pool.map(one, files))
+    list(by_threads(_CONNECTIONS, one, files, stopped))
 
 
 def _parsed(content: bytes, used_at: float) -> Entry | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +29,7 @@ from emloc_ray.io.store.node_copies import is_whole
 from emloc_ray.io.store.object_store import MANIFEST, ObjectStore, named_files
 from emloc_ray.io.store.objects import Version
 from emloc_ray.io.store.places import is_store_uri
+from emloc_ray.io.store.threads import by_threads
 from emloc_ray.io.store.turns import own_name
 
 CONFIG = "config.yaml"
@@ -217,16 +217,16 @@ class RunDirectory:
             for name, info in self.store.versions(top).items()
         }
 
-    def damaged(self, name: str) -> list[Path]:
+    def damaged(self, name: str, stopped: Callable[[], bool] = lambda: False) -> list[Path]:
         """The files of a finished stage whose content is not what the manifest says; reads all that is on a disk, once a
-        process what runs have linked. What comes from a store is checked when it is found done, and when it is fetched."""
+        process what runs have linked. What comes from a store is checked when it is found done, and when it is fetched.
+        Raises Stopped where ``stopped`` turns true."""
         entry = self.stage(name)
         if entry is None or entry.get("dropped") or self.store is not None:
             return []
         wanted = {self.path(path): content["sha256"] for path, content in entry["outputs"].items()}
-        with ThreadPoolExecutor(_READERS) as pool:
-            whole = pool.map(is_whole, wanted, wanted.values())
-            return [file for file, as_written in zip(wanted, whole, strict=True) if not as_written]
+        whole = by_threads(_READERS, lambda file: is_whole(file, wanted[file]), wanted, stopped)
+        return [file for file, as_written in zip(wanted, whole, strict=True) if not as_written]
 
     def writer(self, path: str) -> str | None:
         """The finished stage that wrote a file, by its path from the run's directory on; None where none did."""

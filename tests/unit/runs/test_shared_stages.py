@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -114,6 +115,36 @@ def test_what_a_run_links_is_not_read_where_files_keep_no_digest(
         Steps(prepared, Reporter(), AtOnce(), cache).run(stage_of([]), Context(prepared, base.source.directory))
         assert len(read) == count
         assert prepared.run.damaged("calibrate") == []
+
+
+def test_reading_and_linking_end_once_a_task_is_stopped(
+    tiny_model_dir: Callable[..., Path], task_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs_steps, "shortage", lambda *asked: None)
+    base = prepare(parse_config(make_values(tmp_path / "run", tiny_model_dir(), task_file)))
+    cache = ArtifactCache(str(tmp_path / "cache"))
+    stage, made = stage_of([]), list[str]()
+    next_stage = replace(stage_of(made), name="factorize", outputs=("emulator",), is_shared=None)
+
+    def run(name: str, asked: int) -> None:
+        """Runs the stage until it was asked so often whether it shall stop."""
+        prepared, turns, left = replace(base, run=RunDirectory(tmp_path / name)), AtOnce(), itertools.count(asked, -1)
+        prepared.run.create({}, steps=["calibrate"])
+        monkeypatch.setattr(turns, "stopped", lambda: next(left) <= 0)
+        Steps(prepared, Reporter(), turns, cache).run(stage, Context(prepared, base.source.directory))
+
+    run("first", 9)
+    for number, asked in enumerate((0, 1)):  # while the entry is read, and as it is linked
+        with pytest.raises(Stopped):
+            run(f"second{number}", asked)
+        assert not (tmp_path / f"second{number}" / "calibration" / "a.bin").exists()
+    steps = Steps(replace(base, run=RunDirectory(tmp_path / "first")), Reporter(), AtOnce(), cache)
+    context = Context(steps.prepared, base.source.directory)
+    steps.run(stage, context)
+    monkeypatch.setattr(steps.turns, "stopped", lambda: True)
+    with pytest.raises(Stopped):
+        steps.run(next_stage, context)
+    assert made == []
 
 
 def test_a_task_needs_no_disk_for_what_it_links(
