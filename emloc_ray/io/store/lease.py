@@ -59,7 +59,7 @@ class Lease:
         self._over = threading.Event()
         self._renewing = threading.Lock()
         self._failed: tuple[float, str] = -math.inf, ""  # when the last try that failed had begun, and why it did
-        self._lost: str | None = None
+        self._lost: str | None = None  # why it is held no longer
         self._version: Version | None = None
         self._renewed, self._count = -math.inf, 0
         self._thread: threading.Thread | None = None
@@ -86,9 +86,9 @@ class Lease:
         return None
 
     def check(self) -> None:
-        """Raises TakenOver where another process has taken the lease, because this one could not renew it in time. Where the
-        last renewal is old, it is renewed here and now: nobody else takes it within the next ``STALE_S / 2``. A try that
-        failed is one of all threads that waited for it: each takes half a minute where the store does not answer."""
+        """Raises TakenOver where it was given back, or another process has taken it, because this one could not renew it in
+        time. Where the last renewal is old, it is renewed here and now: nobody else takes it within the next ``STALE_S / 2``. A
+        try that failed is one of all threads that waited for it: each takes half a minute where the store does not answer."""
         if self._under is not None:
             self._under.check()
             return
@@ -100,7 +100,7 @@ class Lease:
                         raise ArtifactError(self._failed[1])
                     self._renew()
         if self._lost is not None:
-            raise TakenOver(f"This run was taken over by {self._lost}: leave it to that, or stop that first.")
+            raise TakenOver(self._lost)
 
     @property
     def age_s(self) -> float:
@@ -108,13 +108,15 @@ class Lease:
         return _monotonic() - self._renewed if self._under is None else self._under.age_s
 
     def give_back(self) -> None:
-        """Lets others take it at once."""
+        """Lets others take it at once; threads that are left do not take it back."""
         self._over.set()
         if self._thread is not None:
             self._thread.join()
-        if self._lost is None:
-            with contextlib.suppress(Exception):  # it goes stale by itself
-                self._store.replace(KEY, self._content(""), self._version)
+        with self._renewing:
+            if self._lost is None:
+                self._lost = "This run was given back: run the same command again."
+                with contextlib.suppress(Exception):  # it goes stale by itself
+                    self._store.replace(KEY, self._content(""), self._version)
 
     def _keep(self) -> None:
         while self._lost is None and not self._over.wait(RENEW_S):
@@ -144,7 +146,8 @@ class Lease:
             current = _find(self._store)
             if current is not None and current.token == self.token:
                 raise ArtifactError(f"{self._store.uri} does not renew {KEY}: run the same command again.")
-            self._lost = current.name if current is not None and current.name else "another process"
+            name = current.name if current is not None and current.name else "another process"
+            self._lost = f"This run was taken over by {name}: leave it to that, or stop that first."
             return
         self._version, self._renewed = version, begin
 

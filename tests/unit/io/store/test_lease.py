@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
@@ -137,6 +138,17 @@ def test_a_dead_holder_is_followed_a_living_one_is_not(store: ObjectStore, quick
     assert find_holder(store) == "following"
     following.check()
     following.give_back()
+
+
+def test_what_was_given_back_is_not_taken_again_by_a_thread_that_is_left(store: ObjectStore) -> None:
+    batch = Lease(store, "batch")
+    assert batch.take() is None
+    task = Lease(store, "task", under=batch)
+    batch.give_back()
+    batch._renewed = -math.inf  # as it is half a minute later
+    with pytest.raises(TakenOver, match="was given back"):
+        task.check()
+    assert find_holder(store) is None
 
 
 def test_a_loss_is_told_though_the_store_did_not_answer_at_first(
