@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 _CONNECTIONS = 8
 _MAX_NAME = 255
+_LEASE_LETTERS = 13  # a # quoted and a number of ten digits
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def mirror(uri: str, lease: int | None = None) -> Path:
     the directory for temporary files. Raises ConfigError where obstore cannot open it, or it is too long for the name of a
     directory."""
     folder = MARK + quote(_store(uri).uri + ("" if lease is None else f"#{lease}"), safe="")
-    if len(folder) > _MAX_NAME:
+    if len(folder) + (_LEASE_LETTERS if lease is None else 0) > _MAX_NAME:  # what is too long fails before it is held
         raise ConfigError(f"run_dir {uri} is longer than a directory's name may be: shorten it.")
     base = os.environ.get("EMLOC_RAY_CACHE") or tempfile.gettempdir()
     return Path(base).absolute() / f"emloc_ray-{os.geteuid()}" / folder

@@ -398,9 +398,12 @@ def test_hidden_states_stay_on_their_node(root: Path, tmp_path: Path) -> None:
     assert local_only(tmp_path) == tmp_path
 
 
-def test_a_place_too_long_for_a_directory_is_refused(s3_port: int) -> None:
+def test_a_place_too_long_for_a_directory_is_refused_before_it_is_held(s3_port: int) -> None:
+    letters = 255 - len(mirror(uri(s3_port, ""), int(time.time())).name)
+    assert len(mirror(uri(s3_port, "x" * letters), int(time.time())).name) == 255
+    mirror(uri(s3_port, "x" * letters))
     with pytest.raises(ConfigError, match="shorten it"):
-        mirror(uri(s3_port, "x" * 300))
+        mirror(uri(s3_port, "x" * (letters + 1)))
 
 
 def test_a_file_that_another_process_renames_meanwhile_is_not_counted(
