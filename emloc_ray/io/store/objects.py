@@ -3,8 +3,10 @@
 import io
 import posixpath
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -210,7 +212,7 @@ class Objects:
         """Raises ArtifactError where the last try fails too; a missing object or a full disk is raised at once."""
         for attempt in range(ATTEMPTS):
             try:
-                return call()
+                return _interruptible(call)
             except (FileNotFoundError, NotSupportedError, NotImplementedError):
                 raise
             except (OSError, BaseError) as error:
@@ -272,6 +274,23 @@ class ObjectFile(io.RawIOBase):
         content = self.store.read_range(self.stored.path, self._position, count)
         self._position += count
         return content
+
+
+def _interruptible(call: Callable[[], Result]) -> Result:
+    """What a request gives. Python handles no signal while the main thread, which alone hears them, is in obstore: there the
+    request has a thread of its own, which is left to itself where Ctrl-C or SIGTERM ends the wait."""
+    if threading.current_thread() is not threading.main_thread():
+        return call()
+    answer: Future[Result] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:  # noqa: BLE001  raised to who waits
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answer.result()
 
 
 def _version(meta: Mapping[str, Any]) -> Version:

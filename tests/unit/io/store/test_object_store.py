@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,26 @@ def test_a_uri_with_a_scheme_is_a_store() -> None:
         False,
         False,
     ]
+
+
+def test_ctrl_c_does_not_wait_for_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "ATTEMPTS", 1)
+    over, in_time = threading.Event(), list[bool]()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def interrupt() -> None:
+            with server.accept()[0]:
+                os.kill(os.getpid(), signal.SIGINT)
+                in_time.append(over.wait(10))
+
+        asked = threading.Thread(target=interrupt)
+        asked.start()
+        store = objects.Objects(uri(server.getsockname()[1], "run"), timeout_s=12)
+        with pytest.raises(KeyboardInterrupt):
+            store.read("manifest.json")
+        over.set()
+        asked.join()
+    assert in_time == [True]
 
 
 @pytest.mark.parametrize("gone", [[0], [29], [3, 4, 17], list(range(30))])
