@@ -126,10 +126,12 @@ def _parts(state: BatchState) -> list[tuple[TaskState, ...]]:
 def cancel(run: RunDirectory, names: Sequence[str], undo: bool = False) -> bool:
     """Cancels tasks, in this run of the batch and later ones, by a file that holds the name; ``undo`` removes the file.
 
-    Returns whether a process runs the batch now. Raises ConfigError where it is no batch, a task is unknown or over, or
-    ``undo`` is asked of a running batch.
+    Returns whether a process runs the batch now. Raises ConfigError where it is no batch, or one that has not begun, a task is
+    unknown or over, or ``undo`` is asked of a running batch.
     """
     state, holder = read_state(run), run.holder()
+    if state is None and is_batch(run):  # written once Ray has started
+        raise ConfigError(f"{run.place} has no tasks yet: try again once emloc-ray status {run.place} lists them.")
     if state is None:
         raise ConfigError(f"{run.place} is no batch's directory: name the run_dir of one.")
     if undo and holder is not None:

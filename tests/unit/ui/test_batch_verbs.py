@@ -134,6 +134,7 @@ def test_a_batch_whose_ray_starts_is_one(tmp_path: Path) -> None:
     starting = RunDirectory(tmp_path / "sweep")
     starting.create({}, kind="batch")
     assert "no tasks yet" in invoke("status", str(starting.root)).stdout
+    assert "has no tasks yet: try again once" in refused(invoke("cancel", str(starting.root), "a"))
     assert invoke("report", str(starting.root)).exit_code == 0
     assert "emloc_ray batch" in starting.path("report.html").read_text()
 
