@@ -272,13 +272,15 @@ def local_only(path: Path) -> Path:
 
 
 def hashes(path: Path, known: Mapping[Path, str] | None = None) -> dict[Path, str]:
-    """The files below a directory, or a file itself, as all nodes see them, with the SHA-256 of their content. A file that
-    :func:`emloc_ray.io.store.atomic.atomic_file` wrote is not read for it again, nor is one that is ``known``."""
+    """The files below a directory, or a file itself, as all nodes see them, with the SHA-256 of their content, but for what
+    is not finished, as what a worker writes that was given up. A file that :func:`emloc_ray.io.store.atomic.atomic_file` wrote
+    is not read for it again, nor is one that is ``known``."""
     here = origin(path)
     if here is not None:
         return {file: info.sha256 for file, info in _stored(here, path).items()}
     known = known or {}
-    return {file: known.get(file) or noted_digest(file) or digest(file) for file in sizes(path)}
+    files = (file for file in sizes(path) if not _is_unfinished(file.relative_to(path).as_posix()))
+    return {file: known.get(file) or noted_digest(file) or digest(file) for file in files}
 
 
 def sizes(path: Path) -> dict[Path, int]:
@@ -319,4 +321,5 @@ def _files(path: Path) -> list[Path]:
 
 
 def _is_unfinished(path: str) -> bool:
-    return any(part.endswith(".tmp") for part in path.split("/"))
+    """Whether it is on its way to its own name, or was removed: NFS keeps what a process still holds open as ``.nfs…``."""
+    return any(part.endswith(".tmp") or part.startswith(".nfs") for part in path.split("/"))

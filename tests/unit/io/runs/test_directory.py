@@ -219,6 +219,15 @@ def test_directories_count_with_every_file_in_them(run: RunDirectory) -> None:
     assert not run.is_done("factorize", "abc")
 
 
+@pytest.mark.parametrize("name", ["deep/.b.safetensors.1f.tmp", "deep/.nfs01"])
+def test_what_is_not_finished_is_no_output(run: RunDirectory, name: str) -> None:
+    artifact(run, "emulator/deep/a")
+    unfinished = artifact(run, f"emulator/{name}")
+    run.commit("factorize", "abc", [run.path("emulator")], {})
+    unfinished.unlink()
+    assert run.is_done("factorize", "abc")
+
+
 @pytest.mark.parametrize("damage", ["removed", "cut short", "grown"])
 def test_a_damaged_artifact_is_not_done(run: RunDirectory, damage: str) -> None:
     path = artifact(run, "merged/model.safetensors")
