@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
+from ray._private import auto_init_hook
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from emloc_ray.errors import ConfigError, StageError
@@ -83,6 +84,10 @@ def connection(
         tell_workers()
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what it would log of an error it also raises
         yield address == "local"
+    except BaseException:
+        # Threads may be left, and what they still ask of this Ray would start another, or join whatever runs here.
+        auto_init_hook.enable_auto_connect = False
+        raise
     finally:
         ray.shutdown()
 

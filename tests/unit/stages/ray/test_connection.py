@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from ray._private import auto_init_hook
 from ray.exceptions import AuthenticationError
 
 from emloc_ray.config.reading import parse_config
@@ -61,6 +62,19 @@ def test_a_ray_that_somebody_else_started_here_is_not_joined_unasked(
     with connection(given) as started:
         assert started == (address == "local")
     assert asked == [address]
+
+
+def test_a_thread_that_is_left_starts_no_other_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+    monkeypatch.setattr(auto_init_hook, "enable_auto_connect", True)
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(session.ray, "init", lambda address=None, **options: asked.append(address))
+    monkeypatch.setattr(session, "tell_workers", lambda: None)
+    monkeypatch.setattr(session.ray, "shutdown", lambda: None)
+    with pytest.raises(KeyboardInterrupt), connection():
+        raise KeyboardInterrupt
+    auto_init_hook.auto_init_ray()  # which ray.wait, get, cancel and kill do first
+    assert asked == ["local"]
 
 
 def test_keys_that_a_connection_from_before_leaves_unread_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
