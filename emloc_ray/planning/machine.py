@@ -251,13 +251,17 @@ def check_resources(config: RunConfig, cpus: float | None = None, gpus: float | 
 
 def check_disk(run: RunDirectory, needed: int) -> None:
     """Raises ConfigError where the disk of the run directory has fewer free bytes than ``needed``."""
-    existing = next(parent for parent in itertools.chain([run.root], run.root.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
+    if needed > (free := free_disk(run)):
         raise ConfigError(
             f"run_dir {run.root} needs about {size_up(needed)}, and its disk has {size(free)} free:"
             " make room, or name another place."
         )
+
+
+def free_disk(run: RunDirectory) -> int:
+    """The free bytes of the disk where the run directory is or will be."""
+    existing = next(parent for parent in itertools.chain([run.root], run.root.parents) if parent.exists())
+    return shutil.disk_usage(existing).free
 
 
 def check_packages(config: RunConfig) -> None:

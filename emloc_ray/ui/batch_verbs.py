@@ -63,6 +63,8 @@ def batch(
         f" if nothing is shared or done yet; in {escape(place)}",
         soft_wrap=True,
     )
+    if remark := driver.lacking_disk(prepared):
+        console.print(f"[yellow]![/] {escape(remark)}", soft_wrap=True)
     changes = [] if yes else prepared.work.changes(read.tasks)
     if dry_run:
         for change in changes:

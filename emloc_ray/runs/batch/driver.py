@@ -11,6 +11,7 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.batches import keeps_small
+from emloc_ray.planning.machine import free_disk
 from emloc_ray.planning.plan import StagePlan
 from emloc_ray.runs.batch.admission import Amount
 from emloc_ray.runs.batch.config import LimitsConfig
@@ -25,7 +26,7 @@ from emloc_ray.runs.reporter import Reporter
 from emloc_ray.stages.ray.nodes import grown_cluster, worker_problems
 from emloc_ray.stages.ray.session import check_nodes, connection, gpus_within_reach, smallest_gpu_bytes, total
 from emloc_ray.stages.ray.tasks import Resources
-from emloc_ray.text import size
+from emloc_ray.text import size, size_up
 
 Show = Callable[[BatchState], None]
 Tell = Callable[[str], None]
@@ -71,6 +72,20 @@ def check_free(run: RunDirectory) -> None:
         raise ConfigError(
             f"{run.place} is run by {holder}: stop that with Ctrl-C, then give this command again: it continues from there."
         )
+
+
+def lacking_disk(prepared: PreparedBatch) -> str | None:
+    """A remark where the disk has less free than all tasks will write that they do not share: each of them alone may fit."""
+    run = prepared.run
+    if run.store is not None:  # which has room
+        return None
+    needed, free = sum(map(prepared.work.own_disk, prepared.batch.tasks)), free_disk(run)
+    if needed <= free:
+        return None
+    return (
+        f"All tasks together write about {size_up(needed)} besides what they share, and the disk of {run.place} has {size(free)}"
+        " free: make room, or name another place."
+    )
 
 
 def run_batch(

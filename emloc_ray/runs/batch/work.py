@@ -17,7 +17,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.batches import shrink_batches
 from emloc_ray.planning.budget import check_gpus, check_holding
 from emloc_ray.planning.machine import check_kernel
-from emloc_ray.planning.plan import Plan, StagePlan, check_stages, make_plan
+from emloc_ray.planning.plan import Plan, StagePlan, check_stages, make_plan, missing_disk
 from emloc_ray.planning.prepared import Lookups, Prepared, Submit, prepare, start_lookups
 from emloc_ray.runs.batch.admission import Admission, Amount, Need, Ticket
 from emloc_ray.runs.batch.state import TaskReporter
@@ -166,6 +166,12 @@ class PipelineWork:
         """What other tasks may share of all that the task is planned to have: links on a disk, copies in a bucket."""
         shared = {stage.name for stage in STEPS if stage.is_shared is not None}
         return sum(stage.disk_bytes for stage in self.stages(task) if stage.name in shared)
+
+    def own_disk(self, task: Task) -> int:
+        """The bytes that the task's run directory still grows by at most, but for what other tasks may share."""
+        prepared, plan, left = self._prepare(task)
+        shared = {stage.name for stage in STEPS if stage.is_shared is not None}
+        return missing_disk(plan, prepared.run, left - shared)
 
     def planned(self, task: Task) -> TaskPlan:
         """The task's plan."""

@@ -24,7 +24,8 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.batch import driver, summary
 from emloc_ray.runs.batch.config import BatchConfig, TaskKeys
 from emloc_ray.runs.batch.state import STATE, BatchState, TaskState, read_cancelled, read_state, write_state
-from emloc_ray.text import duration
+from emloc_ray.runs.batch.tasks import read_batch
+from emloc_ray.text import duration, size_up
 from emloc_ray.ui import batch_verbs, page
 from emloc_ray.ui.batch_table import BatchView, at_rest, batch_table
 
@@ -275,6 +276,20 @@ def test_a_dry_run_says_what_each_task_copies_in_a_bucket(write: Write, s3_port:
 
     assert copied(3) == pytest.approx(3 * copied(1), rel=0.1) != 0
     assert "of what tasks share" not in invoke(*write()).stdout
+
+
+def test_tasks_that_fill_a_disk_together_are_told_before_any_begins(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [{"name": f"t{number}"} for number in range(3)]
+    assert "together" not in invoke(*write(tasks=tasks)).stdout
+    one = driver.prepare_batch(read_batch(write(tasks=tasks[:1])[1]))
+    fits = one.work.own_disk(one.batch.tasks[0])
+    monkeypatch.setattr(driver, "free_disk", lambda run: fits)
+    assert "together" not in invoke(*write(tasks=tasks[:1])).stdout
+    said = invoke(*write(tasks=tasks)).stdout
+    assert f"! All tasks together write about {size_up(3 * fits)} besides what they share, and the disk" in said
+    assert "The batch is valid" in said
 
 
 def test_a_full_disk_at_the_end_hides_no_reason(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
