@@ -84,7 +84,7 @@ def connection(
         tell_workers()
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what it would log of an error it also raises
         yield address == "local"
-    except BaseException:
+    except (KeyboardInterrupt, SystemExit):
         # Threads may be left, and what they still ask of this Ray would start another, or join whatever runs here.
         auto_init_hook.enable_auto_connect = False
         raise
