@@ -342,7 +342,8 @@ def _bad(what: str, source: SourceFile, row: int, keep_bad: bool) -> BadRow:
 
 
 def _read_records(source: SourceFile, rows: Iterable[int], keep_bad: bool) -> Iterator[tuple[int, Row]]:
-    """Rows of JSONL and CSV files: enters at the nearest mark where it is ahead, else reads on."""
+    """Rows of JSONL and CSV files: enters at the nearest mark where it is ahead, else reads on. A compressed file is entered
+    once, as each entry decompresses all that is before it."""
     records: Iterator[Any] = iter(())
     position = -1
     row = 0
@@ -350,7 +351,7 @@ def _read_records(source: SourceFile, rows: Iterable[int], keep_bad: bool) -> It
         parse = _parser(source)
         for row in rows:
             mark = row // _ROWS_PER_MARK if source.marks else 0
-            if position < 0 or mark * _ROWS_PER_MARK > position:
+            if position < 0 or (mark * _ROWS_PER_MARK > position and not codec_of(source.path)):
                 records = _records(source, source.marks[mark] if source.marks else 0)
                 position = mark * _ROWS_PER_MARK
             record = next(itertools.islice(records, row - position, None), None)

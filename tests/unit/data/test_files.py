@@ -9,7 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from emloc_ray.data.files import list_files
+from emloc_ray.data import reading
+from emloc_ray.data.files import list_files, open_file
 from emloc_ray.data.reading import BadRow, SourceFile, read_rows, scan
 from emloc_ray.errors import DataError
 
@@ -48,6 +49,14 @@ def test_rows_are_the_same_in_every_kind_of_file(tmp_path: Path, name: str, code
     assert rows_of(source, list(range(len(ROWS)))) == ROWS
     far = [3, 1500, 2999]  # entered at a mark where that can be
     assert rows_of(source, far) == [ROWS[number] for number in far]
+
+
+def test_a_compressed_file_is_opened_once_for_rows_far_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = scan(packed(tmp_path / "a.jsonl.gz", JSONL, ".gz"))
+    opened: list[str] = []
+    monkeypatch.setattr(reading, "open_file", lambda path, size: (opened.append(path), open_file(path, size))[-1])
+    assert rows_of(source, [0, 1500, 2999]) == [ROWS[0], ROWS[1500], ROWS[2999]]
+    assert len(opened) == 1
 
 
 def test_a_line_of_a_text_file_is_a_row(tmp_path: Path) -> None:
