@@ -14,6 +14,7 @@ from emloc_ray.data.downloads import MAX_BYTES, NotAllowed, bounded, download
 from emloc_ray.io.store.places import is_store_uri
 from emloc_ray.io.store.stored_files import StoredFile
 
+_KEY_BYTES = 1024  # https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
 _ASK = "add its folder to data.image_roots if rows may read from it"
 
 
@@ -44,13 +45,15 @@ class ImagePlaces:
 
     def stored(self, name: str, folder: str) -> str:
         """The URI of a stored file, with the options of the place that allows it: the data file's bucket, or a root. Raises
-        NotAllowed where it is in neither."""
+        NotAllowed where it is in neither, ValueError where its name is longer than a store's may be."""
         uri = name
         if not is_store_uri(name):
             place, mark, options = folder.partition("?")
             scheme, separator, rest = place.partition("://")
             uri = f"{scheme}{separator}{posixpath.normpath(f'{rest}/{urllib.parse.quote(name)}')}{mark}{options}"
         asked = urllib.parse.urlsplit(uri)
+        if len(urllib.parse.unquote_to_bytes(asked.path)) > _KEY_BYTES + 1:
+            raise ValueError(f"its name has more than {_KEY_BYTES} bytes")
         roots = [urllib.parse.urlsplit(root) for root in self.roots if is_store_uri(root)]
         if is_store_uri(folder):
             roots.insert(0, urllib.parse.urlsplit(folder)._replace(path="/"))
@@ -63,7 +66,8 @@ class ImagePlaces:
         """The content of the URL, path or URI that a row of a file in ``folder`` names.
 
         Raises NotAllowed where rows may not read from there, ValueError where it has more than :data:`MAX_BYTES`,
-        FileNotFoundError where it is missing, and OSError, HTTPException or ArtifactError where it cannot be read.
+        FileNotFoundError where it is missing, and OSError or HTTPException where it cannot be read; ArtifactError where a store
+        does not answer, ConfigError where a root cannot be opened.
         """
         if name.startswith(("http://", "https://")):
             return download(name, self.hosts)

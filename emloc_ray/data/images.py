@@ -19,7 +19,7 @@ import numpy as np
 from emloc_ray.data.downloads import NotAllowed
 from emloc_ray.data.image_places import NOWHERE_ELSE, ImagePlaces, is_remote, local_path
 from emloc_ray.data.text_rows import Row
-from emloc_ray.errors import ArtifactError, ConfigError, DataError
+from emloc_ray.errors import DataError
 from emloc_ray.io.store.places import is_store_uri
 from emloc_ray.text import one_line
 
@@ -133,7 +133,8 @@ def load_images(row: Row, where: str, places: ImagePlaces = NOWHERE_ELSE) -> lis
     """The encoded bytes of the row's images, in the order of its messages; each is decoded once to check it.
 
     A relative path begins at the folder of the row's file, here or on its object store. Raises DataError, naming file and row,
-    where an image is missing, may not or cannot be fetched, is none of :data:`FORMATS`, or is too large.
+    where an image is missing, may not or cannot be fetched, is none of :data:`FORMATS`, or is too large; ArtifactError where a
+    store does not answer: that is no fault of the row.
     """
     contents = []
     for number, source in enumerate(sources(row)):
@@ -221,7 +222,7 @@ def _read(source: tuple[str, Any], folder: str, label: str, places: ImagePlaces)
         raise _not_allowed(label, error) from error
     except FileNotFoundError as error:
         raise _not_there(label) from error
-    except (OSError, ValueError, http.client.HTTPException, ArtifactError, ConfigError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         if kind == "base64":  # a path is recognized by its ending
             raise DataError(
                 f"{label} is no base64 ({_detail(error, value)}), and no path: fix it, or give it as path."

@@ -16,7 +16,8 @@ from emloc_ray.data import downloads
 from emloc_ray.data.downloads import NotAllowed, download, is_public
 from emloc_ray.data.image_places import ImagePlaces
 from emloc_ray.data.images import load_images, look
-from emloc_ray.errors import DataError
+from emloc_ray.errors import ArtifactError, ConfigError, DataError
+from emloc_ray.io.store import objects
 from emloc_ray.io.store.object_store import ObjectStore
 
 
@@ -276,3 +277,17 @@ def test_a_stored_root_allows_what_is_below_it(s3_port: int, tmp_path: Path) -> 
     for name in ("other/a.png", "pictures/../other/a.png", "pictures/%2e%2e/other/a.png", "pictures-b/a.png"):
         with pytest.raises(DataError, match="is not the data file's bucket"):
             load_images(row({"type": "image", "path": f"{plain}/{name}"}), place(tmp_path), places)
+
+
+def test_a_store_that_does_not_answer_is_no_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "ATTEMPTS", 1)
+    root = uri(1, "")
+    plain = root.partition("?")[0]
+    places = ImagePlaces.of([], [root])
+    with pytest.raises(ArtifactError, match="see that the store can be reached"):
+        load_images(row({"type": "image", "path": f"{plain}/a.png"}), place(tmp_path), places)
+    wrong = ImagePlaces.of([], [root.replace("region", "regoin")])
+    with pytest.raises(ConfigError, match="is no place that obstore can open"):
+        load_images(row({"type": "image", "path": f"{plain}/a.png"}), place(tmp_path), wrong)
+    with pytest.raises(DataError, match=r"cannot be read .its name has more than 1024 bytes"):
+        load_images(row({"type": "image", "path": f"{plain}/{'x' * 1025}.png"}), place(tmp_path), places)
