@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from emloc_ray.data.text_rows import MAX_LINE_BYTES
 from emloc_ray.errors import DataError
-from emloc_ray.io.store.places import is_store_uri, looked_in
-from emloc_ray.io.store.stored_files import StoredFile, find_stored, is_hidden, shown
+from emloc_ray.io.store.places import files_below, is_store_uri, looked_in
+from emloc_ray.io.store.stored_files import StoredFile, find_stored, shown
 
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 """The kinds of tables, by how a file's name ends."""
@@ -85,8 +85,7 @@ def _describes(place: Path | str, beside: Sequence[Path | str]) -> bool:
 def _local(pattern: str) -> list[Path]:
     path = Path(os.path.expanduser(pattern.removeprefix("file://")))
     if path.is_dir():
-        inside = (file for file in path.rglob("*") if file.name.lower().endswith(ROWS) and file.is_file())
-        return sorted(file for file in inside if not is_hidden(file.relative_to(path).parts))
+        return sorted(file for file in files_below(path) if file.name.lower().endswith(ROWS))
     if path.is_file():
         return [path]
     named = globbing.glob(str(path), recursive=True)  # noqa: PTH207  Path.glob takes hidden files too, and no absolute pattern

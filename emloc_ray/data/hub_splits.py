@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
+from emloc_ray.io.store.places import files_below
 
 _SLICE = re.compile(r"(?P<name>[^\[(]+)(?:\[(?P<begin>-?\d+%?)?:(?P<end>-?\d+%?)?\])?")
 
@@ -63,7 +64,7 @@ def content_of_folders(hub: Mapping[str, Sequence[str]]) -> dict[str, list[str]]
 
 
 def _content_of(folder: Path) -> str:
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    files = sorted(files_below(folder))
     return fingerprint([fingerprint_large_files(files), [file.relative_to(folder) for file in files]])
 
 

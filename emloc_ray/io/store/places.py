@@ -1,6 +1,7 @@
 """Places of runs and data: paths, and URIs of object stores."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -32,3 +33,18 @@ def looked_in(place: str) -> str:
 def leads_out(path: str) -> bool:
     """Whether a path that is to lie inside a run is absolute, or has a ``..`` or ``.`` in it."""
     return not {"", ".", ".."}.isdisjoint(path.split("/"))
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files in a folder and in all below it, also where links lead, but for those whose path from there on has a name with
+    a leading dot. Each folder comes once, however many links lead to it."""
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        below = sorted((Path(place, name).is_symlink(), name) for name in folders if not name.startswith("."))
+        folders[:] = [name for _, name in below]
+        files = (Path(place, name) for name in names if not name.startswith("."))
+        yield from (file for file in files if file.is_file())

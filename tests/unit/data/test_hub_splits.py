@@ -54,3 +54,13 @@ def test_a_file_that_moves_to_another_split_s_folder_is_another_content(tmp_path
     assert content_of_folders(hub) == before
     (tmp_path / "train/part-1").rename(tmp_path / "test/part-1")
     assert content_of_folders(hub) != before
+
+
+def test_rows_behind_a_linked_folder_are_content_too(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "rows", tmp_path / "elsewhere"
+    for place in (folder, elsewhere):
+        place.mkdir()
+    (folder / "train").symlink_to(elsewhere)
+    before = content_of_folders({"train": [f"hf:{folder}"]})
+    (elsewhere / "a.jsonl").write_text("x")
+    assert content_of_folders({"train": [f"hf:{folder}"]}) != before

@@ -237,6 +237,18 @@ def test_directories_globs_and_lists(tmp_path: Path) -> None:
     assert list_files(str(tmp_path), "k") == [one, two]
 
 
+def test_a_directory_s_linked_folders_are_read_once_each(tmp_path: Path) -> None:
+    inside, elsewhere, old = tmp_path / "data" / "b", tmp_path / "elsewhere", tmp_path / "data" / ".old"
+    for folder in (inside, elsewhere, old):
+        folder.mkdir(parents=True)
+        (folder / "x.jsonl").write_text("x")
+    for link, target in ((inside / "up", tmp_path / "data"), (inside / "part", elsewhere), (old / "b", inside)):
+        link.symlink_to(target)
+    for name in ("a", "c"):
+        (tmp_path / "data" / name).symlink_to(inside)
+    assert list_files(str(tmp_path / "data"), "k") == [inside / "part" / "x.jsonl", inside / "x.jsonl"]
+
+
 @pytest.mark.parametrize("pattern", ["absent.jsonl", "*.parquet", "empty"])
 def test_nothing_found(tmp_path: Path, pattern: str) -> None:
     (tmp_path / "empty").mkdir()
