@@ -37,6 +37,7 @@ _COUNTS = (
     "images",
     "image_bytes",
 )
+ROWS_PER_SHARD = 1024  # of text
 ROWS_PER_BATCH = 256
 IMAGE_ROWS_PER_BATCH = 32
 

@@ -145,8 +145,12 @@ class Prepared:
         return _LENGTHS.get((self.source, self.source.looks, trust, image, read, data.model_dump_json()), count)
 
     def calibration_tokens(self, tokens_per_row: float) -> float:
-        """The tokens that calibration reads, at a mean of so many a row: the smallest of the config's bounds."""
+        """The tokens that calibration reads, at a mean of so many a row: the smallest of the config's bounds. With
+        ``data.packing``, at the mean of the rows that are joined."""
         section = self.config.calibration
+        if self.config.data.packing:
+            split = "calibration" if self.files.get("calibration") else "train"
+            tokens_per_row = self.lengths_of(split, packed=False).mean
         files = self.files.get("calibration") or self.files.get("train")
         rows = sum(source.num_rows for source in files) if files else UNKNOWN_ROWS
         tokens = (section.num_calibration_samples or rows) * tokens_per_row

@@ -6,6 +6,7 @@ from typing import Any
 
 from emloc_ray.core.correction import ADAPTED_ROWS
 from emloc_ray.data.splits import held_out
+from emloc_ray.data.tokenizing import ROWS_PER_SHARD
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.data_checks import rows_taken
 from emloc_ray.planning.first_rows import sequences_a_row
@@ -78,17 +79,29 @@ def _rows_taken(prepared: Prepared, split: str) -> int:
     return rows_taken(getattr(prepared.config.data, split), prepared.files.get(split, ())) or UNKNOWN_ROWS
 
 
-def num_train_sequences(prepared: Prepared, split: str = "train") -> int:
-    """What these rows become: more where a chat template rewrites earlier turns, by as many as the first rows tell."""
-    return round(num_rows(prepared, split) * sequences_a_row(prepared, split))
+def num_sequences(prepared: Prepared, split: str = "train", rows: int | None = None) -> int:
+    """What ``rows`` of a split become, by default all that are read: more where a chat template rewrites earlier turns, by as
+    many as the first rows tell; fewer where ``data.packing`` joins those of a shard, in order: of each sequence half a row's
+    length is left over."""
+    rows = num_rows(prepared, split) if rows is None else rows
+    if not prepared.config.data.packing:
+        return round(rows * sequences_a_row(prepared, split))
+    mean = _of_rows(prepared, split).mean
+    joined = max(mean, prepared.config.data.max_seq_length - mean / 2)
+    shard = min(rows, prepared.config.calibration.rows_per_shard if split == "calibration" else ROWS_PER_SHARD)
+    return round(rows / max(1, shard) * math.ceil(shard * mean / joined))
+
+
+def _of_rows(prepared: Prepared, split: str) -> Lengths:
+    return prepared.lengths_of(split if prepared.files.get(split) else "train", packed=False)
 
 
 def tokens_stored(prepared: Prepared) -> tuple[float, float]:
     """Tokens of all splits' shards, and the bytes of images beside them."""
     tokens = images = 0.0
     for split in splits_of(prepared.config):
-        lengths = prepared.lengths_of(split if prepared.files.get(split) else "train", packed=False)
-        rows = float(num_train_sequences(prepared, split))
+        lengths = _of_rows(prepared, split)
+        rows = num_rows(prepared, split) * sequences_a_row(prepared, split)
         if split == "calibration":
             rows = min(rows, prepared.calibration_tokens(lengths.mean) / lengths.mean)
         tokens, images = tokens + rows * lengths.mean, images + rows * lengths.image_bytes
@@ -109,7 +122,7 @@ def rows_trained(prepared: Prepared) -> int:
 
 def steps_trained(prepared: Prepared) -> int:
     """Optimizer steps of the fine-tuning, estimated from the rows that are known."""
-    return num_steps(prepared.config.finetune, math.ceil(packed(prepared, num_train_sequences(prepared))))
+    return num_steps(prepared.config.finetune, math.ceil(packed(prepared, num_sequences(prepared))))
 
 
 def rows_selected_on(prepared: Prepared) -> float:
@@ -117,7 +130,7 @@ def rows_selected_on(prepared: Prepared) -> float:
     section = prepared.config.correction
     if section.method != "auto" or not prepared.layout.differs:
         return 0
-    rows = float(num_rows(prepared, "selection") * CANDIDATES)
+    rows = float(num_sequences(prepared, "selection") * CANDIDATES)
     if section.max_share is None:
         return rows
     return min(rows, section.max_share * rows_trained(prepared) / packed(prepared, 1))
@@ -175,9 +188,9 @@ def steps_cost(
 
 
 def rows_validated(prepared: Prepared) -> int:
-    """Rows that a score while training reads, at most."""
+    """Sequences that a score while training reads, at most."""
     given = rows_taken(prepared.config.data.validation, prepared.files.get("validation", ()))
-    return given or prepared.config.finetune.num_validation_samples
+    return num_sequences(prepared, "validation", given or prepared.config.finetune.num_validation_samples)
 
 
 def num_scores(prepared: Prepared) -> tuple[int, int]:

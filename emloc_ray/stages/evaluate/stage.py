@@ -12,7 +12,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.work import block_work, emulator_work, head_work, num_rows
+from emloc_ray.planning.work import block_work, emulator_work, head_work, num_sequences
 from emloc_ray.stages.context import Context, Inputs, Result, without
 from emloc_ray.stages.stage import Stage
 from emloc_ray.text import counted
@@ -75,7 +75,7 @@ def _evaluate(context: Context, inputs: Inputs, granted: Resources, progress: Pr
 def _cost(memory: MemoryModel) -> StageCost:
     section, layout, hold = memory.config.evaluation, memory.layout, memory.evaluation_plan().hold
     blocks, kept, head = block_work(layout), emulator_work(layout), head_work(layout)
-    rows, prompts = num_rows(memory.prepared, "eval"), max(section.num_generations, section.num_exact_match)
+    rows, prompts = num_sequences(memory.prepared, "eval"), max(section.num_generations, section.num_exact_match)
     apart = [name for name in memory.prepared.variants_scored if layout.differs or name not in ON_EMULATOR]
     works = ((kept if name in ON_EMULATOR else blocks) + head for name in apart)
     completed = 2 * prompts * section.max_new_tokens * (blocks + 4 * head)

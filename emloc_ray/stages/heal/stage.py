@@ -16,7 +16,7 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.model_checks import check_healing
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import healing_training, rounded_late, rounding_work
-from emloc_ray.planning.work import block_work, emulator_work, head_work, num_train_sequences, passes, rows_a_step
+from emloc_ray.planning.work import block_work, emulator_work, head_work, num_sequences, passes, rows_a_step
 from emloc_ray.stages.calibrate.stage import CALIBRATE
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import finetune_job, learned
@@ -132,7 +132,7 @@ def _cost(memory: MemoryModel) -> StageCost:
     training = healing_training(memory.config, healing, layout)
     section, lengths = training.section, prepared.lengths_of(training.split)
     own, rows = MemoryModel(prepared, lengths), healing.steps * rows_a_step(section)
-    taught, head = min(rows, num_train_sequences(prepared, training.split)) * lengths.mean, head_work(layout)
+    taught, head = min(rows, num_sequences(prepared, training.split)) * lengths.mean, head_work(layout)
     lora = MemoryModel(prepared, lengths, training).adapter_parameters
     learning = rows * lengths.mean * passes(section.gradient_checkpointing) * (emulator_work(layout) + 4 * head)
     batch_size = section.per_device_train_batch_size

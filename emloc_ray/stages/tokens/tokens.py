@@ -15,7 +15,7 @@ from emloc_ray.data.hub_splits import content_of_folders
 from emloc_ray.data.reading import SourceFile, scan
 from emloc_ray.data.splits import CALIBRATION_SEED, MIXTURE_SEED, SPLITS, RowSelection, assign_splits
 from emloc_ray.data.token_budget import rows_within
-from emloc_ray.data.tokenizing import TokenizeOptions, first_unwritten, row_lengths, tokenize_splits
+from emloc_ray.data.tokenizing import ROWS_PER_SHARD, TokenizeOptions, first_unwritten, row_lengths, tokenize_splits
 from emloc_ray.demos.tasks import write_generated
 from emloc_ray.errors import DataError
 from emloc_ray.io.runs.resume import discard_unless
@@ -27,7 +27,6 @@ from emloc_ray.stages.ray.losses import Losses, Tell, is_lost, unheard
 from emloc_ray.stages.ray.pace import Overdue, WholePace
 from emloc_ray.stages.ray.tasks import Progress, Resources, silent
 
-_ROWS_PER_SHARD = 1024
 _IMAGE_ROWS_PER_SHARD = 256
 _ONE_WORKER = Resources()
 Result = TypeVar("Result")
@@ -59,7 +58,7 @@ def tokenize_data(
         lambda: rows_of_splits(config, sources, options, progress, resources), losses, lambda: "counting tokens"
     )
     # Rows that may show images are of 100 KB rather than a few.
-    rows_per_shard = _IMAGE_ROWS_PER_SHARD if options.may_show_images else _ROWS_PER_SHARD
+    rows_per_shard = _IMAGE_ROWS_PER_SHARD if options.may_show_images else ROWS_PER_SHARD
     sizes = dict.fromkeys(splits, rows_per_shard) | {"calibration": config.calibration.rows_per_shard}
     counts = retried(
         lambda: tokenize_splits(

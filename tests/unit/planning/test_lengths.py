@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from emloc_ray.data.formats import Tokens, pack
 from emloc_ray.planning.first_rows import first_rows
 from emloc_ray.planning.lengths import Lengths, row_lengths
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.work import num_rows, num_sequences, num_steps, steps_trained
 
 _TEXTS = ("and so on " * 4, "7" * 50, "a few words", "日本語の文章です。" * 3)
 
@@ -80,3 +82,23 @@ def test_rows_of_every_file_and_of_every_split_that_is_scored_count(
     mine, others = MemoryModel(scored), MemoryModel(alone)
     assert mine.finetuning_parts() == others.finetuning_parts()
     assert total(mine.evaluation_parts()) > total(others.evaluation_parts())
+
+
+@pytest.mark.parametrize(("length", "limit"), [(18, 512), (150, 512), (300, 512)])
+def test_rows_that_are_joined_count_as_the_sequences_that_they_become(
+    prepared: Callable[..., Prepared], tmp_path: Path, length: int, limit: int
+) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text((json.dumps({"text": "7" * length}) + "\n") * 4500)
+    data = {"train": {"path": str(path)}, "max_seq_length": limit, "packing": True}
+    run = prepared(data=data, calibration={"num_calibration_samples": 64})
+    row = round(run.lengths_of("train", packed=False).mean)
+
+    def joined(rows: int, shard: int) -> int:
+        counts = [min(shard, rows - begin) for begin in range(0, rows, shard)]
+        return sum(sum(1 for _ in pack([Tokens([7] * row, [True] * row)] * count, limit)) for count in counts)
+
+    for split, shard in (("train", 1024), ("eval", 1024), ("calibration", 32)):
+        assert num_sequences(run, split) == pytest.approx(joined(num_rows(run, split), shard), rel=0.2)
+    assert run.calibration_tokens(run.lengths.mean) == pytest.approx(64 * row, rel=0.03)
+    assert steps_trained(run) == num_steps(run.config.finetune, num_sequences(run))
