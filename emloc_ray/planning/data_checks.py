@@ -95,14 +95,17 @@ def check_split(
 
 def rows_taken(split: SplitConfig | None, sources: Sequence[SourceFile]) -> int:
     """Rows that a split takes of its files, by its shares and its ``num_samples``; 0 where none are known."""
+    taken = sum(rows_of_parts(split, sources).values())
+    return min(taken, (split and split.num_samples) or taken)
+
+
+def rows_of_parts(split: SplitConfig | None, sources: Sequence[SourceFile]) -> dict[int, int]:
+    """Rows that a split takes of the files of each of its places, by its shares, before any are sampled."""
     rows = Counter[int]()
     for source in sources:
         rows[source.part] += source.num_rows
-    if split is None or not rows:
-        return 0
-    in_shares = split.weights is not None and len(split.weights) == len(rows)
-    taken = sum((counts_in_shares(rows, split.weights or ()) if in_shares else rows).values())
-    return min(taken, split.num_samples or taken)
+    weights = (split and split.weights) or ()
+    return counts_in_shares(rows, weights) if rows and len(weights) == len(rows) else rows
 
 
 def _in_parts(sources: tuple[SourceFile, ...], split: SplitConfig, key: str) -> tuple[SourceFile, ...]:

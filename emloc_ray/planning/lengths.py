@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the memory model, which takes lengths, runs without pydantic and pyarrow
@@ -18,7 +19,7 @@ _MOST_CHARACTERS = 32  # of a token, at most: texts are cut to as many as can co
 _TURN_TOKENS = 5  # of a chat template around a turn, as in ChatML
 _VQA_TOKENS = 24.0  # of a question and its answer
 _VQA_BYTES = 2000.0  # of its image
-_ROWS_READ = 200
+_ROWS_READ, _FILES_READ = 200, 8
 _IMAGE_BYTES = 100e3  # of a photograph that was not read
 
 
@@ -41,12 +42,13 @@ class Lengths:
 
 def row_lengths(
     data: DataConfig,
-    sources: Sequence[SourceFile],
+    sources: Mapping[SourceFile, float],
     image_tokens: int,
     count_tokens: Callable[[Sequence[str]], int] | None = None,
 ) -> Lengths:
-    """Tokens a row, by the texts and images, of ``image_tokens`` each, of the first rows of each of ``sources``. Rows of a task
-    that the run makes are as long as its rows were; those of the hub, not here before the run, as long as rows may be.
+    """Tokens a row, by the texts and images, of ``image_tokens`` each, of the first rows of each of ``sources``, each with the
+    rows that it stands for (:func:`files_read`). Rows of a task that the run makes are as long as its rows were; those of the
+    hub, not here before the run, as long as rows may be.
     ``count_tokens``: how many tokens texts have; 3.5 characters are one by default."""
     from emloc_ray.data.images import encoded_bytes, image_parts
     from emloc_ray.data.reading import BadRow, Place, value_errors
@@ -67,35 +69,52 @@ def row_lengths(
         assert data.generate is not None
         mean, longest = ROW_TOKENS[data.generate]
         return Lengths(min(mean, limit), min(longest, limit))
-    tokens, images, size = [], 0, 0
-    for source, number, row in _first_rows(data, sources):
-        place, kind, count = Place.of(source, number), "text", 0
+    weights: list[float] = []
+    counts: list[tuple[float, int, int]] = []  # of each row: its tokens, its images, and their bytes
+    for weight, source, number, row in _first_rows(data, sources):
+        place, kind, images, size = Place.of(source, number), "text", 0, 0
         form = source.format or data.row_format
         with contextlib.suppress(DataError), value_errors(place):  # a bad row, which is skipped
             row, kind = (row, kind) if isinstance(row, BadRow) else converted(row, form, data.columns, place)
             if kind == "messages":
-                count = sum(1 for _ in image_parts(row))
-                size += encoded_bytes(row, place.folder)
+                images = sum(1 for _ in image_parts(row))
+                size = encoded_bytes(row, place.folder)
         texts = [text[: limit * _MOST_CHARACTERS] for text in _texts(row)]
         read = sum(map(len, texts)) / _CHARACTERS_PER_TOKEN if count_tokens is None else count_tokens(texts)
         turns = row.get("messages")
         read += _TURN_TOKENS * len(turns) if isinstance(turns, list) else 0
-        tokens.append(read + image_tokens * count)
-        images += count
-    mean = sum(min(length, limit) for length in tokens) / len(tokens)
-    return Lengths(mean, min(1.25 * max(tokens), limit), images / len(tokens), size / len(tokens))
+        weights.append(weight)
+        counts.append((min(read + image_tokens * images, limit), images, size))
+    mean, *of_images = (sum(map(mul, weights, column)) / sum(weights) for column in zip(*counts, strict=True))
+    return Lengths(mean, min(1.25 * max(tokens for tokens, _, _ in counts), limit), *of_images)
 
 
-def _first_rows(data: DataConfig, sources: Sequence[SourceFile]) -> Iterator[tuple[SourceFile, int, Row | BadRow]]:
-    """Some two hundred rows, as many of each file, with their file and number."""
+def files_read(files: Sequence[SourceFile], taken: Mapping[int, int]) -> dict[SourceFile, float]:
+    """Eight of a split's files or, where it has more parts, one of each: the largest of some neighbours, each with the rows that
+    it stands for, which are its and their share of the rows ``taken`` of their part."""
+    read = {}
+    for part, count in taken.items():
+        every = [file for file in files if file.part == part]
+        step = min(len(every), -(-len(every) * len(taken) // _FILES_READ))
+        for begin in range(0, len(every), step):
+            near = every[begin : begin + step]
+            rows = sum(file.num_rows for file in near) / sum(file.num_rows for file in every)
+            read[max(near, key=lambda file: file.num_rows)] = count * rows
+    return read
+
+
+def _first_rows(
+    data: DataConfig, sources: Mapping[SourceFile, float]
+) -> Iterator[tuple[float, SourceFile, int, Row | BadRow]]:
+    """Some two hundred rows, as many of each file, with the rows that each stands for, their file and number."""
     from emloc_ray.data.reading import read_rows
     from emloc_ray.data.row_formats import columns_of
 
-    for source in sources:
+    for source, rows in sources.items():
         numbers = range(min(-(-_ROWS_READ // len(sources)), source.num_rows))
         columns = columns_of(source.format or data.row_format, data.columns)
         for number, row in read_rows(source, numbers, *columns, data.on_error == "skip"):
-            yield source, number, row
+            yield rows / len(numbers), source, number, row
 
 
 def _texts(row: Row) -> list[str]:

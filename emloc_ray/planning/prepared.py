@@ -38,9 +38,10 @@ from emloc_ray.planning.data_checks import (
     check_split,
     look_at_files,
     places_here,
+    rows_of_parts,
 )
 from emloc_ray.planning.layout import Layout
-from emloc_ray.planning.lengths import Lengths, row_lengths
+from emloc_ray.planning.lengths import Lengths, files_read, row_lengths
 from emloc_ray.planning.machine import check_packages, check_resources, gpus_expected
 from emloc_ray.planning.model_checks import check_formats, read_model
 from emloc_ray.planning.model_files import file_dtype_of
@@ -137,12 +138,13 @@ class Prepared:
         data = self.config.data if packed else self.config.data.model_copy(update={"packing": False})
         trust, image = self.config.model.trust_remote_code, self.layout.image.row_tokens
         files = self.files.get(split, ())
-        read = files[:: -(-len(files) // _FILES_READ) or 1]
+        read = files_read(files, rows_of_parts(getattr(data, split), files))
 
         def count() -> Lengths:
             return row_lengths(data, read, image, token_counter(self.source, trust))
 
-        return _LENGTHS.get((self.source, self.source.looks, trust, image, read, data.model_dump_json()), count)
+        key = (self.source, self.source.looks, trust, image, *read.items(), data.model_dump_json())
+        return _LENGTHS.get(key, count)
 
     def calibration_tokens(self, tokens_per_row: float) -> float:
         """The tokens that calibration reads, at a mean of so many a row: the smallest of the config's bounds. With
@@ -158,7 +160,6 @@ class Prepared:
 
 
 _LENGTHS = Shared[Lengths](64)  # to tokenize a few hundred rows takes longer than all else of a plan
-_FILES_READ = 8  # of a split, at most: of its rows a plan reads some to know how long they are
 _SCORED = ("eval", "validation", "selection")
 _OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
 

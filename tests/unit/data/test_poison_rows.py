@@ -308,7 +308,7 @@ def complaints(path: Path, form: str, row: dict[str, Any], model: Path) -> list[
 
 
 def driver_reads(config: RunConfig) -> None:
-    row_lengths(config.data, check_split(config, "train", True), 0)
+    row_lengths(config.data, dict.fromkeys(check_split(config, "train", True), 1), 0)
 
 
 def worker_reads(path: Path, form: str, model: Path, on_error: str) -> None:

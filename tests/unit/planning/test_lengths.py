@@ -38,7 +38,7 @@ def test_as_long_as_the_tokenizer_makes_them(
     lengths = [len(tokens) for tokens in first.sequences]
     assert abs(run.lengths.mean - sum(lengths) / len(lengths)) <= 2  # a mark at the end of each
     assert max(lengths) <= run.lengths.longest <= 1.25 * max(lengths)
-    guessed = row_lengths(run.config.data, run.files["train"], 0)
+    guessed = row_lengths(run.config.data, dict.fromkeys(run.files["train"], 1), 0)
     assert guessed.longest < 0.7 * run.lengths.longest
 
 
@@ -82,6 +82,24 @@ def test_rows_of_every_file_and_of_every_split_that_is_scored_count(
     mine, others = MemoryModel(scored), MemoryModel(alone)
     assert mine.finetuning_parts() == others.finetuning_parts()
     assert total(mine.evaluation_parts()) > total(others.evaluation_parts())
+
+
+def test_the_mean_is_that_of_the_rows_however_they_lie_in_files(
+    prepared: Callable[..., Prepared], tmp_path: Path
+) -> None:
+    for name, length, rows in (("short", 10, 3000), *((f"long/{number}", 100, 10) for number in range(20))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"text": "7" * length}) + "\n") * rows)
+    short, long = str(tmp_path / "short.jsonl"), str(tmp_path / "long")
+
+    def mean(path: Any) -> float:
+        return prepared(data={"train": {"path": path}, "format": "text", "max_seq_length": 4096}).lengths.mean
+
+    one, other = mean(short), mean(long)
+    assert other > 5 * one
+    assert mean([short, long]) == pytest.approx((3000 * one + 200 * other) / 3200, rel=0.05)
+    assert mean({short: 1, long: 3}) == pytest.approx((one + 3 * other) / 4, rel=0.01)
+    assert mean({long: 1, short: 3}) == pytest.approx((3 * one + other) / 4, rel=0.01)
 
 
 @pytest.mark.parametrize(("length", "limit"), [(18, 512), (150, 512), (300, 512)])
