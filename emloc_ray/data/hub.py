@@ -7,9 +7,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from emloc_ray.data.downloads import MAX_BYTES
 from emloc_ray.data.hub_splits import HubSplit
 from emloc_ray.errors import DataError
 from emloc_ray.io.formats.arrow_schemas import check_no_extensions
@@ -19,6 +24,7 @@ from emloc_ray.text import duration, one_line
 _WRONG_NAME = "fix its name, its subset (hf:NAME@SUBSET) or its split"
 _NO_NETWORK = "check the network, and HF_HUB_OFFLINE and HF_ENDPOINT in the environment, or name files that are here"
 LOOK_S, SILENT_S = 1.0, 1800.0  # between two looks; for which nothing may come
+_ROWS_PER_GROUP = 64  # of rows with images
 _REFUSED = 3  # the exit code for a whole sentence of ours on stdout
 # Python puts the working directory first, whose datasets.py or random.py would run in the library's place.
 _RUN = "import sys; sys.path = [place for place in sys.path if place]; from emloc_ray.data.hub import main; main()"
@@ -93,7 +99,38 @@ def _write(name: str, subset: str, part: str, place: str, path: str, first: str)
     else:
         dataset = datasets.load_dataset(name, subset or None, split=part)
     check_no_extensions(dataset.features.arrow_schema, place)
-    dataset.to_parquet(path)
+    embeds = datasets.features.features.require_storage_embed
+    if named := [column for column, feature in dataset.features.items() if embeds(feature)]:
+        roots = [os.path.realpath(root) for root in (name, datasets.config.DOWNLOADED_DATASETS_PATH)]
+        _write_with_files(dataset, named, roots, path)
+    else:
+        dataset.to_parquet(path)
+
+
+def _write_with_files(dataset: Any, named: Sequence[str], roots: Sequence[str], path: str) -> None:
+    """Writes a data set with the files that its columns ``named`` name: an image folder's images are not where its rows are
+    read."""
+    with pq.ParquetWriter(path, dataset.features.arrow_schema) as file:
+        for table in dataset.with_format("arrow").iter(_ROWS_PER_GROUP):
+            for number, column in enumerate(table.schema):
+                if column.name in named:
+                    values = _with_files(table[number].to_pylist(), roots)
+                    table = table.set_column(number, column, pa.array(values, column.type))
+            file.write_table(table)
+
+
+def _with_files(value: Any, roots: Sequence[str]) -> Any:
+    """A value with the content of each file of at most :data:`MAX_BYTES` that it names and that is below one of the ``roots``:
+    a stranger's rows may name any."""
+    if isinstance(value, list):
+        return [_with_files(item, roots) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"bytes", "path"} and value["bytes"] is None and isinstance(value["path"], str):
+        file = Path(os.path.realpath(value["path"]))
+        if any(map(file.is_relative_to, roots)) and file.is_file() and file.stat().st_size <= MAX_BYTES:
+            return {"bytes": file.read_bytes(), "path": file.name}
+    return {key: _with_files(item, roots) for key, item in value.items()}
 
 
 def _end_with_parent() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from emloc_ray.data import hub
 from emloc_ray.errors import DataError
@@ -75,6 +76,22 @@ def test_no_module_of_the_working_directory_runs(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     hub.download("hf:rows", "train", tmp_path / "out" / "train.parquet")
     assert pyarrow.parquet.read_table(tmp_path / "out" / "train.parquet").to_pylist() == [{"text": "a"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize("first", [1, None])
+def test_an_image_folder_s_images_come_with_the_rows(tmp_path: Path, first: int | None) -> None:
+    folder, path = tmp_path / "rows" / "train", tmp_path / "out" / "train.parquet"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (4, 4), "red").save(folder / "a.png")
+    Image.new("RGB", (4, 4), "blue").save(tmp_path / "b.png")
+    (folder / "c.png").symlink_to(tmp_path / "b.png")  # outside: rows may not read it
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "red"}\n{"file_name": "c.png", "text": "blue"}\n'
+    )
+    hub.download(f"hf:{tmp_path / 'rows'}", "train", path, first=first)
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    assert [row["text"] for row in rows] == ["red", "blue"][:first]
+    assert [row["image"]["bytes"] for row in rows] == [(folder / "a.png").read_bytes(), None][:first]
 
 
 def test_a_process_that_loads_ends_with_the_one_that_began_it(tmp_path: Path) -> None:
