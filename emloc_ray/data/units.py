@@ -100,7 +100,9 @@ class ByRayData:
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         workers = ray.data.TaskPoolStrategy(size=min(num_workers, len(work)))
         # No retries: a row that kills its worker would kill one after another. The caller counts tries.
-        self._dataset: Any = ray.data.from_items([{"unit": json.dumps(unit)} for unit in work]).map_batches(
+        items = [{"unit": json.dumps(unit)} for unit in work]
+        # A block's results come once all of its units are done, and who waits takes a long silence for a hang.
+        self._dataset: Any = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             function, batch_size=1, num_cpus=1, memory=memory or None, compute=workers, max_retries=0
         )
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,6 +32,15 @@ def test_a_huge_row_group_is_read_by_few_units(tmp_path: Path) -> None:
     assert len(cut) <= 16
     assert [unit["first"] for unit in cut] == [7 * number for number in range(len(cut))]
     assert sum(len(unit["bounds"]) - 1 for unit in cut) == 98
+
+
+def test_each_unit_is_given_as_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks: list[int] = []
+    monkeypatch.setattr(
+        "ray.data.from_items", lambda items, override_num_blocks=200: (blocks.append(override_num_blocks), Mock())[1]
+    )
+    units.ByRayData([{"number": number} for number in range(1000)], lambda batch: batch, 4, 0)
+    assert blocks == [1000]
 
 
 def test_one_process_begins_no_task_once_it_is_ended(ray_session: None) -> None:
