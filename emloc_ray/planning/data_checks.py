@@ -24,7 +24,7 @@ from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.fingerprint import fingerprint, look_of
 from emloc_ray.io.store.shared import Shared
-from emloc_ray.io.store.stored_files import StoredFile
+from emloc_ray.io.store.stored_files import StoredFile, shown
 from emloc_ray.text import counted, listed, one_line
 
 CHECKED_ROWS = 1000  # of a file
@@ -109,13 +109,15 @@ def rows_of_parts(split: SplitConfig | None, sources: Sequence[SourceFile]) -> d
 
 
 def _in_parts(sources: tuple[SourceFile, ...], split: SplitConfig, key: str) -> tuple[SourceFile, ...]:
-    """Each file with the number of the first place that names it, where places have shares."""
+    """Each file with the number of the place that names it, where places have shares. Raises ConfigError where two name it."""
     if split.weights is None:
         return sources
     parts: dict[str, int] = {}
     for number, place in enumerate(split.places):
-        for file in list_files(place, key) if place not in split.hub else ():
-            parts.setdefault(str(file), number)
+        for file in map(str, list_files(place, key) if place not in split.hub else ()):
+            if parts.setdefault(file, number) != number:
+                both = f"{shown(split.places[parts[file]])} and {shown(place)}"
+                raise ConfigError(f"{key}: both {both} name {shown(file)}: give each file one share.")
     return tuple(dataclasses.replace(source, part=parts[source.path]) for source in sources)
 
 

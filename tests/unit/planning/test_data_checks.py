@@ -46,3 +46,13 @@ def test_a_mapped_column_is_there_where_any_file_of_any_split_has_it(tmp_path: P
     check("functions")
     with pytest.raises(ConfigError, match=r"data\.columns\.tools names 'function', .* they have \(functions, text\)"):
         check("function")
+
+
+def test_a_file_has_one_share_of_a_mixture(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_rows(tmp_path / f"{name}.jsonl", 5)
+    every, one = f"{tmp_path}/*.jsonl", f"{tmp_path}/b.jsonl"
+    config = parse_config({"run_dir": "run", "model": "unused", "data": {"train": {"path": {every: 1, one: 3}}}})
+    with pytest.raises(ConfigError) as error:
+        data_checks.check_split(config, "train", False)
+    assert str(error.value) == f"data.train.path: both {every} and {one} name {one}: give each file one share."
