@@ -55,7 +55,7 @@ def list_files(patterns: str | Sequence[str], key: str) -> list[Path | str]:
         named: Sequence[Path | str] = find_stored(pattern, key, ROWS) if is_store_uri(pattern) else _local(pattern)
         matched = [place for place in named if pattern.endswith(_name(place)) or not _describes(place, named)]
         if not matched:
-            saved = f", or hf:{Path(pattern).absolute()} for what datasets saved there" if named else ""
+            saved = f", or hf:{Path(pattern).expanduser().absolute()} for what datasets saved there" if named else ""
             raise DataError(
                 f"{key}: {pattern} names no file{_looked_in(pattern)}: give {_KINDS}, a directory or a glob{saved}."
             )

@@ -93,7 +93,9 @@ def _write(name: str, subset: str, part: str, place: str, path: str, first: str)
     import datasets
 
     datasets.disable_progress_bars()
-    if first:
+    if Path(name, "state.json").is_file() and Path(name, "dataset_info.json").is_file():
+        dataset = _saved(name, part, int(first or 0))
+    elif first:
         stream = datasets.load_dataset(name, subset or None, split=part, streaming=True)
         dataset = datasets.Dataset.from_list(list(stream.take(int(first))), features=stream.features)
     else:
@@ -105,6 +107,18 @@ def _write(name: str, subset: str, part: str, place: str, path: str, first: str)
         _write_with_files(dataset, named, roots, path)
     else:
         dataset.to_parquet(path)
+
+
+def _saved(folder: str, part: str, first: int) -> Any:
+    """The rows of a split that ``Dataset.save_to_disk`` wrote, which ``load_dataset`` does not read. It is called ``train``
+    where it has no name."""
+    import datasets
+
+    saved = datasets.load_from_disk(folder)
+    rows = datasets.ReadInstruction.from_spec(part).to_absolute({str(saved.split or "train"): len(saved)})
+    pieces = [saved.select(range(piece.from_, piece.to)) for piece in rows]
+    whole = datasets.concatenate_datasets(pieces)
+    return whole.select(range(min(first, len(whole)))) if first else whole
 
 
 def _write_with_files(dataset: Any, named: Sequence[str], roots: Sequence[str], path: str) -> None:

@@ -4,6 +4,7 @@ A split is named as ``datasets`` does (https://huggingface.co/docs/datasets/load
 ``train[:80%]``, ``train[100:200]``, ``train+test``.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ class HubSplit(NamedTuple):
         ``train``."""
         name, _, part = place.removeprefix("hf:").partition(":")
         dataset, _, subset = name.partition("@")
-        return cls(dataset, subset, part or ("test" if split == "eval" else "train"))
+        return cls(os.path.expanduser(dataset), subset, part or ("test" if split == "eval" else "train"))
 
     def __str__(self) -> str:
         return f"hf:{self.dataset}{f'@{self.subset}' if self.subset else ''}:{self.part}"

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet
 import pytest
 from PIL import Image
@@ -92,6 +93,36 @@ def test_an_image_folder_s_images_come_with_the_rows(tmp_path: Path, first: int 
     rows = pyarrow.parquet.read_table(path).to_pylist()
     assert [row["text"] for row in rows] == ["red", "blue"][:first]
     assert [row["image"]["bytes"] for row in rows] == [(folder / "a.png").read_bytes(), None][:first]
+
+
+@pytest.mark.parametrize(
+    ("split", "place", "first", "expected"),
+    [
+        (None, "", None, 10),
+        (None, ":train[:20%]", None, 2),
+        (None, ":train[:20%]", 4, 4),
+        ("test", ":test[2:4]+test[8:]", None, 4),
+    ],
+)
+def test_what_a_data_set_saved_is_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    split: str | None,
+    place: str,
+    first: int | None,
+    expected: int,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    datasets.Dataset.from_dict({"text": [*"abcdefghij"]}, split=split).save_to_disk(tmp_path / "rows")
+    path = tmp_path / "out.parquet"
+    hub.download(f"hf:~/rows{place}", "train", path, first=first)
+    assert pyarrow.parquet.read_metadata(path).num_rows == expected
+
+
+def test_a_split_that_was_not_saved_is_named(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": [*"abc"]}).save_to_disk(tmp_path / "rows")
+    with pytest.raises(DataError, match=r'cannot be loaded .Unknown split "test". Should be one of \[\W*train'):
+        hub.download(f"hf:{tmp_path / 'rows'}", "eval", tmp_path / "out.parquet")
 
 
 def test_a_process_that_loads_ends_with_the_one_that_began_it(tmp_path: Path) -> None:
