@@ -219,13 +219,14 @@ def _tools(row: Row, where: str) -> dict[str, Any]:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"{where}: field 'tools' is no list of tools: give their JSON schemas.")
     try:
-        return {"tools": [_without_nulls(tool) for tool in tools]}
+        filled = _without_nulls(tools)
     except RecursionError as error:
         raise DataError(f"{where}: field 'tools' is nested too deeply: write the tools' schemas flatter.") from error
+    return {"tools": tools if isinstance(row["tools"], str) else filled}  # the nulls of a text were written on purpose
 
 
 def _without_nulls(value: Any) -> Any:
-    """An object without the nulls that Parquet puts where those of other rows have a key."""
+    """An object without the nulls that Parquet, and what is written of it, puts where those of other rows have a key."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

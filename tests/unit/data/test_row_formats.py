@@ -140,8 +140,8 @@ def test_tools_reach_the_template_with_their_arguments_as_objects() -> None:
     )
     called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     result = {"role": "tool", "content": "2", "tool_calls": None, "name": None}
-    row = {"messages": [USER, called, result, ANSWER], "tools": json.dumps([TOOL])}
     schema = '[{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}];'
+    row = {"messages": [USER, called, result, ANSWER], "tools": schema.rstrip(";")}
     expected = f"{schema}user:a;assistant:[add 1;]tool:2;assistant:[b;]"
     assert written(row, tokenizer=make_tokenizer(template)) == expected
     shared = [
@@ -161,6 +161,9 @@ def test_what_parquet_adds_to_a_call_of_other_rows_is_not_learnt() -> None:
 
     assert arguments({"x": 1, "city": None}) == {"x": 1}
     assert arguments('{"x": 1, "city": null}') == {"x": 1, "city": None}  # as somebody wrote it
+    schema = {"name": "add", "parameters": {"x": {"default": None}}}
+    for tools, kept in ((json.dumps([schema]), [schema]), ([schema], [{"name": "add", "parameters": {"x": {}}}])):
+        assert converted({"messages": [], "tools": tools}, "messages", {}, "here")[0]["tools"] == kept
     deep: dict[str, Any] = {}
     for _ in range(10_000):
         deep = {"x": deep}
