@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from socket import gethostname
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -246,10 +247,7 @@ def _read_groups(
                 for batch, begin, numbers in _batches_with(in_group, batches, start, source):
                     yield from zip(numbers, _python_rows(batch, begin, source, numbers, keep_bad), strict=True)
     except _UNREADABLE as error:
-        where = f"rows {start + 1} to {stop}"
-        raise DataError(
-            f"{source.name}, {where}: not readable as parquet ({one_line(error)}): fix the file."
-        ) from error
+        raise _unreadable(source, f"rows {start + 1} to {stop}", error) from error
 
 
 def _batches_with(
@@ -273,6 +271,12 @@ def _batches_with(
 
 def _shorter(source: SourceFile) -> DataError:
     return DataError(f"{source.name} is shorter than when it was counted: run again.")
+
+
+def _unreadable(source: SourceFile, where: str, error: Exception) -> DataError:
+    if isinstance(error, FileNotFoundError) and not source.is_stored:
+        return DataError(f"{source.name}: node {gethostname()} does not see it: put it where every node does.")
+    return DataError(f"{source.name}, {where}: not readable as {source.kind} ({one_line(error)}): fix the file.")
 
 
 def _rows_a_batch(group: pq.RowGroupMetaData, columns: Sequence[str] | None, stream: Any) -> int:
@@ -327,9 +331,7 @@ def _python_row(batch: pa.RecordBatch, source: SourceFile, row: int, keep_bad: b
         except UnicodeDecodeError as error:
             return _bad(f"column {name!r} is not UTF-8 ({error.reason}): write it so", source, row, keep_bad)
         except _BY_VALUES as error:
-            what = (
-                f"column {name!r} holds a value that cannot be read ({_named(error)}): fix it, or leave the column out"
-            )
+            what = f"column {name!r} cannot be read ({_named(error)}): fix its value, or leave the column out"
             return _bad(what, source, row, keep_bad)
     return values
 
@@ -345,8 +347,7 @@ def _read_records(source: SourceFile, rows: Iterable[int], keep_bad: bool) -> It
     """Rows of JSONL and CSV files: enters at the nearest mark where it is ahead, else reads on. A compressed file is entered
     once, as each entry decompresses all that is before it."""
     records: Iterator[Any] = iter(())
-    position = -1
-    row = 0
+    position, row = -1, 0
     try:
         parse = _parser(source)
         for row in rows:
@@ -364,9 +365,7 @@ def _read_records(source: SourceFile, rows: Iterable[int], keep_bad: bool) -> It
             yield row, values
             position = row + 1
     except _UNREADABLE as error:
-        raise DataError(
-            f"{source.name}, row {row + 1}: not readable as {source.kind} ({one_line(error)}): fix the file."
-        ) from error
+        raise _unreadable(source, f"row {row + 1}", error) from error
 
 
 def _records(source: SourceFile, offset: int) -> Iterator[Any]:

@@ -180,11 +180,13 @@ def _model_files(prepared: Prepared) -> list[SharedFile]:
 
 
 def data_files(prepared: Prepared) -> list[SharedFile]:
-    """The first and the last of each split, where they are local files; a store is asked by every node itself."""
-    named = {f"data.{name}.path": sources for name, sources in prepared.files.items()}
-    ends = [(key, source) for key, sources in named.items() for source in (sources[0], sources[-1])]
-    files = [(key, Path(source.path)) for key, source in ends if not source.is_stored]
-    return [SharedFile(key, str(path), path, path.stat().st_size) for key, path in files if path.is_file()]
+    """The first and the last of each split in each folder, where they are local files; a store is asked by every node itself."""
+    folders: dict[tuple[str, Path], list[Path]] = {}
+    for name, sources in prepared.files.items():
+        for path in (Path(source.path) for source in sources if not source.is_stored):
+            folders.setdefault((f"data.{name}.path", path.parent), []).append(path)
+    ends = [(key, path) for (key, _), paths in folders.items() for path in dict.fromkeys((paths[0], paths[-1]))]
+    return [SharedFile(key, str(path), path, path.stat().st_size) for key, path in ends if path.is_file()]
 
 
 def _ask(nodes: Sequence[dict[str, Any]], files: Sequence[SharedFile]) -> None:

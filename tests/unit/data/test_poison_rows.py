@@ -359,7 +359,7 @@ def test_values_of_a_parquet_file_that_python_has_none_for(tmp_path: Path, value
     pq.write_table(pa.table({"prompt": ["a"] * 3, "completion": ["b"] * 3, "when": values}), path)
     source = scan(path, keep_bad=True)
     assert [isinstance(row, BadRow) for _, row in read_rows(source, range(3), keep_bad=True)] == [False, True, False]
-    with pytest.raises(DataError, match=r"a\.parquet, row 2: column 'when' holds a value that cannot be read"):
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: column 'when' cannot be read"):
         list(read_rows(source, range(3)))
 
 

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import pyarrow as pa
@@ -161,6 +162,16 @@ def test_bad_jsonl_row(tmp_path: Path, line: str, complaint: str) -> None:
         list(read_rows(scan(path), range(1101)))
     assert str(caught.value).startswith(f"{path}, row 1101: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_file_that_is_not_on_this_node(tmp_path: Path, suffix: str) -> None:
+    path = WRITERS[suffix](tmp_path / f"a{suffix}", rows_of(3))
+    source = scan(path)
+    path.unlink()
+    with pytest.raises(DataError) as error:
+        list(read_rows(source, [0]))
+    assert str(error.value) == f"{path}: node {gethostname()} does not see it: put it where every node does."
 
 
 def test_a_file_that_shrank(tmp_path: Path) -> None:

@@ -48,12 +48,22 @@ def test_stored_data_is_prepared_as_local_data_is(s3_port: int, prepared: Make, 
     assert replace(stored, path=local.path, version="", looked=local.looked) == local
     assert there.files["calibration"] == there.files["train"]
     assert there.lengths == here.lengths
-    assert [len(data_files(ready)) for ready in (here, there)] == [2, 0]
+    assert [len(data_files(ready)) for ready in (here, there)] == [1, 0]
     first = split_inputs(there)
     assert split_inputs(prepared(place, calibration=place)) == first
     put(s3_port, "rows.jsonl", path.read_bytes().replace(b"a", b"b"))
     second = split_inputs(prepared(place, calibration=place))
     assert {name for name in first if first[name] != second[name]} == {"files"}
+
+
+def test_nodes_are_asked_for_both_ends_of_each_folder(prepared: Make, tmp_path: Path) -> None:
+    for folder in ("a", "b/c"):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(3):
+            write_jsonl(tmp_path / folder / f"{number}.jsonl", task_rows(20))
+    write_jsonl(tmp_path / "b" / "only.jsonl", task_rows(20))
+    asked = [file.path.relative_to(tmp_path) for file in data_files(prepared(f"{tmp_path}/[ab]/**/*.jsonl"))]
+    assert sorted(map(str, asked)) == ["a/0.jsonl", "a/2.jsonl", "b/c/0.jsonl", "b/c/2.jsonl", "b/only.jsonl"]
 
 
 def test_bad_rows_and_missing_objects_are_told_at_once_by_key(s3_port: int, prepared: Make, tmp_path: Path) -> None:
