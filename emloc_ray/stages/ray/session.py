@@ -37,6 +37,7 @@ LEAN_MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # pages of 2 MiB: large blocks are cleared twice as fast
 }
 _SHARED = "put it on a file system that all nodes share under this path"
+_FILES_ASKED_FOR = 100  # of data in thousands of folders, of which each node is asked
 _ANSWER_SECONDS = 120.0  # a node's first worker may have to start; what answers later is left to the stages
 _VISIBLE_SECONDS = 5.0  # what one node of a network file system wrote, another may see a little later
 
@@ -180,13 +181,15 @@ def _model_files(prepared: Prepared) -> list[SharedFile]:
 
 
 def data_files(prepared: Prepared) -> list[SharedFile]:
-    """The first and the last of each split in each folder, where they are local files; a store is asked by every node itself."""
+    """The first and the last of each split in each folder, where they are local files, of many folders some; a store is asked by
+    every node itself."""
     folders: dict[tuple[str, Path], list[Path]] = {}
     for name, sources in prepared.files.items():
         for path in (Path(source.path) for source in sources if not source.is_stored):
             folders.setdefault((f"data.{name}.path", path.parent), []).append(path)
     ends = [(key, path) for (key, _), paths in folders.items() for path in dict.fromkeys((paths[0], paths[-1]))]
-    return [SharedFile(key, str(path), path, path.stat().st_size) for key, path in ends if path.is_file()]
+    few = ends[:: -(-len(ends) // _FILES_ASKED_FOR) or 1]
+    return [SharedFile(key, str(path), path, path.stat().st_size) for key, path in few if path.is_file()]
 
 
 def _ask(nodes: Sequence[dict[str, Any]], files: Sequence[SharedFile]) -> None:

@@ -85,7 +85,7 @@ def test_the_base_s_own_errors_are_told_once(write: Write, tmp_path: Path) -> No
         "all 50 tasks: finetune.max_stps is not a key: the nearest is max_steps.",
     ]
     rows[7].pop("data.train.path")  # a key that the base leaves to the tasks is missed by the task
-    assert f"task t7 ({tmp_path}/batch.yaml, task 8): names no training data" in errors(write(tasks=rows))[-1]
+    assert f"task t7 ({tmp_path}/batch.yaml, task 8): data: names no training data" in errors(write(tasks=rows))[-1]
 
 
 def test_an_error_that_tasks_share_is_told_once(write: Write, tmp_path: Path) -> None:
