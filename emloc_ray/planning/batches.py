@@ -33,9 +33,10 @@ def _trained_within(prepared: Prepared) -> Prepared:
     budget = own.budget_bytes("finetune") or 0.0
 
     def needed(memory: MemoryModel) -> int:
-        # Smaller steps would not make room for the scores between them, whose batch is as small as it has to be.
+        # Smaller steps would not make room for the scores between them, whose batch is as small as it has to be, nor for
+        # rounding grown factors.
         parts = [
-            memory.healing_stage_parts(),
+            memory.healing_steps_parts(),
             memory.training_step_parts(),
             *([memory.finishing_plan().parts] if memory.prepared.finishes else []),
         ]

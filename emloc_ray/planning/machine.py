@@ -329,7 +329,7 @@ def _too_old(config: RunConfig) -> list[str]:
         return []
     return [
         f"finetune.bf16 needs a GPU of compute capability {_FIRST_WITH_BFLOAT16:g} or higher, this machine has one of"
-        f" {oldest:g}: leave it at auto, or set finetune.fp16."
+        f" {oldest:g}: leave it at auto, or set finetune.fp16: true with model.dtype: float16."
     ]
 
 

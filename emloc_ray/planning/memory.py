@@ -122,14 +122,21 @@ class MemoryModel(CalibrationMemory):
     def healing_stage_parts(self) -> Parts:
         """The training, the original's pass over its batches before it, or the rounding of grown factors under their Grams after
         it; the largest."""
-        healing, training = self.config.emulator.heals, self.healing_training_parts()
+        healing = self.config.emulator.heals
         if healing is None:
-            return training
+            return {}
         from emloc_ray.planning.training import rounded_late  # as below
 
-        rows = healing.per_device_train_batch_size or self.config.finetune.per_device_train_batch_size
         rounding = self.factorization_parts() if rounded_late(self.layout, healing) else {}
-        return max(training, self.teacher_plan(rows).parts, rounding, key=total)
+        return max(self.healing_steps_parts(), rounding, key=total)
+
+    def healing_steps_parts(self) -> Parts:
+        """What has a batch of it: the training, or the original's pass; nothing where nothing is healed."""
+        healing = self.config.emulator.heals
+        if healing is None:
+            return {}
+        rows = healing.per_device_train_batch_size or self.config.finetune.per_device_train_batch_size
+        return max(self.healing_training_parts(), self.teacher_plan(rows).parts, key=total)
 
     def teacher_plan(self, rows: int) -> HoldPlan:
         """The original's pass over a batch of so many rows for its top logits, and a shard of these, put together."""
@@ -183,7 +190,9 @@ class MemoryModel(CalibrationMemory):
         step = self._step_parts(again, self.adapter_parameters, self._left_as_they_are(), logit_copies)
         return {"weights": weights, "unpacked": self._unpacked(), **step}
 
-    def _step_parts(self, again: bool, parameters: int, dense: Collection[LinearSpec], logit_copies: int) -> Parts:
+    def _step_parts(
+        self, again: bool, parameters: int, dense: Collection[LinearSpec], logit_copies: int, on_original: bool = False
+    ) -> Parts:
         """One step. ``parameters`` are trained; ``dense`` are the adapted linears in neither factors nor few bits."""
         section = self.trained.section
         virtual = self.trained.adapter.settings.get("num_virtual_tokens", 0)
@@ -193,8 +202,11 @@ class MemoryModel(CalibrationMemory):
         kept, inner = (inputs, max(saved)) if again else (sum(saved), 0.0)
         inside = tokens * (inner + self._update_per_token())
         logits = self._logits(tokens, logit_copies)
+        cast = [self.cast_weights(block, on_original) for block in self.blocks]
+        head = HALF * self.layout.head_parameters if any(cast) else 0
         return {
             "optimizer": self._optimizer_bytes(parameters),
+            "weights in 16 bits": max([*cast, head]) if again else sum(cast) + head,
             "row norms": self._row_norms(dense),
             "updates": (max if again else sum)(map(self._update_weights, self.blocks)),
             "activations": tokens * kept + (inside if inside >= logits else 0),
@@ -208,7 +220,7 @@ class MemoryModel(CalibrationMemory):
         wide = optimizer_bytes(str(extra.get("optim", "adamw_torch")), section.gpus > 0)
         if self.config.finetune.num_workers > 1 and self.config.finetune.deepspeed is None:
             wide += FLOAT  # DDP's buckets, beside the gradients
-        return parameters * (wide + (HALF if self.narrow else 0))
+        return parameters * (wide + (HALF if self.autocast is not None else 0))
 
     def finetuning_hold(self) -> str:
         """How the fine-tuning holds its model. Offloaded only where that is the original, at ratio 1.0, and it does not fit;
@@ -225,7 +237,7 @@ class MemoryModel(CalibrationMemory):
         """The original's weights, an adapter of so many ``parameters`` with its optimizer, and a step with blocks run again. A
         prefix works through the cache that running a block again would fill twice: its original is held whole."""
         again = self.config.adapter.method != "prefix_tuning"
-        step = self._step_parts(again, parameters, self.adapted, LOSS_COPIES)
+        step = self._step_parts(again, parameters, self.adapted, LOSS_COPIES, on_original=True)
         return self._plan_beside("finetune", step) if again else HoldPlan("resident", {"weights": self.weights, **step})
 
     def correction_parts(self) -> Parts:

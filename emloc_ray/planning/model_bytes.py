@@ -41,7 +41,8 @@ class ModelBytes:
         self._adapter_settings = self.trained.adapter.settings  # of pydantic, too slow for every linear
         self.model_config = prepared.model_config
         self.calibration_tokens = prepared.calibration_tokens(self.lengths.mean)
-        self.itemsize, self.file_itemsize = model_dtype(prepared).itemsize, file_dtype(prepared).itemsize
+        self.dtype = model_dtype(prepared)
+        self.itemsize, self.file_itemsize = self.dtype.itemsize, file_dtype(prepared).itemsize
         self.weights, self.emulator = self._weights(self.itemsize), self._emulator(self.itemsize)
         # What their files take.
         self.weight_files, self.emulator_files = self._weights(self.file_itemsize), self._emulator(self.file_itemsize)
@@ -151,11 +152,23 @@ class ModelBytes:
         return self.layout.head_parameters / self.layout.hidden_size
 
     @property
-    def narrow(self) -> bool:
-        """Whether training computes in 16 bits, by autocast."""
+    def autocast(self) -> torch.dtype | None:
+        """The 16-bit dtype that training computes in; None where it computes in the model's own."""
         section = self.trained.section
-        half = section.bf16 is True or (section.model_extra or {}).get("fp16")
-        return bool(half) or (section.bf16 == "auto" and section.gpus > 0)
+        if (section.model_extra or {}).get("fp16"):
+            return torch.float16
+        return torch.bfloat16 if section.bf16 is True or (section.bf16 == "auto" and section.gpus > 0) else None
+
+    def cast_weights(self, block: Block, of_original: bool = False) -> int:
+        """Bytes of a block's frozen weights, in no few bits, as autocast makes them of another dtype for their products, and
+        keeps them for the gradients of what these read."""
+        if self.autocast in (None, self.dtype):
+            return 0
+        in_few_bits = () if of_original else {*self.layout.quantized_linears}
+        kept = (
+            s.num_parameters if of_original else self.layout.kept(s) for s in block.specs if s.name not in in_few_bits
+        )
+        return 0 if self.layout.budget is not None and not of_original else HALF * sum(kept)
 
     def saved_in_training(self, block: Block) -> float:
         """Bytes that a block keeps of a token for its backward pass in training.
@@ -170,7 +183,7 @@ class ModelBytes:
         - What :meth:`_saved` counts.
         """
         adapted, method, section = set(self.adapted), self.trained.adapter.method, self.trained.section
-        dropout, narrow = bool(self.trained.adapter.lora_dropout), self.narrow
+        dropout, narrow = bool(self.trained.adapter.lora_dropout), self.autocast is not None
         computed = HALF if narrow else FLOAT
         mask = 0 if not dropout else 1 if section.gpus > 0 else FLOAT
         kept = outputs = 0.0
@@ -236,7 +249,7 @@ class ModelBytes:
         model's dtype and three times in float32, or by autocast all in 16 bits."""
         widths = {block.name: block.multiple for block in self.blocks}
         outputs = (widths[spec.block] * spec.out_features for spec in self.adapted)
-        return max(outputs, default=0.0) * (4 * HALF if self.narrow else self.itemsize + 3 * FLOAT)
+        return max(outputs, default=0.0) * (4 * HALF if self.autocast is not None else self.itemsize + 3 * FLOAT)
 
     def _forward(self, tokens: float) -> float:
         """Bytes of what lives at once inside a block that keeps nothing: the residual stream before and after attention,

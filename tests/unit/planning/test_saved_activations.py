@@ -14,20 +14,21 @@ from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import MemoryModel
 
 TOKENS = 96  # no width of the model, by which its tensors are told apart
-HEADS = 4
+HEADS, R = 4, 8
 
 
-def kept_per_token(model: LlamaForCausalLM, narrow: bool, mask: Tensor | None) -> float:
-    """Bytes of a token that the last block of a model with an adapter keeps beside parameters and what all blocks share."""
+def kept(model: LlamaForCausalLM, narrow: bool, mask: Tensor | None) -> tuple[float, int]:
+    """What the last block of a model with an adapter keeps beside parameters and what all blocks share: bytes of a token, and
+    those that hold weights."""
     block = model.model.layers[-1]
     x = torch.randn(1, TOKENS, model.config.hidden_size, dtype=model.dtype).requires_grad_()
     angles = model.model.rotary_emb(x, torch.arange(TOKENS)[None])
     tensors: list[Tensor] = [*model.parameters(), *model.buffers(), *angles, *([] if mask is None else [mask])]
     before = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with (
@@ -35,11 +36,15 @@ def kept_per_token(model: LlamaForCausalLM, narrow: bool, mask: Tensor | None) -
         torch.autocast("cpu", torch.bfloat16, enabled=narrow),
     ):
         block(x, position_embeddings=angles, attention_mask=mask)
-    # What autocast makes of weights has no side of so many tokens.
-    mine = [
-        kept[at] for at in kept.keys() - before if TOKENS in kept[at].shape and not isinstance(kept[at], nn.Parameter)
-    ]
-    return sum(tensor.untyped_storage().nbytes() for tensor in mine) / TOKENS
+    mine = [tensor for at, tensor in saved.items() if at not in before and not isinstance(tensor, nn.Parameter)]
+    of_tokens = [tensor for tensor in mine if TOKENS in tensor.shape]
+    # Those of the adapter are planned with its optimizer.
+    weights = [tensor for tensor in mine if tensor.ndim == 2 and TOKENS not in tensor.shape and R not in tensor.shape]
+    return sum(map(num_bytes, of_tokens)) / TOKENS, sum(map(num_bytes, weights))
+
+
+def num_bytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize("heads_cached", [HEADS, 2])
@@ -76,7 +81,7 @@ def check(heads_cached: int, dtype: str, bf16: bool, dropout: float, attention: 
         memory_budget=None,
         model={"source": "unused", "dtype": dtype, "attn_implementation": attention},
         data={"train": {"path": "unused"}, "max_seq_length": TOKENS},
-        adapter={"r": 8, "lora_dropout": dropout},
+        adapter={"r": R, "lora_dropout": dropout},
         finetune={"bf16": bf16, "packing": packing, "per_device_train_batch_size": 1},
     )
     memory = MemoryModel(prepared, Lengths(TOKENS, TOKENS))
@@ -84,11 +89,12 @@ def check(heads_cached: int, dtype: str, bf16: bool, dropout: float, attention: 
 
     config._attn_implementation = attention
     model = LlamaForCausalLM(config).to(getattr(torch, dtype)).requires_grad_(False)
-    attach_adapter(model, LoraConfig(r=8, lora_dropout=dropout, target_modules="all-linear")).train()
+    attach_adapter(model, LoraConfig(r=R, lora_dropout=dropout, target_modules="all-linear")).train()
     mask = None
     if packing or attention == "eager":
         mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()[None, None]
         mask = torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, -1e9) if attention == "eager" else mask
-    measured = kept_per_token(model, bf16, mask)
+    measured, weights = kept(model, bf16, mask)
+    assert memory.cast_weights(memory.blocks[0], of_original=True) == weights
     assert measured <= planned * 1.005
     assert planned <= measured * 1.06
