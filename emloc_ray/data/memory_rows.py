@@ -49,7 +49,8 @@ def write_rows(rows: Any, name: str, run_dir: str) -> str:
         if is_table:
             pa.parquet.write_table(pa.table(rows), new)
         else:
-            new.write_text("".join(_lines(rows, name)), "utf-8")
+            with new.open("wb") as file:
+                file.writelines(_lines(rows, name))
         sha256 = digest(new)
         path = folder / f"{name}-{sha256[:16]}.{'parquet' if is_table else 'jsonl'}"
         if not path.is_file() or digest(path) != sha256:  # else it is kept, as its time tells it from others
@@ -67,14 +68,14 @@ def _gone_where_empty(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def _lines(rows: Any, name: str) -> Iterable[str]:
+def _lines(rows: Any, name: str) -> Iterable[bytes]:
     if not isinstance(rows, Iterable):
         raise ConfigError(f"{name} is {type(rows).__name__}: give a path, a list of dicts, a data frame or a data set.")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise ConfigError(f"{name}, row {number} is {type(row).__name__}: give a dict for each row.")
         try:
-            yield json.dumps(dict(row), ensure_ascii=False, default=_plain) + "\n"
+            yield (json.dumps(dict(row), ensure_ascii=False, default=_plain) + "\n").encode()
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"{name}, row {number} cannot be written as JSON ({error}): name images by their paths, and leave out what"

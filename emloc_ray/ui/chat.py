@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from emloc_ray.data.images import plain_messages
+from emloc_ray.data.processors import open_processor
 from emloc_ray.data.row_formats import alpaca_prompt
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
@@ -29,11 +31,12 @@ NAMES = ("original", "fine-tuned")
 @dataclass
 class Pair:
     """The original with the run's adapter: one model in memory, asked without the adapter and with it. Unless ``plain`` the chat
-    template wraps prompts, and ``turns`` are what each of the two has heard and said; ``is_alpaca``: plain ones are Alpaca's
-    own."""
+    template wraps prompts, that of the ``processor`` where it has one, as in training, and ``turns`` are what each of the two
+    has heard and said; ``is_alpaca``: plain ones are Alpaca's own."""
 
     model: Any
     tokenizer: Any
+    processor: Any
     plain: bool
     max_new_tokens: int
     is_alpaca: bool = False
@@ -68,12 +71,15 @@ class Pair:
             model = opens.from_pretrained(directory, dtype="auto", use_safetensors=True, trust_remote_code=trusted)
             adapted = PeftModel.from_pretrained(model.to("cuda" if torch.cuda.is_available() else "cpu"), str(adapter))
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
+            processor = open_processor(str(directory), trusted)
         except (OSError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"{directory} with {adapter} does not open ({one_line(error)}).") from error
         formats = rows.get("formats", [config["data"].get("format")])  # those that auto took
-        is_alpaca = not plain and not tokenizer.chat_template and "alpaca" in formats
-        plain = plain or not tokenizer.chat_template or set(formats) <= _PLAIN
-        return cls(adapted.eval(), tokenizer, plain, max_new_tokens, is_alpaca)
+        processor = processor if processor is not None and processor.chat_template else None
+        has_template = bool(processor or tokenizer.chat_template)
+        is_alpaca = not plain and not has_template and "alpaca" in formats
+        plain = plain or not has_template or set(formats) <= _PLAIN
+        return cls(adapted.eval(), tokenizer, processor, plain, max_new_tokens, is_alpaca)
 
     def answers(self, prompt: str) -> dict[str, str]:
         """What each of the two answers, greedily."""
@@ -89,9 +95,10 @@ class Pair:
         if self.plain:
             inputs = self.tokenizer(alpaca_prompt(prompt) if self.is_alpaca else prompt, return_tensors="pt")
         else:
-            inputs = self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-            )
+            wrapped = plain_messages(turns) if self.processor else turns
+            template = self.processor or self.tokenizer
+            text = template.apply_chat_template(wrapped, add_generation_prompt=True, tokenize=False)
+            inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
         ids = inputs["input_ids"].to(self.model.device)
         mask = inputs["attention_mask"].to(self.model.device)
         pad = self.tokenizer.pad_token_id

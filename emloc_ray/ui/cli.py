@@ -94,9 +94,15 @@ def plan(
         console.print(escape(line), soft_wrap=True)
     if planned.choice is not None:
         whose = "the config's own" if memory_budget is None else "those of what is recommended"
-        line = f"The stages above are {whose}; emloc-ray run {config} does what is recommended with these overrides:"
+        asked = f"emloc-ray run {shlex.quote(str(config))}"
+        line = f"The stages above are {whose}; {asked} does what is recommended with these overrides:"
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-        console.print("  " + shlex.join(planned.choice.overrides), soft_wrap=True, highlight=False, markup=False)
+        console.print(
+            "  " + shlex.join([*(overrides or ()), *planned.choice.overrides]),
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
     check_holding(planned.prepared)
     check_stages(planned)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -272,7 +273,7 @@ def init(
         if key != ("memory_budget",) or memory_budget is not None:  # left out it gives way where a stage needs more
             put(values, key, value, override)
     output.write_text(_commented(values, output, prepared), "utf-8")
-    written = f"{output} is written: emloc-ray validate {output} checks it."
+    written = f"{output} is written: emloc-ray validate {shlex.quote(str(output))} checks it."
     console.print(f"{written} {_chosen(choice, memory_budget)}", soft_wrap=True, markup=False)
 
 

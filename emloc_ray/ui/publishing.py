@@ -28,9 +28,11 @@ _CONVERTERS = {"merged": "convert_hf_to_gguf.py", "adapter": "convert_lora_to_gg
 
 
 def result_name(run: RunDirectory, part: Result) -> str:
-    """The folder of a run's merged model, or of its last adapter for the original. Raises ConfigError where the run has not
-    come so far, or not again since its config has changed or a stage is redone."""
+    """The folder of a run's merged model, or of its last adapter for the original. Raises ConfigError where it is a batch, and
+    where the run has not come so far, or not again since its config has changed or a stage is redone."""
     manifest, folders = run.existing().manifest(), run.names()
+    if manifest.get("kind") == "batch":
+        raise ConfigError(f"{run.place} is a batch: name the directory of one of its tasks, below {run.place}/tasks.")
     current, names = current_stages(manifest), ["merged"] if part == "merged" else ["adapter_finished", "adapter"]
     for name in names:
         if WRITTEN_BY[name] in current and name in folders:
@@ -138,17 +140,25 @@ def export_gguf(
     target = output or (run.root if run.store is None else Path.cwd()) / f"{run.name}-{part}-{outtype}.gguf"
     if target.exists():
         raise ConfigError(f"{target} is there already: remove it, or name another with --output.")
+    if not target.parent.is_dir():
+        raise ConfigError(f"{target.parent} is no folder: make it, or name another place with --output.")
+    part_file = target.with_name(f".{target.stem}.part.gguf")
     with local_copy(console, run, result, *([MODEL] if part == "adapter" else [])) as root:
         folder = root / result
-        command = [sys.executable, str(converter), str(folder), "--outfile", str(target), "--outtype", outtype]
+        command = [sys.executable, str(converter), str(folder), "--outfile", str(part_file), "--outtype", outtype]
         _check_files(folder, part)
         base = [str(original(run, root))] if part == "adapter" else []
         command += ["--base", *base] if base else []
         for read in (folder, *map(Path, base)) if not trust_remote_code else ():
             _check_no_code(read)
         with console.status(f"{converter.name} writes {target} …"):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not target.is_file():
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode == 0 and part_file.is_file():
+                    part_file.replace(target)
+            finally:
+                part_file.unlink(missing_ok=True)
+    if not target.is_file():
         last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
         raise StageError(
             f"{converter.name} wrote no GGUF of {folder} ({last.rstrip('.')}): see what it takes with --help."

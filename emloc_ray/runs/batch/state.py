@@ -89,7 +89,7 @@ def read_state(run: RunDirectory) -> BatchState | None:
             raise ValueError
         parts = (_read_part(run, number) for number in range(head["parts"]))
         return BatchState(float(head["started_at"]), tuple(task for part in parts for task in part))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(
             f"{path} is of another version of emloc_ray, or damaged: remove it, and the batch checks every task again."
         ) from error

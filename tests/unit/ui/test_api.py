@@ -122,6 +122,7 @@ def test_keywords_are_keys_over_those_of_a_config(tmp_path: Path) -> None:
     [
         ({"train": [1, 2]}, "train, row 1 is int: give a dict for each row"),
         ({"train": [{"a": object()}]}, "train, row 1 cannot be written as JSON"),
+        ({"train": [{"text": "a\ud800"}]}, "train, row 1 cannot be written as JSON"),
         (
             {"train": [{"image": np.zeros((2, 2, 3))}]},
             "train, row 1 cannot be written as JSON .*name images by their paths",

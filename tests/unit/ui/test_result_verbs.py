@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import shutil
 import threading
@@ -194,13 +195,19 @@ def test_llama_cpps_converter_writes_gguf(run: RunDirectory, tmp_path: Path, mon
     done = invoke("gguf", "run")
     assert done.exit_code == 0, (done.output, done.exception)
     written = run.path("run-merged-bf16.gguf")
-    assert written.read_text() == f"{run.path('merged')} --outfile {written} --outtype bf16"
+    begun = run.path(".run-merged-bf16.part.gguf")
+    assert written.read_text() == f"{run.path('merged')} --outfile {begun} --outtype bf16"
     assert "is there already" in invoke("gguf", "run").stderr
     assert invoke("gguf", "run", "--part", "adapter", "--output", "a.gguf").exit_code == 0
     assert Path("a.gguf").read_text().endswith(f"--base {Path.cwd()}/model")
     failed = invoke("gguf", "run", "--outtype", "q8_0")
     assert failed.exit_code == 1
     assert "(this model is not known): see what it takes" in failed.stderr
+    (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER + "sys.exit('the disk is full.')\n")
+    assert "(the disk is full): see what it takes" in invoke("gguf", "run", "--outtype", "f16").stderr
+    assert [file.name for file in run.root.glob("*.gguf")] == [written.name]  # nothing half written
+    absent = invoke("gguf", "run", "--output", "no/folder/a.gguf")
+    assert (absent.exit_code, "is no folder: make it" in absent.stderr) == (2, True)
 
 
 def test_the_original_is_found_where_the_run_found_it(
@@ -312,6 +319,33 @@ def test_both_models_are_asked_the_same(run: RunDirectory, plain: bool) -> None:
     assert heard == ([] if plain else ["user", "assistant"])
     with pytest.raises(StopIteration):
         talk(console, pair, lambda prompt: next(said))
+
+
+def test_a_processor_s_template_is_asked_with_parts_as_in_training(run: RunDirectory) -> None:
+    """LLaVA's leaves out every word of a content that is a text."""
+    pair = Pair.of(run, run.root, max_new_tokens=1)
+    parts = "{% for part in m['content'] if part is mapping %}{{ part['text'] }}{% endfor %}"
+    template = "{% for m in messages %}USER: " + parts + "{% endfor %}"
+    pair.plain, pair.processor = False, copy.deepcopy(pair.tokenizer)
+    pair.processor.chat_template = template
+    asked: list[str] = []
+    decode = pair.tokenizer.decode
+    generate = pair.model.generate
+    pair.model.generate = lambda **given: asked.append(decode(given["input_ids"][0])) or generate(**given)
+    pair.answers("add 1 and 2")
+    assert asked == ["USER: add 1 and 2"] * 2
+
+
+@pytest.mark.parametrize("verb", [["chat"], ["push", "me/mine"], ["gguf"]])
+def test_a_batch_has_no_result_of_its_own(tmp_path: Path, verb: list[str]) -> None:
+    batch = RunDirectory(tmp_path / "batch")
+    batch.root.mkdir()
+    batch.path("manifest.json").write_text(json.dumps({"kind": "batch", "format": 2, "stages": {}, "config": {}}))
+    refused = invoke(verb[0], str(batch.root), *verb[1:])
+    assert refused.exit_code == 2
+    assert (
+        f"{batch.root} is a batch: name the directory of one of its tasks, below {batch.root}/tasks." in refused.stderr
+    )
 
 
 @pytest.mark.parametrize(("formats", "plain"), [(["prompt_completion"], True), (["messages", "text"], False)])
