@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,9 +105,11 @@ class Choice:
         return [f"memory_budget={asked}", *changed, *_solved(self.recommended.config)]
 
 
-def choose_training(prepared: Prepared, lengths: Lengths, speeds: Speeds) -> Choice:
-    """Plans every alternative within the config's ``memory_budget``, without starting anything. Raises ConfigError where none
-    fits; it says what the leanest one needs."""
+def choose_training(
+    prepared: Prepared, lengths: Lengths, speeds: Speeds, runs: Callable[[Prepared], bool] = lambda run: True
+) -> Choice:
+    """Plans every alternative within the config's ``memory_budget``, without starting anything. What ``runs`` denies is not
+    recommended where there is another. Raises ConfigError where none fits; it says what the leanest one needs."""
     budget = int(MemoryModel(prepared).budget or 0)
     alternatives = tuple(_alternatives(prepared, budget, lengths, speeds))
     fit = [one for one in alternatives if one.fits and not one.unneeded]
@@ -119,8 +121,18 @@ def choose_training(prepared: Prepared, lengths: Lengths, speeds: Speeds) -> Cho
             f"Nothing can be trained within {size_up(budget)}: the least, of {least.name}, is {size_up(least.needed)}: give that"
             f" much{', or lower data.max_seq_length or the size of the adapter' if lowers else ''}."
         )
-    best = _best([(one, one.measured.gap_closed) for one in fit if one.measured is not None]) or fit[0]
+    best = first = _recommended(fit)
+    while not runs(best.memory.prepared):
+        fit = [one for one in fit if one is not best]
+        if not fit:
+            best = first
+            break
+        best = _recommended(fit)
     return Choice(prepared.config, budget, alternatives, best, speeds)
+
+
+def _recommended(fit: Sequence[Alternative]) -> Alternative:
+    return _best([(one, one.measured.gap_closed) for one in fit if one.measured is not None]) or fit[0]
 
 
 def _best(measured: Sequence[tuple[Alternative, float]]) -> Alternative | None:

@@ -67,14 +67,16 @@ class MemoryModel(CalibrationMemory):
 
     def factorization_parts(self) -> Parts:
         """The group that needs most, with one of its linears computed once more in float64, as rounding may ask: on the host
-        where the GPU's float64 is slow. A worker with a GPU takes one group after another, so its node also holds the tensors
-        of the one that is computed and of the next."""
+        where the GPU's float64 is slow, which computes in float32 before. A worker with a GPU takes one group after another, so
+        its node also holds the tensors of the one that is computed and of the next."""
         section, groups = self.config.emulator, self._groups()
         left = {*self.layout.quantized_linears}.difference(spec.name for group in groups for spec in group)
         alone = [group for group in self.layout.groups if any(spec.name in left for spec in group)]
         parts = max([*map(self._group_parts, groups), *map(self._quantized_group_parts, alone)], key=total, default={})
         if section.gpus and not self.config.ray.joins and gpus_of_slow_float64():
-            parts = {"in float64": total(parts)}
+            narrow = [self._group_parts(group, FLOAT) for group in groups]
+            on_gpu = max([*narrow, *map(self._quantized_group_parts, alone)], key=total, default={})
+            parts = {**on_gpu, "in float64": total(parts)}
         if not section.gpus or len(groups) + len(alone) <= section.num_workers:
             return parts
         read = [*map(self._group_bytes_as_read, groups), *map(self._weight_bytes_as_read, alone)]
@@ -94,14 +96,15 @@ class MemoryModel(CalibrationMemory):
         weight = max(spec.num_parameters for spec in group) * (stored + FLOAT + DOUBLE)
         return {"weights": weight, "factors": sum(self.layout.kept(spec) for spec in group) * self.file_itemsize}
 
-    def _group_parts(self, group: tuple[LinearSpec, ...]) -> Parts:
+    def _group_parts(self, group: tuple[LinearSpec, ...], wide: int = DOUBLE) -> Parts:
         """A Gram: as summed, damped in float32, damped in float64 (made over a copy), and where an output is wider than
         the input a Cholesky factor of each. A layer: ``W`` as stored, in float32 and in float64, its product with the
-        Gram, ``M`` with eigenvectors and LAPACK's workspace of twice their size, and the factors of the whole group."""
-        square = group[0].in_features ** 2
+        Gram, ``M`` with eigenvectors and LAPACK's workspace of twice their size, and the factors of the whole group. With a
+        ``wide`` number of four bytes, what float32 alone takes of these."""
+        square, again = group[0].in_features ** 2, wide if wide > FLOAT else 0
         tall = any(spec.out_features > spec.in_features for spec in group)
-        damped = square * (2 * FLOAT + DOUBLE)
-        layer = max(self._linear_bytes(spec) for spec in group)
+        damped = square * (2 * FLOAT + again)
+        layer = max(self._linear_bytes(spec, wide) for spec in group)
         weights = self._quantized_group_parts(group)
         with_gradients = set(self.layout.gradient_linears)
         # A sum of gradients: as summed, damped, its root; and the weight that it weighs.
@@ -110,14 +113,14 @@ class MemoryModel(CalibrationMemory):
             default=0,
         )
         damped += sums
-        grams = damped + square * (FLOAT + DOUBLE if tall else 0)
-        if grams + layer >= damped + square * DOUBLE:
+        grams = damped + square * (FLOAT + again if tall else 0)
+        if grams + layer >= damped + square * again:
             return {"grams": grams, **weights, "products": layer}
-        return {"grams": damped + square * DOUBLE, **weights}
+        return {"grams": damped + square * again, **weights}
 
-    def _linear_bytes(self, spec: LinearSpec) -> float:
+    def _linear_bytes(self, spec: LinearSpec, wide: int) -> float:
         order = min(spec.out_features, spec.in_features)
-        return spec.num_parameters * DOUBLE + 4 * order**2 * DOUBLE + self.layout.kept(spec) * (FLOAT + DOUBLE)
+        return spec.num_parameters * wide + 4 * order**2 * wide + self.layout.kept(spec) * (FLOAT + wide)
 
     def healing_stage_parts(self) -> Parts:
         """The training, the original's pass over its batches before it, or the rounding of grown factors under their Grams after

@@ -7,6 +7,8 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.node_cache import sizes
 from emloc_ray.planning.alternatives import Choice, choose_training
+from emloc_ray.planning.batches import shrink_batches
+from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.costs import Costed, busy_seconds, with_base
 from emloc_ray.planning.machine import Speeds, assumed_speeds
 from emloc_ray.planning.memory import MemoryModel, Parts, total
@@ -17,6 +19,7 @@ from emloc_ray.text import counted, size, size_up
 # The parts of a GPU worker's memory that are on its node.
 _ON_HOSTS = ("base", "weights", "correction", "hidden states", "teacher", "in float64", "read ahead")
 _ON_BOTH = "weights"
+_BY_WEIGHTS = ("allocate", "factorize")  # stages whose memory follows from the largest weight
 _SECONDS_BEFORE = 15  # to start Ray
 
 
@@ -153,10 +156,14 @@ def check_stages(plan: Plan, left: Container[str] | None = None) -> None:
         if stage.gpu_bytes > (fillable := memory.fillable(stage.gpus_per_worker)):
             ratio = "compression_ratio" if config.emulator.budget is None else "budget"
             refined = ", remove emulator.refinement" if stage.name == "refine" else ""
+            lower = f"lower its batch, data.max_seq_length or emulator.{ratio} (emloc-ray plan --memory-budget says what fits)"
+            if stage.name in _BY_WEIGHTS:  # which no batch lowers
+                lower, refined = "set emulator.gpus_per_worker to 0", ""
+            else:
+                refined += ", or set its section's gpus_per_worker to 0"
             raise ConfigError(
                 f"{stage.name} is planned to hold {size_up(stage.gpu_bytes)} of a GPU of which {size(fillable)} can be"
-                f" filled: lower its batch, data.max_seq_length or emulator.{ratio} (emloc-ray plan --memory-budget says what"
-                f" fits){refined}, or set its section's gpus_per_worker to 0; memory_budget: null tries it all the same."
+                f" filled: {lower}{refined}; memory_budget: null tries it all the same."
             )
 
 
@@ -171,7 +178,17 @@ def _bytes_below(run: RunDirectory, folders: Sequence[str]) -> int:
     return sum(sum(sizes(run.path(folder)).values()) for folder in folders)
 
 
-def within_budget(prepared: Prepared, speeds: Speeds | None = None) -> Choice:
-    """What can be trained on within the config's ``memory_budget``, and the settings that fit. Raises ConfigError where none
-    fit."""
-    return choose_training(prepared, longest_lengths(prepared), speeds or assumed_speeds())
+def within_budget(prepared: Prepared, stages: Sequence[Costed] = (), speeds: Speeds | None = None) -> Choice:
+    """What can be trained on within the config's ``memory_budget``, and the settings that fit; what one of the ``stages`` would
+    refuse is not recommended where there is another. Raises ConfigError where none fit."""
+    speeds = speeds or assumed_speeds()
+
+    def runs(candidate: Prepared) -> bool:
+        try:
+            check_holding(candidate)
+            check_stages(make_plan(stages, shrink_batches(candidate), speeds))
+        except ConfigError:
+            return False
+        return True
+
+    return choose_training(prepared, longest_lengths(prepared), speeds, runs)

@@ -10,6 +10,7 @@ from typing import Any
 from emloc_ray.config.reading import load_config, parse_config, without_paths
 from emloc_ray.config.schema import DataConfig, RunConfig, SplitConfig
 from emloc_ray.data.memory_rows import is_place, write_rows
+from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.store.places import below
 from emloc_ray.planning.batches import shrink_batches, without_budget
@@ -134,8 +135,14 @@ def plan(
     prepared = shrink_batches(asked)
     files = sorted(prepared.source.directory.glob("*.safetensors"))
     speeds = with_disk_of(measured_speeds(), files, MemoryModel(prepared).weights)
-    if whole.memory_budget is not None and not whole.budget_is_default:
-        choice = within_budget(asked, speeds)
+    if whole.finetune.deepspeed is not None:
+        if memory_budget is not None:
+            raise ConfigError(
+                "finetune.deepspeed: its ranks share weights and states, which no choice within a memory budget knows: leave out"
+                " the memory budget of the plan, or DeepSpeed."
+            )
+    elif whole.memory_budget is not None and not whole.budget_is_default:
+        choice = within_budget(asked, STEPS, speeds)
         prepared = prepared if memory_budget is None else shrink_batches(choice.recommended.memory.prepared)
     return dataclasses.replace(make_plan(STEPS, prepared, speeds), choice=choice)
 

@@ -241,6 +241,7 @@ def init(
     from emloc_ray.planning.plan import within_budget
     from emloc_ray.planning.prepared import prepare
     from emloc_ray.runs.remarks import max_positions
+    from emloc_ray.stages.order import STEPS
 
     model = _asked("--model", model, "a hub id, a directory or a .gguf file")
     data = _asked("--data", data, "a file, a glob or hf:DATASET")
@@ -263,7 +264,7 @@ def init(
             values["data"]["max_seq_length"] = positions
             prepared = prepare(parse_config(values))
         try:
-            choice = within_budget(prepared)
+            choice = within_budget(prepared, STEPS)
         except ConfigError:
             if memory_budget is not None:
                 raise

@@ -96,6 +96,16 @@ def test_what_does_not_fit_goes_by_its_blocks_where_the_link_allows() -> None:
     assert int4.step_seconds <= 1.1 * nf4.step_seconds
 
 
+def test_what_another_stage_refuses_is_not_recommended_where_there_is_another() -> None:
+    ready = prepared(BASE_BYTES + 330 * MIB)
+    best = choose_training(ready, ROW, FAST).recommended
+    denied = [best.config.emulator.quantization]
+    other = choose_training(ready, ROW, FAST, lambda run: run.config.emulator.quantization not in denied).recommended
+    assert other.fits
+    assert other.config.emulator.quantization not in denied
+    assert choose_training(ready, ROW, FAST, lambda run: False).recommended.name == best.name  # the run says why
+
+
 @pytest.mark.parametrize("more", [{}, {"refinement": {"steps": 5}}])
 @pytest.mark.parametrize("megabytes", [1000, 330, 200, 140])
 def test_the_overrides_make_the_recommended_run(tmp_path: Path, megabytes: int, more: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.planning.plan import within_budget
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs import run as pipeline
+from emloc_ray.stages.order import STEPS
 from emloc_ray.ui.api import RunResult, as_config
 from emloc_ray.ui.notebook import NotebookReporter
 
@@ -202,7 +203,7 @@ def test_a_plan_recommends_what_fits_the_batches_as_written(tmp_path: Path, give
     }
     asked = parse_config({**call, "memory_budget": "900MiB"})
     planned = emloc_ray.plan(call, memory_budget="900MiB") if given else emloc_ray.plan(asked)
-    as_written = within_budget(prepare(asked, needs_weights=False), planned.speeds)
+    as_written = within_budget(prepare(asked, needs_weights=False), STEPS, planned.speeds)
     assert planned.choice is not None
     assert planned.choice.overrides == as_written.overrides
     assert planned.choice.asked.emulator.model_fields_set == as_written.asked.emulator.model_fields_set

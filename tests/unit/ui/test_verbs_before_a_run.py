@@ -16,7 +16,6 @@ from emloc_ray.config.peers import PEERS
 from emloc_ray.config.reading import load_config, parse_config, unknown_key
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import read_yaml
-from emloc_ray.planning.prepared import Prepared
 from emloc_ray.runs.remarks import default_emulator
 from emloc_ray.ui.cli import app
 
@@ -143,7 +142,7 @@ def test_init_without_a_budget_goes_by_what_inference_takes(place: Place) -> Non
 
 
 def test_init_where_nothing_trains_in_what_inference_takes(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(prepared: Prepared) -> None:
+    def refuse(*given: object) -> None:
         raise ConfigError("Nothing can be trained within 1 MiB.")
 
     monkeypatch.setattr("emloc_ray.planning.plan.within_budget", refuse)
