@@ -84,20 +84,6 @@ def test_finetuning_llama_7b_by_hand(llama_7b: Prepared) -> None:
     assert whole["weights"] == parts["weights"]
 
 
-def test_a_gpu_of_slow_float64_computes_in_float32_before_its_host_does_in_float64(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    ready = bare(LlamaConfig(), ray={"num_gpus": 1}, emulator={"gpus_per_worker": 1, **WEIGHED})
-    fast = MemoryModel(ready, ROW).factorization_parts()
-    monkeypatch.setattr(planned, "gpus_of_slow_float64", lambda: True)
-    slow = MemoryModel(ready, ROW).factorization_parts()
-    assert slow.pop("read ahead") == fast.pop("read ahead")
-    assert slow.pop("in float64") == total(fast)
-    sums = 3 * 4 * 11008**2 + 4 * 4096 * 11008  # of up_proj's outputs, and the weight that they weigh
-    assert slow["grams"] == 3 * 4 * 4096**2 + sums  # the Gram as summed, damped, and its root
-    assert 0 < total(slow) < 0.6 * total(fast)
-
-
 def test_a_chunk_of_logits_counts_where_it_is_more_than_a_block(llama_7b: Prepared) -> None:
     short = MemoryModel(llama_7b, Lengths(8.0, 8.0)).finetuning_parts()
     assert short["logits"] == 0

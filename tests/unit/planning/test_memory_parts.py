@@ -65,14 +65,19 @@ def test_a_float32_model_counts_as_the_gpus_of_all_passes_hold_it(
 def test_what_is_computed_again_in_float64_is_on_the_host_of_a_gpu_that_is_slow_at_it(
     monkeypatch: pytest.MonkeyPatch, capability: str, is_slow: bool
 ) -> None:
+    """Which has computed it in float32 before."""
     on_cpu = total(memory().factorization_parts())
     figures = {"compute_cap": (capability,), "memory.total": ("24000",)}
     monkeypatch.setattr("emloc_ray.planning.machine.ask_gpus", lambda what: figures.get(what, ()))
     parts = memory(emulator={"gpus_per_worker": 1}).factorization_parts()
-    assert total(parts) - parts["read ahead"] == on_cpu
-    on_host = StagePlan("factorize", parts, 0, 0.0, 1, 1, 1).host_bytes
-    assert (on_host == total(parts)) is is_slow
-    assert is_slow is (on_host - parts["read ahead"] >= 20 * 11008**2)
+    planned = StagePlan("factorize", parts, 0, 0.0, 1, 1, 1)
+    assert is_slow is (planned.host_bytes - parts["read ahead"] >= 20 * 11008**2)
+    if is_slow:
+        assert parts["in float64"] == on_cpu
+        assert parts["grams"] == 2 * 4 * 11008**2  # as summed, and damped
+        assert planned.gpu_bytes >= 2 * 4 * 11008**2 + 4 * 4096 * 11008  # and the weight
+    else:
+        assert total(parts) - parts["read ahead"] == on_cpu
 
 
 def refined(model_config: Any = None, **sections: Any) -> MemoryModel:
