@@ -286,7 +286,7 @@ def _sentence(detail: Any, model: type[Section]) -> str:
         return f"{'.'.join(location[:-2])} has the key {location[-2]}, which is no text: write it in quotes."
     if detail["type"] == "extra_forbidden":
         if "." in location[-1]:
-            return unknown_key(key) or f"{key} is written with dots, which overrides are: write {_nested(key)}."
+            return unknown_key(key) or f"{key} has dots, as overrides have: in a file write {_nested(key)}."
         section = _section(location[:-1], model)
         return f"{no_such_key(key, location[-1], section.model_fields if section else ())}."
     if detail["type"] == "missing":

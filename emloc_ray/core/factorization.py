@@ -273,7 +273,7 @@ def _by_eigendecomposition(weight: Tensor, whitening: Whitening, rank: int) -> t
         up = polish(whitened @ up / values[:rank].sqrt().to(weight.dtype).clamp_min(torch.finfo(weight.dtype).tiny))
     factors = LowRankFactors(up, up.T @ weight)
     trusted = share <= SURE_ROUNDING_SHARE
-    summed = share * (len(values) - rank) / rank  # of eigenvalues, each as much in error
+    summed = share * (len(values) - rank) / rank  # the residual sums the others, each as much in error
     if share <= _MAX_ROUNDING_SHARE and max(share, summed) > SURE_ROUNDING_SHARE:
         direct = whitening.energy(weight - factors.up @ factors.down)
         trusted = trusted or abs(direct - residual) <= MAX_RESIDUAL_DIFFERENCE * direct

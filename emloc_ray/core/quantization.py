@@ -83,9 +83,9 @@ def quantize_factors(
     """``up`` and ``down`` of ``weight ≈ up down`` in integers, rounded in turn.
 
     ``down`` first, under ``G``: with orthonormal columns of ``up`` what it loses is what the layer loses. Then ``up`` is fitted
-    anew to what became of it, ``W G dᵀ (d G dᵀ)⁻¹``, and rounded under ``d G dᵀ (r, r)``. That is damped though ``G`` may not
-    be, for rows of ``d`` may be zero, and in float64: where few inputs of many were seen, rounding of these in float32 would be
-    divided by what the others have, which is the damping alone.
+    anew to what became of it, ``W G dᵀ (d G dᵀ)⁻¹``, and rounded under ``d G dᵀ (r, r)``. This is damped even where ``G``
+    is not: rows of ``d`` may be zero. It is solved in float64: where few tokens were seen, float32's rounding would be divided by
+    the damping alone.
     """
     scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
     down = quantize(factors.down / scale, whitening, bits, group_size, name=name)

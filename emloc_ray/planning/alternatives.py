@@ -121,18 +121,17 @@ def choose_training(
             f"Nothing can be trained within {size_up(budget)}: the least, of {least.name}, is {size_up(least.needed)}: give that"
             f" much{', or lower data.max_seq_length or the size of the adapter' if lowers else ''}."
         )
-    best = first = _recommended(fit)
-    while not runs(best.memory.prepared):
-        fit = [one for one in fit if one is not best]
-        if not fit:
-            best = first
-            break
-        best = _recommended(fit)
+    best = next((one for one in _by_merit(fit) if runs(one.memory.prepared)), None) or next(_by_merit(fit))
     return Choice(prepared.config, budget, alternatives, best, speeds)
 
 
-def _recommended(fit: Sequence[Alternative]) -> Alternative:
-    return _best([(one, one.measured.gap_closed) for one in fit if one.measured is not None]) or fit[0]
+def _by_merit(fit: Sequence[Alternative]) -> Iterator[Alternative]:
+    """What fits, in the order of recommendation."""
+    left = list(fit)
+    while left:
+        best = _best([(one, one.measured.gap_closed) for one in left if one.measured is not None]) or left[0]
+        yield best
+        left.remove(best)
 
 
 def _best(measured: Sequence[tuple[Alternative, float]]) -> Alternative | None:
@@ -193,8 +192,6 @@ class _Candidates:
     @functools.cached_property
     def in_few_bits(self) -> dict[str, Alternative]:
         """The original in each number of bits."""
-        if (self.prepared.zero_config or {}).get("zero_optimization", {}).get("stage") == 3:
-            return {}
         unrefined: dict[str, Any] = {"refinement": None}  # with which NF4 is refused
         runs = {
             b: _changed(self.prepared, {**_WHOLE, "quantization": b, **(unrefined if b == "nf4" else {})})
@@ -221,7 +218,7 @@ class _Candidates:
     def below_int3(self) -> Iterator[Alternative]:
         """An emulator of the largest budget below that of int3 that fits, or of a smaller one that closed more as it leaves
         memory for refinement, or else of the smallest, where the config's own budget does not fit."""
-        if "int3" not in self.in_few_bits or (self.of_budget is not None and self.of_budget.fits):
+        if self.of_budget is not None and self.of_budget.fits:
             return
         unneeded, solved = self.resident.fits or self.in_few_bits["int3"].fits, list[Alternative]()
         for bits, run in _of_budgets(self.prepared):

@@ -33,8 +33,7 @@ def _trained_within(prepared: Prepared) -> Prepared:
     budget = own.budget_bytes("finetune") or 0.0
 
     def needed(memory: MemoryModel) -> int:
-        # Smaller steps would not make room for the scores between them, whose batch is as small as it has to be, nor for
-        # rounding grown factors.
+        # Smaller steps make no room for what has no batch of theirs: the scores between them, and the rounding of grown factors.
         parts = [
             memory.healing_steps_parts(),
             memory.training_step_parts(),

@@ -88,8 +88,8 @@ def _check_names(config: RunConfig, layout: Layout, skeleton: Skeleton) -> None:
     if renamed and (config.adapter.is_lora or config.adapter.is_additive):
         ends = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in renamed}))
         raise ConfigError(
-            f"adapter: PEFT {importlib.metadata.version('peft')} looks for LoRA of {min(renamed)} under another name, as for"
-            f" {len(renamed)} linears of this model, and leaves it out: set adapter.exclude_modules to [{ends}]."
+            f"adapter: PEFT {importlib.metadata.version('peft')} would not load what is trained for {len(renamed)} linears of"
+            f" this model ({min(renamed)}), as it looks for them under other names: set adapter.exclude_modules to [{ends}]."
         )
 
 

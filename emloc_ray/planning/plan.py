@@ -19,7 +19,7 @@ from emloc_ray.text import counted, size, size_up
 # The parts of a GPU worker's memory that are on its node.
 _ON_HOSTS = ("base", "weights", "correction", "hidden states", "teacher", "in float64", "read ahead")
 _ON_BOTH = "weights"
-_BY_WEIGHTS = ("allocate", "factorize")  # stages whose memory follows from the largest weight
+_BY_WEIGHTS = ("allocate", "factorize")  # stages whose memory follows from the largest weight, and no batch lowers
 _SECONDS_BEFORE = 15  # to start Ray
 
 
@@ -156,14 +156,15 @@ def check_stages(plan: Plan, left: Container[str] | None = None) -> None:
         if stage.gpu_bytes > (fillable := memory.fillable(stage.gpus_per_worker)):
             ratio = "compression_ratio" if config.emulator.budget is None else "budget"
             refined = ", remove emulator.refinement" if stage.name == "refine" else ""
-            lower = f"lower its batch, data.max_seq_length or emulator.{ratio} (emloc-ray plan --memory-budget says what fits)"
-            if stage.name in _BY_WEIGHTS:  # which no batch lowers
-                lower, refined = "set emulator.gpus_per_worker to 0", ""
-            else:
-                refined += ", or set its section's gpus_per_worker to 0"
+            advice = "set emulator.gpus_per_worker to 0"
+            if stage.name not in _BY_WEIGHTS:
+                advice = (
+                    f"lower its batch, data.max_seq_length or emulator.{ratio} (emloc-ray plan --memory-budget says what fits)"
+                    f"{refined}, or set its section's gpus_per_worker to 0"
+                )
             raise ConfigError(
                 f"{stage.name} is planned to hold {size_up(stage.gpu_bytes)} of a GPU of which {size(fillable)} can be"
-                f" filled: {lower}{refined}; memory_budget: null tries it all the same."
+                f" filled: {advice}; memory_budget: null tries it all the same."
             )
 
 

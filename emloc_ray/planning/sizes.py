@@ -7,7 +7,7 @@ from typing import TypeVar
 from emloc_ray.modeling.architecture import LinearSpec
 
 FLOAT = 4  # bytes: Grams, adapters, norms and losses are in float32 whatever the model is in
-HALF = 2
+HALF = 2  # of what autocast computes in
 DOUBLE = 8  # of what is decided in float64
 
 Part = TypeVar("Part")

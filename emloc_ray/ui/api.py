@@ -138,8 +138,8 @@ def plan(
     if whole.finetune.deepspeed is not None:
         if memory_budget is not None:
             raise ConfigError(
-                "finetune.deepspeed: its ranks share weights and states, which no choice within a memory budget knows: leave out"
-                " the memory budget of the plan, or DeepSpeed."
+                "finetune.deepspeed: plan cannot choose within a memory budget, as ranks share weights and states: leave out the"
+                " plan's memory budget, or finetune.deepspeed."
             )
     elif whole.memory_budget is not None and not whole.budget_is_default:
         choice = within_budget(asked, STEPS, speeds)

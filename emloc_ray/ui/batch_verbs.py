@@ -19,6 +19,7 @@ from emloc_ray.ui.shell import AcceptVersions, Overrides, Yes, agrees, console, 
 
 if TYPE_CHECKING:
     from emloc_ray.io.runs.cache import ArtifactCache
+    from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.runs.batch.state import BatchState
 
 BatchPath = Annotated[Path, typer.Argument(metavar="BATCH", help="A YAML file that names a base config and tasks.")]
@@ -42,10 +43,8 @@ def batch(
     """Run many tasks over one cluster; a second time, run new and failed ones."""
     from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.runs.batch import driver
-    from emloc_ray.runs.batch.summary import write_summary
     from emloc_ray.runs.batch.tasks import read_batch
     from emloc_ray.runs.changes import check_accepted
-    from emloc_ray.ui.batch_page import write_batch_report
     from emloc_ray.ui.batch_table import BatchView, batch_table, reasons
     from emloc_ray.ui.page import PageReporter
     from emloc_ray.ui.terminal import progress_bar, quiet_libraries
@@ -82,17 +81,26 @@ def batch(
     with BatchView(console) as view:
         state = driver.run_batch(prepared, view.show, view.tell, accept_changes=True)
     console.print(batch_table(state, width=console.width))  # first: the disk may be full
-    problems = reasons(state)
-    for write in (write_summary, write_batch_report):
-        try:
-            write(prepared.run, state)
-        except (EmlocError, OSError) as error:
-            problems.append(sentence(error))
+    problems = [*reasons(state), *_write_results(prepared.run, state)]
     if failed := state.count("failed"):
         problems.append(f"{failed} of {counted(len(state.tasks), 'task')} failed: the same command tries again.")
     if problems:
         raise StageError("\n".join(problems))
     console.print(f"Results in {place}: summary.parquet, report.html, tasks/", soft_wrap=True, markup=False)
+
+
+def _write_results(run: RunDirectory, state: BatchState) -> list[str]:
+    """Writes the summary and the page; a sentence for each that cannot be written."""
+    from emloc_ray.runs.batch.summary import write_summary
+    from emloc_ray.ui.batch_page import write_batch_report
+
+    problems = []
+    for write in (write_summary, write_batch_report):
+        try:
+            write(run, state)
+        except (EmlocError, OSError) as error:
+            problems.append(sentence(error))
+    return problems
 
 
 def asking(place: str) -> Status:

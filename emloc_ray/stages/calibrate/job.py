@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 Groups = tuple[tuple[str, ...], ...]
 _BEGUN = ".way.json"  # the name on disk; it holds hold, waves and slots
 BLOCKS = "block_by_block"
-MAX_LEAD = (
-    2  # blocks that a slot may be ahead of the slowest: what it has summed of them stays on disk until all have passed
-)
+MAX_LEAD = 2  # blocks that a slot may be ahead of the slowest: their sums stay on disk until all have passed them
 
 
 @dataclass(frozen=True)

@@ -214,10 +214,10 @@ def test_a_key_that_is_no_string(section: str) -> None:
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ("adapter.r: 8", "adapter.r is written with dots, which overrides are: write adapter: {r: …}."),
+        ("adapter.r: 8", "adapter.r has dots, as overrides have: in a file write adapter: {r: …}."),
         (
             "data.train.path: a",
-            "data.train.path is written with dots, which overrides are: write data: {train: {path: …}}.",
+            "data.train.path has dots, as overrides have: in a file write data: {train: {path: …}}.",
         ),
         ("model.dtpye: x", "model.dtpye is not a key: the nearest is dtype."),
         (

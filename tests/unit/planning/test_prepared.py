@@ -361,7 +361,9 @@ def test_linears_that_peft_would_not_load_are_named(
 ) -> None:
     model_dir = Path(shutil.copytree(tiny_model_dir("llama"), tmp_path / "model"))
     monkeypatch.setattr(skeleton, "renamed_by_peft", lambda _, names: [name for name in names if "mlp.down" in name])
-    said = r"of model\.layers\.0\.mlp\.down_proj under another name, as for 2 linears .*exclude_modules to \[mlp\.down_proj\]\.$"
+    said = (
+        r"for 2 linears of this model \(model\.layers\.0\.mlp\.down_proj\), .*exclude_modules to \[mlp\.down_proj\]\.$"
+    )
     for method in ("lora", "loha"):
         with pytest.raises(ConfigError, match=said):
             tiny_run(tmp_path, model_dir, adapter={"method": method})

@@ -183,6 +183,25 @@ def test_validate_says_what_the_command_says(tmp_path: Path, tiny_model_dir: Cal
         emloc_ray.validate(**{**call, "adapter": {"r": 33}})
 
 
+def test_what_deepspeed_s_ranks_share_is_not_chosen_within_a_memory_budget(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a b c"}] * 20)
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
+    call: dict[str, Any] = {
+        "model": str(tiny_model_dir("llama")),
+        "train": str(rows),
+        "run_dir": str(tmp_path / "mine"),
+        "data": {"max_seq_length": 64},
+        "finetune": {"deepspeed": str(tmp_path / "zero.json")},
+    }
+    with pytest.raises(ConfigError, match=r"^finetune\.deepspeed: plan cannot choose within a memory budget"):
+        emloc_ray.plan(**call, memory_budget="900MiB")
+    del call["train"]
+    config = parse_config({**call, "data": {"train": str(rows), "max_seq_length": 64}, "memory_budget": "900MiB"})
+    assert emloc_ray.plan(config).choice is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("given", [False, True])
 def test_a_plan_recommends_what_fits_the_batches_as_written(tmp_path: Path, given: bool) -> None:
