@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,6 +121,8 @@ class Pair:
 def talk(console: Console, pair: Pair, ask: Callable[[str], str] = input) -> None:
     """Asks for prompts and shows both answers, until an empty one or the end of the input; ``/new`` forgets what was said."""
     console.print("An empty line ends the chat; /new starts another.", style="dim")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text end no chat
     while True:
         try:
             prompt = ask("> ")

@@ -152,7 +152,7 @@ def test_a_result_on_an_object_store_comes_with_its_card(stored: RunDirectory, h
     assert fetched.exit_code == 0, (fetched.output, fetched.exception)
     card = Path("home", "adapter", "README.md").read_text().partition("\n<!--")[0]
     assert card.replace('".")  # in this folder', '"me/mine")').encode() == hub.files["README.md"]
-    asked = CliRunner().invoke(app, ["chat", stored.place, "--max-new-tokens", "2"], input="add 1: \n\n")
+    asked = CliRunner().invoke(app, ["chat", stored.place, "--max-new-tokens", "2"], input=b"add 1\xff: \n\n")
     assert asked.exit_code == 0, (asked.output, asked.exception)
     assert "fine-tuned" in asked.stdout
 
