@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from emloc_ray.errors import EmlocError, Stopped
-from emloc_ray.io.formats.json_lines import end_last_line, read_objects
+from emloc_ray.io.formats.json_lines import append_line, end_last_line, read_objects
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.secret_values import hide_secrets, without_secret
 from emloc_ray.io.store.node_cache import ensure, publish
@@ -118,8 +118,7 @@ class RunLog(Reporter):
         # A disk or a store that fails ends the run at its next own write.
         with contextlib.suppress(EmlocError, OSError):
             self.run.check_held()
-            with self.run.path(LOG).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            append_line(self.run.path(LOG), line)
             publish(self.run.path(LOG))
         _LOGGER.log(level, "%s", message, extra={"fields": fields})
 

@@ -1,6 +1,7 @@
 """Files with a JSON object a line, to which processes add that may be killed, or find the disk full, within a line."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from emloc_ray.io.store.lock_file import check_lock
 
 def end_last_line(path: Path) -> None:
     """Ends a line that was left unfinished: what follows it stays readable."""
-    if path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+    if path.is_file() and _is_unfinished(path):
         check_lock(path)
         with path.open("a") as file:
             file.write("\n")
@@ -20,8 +21,21 @@ def append_object(path: Path, value: dict[str, Any]) -> None:
     has taken."""
     check_lock(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(value) + "\n")
+    append_line(path, json.dumps(value))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a file; what a full disk left of the one before is ended first."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n" if _is_unfinished(path) else f"{line}\n")
+
+
+def _is_unfinished(path: Path) -> bool:
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def read_objects(content: bytes) -> list[dict[str, Any]]:

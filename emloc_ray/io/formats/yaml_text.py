@@ -2,6 +2,7 @@
 
 import io
 import math
+import sys
 from datetime import date
 from typing import Any
 
@@ -60,6 +61,7 @@ def write_yaml(value: Any) -> str:
     """A value as a YAML document, keys in their order."""
     yaml = YAML(typ="safe", pure=True, plug_ins=[])
     yaml.default_flow_style = False
+    yaml.width = sys.maxsize  # a text that is folded where it has two spaces is read with one
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     stream = io.StringIO()
     yaml.dump(value, stream)

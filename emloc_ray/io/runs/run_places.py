@@ -40,8 +40,9 @@ def check_store(store: ObjectStore) -> None:
 
 def check_empty(place: str, names: Iterable[str]) -> None:
     """Raises ConfigError where a place without a manifest holds more than a run that was killed while it wrote its first one."""
-    own = (LOCK, LEASE, f".{MANIFEST}.")
-    others = [name for name in names if not name.startswith(own)]
+    others = [
+        name for name in names if name not in (LOCK, LEASE) and not name.startswith((f"{LEASE}.", f".{MANIFEST}."))
+    ]
     if others:
         raise ConfigError(
             f"run_dir {place} holds files of something else ({', '.join(sorted(others)[:3])}) and no {MANIFEST}: name a new or"

@@ -37,18 +37,22 @@ def open_client(uri: str, key: str, timeout_s: float, attempts: int, pause_s: fl
         parts = urlsplit(uri)
         options = dict(parse_qsl(parts.query))
         secret = any(word in option.lower() for option in options for word in _SECRET_OPTIONS)
+        if parts.fragment:
+            raise ValueError("a # is no part of a name: write it as %23")
         if parts.username or parts.password or secret:
             raise ConfigError(
                 f"{key} holds credentials: leave them out, and give them to the nodes as their environment."
             )
-        scheme = _checked(parts, options)
+        scheme, path = _checked(parts, options), unquote(parts.path).strip("/")
+        if path and {"", ".", ".."}.intersection(path.split("/")):
+            raise ValueError("a name in its path is empty, . or ..")
         client = _client(scheme, parts.netloc, tuple(sorted(options.items())), timeout_s, attempts, pause_s)
     except (BaseError, ValueError) as error:
         detail = one_line(error)
         raise ConfigError(
             f"{key} {uri.partition('?')[0]} is no place that obstore can open ({detail}): name another."
         ) from error
-    return client, unquote(parts.path).strip("/")
+    return client, path
 
 
 def _checked(parts: SplitResult, options: dict[str, str]) -> str:

@@ -29,10 +29,12 @@ from emloc_ray.io.store.node_copies import (
     MARK,
     alone,
     check_owner,
+    is_noted,
     link_copy,
     make_room,
     note_of,
     open_copy,
+    take_as_whole,
     write_note,
     write_small,
 )
@@ -78,6 +80,8 @@ def mirror(uri: str, lease: int | None = None) -> Path:
     """The place of a run at ``uri`` on every node, for the holder of the lease of this number: below ``EMLOC_RAY_CACHE``, or
     the directory for temporary files. Raises ConfigError where obstore cannot open it, or it is too long for the name of a
     directory."""
+    if "#" in uri:
+        raise ConfigError(f"run_dir {uri} holds a #, which is no part of a name: write it as %23.")
     folder = MARK + quote(_store(uri).uri + ("" if lease is None else f"#{lease}"), safe="")
     if len(folder) + (_LEASE_LETTERS if lease is None else 0) > _MAX_NAME:  # what is too long fails before it is held
         raise ConfigError(f"run_dir {uri} is longer than a directory's name may be: shorten it.")
@@ -88,11 +92,15 @@ def mirror(uri: str, lease: int | None = None) -> Path:
 def origin(path: Path) -> Origin | None:
     """What ``path`` mirrors; None for a path of a file system."""
     for number, part in enumerate(path.parts):
-        if part.startswith(MARK) and "://" in unquote(part):
+        if _is_mirror(part):
             root = Path(*path.parts[: number + 1])
             _check_owner(root.parent)
             return Origin(_store(unquote(part.removeprefix(MARK))), root, "/".join(path.parts[number + 1 :]))
     return None
+
+
+def _is_mirror(part: str) -> bool:
+    return part.startswith(MARK) and "://" in unquote(part)
 
 
 _check_owner = functools.lru_cache(maxsize=16)(check_owner)  # once a process
@@ -177,18 +185,29 @@ class ListedFiles:
 def _ensure_file(file: Path, info: Stored, begun: float) -> None:
     here = origin(file)
     assert here is not None
-    with alone(here.root, here.path):  # one download serves all workers of a node
+    # Hashed with no lock held, so that a node's workers do so side by side: what another has fetched meanwhile by the second
+    # look, which is fetched once more where the copy is damaged.
+    for is_second in (False, True):
         copy = open_copy(here.note, file, info.sha256)
         if copy is not None:
             copy.close()
             return
-        with alone(here.root.parent, info.sha256[:2]):  # and all runs, by 256 locks for whatever they fetch
-            if not link_copy(here.root, here.path, info.sha256):
-                make_room(here.root, info.size, begun)
-                with replacing(file, durable=False) as temporary:
-                    here.store.download(info, temporary)
-                    status = temporary.stat()
-                write_note(here.note, info.sha256, status)
+        with alone(here.root, here.path):  # one download serves all workers of a node
+            if is_second or not is_noted(here.note, file, info.sha256):
+                _fetch(here, file, info, begun)
+
+
+def _fetch(here: Origin, file: Path, info: Stored, begun: float) -> None:
+    with alone(
+        here.root.parent, info.sha256[:2]
+    ):  # one download serves all runs too, by 256 locks for whatever they fetch
+        if not link_copy(here.root, here.path, info.sha256):
+            make_room(here.root, info.size, begun)
+            with replacing(file, durable=False) as temporary:
+                here.store.download(info, temporary)
+                status = temporary.stat()
+            write_note(here.note, info.sha256, status)
+            take_as_whole(file, info.sha256)
 
 
 @contextlib.contextmanager
@@ -267,7 +286,7 @@ def is_stored(path: Path) -> bool:
 
 def local_only(path: Path) -> Path:
     """A place like ``path`` that the store never sees, for what is worth less than its way there and back."""
-    parts = [part.replace(MARK, LOCAL, 1).partition("%23")[0] if part.startswith(MARK) else part for part in path.parts]
+    parts = [part.replace(MARK, LOCAL, 1).partition("%23")[0] if _is_mirror(part) else part for part in path.parts]
     return Path(*parts)
 
 

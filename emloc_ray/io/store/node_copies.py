@@ -67,6 +67,14 @@ def open_copy(note: Path, file: Path, version: str) -> IO[bytes] | None:
     return copy
 
 
+def is_noted(note: Path, file: Path, version: str) -> bool:
+    """Whether this node's copy of a file is noted as of this version; its content is not read."""
+    try:
+        return _noted_version(note, file.stat()) == version
+    except FileNotFoundError:
+        return False
+
+
 def is_whole(file: Path, sha256: str) -> bool:
     """Whether a file is there with this content, by :func:`holds`."""
     if not file.is_file():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from emloc_ray.io.formats.json_lines import end_last_line, read_objects
+from emloc_ray.io.formats.json_lines import append_line, end_last_line, read_objects
 
 
 @pytest.mark.parametrize("cut", range(len('{"step": 2}\n')))
@@ -19,6 +19,14 @@ def test_what_follows_a_line_that_was_cut_anywhere_stays_readable(tmp_path: Path
         file.write(json.dumps({"step": 3}) + "\n")
     found = [line["step"] for line in read_objects(path.read_bytes())]
     assert found == ([1, 2, 3] if cut == 11 else [1, 3])
+
+
+def test_a_line_after_one_that_a_full_disk_cut_stays_readable(tmp_path: Path) -> None:
+    append_line(tmp_path / "log", '{"step": 1}')
+    with (tmp_path / "log").open("a") as file:
+        file.write('{"st')
+    append_line(tmp_path / "log", '{"step": 3}')
+    assert (tmp_path / "log").read_text().splitlines() == ['{"step": 1}', '{"st', '{"step": 3}']
 
 
 def test_lines_that_are_no_objects_are_left_out() -> None:

@@ -41,6 +41,7 @@ def test_what_is_written_is_read_again_in_its_order() -> None:
         "é": ["1e-4", None, {"deep": [1, 2.5]}],
         "empty": {},
         "long": "w " * 99,
+        "sentences": "Two spaces end each of them.  " * 9 + "Or not.",
     }
     assert read_yaml(write_yaml(value)) == value
     assert list(read_yaml(write_yaml(value))) == list(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,15 @@ def test_a_new_or_empty_directory_is_taken(tmp_path: Path, prepare: str) -> None
     assert not list(root.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("name", ["thesis.tex", "locksmiths.csv"])
 @pytest.mark.parametrize("fresh", [False, True])
-def test_files_of_something_else_are_refused_and_kept(tmp_path: Path, fresh: bool) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
+def test_files_of_something_else_are_refused_and_kept(tmp_path: Path, fresh: bool, name: str) -> None:
+    (tmp_path / name).write_text("years of work")
     directory = RunDirectory(tmp_path)
-    with pytest.raises(ConfigError, match=r"thesis\.tex") as caught:
+    with pytest.raises(ConfigError, match=re.escape(name)) as caught:
         directory.create({}, fresh=fresh)
     assert str(tmp_path) in str(caught.value)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
 def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard, write_index
 from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.runs.resume import discard_unless
-from emloc_ray.io.store import node_copies, object_store
+from emloc_ray.io.store import node_cache, node_copies, object_store
 from emloc_ray.io.store.atomic import atomic_directory, copy_file, write_bytes, write_json
 from emloc_ray.io.store.digests import digest, noted_digest
 from emloc_ray.io.store.node_cache import (
@@ -242,6 +243,30 @@ def test_workers_of_a_node_fetch_a_file_once(root: Path, other: Path, monkeypatc
     assert len(fetched) == 1
 
 
+def test_workers_of_a_node_hash_a_file_side_by_side(root: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_bytes(root / "a" / "f", b"x")
+    ensure(other / "a" / "f")
+    at_once = threading.Barrier(2)
+
+    def opened(*version: object) -> IO[bytes]:
+        at_once.wait(10)
+        return (other / "a" / "f").open("rb")
+
+    monkeypatch.setattr(node_cache, "open_copy", opened)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(ensure, [other / "a" / "f"] * 2))
+
+
+def test_what_was_hashed_while_it_was_fetched_is_not_hashed_again(
+    root: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bytes(root / "a" / "f", b"x")
+    monkeypatch.setattr(node_copies, "digest_of", lambda _: pytest.fail("hashed again"))
+    ensure(other / "a" / "f")
+    with open_newest(other / "a" / "f") as (file, *_):
+        assert file.read() == b"x"
+
+
 def test_a_directory_that_is_being_written_is_not_seen(root: Path, other: Path) -> None:
     write_bytes(root / "adapter" / "old", b"x")
     with atomic_directory(root / "adapter") as temporary:
@@ -395,7 +420,7 @@ def test_what_was_begun_with_other_inputs_goes_for_all_nodes(root: Path, other: 
 
 def test_hidden_states_stay_on_their_node(root: Path, tmp_path: Path) -> None:
     assert origin(local_only(root / "hidden")) is None
-    assert local_only(tmp_path) == tmp_path
+    assert local_only(tmp_path / "store=eu") == tmp_path / "store=eu"  # such as Hive's folders
 
 
 def test_a_place_too_long_for_a_directory_is_refused_before_it_is_held(s3_port: int) -> None:

@@ -6,16 +6,18 @@ import os
 import signal
 import socket
 import threading
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faulting.s3 import faulty_store, uri
+from faulting.s3 import BUCKET, faulty_store, uri
 from obstore.store import LocalStore, S3Store
 
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.store import objects
 from emloc_ray.io.store.digests import digest
+from emloc_ray.io.store.node_cache import mirror
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.io.store.places import is_store_uri
 
@@ -107,6 +109,43 @@ def test_the_same_content_is_not_written_twice(
     store.add_version("a", written(tmp_path / "f", b"same"))
     monkeypatch.setattr(S3Store, "put", lambda *_, **options: pytest.fail("written again"))
     store.add_version("a", tmp_path / "f")
+
+
+def test_what_marks_a_folder_is_no_file(s3_port: int, request: pytest.FixtureRequest) -> None:
+    """Consoles and Spark write an empty object whose key ends in a slash, which clients take off."""
+    place = f"store/{request.node.name}"
+    store = objects.Objects(uri(s3_port, place))
+    for key in ("", "data/", "data/deep/"):
+        mark = urllib.request.Request(f"http://127.0.0.1:{s3_port}/{BUCKET}/{place}/{key}", b"", method="PUT")
+        with urllib.request.urlopen(mark) as answer:
+            assert answer.status == 200
+    assert store.names() == ["data"]
+    store.write("data/deep/empty", b"")
+    store.write("data/rows.jsonl", b"{}")
+    assert sorted(store.files("")) == ["data/deep/empty", "data/rows.jsonl"]
+    assert sorted(store.names("data")) == ["deep", "rows.jsonl"]
+
+
+def test_a_bucket_of_another_region_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def redirect() -> None:
+            with server.accept()[0] as asked:
+                asked.recv(65536)
+                asked.sendall(b"HTTP/1.1 301 Moved Permanently\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+        threading.Thread(target=redirect, daemon=True).start()
+        store = objects.Objects(uri(server.getsockname()[1], "run"))
+        with pytest.raises(ConfigError, match=r"the bucket is in another region: .*AWS_REGION"):
+            store.read("manifest.json")
+
+
+@pytest.mark.parametrize("place", ["s3://b/a#b", "s3://b/a//b", "s3://b/./a", "s3://b/a/../b"])
+def test_a_place_whose_names_are_none_is_refused(place: str) -> None:
+    with pytest.raises(ConfigError, match="is no place that obstore can open"):
+        objects.Objects(place)
+    with pytest.raises(ConfigError, match=r"run_dir s3://b/.* (is no place|holds a #)"):
+        mirror(place)
 
 
 def test_a_name_is_no_prefix_of_another(store: ObjectStore, tmp_path: Path) -> None:
