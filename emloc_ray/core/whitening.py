@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.gram import Gram
+from emloc_ray.core.precision import has_fast_float64
 from emloc_ray.core.products import is_finite, wide_product
 from emloc_ray.errors import NumericsError
 
@@ -101,26 +102,32 @@ class Whitening:
         """``L (in, in)``, lower triangular, ``L Lᵀ = G'``, in ``dtype``: Cholesky's factor, where there is one.
 
         Rounding can leave a sum of float32 products with an eigenvalue below ``-ε``. Then ``G' = V Λ Vᵀ``, computed in
-        float64, becomes ``V max(Λ, ε) Vᵀ``, and ``L`` comes from the QR of its root.
+        float64, becomes ``V max(Λ, ε) Vᵀ``, and ``L`` comes from the QR of its root. As in :meth:`cholesky`, float64 is on the
+        CPU where the device is slow in it.
         """
         if dtype not in self._roots:
             lower = self.cholesky(dtype)
             if lower is None:
-                values, vectors = torch.linalg.eigh(self.matrix(torch.float64))
+                values, vectors = torch.linalg.eigh(self._decomposed(torch.float64))
                 floor = max(self.dampening_frac, torch.finfo(torch.float64).eps)
                 upper = torch.linalg.qr((vectors * values.clamp_min(floor).sqrt()).T, mode="r").R
-                lower = upper.T.to(dtype)
+                lower = upper.T.to(dtype).to(self._gram.device)
             self._roots[dtype] = lower
         return self._roots[dtype]
 
     def cholesky(self, dtype: torch.dtype) -> Tensor | None:
         """:meth:`root` where Cholesky finds one, in float64 where float32 fails; else ``None``, and :meth:`root` is slow."""
         if dtype not in self._choleskys:
-            lower, failed = torch.linalg.cholesky_ex(self.matrix(dtype))
+            lower, failed = torch.linalg.cholesky_ex(self._decomposed(dtype))
             if int(failed) != 0 and dtype != torch.float64:
-                lower, failed = torch.linalg.cholesky_ex(self.matrix(torch.float64))
-            self._choleskys[dtype] = None if int(failed) != 0 else lower.to(dtype)
+                lower, failed = torch.linalg.cholesky_ex(self._decomposed(torch.float64))
+            self._choleskys[dtype] = None if int(failed) != 0 else lower.to(dtype).to(self._gram.device)
         return self._choleskys[dtype]
+
+    def _decomposed(self, dtype: torch.dtype) -> Tensor:
+        """``G'`` where it is decomposed: in float64 on the CPU where the device is slow in that."""
+        on_cpu = dtype == torch.float64 and not has_fast_float64(self._gram.device)
+        return (self.on_cpu() if on_cpu else self).matrix(dtype)
 
     def root_by_energy(self, dampening_frac: float) -> tuple[Tensor, Tensor]:
         """The inputs in ascending order of ``G_jj``, ``(in,)``, and the :meth:`root` of the Gram of the inputs in that order,

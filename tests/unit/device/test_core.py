@@ -222,6 +222,25 @@ def test_slow_float64_is_done_on_the_cpu(device: torch.device, monkeypatch: pyte
     assert found.relative_error == pytest.approx(factorize(weight, Whitening(gram), 40).relative_error, rel=1e-3)
 
 
+@pytest.mark.parametrize("has_cholesky", [True, False])
+def test_a_root_that_float32_does_not_have_is_taken_on_the_cpu(
+    has_cholesky: bool, device: torch.device, meter: Meter
+) -> None:
+    order = 300
+    tokens = torch.randn(100, order, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 30.0
+    gram = (tokens.T @ tokens).float()
+    if not has_cholesky:
+        gram -= 1e-3 * gram.diagonal().mean() * torch.eye(order)
+    here, there = Whitening(gram), Whitening(gram.to(device))
+    assert int(torch.linalg.cholesky_ex(here.matrix(torch.float32)).info) != 0
+    assert (here.cholesky(torch.float64) is not None) is has_cholesky
+    meter.restart()
+    before, root = meter.current, there.root(torch.float32)
+    assert root.device == device
+    torch.testing.assert_close(root.cpu(), here.root(torch.float32), rtol=1e-4, atol=1e-5)
+    assert meter.peak - before < 2 * 4 * order**2 + 100  # the damped Gram in float32 and the root
+
+
 def test_an_error_is_summed_without_a_wait(device: torch.device, meter: Meter) -> None:
     x = made()["x"].to(device)
     counted = x[:, 0] > 0
