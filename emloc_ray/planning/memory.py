@@ -72,11 +72,14 @@ class MemoryModel(CalibrationMemory):
         section, groups = self.config.emulator, self._groups()
         left = {*self.layout.quantized_linears}.difference(spec.name for group in groups for spec in group)
         alone = [group for group in self.layout.groups if any(spec.name in left for spec in group)]
-        parts = max([*map(self._group_parts, groups), *map(self._quantized_group_parts, alone)], key=total, default={})
+
+        def most(wide: int, on_gpu: bool) -> Parts:
+            with_grams = [self._group_parts(group, wide, on_gpu) for group in groups]
+            return max([*with_grams, *map(self._quantized_group_parts, alone)], key=total, default={})
+
+        parts = most(DOUBLE, section.gpus > 0)
         if section.gpus and not self.config.ray.joins and gpus_of_slow_float64():
-            narrow = [self._group_parts(group, FLOAT) for group in groups]
-            on_gpu = max([*narrow, *map(self._quantized_group_parts, alone)], key=total, default={})
-            parts = {**on_gpu, "in float64": total(parts)}
+            parts = {**most(FLOAT, True), "in float64": total(most(DOUBLE, False))}
         if not section.gpus or len(groups) + len(alone) <= section.num_workers:
             return parts
         read = [*map(self._group_bytes_as_read, groups), *map(self._weight_bytes_as_read, alone)]
@@ -96,13 +99,13 @@ class MemoryModel(CalibrationMemory):
         weight = max(spec.num_parameters for spec in group) * (stored + FLOAT + DOUBLE)
         return {"weights": weight, "factors": sum(self.layout.kept(spec) for spec in group) * self.file_itemsize}
 
-    def _group_parts(self, group: tuple[LinearSpec, ...], wide: int = DOUBLE) -> Parts:
-        """A Gram: as summed, damped in float32, damped in float64 (made over a copy), and where an output is wider than
-        the input a Cholesky factor of each. A layer: ``W`` as stored, in float32 and in float64, its product with the
+    def _group_parts(self, group: tuple[LinearSpec, ...], wide: int, on_gpu: bool) -> Parts:
+        """A Gram: as summed, damped in float32, damped in float64 (made over a copy), and on a GPU, or where an output is wider
+        than the input, a Cholesky factor of each. A layer: ``W`` as stored, in float32 and in float64, its product with the
         Gram, ``M`` with eigenvectors and LAPACK's workspace of twice their size, and the factors of the whole group. With a
         ``wide`` number of four bytes, what float32 alone takes of these."""
         square, again = group[0].in_features ** 2, wide if wide > FLOAT else 0
-        tall = any(spec.out_features > spec.in_features for spec in group)
+        has_root = on_gpu or any(spec.out_features > spec.in_features for spec in group)
         damped = square * (2 * FLOAT + again)
         layer = max(self._linear_bytes(spec, wide) for spec in group)
         weights = self._quantized_group_parts(group)
@@ -113,7 +116,7 @@ class MemoryModel(CalibrationMemory):
             default=0,
         )
         damped += sums
-        grams = damped + square * (FLOAT + again if tall else 0)
+        grams = damped + square * (FLOAT + again if has_root else 0)
         if grams + layer >= damped + square * again:
             return {"grams": grams, **weights, "products": layer}
         return {"grams": damped + square * again, **weights}

@@ -65,7 +65,7 @@ def test_a_float32_model_counts_as_the_gpus_of_all_passes_hold_it(
 def test_what_is_computed_again_in_float64_is_on_the_host_of_a_gpu_that_is_slow_at_it(
     monkeypatch: pytest.MonkeyPatch, capability: str, is_slow: bool
 ) -> None:
-    """Which has computed it in float32 before."""
+    """Which has computed it in float32 before, with Cholesky's factor, as every layer is on a GPU."""
     on_cpu = total(memory().factorization_parts())
     figures = {"compute_cap": (capability,), "memory.total": ("24000",)}
     monkeypatch.setattr("emloc_ray.planning.machine.ask_gpus", lambda what: figures.get(what, ()))
@@ -74,10 +74,11 @@ def test_what_is_computed_again_in_float64_is_on_the_host_of_a_gpu_that_is_slow_
     assert is_slow is (planned.host_bytes - parts["read ahead"] >= 20 * 11008**2)
     if is_slow:
         assert parts["in float64"] == on_cpu
-        assert parts["grams"] == 2 * 4 * 11008**2  # as summed, and damped
-        assert planned.gpu_bytes >= 2 * 4 * 11008**2 + 4 * 4096 * 11008  # and the weight
+        assert parts["grams"] == 3 * 4 * 11008**2  # as summed, damped and its root
+        assert planned.gpu_bytes >= 3 * 4 * 11008**2 + 4 * 4096 * 11008  # and the weight
     else:
-        assert total(parts) - parts["read ahead"] == on_cpu
+        assert parts["grams"] == (3 * 4 + 2 * 8) * 11008**2
+        assert total(parts) - parts["read ahead"] == on_cpu + (4 + 8) * 11008**2
 
 
 def refined(model_config: Any = None, **sections: Any) -> MemoryModel:
