@@ -2,9 +2,11 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.lock_file import check_lock
 
 
@@ -36,6 +38,15 @@ def _is_unfinished(path: Path) -> bool:
             return False
         file.seek(-1, os.SEEK_END)
         return file.read(1) != b"\n"
+
+
+def keep_objects(path: Path, stays: Callable[[dict[str, Any]], bool]) -> None:
+    """Writes a file anew, atomically, with those of its objects that stay, where others are among them. Raises TakenOver as
+    :func:`append_object` does."""
+    objects = read_objects(path.read_bytes()) if path.is_file() else []
+    kept = [value for value in objects if stays(value)]
+    if len(kept) < len(objects):
+        write_text(path, "".join(f"{json.dumps(value)}\n" for value in kept))
 
 
 def read_objects(content: bytes) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from emloc_ray.core.precision import computes_bfloat16
 from emloc_ray.data.ingest import SampleOrder
 from emloc_ray.data.packing import num_sequences
 from emloc_ray.errors import DamagedArtifactError
-from emloc_ray.io.formats.json_lines import end_last_line
+from emloc_ray.io.formats.json_lines import end_last_line, keep_objects
 from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.node_cache import discard, ensure, exists
 from emloc_ray.modeling.adapter import attach_adapter, load_adapter
@@ -32,7 +32,7 @@ from emloc_ray.modeling.liger import check_liger
 from emloc_ray.modeling.packing import check_rows_apart
 from emloc_ray.stages.finetune.batches import RankBatches
 from emloc_ray.stages.finetune.job import FinetuneJob
-from emloc_ray.stages.finetune.session import GroupSession, LoneSession, TrainingSession, own_environment
+from emloc_ray.stages.finetune.session import GroupSession, LoneSession, TrainingSession, own_environment, step_of
 from emloc_ray.stages.finetune.trainer import EmulatorTrainer, StepKeeper, publish_logs
 from emloc_ray.stages.finetune.validation import Validation
 from emloc_ray.stages.finetune.watchdog import Watchdog
@@ -89,11 +89,10 @@ def train(job: FinetuneJob, session: TrainingSession) -> dict[str, Any]:
     with watchdog, tempfile.TemporaryDirectory() as output_dir:
         trainer, keeper = _make_trainer(job, output_dir, session, watchdog)
         if session.rank == 0:
-            for path in (job.log_path, job.validation_path):
-                ensure(path)
-                end_last_line(path)
             write_text(job.begun_path, "")
         with session.checkpoint() as folder:
+            if session.rank == 0:
+                _trim_logs(job, -1 if folder is None else step_of(Path(folder).name))
             if folder is not None and trainer.validation is not None:
                 trainer.validation.load(folder)
                 trainer.args.eval_on_start = False  # the first try has scored its start
@@ -116,6 +115,15 @@ def train(job: FinetuneJob, session: TrainingSession) -> dict[str, Any]:
         "trainable_parameters": get_model_param_count(trainer.model, trainable_only=True),
         "sequences_per_second": output.global_step * a_step / output.metrics["train_runtime"],
     }
+
+
+def _trim_logs(job: FinetuneJob, reached: int) -> None:
+    """Drops what an earlier try logged after the step that this one goes on from. These steps are done again, and maybe logged
+    at others: a line is the mean since the line before."""
+    for path in (job.log_path, job.validation_path):
+        ensure(path)
+        keep_objects(path, lambda line: line["step"] <= reached)
+        end_last_line(path)
 
 
 def _configure_trackers(job: FinetuneJob) -> None:

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from faulting.s3 import uri
 
-from emloc_ray.io.formats.json_lines import append_line, end_last_line, read_objects
+from emloc_ray.io.formats.json_lines import append_line, append_object, end_last_line, keep_objects, read_objects
+from emloc_ray.io.store.node_cache import ensure, mirror, publish
 
 
 @pytest.mark.parametrize("cut", range(len('{"step": 2}\n')))
@@ -45,3 +47,30 @@ def test_nothing_is_ended_where_nothing_was_begun(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     end_last_line(tmp_path / "empty")
     assert (tmp_path / "empty").read_bytes() == b""
+
+
+def test_a_file_is_written_anew_where_objects_go(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    keep_objects(path, lambda value: False)
+    assert not path.exists()
+    for step in range(4):
+        append_object(path, {"step": step, "loss": float("nan")})
+    before = path.stat()
+    keep_objects(path, lambda value: value["step"] <= 3)
+    assert path.stat() == before
+    keep_objects(path, lambda value: value["step"] <= 1)
+    assert path.read_text() == '{"step": 0, "loss": NaN}\n{"step": 1, "loss": NaN}\n'
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_objects_go_from_a_store_too(s3_port: int, node_cache: Path) -> None:
+    path = mirror(uri(s3_port, "logs/run")) / "finetune" / "log.jsonl"
+    for step in range(3):
+        append_object(path, {"step": step})
+    publish(path)
+    keep_objects(path, lambda value: value["step"] <= 1)
+    append_object(path, {"step": 5})
+    publish(path)
+    path.unlink()  # as on another node
+    ensure(path)
+    assert [line["step"] for line in read_objects(path.read_bytes())] == [0, 1, 5]

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from emloc_ray.data.packing import num_sequences
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.errors import DamagedArtifactError, StageError
-from emloc_ray.io.formats.json_lines import read_objects
+from emloc_ray.io.formats.json_lines import append_object, read_objects
 from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_files import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
@@ -132,6 +132,26 @@ def test_the_loss_of_a_training_that_goes_on_is_that_of_all_its_steps(
     assert train(job, LoneSession(tmp_path / "broken"))["resumed"]
     lines = {line["step"]: line for line in read_objects(job.log_path.read_bytes())}
     assert mean_loss([lines[step] for step in sorted(lines)]) == pytest.approx(whole["train_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_what_was_logged_after_the_checkpoint_is_done_and_logged_again(
+    has_checkpoint: bool, job: FinetuneJob, artifacts: Artifacts, tmp_path: Path
+) -> None:
+    """At the steps that are asked for now."""
+    options = settings("lora", "llama", [spec.name for spec in artifacts.specs])
+    job = replace(job, adapter=options, storage_dir=tmp_path, out_dir=tmp_path / "adapter")
+    with pytest.raises(Killed):
+        train(job, DyingSession(tmp_path / "broken"))
+    before = job.log_path.read_bytes() if has_checkpoint else b""
+    for path in (job.log_path, job.validation_path):
+        append_object(path, {"step": 3, "loss": 1000.0})
+    rarely = replace(job, training_arguments={**job.training_arguments, "logging_steps": 100})
+    train(rarely, LoneSession(tmp_path / ("broken" if has_checkpoint else "anew")))
+    steps = [line["step"] for line in read_objects(job.log_path.read_bytes())]
+    assert steps == ([1, 2, 4] if has_checkpoint else [2, 4])
+    assert job.log_path.read_bytes().startswith(before)
+    assert read_objects(job.validation_path.read_bytes()) == []
 
 
 def test_a_training_that_goes_on_is_saved_as_often_as_is_asked_now(
