@@ -16,6 +16,7 @@ from ray.train.v2._internal.execution.controller.state import ReschedulingState
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from emloc_ray.errors import StageError, Stopped
+from emloc_ray.io.formats.json_lines import append_line
 from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import discard, ensure, exists, open_newest, publish
 from emloc_ray.stages.finetune.job import FinetuneJob
@@ -42,8 +43,7 @@ def _note(job: FinetuneJob, text: str) -> None:
     check_lock(path)  # which ends a group that is late, rather than have it begin again
     ensure(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(f"{job.stage}: {text}\n")
+    append_line(path, f"{job.stage}: {text}")
     publish(path)
 
 

@@ -143,6 +143,14 @@ def test_a_group_s_log_says_why_a_worker_ended_itself(tmp_path: Path) -> None:
     assert not log.job.last_word_path.exists()  # told once
 
 
+def test_a_group_s_log_ends_a_line_that_a_full_disk_cut(tmp_path: Path) -> None:
+    log, cut = FailureLog(dataclasses.replace(JOB, storage_dir=tmp_path)), "finetune: rank 1 lost its wor"
+    log.job.failure_path.write_text(cut)
+    log.after_exception(None, {0: RuntimeError("Connection closed by peer")})
+    lines = log.job.failure_path.read_text().splitlines()
+    assert [len(lines), lines[0]] == [2, cut]
+
+
 @pytest.mark.parametrize("heard", [{1: ActorDiedError()}, {0: RuntimeError("Connection closed by peer")}])
 def test_a_word_of_a_group_that_came_on_is_not_told_of_the_next(
     heard: dict[int, Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
