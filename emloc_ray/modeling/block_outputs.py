@@ -42,6 +42,10 @@ class BlockOutput:
         """The same without its values."""
         return BlockOutput(tuple(None if t is None else t.to("meta") for t in self.tensors), self.is_tuple)
 
+    def on_host(self) -> BlockOutput:
+        """The same with its values in the host's memory, where they wait for others or for the disk."""
+        return BlockOutput(tuple(t if t is None or t.is_meta else t.cpu() for t in self.tensors), self.is_tuple)
+
 
 def _materialized(part: Tensor, device: torch.device | str) -> Tensor:
     if not part.is_meta:

@@ -120,7 +120,8 @@ class StreamedSlot:
             write_gram_shard(summed, hooks.grams)
 
     def _pass_shard(self, position: int, number: int, hooks: GramHooks | None) -> None:
-        """Takes one token shard through the block; its hidden states before and after are all that is held of any."""
+        """Takes one token shard through the block; its hidden states before and after are all that is held of any, on the host
+        but for a batch's."""
         before = read_outputs(self._outputs(position - 1, number)) if position else None
         rows = self.shards.shard(number)
         batches = batches_by_length(rows, self.job.batch_size, self.job.pad_token_id, self.job.images)
@@ -139,7 +140,7 @@ class StreamedSlot:
             given = self.replay.forward(position, call.inputs, outputs)
         flow = self.replay.flow
         known = outputs if given is None else {**outputs, position: given}
-        return {k: v if flow.last_use(k) > position else v.shapes() for k, v in known.items()}
+        return {k: v.on_host() if flow.last_use(k) > position else v.shapes() for k, v in known.items()}
 
     def commit(self) -> None:
         """Every block was committed when it was done."""

@@ -10,12 +10,15 @@ import pytest
 import torch
 from pretend_device import METER, moved, pretend_device
 from safetensors.torch import load_file
-from stage_artifacts import Artifacts
+from stage_artifacts import Artifacts, random_rows
 from tiny import save_emulator
 
 from emloc_ray.core.correction import Candidate
+from emloc_ray.data.token_shards import shard_name, write_index, write_shard
 from emloc_ray.modeling.adapter import load_adapter
 from emloc_ray.modeling.loading import load_model
+from emloc_ray.stages.calibrate.job import BLOCKS
+from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot
 from emloc_ray.stages.correct.adapted import see_adapted_inputs
 from emloc_ray.stages.finetune.job import FinetuneJob, ValidationJob
 from emloc_ray.stages.finetune.session import LoneSession
@@ -37,6 +40,24 @@ def assert_alike(directories: list[Path]) -> None:
     assert here.keys() == there.keys()
     for name, tensors in here.items():
         torch.testing.assert_close(there[name], tensors, rtol=1e-3, atol=1e-5)
+
+
+def test_a_device_holds_one_batch_of_a_shard_s_hidden_states(artifacts: Artifacts, tmp_path: Path) -> None:
+    peaks = []
+    for count in (1, 12):
+        root = tmp_path / str(count)
+        tokens_dir = root / "tokens"
+        write_shard(tokens_dir / shard_name(0), random_rows(*[16] * count))
+        write_index(tokens_dir, [count], {"tokens": 16 * count})
+        job = replace(artifacts.calibration_job, tokens_dir=tokens_dir, shards=(0, 1), batch_size=1, hold=BLOCKS)
+        slot = StreamedSlot(replace(job, model_options=(("device", DEVICES[1]),)), root, 0, 1, 2, 1)
+        gc.collect()
+        METER.restart()
+        for position in range(2):
+            slot.accumulate(position)
+        peaks.append(METER.peak - METER.current)
+        assert slot.position() == 1
+    assert peaks[1] == peaks[0] > 0
 
 
 @pytest.mark.slow
