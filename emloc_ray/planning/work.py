@@ -79,6 +79,13 @@ def _rows_taken(prepared: Prepared, split: str) -> int:
     return rows_taken(getattr(prepared.config.data, split), prepared.files.get(split, ())) or UNKNOWN_ROWS
 
 
+def num_slots(prepared: Prepared) -> int:
+    """The workers of a calibration pass that have a shard of rows. Rows that a number of tokens leaves out count, as how many
+    these are is known once they are read."""
+    section = prepared.config.calibration
+    return max(1, min(section.num_workers, math.ceil(num_rows(prepared, "calibration") / section.rows_per_shard)))
+
+
 def num_sequences(prepared: Prepared, split: str = "train", rows: int | None = None) -> int:
     """What ``rows`` of a split become, by default all that are read: more where a chat template rewrites earlier turns, by as
     many as the first rows tell; fewer where ``data.packing`` joins those of a shard, in order: of each sequence half a row's

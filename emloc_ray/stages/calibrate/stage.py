@@ -10,12 +10,15 @@ from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.sizes import gradient_bytes, gram_bytes
-from emloc_ray.planning.work import WITH_BACKWARD, block_work, head_work, tokens_calibrated
+from emloc_ray.planning.work import WITH_BACKWARD, block_work, head_work, num_slots, tokens_calibrated
 from emloc_ray.stages.calibrate.job import BLOCKS, MAX_LEAD, CalibrationJob, Labels, resume_job
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.stage import Stage, metrics_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from emloc_ray.planning.prepared import Prepared
     from emloc_ray.stages.ray.tasks import Progress, Resources
 
 
@@ -119,8 +122,9 @@ def _gram_cost(memory: MemoryModel) -> StageCost:
     waves, by_blocks = memory.waves(), memory.calibration_hold() == BLOCKS
     groups = [group for wave in waves for group in wave]
     products = sum(group[0].token_share * group[0].in_features ** 2 for group in groups) * 1.2
-    grams, passes = sum(map(gram_bytes, groups)), 1 if by_blocks else len(waves)
-    held = _summed_on_disk(memory, grams, by_blocks)
+    passes = 1 if by_blocks else len(waves)
+    summed = [sum(map(gram_bytes, wave)) for wave in waves]
+    on_disk = _by_block_on_disk(memory, sum(summed)) if by_blocks else _in_waves_on_disk(prepared, summed)
     tokens, section = tokens_calibrated(prepared, memory.lengths), prepared.config.calibration
     # Block by block each worker's weights come once for all its rows.
     rows_read = section.num_workers * section.batch_size if by_blocks else tokens / memory.lengths.mean
@@ -129,20 +133,26 @@ def _gram_cost(memory: MemoryModel) -> StageCost:
         memory.calibration_parts(),
         flops=tokens * 2 * (passes * block_work(layout) + products),
         moved_bytes=passes * moved,
-        disk_bytes=grams // 2 + held,
+        disk_bytes=on_disk,
         efficiency=0.65,
         start_seconds=25,
     )
 
 
-def _summed_on_disk(memory: MemoryModel, grams: int, by_blocks: bool) -> int:
-    """Bytes on disk while the stage lasts: a set of sums for each worker; or hidden states, and of several workers each the sums
-    of the blocks that not all have passed."""
-    num_workers = memory.config.calibration.num_workers
-    if not by_blocks:
-        return grams * num_workers
-    waiting = (MAX_LEAD + 1) * num_workers * memory.calibration_parts_by_block()["grams"] if num_workers > 1 else 0
-    return memory.hidden_state_disk_bytes() + min(int(waiting), grams * num_workers)
+def _by_block_on_disk(memory: MemoryModel, grams: int) -> int:
+    """Bytes on disk at most, block by block: the packed sums, hidden states, and of several slots each the sums of the blocks
+    that not all have passed."""
+    slots = num_slots(memory.prepared)
+    waiting = (MAX_LEAD + 1) * slots * memory.calibration_parts_by_block()["grams"] if slots > 1 else 0
+    return grams // 2 + memory.hidden_state_disk_bytes() + min(int(waiting), grams * slots)
+
+
+def _in_waves_on_disk(prepared: Prepared, waves: Sequence[int]) -> int:
+    """Bytes on disk at most, by those of each wave's sums: the packed sums of the waves before, and every slot's of one, twice
+    while it commits."""
+    slots = num_slots(prepared)
+    before = [sum(waves[:number]) // 2 for number in range(len(waves))]
+    return max((held + 2 * slots * wave for held, wave in zip(before, waves, strict=True)), default=0)
 
 
 def _gradient_cost(memory: MemoryModel) -> StageCost:
@@ -151,14 +161,14 @@ def _gradient_cost(memory: MemoryModel) -> StageCost:
     # Forward, once more for what the backward pass reads, and back; and the sums.
     sums = sum(s.token_share * s.out_features**2 for s in layout.specs if s.name in with_gradients) * 1.2
     plan, tokens = memory.gradient_plan(), tokens_calibrated(prepared, memory.lengths) if with_gradients else 0.0
-    stored = sum(gradient_bytes(spec) for wave in plan.waves for spec in wave)
+    waves = [sum(map(gradient_bytes, wave)) for wave in plan.waves]
     forward = len(plan.waves) * memory.moved(plan.hold, tokens / memory.lengths.mean, plan.batch_size)
     work = 3 * (block_work(layout) + head_work(layout)) + sums
     return StageCost(
         memory.gradient_parts(),
         flops=tokens * 2 * work * len(plan.waves),
         moved_bytes=WITH_BACKWARD * forward,
-        disk_bytes=stored // 2 + stored * prepared.config.calibration.num_workers,
+        disk_bytes=_in_waves_on_disk(prepared, waves),
         start_seconds=25,
     )
 

@@ -1,0 +1,74 @@
+"""What the steps of calibration are planned to take of disks and workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bare_runs import tiny_run
+
+from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.sizes import gradient_bytes, gram_bytes
+from emloc_ray.stages.calibrate.stage import CALIBRATE, GRADIENTS, MAX_LEAD
+from emloc_ray.stages.stage import Stage
+
+SECTIONS = {"num_calibration_samples": 8, "rows_per_shard": 4}  # two shards
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., Prepared]:
+    """``prepared(num_workers=…, hold=…)``: a tiny Llama's run whose sums are in the metric of predictions."""
+
+    def make(hold: str = "resident", **calibration: Any) -> Prepared:
+        return tiny_run(
+            tmp_path,
+            tiny_model_dir("llama"),
+            memory_budget=None,
+            model={"hold": hold},
+            emulator={"objective": "predictions"},
+            calibration={**SECTIONS, **calibration},
+        )
+
+    return make
+
+
+def disk_bytes(stage: Stage, prepared: Prepared) -> int:
+    assert stage.cost is not None
+    return stage.cost(MemoryModel(prepared)).disk_bytes
+
+
+def in_three(parts: Any) -> list[Any]:
+    return [parts[:1], parts[1:3], parts[3:]]
+
+
+def peak(waves: list[int], slots: int) -> int:
+    """A wave's slots, twice as they commit, beside the packed sums of those before."""
+    return max(sum(waves[:number]) // 2 + 2 * slots * wave for number, wave in enumerate(waves))
+
+
+@pytest.mark.parametrize(("num_workers", "slots"), [(1, 1), (2, 2), (8, 2)])
+def test_the_disk_holds_the_slots_of_one_wave(
+    num_workers: int, slots: int, prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared(num_workers=num_workers)
+    memory = MemoryModel(run)
+    groups, plan = in_three([group for wave in memory.waves() for group in wave]), memory.gradient_plan()
+    specs = in_three([spec for wave in plan.waves for spec in wave])
+    monkeypatch.setattr(MemoryModel, "waves", lambda self: groups)
+    monkeypatch.setattr(MemoryModel, "gradient_plan", lambda self: replace(plan, waves=specs))
+    assert disk_bytes(CALIBRATE, run) == peak([sum(map(gram_bytes, wave)) for wave in groups], slots)
+    assert disk_bytes(GRADIENTS, run) == peak([sum(map(gradient_bytes, wave)) for wave in specs], slots)
+
+
+@pytest.mark.parametrize(("num_workers", "slots"), [(1, 0), (8, 2)])
+def test_block_by_block_the_disk_holds_what_slots_are_ahead(
+    num_workers: int, slots: int, prepared: Callable[..., Prepared]
+) -> None:
+    memory = MemoryModel(run := prepared("block_by_block", num_workers=num_workers))
+    grams = sum(gram_bytes(group) for wave in memory.waves() for group in wave)
+    waiting = min((MAX_LEAD + 1) * slots * memory.calibration_parts_by_block()["grams"], slots * grams)
+    assert disk_bytes(CALIBRATE, run) == grams // 2 + memory.hidden_state_disk_bytes() + waiting
