@@ -47,6 +47,8 @@ class Costed:
 
     name: str
     workers: Callable[[RunConfig], StageConfig]
+    working: Callable[[Prepared], int] | None = None
+    """How many of these workers there is work for; None: for all."""
     divisible: bool = False
     """Whether fewer workers than asked for can do it: a bag of tasks."""
     wanted: Callable[[Prepared], bool] = lambda prepared: True
@@ -57,6 +59,11 @@ class Costed:
     scratch: tuple[str, ...] = ()
     cost: Callable[[MemoryModel], StageCost] | None = None
     """Memory, disk and work; None where it is not planned for."""
+
+    def asked(self, prepared: Prepared) -> StageConfig:
+        """The workers that it asks of Ray: those that there is work for."""
+        section = self.workers(prepared.config)
+        return section if self.working is None else section.model_copy(update={"num_workers": self.working(prepared)})
 
 
 def busy_seconds(cost: StageCost, asked: StageConfig, speeds: Speeds, weights: float) -> float:

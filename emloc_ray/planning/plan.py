@@ -122,7 +122,7 @@ def make_plan(stages: Sequence[Costed], prepared: Prepared, speeds: Speeds | Non
 
 def _planned(stage: Costed, memory: MemoryModel, speeds: Speeds) -> StagePlan:
     assert stage.cost is not None
-    cost, asked = stage.cost(memory), stage.workers(memory.config)
+    cost, asked = stage.cost(memory), stage.asked(memory.prepared)
     busy, steps = busy_seconds(cost, asked, speeds, memory.weights), max(1.0, cost.steps)
     scoring = 0.0 if cost.scores is None else busy_seconds(cost.scores, asked, speeds, memory.weights)
     seconds = cost.start_seconds + busy + scoring + cost.disk_bytes / speeds.disk

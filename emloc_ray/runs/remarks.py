@@ -26,7 +26,7 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.model_bytes import model_dtype
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import healing_training, warmup_in_steps
-from emloc_ray.planning.work import num_rows, num_sequences, packed, rows_trained, steps_trained
+from emloc_ray.planning.work import num_rows, num_sequences, num_slots, packed, rows_trained, steps_trained
 from emloc_ray.stages.order import STEPS
 from emloc_ray.text import counted, listed, size, size_up
 
@@ -92,6 +92,17 @@ def idle_cpus(configs: Iterable[RunConfig], cpus: float) -> str | None:
     return (
         f"The cluster has {cpus:g} CPUs, and no stage asks for more than one: set cpus_per_worker in calibration, finetune and"
         " evaluation, and num_workers in emulator."
+    )
+
+
+def idle_calibrators(prepared: Prepared) -> str | None:
+    """Says so where calibration has fewer shards of rows than workers."""
+    section, working = prepared.config.calibration, num_slots(prepared)
+    if working == section.num_workers or not prepared.layout.differs:
+        return None
+    return (
+        f"calibration.num_workers is {section.num_workers}, and {working} of them {'has' if working == 1 else 'have'} a shard of"
+        " rows: the others are not asked for; lower calibration.rows_per_shard to use them."
     )
 
 
@@ -354,6 +365,7 @@ def of_settings(prepared: Prepared, planned: Mapping[str, int]) -> list[str]:
         repeated_rows(prepared),
         copied_rows(prepared),
         late_warmup(prepared),
+        idle_calibrators(prepared),
         moved_for_completions(prepared),
         *(stage.note_if_left_out(config) for stage in STEPS if not stage.wanted(prepared)),
     )

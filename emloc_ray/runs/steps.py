@@ -383,7 +383,7 @@ class Steps:
 
 def resources_of(stage: Stage, prepared: Prepared) -> Resources:
     """The workers that a stage asks of Ray."""
-    section = stage.workers(prepared.config)
+    section = stage.asked(prepared)
     return Resources(section.num_workers, section.cpus_per_worker, section.gpus)
 
 

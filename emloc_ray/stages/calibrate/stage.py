@@ -127,7 +127,7 @@ def _gram_cost(memory: MemoryModel) -> StageCost:
     on_disk = _by_block_on_disk(memory, sum(summed)) if by_blocks else _in_waves_on_disk(prepared, summed)
     tokens, section = tokens_calibrated(prepared, memory.lengths), prepared.config.calibration
     # Block by block each worker's weights come once for all its rows.
-    rows_read = section.num_workers * section.batch_size if by_blocks else tokens / memory.lengths.mean
+    rows_read = num_slots(prepared) * section.batch_size if by_blocks else tokens / memory.lengths.mean
     moved = memory.moved(memory.calibration_hold(), rows_read, section.batch_size)
     return StageCost(
         memory.calibration_parts(),
@@ -196,6 +196,7 @@ CALIBRATE = Stage(
     title="Calibrating",
     wanted=lambda prepared: prepared.layout.differs,
     workers=lambda config: config.calibration,
+    working=num_slots,
     inputs=_gram_inputs,
     outputs=("calibration",),
     run=_gather_grams,
@@ -213,6 +214,7 @@ GRADIENTS = Stage(
     verb="calibrate",
     wanted=lambda prepared: bool(prepared.layout.gradient_linears),
     workers=lambda config: config.calibration,
+    working=num_slots,
     inputs=gradient_inputs,
     outputs=("gradients",),
     run=_gather_gradients,

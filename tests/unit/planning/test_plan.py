@@ -199,8 +199,11 @@ def test_rows_that_are_not_here_yet_are_planned_as_long_as_they_may_be(prepared:
 
 
 def test_every_stage_is_there_with_what_it_asks_for(plan: Callable[..., Plan]) -> None:
-    healed = {"healing": {"steps": 3}}
-    found = plan(calibration={"num_workers": 2}, emulator=healed, finetune={"num_workers": 2, "cpus_per_worker": 0.5})
+    workers = {
+        "calibration": {"num_workers": 2, "rows_per_shard": 6},
+        "finetune": {"num_workers": 2, "cpus_per_worker": 0.5},
+    }
+    found = plan(emulator={"healing": {"steps": 3}}, **workers)
     assert tuple(entry.name for entry in found.stages) == ("data", *VERBS)
     assert all(entry.memory["base"] > 0 and min(entry.memory.values()) > 0 for entry in found.stages)
     assert stage(found, "calibrate").num_workers == 2

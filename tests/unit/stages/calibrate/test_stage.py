@@ -10,10 +10,15 @@ from typing import Any
 import pytest
 from bare_runs import tiny_run
 
+from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.sizes import gradient_bytes, gram_bytes
+from emloc_ray.runs.remarks import idle_calibrators, of_settings
+from emloc_ray.runs.steps import resources_of
 from emloc_ray.stages.calibrate.stage import CALIBRATE, GRADIENTS, MAX_LEAD
+from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.stage import Stage
 
 SECTIONS = {"num_calibration_samples": 8, "rows_per_shard": 4}  # two shards
@@ -72,3 +77,17 @@ def test_block_by_block_the_disk_holds_what_slots_are_ahead(
     grams = sum(gram_bytes(group) for wave in memory.waves() for group in wave)
     waiting = min((MAX_LEAD + 1) * slots * memory.calibration_parts_by_block()["grams"], slots * grams)
     assert disk_bytes(CALIBRATE, run) == grams // 2 + memory.hidden_state_disk_bytes() + waiting
+
+
+def test_workers_without_a_shard_are_not_asked_for_and_take_no_time_off(prepared: Callable[..., Prepared]) -> None:
+    two, eight = prepared(num_workers=2), prepared(num_workers=8)
+    speeds = Speeds(cpu_flops=1e6)
+    plans = [{entry.name: entry for entry in make_plan(STEPS, run, speeds).stages} for run in (two, eight)]
+    for stage in (CALIBRATE, GRADIENTS):
+        assert resources_of(stage, eight).num_workers == plans[1][stage.name].num_workers == 2
+        assert plans[1][stage.name].seconds == plans[0][stage.name].seconds
+    assert idle_calibrators(two) is None
+    assert str(idle_calibrators(eight)).startswith(
+        "calibration.num_workers is 8, and 2 of them have a shard of rows: the others are not asked for; lower"
+    )
+    assert idle_calibrators(eight) in of_settings(eight, {})
