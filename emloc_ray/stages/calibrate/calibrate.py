@@ -91,7 +91,10 @@ def gather_or_go_by_block(
     except Exception as error:
         if job.hold == BLOCKS or not job.may_stream or not any(map(is_out_of_memory, causes(error))):
             raise
-    tell(f"{job.step}: a worker ran out of memory with the model held {job.hold}; it continues block by block.")
+    tell(
+        f"{job.step}: a worker ran out of memory with the model held {job.hold}; it continues block by block,"
+        " a row at a time."
+    )
     job = by_blocks(job, out_dir)
     return job, gather(job, out_dir)
 

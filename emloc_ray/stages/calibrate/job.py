@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from emloc_ray.data.processors import ImageInputs
 
 Groups = tuple[tuple[str, ...], ...]
-_BEGUN = ".way.json"  # the name on disk; it holds hold, waves and slots
+_BEGUN = ".way.json"  # the name on disk; it holds hold, waves and slots, and the rows of a batch that memory left
 BLOCKS = "block_by_block"
 MAX_LEAD = 2  # blocks that a slot may be ahead of the slowest: their sums stay on disk until all have passed them
 
@@ -81,8 +81,9 @@ class CalibrationJob:
 
 
 def resume_job(job: CalibrationJob, out_dir: Path, inputs: Any, num_slots: int, auto: bool) -> CalibrationJob:
-    """The job with the waves of a killed try of the same ``inputs``, and block by block where that went so, so that its sums
-    count. ``auto`` had chosen them by the memory that was free then; a whole model is held as the job says now.
+    """The job with the waves of a killed try of the same ``inputs``, and block by block where that went so, in the batches of
+    :func:`by_blocks` where that began it, so that its sums count. ``auto`` had chosen them by the memory that was free then; a
+    whole model is held as the job says now.
 
     A new job over an emptied ``out_dir`` where there was no such try, where it held more than this job may, or where it went
     block by block with another number of slots: each slot has the hidden states of its own shards.
@@ -95,24 +96,31 @@ def resume_job(job: CalibrationJob, out_dir: Path, inputs: Any, num_slots: int, 
         waves = begun["waves"] and tuple(tuple(tuple(group) for group in wave) for wave in begun["waves"])
         # Sums are the same however the model is held, but for block by block.
         job = dataclasses.replace(job, hold=BLOCKS if begun["hold"] == BLOCKS else job.hold, waves=waves)
+        job = job if begun.get("rows") is None else _in_batches_of(job, begun["rows"])
     else:
+        begun = {}
         discard(out_dir)
         discard_unless(out_dir, inputs)
-    write_json(path, {"hold": job.hold, "waves": job.waves, "slots": num_slots})
+    write_json(path, {"hold": job.hold, "waves": job.waves, "slots": num_slots, "rows": begun.get("rows")})
     return job
 
 
+def _in_batches_of(job: CalibrationJob, rows: int) -> CalibrationJob:
+    """The job in other batches, whose hidden states are no other job's."""
+    return dataclasses.replace(job, batch_size=rows, inputs=fingerprint([job.inputs, rows]))
+
+
 def by_blocks(job: CalibrationJob, out_dir: Path) -> CalibrationJob:
-    """The job block by block, for an ``out_dir`` that was begun otherwise. Removes its slots and sums; a later try of what
-    :func:`resume_job` began resumes block by block."""
+    """The job block by block, a row at a time, for an ``out_dir`` that was begun otherwise and ran out of memory. Removes its
+    slots and sums; a later try of what :func:`resume_job` began resumes so."""
     path = out_dir / _BEGUN
     begun: dict[str, Any] = read_json(path) or {}
     discard(out_dir / "slots")
     for sums in sizes(out_dir):
         if sums.suffix == ".safetensors":
             discard(sums)
-    job = dataclasses.replace(job, hold=BLOCKS, waves=None)
-    write_json(path, {**begun, "hold": job.hold, "waves": job.waves})
+    job = _in_batches_of(dataclasses.replace(job, hold=BLOCKS, waves=None), 1)
+    write_json(path, {**begun, "hold": job.hold, "waves": job.waves, "rows": job.batch_size})
     return job
 
 

@@ -42,8 +42,10 @@ def test_out_of_memory_goes_on_block_by_block_where_it_may(
     if may_stream and hold == "resident":
         found, gathered = gather_or_go_by_block(job, tmp_path, gather, notes.append)
         assert (found.hold, found.waves, gathered) == (BLOCKS, None, ({"layer": 7}, {"layer": "file"}))
+        assert found.batch_size == 1
         assert notes == [
-            "calibrate: a worker ran out of memory with the model held resident; it continues block by block."
+            "calibrate: a worker ran out of memory with the model held resident; it continues block by block,"
+            " a row at a time."
         ]
         return
     with pytest.raises(torch.OutOfMemoryError):

@@ -79,9 +79,15 @@ def test_what_memory_ran_out_for_is_gone_on_with_block_by_block(tmp_path: Path) 
     assert went_on(resident, out_dir, INPUTS, 3) == resident
     sums = out_dir / "grams-00001-of-00002.safetensors"  # of a wave; a block's may have the same name
     sums.write_text("x")
-    assert by_blocks(resident, out_dir) == dataclasses.replace(resident, hold=BLOCKS, waves=None)
+    begun = resume_job(resident, out_dir, INPUTS, 3, auto=True)
+    by_rows = by_blocks(begun, out_dir)
+    assert dataclasses.replace(by_rows, inputs="") == dataclasses.replace(job_of(BLOCKS), batch_size=1)
+    assert by_rows.inputs != begun.inputs  # whose hidden states are of larger batches
     assert not left.exists()
     assert not sums.exists()
     sums.write_text("of a block")
-    assert went_on(resident, out_dir, INPUTS, 3) == job_of(BLOCKS)
+    for _ in range(2):  # the second of what the first has noted
+        assert resume_job(resident, out_dir, INPUTS, 3, auto=True) == by_rows
     assert sums.exists()
+    assert went_on(resident, out_dir, {**INPUTS, "data": "other"}, 3) == resident
+    assert went_on(job_of(BLOCKS), out_dir, {**INPUTS, "data": "other"}, 3) == job_of(BLOCKS)
