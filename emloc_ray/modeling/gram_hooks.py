@@ -88,6 +88,28 @@ class TokenSums:
             )
 
 
+class _HeadReached(Exception):
+    """Ends a pass at the head."""
+
+
+@contextlib.contextmanager
+def _ending_at(head: nn.Module | None) -> Iterator[None]:
+    """While it lasts, a pass ends before the head runs, at its first call."""
+    if head is None:
+        yield
+        return
+
+    def end(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _HeadReached
+
+    handle = head.register_forward_pre_hook(end)
+    try:
+        with contextlib.suppress(_HeadReached):
+            yield
+    finally:
+        handle.remove()
+
+
 class ForwardSums(TokenSums):
     """Sums of what linears read, by :meth:`forward` alone: it runs a batch through the model without its head."""
 
@@ -96,6 +118,8 @@ class ForwardSums(TokenSums):
     def __init__(self, model: Any, streams: Mapping[str, Stream] | None) -> None:
         super().__init__(model, streams)
         self.body = getattr(model, model.base_model_prefix, model)
+        # The prefix may name nothing (T5, Llama 4): then the body is the model, with a head to stop at.
+        self._head = model.get_output_embeddings() if self.body is model else None
 
     def _hook(self, name: str, reread: bool) -> Any:
         experts, owner = self._experts_of(name), owner_of(name)
@@ -112,7 +136,7 @@ class ForwardSums(TokenSums):
     def forward(self, batch: dict[str, Tensor], tokens: str = "all") -> None:
         """Adds the tokens of a batch that count: ``all`` but padding, or those of the ``completion``."""
         call = model_call(self.model.config, batch, tokens=tokens)
-        with self.counting(call.counted), packs_known(call.inputs):
+        with self.counting(call.counted), packs_known(call.inputs), _ending_at(self._head):
             self.body(**call.to(self.device).inputs, use_cache=False)
 
     def remove(self) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import build
 from other_vlms import PADDING, row_with_images
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from stage_artifacts import random_rows
-from tiny import FAMILIES, PAD, make_model
+from tiny import FAMILIES, PAD, VOCABULARY, make_model, random_model
+from transformers import Llama4TextConfig
 from vlms import build_vlm
 
 from emloc_ray.data.formats import Tokens
@@ -21,6 +24,7 @@ from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.gram_hooks import ColumnHooks, GramHooks
+from emloc_ray.modeling.inputs import model_call
 
 EVERY_FAMILY = [*FAMILIES, "opt"]
 
@@ -96,6 +100,60 @@ def test_the_head_is_not_run() -> None:
     model.model.norm.register_forward_pre_hook(lambda module, args: ran.append("body"))
     GramHooks(model, groups_of("llama")).forward(collate(random_rows(), PAD))
     assert ran == ["body"]
+
+
+def t5() -> Any:
+    return build("T5")
+
+
+def llama4() -> Any:
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "intermediate_size_mlp": 64, "head_dim": 16}
+    heads: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return random_model(
+        Llama4TextConfig(vocab_size=VOCABULARY, num_local_experts=4, pad_token_id=PAD, **sizes, **heads)
+    )
+
+
+@pytest.mark.parametrize("make", [t5, llama4])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_head_of_a_model_whose_prefix_names_no_body_is_not_run(
+    make: Callable[[], Any], known: bool, adapted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = make(), collate(random_rows(), PAD)
+    assert not hasattr(model, model.base_model_prefix)
+    names = [spec.name for spec in block_linears(model)]
+    bare = empty_model(model.config)
+    streams = trace_inputs(bare, block_linears(bare)).streams
+    if adapted:
+        lora = LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+        model = get_peft_model(model, lora).eval().get_base_model()
+        q = {name: torch.linalg.qr(torch.randn(model.get_submodule(name).in_features, 2)).Q for name in names}
+    ran: list[str] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: ran.append("head"))
+    if not known:
+        monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
+    call = model_call(model.config, batch)
+    sums = []
+    for whole in (False, True):
+        hooks: Any = (
+            ColumnHooks(model, q, streams) if adapted else GramHooks(model, [[name] for name in names], streams)
+        )
+        if whole:
+            with torch.no_grad(), hooks.counting(call.counted):
+                model(**call.inputs, use_cache=False)
+        else:
+            hooks.forward(batch)
+            assert ran == ([] if known else ["head"])
+        hooks.remove()
+        sums.append(hooks.grams)
+    for name in names:
+        one, other = (gram[name] for gram in sums)
+        assert one.num_tokens == other.num_tokens > 0
+        assert torch.equal(one.matrix, other.matrix)
+    ran.clear()
+    model(**call.inputs)
+    assert ran == ["head"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
