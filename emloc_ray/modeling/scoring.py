@@ -139,7 +139,10 @@ def complete(
 
 def _longest_row(model: Any) -> int:
     """The tokens of a row, completion included, that the model has positions for."""
-    positions = learned_positions(model)
+    from peft import PeftModel  # as below
+
+    # The wrapper is no model of transformers', whose embedding of tokens says which positions are the text's.
+    positions = learned_positions(model.get_base_model() if isinstance(model, PeftModel) else model)
     if positions is None or has_encoder(model.config):
         return sys.maxsize
     return positions - (_virtual_tokens(model) or 0)

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from stage_artifacts import half_rows
-from tiny import EOS, FAMILIES, PAD, VOCABULARY, make_model
+from tiny import EOS, FAMILIES, PAD, VOCABULARY, make_model, random_model
 from torch.nn.functional import log_softmax
+from transformers import Ovis2Config
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.errors import NumericsError
@@ -121,6 +122,27 @@ def test_completions_end_with_the_model_s_last_position(tokenizer: Any, virtual:
     texts = complete(model, tokenizer, many, max_new_tokens=9, batch_size=batch_size)
     expected = [greedy(model, row.input_ids[:count], min(9, room - count)) for row in many for count in [len(row) // 2]]
     assert texts == [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in expected]
+
+
+def test_an_adapter_does_not_take_a_vision_tower_s_positions_for_the_text_s(tokenizer: Any) -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    ends: dict[str, Any] = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "pad_token_id": PAD}
+    config = Ovis2Config(
+        vision_config={**sizes, "image_size": 28, "patch_size": 14, "vocab_size": 64},  # four patches
+        text_config={**sizes, **ends, "model_type": "qwen2", "num_key_value_heads": 2},
+        image_token_id=VOCABULARY - 1,
+        visual_indicator_token_ids=[*range(VOCABULARY - 6, VOCABULARY - 1)],
+        **{**ends, "hidden_size": 32},
+    )
+    model, many = random_model(config), half_rows(20, 9)
+    plain = complete(model, tokenizer, many, max_new_tokens=6, batch_size=2)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"])).eval()  # which changes nothing yet
+    assert complete(adapted, tokenizer, many, max_new_tokens=6, batch_size=2) == plain
 
 
 class Told:
