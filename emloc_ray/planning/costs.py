@@ -20,7 +20,7 @@ class StageCost:
     """``memory``: bytes of one worker at its peak by part, without what every process holds.
 
     ``flops``: floating-point operations of all workers in the model's dtype, ``float32_flops`` those of float32 without TF32.
-    ``disk_bytes``: what the stage leaves, or needs while it runs.
+    ``disk_bytes``: what the stage leaves, or needs while it runs; ``written_bytes``: what it writes, where not as much.
     ``moved_bytes``: what comes to the devices of all workers of weights that do not stay there. ``efficiency``: the share of a
     matrix product's speed that it reaches. ``start_seconds``: starting workers and loading. ``steps``: its optimizer steps.
     ``scores``: what is computed and moved between these, not counted in the others. ``sums_read``: bytes of packed triangles
@@ -31,6 +31,7 @@ class StageCost:
     flops: float = 0.0
     float32_flops: float = 0.0
     disk_bytes: int = 0
+    written_bytes: int = 0
     moved_bytes: float = 0.0
     efficiency: float = 0.5
     start_seconds: float = 5.0

@@ -80,10 +80,16 @@ def _rows_taken(prepared: Prepared, split: str) -> int:
 
 
 def num_slots(prepared: Prepared) -> int:
-    """The workers of a calibration pass that have a shard of rows. Rows that a number of tokens leaves out count, as how many
-    these are is known once they are read."""
-    section = prepared.config.calibration
-    return max(1, min(section.num_workers, math.ceil(num_rows(prepared, "calibration") / section.rows_per_shard)))
+    """The workers of a calibration pass that have a shard of rows: all, where it is not known yet how many rows there are. Rows
+    that a number of tokens leaves out count, as how many these are is known once they are read."""
+    section, own = prepared.config.calibration, prepared.config.data.calibration is not None
+    is_here = prepared.files.get("calibration" if own else "train")
+    rows = num_rows(prepared, "calibration") if is_here else section.num_calibration_samples
+    return (
+        section.num_workers
+        if rows is None
+        else max(1, min(section.num_workers, math.ceil(rows / section.rows_per_shard)))
+    )
 
 
 def num_sequences(prepared: Prepared, split: str = "train", rows: int | None = None) -> int:

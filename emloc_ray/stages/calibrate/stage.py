@@ -125,6 +125,7 @@ def _gram_cost(memory: MemoryModel) -> StageCost:
     passes = 1 if by_blocks else len(waves)
     summed = [sum(map(gram_bytes, wave)) for wave in waves]
     on_disk = _by_block_on_disk(memory, sum(summed)) if by_blocks else _in_waves_on_disk(prepared, summed)
+    written = on_disk if by_blocks else _written_in_waves(prepared, summed)
     tokens, section = tokens_calibrated(prepared, memory.lengths), prepared.config.calibration
     # Block by block each worker's weights come once for all its rows.
     rows_read = num_slots(prepared) * section.batch_size if by_blocks else tokens / memory.lengths.mean
@@ -134,6 +135,7 @@ def _gram_cost(memory: MemoryModel) -> StageCost:
         flops=tokens * 2 * (passes * block_work(layout) + products),
         moved_bytes=passes * moved,
         disk_bytes=on_disk,
+        written_bytes=written,
         efficiency=0.65,
         start_seconds=25,
     )
@@ -155,6 +157,11 @@ def _in_waves_on_disk(prepared: Prepared, waves: Sequence[int]) -> int:
     return max((held + 2 * slots * wave for held, wave in zip(before, waves, strict=True)), default=0)
 
 
+def _written_in_waves(prepared: Prepared, waves: Sequence[int]) -> int:
+    """Bytes that are written in all waves: every slot's sums, and their own, packed."""
+    return sum(waves) // 2 + num_slots(prepared) * sum(waves)
+
+
 def _gradient_cost(memory: MemoryModel) -> StageCost:
     prepared, layout = memory.prepared, memory.layout
     with_gradients = set(layout.gradient_linears)
@@ -169,6 +176,7 @@ def _gradient_cost(memory: MemoryModel) -> StageCost:
         flops=tokens * 2 * work * len(plan.waves),
         moved_bytes=WITH_BACKWARD * forward,
         disk_bytes=_in_waves_on_disk(prepared, waves),
+        written_bytes=_written_in_waves(prepared, waves),
         start_seconds=25,
     )
 

@@ -128,7 +128,8 @@ def test_the_head_of_a_model_whose_prefix_names_no_body_is_not_run(
     if adapted:
         lora = LoraConfig(r=2, target_modules=names, init_lora_weights=False)
         model = get_peft_model(model, lora).eval().get_base_model()
-        q = {name: torch.linalg.qr(torch.randn(model.get_submodule(name).in_features, 2)).Q for name in names}
+        widths = {name: int(model.get_submodule(name).in_features) for name in names}
+        q = {name: torch.linalg.qr(torch.randn(width, 2)).Q for name, width in widths.items()}
     ran: list[str] = []
     model.lm_head.register_forward_hook(lambda module, args, output: ran.append("head"))
     if not known:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from bare_runs import tiny_run
 
+from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.plan import make_plan
@@ -41,9 +42,9 @@ def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..
     return make
 
 
-def disk_bytes(stage: Stage, prepared: Prepared) -> int:
+def cost(stage: Stage, prepared: Prepared) -> StageCost:
     assert stage.cost is not None
-    return stage.cost(MemoryModel(prepared)).disk_bytes
+    return stage.cost(MemoryModel(prepared))
 
 
 def in_three(parts: Any) -> list[Any]:
@@ -62,11 +63,22 @@ def test_the_disk_holds_the_slots_of_one_wave(
     run = prepared(num_workers=num_workers)
     memory = MemoryModel(run)
     groups, plan = in_three([group for wave in memory.waves() for group in wave]), memory.gradient_plan()
-    specs = in_three([spec for wave in plan.waves for spec in wave])
+    specs = tuple(in_three(tuple(spec for wave in plan.waves for spec in wave)))
     monkeypatch.setattr(MemoryModel, "waves", lambda self: groups)
     monkeypatch.setattr(MemoryModel, "gradient_plan", lambda self: replace(plan, waves=specs))
-    assert disk_bytes(CALIBRATE, run) == peak([sum(map(gram_bytes, wave)) for wave in groups], slots)
-    assert disk_bytes(GRADIENTS, run) == peak([sum(map(gradient_bytes, wave)) for wave in specs], slots)
+    assert cost(CALIBRATE, run).disk_bytes == peak([sum(map(gram_bytes, wave)) for wave in groups], slots)
+    assert cost(GRADIENTS, run).disk_bytes == peak([sum(map(gradient_bytes, wave)) for wave in specs], slots)
+
+
+def test_every_wave_is_written(prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the disk holds the slots of one at a time."""
+    run, costs = prepared(num_workers=2), []
+    groups = [group for wave in MemoryModel(run).waves() for group in wave]
+    for waves in ([groups], in_three(groups)):
+        monkeypatch.setattr(MemoryModel, "waves", lambda self, waves=waves: waves)
+        costs.append(cost(CALIBRATE, run))
+    assert costs[1].disk_bytes < costs[0].disk_bytes
+    assert costs[1].written_bytes == costs[0].written_bytes == 2.5 * sum(map(gram_bytes, groups))
 
 
 @pytest.mark.parametrize(("num_workers", "slots"), [(1, 0), (8, 2)])
@@ -76,7 +88,7 @@ def test_block_by_block_the_disk_holds_what_slots_are_ahead(
     memory = MemoryModel(run := prepared("block_by_block", num_workers=num_workers))
     grams = sum(gram_bytes(group) for wave in memory.waves() for group in wave)
     waiting = min((MAX_LEAD + 1) * slots * memory.calibration_parts_by_block()["grams"], slots * grams)
-    assert disk_bytes(CALIBRATE, run) == grams // 2 + memory.hidden_state_disk_bytes() + waiting
+    assert cost(CALIBRATE, run).disk_bytes == grams // 2 + memory.hidden_state_disk_bytes() + waiting
 
 
 def test_workers_without_a_shard_are_not_asked_for_and_take_no_time_off(prepared: Callable[..., Prepared]) -> None:
@@ -87,6 +99,8 @@ def test_workers_without_a_shard_are_not_asked_for_and_take_no_time_off(prepared
         assert resources_of(stage, eight).num_workers == plans[1][stage.name].num_workers == 2
         assert plans[1][stage.name].seconds == plans[0][stage.name].seconds
     assert idle_calibrators(two) is None
+    unread = replace(prepared(num_workers=8, num_calibration_samples=None), files={})
+    assert idle_calibrators(unread) is None  # how many rows there are is not known yet
     assert str(idle_calibrators(eight)).startswith(
         "calibration.num_workers is 8, and 2 of them have a shard of rows: the others are not asked for; lower"
     )
