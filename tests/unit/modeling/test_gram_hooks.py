@@ -122,14 +122,14 @@ def test_the_head_of_a_model_whose_prefix_names_no_body_is_not_run(
 ) -> None:
     model, batch = make(), collate(random_rows(), PAD)
     assert not hasattr(model, model.base_model_prefix)
-    names = [spec.name for spec in block_linears(model)]
+    specs = block_linears(model)
+    names = [spec.name for spec in specs]
     bare = empty_model(model.config)
     streams = trace_inputs(bare, block_linears(bare)).streams
     if adapted:
         lora = LoraConfig(r=2, target_modules=names, init_lora_weights=False)
         model = get_peft_model(model, lora).eval().get_base_model()
-        widths = {name: int(model.get_submodule(name).in_features) for name in names}
-        q = {name: torch.linalg.qr(torch.randn(width, 2)).Q for name, width in widths.items()}
+        q = {spec.name: torch.linalg.qr(torch.randn(spec.in_features, 2)).Q for spec in specs}
     ran: list[str] = []
     model.lm_head.register_forward_hook(lambda module, args, output: ran.append("head"))
     if not known:
