@@ -86,7 +86,9 @@ class Offloaded:
         self._ahead: tuple[int, list[Tensor], Any] | None = None
         self._round_robin: _RoundRobin | None = None
         self._present: _OffloadedPart | None = None
-        self._direction = 1
+        # The part that ran last, with its direction; and which part ran after it the last time.
+        self._ran = (-1, 1)
+        self._successors: dict[tuple[int, int], int] = {}
         outside = self.weights.outside()
         aliases = {name: names for names in outside for name in names}
         ends = self._ends(outside) if ends_offloaded else []
@@ -139,10 +141,11 @@ class Offloaded:
 
         torch ends a run by an exception where the backward pass has all that it needs of the block.
         """
-        self._direction = direction
         if self._present is not part:
+            self._successors[self._ran] = part.position
             self._drop()
             self._enter(part)
+        self._ran = part.position, direction
         if self._round_robin is None:
             try:
                 return compute(*args, **kwargs)
@@ -161,7 +164,8 @@ class Offloaded:
         """
         if part.is_head:
             return True
-        turn = len(self.weights.blocks) - 1 if self._direction > 0 else 0
+        _, direction = self._ran
+        turn = len(self.weights.blocks) - 1 if direction > 0 else 0
         only_blocks = len(self._parts) == len(self.weights.blocks)
         return torch.is_grad_enabled() and only_blocks and part.position == turn
 
@@ -179,7 +183,7 @@ class Offloaded:
         self._leave(part)
         if self._begun is not None:
             self._begun.synchronize()  # the host may be many blocks ahead, each of whose weights would be held
-            self._send_ahead(part.position)
+            self._send_ahead()
 
     def _leave(self, part: _OffloadedPart) -> None:
         for place in part.parameters:
@@ -208,13 +212,10 @@ class Offloaded:
         part.pinned = pinned if self._stays_pinned else None
         return pinned.on(self.device)
 
-    def _send_ahead(self, position: int) -> None:
-        """Begins the copy of the block that comes next, upwards or downwards as the pass goes, while this one computes."""
-        if position >= len(self.weights.blocks):
-            return
-        after = position + self._direction
-        if after == len(self.weights.blocks) and not torch.is_grad_enabled():
-            after = 0  # of the next batch
+    def _send_ahead(self) -> None:
+        """Begins the copy of the block that comes next, while this part computes: the one that came last time, else the block
+        above or below as the pass goes."""
+        after = self._successors.get(self._ran, sum(self._ran))
         if self._copies is None or not 0 <= after < len(self.weights.blocks):
             return
         with torch.cuda.stream(self._copies):

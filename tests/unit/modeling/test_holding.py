@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import transformers
+from families import FAMILIES as FAMILY_CONFIGS
 from families import save
 from safetensors.torch import save_file
 from shared_keys import HAS_MISTRAL, MISTRAL, TRANSFORMERS
 from stage_artifacts import random_rows
-from tiny import PAD, save_emulator, save_model
+from tiny import PAD, random_model, save_emulator, save_model
 from torch import Tensor
 
 from emloc_ray.data.token_shards import collate
@@ -25,7 +28,7 @@ from emloc_ray.io.formats.checkpoint import INDEX_NAME, SINGLE_NAME
 from emloc_ray.modeling import loss
 from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
-from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
+from emloc_ray.modeling.architecture import block_linears, block_names, empty_model, trace_inputs
 from emloc_ray.modeling.block_weights import BlockWeights
 from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.gram_hooks import GramHooks
@@ -132,6 +135,69 @@ def test_the_head_comes_once_for_all_chunks_of_a_batch_s_labels(
             with torch.no_grad():
                 token_loss(held.get_base_model(), BATCH, "completion")
     assert read["lm_head.weight"] == read["model.embed_tokens.weight"] == 2
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]:
+    """``sent(model)``: the parts of a held model in the order in which they are sent to a GPU, from then on."""
+    stream = mock.MagicMock()
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
+
+    def on_gpu(model: Any) -> list[str]:
+        block = model.get_submodule(block_names(model)[0])
+        held, names = block.forward.func.__self__, []
+        monkeypatch.setattr(held, "_on_gpu", True)
+        monkeypatch.setattr(held, "_copies", stream)
+
+        def traced(part: Any) -> list[Tensor]:
+            names.append(part.parameters[0].names[0])
+            return [held.weights.read(place.names) for place in part.parameters]
+
+        monkeypatch.setattr(held, "_sent", traced)
+        return names
+
+    return on_gpu
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_nothing_is_sent_in_vain_where_embedding_and_head_come_too(
+    learns: bool, tmp_path: Path, sent: Callable[[Any], list[str]]
+) -> None:
+    save_model(tmp_path, "llama", num_hidden_layers=3)
+    held = open_model(tmp_path, "all_offloaded")
+    names = sent(held)
+    model, batches = trained(held) if learns else held, []
+    for _ in range(3):
+        names.clear()
+        if learns:
+            gradients(model)
+        else:
+            with torch.no_grad():
+                token_loss(held, BATCH, "all")
+        batches.append([name.split(".")[2 if "layers" in name else -2] for name in names])
+    back = ["2", "1", "0"] if learns else []
+    assert batches[1:] == [["embed_tokens", "0", "1", "2", "lm_head", *back]] * 2
+
+
+@pytest.mark.parametrize("hold", OFFLOADED)
+def test_a_completion_sends_a_decoder_s_blocks_once_a_token(
+    hold: str, tmp_path: Path, sent: Callable[[Any], list[str]]
+) -> None:
+    config = FAMILY_CONFIGS["T5"]()
+    config.num_layers = config.num_decoder_layers = 3
+    random_model(config).save_pretrained(tmp_path)
+    held = open_model(tmp_path, hold)
+    names, tokens = sent(held), 5
+    for _ in range(2):
+        names.clear()
+        held.generate(input_ids=torch.arange(4, 9)[None], min_new_tokens=tokens, max_new_tokens=tokens)
+    often = Counter(name.split(".layer.")[0] for name in names if ".block." in name)
+    # Where no head comes between, the last token does not know that it is, and the next one's first follows its example.
+    extra = [int(hold == "offloaded"), 0, 0]
+    assert [often[f"encoder.block.{number}"] - 1 for number in range(3)] == extra
+    assert [often[f"decoder.block.{number}"] - tokens for number in range(3)] == extra
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mixtral", "T5"])
