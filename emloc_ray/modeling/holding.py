@@ -80,8 +80,9 @@ class Offloaded:
         gc.collect()
         self.weights = BlockWeights(directory, **options)
         self.model, self.device = self.weights.model, self.weights.device
-        self._on_gpu = self.device.type == "cuda"
-        self._copies = torch.cuda.Stream(self.device) if self._on_gpu else None
+        self.copies = (
+            torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        )  # by which weights come ahead
         # The part that is on its way to a GPU, its weights, and when they will be there.
         self._ahead: tuple[int, list[Tensor], Any] | None = None
         self._round_robin: _RoundRobin | None = None
@@ -99,7 +100,7 @@ class Offloaded:
         names = [*self.weights.blocks, *ends]
         self._parts = [self._part(name, position, aliases) for position, name in enumerate(names)]
         size = sum(pinned_bytes(place.absent for place in part.parameters) for part in self._parts)
-        self._stays_pinned = self._on_gpu and may_stay_pinned(size)
+        self._stays_pinned = self.copies is not None and may_stay_pinned(size)
 
     def _ends(self, outside: Sequence[Sequence[str]]) -> list[str]:
         """The embedding and the head, and whatever modules have their weights too."""
@@ -170,7 +171,7 @@ class Offloaded:
         return torch.is_grad_enabled() and only_blocks and part.position == turn
 
     def _enter(self, part: _OffloadedPart) -> None:
-        begun = torch.cuda.current_stream(self.device).record_event() if self._on_gpu else None
+        begun = torch.cuda.current_stream(self.device).record_event() if self.copies is not None else None
         for place, weight in zip(part.parameters, self._arrived(part), strict=True):
             _put(place, nn.Parameter(weight, False))
         self._present, self._begun = part, begun
@@ -193,7 +194,7 @@ class Offloaded:
         """The part's weights on the device: those that were sent ahead, or a copy made now."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead[0] != part.position:
-            return self._sent(part)
+            return self.sent(part)
         _, weights, copied = ahead
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(copied)
@@ -201,12 +202,12 @@ class Offloaded:
             weight.record_stream(stream)
         return weights
 
-    def _sent(self, part: _OffloadedPart) -> list[Tensor]:
+    def sent(self, part: _OffloadedPart) -> list[Tensor]:
         """The part's weights on the device, copied by the current stream of a GPU."""
         if part.pinned is not None:
             return part.pinned.on(self.device)
         weights = [self.weights.read(place.names) for place in part.parameters]
-        if not self._on_gpu:
+        if self.copies is None:
             return [weight.to(self.device) for weight in weights]
         pinned = Pinned.of(weights)
         part.pinned = pinned if self._stays_pinned else None
@@ -216,10 +217,10 @@ class Offloaded:
         """Begins the copy of the block that comes next, while this part computes: the one that came last time, else the block
         above or below as the pass goes."""
         after = self._successors.get(self._ran, sum(self._ran))
-        if self._copies is None or not 0 <= after < len(self.weights.blocks):
+        if self.copies is None or not 0 <= after < len(self.weights.blocks):
             return
-        with torch.cuda.stream(self._copies):
-            self._ahead = after, self._sent(self._parts[after]), self._copies.record_event()
+        with torch.cuda.stream(self.copies):
+            self._ahead = after, self.sent(self._parts[after]), self.copies.record_event()
 
     def in_step(self, passes: Sequence[Callable[[], Result]]) -> list[Result]:
         """What passes without gradients give that each run another one of the :attr:`models`, and go through their blocks

@@ -148,14 +148,13 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]:
     def on_gpu(model: Any) -> list[str]:
         block = model.get_submodule(block_names(model)[0])
         held, names = block.forward.func.__self__, []
-        monkeypatch.setattr(held, "_on_gpu", True)
-        monkeypatch.setattr(held, "_copies", stream)
+        monkeypatch.setattr(held, "copies", stream)
 
         def traced(part: Any) -> list[Tensor]:
             names.append(part.parameters[0].names[0])
             return [held.weights.read(place.names) for place in part.parameters]
 
-        monkeypatch.setattr(held, "_sent", traced)
+        monkeypatch.setattr(held, "sent", traced)
         return names
 
     return on_gpu
