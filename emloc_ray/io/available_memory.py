@@ -1,4 +1,4 @@
-"""The memory that is left to this process."""
+"""The memory that this process may take, and what is left of it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,10 +14,16 @@ _SECOND_VERSION = ("memory.max", "memory.current", "inactive_file")
 def available_bytes(root: Path = Path("/")) -> float:
     """The memory that is left to this machine, or to the control groups of this process (a container, a job), whose inactive
     files count as left ("working set" in https://kubernetes.io/docs/concepts/scheduling-eviction/node-pressure-eviction)."""
-    return min([float(psutil.virtual_memory().available), *_left_in_groups(root)])
+    return min([float(psutil.virtual_memory().available), *(left for _, left in _groups(root))])
 
 
-def _left_in_groups(root: Path) -> Iterator[float]:
+def memory_bytes(root: Path = Path("/")) -> float:
+    """The memory of this machine, or what the control groups of this process may take of it."""
+    return min([float(psutil.virtual_memory().total), *(limit for limit, _ in _groups(root))])
+
+
+def _groups(root: Path) -> Iterator[tuple[float, float]]:
+    """The limit of each control group, and what is left of it."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # no Linux
@@ -35,4 +41,5 @@ def _left_in_groups(root: Path) -> Iterator[float]:
                 with contextlib.suppress(OSError, ValueError):  # no limit, or "max"
                     stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
                     held = int((group / usage).read_text()) - int(stat.get(inactive, 0))
-                    yield max(0.0, float(int((group / limit).read_text()) - held))
+                    allowed = float((group / limit).read_text())
+                    yield allowed, max(0.0, allowed - held)

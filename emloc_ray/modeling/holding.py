@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from emloc_ray.modeling.block_weights import BlockWeights
 from emloc_ray.modeling.loading import load_model
-from emloc_ray.modeling.pinned import Pinned, may_stay_pinned, pinned_bytes
+from emloc_ray.modeling.pinned import Pinned, may_stay_pinned, pinned_bytes, release_unused
 
 Result = TypeVar("Result")
 
@@ -78,11 +78,11 @@ class Offloaded:
         """As :func:`open_model`; ``ends_offloaded``: the embedding and the head come and go as well."""
         # An earlier task's models are cycles, as modules call what holds them: they go before more is held.
         gc.collect()
+        release_unused()
         self.weights = BlockWeights(directory, **options)
         self.model, self.device = self.weights.model, self.weights.device
-        self.copies = (
-            torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        )  # by which weights come ahead
+        # By which weights come to a GPU ahead of their use.
+        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         # The part that is on its way to a GPU, its weights, and when they will be there.
         self._ahead: tuple[int, list[Tensor], Any] | None = None
         self._round_robin: _RoundRobin | None = None
@@ -99,8 +99,6 @@ class Offloaded:
         self.models = [self.model, *(_with_the_same_weights(self.model) for _ in range(num_models - 1))]
         names = [*self.weights.blocks, *ends]
         self._parts = [self._part(name, position, aliases) for position, name in enumerate(names)]
-        size = sum(pinned_bytes(place.absent for place in part.parameters) for part in self._parts)
-        self._stays_pinned = self.copies is not None and may_stay_pinned(size)
 
     def _ends(self, outside: Sequence[Sequence[str]]) -> list[str]:
         """The embedding and the head, and whatever modules have their weights too."""
@@ -209,8 +207,9 @@ class Offloaded:
         weights = [self.weights.read(place.names) for place in part.parameters]
         if self.copies is None:
             return [weight.to(self.device) for weight in weights]
+        stays = may_stay_pinned(pinned_bytes(weights))
         pinned = Pinned.of(weights)
-        part.pinned = pinned if self._stays_pinned else None
+        part.pinned = pinned if stays else None
         return pinned.on(self.device)
 
     def _send_ahead(self) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from emloc_ray.io.available_memory import available_bytes
+from emloc_ray.io.available_memory import available_bytes, memory_bytes
 
-_SHARE = 0.5  # of the free memory: what may stay pinned, which the system can neither move nor take back
+_RESERVE = 0.5  # of the memory: what stays free of pinned weights, which the system can neither move nor take back
 _ALIGNMENT = 512  # bytes, as torch's allocator of CUDA aligns tensors
 _SMALLEST_PIECE = 2**20
 
@@ -32,8 +31,16 @@ def pinned_bytes(weights: Iterable[Tensor]) -> int:
 
 
 def may_stay_pinned(num_bytes: int) -> bool:
-    """Whether a worker may keep so many bytes pinned, of the free memory that those of its group share on their node."""
-    return num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= _SHARE * available_bytes()
+    """Whether a worker may keep so many more bytes pinned. It is asked before each part is, for other workers of the node may
+    fill its memory meanwhile."""
+    return num_bytes + _RESERVE * memory_bytes() <= available_bytes()
+
+
+def release_unused() -> None:
+    """Gives the system back what torch keeps pinned of tensors that are gone, where it can: by torch 2.13."""
+    release = getattr(torch.accelerator, "empty_host_cache", None)
+    if release is not None and torch.cuda.is_initialized():
+        release()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from emloc_ray.io.available_memory import available_bytes
+from emloc_ray.io.available_memory import available_bytes, memory_bytes
 
 
 @pytest.mark.parametrize(
@@ -29,13 +29,15 @@ def test_what_a_control_group_leaves(tmp_path: Path, told: str, top: str, names:
         for name, text in ((limit, most), (usage, str(held)), ("memory.stat", f"anon 5\n{inactive} {files}")):
             (tmp_path / top / path / name).write_text(text + "\n")
 
-    whole = available_bytes(tmp_path)  # no such files: this machine's
+    whole, machine = available_bytes(tmp_path), memory_bytes(tmp_path)  # no such files: this machine's
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text(told)
     group("job/step", "max", 0, 0)
     assert available_bytes(tmp_path) == pytest.approx(whole, rel=0.2)
+    assert memory_bytes(tmp_path) == machine >= whole
     group("job", str(10 * 2**20), 4 * 2**20, 2**20)  # the job's bounds its step
     assert available_bytes(tmp_path) == 7 * 2**20
+    assert memory_bytes(tmp_path) == 10 * 2**20
     group("job/step", str(2 * 2**20), 3 * 2**20, 0)
     assert available_bytes(tmp_path) == 0
     # In a container the path may be the host's: the group itself is at the top.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.holding import Offloaded, open_model
 from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.loss import call_loss, token_loss
+from emloc_ray.modeling.pinned import Pinned
 from emloc_ray.modeling.scoring import complete, score_rows
 
 OFFLOADED = ("offloaded", "all_offloaded")
@@ -138,17 +140,28 @@ def test_the_head_comes_once_for_all_chunks_of_a_batch_s_labels(
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]:
-    """``sent(model)``: the parts of a held model in the order in which they are sent to a GPU, from then on."""
-    stream = mock.MagicMock()
+def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
+    """``as_on_gpu(model)``: what holds a model, which takes the CPU for a GPU from then on."""
+    stream, empty = mock.MagicMock(), torch.empty
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
 
-    def on_gpu(model: Any) -> list[str]:
-        block = model.get_submodule(block_names(model)[0])
-        held, names = block.forward.func.__self__, []
+    def of(model: Any) -> Any:
+        held = model.get_submodule(block_names(model)[0]).forward.func.__self__
         monkeypatch.setattr(held, "copies", stream)
+        return held
+
+    return of
+
+
+@pytest.fixture
+def sent(as_on_gpu: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]:
+    """``sent(model)``: the parts of a held model in the order in which they are sent to a GPU, from then on."""
+
+    def of(model: Any) -> list[str]:
+        held, names = as_on_gpu(model), []
 
         def traced(part: Any) -> list[Tensor]:
             names.append(part.parameters[0].names[0])
@@ -157,7 +170,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]:
         monkeypatch.setattr(held, "sent", traced)
         return names
 
-    return on_gpu
+    return of
 
 
 @pytest.mark.parametrize("learns", [False, True])
@@ -197,6 +210,45 @@ def test_a_completion_sends_a_decoder_s_blocks_once_a_token(
     extra = [int(hold == "offloaded"), 0, 0]
     assert [often[f"encoder.block.{number}"] - 1 for number in range(3)] == extra
     assert [often[f"decoder.block.{number}"] - tokens for number in range(3)] == extra
+
+
+def test_workers_that_begin_together_stop_pinning_as_memory_fills(
+    tmp_path: Path, as_on_gpu: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path, "llama", num_hidden_layers=4)
+    workers = [as_on_gpu(open_model(tmp_path, "offloaded")).model for _ in range(3)]
+    made: list[weakref.ref[Pinned]] = []
+    inner = Pinned.of
+
+    def of(weights: Sequence[Tensor]) -> Pinned:
+        pinned = inner(weights)
+        made.append(weakref.ref(pinned))
+        return pinned
+
+    def num_pinned() -> int:
+        return sum(pinned() is not None for pinned in made)
+
+    monkeypatch.setattr(Pinned, "of", of)
+    monkeypatch.setattr("emloc_ray.modeling.pinned.memory_bytes", lambda: 16 * 2**20)
+    monkeypatch.setattr("emloc_ray.modeling.pinned.available_bytes", lambda: (16 - num_pinned()) * 2**20)
+    with torch.no_grad():
+        logits = [worker(BATCH["input_ids"]).logits for _ in range(2) for worker in workers]
+    assert num_pinned() == 8  # of a MiB each, where half of the memory stays
+    assert all(torch.equal(one, logits[0]) for one in logits)
+
+
+def test_what_torch_keeps_pinned_of_an_earlier_model_goes_first(
+    saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: released.append("pinned"), raising=False)
+    open_model(saved("Llama"), "offloaded")
+    assert not released
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    open_model(saved("Llama"), "offloaded")
+    assert released == ["pinned"]
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache")  # older torch has none
+    open_model(saved("Llama"), "offloaded")
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mixtral", "T5"])
