@@ -39,6 +39,11 @@ class StageCost:
     scores: StageCost | None = None
     sums_read: int = 0
 
+    @property
+    def written(self) -> int:
+        """Bytes that it writes."""
+        return self.written_bytes or self.disk_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Costed:

@@ -125,7 +125,7 @@ def _planned(stage: Costed, memory: MemoryModel, speeds: Speeds) -> StagePlan:
     cost, asked = stage.cost(memory), stage.asked(memory.prepared)
     busy, steps = busy_seconds(cost, asked, speeds, memory.weights), max(1.0, cost.steps)
     scoring = 0.0 if cost.scores is None else busy_seconds(cost.scores, asked, speeds, memory.weights)
-    seconds = cost.start_seconds + busy + scoring + (cost.written_bytes or cost.disk_bytes) / speeds.disk
+    seconds = cost.start_seconds + busy + scoring + cost.written / speeds.disk
     return StagePlan(
         stage.name,
         with_base(cost.memory),

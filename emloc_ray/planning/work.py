@@ -85,11 +85,8 @@ def num_slots(prepared: Prepared) -> int:
     section, own = prepared.config.calibration, prepared.config.data.calibration is not None
     is_here = prepared.files.get("calibration" if own else "train")
     rows = num_rows(prepared, "calibration") if is_here else section.num_calibration_samples
-    return (
-        section.num_workers
-        if rows is None
-        else max(1, min(section.num_workers, math.ceil(rows / section.rows_per_shard)))
-    )
+    shards = section.num_workers if rows is None else math.ceil(rows / section.rows_per_shard)
+    return max(1, min(section.num_workers, shards))
 
 
 def num_sequences(prepared: Prepared, split: str = "train", rows: int | None = None) -> int:

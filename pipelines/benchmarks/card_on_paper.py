@@ -107,7 +107,7 @@ def _gradients(memory: MemoryModel) -> str:
     plan = memory.gradient_plan()
     cost = GRADIENTS.cost(memory) if GRADIENTS.cost is not None else StageCost({})
     seconds = cost.start_seconds + busy_seconds(cost, memory.config.calibration, CARD, memory.weights)
-    seconds += cost.disk_bytes / CARD.disk
+    seconds += cost.written / CARD.disk
     held = plan.hold.replace("_", " ")
     return f"{counted(len(plan.waves), 'pass', 'passes')}, {held}, {counted(plan.batch_size, 'row')} a batch: {duration(seconds)}"
 

@@ -143,7 +143,7 @@ def _gram_cost(memory: MemoryModel) -> StageCost:
 
 def _by_block_on_disk(memory: MemoryModel, grams: int) -> int:
     """Bytes on disk at most, block by block: the packed sums, hidden states, and of several slots each the sums of the blocks
-    that not all have passed."""
+    that are not summed over all yet."""
     slots = num_slots(memory.prepared)
     waiting = (MAX_LEAD + 1) * slots * memory.calibration_parts_by_block()["grams"] if slots > 1 else 0
     return grams // 2 + memory.hidden_state_disk_bytes() + min(int(waiting), grams * slots)
