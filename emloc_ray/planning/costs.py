@@ -20,7 +20,7 @@ class StageCost:
     """``memory``: bytes of one worker at its peak by part, without what every process holds.
 
     ``flops``: floating-point operations of all workers in the model's dtype, ``float32_flops`` those of float32 without TF32.
-    ``disk_bytes``: what the stage leaves, or needs while it runs; ``written_bytes``: what it writes, where not as much.
+    ``disk_bytes``: what the stage leaves, or needs while it runs; ``written_bytes``: what it writes, where that is not as much.
     ``moved_bytes``: what comes to the devices of all workers of weights that do not stay there. ``efficiency``: the share of a
     matrix product's speed that it reaches. ``start_seconds``: starting workers and loading. ``steps``: its optimizer steps.
     ``scores``: what is computed and moved between these, not counted in the others. ``sums_read``: bytes of packed triangles

@@ -185,8 +185,8 @@ class ListedFiles:
 def _ensure_file(file: Path, info: Stored, begun: float) -> None:
     here = origin(file)
     assert here is not None
-    # Hashed with no lock held, so that a node's workers do so side by side: what another has fetched meanwhile by the second
-    # look, which is fetched once more where the copy is damaged.
+    # A node's workers hash a copy side by side: no lock is held. The second look hashes what another worker has fetched
+    # meanwhile. A copy that is damaged is fetched again.
     for is_second in (False, True):
         copy = open_copy(here.note, file, info.sha256)
         if copy is not None:
@@ -198,9 +198,8 @@ def _ensure_file(file: Path, info: Stored, begun: float) -> None:
 
 
 def _fetch(here: Origin, file: Path, info: Stored, begun: float) -> None:
-    with alone(
-        here.root.parent, info.sha256[:2]
-    ):  # one download serves all runs too, by 256 locks for whatever they fetch
+    # One download serves all runs too, by 256 locks for whatever they fetch.
+    with alone(here.root.parent, info.sha256[:2]):
         if not link_copy(here.root, here.path, info.sha256):
             make_room(here.root, info.size, begun)
             with replacing(file, durable=False) as temporary:

@@ -93,8 +93,8 @@ def run_slots(
     ``done(slot, unit)`` is called with every finished unit, after a resume with the last one alone. A lost task is restarted
     and reports its progress. ``safe[slot]``: the last unit of an earlier try, where known; a slot at its end is not begun.
     ``planned_s``: as for :class:`Pace`. A slot that is ``max_lead`` units ahead of the slowest that runs does one more, then
-    waits; None: it never does. ``behind()``: how many units that all have done are not disposed of yet; slots are as many less
-    ahead, and even the slowest waits where that is ``max_lead``. Raises StageError where a slot is lost more often than
+    waits; None: it never does. ``behind()``: how many of the units that all slots have done are still in use. A slot may be
+    ahead by so many fewer; at ``max_lead`` of them the slowest waits too. Raises StageError where a slot is lost more often than
     ``losses`` allows, either at one unit, or before it begins while no unit is done.
     """
     slots = [

@@ -255,6 +255,7 @@ def test_workers_of_a_node_hash_a_file_side_by_side(root: Path, other: Path, mon
     monkeypatch.setattr(node_cache, "open_copy", opened)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(ensure, [other / "a" / "f"] * 2))
+    assert not at_once.broken
 
 
 def test_what_was_hashed_while_it_was_fetched_is_not_hashed_again(
