@@ -85,7 +85,6 @@ def run_slots(
     safe: Sequence[int] | None = None,
     planned_s: float = 0.0,
     max_lead: int | None = None,
-    behind: Callable[[], int] = lambda: 0,
 ) -> None:
     """Runs a task for each slot: ``start(slot)`` begins it (:func:`start_slot`), and it does ``work[slot]``, ascending units,
     which people call ``unit_name``.
@@ -93,9 +92,8 @@ def run_slots(
     ``done(slot, unit)`` is called with every finished unit, after a resume with the last one alone. A lost task is restarted
     and reports its progress. ``safe[slot]``: the last unit of an earlier try, where known; a slot at its end is not begun.
     ``planned_s``: as for :class:`Pace`. A slot that is ``max_lead`` units ahead of the slowest that runs does one more, then
-    waits; None: it never does. ``behind()``: how many of the units that all slots have done are still in use. A slot may be
-    ahead by so many fewer; at ``max_lead`` of them the slowest waits too. Raises StageError where a slot is lost more often than
-    ``losses`` allows, either at one unit, or before it begins while no unit is done.
+    waits; None: it never does. Raises StageError where a slot is lost more often than ``losses`` allows, either at one unit, or
+    before it begins while no unit is done.
     """
     slots = [
         _Slot(number, units, last, start, unit_name, done)
@@ -114,7 +112,7 @@ def run_slots(
         while flight.pump(LOOK_S):
             tell_progress()
             if max_lead is not None:
-                most = max_lead - behind() + min((slot.count for slot in slots if slot.runs), default=total)
+                most = max_lead + min((slot.count for slot in slots if slot.runs), default=total)
                 for slot in slots:
                     slot.most = most
 

@@ -105,36 +105,6 @@ def test_a_fast_slot_waits_for_the_slowest_that_runs(
     assert max(leads) == most
 
 
-def test_slots_wait_for_what_disposes_of_their_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each unit that both have done is disposed of at the fourth look at it: even the slowest slot waits for that."""
-    reached, most = [0, 0], [0]
-    looks = [4] * 8
-
-    def behind() -> int:
-        done_by_all = min(reached)
-        if pending := [unit for unit in range(done_by_all) if looks[unit]]:
-            looks[pending[0]] -= 1
-        return sum(1 for unit in range(done_by_all) if looks[unit])
-
-    def done(slot: int, unit: int) -> None:
-        reached[slot] = unit + 1
-        most.append(max(reached) - next((unit for unit in range(8) if looks[unit]), 8))
-
-    def wait(going: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
-        first = min(going, key=given.count)  # in turn
-        given.append(first)
-        return [first], [task for task in going if task is not first]
-
-    given: list[Any] = []
-    monkeypatch.setattr(tasks.ray, "wait", wait)
-    monkeypatch.setattr(tasks.ray, "get", lambda unit: Timed(unit, SPAN))
-    monkeypatch.setattr(tasks.time, "sleep", lambda seconds: None)
-    start = [iter([NO_UNIT, *range(8), None]) for _ in range(2)].__getitem__
-    slots.run_slots(start, [range(8)] * 2, "block", Losses("calibrate"), done=done, max_lead=2, behind=behind)
-    assert reached == [8, 8]
-    assert max(most) == 2
-
-
 def test_a_slot_says_that_it_has_begun_before_it_opens_its_model() -> None:
     opened: list[str] = []
 
