@@ -6,6 +6,7 @@ import contextlib
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,22 +123,40 @@ def test_slots_are_summed_where_they_are_and_not_where_the_driver_is(
     values = make_values(tmp_path / "run", tiny_model_dir("llama"), task_file, model={"hold": "block_by_block"})
     with Nodes(cpus=1, head_cpus=0) as nodes:
         values["ray"] = {"address": nodes.cluster.address}
-        addresses: dict[str, str] = {}
+        pids: dict[str, int] = {}
 
         def hear(span: Span) -> None:
             if span.unit.startswith("the sum of block"):
-                pid = int(span.worker.split()[1])
-                [node] = [n for n in nodes.all() if pid in {process.pid for process, _ in workers(n)}]
-                addresses[span.unit] = node.node_ip_address
+                pids[span.unit] = int(span.worker.split()[1])
 
         try:
-            with listening(hear):
+            with listening(hear), addresses_of_workers(nodes) as addresses:
                 run_values(values, until="calibrate")
         finally:
             ray.shutdown()
         slots = {node.node_ip_address for node in nodes.cluster.worker_nodes}
-    assert len(addresses) == 2
-    assert {*addresses.values()} <= slots
+    assert len(pids) == 2
+    assert {addresses[pid] for pid in pids.values()} <= slots
+
+
+@contextlib.contextmanager
+def addresses_of_workers(nodes: Nodes) -> Iterator[dict[int, str]]:
+    """The address of each worker's node by its process, also of workers that have ended since: Ray ends idle ones."""
+    addresses: dict[int, str] = {}
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.1):
+            for node in nodes.all():
+                addresses.update((process.pid, node.node_ip_address) for process, _ in workers(node))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield addresses
+    finally:
+        over.set()
+        looking.join()
 
 
 def test_a_node_that_does_not_see_the_run_ends_it_at_once(

@@ -201,8 +201,8 @@ def _reduce_part(slots: dict[Path, int], names: list[str], path: Path) -> dict[s
 def _gather_block_by_block(
     job: CalibrationJob, out_dir: Path, resources: Resources, progress: Progress, tell: Tell
 ) -> Gathered:
-    """Every slot through the blocks, none far ahead of the slowest; a block's Grams are summed once all slots have passed it.
-    Those of a single slot are the sums."""
+    """Every slot through the blocks, none far ahead of the slowest or of the sums; a block's Grams are summed once all slots have
+    passed it. Those of a single slot are the sums."""
     num_slots, losses = _num_slots(job, resources), Losses(job.step, tell)
     options = dict(job.model_options)
     trusted = options.get("trust_remote_code", False)
@@ -231,13 +231,12 @@ def _gather_block_by_block(
         before = min(passed.values())
         passed[slot] = max(passed[slot], position)
         for block in range(before + 1, min(passed.values()) + 1):
-            flight.add(FlightTask(f"the sum of block {block}", functools.partial(start_sum, block)))
-        flight.pump()
+            sums.add(FlightTask(f"the sum of block {block}", functools.partial(start_sum, block)))
 
     work, planned_s = [range(num_blocks)] * num_slots, resources.planned_s
-    with Flight(num_slots, losses, planned_s) as flight:
-        run_slots(start, work, "block", losses, progress, done, planned_s=planned_s, max_lead=MAX_LEAD)
-        while flight.pump(LOOK_S):
+    with Flight(min(num_slots, MAX_LEAD), losses, planned_s) as sums:  # each holds a block's Grams
+        run_slots(start, work, "block", losses, progress, done, planned_s=planned_s, max_lead=MAX_LEAD, beside=sums)
+        while sums.pump(LOOK_S):
             progress(num_slots * num_blocks, num_slots * num_blocks)
     counts = {name: count for file in files for name, count in gram_counts(file).items()}
     return counts, {name: files[block].name for block in range(num_blocks) for name in names[block]}

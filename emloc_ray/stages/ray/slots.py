@@ -85,6 +85,7 @@ def run_slots(
     safe: Sequence[int] | None = None,
     planned_s: float = 0.0,
     max_lead: int | None = None,
+    beside: Flight | None = None,
 ) -> None:
     """Runs a task for each slot: ``start(slot)`` begins it (:func:`start_slot`), and it does ``work[slot]``, ascending units,
     which people call ``unit_name``.
@@ -92,14 +93,16 @@ def run_slots(
     ``done(slot, unit)`` is called with every finished unit, after a resume with the last one alone. A lost task is restarted
     and reports its progress. ``safe[slot]``: the last unit of an earlier try, where known; a slot at its end is not begun.
     ``planned_s``: as for :class:`Pace`. A slot that is ``max_lead`` units ahead of the slowest that runs does one more, then
-    waits; None: it never does. Raises StageError where a slot is lost more often than ``losses`` allows, either at one unit, or
-    before it begins while no unit is done.
+    waits; None: it never does. ``beside``: tasks that use up units which all slots have done. Slots are ahead by as many units
+    less as it has tasks left; where those are ``max_lead``, even the slowest waits. Raises StageError where a slot is lost more
+    often than ``losses`` allows, either at one unit, or before it begins while no unit is done.
     """
     slots = [
         _Slot(number, units, last, start, unit_name, done)
         for number, (units, last) in enumerate(zip(work, safe or [-1] * len(work), strict=True))
     ]
     total = sum(map(len, work))
+    beside = beside or Flight(1, losses)
 
     def tell_progress() -> None:  # raises where the run is to stop
         progress(sum(slot.count for slot in slots), total)
@@ -109,10 +112,11 @@ def run_slots(
             if slot.count < len(slot.units):
                 flight.add(slot)
         tell_progress()
-        while flight.pump(LOOK_S):
+        while flight.pump(0.0 if flight.held else LOOK_S):
             tell_progress()
+            beside.pump(LOOK_S if flight.held else 0.0)
             if max_lead is not None:
-                most = max_lead + min((slot.count for slot in slots if slot.runs), default=total)
+                most = max_lead - beside.left + min((slot.count for slot in slots if slot.runs), default=total)
                 for slot in slots:
                     slot.most = most
 

@@ -194,6 +194,11 @@ class Flight:
         """How many are not done."""
         return len(self._waiting) + len(self._flying)
 
+    @property
+    def held(self) -> bool:
+        """Whether all that fly wait."""
+        return bool(self._flying) and all(piece.waits() for piece in self._flying.values())
+
     def add(self, piece: FlightTask) -> None:
         """Queues a task."""
         self._waiting.append(piece)

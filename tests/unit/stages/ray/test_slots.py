@@ -105,6 +105,51 @@ def test_a_fast_slot_waits_for_the_slowest_that_runs(
     assert max(leads) == most
 
 
+@pytest.mark.parametrize(("waits", "most"), [(True, 2), (False, 8)])
+def test_slots_wait_for_what_uses_up_the_units_that_all_have_done(
+    waits: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sum begins where both slots have done a unit, and ends at the ninth look at it: even the slowest slot waits for that."""
+    reached, summed, leads = [0, 0], [0], [0]
+    sums = tasks.Flight(1, Losses("calibrate"))
+    looks: dict[Any, int] = {}
+
+    class Sum(tasks.FlightTask):
+        def take(self, given: Timed, losses: Losses) -> tasks.Next:
+            summed[0] += 1
+            return "over"
+
+    def start_sum() -> Iterator[int]:
+        task = iter([0])
+        looks[task] = 0
+        return task
+
+    def done(slot: int, unit: int) -> None:
+        before = min(reached)
+        reached[slot] = unit + 1
+        leads.append(max(reached) - summed[0])
+        for block in range(before, min(reached)):
+            sums.add(Sum(f"the sum of block {block}", start_sum))
+
+    def wait(going: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        if going[0] in looks:
+            looks[going[0]] += 1
+            return (going, []) if looks[going[0]] >= 9 else ([], going)
+        first = min(going, key=given.count)  # in turn
+        given.append(first)
+        return [first], [task for task in going if task is not first]
+
+    given: list[Any] = []
+    monkeypatch.setattr(tasks.ray, "wait", wait)
+    monkeypatch.setattr(tasks.ray, "get", lambda unit: Timed(unit, SPAN))
+    monkeypatch.setattr(tasks.time, "sleep", lambda seconds: None)
+    start = [iter([NO_UNIT, *range(8), None]) for _ in range(2)].__getitem__
+    beside = sums if waits else None
+    slots.run_slots(start, [range(8)] * 2, "block", Losses("calibrate"), done=done, max_lead=2, beside=beside)
+    assert reached == [8, 8]
+    assert max(leads) == most
+
+
 def test_a_slot_says_that_it_has_begun_before_it_opens_its_model() -> None:
     opened: list[str] = []
 
