@@ -4,7 +4,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import ByteSize
@@ -37,6 +37,9 @@ class Key:
     text: str
 
 
+BASE = Key("base", "text", "null", "another config, whose keys these override")  # gone once a config is read
+
+
 @dataclass(frozen=True)
 class KeySection:
     """A section's keys; ``name`` is dotted, empty for the top level, and several names where sections are alike."""
@@ -50,7 +53,8 @@ def config_keys(name: str | None = None) -> list[KeySection]:
     """Every section, in a config's order, or ``name`` alone with its subsections; of a key's ``name``, the key alone, and
     without its section, each key that is called so. Raises ConfigError where there is neither a section nor a key of that
     name."""
-    every = list(_sections("", RunConfig))
+    top, *below = _sections("", RunConfig)
+    every = [replace(top, keys=(BASE, *top.keys)), *below]
     if name is None:
         return every
     chosen = [s for s in every if any(f"{one}.".startswith(f"{name}.") for one in s.name.split(", "))]

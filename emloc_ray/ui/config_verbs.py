@@ -209,10 +209,11 @@ def preview(
 def schema() -> None:
     """Print the JSON Schema of a config, for editors."""
     from emloc_ray.config.emulator import DECIDED
+    from emloc_ray.config.keys import BASE
     from emloc_ray.config.schema import RunConfig
 
     schema = RunConfig.model_json_schema()
-    schema["properties"]["base"] = {"type": "string", "description": "another config, whose keys these override"}
+    schema["properties"]["base"] = {"type": "string", "description": BASE.text}
     schema["properties"]["model"] = {"anyOf": [schema["properties"]["model"], {"type": "string"}]}
     for section in (schema, *schema["$defs"].values()):
         section.pop("required", None)  # a base may hold them

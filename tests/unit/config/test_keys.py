@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from emloc_ray.config.keys import KeySection, config_keys
+from emloc_ray.config.keys import BASE, KeySection, config_keys
 from emloc_ray.config.reading import parse_config
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
@@ -28,7 +28,7 @@ def test_every_key_is_explained_and_can_be_set_to_what_holds_without_it(section:
         return
     before = parse_config(NEEDED).model_dump()
     for key in section.keys:
-        if key.values == "section" or key.default is None:
+        if key.values == "section" or key.default is None or key == BASE:  # which is of a file
             continue
         own = {key.name: read_yaml(key.default)}
         values = {section.name: {**NEEDED.get(section.name, {}), **own}} if section.name else own
@@ -45,6 +45,10 @@ def test_keys_have_their_kinds() -> None:
     assert kinds["max_share"] == ("number", "0.1")
     assert {key.name: key.default for key in of("emulator.healing").keys}["steps"] is None
     assert {key.values for key in of("").keys} >= {"section", "inference | size", "text", "whole number"}
+
+
+def test_a_config_s_base_is_among_its_keys() -> None:
+    assert config_keys("base") == [KeySection("", of("").text, (BASE,))]
 
 
 def test_every_section_is_there_once() -> None:
