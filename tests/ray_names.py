@@ -41,7 +41,7 @@ def lend_ray_s_names() -> None:
     if find_spec("ray") is not None:
         return
     sys.modules.pop("ray", None)  # None where a test hides it
-    sys.meta_path.append(_Finder())
+    sys.meta_path.insert(0, _Finder())  # first: a hidden one is installed all the same
     ray: Any = importlib.import_module("ray")
     importlib.import_module("ray.exceptions")
     ray.is_initialized = lambda: False

@@ -24,7 +24,7 @@ _SPREADING = {
     2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
     1: (torch.int64, ((28, 0x0000000F0000000F), (14, 0x0003000300030003), (7, 0x0101010101010101))),
 }
-_GRAPHS = 256
+_GRAPHS = 256  # as many as dynamo makes of one function in all
 SCALE_STEPS = 8  # of an octave
 
 
@@ -108,8 +108,24 @@ def grouped_weight(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int) 
 
 @functools.cache
 def cuda_unpacking(device: torch.device) -> Callable[..., Tensor]:
-    """:func:`by_elements`, compiled; :func:`by_words` where nothing here compiles it."""
+    """:func:`by_elements`, compiled, for the first shapes; :func:`by_words` beyond, and where nothing here compiles it."""
     return compiled_or(by_words, functools.partial(_compiled, device), "unpacks weights of few bits")
+
+
+def by_shapes(first: Callable[..., Tensor], others: Callable[..., Tensor], limit: int) -> Callable[..., Tensor]:
+    """A function of tensors and numbers that is ``first`` for the first ``limit`` different shapes, dtypes and numbers, and
+    ``others`` for what comes after them."""
+    seen: set[tuple[Any, ...]] = set()
+
+    def function(*arguments: Any) -> Tensor:
+        shapes = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in arguments)
+        if shapes not in seen:
+            if len(seen) >= limit:
+                return others(*arguments)
+            seen.add(shapes)
+        return first(*arguments)
+
+    return function
 
 
 def _compiled(device: torch.device) -> Callable[..., Tensor]:
@@ -120,13 +136,13 @@ def _compiled(device: torch.device) -> Callable[..., Tensor]:
     def unpack(*arguments: Any) -> Tensor:
         # A graph for each shape and width: with sizes that it learns as it runs, an element takes four divisions by them, some
         # ten times the instructions. Beyond the limit, which is 8 and in torch 2.13 each thread's own, torch would run the
-        # elements uncompiled, in silence.
+        # elements uncompiled, in silence; ranks that differ by layer have more shapes than even the raised one.
         config.recompile_limit = max(config.recompile_limit, _GRAPHS)
         return compiled(*arguments)
 
     packed, grid = (torch.zeros(8, count, dtype=torch.uint8, device=device) for count in (32, 2))
     unpack(packed, grid, grid, torch.zeros((), device=device), 4, 64, 32)
-    return unpack
+    return by_shapes(unpack, by_words, _GRAPHS - 1)  # one was made above
 
 
 def _spread(part: Tensor, width: int) -> Tensor:

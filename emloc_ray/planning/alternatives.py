@@ -63,9 +63,9 @@ class Alternative:
 class Choice:
     """All alternatives within a budget, and the one to take.
 
-    What takes :data:`_SLOWER` times as long as the fastest that was measured is left out. Of what closed within :data:`_ALIKE` of the largest
-    measured share of the gap, the fastest is taken; of those within :data:`_AS_FAST` times its step, what closed most. Where
-    none was measured it is the first that fits.
+    What takes :data:`_SLOWER` times as long as the fastest that was measured is left out. Of what closed within :data:`_ALIKE`
+    of the largest measured share of the gap, the fastest is taken; of those within :data:`_AS_FAST` times its step, what closed
+    most. Where none was measured it is the first that fits.
     """
 
     asked: RunConfig

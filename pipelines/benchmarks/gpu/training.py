@@ -212,25 +212,28 @@ def smaller_card(session: Session) -> None:
     ranks = uniform_ranks(linears_of(config), RATIO, session.shapes.multiple)
     length, limit = session.shapes.length, CARD * (1 - _MARGIN)
     planned = max((n for n in range(1, 65) if planned_bytes(config, ranks, n, length) <= limit), default=1)
-    fraction = 1.0
+    card = CARD
     if session.is_cuda:
-        fraction = min(1.0, CARD / torch.cuda.get_device_properties(session.device).total_memory)
-        torch.cuda.set_per_process_memory_fraction(fraction, session.device)
+        free, total = torch.cuda.mem_get_info(session.device)
+        card -= max(0, total - free - torch.cuda.memory_reserved(session.device))  # its context, which no limit counts
+        torch.cuda.set_per_process_memory_fraction(min(1.0, card / total), session.device)
     sizes = (planned, planned * 3 // 2, planned * 2) if session.is_cuda else (1, 2)
     try:
         for rows in sorted(set(sizes)):
             case = f"{rows} rows, {'within the plan' if rows <= planned else 'beyond the plan'}"
-            if not session.measure("24 GiB", case, 10 + rows, functools.partial(_on_card, session, rows)).get("passed"):
+            if not session.measure("24 GiB", case, 10 + rows, functools.partial(_on_card, session, rows, card)).get(
+                "passed"
+            ):
                 break
     finally:
         if session.is_cuda:
             torch.cuda.set_per_process_memory_fraction(1.0, session.device)
 
 
-def _on_card(session: Session, rows: int) -> dict[str, Any]:
-    """Whether the step of so many rows stays within the card's share, and its figures."""
+def _on_card(session: Session, rows: int, card: int) -> dict[str, Any]:
+    """Whether the step of so many rows stays within the card's bytes, and its figures."""
     try:
         figures = emulator_step(session, rows=rows, repeats=2)
     except torch.OutOfMemoryError:
         return {"passed": False, **session.peaks()}
-    return {**figures, "passed": figures.get("reserved_bytes", 0) <= CARD}
+    return {**figures, "passed": figures.get("reserved_bytes", 0) <= card}

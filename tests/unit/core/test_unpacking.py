@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from emloc_ray.core.integer_forms import BITS, packed_width
-from emloc_ray.core.unpacking import by_elements, by_words, cuda_unpacking
+from emloc_ray.core.unpacking import by_elements, by_shapes, by_words, cuda_unpacking
 
 SHAPES = [(3, 1, 8), (5, 24, 24), (4, 100, 56), (7, 576, 64), (2, 84, 40)]
 
@@ -35,6 +35,18 @@ def test_both_ways_give_the_same_bits(bits: int, shape: tuple[int, int, int], dt
     assert weight.shape == (rows, columns)
     assert weight.dtype == dtype
     assert torch.equal(by_elements(*arguments), weight)
+
+
+def test_no_more_shapes_are_compiled_than_there_are_graphs() -> None:
+    taken: list[str] = []
+
+    def tell(name: str) -> Any:
+        return lambda *arguments: taken.append(name) or by_words(*arguments)
+
+    function = by_shapes(tell("compiled"), tell("step by step"), limit=2)
+    for columns, bits in ((64, 4), (32, 4), (64, 4), (64, 2), (32, 4)):
+        function(*drawn(3, columns, bits, 32, torch.bfloat16))
+    assert taken == ["compiled", "compiled", "compiled", "step by step", "compiled"]
 
 
 @pytest.fixture(autouse=True)
