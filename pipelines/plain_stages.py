@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,7 +37,7 @@ from emloc_ray.stages.factorize.allocate import allocate_ranks, group_losses
 from emloc_ray.stages.factorize.factorize import factorize_group, finish_emulator, rewritten
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
-from emloc_ray.stages.factorize.spend import read_ranks
+from emloc_ray.stages.factorize.spend import read_forms, read_ranks
 from emloc_ray.stages.factorize.stage import allocation_job, factorization_job
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.stage import finetune_job
@@ -165,6 +165,11 @@ def allocate(context: Context, device: str = "cpu") -> None:
         losses = group_losses(job, specs, grams.stored(specs[0].name), stored, device)
         write_tensors(out_dir / f"losses-{number + 1:05d}-of-{len(job.groups):05d}.safetensors", losses)
     allocate_ranks(job, out_dir, Resources())
+    if context.layout.budget is not None:
+        layout = context.layout.with_forms(read_forms(out_dir))
+        forms = {name: asdict(layout.form(spec)) for name, spec in layout.by_name.items()}
+        context.results["factorize"] = {"forms": forms, "layers": {}}
+        return
     ranks = {**context.layout.ranks, **read_ranks(out_dir)}
     kept = {name: rank for name, rank in ranks.items() if rank is not None}
     context.results["factorize"] = {"ranks": kept, "layers": {}}

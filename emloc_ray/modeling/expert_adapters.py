@@ -11,7 +11,7 @@ import functools
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,17 +169,16 @@ def _add_patterns(config: dict[str, Any], parameters: Mapping[str, str], plain: 
     stands for.
 
     A pattern for other linears may match a parameter as well, as one for shared experts' ``down_proj`` does. The full names of
-    those linears replace it: PEFT takes the first pattern that matches, and sorts them when it saves.
+    those linears replace it: PEFT takes the first pattern that matches, and sorts them when it saves. One that fits no linear
+    goes, as those for single experts (:func:`readable`): of such PEFT warns at each load.
     """
     for table, default in _TABLES:
         patterns, usual = config.get(table) or {}, config[default]
-        mistaken = {
-            key: value for key, value in patterns.items() if any(_fits(name, {key: value}) for name in parameters)
-        }
+        mistaken = {key: value for key, value in patterns.items() if _fits_any(parameters, key)}
         named = {name: lookup(name, patterns, usual) for name in plain if _fits(name, mistaken)}
         values = {name: lookup(linear, patterns, usual) for name, linear in parameters.items()}
         config[table] = {
-            **{key: value for key, value in patterns.items() if key not in mistaken},
+            **{key: value for key, value in patterns.items() if key not in mistaken and _fits_any(plain, key)},
             **named,
             **{name: value for name, value in values.items() if value != usual},
         }
@@ -200,6 +199,10 @@ def exact_pattern(name: str) -> str:
 
 def _fits(name: str, patterns: Mapping[str, Any]) -> bool:
     return lookup(name, patterns, None) is not None
+
+
+def _fits_any(names: Iterable[str], pattern: str) -> bool:
+    return any(_fits(name, {pattern: 1}) for name in names)
 
 
 def taken_for_experts(model_type: str, names: Sequence[str]) -> list[str]:
@@ -257,7 +260,7 @@ def readable(directory: Path, model: nn.Module) -> Iterator[Path]:
     for table, default in _TABLES:  # the experts' first: of several patterns that fit the first counts
         patterns = config.get(table) or {}
         experts = {pattern: lookup(parameter, patterns, config[default]) for pattern, parameter in stored_as.items()}
-        config[table] = {**experts, **patterns}
+        config[table] = {**experts, **patterns} if patterns else {}
     config["target_modules"], config["target_parameters"] = names, None
     with tempfile.TemporaryDirectory() as folder:
         write_tensors(Path(folder) / WEIGHTS_NAME, {key: entry.read_rows() for key, entry in entries.items()})

@@ -228,12 +228,22 @@ def _unknown_type(directory: Path) -> str | None:
 
 
 def open_tokenizer(source: ModelSource, advice: str, **options: Any) -> Any:
-    """A model's tokenizer; raises ConfigError, with what to do, where it does not open."""
+    """A model's tokenizer; raises ConfigError, with what to do, where it does not open, or knows no word."""
+    place = source.directory / (source.gguf_file or "")
     try:
-        return AutoTokenizer.from_pretrained(source.directory, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source.directory, **options)
     except Exception as error:  # the kinds of tokenizers have errors of their own, some of this bare type
-        place = source.directory / (source.gguf_file or "")
         raise ConfigError(f"model.source {place} has no tokenizer that opens ({one_line(error)}): {advice}.") from error
+    if not _knows_words(tokenizer):
+        raise ConfigError(f"model.source {place} has no tokenizer that opens (none of its files is there): {advice}.")
+    return tokenizer
+
+
+def _knows_words(tokenizer: Any) -> bool:
+    """Whether a tokenizer has tokens that are not special; without files transformers makes many kinds of tokenizers that have
+    none, or SentencePiece's space alone."""
+    special = {*tokenizer.all_special_tokens, *map(str, getattr(tokenizer, "added_tokens_decoder", {}).values())}
+    return len(tokenizer.get_vocab().keys() - special) > 1
 
 
 def tokenizer_dir(source: ModelSource) -> Path:

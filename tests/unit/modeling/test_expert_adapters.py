@@ -116,6 +116,22 @@ def test_a_pattern_by_layer_is_the_experts_too(
         assert adapter.module(name).scale == model.base_model.model.get_submodule(name).scaling["default"]
 
 
+@pytest.mark.parametrize("patterns", [{}, {"rank_pattern": {"down": 2}, "alpha_pattern": {"q_proj": 3, "gate_up": 4}}])
+def test_an_adapter_that_trains_on_names_no_single_expert(
+    tiny_model_dir: Callable[..., Path], patterns: dict[str, Any], tmp_path: Path
+) -> None:
+    """As after exact steps."""
+    model_dir = tiny_model_dir("mixtral")
+    trained_first = save(trained(model_dir, ["q_proj", "gate_up", "down"], **patterns), tmp_path / "first")
+    further = load_adapter(load_model(model_dir), trained_first).eval()
+    trained_on = save(further, tmp_path / "further")
+    first, second = (json.loads((at / "adapter_config.json").read_text()) for at in (trained_first, trained_on))
+    for table in ("rank_pattern", "alpha_pattern"):
+        assert bool(first[table]) == bool(patterns)
+        assert second[table] == first[table]
+    assert_close(logits(load_adapter(load_model(model_dir), trained_on).eval()), logits(further))
+
+
 @pytest.mark.parametrize("table", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_for_shared_experts_is_not_the_experts(
     tiny_model_dir: Callable[..., Path], table: str, tmp_path: Path

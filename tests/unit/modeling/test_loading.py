@@ -30,6 +30,7 @@ from emloc_ray.modeling.loading import (
     fetch_weights,
     load_model,
     model_files,
+    open_tokenizer,
     read_model_config,
     resolve_source,
 )
@@ -47,6 +48,17 @@ def sentence_of(source: str) -> str:
     assert text.startswith(f"model.source {source}")
     assert len(text) < 400
     return text
+
+
+# Tokenizers.
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_neox", "gemma3", "t5", "xglm", "llama"])
+def test_without_its_files_no_tokenizer_opens(model_type: str, tmp_path: Path) -> None:
+    """Of most of these types transformers makes one that knows no word."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ConfigError, match=r"has no tokenizer that opens \(.*\): name another\.$"):
+        open_tokenizer(ModelSource(tmp_path), "name another")
 
 
 # Directories.

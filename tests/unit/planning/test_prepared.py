@@ -273,6 +273,16 @@ def test_a_model_without_a_tokenizer_or_of_other_shapes_is_told(
     assert "has no tokenizer that opens" in refused(model_dir)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_an_empty_tokenizer_is_none(
+    family: str, refused: Callable[..., str], tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """transformers makes one of these kinds where its files are not there."""
+    model_dir = tmp_path / "model"
+    shutil.copytree(tiny_model_dir(family), model_dir, ignore=shutil.ignore_patterns("token*", "vocab*", "special*"))
+    assert "has no tokenizer that opens (none of its files is there): save one beside the weights" in refused(model_dir)
+
+
 def test_more_tokens_than_learned_positions_are_told(
     refused: Callable[..., str], tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -319,8 +319,9 @@ def test_a_run_heals_trains_and_corrects_what_was_refined(
     [
         {"compression_ratio": 1.0, "quantization": "int2", "residual_rank": 4},
         {"quantization": "int4", "healing": {"steps": 2, "r": 4}},
+        {"compression_ratio": None, "budget": "2.6 bits", "objective": "predictions"},
     ],
-    ids=["whole", "factors that heal"],
+    ids=["whole", "factors that heal", "by one budget"],
 )
 def test_a_run_trains_and_corrects_refined_integers(
     emulator: dict[str, Any], tiny_model_dir: Callable[..., Path], tmp_path: Path, task_file: Path
