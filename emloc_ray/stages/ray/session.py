@@ -145,7 +145,8 @@ class SharedFile:
 
 
 def check_visible(prepared: Prepared) -> None:
-    """Asks every node for a fresh file in the run's directory and for the model's and the data's files.
+    """Asks every node for a fresh file in the run's directory and for the model's and the data's files; none where a store holds
+    them all.
 
     Nodes that die meanwhile, or that join later, are not asked. Raises ConfigError, naming the first node that does not see one
     of them, and what to do.
@@ -153,7 +154,9 @@ def check_visible(prepared: Prepared) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) > 1:
         with _probe(prepared.run) as probes:
-            _ask(nodes, [*probes, *_model_files(prepared), *data_files(prepared)])
+            files = [*probes, *_model_files(prepared), *data_files(prepared)]
+            if files:
+                _ask(nodes, files)
 
 
 @contextlib.contextmanager

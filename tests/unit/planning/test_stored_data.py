@@ -17,6 +17,7 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.store import objects
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.stages.ray import session
 from emloc_ray.stages.ray.session import data_files
 from emloc_ray.stages.tokens.stage import split_inputs
 from emloc_ray.ui.cli import app
@@ -64,6 +65,35 @@ def test_nodes_are_asked_for_both_ends_of_each_folder(prepared: Make, tmp_path: 
     write_jsonl(tmp_path / "b" / "only.jsonl", task_rows(20))
     asked = [file.path.relative_to(tmp_path) for file in data_files(prepared(f"{tmp_path}/[ab]/**/*.jsonl"))]
     assert sorted(map(str, asked)) == ["a/0.jsonl", "a/2.jsonl", "b/c/0.jsonl", "b/c/2.jsonl", "b/only.jsonl"]
+
+
+@pytest.mark.parametrize(("run_at", "data_at"), [("store", "store"), ("store", "disk"), ("disk", "store")])
+def test_nodes_are_asked_for_what_lies_on_disks_alone(
+    run_at: str,
+    data_at: str,
+    s3_port: int,
+    tmp_path: Path,
+    node_cache: Path,
+    tiny_model_dir: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", task_rows(20))
+    rows = put(s3_port, "rows.jsonl", path.read_bytes()) if data_at == "store" else str(path)
+    values = make_values(tmp_path / "run", tiny_model_dir("llama"), Path("x"), data={"train": {"path": rows}})
+    if run_at == "store":
+        values["run_dir"] = uri(s3_port, "stored/run")
+    ready = prepare(parse_config(values))
+    ready.run.root.mkdir(parents=True, exist_ok=True)
+    asked: list[Any] = []
+    monkeypatch.setattr(session.ray, "nodes", lambda: [{"Alive": True}] * 100)
+    monkeypatch.setattr(
+        session,
+        "_answers",
+        lambda function, nodes, files: asked.append((len(nodes), {file.key for file in files})) or {},
+    )
+    session.check_visible(ready)
+    keys = {"data.train.path"} if data_at == "disk" else {"run_dir", "model.source"} if run_at == "disk" else set()
+    assert asked == ([(100, keys)] if keys else [])
 
 
 def test_bad_rows_and_missing_objects_are_told_at_once_by_key(s3_port: int, prepared: Make, tmp_path: Path) -> None:
