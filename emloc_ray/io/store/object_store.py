@@ -19,6 +19,7 @@ from typing import Any
 from emloc_ray.errors import FULL, DamagedArtifactError, TakenOver
 from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.objects import REQUEST_S, ObjectFile, Objects, Stored, Version
+from emloc_ray.io.store.threads import one_ahead
 
 MANIFEST = "manifest.json"
 Listing = Mapping[str, Sequence[Stored]]
@@ -166,19 +167,42 @@ class ObjectStore(Objects):
             if target is not None:
                 source.copy(stored, target)
 
+    def stream_version(self, path: str, source: ObjectStore, stored: Stored, listing: Listing | None = None) -> None:
+        """Makes ``stored``, which lies in ``source``, any place, a version of ``path``: its content goes through this process's
+        memory, and is checked before the version is there. Raises what :meth:`contents` raises.
+
+        Raises:
+            TakenOver: where another process holds the run by now; nothing is written.
+        """
+        if self.lease is not None:
+            self.checked_manifest()
+
+        def put(key: str) -> None:
+            with contextlib.closing(one_ahead(source.contents(stored))) as contents:
+                self.upload(contents, key, stored.size)
+
+        with self._new_version(path, stored.sha256, stored.size, listing) as key:
+            if key is not None:
+                self._trying(lambda: put(key), "write", path)
+
     def drop_others(self, path: str) -> None:
         """Removes the objects below ``path`` that this lease's holder does not see, but for those of later leases."""
         seen = {stored.path for stored in self.versions(path).values()}
         self.delete([stored for stored in self.below(path) if stored.path not in seen and self._may_read(stored)])
 
     def download(self, stored: Stored, target: Path) -> None:
-        """Copies an object to ``target``; raises DamagedArtifactError where its content is not what its key names, OSError
-        where the disk is full, FileNotFoundError where it is gone."""
-        total = hashlib.sha256()
+        """Copies an object to ``target``; raises what :meth:`contents` raises, and OSError where the disk is full."""
         with _of_disk(target), target.open("wb", buffering=0) as file:
-            for content in self.ranges(stored):
-                total.update(content)
+            for content in self.contents(stored):
                 file.write(content)
+
+    def contents(self, stored: Stored) -> Iterator[bytes]:
+        """An object's content from front to back; raises FileNotFoundError where it is gone, DamagedArtifactError at its end
+        where it is not what its key names."""
+        total = hashlib.sha256()
+        for content in self.ranges(stored):
+            total.update(content)
+            yield content
         if total.hexdigest() != stored.sha256:
             path = _parent(stored)
             raise DamagedArtifactError(

@@ -163,9 +163,12 @@ class Objects:
         """Puts a small object under a key of its own name: whole or not at all."""
         self._trying(lambda: self.client.put(self.key(path), content), "write", path)
 
-    def upload(self, file: Path, key: str, size: int) -> None:
-        """Puts a file's content under a full key, in parts where it is large; it is tried once."""
-        self.client.put(key, file, chunk_size=_part(size), max_concurrency=_PARTS_AT_ONCE)
+    def upload(self, content: Path | Iterator[bytes], key: str, size: int) -> None:
+        """Puts the content of a file, or what an iterator gives, under a full key, in parts where it is large; it is tried once.
+        An iterator makes no request in the thread that asks it: obstore makes none inside another. Where it raises, nothing is
+        put."""
+        part = _part(size)
+        self.client.put(key, content, use_multipart=size > part, chunk_size=part, max_concurrency=_PARTS_AT_ONCE)
 
     def copy(self, stored: Stored, key: str) -> None:
         """Puts an object of at most ``LARGEST_COPY`` bytes under another full key of its bucket too; raises FileNotFoundError

@@ -1,6 +1,6 @@
-"""The same done to many files, by a few threads."""
+"""Work of other threads: the same done to many files, and items made before they are asked for."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -26,3 +26,13 @@ def by_threads(
 
     with ThreadPoolExecutor(count) as pool:
         yield from pool.map(one, items)
+
+
+def one_ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
+    """The same items; a thread of its own makes each, while the one before it is used."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]

@@ -5,7 +5,7 @@ import io
 import os
 import shutil
 import stat
-import tempfile
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from emloc_ray.io.store.object_store import Listing
 from emloc_ray.io.store.replacing import replacing
 
 _CHUNK = 2**22
+_STREAMS = threading.BoundedSemaphore(2)  # of this process: each holds pieces of its file in memory
 
 
 def listing(root: Path, paths: Iterable[str]) -> Listing | None:
@@ -41,9 +42,10 @@ def transfer(
 
     On one file system it is a read-only hard link, checked by size and, with ``verify``, by :func:`is_whole`: the link itself,
     so that nobody can put another file there meanwhile. Within one bucket the object, whose key names its content, is copied
-    there. Otherwise the content goes through this node, and is checked by ``sha256``. Raises FileNotFoundError where there is no
-    ``source``, DamagedArtifactError where it is not of this size or content (``target`` is as it was, or gone), ArtifactError
-    where a store cannot be reached, TakenOver where ``target`` lies in a run that another process has taken.
+    there. Otherwise the content goes through this node, between two stores through its memory alone, and is checked by
+    ``sha256``. Raises FileNotFoundError where there is no ``source``, DamagedArtifactError where it is not of this size or
+    content (``target`` is as it was, or gone), ArtifactError where a store cannot be reached, TakenOver where ``target`` lies in
+    a run that another process has taken.
     """
     source_at, target_at = origin(source), origin(target)
     if source_at is None:
@@ -67,10 +69,8 @@ def transfer(
             note_digest(temporary, sha256)
             check_lock(target)
     elif not _copied_in_bucket(source_at, info, target_at, target_listing):
-        target_at.root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target_at.root, prefix=".", suffix=".tmp") as folder:
-            source_at.store.download(info, Path(folder, "file"))
-            target_at.store.add_version(target_at.path, Path(folder, "file"), target_listing, sha256)
+        with _STREAMS:
+            target_at.store.stream_version(target_at.path, source_at.store, info, target_listing)
 
 
 def _link_file(source: Path, target: Path, size: int, sha256: str, verify: bool) -> None:
