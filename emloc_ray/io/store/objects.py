@@ -20,8 +20,8 @@ from emloc_ray.text import one_line
 ATTEMPTS = 5  # of a request whose answer breaks off, and, by obstore, of one that is refused
 FIRST_PAUSE_S = 0.5
 REQUEST_S = 120.0  # of one part of a large file
-_RANGE = 2**25  # bytes of a file that one request reads
-_PART = 2**24  # and writes
+READ_BYTES = 2**25  # of a file that one request reads
+PART_BYTES = 2**24  # and writes
 _PARTS_AT_ONCE = 4  # of one file; eight files are put side by side
 _PARTS = 9000  # of a file at most: S3 takes 10,000
 # What S3 copies in one request: https://docs.aws.amazon.com/AmazonS3/latest/API/API_CopyObject.html
@@ -156,8 +156,8 @@ class Objects:
 
     def ranges(self, stored: Stored) -> Iterator[bytes]:
         """An object's content from front to back, a request each."""
-        for offset in range(0, stored.size, _RANGE):
-            yield self.read_range(stored.path, offset, min(_RANGE, stored.size - offset))
+        for offset in range(0, stored.size, READ_BYTES):
+            yield self.read_range(stored.path, offset, min(READ_BYTES, stored.size - offset))
 
     def write(self, path: str, content: bytes) -> None:
         """Puts a small object under a key of its own name: whole or not at all."""
@@ -319,4 +319,4 @@ def _folders(keys: Iterable[str]) -> set[str]:
 
 def _part(size: int) -> int:
     """The bytes of each part that a file of this size is put in."""
-    return max(_PART, size // _PARTS)
+    return max(PART_BYTES, size // _PARTS)

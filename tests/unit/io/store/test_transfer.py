@@ -26,8 +26,8 @@ CONTENT = bytes(range(256)) * (11 * MIB // 256)
 def small_pieces(monkeypatch: pytest.MonkeyPatch, node_cache: Path) -> None:
     monkeypatch.setattr(objects, "LARGEST_COPY", 0)
     monkeypatch.setattr(objects, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(objects, "_RANGE", 3 * MIB)
-    monkeypatch.setattr(objects, "_PART", 5 * MIB)  # S3 takes none smaller but the last
+    monkeypatch.setattr(objects, "READ_BYTES", 3 * MIB)
+    monkeypatch.setattr(objects, "PART_BYTES", 5 * MIB)  # S3 takes none smaller but the last
 
 
 @pytest.fixture
