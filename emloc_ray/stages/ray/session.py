@@ -108,7 +108,7 @@ def smallest_gpu_bytes() -> float | None:
     from emloc_ray.planning.machine import gpu_bytes
 
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
-    said = [value for value in _answers(gpu_bytes, nodes).values() if value < float("inf")]
+    said = [value for value in answers(gpu_bytes, nodes).values() if value < float("inf")]
     return min(said, default=None)
 
 
@@ -119,7 +119,7 @@ def check_nodes(configs: Sequence[RunConfig]) -> None:
 
     resources = [(node, node["Resources"]) for node in ray.nodes() if node["Alive"]]
     nodes = [node for node, has in resources if has.get("CPU") or has.get("GPU")]
-    for address, problems in _answers(lacks, nodes, list(configs)).items():
+    for address, problems in answers(lacks, nodes, list(configs)).items():
         if problems:
             raise ConfigError("\n".join(f"node {address}: {problem}" for problem in problems))
 
@@ -196,13 +196,13 @@ def data_files(prepared: Prepared) -> list[SharedFile]:
 
 
 def _ask(nodes: Sequence[dict[str, Any]], files: Sequence[SharedFile]) -> None:
-    for address, unseen in _answers(_unseen, nodes, list(files)).items():
+    for address, unseen in answers(_unseen, nodes, list(files)).items():
         if unseen:
             key, what, advice = unseen[0].key, unseen[0].what, unseen[0].advice
             raise ConfigError(f"{key}: node {address} does not see {what} as it is here: {advice}.")
 
 
-def _answers(function: Callable[..., T], nodes: Sequence[dict[str, Any]], *arguments: Any) -> dict[str, T]:
+def answers(function: Callable[..., T], nodes: Sequence[dict[str, Any]], *arguments: Any) -> dict[str, T]:
     """What a function returns on each node, by the node's address; without those that die meanwhile, or take too long. Raises
     ConfigError where one cannot run it."""
     task, asked, answers = remote_task(function, num_cpus=0, max_retries=0), {}, {}

@@ -88,7 +88,7 @@ def test_nodes_are_asked_for_what_lies_on_disks_alone(
     monkeypatch.setattr(session.ray, "nodes", lambda: [{"Alive": True}] * 100)
     monkeypatch.setattr(
         session,
-        "_answers",
+        "answers",
         lambda function, nodes, files: asked.append((len(nodes), {file.key for file in files})) or {},
     )
     session.check_visible(ready)
