@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class TokenizeOptions:
     skip_bad_rows: bool = False
     image_places: ImagePlaces = NOWHERE_ELSE
     columns: tuple[tuple[str, str], ...] = ()  # our names of the file's columns
+    embedded: int = 0  # tokens that the model embeds; 0: not known
 
     @property
     def may_show_images(self) -> bool:
@@ -76,7 +77,21 @@ class TokenizeOptions:
             asks = takes_images and any(_asks_a_server(row, where) for where, row in batch)
             parts = each(functools.partial(self._sequences, tokenizer, processor), batch, asks)
             encoded = iter(encode([segments for row in parts for segments in row or ()], tokenizer))
-            yield from (None if row is None else list(itertools.islice(encoded, len(row))) for row in parts)
+            for (where, _), row in zip(batch, parts, strict=True):
+                made = None if row is None else list(itertools.islice(encoded, len(row)))
+                self._check_embedded(made or (), tokenizer, where)
+                yield made
+
+    def _check_embedded(self, sequences_of_row: Sequence[Tokens], tokenizer: Any, where: str) -> None:
+        """Raises DataError where the model embeds no such token, whatever is skipped: other rows will have it too. Of rows with
+        images some tokens only stand for these."""
+        for tokens in sequences_of_row:
+            last = max(tokens.input_ids, default=0)
+            if self.embedded and last >= self.embedded and not tokens.images:
+                raise DataError(
+                    f"{where}: token {last} ({tokenizer.decode([last])!r}) is beyond the {self.embedded} that the model embeds:"
+                    " resize its embedding (model.resize_token_embeddings), or take the token out of its tokenizer."
+                )
 
     def _sequences(self, tokenizer: Any, processor: Any, item: tuple[str, Row]) -> list[list[Segment]] | None:
         where, row = item

@@ -122,7 +122,7 @@ def complete(
     """Greedy completions of the rows' prompts, as text, stopped at the end-of-sequence token, or with the model's last
     position. ``images`` makes the model's inputs of those that the prompts show."""
     longest = _longest_row(model)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    pad = _padding_token(model, tokenizer)
     texts: list[str] = []
     for batch in _batches(rows, batch_size, longest - max_new_tokens):
         prompts = [row.input_ids[: prompt_length(row)] for row in batch]
@@ -135,6 +135,13 @@ def complete(
             completions = _generated(model, prompts, others, most, pad)
         texts += [tokenizer.decode(line, skip_special_tokens=True).strip() for line in completions]
     return texts
+
+
+def _padding_token(model: Any, tokenizer: Any) -> int:
+    """The tokenizer's own, where the model embeds it: one that was added to the tokenizer alone it does not."""
+    embedded = len(model.get_input_embeddings().weight)
+    tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in tokens if token is not None and token < embedded), 0)
 
 
 def _longest_row(model: Any) -> int:

@@ -154,7 +154,13 @@ def tokenize_options(prepared: Prepared, tokenizer: Path, files: Sequence[Source
         data.on_error == "skip",
         ImagePlaces.of(data.image_hosts, data.image_roots),
         tuple(data.columns.items()),
+        _embedded(prepared.model_config),
     )
+
+
+def _embedded(model_config: Any) -> int:
+    text = model_config.get_text_config()
+    return (getattr(text, "vocab_size", None) or 0) + (getattr(text, "additional_vocab_size", None) or 0)
 
 
 def _tokenized(

@@ -159,6 +159,21 @@ def bfloat16_beyond_gpus(prepared: Prepared) -> str | None:
     )
 
 
+def unscaled_float16(prepared: Prepared) -> str | None:
+    """Says so where training computes in float16 without scaling the loss: of rows with many labels most of a module's gradients
+    were zero (https://arxiv.org/abs/1710.03740, section 3.2)."""
+    section, joins = prepared.config.finetune, prepared.config.ray.joins
+    is_scaled = bool((section.model_extra or {}).get("fp16"))
+    on_gpus = section.gpus and (joins or gpu_without_bfloat16() is None)
+    in_bfloat16 = section.bf16 is True or (section.bf16 == "auto" and on_gpus)
+    if model_dtype(prepared) != torch.float16 or is_scaled or in_bfloat16:
+        return None
+    return (
+        "The model's weights are float16, and training would compute its gradients in it, in which small ones are zero: set"
+        f" {'finetune.fp16: true, or ' if section.gpus else ''}model.dtype: float32, in which weights take twice the memory."
+    )
+
+
 def unread_correction(section: CorrectionConfig) -> str | None:
     """Names the settings of the correction that its method does not read."""
     unread = [f"correction.{key}" for key in section.unread if _is_changed(section, key)]
@@ -350,6 +365,7 @@ def of_settings(prepared: Prepared, planned: Mapping[str, int]) -> list[str]:
     config = prepared.config
     remarks = (
         bfloat16_beyond_gpus(prepared),
+        unscaled_float16(prepared),
         smaller_batches(prepared),
         over_budget(config, planned),
         unread_correction(config.correction),

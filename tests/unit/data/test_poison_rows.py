@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,19 @@ def test_poison_rows_are_counted(tmp_path: Path, tiny_model_dir: Any) -> None:
     [unit] = shard_units("train", rows, 32)
     told = ShardTokenizer(options, {"train": rows}, tmp_path / "out")({"unit": [json.dumps(unit)]})
     assert (told["skipped_rows"].tolist(), told["rows"].tolist()) == ([2], [18])
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_token_that_the_model_does_not_embed_is_told(skips: bool, tiny_model_dir: Callable[..., Path]) -> None:
+    rows = task_rows(20)
+    options = TokenizeOptions(str(tiny_model_dir("llama")), "prompt_completion", 64, skip_bad_rows=skips)
+    sequences = [tokens for row in options.tokens(("", row) for row in rows) for tokens in row or ()]
+    last = max(max(tokens.input_ids) for tokens in sequences)
+    assert len([*replace(options, embedded=last + 1).tokens(("", row) for row in rows)]) == 20
+    with pytest.raises(
+        DataError, match=rf"^row \d+: token {last} \('.*'\) is beyond the {last} that the model embeds: "
+    ):
+        list(replace(options, embedded=last).tokens((f"row {number}", row) for number, row in enumerate(rows)))
 
 
 def nested(depth: int, key: str = "a") -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -99,6 +100,16 @@ def test_completions_are_greedy_whatever_the_batch(tokenizer: Any, family: str, 
     texts = complete(model, tokenizer, many, max_new_tokens=6, batch_size=batch_size)
     expected = [greedy(model, row.input_ids[: prompt_length(row)], 6) for row in many]
     assert texts == [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in expected]
+
+
+def test_a_padding_token_that_the_model_does_not_embed_is_none(tokenizer: Any) -> None:
+    model, many = make_model("llama"), half_rows(13, 6, 20)
+    added = copy.deepcopy(tokenizer)
+    added.add_tokens([f"<|{number}|>" for number in range(VOCABULARY)])
+    added.pad_token = f"<|{VOCABULARY - 1}|>"
+    assert added.pad_token_id >= VOCABULARY
+    texts = complete(model, added, many, max_new_tokens=6, batch_size=3)
+    assert texts == complete(model, tokenizer, many, max_new_tokens=6, batch_size=3)
 
 
 def test_completions_are_greedy_whatever_the_model_s_generation_config_asks_for(tokenizer: Any) -> None:

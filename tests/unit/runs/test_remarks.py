@@ -35,6 +35,7 @@ from emloc_ray.runs.remarks import (
     unread_group_size,
     unread_patterns,
     unread_residuals,
+    unscaled_float16,
 )
 from emloc_ray.stages.factorize.stage import FACTORIZE, thin_calibration
 from emloc_ray.stages.heal.stage import no_healing
@@ -177,6 +178,34 @@ def test_bfloat16_that_a_gpu_lacks_is_told(
     assert words is None or (words in str(said) and f"which {name} (compute capability {capability}" in str(said))
     for others in ({"model": {"dtype": "float16"}, **on_gpu}, {"model": {"dtype": "bfloat16"}, **on_cpus}):
         assert bfloat16_beyond_gpus(prepared(**others)) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "finetune", "gpu", "is_told"),
+    [
+        ("float16", {}, None, True),
+        ("float16", {"bf16": True}, None, False),
+        ("float16", {}, "7.5", True),
+        ("float16", {"fp16": True}, "7.5", False),
+        ("float16", {}, "8.9", False),
+        ("bfloat16", {}, None, False),
+    ],
+)
+def test_float16_without_a_scaled_loss_is_told(
+    dtype: str,
+    finetune: dict[str, Any],
+    gpu: str | None,
+    is_told: bool,
+    prepared: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = {"name": ("A card",), "compute_cap": (gpu or "",), "memory.total": ("16384",)}
+    monkeypatch.setattr("emloc_ray.planning.machine.ask_gpus", asked.__getitem__ if gpu else lambda key: ())
+    on_cpus = {section: {"gpus_per_worker": 0} for section in ("calibration", "evaluation")}
+    ray: dict[str, Any] = {"ray": {"num_gpus": 1}} if gpu else {}
+    training = {"gpus_per_worker": int(gpu is not None), **finetune}
+    run = prepared(model={"dtype": dtype}, **on_cpus, finetune=training, **ray)
+    assert (unscaled_float16(run) is not None) == is_told
 
 
 @pytest.mark.parametrize(
