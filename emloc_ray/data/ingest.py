@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.data
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.hash_order import Rows, shuffled
@@ -96,7 +97,8 @@ def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -
     """This rank's micro-batches ``[begin, end)``, in order, read ahead by Ray Data.
 
     The reading tasks ask Ray for no CPU: they move a few kilobytes, and the worker group may hold all CPUs. Two at once are
-    faster than any training; unbounded, Ray would start hundreds, and fill its object store with a long training's rows.
+    faster than any training; unbounded, Ray would start hundreds, and fill its object store with a long training's rows. They run
+    on this node: Ray would spread them over all, each of which would fetch the split from a store.
     """
     steps = steps_per_task(tokens_dir, order)
     ranges = [{"begin": start, "end": min(end, start + steps)} for start in range(begin, end, steps)]
@@ -113,8 +115,9 @@ def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -
     context.execution_options.resource_limits = limits
     context.enable_progress_bars = False
     readers = ray.data.TaskPoolStrategy(size=_READERS)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     dataset: Any = ray.data.from_items(ranges, override_num_blocks=len(ranges)).map_batches(
-        read, batch_size=1, num_cpus=0, compute=readers, max_retries=3
+        read, batch_size=1, num_cpus=0, compute=readers, max_retries=3, scheduling_strategy=here
     )
     tables = dataset.iter_batches(batch_size=order.batch_size, batch_format="pyarrow", prefetch_batches=2)
     yield from _batches(tables, order)

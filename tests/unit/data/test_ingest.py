@@ -6,9 +6,11 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from faulting.s3 import uri
 from hypothesis import given
 from hypothesis import strategies as st
@@ -128,7 +130,15 @@ def test_packs_are_read_in_the_same_order_each_row_once_an_epoch(tokens_dir: Pat
 def test_ray_data_streams_the_order_as_it_is(tokens_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingest, "STEPS_PER_TASK", 4)  # several read tasks, which may finish in any order
     order = SampleOrder(num_rows=17, batch_size=3, rank=0, world_size=2, seed=5)
+    map_batches, nodes = ray.data.Dataset.map_batches, list[str]()
+
+    def recorded(dataset: Any, *arguments: Any, **options: Any) -> Any:
+        nodes.append(options["scheduling_strategy"].node_id)
+        return map_batches(dataset, *arguments, **options)
+
+    monkeypatch.setattr(ray.data.Dataset, "map_batches", recorded)
     batches = list(stream_batches(tokens_dir, order, 3, 21))
+    assert nodes == [ray.get_runtime_context().get_node_id()]  # which has the split
     expected = order.micro_steps(3, 21).reshape(-1, 3).tolist()
     assert [[row.input_ids[0] for row in batch] for batch in batches] == expected
     assert all(row.completion_mask == [False] * row.input_ids[0] + [True] for batch in batches for row in batch)

@@ -73,7 +73,7 @@ def test_images_are_written_some_at_a_time_and_stay_in_the_file(tmp_path: Path) 
     shards = TokenShards(tmp_path)
     assert [shards.row(position) for position in range(9)] == flat
     assert isinstance(shards.row(1).images[0].content, memoryview)
-    assert shards.row_bytes == (5 * 18 + 24) / 9
+    assert shards.row_bytes == (50 * 18 + 24) / 9
     assert from_table(to_table(shards.shard(0), with_images=True)) == flat
     path.write_bytes(path.read_bytes()[:-20])
     assert written_counts(path) is None
