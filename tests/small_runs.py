@@ -20,7 +20,8 @@ from emloc_ray.errors import Stopped
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.run import run_stages
-from emloc_ray.runs.steps import AtOnce, Steps
+from emloc_ray.runs.steps import Steps
+from emloc_ray.runs.turns import AtOnce
 from emloc_ray.runs.versions import redone_from
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.job import FinetuneJob

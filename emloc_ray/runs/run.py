@@ -21,8 +21,9 @@ from emloc_ray.runs.changes import Accept, check_accepted, find_changes, is_fini
 from emloc_ray.runs.gauges import RunGauges
 from emloc_ray.runs.log import RunLog
 from emloc_ray.runs.reporter import Reporter, Reporters
-from emloc_ray.runs.steps import AtOnce, Dropped, Steps, Turns, resources_of
+from emloc_ray.runs.steps import Dropped, Steps, resources_of
 from emloc_ray.runs.trace import WorkerTrace
+from emloc_ray.runs.turns import AtOnce, Turns
 from emloc_ray.runs.versions import check_versions, redone_from
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.importing import original_dir

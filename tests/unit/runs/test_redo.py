@@ -22,7 +22,8 @@ from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.digests import digest_of
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import steps as runs_steps
-from emloc_ray.runs.steps import AtOnce, Steps
+from emloc_ray.runs.steps import Steps
+from emloc_ray.runs.turns import AtOnce
 from emloc_ray.stages.calibrate.stage import CALIBRATE
 from emloc_ray.stages.context import Context, Inputs
 from emloc_ray.stages.ray.tasks import Progress

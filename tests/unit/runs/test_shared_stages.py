@@ -29,7 +29,8 @@ from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs import run as pipeline
 from emloc_ray.runs import steps as runs_steps
 from emloc_ray.runs.reporter import Reporter
-from emloc_ray.runs.steps import AtOnce, Steps, cache_key
+from emloc_ray.runs.steps import Steps, cache_key
+from emloc_ray.runs.turns import AtOnce
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.ray.tasks import Progress, Resources

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 from small_runs import RecordingReporter, make_values, task_rows, write_jsonl
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.errors import ArtifactError, ConfigError, DataError, Stopped
+from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.memory import BASE_BYTES
@@ -25,7 +23,8 @@ from emloc_ray.runs import steps as runs_steps
 from emloc_ray.runs import versions
 from emloc_ray.runs.results import assemble_metrics
 from emloc_ray.runs.status import status_lines
-from emloc_ray.runs.steps import AtOnce, Steps, cache_key
+from emloc_ray.runs.steps import Steps, cache_key
+from emloc_ray.runs.turns import AtOnce
 from emloc_ray.runs.versions import check_versions, installed
 from emloc_ray.stages.calibrate.stage import CALIBRATE
 from emloc_ray.stages.context import Context, Inputs
@@ -308,42 +307,3 @@ def test_a_model_that_changes_between_two_steps_ends_the_run(
     with pytest.raises(ArtifactError, match=r"model was changed while the run read it: run the same command again"):
         steps.run(replace(first, name="calibrate", run=lambda *_: pytest.fail("it ran"), outputs=("made",)), context)
     assert {path: path.stat().st_mtime_ns for path in prepared.run.root.rglob("*")} == before
-
-
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0)  # where Python calls its handlers
-
-
-def test_a_termination_stops_the_stage_where_it_asks() -> None:
-    before, turns = signal.getsignal(signal.SIGTERM), AtOnce()
-
-    def train() -> None:
-        with turns.take("finetune", Resources(), 1):
-            assert not turns.stopped()
-            terminate()
-            assert turns.stopped()
-            raise Stopped("finetune was stopped at 1 of 2.")  # after it has saved a checkpoint
-
-    with pytest.raises(SystemExit) as ended:
-        train()
-    assert ended.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) == before
-    with pytest.raises(SystemExit), turns.take("correct", Resources(), 1):
-        pytest.fail("the next stage begins")
-
-
-@pytest.mark.parametrize("patience_s", [0.05, 60.0])
-def test_a_stage_that_does_not_ask_is_broken_off_by_time_or_a_second_signal(patience_s: float) -> None:
-    turns = AtOnce(patience_s)
-
-    def read() -> None:
-        with turns.take("data", Resources(), 1):
-            terminate()
-            if patience_s > 1:
-                terminate()
-            time.sleep(30)
-
-    with pytest.raises(SystemExit) as ended:
-        read()
-    assert ended.value.code == 143

@@ -26,7 +26,8 @@ from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs import steps as runs_steps
 from emloc_ray.runs.reporter import Reporter
-from emloc_ray.runs.steps import AtOnce, Steps
+from emloc_ray.runs.steps import Steps
+from emloc_ray.runs.turns import AtOnce
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.ray.tasks import Progress, Resources
 from emloc_ray.stages.ray.usage import Usage
