@@ -6,13 +6,12 @@ import dataclasses
 import os
 import time
 from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from emloc_ray.config.steps import STEP_NAMES
 from emloc_ray.errors import ArtifactError, DamagedArtifactError, EmlocError, Stopped
-from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
+from emloc_ray.io.runs.cache import ArtifactCache, Entry, EntryGone
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.store.atomic import remove_leftovers
 from emloc_ray.io.store.node_cache import discard
@@ -32,6 +31,7 @@ from emloc_ray.stages.stage import Stage
 from emloc_ray.text import listed, version_changes
 
 _NOTE_S = 60.0  # between two notes of how long a stage has run: what a kill loses at most
+_MAX_LINKS = 2  # tries to link an entry, which may go at any time
 
 
 class Dropped(EmlocError):
@@ -124,36 +124,52 @@ class Steps:
         """The stage's result, from the cache or by its own work; records it."""
         self._check_artifacts()
         self.directory.check_held()  # before files are removed or overwritten: another process may own them now
-        outputs = self._outputs(stage)
         entry = self.directory.stage(stage.name)
         if entry is not None:
             self._clear(stage, entry, is_same=entry["inputs"] == context.made[stage.name])
             self.write_results()  # its old numbers are no longer this run's
+        shared = self._shared_inputs(stage, context, inputs)
+        return self._work(stage, context, inputs) if shared is None else self._share(stage, context, inputs, shared)
+
+    def _shared_inputs(self, stage: Stage, context: Context, inputs: Inputs) -> Inputs | None:
+        """What the stage's key in the cache is made of; None where it is not shared."""
         gives = self.cache is not None and (self.cache.knows_owners or not self._trusts) and not self._mixed
-        cached = dict(inputs) if gives and stage.is_shared is not None and stage.is_shared(context) else None
-        if cached is not None and self._trusts:
-            cached["user"] = os.geteuid()  # whose entries another user's must not stand in for
-        with contextlib.nullcontext() if cached is None else self._alone(stage, cached):
-            result = None if cached is None else self._from_cache(stage, context, cached)
-            if result is not None:
+        if not gives or stage.is_shared is None or not stage.is_shared(context):
+            return None
+        # Another user's entries must not stand in for this one's.
+        return {**inputs, "user": os.geteuid()} if self._trusts else inputs
+
+    def _share(self, stage: Stage, context: Context, inputs: Inputs, shared: Inputs, links: int = _MAX_LINKS) -> Result:
+        """The first of the runs that are about to make the same makes it. The others link it once they have given the turn on,
+        for a store copies all of it; one that fails at that ``links`` times makes it too."""
+        assert self.cache is not None
+        key = cache_key(stage, shared)
+        with self.cache.alone(key, self.turns.stopped, lambda text: self._note(f"{stage.name}: {text}")):
+            entry = self._find(stage, key) if links else None
+            if entry is None:
+                result = self._work(stage, context, inputs)
+                self._to_cache(stage, key, shared, result)
                 return result
-            self._check_read(stage, context)
-            anew = stage.name in self.forced and self.directory.begun().get(stage.name) != made_with(stage)
-            if anew or not stage.resumes:
-                for path in self._outputs(stage, *(stage.scratch if anew else ())):
-                    discard(path)
-            goes_on = not anew and (stage.resumes or bool(stage.scratch))
-            spent = self.directory.spent(stage.name, context.made[stage.name]) if goes_on else 0.0
-            asked = resources_of(stage, self.prepared)
-            with self.turns.take(stage.name, asked, 1 if stage.divisible else asked.num_workers) as granted:
-                context.check_original()  # after the wait for its turn
-                self._begin(stage, context.made[stage.name], spent)
-                result = self._execute(stage, context, inputs, granted, spent)
-            for path in outputs:
-                remove_leftovers(path)
-            self._record(stage, context, result)
-            if cached is not None:
-                self._to_cache(stage, cached, result)
+        linked = self._link(stage, context, entry)
+        return self._share(stage, context, inputs, shared, links - 1) if linked is None else linked
+
+    def _work(self, stage: Stage, context: Context, inputs: Inputs) -> Result:
+        """The stage's result by its own work, which goes on from what an earlier try left."""
+        self._check_read(stage, context)
+        anew = stage.name in self.forced and self.directory.begun().get(stage.name) != made_with(stage)
+        if anew or not stage.resumes:
+            for path in self._outputs(stage, *(stage.scratch if anew else ())):
+                discard(path)
+        goes_on = not anew and (stage.resumes or bool(stage.scratch))
+        spent = self.directory.spent(stage.name, context.made[stage.name]) if goes_on else 0.0
+        asked = resources_of(stage, self.prepared)
+        with self.turns.take(stage.name, asked, 1 if stage.divisible else asked.num_workers) as granted:
+            context.check_original()  # after the wait for its turn
+            self._begin(stage, context.made[stage.name], spent)
+            result = self._execute(stage, context, inputs, granted, spent)
+        for path in self._outputs(stage):
+            remove_leftovers(path)
+        self._record(stage, context, result)
         return result
 
     def _clear(self, stage: Stage, entry: Mapping[str, Any], is_same: bool) -> None:
@@ -227,45 +243,37 @@ class Steps:
         self.write_results()
         self.reporter.finish(stage.name, result, result["usage"])
 
-    def _alone(self, stage: Stage, inputs: Inputs) -> AbstractContextManager[None]:
-        """Lets the first of the runs that are about to make the same make it; the others wait."""
-        assert self.cache is not None
-        return self.cache.alone(
-            cache_key(stage, inputs),
-            self.turns.stopped,
-            lambda text: self._note(f"{stage.name}: {text}"),
-        )
-
-    def _from_cache(self, stage: Stage, context: Context, inputs: Inputs) -> Result | None:
+    def _find(self, stage: Stage, key: str) -> Entry | None:
         if self.cache is None or stage.name in self.forced:
             return None
         doubted = stage.name in self._redone.values()  # what was damaged may have come from there
-        key = cache_key(stage, inputs)
-        entry = self.cache.find(
+        return self.cache.find(
             stage.name, key, True, stage.outputs, doubted, own_only=self._trusts, stopped=self.turns.stopped
         )
-        if entry is None:
-            return None
-        report = self.reporter.start(stage.name)
-        with measured(stage.name) as usage:
-            for path in self._outputs(stage):
-                discard(path)
-            try:
-                self.cache.link(entry, self.directory.root, self.turns.stopped)
-            except EntryGone:
-                return None
+
+    def _link(self, stage: Stage, context: Context, entry: Entry) -> Result | None:
+        assert self.cache is not None
+        with self.cache.linking(self.turns.stopped):
+            report = self.reporter.start(stage.name)
+            with measured(stage.name) as usage:
+                for path in self._outputs(stage):
+                    discard(path)
+                try:
+                    self.cache.link(entry, self.directory.root, self.turns.stopped)
+                except EntryGone:
+                    return None
         report(1, 1)
         result = {**entry.result, "taken_from": entry.origin, "usage": usage.as_dict()}
         known = {self.directory.path(path): content["sha256"] for path, content in entry.files.items()}
         self._record(stage, context, result, known)
         return result
 
-    def _to_cache(self, stage: Stage, inputs: Inputs, result: Result) -> None:
+    def _to_cache(self, stage: Stage, key: str, inputs: Inputs, result: Result) -> None:
         name, entry = stage.name, self.directory.stage(stage.name)
         if self.cache is None or entry is None:
             return
-        plain = {key: value for key, value in result.items() if key != "usage"}
-        why_not = self.cache.add(name, cache_key(stage, inputs), self.directory.root, entry["outputs"], plain, inputs)
+        plain = {part: value for part, value in result.items() if part != "usage"}
+        why_not = self.cache.add(name, key, self.directory.root, entry["outputs"], plain, inputs)
         if why_not is not None:
             self._note(f"{name}: other tasks cannot share its result: {why_not}")
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import stat
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ _FILES = "files"
 PATIENCE_S = 6 * 3600.0  # with another one that makes the same and gets nowhere: it may have been stopped
 _LOOK_S = 0.1  # between two looks of a waiting thread at whether it is to stop
 _CONNECTIONS = 8
+_MAX_LINKS = 8  # at once: each has so many connections to a store
 _FREED = 0.1  # of max_bytes, where an entry exceeds it: the next ones need no weighing
 _SWEEP_S = 3600.0  # between two looks of a process at all that is there for what killed ones left
 Files = Mapping[str, Mapping[str, Any]]
@@ -71,6 +73,7 @@ class ArtifactCache:
         self._at = CachePlace(place)
         self.place = self._at.name
         self._swept_at = self._weighed_at = -math.inf  # by the monotonic clock
+        self._links = threading.Semaphore(_MAX_LINKS)
         self._held = math.inf  # bytes at most, but for what other processes have added since it was weighed
 
     @property
@@ -133,6 +136,17 @@ class ArtifactCache:
                 what = f"makes the artifact {key[:12]} of {self.place}"
                 wait_for_turn(holder, acquire, what, patience_s, tell, look)
             yield
+
+    @contextlib.contextmanager
+    def linking(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Lets eight threads of this process :meth:`link` at a time. Raises Stopped where ``stopped`` turns true before."""
+        while not self._links.acquire(timeout=_LOOK_S):
+            if stopped():
+                raise Stopped(f"Stopped while other runs take artifacts of {self.place}.")
+        try:
+            yield
+        finally:
+            self._links.release()
 
     def find(
         self,

@@ -6,7 +6,9 @@ import errno
 import itertools
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from small_runs import make_values
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError, DamagedArtifactError, Stopped
-from emloc_ray.io.runs.cache import ArtifactCache
+from emloc_ray.io.runs.cache import ArtifactCache, Entry, EntryGone
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store import node_cache
 from emloc_ray.io.store.atomic import write_bytes
@@ -30,7 +32,7 @@ from emloc_ray.runs import run as pipeline
 from emloc_ray.runs import steps as runs_steps
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.steps import Steps, cache_key
-from emloc_ray.runs.turns import AtOnce
+from emloc_ray.runs.turns import AtOnce, Turns
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.ray.tasks import Progress, Resources
@@ -54,6 +56,72 @@ def stage_of(made: list[str]) -> Stage:
         run=write,
         outputs=("calibration",),
     )
+
+
+@pytest.fixture
+def run_stage(
+    tiny_model_dir: Callable[..., Path], task_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., RunDirectory]:
+    """``run_stage(name, stage, cache, **options)``: runs one stage in a run of that name."""
+    monkeypatch.setattr(runs_steps, "shortage", lambda *asked: None)
+    base = prepare(parse_config(make_values(tmp_path / "run", tiny_model_dir(), task_file)))
+
+    def run(
+        name: str,
+        stage: Stage,
+        cache: ArtifactCache,
+        reporter: Reporter | None = None,
+        turns: Turns | None = None,
+        **options: Any,
+    ) -> RunDirectory:
+        prepared = replace(base, run=RunDirectory(tmp_path / name))
+        prepared.run.create({}, steps=[stage.name])
+        steps = Steps(prepared, reporter or Reporter(), turns or AtOnce(), cache, **options)
+        steps.run(stage, Context(prepared, base.source.directory))
+        return prepared.run
+
+    return run
+
+
+def test_tasks_link_what_one_has_made_at_the_same_time(
+    run_stage: Callable[..., RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, made = ArtifactCache(str(tmp_path / "cache")), list[str]()
+    run_stage("first", stage_of(made), cache)
+    all_at_once, link = threading.Barrier(3), cache.link
+
+    def link_together(*args: Any) -> list[Path]:
+        all_at_once.wait(20)
+        return link(*args)
+
+    monkeypatch.setattr(cache, "link", link_together)
+    with ThreadPoolExecutor(3) as pool:
+        runs = [*pool.map(lambda name: run_stage(name, stage_of(made), cache), "abc")]
+    assert made == ["first"]
+    assert [run.path("calibration", "a.bin").read_bytes() for run in runs] == [b"right"] * 3
+
+
+@pytest.mark.parametrize(("failures", "makers"), [(1, ["first"]), (9, ["first", "second"])])
+def test_an_entry_that_is_not_given_is_looked_for_once_more_then_made(
+    failures: int,
+    makers: list[str],
+    run_stage: Callable[..., RunDirectory],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache, made, tries = ArtifactCache(str(tmp_path / "cache")), list[str](), list[str]()
+    run_stage("first", stage_of(made), cache)
+    link = cache.link
+
+    def fail(entry: Entry, *args: Any) -> list[Path]:
+        tries.append(entry.origin)
+        if len(tries) <= failures:
+            raise EntryGone("It is gone.")
+        return link(entry, *args)
+
+    monkeypatch.setattr(cache, "link", fail)
+    run_stage("second", stage_of(made), cache)
+    assert (made, tries) == (makers, ["first", "first"])
 
 
 @pytest.mark.server

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -240,6 +241,16 @@ def test_processes_make_it_one_after_the_other(local: ArtifactCache, tmp_path: P
     for process in processes:
         process.join(60)
     assert (tmp_path / "log").read_text().split() == ["in", "out"] * 3
+
+
+def test_a_few_link_at_a_time_and_who_waits_can_be_stopped(local: ArtifactCache) -> None:
+    with contextlib.ExitStack() as links:
+        for _ in range(8):
+            links.enter_context(local.linking(lambda: True))
+        with pytest.raises(Stopped), local.linking(lambda: True):
+            pass
+    with local.linking(lambda: True):
+        pass
 
 
 def hold(place: str, begun: Any) -> None:
