@@ -147,7 +147,8 @@ class Steps:
         with self.cache.alone(key, self.turns.stopped, lambda text: self._note(f"{stage.name}: {text}")):
             entry = self._find(stage, key) if links else None
             if entry is None:
-                result = self._work(stage, context, inputs)
+                with self.cache.making(key, self.directory.name):
+                    result = self._work(stage, context, inputs)
                 self._to_cache(stage, key, shared, result)
                 return result
         linked = self._link(stage, context, entry)

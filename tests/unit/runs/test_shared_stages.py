@@ -18,7 +18,7 @@ from faulting.s3 import uri
 from small_runs import make_values
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.errors import ConfigError, DamagedArtifactError, Stopped
+from emloc_ray.errors import ConfigError, DamagedArtifactError, EmlocError, NumericsError, StageError, Stopped
 from emloc_ray.io.runs.cache import ArtifactCache, Entry, EntryGone
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store import node_cache
@@ -122,6 +122,27 @@ def test_an_entry_that_is_not_given_is_looked_for_once_more_then_made(
     monkeypatch.setattr(cache, "link", fail)
     run_stage("second", stage_of(made), cache)
     assert (made, tries) == (makers, ["first", "first"])
+
+
+@pytest.mark.parametrize(("kind", "makers"), [(NumericsError, ["first"]), (StageError, ["first", "second"])])
+def test_what_fails_by_its_inputs_fails_for_all_that_share_it_until_the_next_command(
+    kind: type[EmlocError], makers: list[str], run_stage: Callable[..., RunDirectory], tmp_path: Path
+) -> None:
+    cache, made = ArtifactCache(str(tmp_path / "cache")), list[str]()
+
+    def fail(context: Context, *_: object) -> Result:
+        made.append(context.prepared.run.name)
+        raise kind("The loss is NaN.")
+
+    failing = replace(stage_of(made), run=fail)
+    with pytest.raises(kind, match=r"^The loss"):
+        run_stage("first", failing, cache)
+    with pytest.raises(kind, match=r"^As in run first: The loss is NaN\.$" if kind is NumericsError else r"^The loss"):
+        run_stage("second", failing, cache)
+    assert made == makers
+    run_stage("second", replace(stage_of(made), inputs=lambda context: {"seed": 1}), cache)
+    run_stage("third", stage_of(made), ArtifactCache(cache.place))
+    assert made == [*makers, "second", "third"]
 
 
 @pytest.mark.server
