@@ -112,6 +112,6 @@ class BatchGauges:
         """Sets them to a batch's state."""
         for status in ("waiting", "running", "done", "failed", "cancelled"):
             self._tasks.set(state.count(status), {"batch": self.batch, "status": status})
-        queued = sum(task.status == "running" and task.stage is not None and not task.active for task in state.tasks)
+        queued = sum(task.status == "running" and task.waits_for == "resources" for task in state.tasks)
         self._queue.set(queued, {"batch": self.batch})
         self._cache.show()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from emloc_ray.io.runs.secret_values import hide_secrets
 
@@ -11,8 +11,15 @@ if TYPE_CHECKING:
     from emloc_ray.io.runs.directory import RunDirectory
 
 
+Awaited = Literal["resources", "another"]
+"""What a stage waits for: workers, or another run, which makes the same."""
+
+
 class Reporter:
     """Hears how a run goes; what a subclass leaves out does nothing."""
+
+    def wait(self, stage: str, awaited: Awaited | None = None) -> None:
+        """A stage is next, and has not begun."""
 
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins; returns its progress callback, which takes the units done and all units."""
@@ -39,6 +46,11 @@ class Reporters(Reporter):
 
     def __init__(self, *reporters: Reporter) -> None:
         self.reporters = reporters
+
+    def wait(self, stage: str, awaited: Awaited | None = None) -> None:
+        """Calls each."""
+        for reporter in self.reporters:
+            reporter.wait(stage, awaited)
 
     def start(self, stage: str) -> Callable[[int, int], None]:
         """Returns a callback that calls each one's."""

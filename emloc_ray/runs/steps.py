@@ -122,6 +122,7 @@ class Steps:
 
     def make(self, stage: Stage, context: Context, inputs: Inputs) -> Result:
         """The stage's result, from the cache or by its own work; records it."""
+        self.reporter.wait(stage.name)
         self._check_artifacts()
         self.directory.check_held()  # before files are removed or overwritten: another process may own them now
         entry = self.directory.stage(stage.name)
@@ -144,7 +145,9 @@ class Steps:
         for a store copies all of it; one that fails at that ``links`` times makes it too."""
         assert self.cache is not None
         key = cache_key(stage, shared)
+        self.reporter.wait(stage.name, "another")
         with self.cache.alone(key, self.turns.stopped, lambda text: self._note(f"{stage.name}: {text}")):
+            self.reporter.wait(stage.name)
             entry = self._find(stage, key) if links else None
             if entry is None:
                 with self.cache.making(key, self.directory.name):

@@ -72,7 +72,8 @@ def status_text(task: TaskState) -> str:
     """A task's stage with its progress, or its end, or where it was interrupted."""
     if task.status == "running" and task.stage:
         units = "" if task.units is None else f" {task.units[0]}/{task.units[1]}"
-        return f"{task.stage}{units}" if task.active else f"waits for {task.stage}"
+        whose = "another's " if task.waits_for == "another" else ""
+        return f"{task.stage}{units}" if task.active else f"waits for {whose}{task.stage}"
     if task.status == "waiting" and task.stage:
         return f"interrupted in {task.stage}"
     return f"{task.status} in {task.stage}" if task.status in ("failed", "cancelled") and task.stage else task.status

@@ -124,7 +124,7 @@ class BatchRun:
                 self.admission,
                 plan,
                 lambda: self._ending or name in self._cancelled,
-                reporter.wait,
+                lambda stage: reporter.wait(stage, "resources"),
             )
             self.work.do(task, turns, reporter)
             self.board.end(name, "done")

@@ -17,7 +17,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.atomic import write_json, write_text
 from emloc_ray.io.store.node_cache import discard, ensure
 from emloc_ray.io.store.object_store import MANIFEST
-from emloc_ray.runs.reporter import Reporter
+from emloc_ray.runs.reporter import Awaited, Reporter
 
 STATE = "batch.json"
 _CANCEL = "cancel-"
@@ -30,7 +30,8 @@ Status = Literal["waiting", "running", "done", "failed", "cancelled"]
 @dataclass(frozen=True)
 class TaskState:
     """The state of one task; times in seconds since 1970, ``seconds`` of its stages in all tries. ``stage`` is the one that it
-    runs, waits for or ended in; ``units``: those done of this stage, and all; ``served_loss``: of the result as it is served."""
+    runs, waits for or ended in; ``units``: those done of this stage, and all; ``waits_for``: what keeps it from running;
+    ``served_loss``: of the result as it is served."""
 
     name: str
     status: Status = "waiting"
@@ -49,6 +50,7 @@ class TaskState:
     notes: int = 0
     taken: tuple[str, ...] = ()
     stage_began_at: float | None = None
+    waits_for: Awaited | None = None
 
     @property
     def is_over(self) -> bool:
@@ -203,13 +205,13 @@ class TaskReporter(Reporter):
     def __init__(self, board: Board, name: str, tell: Callable[[str], None]) -> None:
         self.board, self.name, self.tell = board, name, tell
 
-    def wait(self, stage: str) -> None:
-        """A stage waits for its resources."""
-        self.board.change(self.name, stage=stage, units=None, active=False)
+    def wait(self, stage: str, awaited: Awaited | None = None) -> None:
+        """A stage is next."""
+        self.board.change(self.name, stage=stage, units=None, active=False, waits_for=awaited)
 
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins."""
-        self.board.change(self.name, stage=stage, units=None, active=True, stage_began_at=time.time())
+        self.board.change(self.name, stage=stage, units=None, active=True, waits_for=None, stage_began_at=time.time())
         return lambda done, total: self.board.change(self.name, units=(done, total))
 
     def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:

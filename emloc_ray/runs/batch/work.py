@@ -58,7 +58,7 @@ class TaskTurns:
         stopped: Callable[[], bool],
         on_wait: Callable[[str], None] = lambda stage: None,
     ) -> None:
-        """``on_wait`` is called with a stage that begins to wait."""
+        """``on_wait`` is called with a stage that begins to wait for resources."""
         self.task, self.order, self.admission, self.plan = task, order, admission, plan
         self.stopped, self.on_wait = stopped, on_wait
 

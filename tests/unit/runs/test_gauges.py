@@ -62,8 +62,10 @@ def use_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = ArtifactCache(str(folder / "cache"))
     tasks = (
         TaskState("a", "running", "calibrate", active=True),
-        TaskState("b", "running", "merge"),
-        TaskState("c", "done"),
+        TaskState("b", "running", "merge", waits_for="resources"),
+        TaskState("c", "running", "calibrate", waits_for="another"),
+        TaskState("d", "running", "data"),
+        TaskState("e", "done"),
     )
     BatchGauges("many", cache).show(BatchState(0.0, tasks))
 
@@ -82,7 +84,7 @@ def test_what_is_set(values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert values["ray_emloc_ray_failed mine NumericsError"] == 1
     assert values["ray_emloc_ray_lost_workers_total calibrate its process crashed or was killed"] == 1
     assert values["ray_emloc_ray_lease_age_seconds mine"] == 7
-    assert values["ray_emloc_ray_tasks many running"] == 2
+    assert values["ray_emloc_ray_tasks many running"] == 4
     assert values["ray_emloc_ray_stages_queued many"] == 1
     for owner in ("shared", "cache"):  # of a run by itself, of a batch
         assert values[f"ray_emloc_ray_cache_bytes {tmp_path / owner}"] == 0

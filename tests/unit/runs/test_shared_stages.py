@@ -30,7 +30,7 @@ from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs import run as pipeline
 from emloc_ray.runs import steps as runs_steps
-from emloc_ray.runs.reporter import Reporter
+from emloc_ray.runs.reporter import Awaited, Reporter, Reporters
 from emloc_ray.runs.steps import Steps, cache_key
 from emloc_ray.runs.turns import AtOnce, Turns
 from emloc_ray.stages.context import Context, Inputs, Result
@@ -143,6 +143,42 @@ def test_what_fails_by_its_inputs_fails_for_all_that_share_it_until_the_next_com
     run_stage("second", replace(stage_of(made), inputs=lambda context: {"seed": 1}), cache)
     run_stage("third", stage_of(made), ArtifactCache(cache.place))
     assert made == [*makers, "second", "third"]
+
+
+def test_who_waits_for_another_s_work_is_at_that_stage_and_says_so(
+    run_stage: Callable[..., RunDirectory], tmp_path: Path
+) -> None:
+    cache, begun, let_go = ArtifactCache(str(tmp_path / "cache")), threading.Event(), threading.Event()
+    heard, waits = list[str | None](), threading.Event()
+
+    class Heard(Reporter):
+        def wait(self, stage: str, awaited: Awaited | None = None) -> None:
+            heard.append(awaited or stage)
+            if awaited == "another":
+                waits.set()
+
+        def start(self, stage: str) -> Callable[[int, int], None]:
+            heard.append("starts")
+            return super().start(stage)
+
+    def work(*args: Any) -> Result:
+        begun.set()
+        assert let_go.wait(20)
+        return stage_of([]).run(*args)
+
+    stage = replace(stage_of([]), run=work)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(run_stage, "first", stage, cache)
+        try:
+            assert begun.wait(20)
+            second = pool.submit(run_stage, "second", stage, cache, Reporters(Heard()))
+            assert waits.wait(20)
+            assert heard == ["calibrate", "another"]
+        finally:
+            let_go.set()
+        first.result(20)
+        second.result(20)
+    assert heard == ["calibrate", "another", "calibrate", "starts"]
 
 
 @pytest.mark.server

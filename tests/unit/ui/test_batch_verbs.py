@@ -27,7 +27,7 @@ from emloc_ray.runs.batch.state import STATE, BatchState, TaskState, read_cancel
 from emloc_ray.runs.batch.tasks import read_batch
 from emloc_ray.text import duration, size_up
 from emloc_ray.ui import batch_verbs, page
-from emloc_ray.ui.batch_table import BatchView, at_rest, batch_table
+from emloc_ray.ui.batch_table import BatchView, at_rest, batch_table, status_text
 
 BEGIN = 1.8e9
 TASKS = (
@@ -129,6 +129,13 @@ def test_a_running_task_s_time_is_that_of_its_stages_without_its_waits() -> None
     took = {line.split()[0]: line for line in lines if line.split()[:1] in (["waits"], ["works"])}
     assert duration(100).replace(" ", "\u00a0") in took["waits"]
     assert duration(300).replace(" ", "\u00a0") in took["works"]
+
+
+def test_who_waits_for_another_task_says_so() -> None:
+    waits = TaskState("a", "running", "calibrate", waits_for="another")
+    assert status_text(waits) == "waits for another's calibrate"
+    assert status_text(replace(waits, waits_for="resources")) == "waits for calibrate"
+    assert status_text(replace(waits, status="cancelled")) == "cancelled in calibrate"
 
 
 def test_a_batch_whose_ray_starts_is_one(tmp_path: Path) -> None:

@@ -256,6 +256,14 @@ def test_a_task_that_is_done_stays_so_until_it_was_checked_again(tmp_path: Path)
     assert run.board["done"].notes == 0  # counted anew
 
 
+def test_who_waits_for_resources_says_so_until_its_stage_begins(tmp_path: Path) -> None:
+    run, shown = batch_run(tmp_path, Waits(seconds=0.6), "a", "b", cpus=1.0), list[TaskState]()
+    run.show = lambda state: shown.extend(state.tasks)
+    run.run()
+    assert {task.active for task in shown if task.waits_for is None} == {False, True}
+    assert {(task.status, task.active) for task in shown if task.waits_for == "resources"} == {("running", False)}
+
+
 def test_what_is_redone_has_its_old_losses_no_more(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "task")
     run.create({})
