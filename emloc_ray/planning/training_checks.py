@@ -1,7 +1,9 @@
 """Checks what a config passes on to transformers and DeepSpeed, before anything starts."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from emloc_ray.config.schema import RunConfig
@@ -15,8 +17,26 @@ _OPTIMIZER = ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
 _SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs")
 _SOME_STEPS = 100
 _BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
+_STATE = threading.Lock()  # two checks at once would each put back what the other left
 
 
+@contextlib.contextmanager
+def _accelerate_s_state_kept() -> Iterator[None]:
+    """Puts back accelerate's state of this process, which TrainingArguments sets anew and every Accelerator reads."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    with _STATE:
+        states = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+        before = [dict(state) for state in states]
+        try:
+            yield
+        finally:
+            for state, values in zip(states, before, strict=True):  # in place, as instances share the dict
+                state.clear()
+                state.update(values)
+
+
+@_accelerate_s_state_kept()
 def check_training(config: RunConfig) -> dict[str, Any] | None:
     """Makes transformers check its arguments as the workers would; returns the DeepSpeed config, if any."""
     import tempfile
