@@ -25,7 +25,13 @@ class TokenSum:
     num_tokens: int = 0
 
     def update(self, activations: Tensor) -> None:
-        """Adds the tokens of ``activations (..., in)``, in place; leave padding out."""
+        """Adds the tokens of ``activations (..., in)``, in place; leave padding out. Raises ValueError where these have another
+        number of features: blocks of them may fit."""
+        if activations.shape[-1:] != self.matrix.shape[:1]:
+            raise ValueError(
+                f"activations of the shape {tuple(activations.shape)} do not end in the {self.matrix.shape[0]} features of this"
+                " sum."
+            )
         tokens = activations.detach().reshape(-1, activations.shape[-1])
         with exact_float32():
             self._add(tokens)

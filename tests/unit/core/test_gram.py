@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from emloc_ray.core import gram as gram_module
 from emloc_ray.core.gram import (
     Gram,
     GramColumns,
+    TokenSum,
     gather_triangle,
     not_finite,
     packed_triangle,
@@ -54,6 +57,17 @@ def test_is_the_sum_of_outer_products_for_any_block_size(seed: int, count: int, 
 def test_widths_around_the_block_size(features: int) -> None:
     tokens = tokens_of(0, 70, features)
     torch.testing.assert_close(gram_of(tokens).symmetric(), tokens.T @ tokens, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("total", [Gram.zero(600), GramColumns(torch.eye(600, 3))])
+@pytest.mark.parametrize("shape", [(5, 96), (5, 100), (2, 5, 192), (5, 700), (5, 1), ()])
+def test_activations_of_another_width_are_refused_whole(total: TokenSum, shape: tuple[int, ...]) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^activations of the shape {re.escape(str(shape))} do not end in the 600 feat"
+    ):
+        total.update(torch.ones(shape))
+    assert total.num_tokens == 0
+    assert not total.matrix.any()
 
 
 @FEW
