@@ -93,8 +93,9 @@ def run(
             if in_batch is None and is_finished(prepared, left, until):
                 _check_again(prepared, reporter, cache, plan, until, accept_versions)
                 return prepared.run.metrics()
-        lean, note = keeps_small(prepared.config), reporter.note if in_batch is None else None
-        with connection(config.ray.address, lean, note, **config.ray.init_options) as started:
+        ray, lean = config.ray, keeps_small(prepared.config)
+        connected = connection(ray.address, lean, reporter.note, **ray.init_options)
+        with connected if in_batch is None else contextlib.nullcontext() as started:  # a task is within its batch's
             if in_batch is None and not started:
                 prepared, plan = _within_reach(prepared, plan, left)
             if not fresh and config.ray.joins:  # by the GPUs that its Ray has

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -42,26 +43,62 @@ _ANSWER_SECONDS = 120.0  # a node's first worker may have to start; what answers
 _VISIBLE_SECONDS = 5.0  # what one node of a network file system wrote, another may see a little later
 
 
+class _OwnRay:
+    """The Ray that this process started or joined for its runs: they share it, and the last to leave shuts it down."""
+
+    def __init__(self) -> None:
+        self.turn, self.users = threading.Lock(), 0
+
+    def leave(self, broken_off: bool) -> None:
+        with self.turn:
+            self.users -= 1
+            if self.users:
+                return
+            if broken_off:
+                # Threads may be left, and what they still ask of this Ray would start another, or join whatever runs here.
+                auto_init_hook.enable_auto_connect = False
+            ray.shutdown()
+
+
+_OWN = _OwnRay()
+
+
 @contextlib.contextmanager
 def connection(
     address: str | None = None, lean_memory: bool = False, note: Callable[[str], None] | None = None, **options: Any
 ) -> Iterator[bool]:
-    """Connects to Ray, or starts it here, and says which; what was started here is shut down again. A connection that this
-    process has already is left alone, and ``note`` hears which keys of the ray section are not read then.
+    """Connects to Ray, or starts it here, and says which; what was started here is shut down again, where no other thread is
+    within such a block. A connection that this process has already is left alone, and ``note`` hears which keys of the ray
+    section are not read then.
 
     With ``lean_memory``, workers give large freed blocks back to the system at once, where glibc would keep them in a heap that
     grows by fragments: a training step of 4 rows of 512 tokens peaked at 0.65 GiB for 1.70, in half as much time again.
     """
-    if ray.is_initialized():
-        unread = [f"ray.{key}" for key in (*(["address"] if address else []), *options)]
+    with _OWN.turn:
+        joins = ray.is_initialized()
+        started = not joins and _connect(address, lean_memory, options)
+        is_own = not joins or _OWN.users > 0
+        _OWN.users += is_own
+    broken_off = False
+    try:
+        unread = [f"ray.{key}" for key in (*(["address"] if address else []), *options)] if joins else []
         if note is not None and unread:
-            note(
-                f"This process has connected to Ray already, which leaves {listed(unread)} unread: call ray.shutdown() before"
-                " the run."
-            )
+            advice = "start this run once no other runs" if is_own else "call ray.shutdown() before the run"
+            note(f"This process has connected to Ray already, which leaves {listed(unread)} unread: {advice}.")
         tell_workers()
-        yield False
-        return
+        if is_own:
+            logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what it would log of an error it also raises
+        yield started
+    except (KeyboardInterrupt, SystemExit):
+        broken_off = True
+        raise
+    finally:
+        if is_own:
+            _OWN.leave(broken_off)
+
+
+def _connect(address: str | None, lean_memory: bool, options: dict[str, Any]) -> bool:
+    """Connects to Ray, or starts it here; returns whether it was started."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     settings = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False, **options}
     if address is not None:
@@ -81,16 +118,7 @@ def connection(
         busy = address == "local" and "timed out" in detail
         advice = "the machine may be busy, give the same command again" if busy else "check the ray section"
         raise StageError(f"Ray could not be started or reached ({detail}): {advice}.") from error
-    try:
-        tell_workers()
-        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what it would log of an error it also raises
-        yield address == "local"
-    except (KeyboardInterrupt, SystemExit):
-        # Threads may be left, and what they still ask of this Ray would start another, or join whatever runs here.
-        auto_init_hook.enable_auto_connect = False
-        raise
-    finally:
-        ray.shutdown()
+    return address == "local"
 
 
 def total(resource: str) -> float:

@@ -283,10 +283,10 @@ def test_a_task_needs_no_disk_for_what_it_links(
     free = (own + sum(bytes_of.values())) // 2
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 2**40 - free, free))
 
-    def begin(*_: object, **options: object) -> None:
+    def begin(*_: object) -> None:
         raise Stopped("It begins.")
 
-    monkeypatch.setattr(pipeline, "connection", begin)
+    monkeypatch.setattr(pipeline, "check_visible", begin)
     cache = ArtifactCache(str(tmp_path / "cache"), is_own=True)
     task: dict[str, Any] = {"prepared": prepared, "cache": cache, "in_batch": pipeline.InBatch(AtOnce(), None, None)}
     with pytest.raises(ConfigError, match="needs about"):

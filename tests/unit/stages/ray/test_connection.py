@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -88,6 +91,87 @@ def test_keys_that_a_connection_from_before_leaves_unread_are_named(monkeypatch:
     first, second = notes
     assert "leaves ray.num_cpus unread: call ray.shutdown() before the run" in first
     assert "leaves ray.address unread" in second
+
+
+@pytest.fixture
+def pretended_ray(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked of Ray, which is there from ``init`` to ``shutdown``."""
+    asked: list[str] = []
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: asked[-1:] == ["init"])
+    monkeypatch.setattr(session.ray, "init", lambda **options: asked.append("init"))
+    monkeypatch.setattr(session.ray, "shutdown", lambda: asked.append("shutdown"))
+    monkeypatch.setattr(session, "tell_workers", lambda: None)
+    monkeypatch.setattr(auto_init_hook, "enable_auto_connect", True)
+    return asked
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_of_two_runs_in_two_threads_the_last_shuts_ray_down(
+    pretended_ray: list[str], error: type[BaseException] | None
+) -> None:
+    notes: list[str] = []
+    begun, over = threading.Event(), threading.Event()
+
+    def run_beside() -> None:
+        with connection(note=notes.append, num_cpus=3) as started:
+            assert not started
+            begun.set()
+            over.wait(60)
+
+    beside = threading.Thread(target=run_beside)
+    with contextlib.suppress(ValueError, KeyboardInterrupt), connection() as started:
+        assert started
+        beside.start()
+        assert begun.wait(60)
+        if error is not None:
+            raise error
+    assert pretended_ray == ["init"]
+    assert auto_init_hook.enable_auto_connect  # Ray is there
+    over.set()
+    beside.join()
+    assert pretended_ray == ["init", "shutdown"]
+    assert notes == [
+        "This process has connected to Ray already, which leaves ray.num_cpus unread: start this run once no other runs."
+    ]
+
+
+def test_two_runs_that_begin_at_once_start_one_ray(pretended_ray: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2)
+
+    def init_slowly(**options: Any) -> None:
+        time.sleep(0.2)
+        pretended_ray.append("init")
+
+    def begin() -> None:
+        both.wait(60)
+        with connection():
+            both.wait(60)
+
+    monkeypatch.setattr(session.ray, "init", init_slowly)
+    threads = [threading.Thread(target=begin) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert pretended_ray == ["init", "shutdown"]
+
+
+def test_a_ray_of_the_caller_s_outlives_all_runs(pretended_ray: list[str]) -> None:
+    pretended_ray.append("init")
+    with connection() as first, connection() as second:
+        assert (first, second) == (False, False)
+    assert pretended_ray == ["init"]
+    pretended_ray.clear()
+
+
+def test_a_ray_that_refuses_is_asked_anew(pretended_ray: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(session.ray, "init", lambda **options: 1 / 0)
+        with pytest.raises(StageError), connection():
+            pass
+    with connection() as started:
+        assert started
+    assert pretended_ray == ["init", "shutdown"]
 
 
 def variables_of_workers(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, str]:
