@@ -4,6 +4,7 @@ Where the lock is lost, or somebody removes the file, two processes may each tak
 compared before every write in the run, by its workers too.
 """
 
+import contextlib
 import fcntl
 import os
 import re
@@ -32,6 +33,7 @@ class LockFile:
     def __init__(self, root: Path) -> None:
         self.root, self.path = root, root / NAME
         self._descriptor: int | None = None
+        self._taker = 0
 
     def take(self) -> None:
         """Raises ConfigError where another process holds it, and says which; where its file system gives no locks."""
@@ -52,9 +54,9 @@ class LockFile:
             os.fsync(descriptor)  # on NFS other nodes see it from now on
             _known[self.root] = _content(self.path)
         except BaseException:  # else this process holds it on, and can never take it again
-            os.close(descriptor)
+            _release(descriptor)
             raise
-        self._descriptor = descriptor
+        self._descriptor, self._taker = descriptor, os.getpid()
 
     def holder(self) -> str | None:
         """The process that holds it now, or None."""
@@ -66,9 +68,12 @@ class LockFile:
             return None
 
     def give_back(self) -> None:
-        """Lets others take it."""
+        """Lets others take it; in a process that was forked from its holder, leaves it to that."""
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            if os.getpid() == self._taker:
+                _release(self._descriptor)
+            else:
+                os.close(self._descriptor)
             self._descriptor = None
             _known.pop(self.root, None)
 
@@ -84,6 +89,13 @@ class LockFile:
                 " them (Lustre: -o flock; NFS 3: with lockd running and without nolock), or name another place."
             ) from error
         return True
+
+
+def _release(descriptor: int) -> None:
+    """Unlocks before it closes: processes that were forked meanwhile share the lock, and closing alone leaves it to them."""
+    with contextlib.suppress(OSError):  # a file system that gives no locks
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def tell_workers() -> None:

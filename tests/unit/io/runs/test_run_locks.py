@@ -27,16 +27,33 @@ from emloc_ray.io.store.transfer import transfer
 from emloc_ray.stages.ray.session import connection
 
 # The package's folders without their __init__, and no torch: importing those would cost seconds.
-HOLD = """
-import sys, time, types
+LOCK = """
+import os, signal, sys, time, types
 for name, path in (("emloc_ray", sys.argv[2]), ("emloc_ray.io", sys.argv[2] + "/io")):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [path]
 from emloc_ray.io.runs.directory import RunDirectory
 run = RunDirectory(sys.argv[1])
 run.lock()
+"""
+HOLD = f"""
+{LOCK}
 print("locked", flush=True)
 time.sleep(60)
+"""
+# A child that outlives the run, as a DataLoader's worker may; before it one that leaves the run as its parent does.
+FORK = f"""
+{LOCK}
+if not (child := os.fork()):
+    run.unlock()
+    os._exit(0)
+os.waitpid(child, 0)
+held = run.holder() is not None
+if not (child := os.fork()):
+    time.sleep(60)
+run.unlock()
+print(held, run.holder(), flush=True)
+os.kill(child, signal.SIGKILL)
 """
 
 
@@ -58,6 +75,11 @@ def test_one_process_at_a_time_until_it_ends_however_it_ends(tmp_path: Path, mon
     finally:
         holder.kill()
         holder.wait(10)
+
+
+def test_processes_that_are_forked_neither_keep_a_run_nor_give_it_back(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FORK, str(tmp_path / "mine"), str(Path(emloc_ray.__file__).parent)]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=30).stdout == "True None\n"
 
 
 def test_who_lost_its_lock_writes_nothing_more(tmp_path: Path) -> None:
