@@ -6,30 +6,43 @@ from typing import Any
 
 import torch
 
+from emloc_ray.core.overlapping import Overlapping
+
 _MATMULS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 
 
-@contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-    """While it lasts products of float32 tensors are exact to float32's rounding; what was set before is set again after.
-
-    TF32 and bf16 products keep 10 and 7 bits, too few for Grams, factors and corrections, whose differences are small
-    beside what they are taken of. A user may want them in a model's own passes, by ``allow_tf32``,
-    ``set_float32_matmul_precision`` or ``fp32_precision``, which torch refuses to read as one another where they differ.
-    """
+def _make_exact() -> tuple[str | None, list[str]]:
     each = [matmul.fp32_precision for matmul in _MATMULS]
     try:
         named = torch.get_float32_matmul_precision()
     except RuntimeError:
         named = None
     torch.set_float32_matmul_precision("highest")
-    try:
+    return named, each
+
+
+def _set_again(before: tuple[str | None, list[str]]) -> None:
+    named, each = before
+    if named is not None:
+        torch.set_float32_matmul_precision(named)
+    for matmul, precision in zip(_MATMULS, each, strict=True):
+        matmul.fp32_precision = precision
+
+
+_EXACT = Overlapping(_make_exact, _set_again)
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """While it lasts products of float32 tensors are exact to float32's rounding, in all threads; what was set before is set
+    again after the last of those that overlap.
+
+    TF32 and bf16 products keep 10 and 7 bits, too few for Grams, factors and corrections, whose differences are small
+    beside what they are taken of. A user may want them in a model's own passes, by ``allow_tf32``,
+    ``set_float32_matmul_precision`` or ``fp32_precision``, which torch refuses to read as one another where they differ.
+    """
+    with _EXACT.block():
         yield
-    finally:
-        if named is not None:
-            torch.set_float32_matmul_precision(named)
-        for matmul, precision in zip(_MATMULS, each, strict=True):
-            matmul.fp32_precision = precision
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

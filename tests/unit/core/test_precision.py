@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,6 +52,18 @@ def test_it_is_exact_inside_and_as_before_after(way: str) -> None:
     assert settings() == before
     with pytest.raises(ZeroDivisionError), exact_float32():
         raise ZeroDivisionError
+    assert settings() == before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_is_exact_until_the_last_of_two_threads_leaves(way: str) -> None:
+    """Their blocks overlap: the one that began first ends first."""
+    WAYS[way]()
+    before = settings()
+    with contextlib.ExitStack() as second:
+        with exact_float32():
+            second.enter_context(exact_float32())
+        assert settings() == ["ieee", "ieee", "highest", False]
     assert settings() == before
 
 
