@@ -1,6 +1,8 @@
 """Settings of the whole process that blocks of code change while they last, in one thread or in several."""
 
 import contextlib
+import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,3 +46,20 @@ class Overlapping(Generic[Saved]):
                     later[0].before = block.before
                 else:
                     self._restore(block.before)
+
+
+def silenced(name: str) -> contextlib.AbstractContextManager[None]:
+    """While it lasts, a library's logger gives critical records alone."""
+    return _silence(name).block()
+
+
+@functools.cache
+def _silence(name: str) -> Overlapping[int]:
+    logger = logging.getLogger(name)
+
+    def change() -> int:
+        before = logger.level
+        logger.setLevel(logging.CRITICAL)
+        return before
+
+    return Overlapping(change, logger.setLevel)

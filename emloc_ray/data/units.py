@@ -1,14 +1,15 @@
 """Units of work on rows: neighbouring shards of a split. Ray Data does them; one process does those of small data."""
 
+import contextlib
 import functools
 import json
-import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from emloc_ray.core.overlapping import silenced
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.io.store.node_cache import sizes
 
@@ -16,6 +17,13 @@ from emloc_ray.io.store.node_cache import sizes
 SMALL_BYTES, SMALL_ROWS = 2**23, 2**14
 _UNPACKED = 8  # bytes of text a byte of a compressed file, about
 _READS_PER_GROUP = 16
+_RAY_DATA = "ray.data"  # what it would log of an error it also raises
+_MAKING = threading.Lock()
+_SETTINGS = {
+    "raise_original_map_exception": True,  # its own, around ours, would lose it
+    "enable_progress_bars": False,  # our progress shows it
+    "print_on_execution_start": False,
+}
 
 Unit = dict[str, Any]
 Work = Callable[[dict[str, Any]], dict[str, Any]]
@@ -92,23 +100,19 @@ class ByRayData:
     def __init__(self, work: Sequence[Unit], function: Work, num_workers: int, memory: int) -> None:
         import ray.data
 
-        context = ray.data.DataContext.get_current()
-        context.raise_original_map_exception = True  # its own, around ours, would lose it
-        context.enable_progress_bars = context.print_on_execution_start = False  # our progress shows it
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would log of an error it also raises
-        # Its tasks' retries can be bounded in no other way.
-        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         workers = ray.data.TaskPoolStrategy(size=min(num_workers, len(work)))
         # No retries: a row that kills its worker would kill one after another. The caller counts tries.
         items = [{"unit": json.dumps(unit)} for unit in work]
         # A block's results come once all of its units are done, and who waits takes a long silence for a hang.
-        self._dataset: Any = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            function, batch_size=1, num_cpus=1, memory=memory or None, compute=workers, max_retries=0
-        )
+        with _settings():
+            self._dataset: Any = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+                function, batch_size=1, num_cpus=1, memory=memory or None, compute=workers, max_retries=0
+            )
 
     def blocks(self) -> Iterator[dict[str, Any]]:
         """What is made, by unit, in any order."""
-        yield from self._dataset.iter_batches(batch_size=None, batch_format="numpy")
+        with silenced(_RAY_DATA):
+            yield from self._dataset.iter_batches(batch_size=None, batch_format="numpy")
 
     def end(self) -> None:
         """Ends the processes of the tasks: Ray Data itself does so only where one that takes its rows leaves, and that one may be
@@ -116,6 +120,25 @@ class ByRayData:
         executor = getattr(self._dataset, "_current_executor", None)  # known from the first row on
         if executor is not None:
             executor.shutdown(force=True)
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """While it lasts Ray Data is set up for our work; a data set takes that over as it is made."""
+    import ray.data
+
+    context: Any = ray.data.DataContext.get_current()
+    with _MAKING, silenced(_RAY_DATA), warnings.catch_warnings():
+        # Its tasks' retries can be bounded in no other way.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        before = {key: getattr(context, key) for key in _SETTINGS}
+        try:
+            for key, value in _SETTINGS.items():
+                setattr(context, key, value)
+            yield
+        finally:
+            for key, value in before.items():
+                setattr(context, key, value)
 
 
 def mapped(

@@ -136,7 +136,8 @@ def _check_steps(arguments: Any, extra: Mapping[str, Any]) -> None:
     import torch
     from transformers import Trainer, get_scheduler
 
-    model: Any = torch.nn.Linear(1, 1)
+    with torch.random.fork_rng(devices=[]):  # the caller's numbers are its own
+        model: Any = torch.nn.Linear(1, 1)
 
     def optimizer() -> None:
         try:

@@ -17,6 +17,7 @@ import ray
 from ray._private import auto_init_hook
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from emloc_ray.core.overlapping import silenced
 from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.io.store.lock_file import tell_workers
 from emloc_ray.stages.ray.nodes import grown_cluster
@@ -37,6 +38,7 @@ LEAN_MEMORY = {
     "MALLOC_ARENA_MAX": "2",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # pages of 2 MiB: large blocks are cleared twice as fast
 }
+_AUTO_CONNECT = auto_init_hook.enable_auto_connect  # what an interrupt takes away until the next connection
 _SHARED = "put it on a file system that all nodes share under this path"
 _FILES_ASKED_FOR = 100  # of data in thousands of folders, of which each node is asked
 _ANSWER_SECONDS = 120.0  # a node's first worker may have to start; what answers later is left to the stages
@@ -85,10 +87,11 @@ def connection(
         if note is not None and unread:
             advice = "start this run once no other runs" if is_own else "call ray.shutdown() before the run"
             note(f"This process has connected to Ray already, which leaves {listed(unread)} unread: {advice}.")
+        auto_init_hook.enable_auto_connect = _AUTO_CONNECT
         tell_workers()
-        if is_own:
-            logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what it would log of an error it also raises
-        yield started
+        # What Ray Train would log of an error it also raises.
+        with silenced("ray.train") if is_own else contextlib.nullcontext():
+            yield started
     except (KeyboardInterrupt, SystemExit):
         broken_off = True
         raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from unittest.mock import Mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 from faulting.s3 import uri
 from small_runs import task_rows, write_jsonl
 
@@ -41,6 +44,28 @@ def test_each_unit_is_given_as_it_is_done(monkeypatch: pytest.MonkeyPatch) -> No
     )
     units.ByRayData([{"number": number} for number in range(1000)], lambda batch: batch, 4, 0)
     assert blocks == [1000]
+
+
+def test_ray_data_is_set_up_for_our_work_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as it was for what else its process does."""
+
+    def state() -> list[Any]:
+        context: Any = ray.data.DataContext.get_current()
+        keys = ("raise_original_map_exception", "enable_progress_bars", "print_on_execution_start")
+        return [logging.getLogger("ray.data").level, *(getattr(context, key) for key in keys)]
+
+    seen: list[list[Any]] = []
+    made: Any = Mock()
+    made.map_batches.return_value.iter_batches = lambda **options: iter(
+        [{"level": logging.getLogger("ray.data").level}]
+    )
+    monkeypatch.setattr("ray.data.from_items", lambda items, **options: (seen.append(state()), made)[1])
+    before, filters = state(), list(warnings.filters)
+    work = units.ByRayData([{"number": 1}], lambda batch: batch, 4, 0)
+    assert seen == [[logging.CRITICAL, True, False, False]] != [before]
+    assert (state(), list(warnings.filters)) == (before, filters)
+    assert list(work.blocks()) == [{"level": logging.CRITICAL}]
+    assert state() == before
 
 
 def test_one_process_begins_no_task_once_it_is_ended(ray_session: None) -> None:

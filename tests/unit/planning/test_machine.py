@@ -56,7 +56,9 @@ def test_the_smallest_gpu_s_memory(
 
 
 def test_a_thread_s_speed_is_that_of_a_processor() -> None:
+    state = torch.get_rng_state()
     assert 1e8 < time_products() < 1e13
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's numbers are its own
 
 
 def test_a_disk_is_timed_where_weights_come_from_it(tmp_path: Path) -> None:

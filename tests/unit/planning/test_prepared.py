@@ -14,6 +14,7 @@ from typing import Any
 
 import families
 import pytest
+import torch
 import transformers
 from bare_runs import alike_rows, tiny_run
 
@@ -86,6 +87,15 @@ def test_what_lies_in_the_run_s_directory_is_refused(
         prepare(parse_config(values))
     values["data"]["train"] = {"path": str(beside)}
     prepare(parse_config(values))
+
+
+def test_preparing_a_run_leaves_the_caller_s_random_numbers(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    alike_rows(tmp_path)
+    model, state = tiny_model_dir("llama"), torch.get_rng_state()
+    tiny_run(tmp_path, model, finetune={"optim": "sgd", "lr_scheduler_type": "cosine"})
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from typing import Any
@@ -78,6 +79,23 @@ def test_a_thread_that_is_left_starts_no_other_ray(monkeypatch: pytest.MonkeyPat
         raise KeyboardInterrupt
     auto_init_hook.auto_init_ray()  # which ray.wait, get, cancel and kill do first
     assert asked == ["local"]
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_a_run_leaves_ray_as_it_came_upon_it(connected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And takes back what an interrupt before it left."""
+    logger = logging.getLogger("ray.train")
+    with monkeypatch.context() as patch:
+        patch.setattr(logger, "level", logging.INFO)
+        patch.setattr(auto_init_hook, "enable_auto_connect", False)
+        patch.setattr(session.ray, "is_initialized", lambda: connected)
+        patch.setattr(session.ray, "init", lambda address=None, **options: None)
+        patch.setattr(session, "tell_workers", lambda: None)
+        patch.setattr(session.ray, "shutdown", lambda: None)
+        with connection():
+            assert logger.level == (logging.INFO if connected else logging.CRITICAL)
+        assert logger.level == logging.INFO
+        assert auto_init_hook.enable_auto_connect
 
 
 def test_keys_that_a_connection_from_before_leaves_unread_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
