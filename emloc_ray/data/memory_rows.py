@@ -12,11 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.runs.run_places import check_folder
 from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.places import is_store_uri
 from emloc_ray.io.store.replacing import remove, replacing
+from emloc_ray.text import listed, one_line
 
 _A_DAY_S = 86_400.0
+_NONE = "{name} has no rows: give at least one (an iterator can be read once)."
+_PLAIN = (str, Mapping, list, tuple)  # what may be iterated and is no set of rows in a section
 
 
 def is_place(rows: Any) -> bool:
@@ -26,11 +30,21 @@ def is_place(rows: Any) -> bool:
     return rows is None or isinstance(rows, str | Mapping)
 
 
+def check_one_split(section: Any, name: str) -> None:
+    """Raises ConfigError where several sets of rows by their names, such as a ``DatasetDict``, are given for one split."""
+    values = section if isinstance(section, Mapping) else {}
+    sets = [str(key) for key, rows in values.items() if isinstance(rows, Iterable) and not isinstance(rows, _PLAIN)]
+    if sets and "path" not in values:
+        raise ConfigError(
+            f"{name} is no set of rows but holds several ({listed(sets, 3)}): give one of them, such as rows[{sets[0]!r}]."
+        )
+
+
 def write_rows(rows: Any, name: str, run_dir: str) -> str:
     """Writes rows, mappings or a table that Arrow reads (pandas, polars, pyarrow), into a folder beside the run's directory,
     ``RUN_DIR.rows``, under the hash of their content: the same rows are the same file, which is written anew where it holds
-    others by now. Returns its path. Raises ConfigError where a row is none, or holds what is not JSON, or there is none; where
-    ``run_dir`` is on an object store."""
+    others by now. Returns its path. Raises ConfigError where a row is none, or holds what is not JSON, or there is none; where a
+    table has what Arrow cannot write; where ``run_dir`` is on an object store, or the folder cannot be made."""
     if is_store_uri(run_dir):
         raise ConfigError(
             f"{name} are rows, and run_dir {run_dir} is on an object store: give the path of a file there."
@@ -39,6 +53,7 @@ def write_rows(rows: Any, name: str, run_dir: str) -> str:
     is_table = hasattr(rows, "__arrow_c_stream__")
     if hasattr(rows, "__len__") and not len(rows):
         raise ConfigError(f"{name} has no rows: give at least one.")
+    check_folder(folder, "run_dir: the rows' folder")
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".*.tmp"):  # by calls that were killed
         with contextlib.suppress(FileNotFoundError):
@@ -47,7 +62,7 @@ def write_rows(rows: Any, name: str, run_dir: str) -> str:
     with _gone_where_empty(folder), tempfile.TemporaryDirectory(".tmp", ".", folder) as temporary:
         new = Path(temporary, name)
         if is_table:
-            pa.parquet.write_table(pa.table(rows), new)
+            _write_table(rows, name, new)
         else:
             with new.open("wb") as file:
                 file.writelines(_lines(rows, name))
@@ -68,9 +83,23 @@ def _gone_where_empty(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
+def _write_table(rows: Any, name: str, path: Path) -> None:
+    try:
+        table = pa.table(rows)
+        pa.parquet.write_table(table, path)
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        detail = one_line(" ".join(map(str, error.args)))
+        raise ConfigError(
+            f"{name} cannot be written as a table ({detail}): give a list of dicts, or make each column of one type."
+        ) from error
+    if not table.num_rows:
+        raise ConfigError(_NONE.format(name=name))
+
+
 def _lines(rows: Any, name: str) -> Iterable[bytes]:
     if not isinstance(rows, Iterable):
         raise ConfigError(f"{name} is {type(rows).__name__}: give a path, a list of dicts, a data frame or a data set.")
+    number = 0
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise ConfigError(f"{name}, row {number} is {type(row).__name__}: give a dict for each row.")
@@ -81,6 +110,8 @@ def _lines(rows: Any, name: str) -> Iterable[bytes]:
                 f"{name}, row {number} cannot be written as JSON ({error}): name images by their paths, and leave out what"
                 " no format reads."
             ) from error
+    if not number:
+        raise ConfigError(_NONE.format(name=name))
 
 
 def _plain(value: Any) -> Any:

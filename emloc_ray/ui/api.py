@@ -9,7 +9,7 @@ from typing import Any
 
 from emloc_ray.config.reading import load_config, parse_config, without_paths
 from emloc_ray.config.schema import DataConfig, RunConfig, SplitConfig
-from emloc_ray.data.memory_rows import is_place, write_rows
+from emloc_ray.data.memory_rows import check_one_split, is_place, write_rows
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.store.places import below
@@ -176,10 +176,13 @@ def as_config(
     source = model.get("source") if isinstance(model, Mapping) else model
     if isinstance(source, str):
         values.setdefault("run_dir", f"runs/{re.split('[/:]', source.rstrip('/'))[-1]}")
-    data = values.get("data") or {}
+    data = values.get("data")
+    data = {} if data is None else data
     if not isinstance(data, Mapping):
         data = {"train": data}
     data = {**data, **given}
+    for name in _SPLITS:
+        check_one_split(data.get(name), name)
     rows = {name: held for name, held in data.items() if name in _SPLITS and not is_place(held)}
     if data:
         values["data"] = {**data, **dict.fromkeys(rows, "rows.jsonl")}

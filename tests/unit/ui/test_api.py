@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from small_runs import task_rows, write_jsonl
 from tiny import make_tokenizer
@@ -35,6 +36,7 @@ from emloc_ray.ui.api import RunResult, as_config
 from emloc_ray.ui.notebook import NotebookReporter
 
 ROWS = task_rows(20)
+SETS = {"train": pd.DataFrame(ROWS), "test": pd.DataFrame(ROWS[:4])}  # as a DatasetDict
 
 
 def test_rows_of_a_program_become_a_file_beside_the_run(tmp_path: Path) -> None:
@@ -93,6 +95,12 @@ def test_rows_may_have_numbers_of_numpy_and_dates(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {**ROWS[0], **plain}
 
 
+def test_a_config_s_data_may_be_rows_alone(tmp_path: Path) -> None:
+    config = as_config({"run_dir": tmp_path / "mine", "model": "m", "data": pd.DataFrame(ROWS)})
+    assert config.data.train is not None
+    assert pd.read_parquet(str(config.data.train.path)).to_dict("records") == ROWS
+
+
 def test_keywords_are_keys_over_those_of_a_config(tmp_path: Path) -> None:
     values = {
         "run_dir": "r",
@@ -129,6 +137,26 @@ def test_keywords_are_keys_over_those_of_a_config(tmp_path: Path) -> None:
             "train, row 1 cannot be written as JSON .*name images by their paths",
         ),
         ({"train": []}, "train has no rows: give at least one"),
+        ({"data": []}, "train has no rows: give at least one"),
+        ({"train": iter(())}, r"train has no rows: give at least one \(an iterator can be read once\)"),
+        ({"train": pa.RecordBatchReader.from_batches(pa.schema({"text": pa.string()}), [])}, "train has no rows"),
+        (
+            {"train": pd.DataFrame({"prompt": ["a", 3]})},
+            r"train cannot be written as a table \(Expected bytes, .* column prompt .*\): give a list of dicts, or make each",
+        ),
+        ({"train": pd.DataFrame({"messages": ["a", [{"role": "user"}]]})}, "train cannot be written as a table"),
+        ({"train": pd.DataFrame({"a": [object()]})}, "train cannot be written as a table"),
+        ({"train": pd.DataFrame([[1, 2]], columns=["a", "a"])}, r"as a table \(Duplicate column names found"),
+        ({"train": pd.Series(["a"])}, "train cannot be written as a table"),
+        ({"train": pa.table({"a": [{}]})}, "train cannot be written as a table"),
+        (
+            {"train": ROWS, "run_dir": "/dev/null/mine"},
+            "run_dir: the rows' folder /dev/null/mine.rows: /dev/null is a file",
+        ),
+        ({"train": ROWS, "run_dir": "/proc/mine"}, "run_dir: the rows' folder /proc/mine.rows cannot be written"),
+        ({"train": SETS}, r"train is no set of rows but holds several \(train, test\): give one .* as rows\['train'\]"),
+        ({"data": {"eval": SETS}}, "eval is no set of rows but holds several"),
+        ({"train": {"prompt": ["a"]}}, "data.train.prompt is not a key"),
         ({"train": 7}, "train is int: give a path, a list of dicts"),
         ({"train": ROWS, "run_dir": "s3://b/run"}, "train are rows, and run_dir s3://b/run is on an object store"),
         ({"train": "a.jsonl", "lr": 3}, "lr is not a key"),
