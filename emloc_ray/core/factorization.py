@@ -4,8 +4,9 @@ Stored as ``U (Uᵀ W)``, which needs no inverse of ``G^½``; Swift-SVD (https:/
 """
 
 import math
+import operator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class Factorization:
 
 def factorize(
     weight: Tensor,
-    whitening: Whitening | Gram,
+    whitening: Whitening | Gram | Tensor,
     rank: int,
     *,
     solver: Solver = "auto",
@@ -91,15 +92,15 @@ def factorize(
     float32 and once more in float64 where rounding could change the residual by 1e-3, on the CPU where the device's float64 is
     slow. The result depends on ``seed`` (the subspace's start) only within these bounds.
 
-    The weight is of any floating dtype, on the device of the whitening, where it is computed; a :class:`Gram` in its place is
-    whitened for this weight alone. Raises NumericsError where the weight or the Gram holds a NaN or an Inf, ValueError where
-    shapes do not fit or ``rank`` is not within ``1 .. min(out, in)``; ``name`` is the layer's, for these.
+    The weight is of any floating dtype, on the device of the whitening, where it is computed; a :class:`Gram` in its place, or
+    its matrix, is whitened for this weight alone. Raises NumericsError where the weight or the Gram holds a NaN or an Inf, or
+    the factors would; ValueError where shapes do not fit, the weight is on the meta device, ``rank`` is no whole number within
+    ``1 .. min(out, in)`` or there is no such ``solver``. ``name`` is the layer's, for these.
     """
-    order = min(weight.shape)
-    whitening = Whitening(whitening, name=name) if isinstance(whitening, Gram) else whitening
+    rank = _checked_rank(weight, rank, solver, name)
+    whitening = whitening if isinstance(whitening, Whitening) else Whitening(whitening, name=name)
     whitening.check_reads(weight, name)
-    if not 1 <= rank <= order:
-        raise ValueError(f"{name} has {order} ranks, so its rank cannot be {rank}.")
+    order = min(weight.shape)
     if solver == "auto":
         share, faster = _faster_solver(weight.device)
         solver = faster if order >= _SUBSPACE_MIN_ORDER and rank <= share * order else "exact"
@@ -113,14 +114,36 @@ def factorize(
         result, _ = _factorize_scaled(scaled.to(torch.float64), whitening, rank, solver, seed)
     energy_scale = scale * scale * whitening.scale
     up, down = (factor.to(weight.device) for factor in result.factors)
+    down = (down if scale == 1.0 else down * scale).to(stored)
+    if scale != 1.0 and not is_finite(down):
+        raise NumericsError(f"The weight of {name} is so large that its factors overflow {stored}: scale it down.")
     return Factorization(
-        factors=LowRankFactors(up.to(stored).contiguous(), (down if scale == 1.0 else down * scale).to(stored)),
+        factors=LowRankFactors(up.to(stored).contiguous(), down),
         eigenvalues=result.eigenvalues.to(weight.device) * energy_scale,
         total_energy=result.total_energy * energy_scale,
         relative_error=result.relative_error,
         solver=result.solver,
         dtype=result.dtype,
     )
+
+
+def _checked_rank(weight: Tensor, rank: int, solver: str, name: str) -> int:
+    """The rank as an int; raises ValueError where weight, rank or solver are none that :func:`factorize` takes."""
+    if weight.ndim != 2 or weight.is_meta:
+        shape = tuple(weight.shape)
+        raise ValueError(
+            f"{name} has a weight of shape {shape} on {weight.device}: give a matrix (out, in) with its values."
+        )
+    if solver not in get_args(Solver):
+        raise ValueError(f"solver is {solver!r}: give one of {', '.join(get_args(Solver))}.")
+    try:
+        rank = operator.index(rank)
+    except TypeError:
+        raise ValueError(f"The rank of {name} is {rank!r}: give a whole number.") from None
+    order = min(weight.shape)
+    if not 1 <= rank <= order:
+        raise ValueError(f"{name} has {order} ranks, so its rank cannot be {rank}.")
+    return rank
 
 
 def _faster_solver(device: torch.device) -> tuple[float, Solver]:
@@ -152,8 +175,9 @@ def scaled_weight(weight: Tensor, name: str) -> tuple[Tensor, float]:
     largest = float(weight.abs().max())
     if largest == 0.0:
         return weight, 1.0
-    # A power of two, so that nothing is rounded; never below the normal range, where its inverse would overflow.
-    scale = 2.0 ** max(math.frexp(largest)[1], -126)
+    # A power of two, so that nothing is rounded; both it and its inverse are normal numbers.
+    limit = math.frexp(torch.finfo(weight.dtype).max)[1] - 2
+    scale = 2.0 ** min(max(math.frexp(largest)[1], -limit), limit)
     return weight / scale, scale
 
 

@@ -38,7 +38,7 @@ class Whitening:
     def __init__(self, gram: Tensor | Gram, dampening_frac: float = 1e-6, *, name: str = "the layer") -> None:
         """Takes a symmetric ``(in, in)`` matrix or a :class:`Gram`. Raises NumericsError, naming ``name``, where it holds a NaN
         or an Inf, ValueError where it is not square, or ``dampening_frac`` is negative."""
-        matrix = gram.symmetric() if isinstance(gram, Gram) else gram.detach()
+        matrix = (gram.symmetric() if isinstance(gram, Gram) else gram).detach()
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"A Gram is square, not of shape {tuple(matrix.shape)}.")
         if dampening_frac < 0:

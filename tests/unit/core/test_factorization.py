@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -266,6 +267,45 @@ def test_refuses_what_does_not_fit() -> None:
     for rank in (0, 5):
         with pytest.raises(ValueError, match=r"q_proj has 4 ranks, so its rank cannot be"):
             factorize(torch.ones(4, 6), Whitening.identity(6), rank, name="q_proj")
+
+
+@pytest.mark.parametrize(
+    ("weight", "rank", "solver", "sentence"),
+    [
+        (torch.ones(6), 2, "auto", r"q_proj has a weight of shape \(6,\) on cpu: give a matrix"),
+        (torch.ones(4, 6, device="meta"), 2, "auto", r"q_proj has a weight of shape \(4, 6\) on meta: give a matrix"),
+        (torch.ones(4, 6), 2.0, "auto", r"The rank of q_proj is 2\.0: give a whole number"),
+        (torch.ones(4, 6), 2, "svd", "solver is 'svd': give one of auto, exact, subspace, products"),
+    ],
+)
+def test_refuses_what_is_no_argument(weight: Tensor, rank: Any, solver: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        factorize(weight, Whitening.identity(6), rank, solver=solver, name="q_proj")
+
+
+@pytest.mark.parametrize("solver", ["exact", "subspace", "products"])
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float32, 2e38), (torch.float64, 1e308)])
+def test_a_weight_near_the_end_of_its_dtype_has_finite_factors(
+    dtype: torch.dtype, large: float, solver: Solver
+) -> None:
+    """As long as these fit it."""
+    weight = torch.zeros(40, 60, dtype=dtype)
+    weight.diagonal().copy_(large * torch.linspace(1.0, 0.5, 40, dtype=dtype))
+    made = factorize(weight, Whitening.identity(60), 10, solver=solver)
+    assert float((made.factors.up @ made.factors.down).abs().max()) == pytest.approx(large, rel=1e-3)
+    assert made.relative_error == pytest.approx(
+        best_error(weight / large, torch.eye(60, dtype=torch.float64), 10), rel=2e-3
+    )
+    with pytest.raises(NumericsError, match=r"The weight of q_proj is so large that its factors overflow torch\.float"):
+        factorize(torch.full((40, 60), large, dtype=dtype), Whitening.identity(60), 10, solver=solver, name="q_proj")
+
+
+def test_takes_a_gram_s_matrix_and_one_of_activations_with_gradients() -> None:
+    x, weight = normal(50, 6).requires_grad_(), normal(4, 6, 1).requires_grad_()
+    gram = x.T @ x
+    made = [factorize(weight, inputs, 2).factors for inputs in (Whitening(gram), Gram(gram), gram)]
+    assert not any(factor.requires_grad for factors in made for factor in factors)
+    assert all(torch.equal(made[0].down, factors.down) for factors in made)
 
 
 def test_a_factorization_survives_pickling() -> None:
