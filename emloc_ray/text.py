@@ -95,6 +95,13 @@ def one_line(text: object, most: int = 200) -> str:
     return re.sub(r"(?<!\.)\.$", "", line) if len(line) <= most else f"{line[: most - 1].rstrip(' .,')}…"
 
 
+def shown(value: object) -> str:
+    """A value as Python writes it; of an object that no file would hold, such as a loaded model, its type alone."""
+    if value is None or isinstance(value, str | bytes | int | float | list | tuple | dict):
+        return repr(value)
+    return f"an object of the type {type(value).__name__}"
+
+
 def version_changes(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
     """``torch 2.6 (now 2.7), peft 0.17 (now 0.18)``; None: of an emloc_ray that recorded none."""
     if not then:

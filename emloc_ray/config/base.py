@@ -17,6 +17,8 @@ from pydantic import (
     model_validator,
 )
 
+from emloc_ray.text import shown
+
 Patterns = str | typing.Annotated[list[str], Field(min_length=1)]
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:[kmgtpe]i?b|[kmgtpe]|b)?\s*", re.IGNORECASE)
@@ -26,7 +28,7 @@ _LEAST_BYTES = 4096  # of a size without a unit: less was meant in another one
 def _whole_size(value: Any) -> Any:
     """pydantic reads the beginning of a size and ignores the rest: 1,5GiB would be a byte. A small number lacks its unit."""
     if isinstance(value, bool) or not (whole := _SIZE.fullmatch(str(value))):
-        raise ValueError(f"{value!r} is no size: give a number and a unit, such as 24GiB")
+        raise ValueError(f"{shown(value)} is no size: give a number and a unit, such as 24GiB")
     if whole[1] == str(value).strip() and 0 < float(whole[1]) < _LEAST_BYTES:
         raise ValueError(f"{whole[1]} is {whole[1]} bytes: write {whole[1]}GiB")
     return value

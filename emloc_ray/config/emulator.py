@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from emloc_ray.config.base import Patterns, Section, Size, StageConfig
+from emloc_ray.text import shown
 
 _BITS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*bits?\s*")
 _SIZE: TypeAdapter[int] = TypeAdapter(Size)
@@ -43,7 +44,7 @@ def _budget(value: Any) -> Any:
             pass
         else:
             return value
-    raise ValueError(f"{value!r} is no budget: give bits a weight or bytes in all, such as 2.3 bits or 1.5GiB")
+    raise ValueError(f"{shown(value)} is no budget: give bits a weight or bytes in all, such as 2.3 bits or 1.5GiB")
 
 
 class HealingConfig(Section):

@@ -21,7 +21,7 @@ from emloc_ray.config.finetune import FinetuneConfig
 from emloc_ray.config.peers import peer_key
 from emloc_ray.config.schema import RayConfig, RunConfig
 from emloc_ray.io.runs.secret_values import HIDDEN, is_secret, is_variable, leaves
-from emloc_ray.text import listed
+from emloc_ray.text import listed, shown
 
 _MANY = 30  # keys that are too many to be listed in a sentence
 NO_KEY = " is not a key: "
@@ -157,7 +157,9 @@ def _checkpointing_errors(value: Any) -> list[str]:
     """The errors in what is passed on to torch's ``checkpoint``, which would tell them in the first step."""
     key = "finetune.gradient_checkpointing_kwargs"
     if not isinstance(value, dict):
-        return [] if value is None else [f"{key} is {value!r}: give keys of torch's checkpoint, each with its value."]
+        return (
+            [] if value is None else [f"{key} is {shown(value)}: give keys of torch's checkpoint, each with its value."]
+        )
     if value.get("use_reentrant") is True:
         return [
             f"{key}.use_reentrant: true gives no gradients where a block's inputs need none, as below adapters on frozen"
@@ -252,7 +254,7 @@ def _type_errors(key: str, value: Any, hint: Any, strict: bool = False) -> list[
         return []
     except ValidationError as error:
         message = error.errors()[0]["msg"]
-        return [f"{key} is {value!r}: {message[0].lower()}{message[1:]}."]
+        return [f"{key} is {shown(value)}: {message[0].lower()}{message[1:]}."]
     return []
 
 

@@ -21,7 +21,7 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import read_yaml, read_yaml_value
 from emloc_ray.io.runs.secret_values import without_secret, without_secrets
 from emloc_ray.io.store.places import looked_in
-from emloc_ray.text import counted, listed
+from emloc_ray.text import counted, listed, shown
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}|(?:(?<=/)|^)\$([A-Za-z_]\w*)")  # a file's name may have a $ in it
 # The keys that hold paths, of a config and of a batch.
@@ -301,8 +301,8 @@ def _sentence(detail: Any, model: type[Section]) -> str:
     given = without_secrets(detail["input"], tuple(location))
     if detail["type"] == "model_type" and (section := _section(location, model)):
         keys = listed(list(section.model_fields), 3)
-        return f"{key} is {given!r}: it is a section, give it keys of its own ({keys})."
-    return f"{key} is {given!r}: {message[0].lower()}{message[1:]}."
+        return f"{key} is {shown(given)}: it is a section, give it keys of its own ({keys})."
+    return f"{key} is {shown(given)}: {message[0].lower()}{message[1:]}."
 
 
 def _nested(key: str) -> str:

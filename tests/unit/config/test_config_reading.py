@@ -311,3 +311,31 @@ def test_a_refused_override_does_not_show_its_value(path: Path, override: str) -
     with pytest.raises(ConfigError, match=r"token|seed is|hidden") as caught:
         load_config(path, [override])
     assert "hf_aaa" not in str(caught.value)
+
+
+class Adapter:
+    def __repr__(self) -> str:
+        return "Adapter(\n" + "r=8, " * 999 + ")"
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"model": Adapter()}, "model is {}: it is a section, give it keys of its own (source, "),
+        ({"model": {"source": Adapter()}}, "model.source is {}: input should be a valid string"),
+        ({"finetune": Adapter()}, "finetune is {}: it is a section"),
+        ({"finetune": {"weight_decay": Adapter()}}, "finetune.weight_decay is {}: "),
+        ({"finetune": {"gradient_checkpointing_kwargs": Adapter()}}, "finetune.gradient_checkpointing_kwargs is {}: "),
+        ({"memory_budget": Adapter()}, "memory_budget: {} is no size"),
+        ({"emulator": {"budget": Adapter()}}, "emulator.budget: {} is no budget"),
+    ],
+)
+def test_an_object_is_named_by_its_type(sections: dict[str, Any], said: str) -> None:
+    message = error_of(**sections)
+    assert said.format("an object of the type Adapter") in message
+    assert "r=8" not in message
+
+
+@pytest.mark.parametrize("value", ["x", 1.5, [None, 1], {"a": 1}])
+def test_a_plain_value_is_shown_whole(value: Any) -> None:
+    assert f"seed is {value!r}: " in error_of(seed=value)
