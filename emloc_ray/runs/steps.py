@@ -146,7 +146,8 @@ class Steps:
         assert self.cache is not None
         key = cache_key(stage, shared)
         self.reporter.wait(stage.name, "another")
-        with self.cache.alone(key, self.turns.stopped, lambda text: self._note(f"{stage.name}: {text}")):
+        alone = self.cache.alone(key, self.turns.stopped, lambda text: self._note(f"{stage.name}: {text}"))
+        with self.turns.first(stage.name, context.made[stage.name]), alone:
             self.reporter.wait(stage.name)
             entry = self._find(stage, key) if links else None
             if entry is None:

@@ -22,6 +22,10 @@ class Turns(Protocol):
         """Waits until the stage may start; gives the resources of its run: ``least`` workers or more, up to those asked for.
         Raises Stopped where the run shall end instead."""
 
+    def first(self, stage: str, inputs: str) -> AbstractContextManager[None]:
+        """Waits for a run that is to go first with a stage that many share, of the inputs of this fingerprint; the block is this
+        run's turn. Raises Stopped where the run shall end instead."""
+
     def stopped(self) -> bool:
         """Whether the run shall end; polled while a stage runs."""
 
@@ -63,6 +67,10 @@ class AtOnce:
         finally:
             patience.cancel()
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+    def first(self, stage: str, inputs: str) -> AbstractContextManager[None]:
+        """Goes first."""
+        return contextlib.nullcontext()
 
     def stopped(self) -> bool:
         """Whether SIGTERM came."""

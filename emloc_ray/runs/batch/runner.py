@@ -10,6 +10,7 @@ from emloc_ray.errors import ArtifactError, EmlocError, Stopped
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.secret_values import hide_secrets
 from emloc_ray.runs.batch.admission import Admission, Amount
+from emloc_ray.runs.batch.begun import Begun
 from emloc_ray.runs.batch.config import MAX_CONCURRENT
 from emloc_ray.runs.batch.state import (
     BatchState,
@@ -64,7 +65,10 @@ class BatchRun:
         self._done = {task.name: task for task in before.tasks if task.status == "done"}
         self.board = Board(before.started_at, map(self._begin, tasks))
         self.admission = Admission()
-        in_order = sorted(tasks, key=lambda task: -task.priority)  # of the same priority as in the file
+        begun = {task.name: work.planned(task).begun for task in tasks}
+        self._begun = Begun(begun, lambda name: name in self._running)
+        # Of the same priority those first that others may wait for, else as in the file.
+        in_order = sorted(tasks, key=lambda task: (-task.priority, task.name not in self._begun.tasks))
         self._order = {task.name: number for number, task in enumerate(in_order)}
         self._waiting = {task.name: task for task in in_order}
         self._running: dict[str, threading.Thread] = {}
@@ -125,6 +129,7 @@ class BatchRun:
                 plan,
                 lambda: self._ending or name in self._cancelled,
                 lambda stage: reporter.wait(stage, "resources"),
+                self._begun,
             )
             self.work.do(task, turns, reporter)
             self.board.end(name, "done")

@@ -20,6 +20,7 @@ from emloc_ray.planning.machine import check_kernel
 from emloc_ray.planning.plan import Plan, StagePlan, check_stages, make_plan, missing_disk
 from emloc_ray.planning.prepared import Lookups, Prepared, Submit, prepare, start_lookups
 from emloc_ray.runs.batch.admission import Admission, Amount, Need, Ticket
+from emloc_ray.runs.batch.begun import Begun, Tries
 from emloc_ray.runs.batch.state import TaskReporter
 from emloc_ray.runs.batch.tasks import Task
 from emloc_ray.runs.changes import changed_keys, find_changes, unfinished
@@ -31,14 +32,17 @@ from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.text import listed
 
 _WAITING = 8  # threads that wait for stores and the hub
+_SHARED = frozenset(stage.name for stage in STEPS if stage.is_shared is not None)
 
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """The plan of a task: seconds in all, and by stage the bytes of its node that one worker holds."""
+    """The plan of a task: seconds in all, and by stage the bytes of its node that one worker holds; the shared stages that it
+    has begun."""
 
     seconds: float = 0.0
     worker_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    begun: Tries = dataclasses.field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
@@ -57,19 +61,25 @@ class TaskTurns:
         plan: TaskPlan,
         stopped: Callable[[], bool],
         on_wait: Callable[[str], None] = lambda stage: None,
+        begun: Begun | None = None,
     ) -> None:
         """``on_wait`` is called with a stage that begins to wait for resources."""
         self.task, self.order, self.admission, self.plan = task, order, admission, plan
-        self.stopped, self.on_wait = stopped, on_wait
+        self.stopped, self.on_wait, self.begun = stopped, on_wait, begun or Begun()
 
     @contextlib.contextmanager
     def take(self, stage: str, asked: Resources, least: int) -> Iterator[Resources]:
         """Waits for the resources; a bag of tasks may get fewer workers than it asked for."""
         each = Amount(asked.cpus_per_worker, asked.gpus_per_worker, self.plan.worker_bytes.get(stage, 0))
         need = Need(each, asked.num_workers, least)
+        self.begun.pass_on(self.task, stage)
         self.on_wait(stage)
         with self.admission.admitted(Ticket(self.task, stage, self.order, need), self.stopped) as workers:
             yield dataclasses.replace(asked, num_workers=workers)
+
+    def first(self, stage: str, inputs: str) -> contextlib.AbstractContextManager[None]:
+        """Waits while a task that has begun the stage has not had its turn: :class:`Begun`."""
+        return self.begun.turn(self.task, stage, inputs, self.stopped)
 
 
 class PipelineWork:
@@ -87,6 +97,7 @@ class PipelineWork:
         self.accept_versions, self.batch = accept_versions, batch
         self.cache, self.reporter = cache, reporter or Reporter()
         self._ready: dict[str, tuple[Prepared, Plan, set[str]]] = {}  # with the stages that are left to make
+        self._begun: dict[str, Tries] = {}
         self._gpus: tuple[float, float | None] | None = None  # of a Ray that was there already
         self.actors = FinalActors("a batch" if batch is None else batch.place)
 
@@ -142,6 +153,10 @@ class PipelineWork:
             plan = make_plan(STEPS, prepared)
             check_stages(plan, left)
             ready = self._ready[task.name] = prepared, plan, left
+            tries = manifest.get("tries", {}).items()
+            self._begun[task.name] = {
+                name: (tried["inputs"], tried["seconds"]) for name, tried in tries if name in _SHARED
+            }
         return ready
 
     def changes(self, tasks: Sequence[Task]) -> list[str]:
@@ -164,19 +179,17 @@ class PipelineWork:
 
     def shared_bytes(self, task: Task) -> int:
         """What other tasks may share of all that the task is planned to have: links on a disk, copies in a bucket."""
-        shared = {stage.name for stage in STEPS if stage.is_shared is not None}
-        return sum(stage.disk_bytes for stage in self.stages(task) if stage.name in shared)
+        return sum(stage.disk_bytes for stage in self.stages(task) if stage.name in _SHARED)
 
     def own_disk(self, task: Task) -> int:
         """The bytes that the task's run directory still grows by at most, but for what other tasks may share."""
         prepared, plan, left = self._prepare(task)
-        shared = {stage.name for stage in STEPS if stage.is_shared is not None}
-        return missing_disk(plan, prepared.run, left - shared)
+        return missing_disk(plan, prepared.run, left - _SHARED)
 
     def planned(self, task: Task) -> TaskPlan:
         """The task's plan."""
         plan = self._prepare(task)[1]
-        return TaskPlan(plan.seconds, plan.host_bytes)
+        return TaskPlan(plan.seconds, plan.host_bytes, self._begun[task.name])
 
     def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
         """Runs the whole pipeline, and raises its errors."""
@@ -197,6 +210,7 @@ class PipelineWork:
     def forget(self, task: Task) -> None:
         """Forgets a task that is over: a later try prepares it again."""
         self._ready.pop(task.name, None)
+        self._begun.pop(task.name, None)
 
 
 @contextlib.contextmanager

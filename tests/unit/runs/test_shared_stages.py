@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,6 +22,7 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError, DamagedArtifactError, EmlocError, NumericsError, StageError, Stopped
 from emloc_ray.io.runs.cache import ArtifactCache, Entry, EntryGone
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.store import node_cache
 from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.digests import digest
@@ -30,6 +32,9 @@ from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs import run as pipeline
 from emloc_ray.runs import steps as runs_steps
+from emloc_ray.runs.batch.admission import Admission, Amount
+from emloc_ray.runs.batch.begun import Begun
+from emloc_ray.runs.batch.work import TaskPlan, TaskTurns
 from emloc_ray.runs.reporter import Awaited, Reporter, Reporters
 from emloc_ray.runs.steps import Steps, cache_key
 from emloc_ray.runs.turns import AtOnce, Turns
@@ -179,6 +184,32 @@ def test_who_waits_for_another_s_work_is_at_that_stage_and_says_so(
         first.result(20)
         second.result(20)
     assert heard == ["calibrate", "another", "calibrate", "starts"]
+
+
+def test_the_task_that_has_begun_a_stage_goes_on_with_it_though_another_comes_first(
+    run_stage: Callable[..., RunDirectory], tmp_path: Path
+) -> None:
+    cache, made, waits = ArtifactCache(str(tmp_path / "cache")), list[str](), threading.Event()
+    begun = Begun({"late": {"calibrate": (fingerprint({"seed": 0}), 5.0)}}, lambda task: True)
+    admission = Admission()
+    admission.update(Amount(cpus=8.0, memory=2.0**40))
+
+    class Heard(Reporter):
+        def wait(self, stage: str, awaited: Awaited | None = None) -> None:
+            if awaited == "another":
+                waits.set()
+
+    def run(name: str) -> RunDirectory:
+        turns = TaskTurns(name, 0, admission, TaskPlan(), lambda: False, begun=begun)
+        return run_stage(name, stage_of(made), cache, Heard(), turns)
+
+    with ThreadPoolExecutor(2) as pool:
+        early = pool.submit(run, "early")
+        assert waits.wait(20)
+        time.sleep(0.3)  # in which it would take the turn
+        pool.submit(run, "late").result(20)
+        early.result(20)
+    assert made == ["late"]
 
 
 @pytest.mark.server

@@ -15,6 +15,7 @@ from emloc_ray.errors import ArtifactError, ConfigError, StageError, Stopped, Ta
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.batch import runner
 from emloc_ray.runs.batch.admission import Amount
+from emloc_ray.runs.batch.begun import Tries
 from emloc_ray.runs.batch.driver import check_free
 from emloc_ray.runs.batch.runner import BatchRun, concurrency
 from emloc_ray.runs.batch.state import (
@@ -38,8 +39,14 @@ CONFIG = parse_config({"run_dir": "r", "model": {"source": "m"}, "data": {"train
 class Waits:
     """Work whose stages do what ``acts`` says, then wait."""
 
-    def __init__(self, acts: Mapping[str, Callable[[], object]] | None = None, seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        acts: Mapping[str, Callable[[], object]] | None = None,
+        seconds: float = 0.0,
+        tries: Mapping[str, Tries] | None = None,
+    ) -> None:
         self.acts, self.seconds = acts or {}, seconds
+        self.tries = tries or {}
         self.begun: list[tuple[str, str]] = []
         self.forgotten: list[str] = []
         self.most_at_once = 0
@@ -47,7 +54,7 @@ class Waits:
         self._lock = threading.Lock()
 
     def planned(self, task: Task) -> TaskPlan:
-        return TaskPlan(2.0, dict.fromkeys(STAGES, 100))
+        return TaskPlan(2.0, dict.fromkeys(STAGES, 100), self.tries.get(task.name, {}))
 
     def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
         for stage in STAGES:
@@ -262,6 +269,32 @@ def test_who_waits_for_resources_says_so_until_its_stage_begins(tmp_path: Path) 
     run.run()
     assert {task.active for task in shown if task.waits_for is None} == {False, True}
     assert {(task.status, task.active) for task in shown if task.waits_for == "resources"} == {("running", False)}
+
+
+def test_of_equal_priority_who_has_begun_what_others_share_comes_first(tmp_path: Path) -> None:
+    tries = {"b": {"calibrate": ("key", 1.0)}, "c": {"calibrate": ("key", 2.0)}, "d": {"calibrate": ("other", 1.0)}}
+    work = Waits(tries=tries)
+    batch_run(tmp_path, work, *"abcde", max_concurrent=1, e=1).run()
+    assert [task for task, stage in work.begun if stage == "calibrate"] == ["e", "c", "d", "a", "b"]
+
+
+def test_who_waits_for_one_that_has_begun_goes_on_when_that_one_fails(tmp_path: Path) -> None:
+    let_go = threading.Event()
+
+    def fail() -> None:
+        assert let_go.wait(20)
+        raise StageError("data: it is gone.")
+
+    class Shares(Waits):
+        def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
+            if task.name == "begun":
+                fail()
+            threading.Timer(0.3, let_go.set).start()
+            with turns.first("calibrate", "key"):
+                assert let_go.is_set()
+
+    run = batch_run(tmp_path, Shares(tries={"begun": {"calibrate": ("key", 1.0)}}), "other", "begun")
+    assert statuses(run.run()) == {"other": "done", "begun": "failed"}
 
 
 def test_what_is_redone_has_its_old_losses_no_more(tmp_path: Path) -> None:

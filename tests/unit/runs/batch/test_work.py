@@ -16,6 +16,9 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning import calibration_memory, data_checks, prepared
 from emloc_ray.runs.batch.tasks import Task
 from emloc_ray.runs.batch.work import PipelineWork
+from emloc_ray.runs.versions import made_with
+from emloc_ray.stages.calibrate.stage import CALIBRATE
+from emloc_ray.stages.finetune.stage import FINETUNE
 
 FLASH = {"attn_implementation": "flash_attention_2"}
 
@@ -89,6 +92,16 @@ def test_what_tasks_wait_for_is_asked_for_at_once_and_what_they_share_once(
     work.prepare(tasks)
     assert sorted(calls) == [("look_at_files", False), ("resolve_source", False), ("row_lengths", True), ("scan", True)]
     assert [work.config(task).emulator.compression_ratio for task in tasks] == [0.3, 0.4, 0.5]
+
+
+def test_a_task_s_plan_names_the_shared_stages_that_it_has_begun(task: Callable[..., Task], tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "cut")
+    run.create({})
+    for stage in (CALIBRATE, FINETUNE):
+        run.begin(stage.name, made_with(stage), "key", 7.0)
+    work = PipelineWork(None)
+    assert work.planned(task("cut")).begun == {"calibrate": ("key", 7.0)}
+    assert work.planned(task("new")).begun == {}
 
 
 def test_a_task_that_is_refused_ends_alone_and_in_order(task: Callable[..., Task], tmp_path: Path) -> None:
