@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,11 +37,15 @@ class Planned(Session):
 
 
 def test_all_cases_need_ten_minutes_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limited: list[int | None] = []  # torch refuses a device without a number there
+    limited: list[tuple[float, int | None]] = []  # torch refuses a device without a number there
 
     monkeypatch.setattr(session, "machine", lambda _: {})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * training.GIB))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda _, device: limited.append(device.index))
+    total = 80 * training.GIB  # of which 3 GiB are taken: 2 by torch, 1 by the context
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (total - 3 * training.GIB, total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2 * training.GIB)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: limited.append((share, device.index))
+    )
     skeletons: list[Any] = []
     make = plan.skeleton_of
     monkeypatch.setattr(plan, "skeleton_of", lambda *model: skeletons.append(make(*model)) or skeletons[-1])
@@ -51,7 +54,7 @@ def test_all_cases_need_ten_minutes_at_most(tmp_path: Path, monkeypatch: pytest.
         part(planned)
     assert " ".join(planned.cases) == "training ranks blocks 24 GiB speeds factorization correction rounding"
     assert 500 < sum(sum(cases.values()) for cases in planned.cases.values()) <= 600, planned.cases
-    assert limited == [0, 0]
+    assert limited == [(23 / 80, 0), (1.0, 0)]
     assert planned.cases["24 GiB"] == {
         "11 rows, within the plan": 21,
         "16 rows, beyond the plan": 26,
