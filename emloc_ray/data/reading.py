@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from socket import gethostname
 from typing import Any, TypeVar
 
@@ -40,7 +40,7 @@ from emloc_ray.data.text_rows import (
 )
 from emloc_ray.errors import DataError
 from emloc_ray.io.formats.arrow_schemas import open_parquet
-from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files, look_of
+from emloc_ray.io.runs.fingerprint import look_of
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.io.store.places import above, is_store_uri
 from emloc_ray.io.store.stored_files import StoredFile, shown
@@ -189,20 +189,9 @@ def _counted(place: str, kind: str, stream: io.BufferedReader, keep_bad: bool, v
     return SourceFile(place, kind, count, tuple(marks), max(1, whole), version, delimiter=delimiter)
 
 
-def fingerprint_sources(sources: Sequence[SourceFile]) -> str:
-    """A hash of counted files: of local ones as :func:`fingerprint_large_files`, of stored ones by name and version; of
-    the images that they name; and of the shares that they are in. Raises DataError naming the first local file that has changed
-    since its rows were counted."""
-    for source in sources:
-        path = Path(source.path)
-        if source.looked and (not path.is_file() or look_of(path) != source.looked):
-            raise DataError(f"{source.name} was changed after its rows were counted: run the same command again.")
-    local = fingerprint_large_files(Path(source.path) for source in sources if not source.is_stored)
-    stored = [[PurePosixPath(source.name).name, source.version] for source in sources if source.is_stored]
-    images = [source.images for source in sources if source.images]
-    shares = [source.part for source in sources]
-    others = [stored, images, *([shares] if any(shares) else [])]
-    return fingerprint([local, *others]) if any(others) else local
+def changed(source: SourceFile) -> DataError:
+    """What is said of a file that is another than when its rows were counted."""
+    return DataError(f"{source.name} was changed after its rows were counted: run the same command again.")
 
 
 def read_rows(
@@ -231,7 +220,7 @@ def _read_groups(
     """Rows of Parquet files: reads the row groups that hold any, each as far as its last one."""
     start = stop = 0
     try:
-        with _parquet(source.path) as (file, stream):
+        with _parquet(source) as (file, stream):
             names = file.schema_arrow.names
             wanted = [*(fields or ()), *(name for name in extra if name in names)]
             columns = wanted if fields and set(fields) <= set(names) else None
@@ -369,7 +358,7 @@ def _read_records(source: SourceFile, rows: Iterable[int], keep_bad: bool) -> It
 
 
 def _records(source: SourceFile, offset: int) -> Iterator[Any]:
-    with open_file(source.path, STORED_BUFFER_BYTES) as stream:
+    with _text(source, STORED_BUFFER_BYTES) as stream:
         if source.kind == "array":
             yield from array_items(stream, keep_bad=True)
             return
@@ -382,18 +371,30 @@ def _parser(source: SourceFile) -> Callable[[Any], Row]:
     """The function that makes a row of a record; of a CSV file's by its header."""
     if source.kind != "csv":
         return {"array": check_object, "text": text_row, "jsonl": read_object}[source.kind]
-    with open_file(source.path, STORED_HEADER_BYTES) as stream:
+    with _text(source, STORED_HEADER_BYTES) as stream:
         names = next(csv_records(stream, delimiter=source.delimiter), (0, []))[1]
     return functools.partial(csv_row, names)
 
 
+def _check_version(source: SourceFile, stream: Any) -> None:
+    """Raises DataError where a stored file that was opened is another than the one whose rows were counted."""
+    if getattr(stream, "version", "") != source.version:
+        raise changed(source)
+
+
 @contextlib.contextmanager
-def _parquet(path: str) -> Iterator[tuple[pq.ParquetFile, Any]]:
+def _text(source: SourceFile, stored_bytes: int) -> Iterator[io.BufferedReader]:
+    with open_file(source.path, stored_bytes) as stream:
+        _check_version(source, stream.raw)
+        yield stream
+
+
+@contextlib.contextmanager
+def _parquet(source: SourceFile) -> Iterator[tuple[pq.ParquetFile, Any]]:
     """A Parquet file, buffered: so a row group is read page by page instead of by whole columns; and its bytes. Checks its schema
-    each time, as the file may have changed since it was counted."""
-    size = STORED_BUFFER_BYTES if is_store_uri(path) else _BUFFER_BYTES
-    with (
-        StoredFile(path) if is_store_uri(path) else pa.OSFile(path) as stream,
-        open_parquet(stream, shown(path), buffer_size=size, pre_buffer=False) as file,
-    ):
-        yield file, stream
+    each time, as a local file may have changed since it was counted."""
+    size = STORED_BUFFER_BYTES if source.is_stored else _BUFFER_BYTES
+    with StoredFile(source.path) if source.is_stored else pa.OSFile(source.path) as stream:
+        _check_version(source, stream)
+        with open_parquet(stream, source.name, buffer_size=size, pre_buffer=False) as file:
+            yield file, stream

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.hub_splits import content_of_folders
-from emloc_ray.data.reading import fingerprint_sources
+from emloc_ray.data.source_versions import check_stored, fingerprint_sources
 from emloc_ray.data.token_shards import TOKEN_BYTES
 from emloc_ray.errors import DataError
 from emloc_ray.io.runs.fingerprint import fingerprint
@@ -60,6 +60,7 @@ def _check_rows(prepared: Prepared, files: dict[str, str]) -> None:
     for name, now in _row_files(prepared).items():
         if files[name] != now:
             raise DataError(f"Files of data.{name} were changed while the run read them: run the same command again.")
+    check_stored(source for sources in prepared.files.values() for source in sources)
 
 
 def _formats(prepared: Prepared) -> list[str]:

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emloc_ray.data.files import list_files
-from emloc_ray.data.reading import fingerprint_sources, read_rows, scan, value_errors
+from emloc_ray.data.reading import read_rows, scan, value_errors
+from emloc_ray.data.source_versions import fingerprint_sources
 from emloc_ray.errors import DataError
 
 Row = dict[str, Any]

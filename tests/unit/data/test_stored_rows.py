@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from test_reading import WRITERS
 
 from emloc_ray.data import reading
 from emloc_ray.data.files import list_files
-from emloc_ray.data.reading import fingerprint_sources, read_rows, scan
+from emloc_ray.data.reading import read_rows, scan
+from emloc_ray.data.source_versions import check_stored, fingerprint_sources
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.store import objects
@@ -301,3 +303,26 @@ def test_a_file_that_is_gone(put: Put) -> None:
     with pytest.raises(DataError, match=rf"^s3://{BUCKET}/gone/absent\.jsonl cannot be read as jsonl .*is not there"):
         scan(place.replace("a.jsonl", "absent.jsonl"))
     assert list(read_rows(source, [0])) == [(0, {"text": "x"})]
+
+
+@pytest.mark.parametrize("suffix", [*WRITERS, ".jsonl.gz"])
+def test_a_file_that_was_replaced_is_not_read_as_the_old_one(put: Put, tmp_path: Path, suffix: str) -> None:
+    def written(word: str) -> bytes:
+        rows = [{"prompt": f"{word}{number}", "completion": word * 9} for number in range(2000)]
+        path = WRITERS[suffix.removesuffix(".gz")](tmp_path / f"{word}{suffix.removesuffix('.gz')}", rows)
+        return gzip.compress(path.read_bytes()) if suffix.endswith(".gz") else path.read_bytes()
+
+    source = scan(put(f"replaced/a{suffix}", written("old")))
+    check_stored([source])
+    put(f"replaced/a{suffix}", written("renewed"))
+    said = rf"^s3://{BUCKET}/replaced/a{suffix} was changed after its rows were counted: run the same command again"
+    for looks in (lambda: check_stored([source]), lambda: list(read_rows(source, [0, 1500], keep_bad=True))):
+        with pytest.raises(DataError, match=said):
+            looks()
+
+
+def test_a_file_that_was_removed_has_changed(put: Put) -> None:
+    source = scan(put("removed/a.jsonl", b'{"text": "x"}\n'))
+    removed = dataclasses.replace(source, path=source.path.replace("a.jsonl", "absent.jsonl"))
+    with pytest.raises(DataError, match=r"absent\.jsonl was changed after its rows were counted"):
+        check_stored([source, removed])

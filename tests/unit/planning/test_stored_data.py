@@ -13,13 +13,15 @@ from small_runs import make_values, task_rows, write_jsonl
 from typer.testing import CliRunner
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.errors import ConfigError
+from emloc_ray.errors import ConfigError, DataError
 from emloc_ray.io.store import objects
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.stages.context import Context
 from emloc_ray.stages.ray import session
 from emloc_ray.stages.ray.session import data_files
-from emloc_ray.stages.tokens.stage import split_inputs
+from emloc_ray.stages.ray.tasks import Resources
+from emloc_ray.stages.tokens.stage import DATA, split_inputs
 from emloc_ray.ui.cli import app
 
 Make = Callable[..., Prepared]
@@ -55,6 +57,20 @@ def test_stored_data_is_prepared_as_local_data_is(s3_port: int, prepared: Make, 
     put(s3_port, "rows.jsonl", path.read_bytes().replace(b"a", b"b"))
     second = split_inputs(prepared(place, calibration=place))
     assert {name for name in first if first[name] != second[name]} == {"files"}
+
+
+def test_stored_data_that_changes_while_it_is_read_is_refused(
+    s3_port: int, prepared: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", task_rows(100))
+    ready = prepared(put(s3_port, "changing.jsonl", path.read_bytes()))
+    context = Context(ready, ready.source.directory)
+    renewed = path.read_bytes().replace(b"a", b"b")
+    monkeypatch.setattr(
+        "emloc_ray.stages.tokens.tokens.tokenize_data", lambda *_: put(s3_port, "changing.jsonl", renewed)
+    )
+    with pytest.raises(DataError, match=r"changing\.jsonl was changed after its rows were counted"):
+        DATA.run(context, DATA.inputs(context), Resources(), None)  # type: ignore[arg-type]
 
 
 def test_nodes_are_asked_for_both_ends_of_each_folder(prepared: Make, tmp_path: Path) -> None:
