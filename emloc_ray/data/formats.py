@@ -21,6 +21,7 @@ from emloc_ray.text import one_line
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _BORDER = "\n"  # after which every tokenizer begins a token, and in the middle of a text
+MOST_CHARACTERS = 32  # of a token, at most: texts are cut to as many as can count before they are tokenized
 _TEXTS = {"text": ("text",), "prompt_completion": ("prompt", "completion")}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emloc_ray.data.chats import Segment
-from emloc_ray.data.formats import Tokens, check_row, encode, pack, sequences, truncate
+from emloc_ray.data.formats import MOST_CHARACTERS, Tokens, check_row, encode, pack, sequences, truncate
 from emloc_ray.data.image_places import NOWHERE_ELSE, ImagePlaces, is_remote
 from emloc_ray.data.images import load_images, sources
 from emloc_ray.data.polling import polled
@@ -40,6 +40,9 @@ _COUNTS = (
 ROWS_PER_SHARD = 1024  # of text
 ROWS_PER_BATCH = 256
 IMAGE_ROWS_PER_BATCH = 32
+LEAST_CHARACTERS = (
+    2  # of a token, on average, as memory is planned; one beyond ASCII counts as three, its bytes in UTF-8
+)
 
 
 @dataclass(frozen=True)
@@ -66,17 +69,20 @@ class TokenizeOptions:
     def _may_show(self) -> bool:
         return self.format in {*CHATS, "auto"}
 
-    def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[list[Tokens] | None]:
-        """Checks rows, each with the place that errors name, and gives their whole tokens: one sequence a row, several of a
-        chat whose template rewrites earlier turns; None for a bad row that is skipped. Holds at most 256 rows, or 32 with their
-        images."""
+    def tokens(self, rows: Iterable[tuple[str, Row]], whole: bool = False) -> Iterator[list[Tokens] | None]:
+        """Checks rows, each with the place that errors name, and gives their tokens before they are cut: one sequence a row,
+        several of a chat whose template rewrites earlier turns; None for a bad row that is skipped. Holds at most 256 rows, or
+        32 with their images, and of longer rows fewer. Of a text that is many times too long the end is left out unless
+        ``whole``."""
         tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
         processor = open_processor(self.tokenizer, self.trust_remote_code)
-        takes_images, stream = self._may_show and processor is not None, iter(rows)
-        while batch := list(itertools.islice(stream, IMAGE_ROWS_PER_BATCH if takes_images else ROWS_PER_BATCH)):
+        takes_images = self._may_show and processor is not None
+        most = IMAGE_ROWS_PER_BATCH if takes_images else ROWS_PER_BATCH
+        for batch in _batches(rows, most, LEAST_CHARACTERS * ROWS_PER_BATCH * self.max_seq_length):
             asks = takes_images and any(_asks_a_server(row, where) for where, row in batch)
             parts = each(functools.partial(self._sequences, tokenizer, processor), batch, asks)
-            encoded = iter(encode([segments for row in parts for segments in row or ()], tokenizer))
+            made_of = [segments for row in parts for segments in row or ()]
+            encoded = iter(encode(made_of, tokenizer) if whole else _encoded(made_of, tokenizer, self.max_seq_length))
             for (where, _), row in zip(batch, parts, strict=True):
                 made = None if row is None else list(itertools.islice(encoded, len(row)))
                 self._check_embedded(made or (), tokenizer, where)
@@ -112,6 +118,57 @@ class TokenizeOptions:
             if self.skip_bad_rows:
                 return None
             raise
+
+
+def _batches(rows: Iterable[tuple[str, Row]], most: int, characters: int) -> Iterator[list[tuple[str, Row]]]:
+    """Rows in groups of at most ``most``, a group ended by the row with which it has so many ``characters``: memory is planned
+    for rows of ``max_seq_length`` tokens, and rows may be of any length before they are cut."""
+    batch: list[tuple[str, Row]] = []
+    held = 0
+    for where, row in rows:
+        batch.append((where, row))
+        held += _characters(row)
+        if len(batch) == most or held >= characters:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _characters(row: Row) -> int:
+    """Of all texts in a row, however deep it is; see :data:`LEAST_CHARACTERS`."""
+    count, left = 0, list[Any](row.values())
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            count += len(value) if value.isascii() else 3 * len(value)
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return count
+
+
+def _encoded(rows: Sequence[list[Segment]], tokenizer: Any, limit: int) -> Iterator[Tokens]:
+    """Sequences as tokens, the first ``limit`` as :func:`encode` gives them: of a sequence many times too long its beginning is
+    encoded, and the whole where its tokens are so wide that these are few."""
+    most = limit * MOST_CHARACTERS
+    begun = [_beginning(parts, most) for parts in rows]
+    for parts, first, tokens in zip(rows, begun, encode(begun, tokenizer), strict=True):
+        yield encode([parts], tokenizer)[0] if first is not parts and len(tokens) < 2 * limit else tokens
+
+
+def _beginning(parts: list[Segment], most: int) -> list[Segment]:
+    """Pieces of a sequence that have its first ``most`` characters; the sequence itself where it has no more, or shows images,
+    whose tokens are made."""
+    if sum(len(part.text) for part in parts) <= most or any(part.images for part in parts):
+        return parts
+    begun: list[Segment] = []
+    for part in parts:
+        if most > 0:
+            begun.append(part._replace(text=part.text[:most]))
+            most -= len(part.text)
+    return begun
 
 
 def _check_turns(sequences_of_row: list[list[Segment]], processor: Any, where: str) -> None:

@@ -175,7 +175,7 @@ def _tokenized(
     formats = tuple(dict.fromkeys(source.format for source in sources))
     options = tokenize_options(prepared, tokenizer_dir(prepared.source), sources)
     rows = list(itertools.islice(_rows(sources, config.data, count), count))
-    pairs = zip(rows, options.tokens(iter(rows)), strict=True)
+    pairs = zip(rows, options.tokens(iter(rows), whole=True), strict=True)
     tokenized = tuple((_named(place, names), sequences) for (place, _), sequences in pairs)
     return FirstRows(split, formats, num_rows, tokenized, options.max_seq_length, _ends(prepared))
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:  # the memory model, which takes lengths, runs without pydanti
 
 PACKED_SHARE = 0.97  # of a sequence's length that the rows packed into it fill
 _CHARACTERS_PER_TOKEN = 3.5  # where there is no tokenizer
-_MOST_CHARACTERS = 32  # of a token, at most: texts are cut to as many as can count before they are tokenized
 _TURN_TOKENS = 5  # of a chat template around a turn, as in ChatML
 _VQA_TOKENS = 24.0  # of a question and its answer
 _VQA_BYTES = 2000.0  # of its image
@@ -50,6 +49,7 @@ def row_lengths(
     rows that it stands for (:func:`files_read`). Rows of a task that the run makes are as long as its rows were; those of the
     hub, not here before the run, as long as rows may be.
     ``count_tokens``: how many tokens texts have; 3.5 characters are one by default."""
+    from emloc_ray.data.formats import MOST_CHARACTERS
     from emloc_ray.data.images import encoded_bytes, image_parts
     from emloc_ray.data.reading import BadRow, Place, value_errors
     from emloc_ray.data.row_formats import CHATS, converted
@@ -79,7 +79,7 @@ def row_lengths(
             if kind == "messages":
                 images = sum(1 for _ in image_parts(row))
                 size = encoded_bytes(row, place.folder)
-        texts = [text[: limit * _MOST_CHARACTERS] for text in _texts(row)]
+        texts = [text[: limit * MOST_CHARACTERS] for text in _texts(row)]
         read = sum(map(len, texts)) / _CHARACTERS_PER_TOKEN if count_tokens is None else count_tokens(texts)
         turns = row.get("messages")
         read += _TURN_TOKENS * len(turns) if isinstance(turns, list) else 0

@@ -113,7 +113,7 @@ def test_a_row_that_kills_its_worker_names_its_shard_and_keeps_the_others(
     out_dir, fixed = tmp_path / "tokens", tmp_path / "fixed"
 
     class Poisoned(TokenizeOptions):
-        def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[list[Tokens] | None]:
+        def tokens(self, rows: Iterable[tuple[str, Row]], whole: bool = False) -> Iterator[list[Tokens] | None]:
             for where, _ in rows:
                 if where.endswith("row 51") and not fixed.exists():
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -144,7 +144,7 @@ def test_tokenizing_that_hangs_is_ended_and_goes_on(tmp_path: Path, monkeypatch:
     out_dir, hung = tmp_path / "tokens", tmp_path / "hung"
 
     class Hanging(TokenizeOptions):
-        def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[list[Tokens] | None]:
+        def tokens(self, rows: Iterable[tuple[str, Row]], whole: bool = False) -> Iterator[list[Tokens] | None]:
             for where, _ in rows:
                 if where.endswith("row 51") and not hung.exists():
                     hung.write_text(str(os.getpid()))

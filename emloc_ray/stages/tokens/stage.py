@@ -106,7 +106,7 @@ def cut_rows(config: RunConfig, split: str, count: dict[str, int]) -> str | None
         return None
     return (
         f"data.{split}: {count['truncated_rows']} rows cut to {config.data.max_seq_length} tokens"
-        f" ({count['truncated_tokens']} tokens left out), {count['dropped_rows']} dropped with no completion"
+        f" (at least {count['truncated_tokens']} tokens left out), {count['dropped_rows']} dropped with no completion"
         " or not all of an image left."
     )
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from small_runs import task_rows, write_jsonl
 from tiny import make_tokenizer
 
 from emloc_ray.data import tokenizing, units
+from emloc_ray.data.formats import MOST_CHARACTERS, Tokens, encode, truncate
 from emloc_ray.data.reading import scan
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.token_shards import TokenShards, shard_name, written_counts
@@ -59,6 +61,47 @@ def test_shards_do_not_depend_on_the_file_s_kind_or_its_row_groups(
     assert counts[0] == counts[1]
     assert counts[0]["train"]["rows"] + counts[0]["train"]["dropped_rows"] == 90
     assert shards_of(tmp_path / "parquet" / "train") == shards_of(tmp_path / "jsonl" / "train")
+
+
+def long_rows() -> Iterator[tuple[str, dict[str, str]]]:
+    for number in range(300):
+        long = number % 50 == 7
+        yield (
+            f"row {number}",
+            {"prompt": f"{number} ", "completion": "many words " * (4000 if long else number % 30 + 1)},
+        )
+
+
+@pytest.mark.parametrize("form", ["prompt_completion", "text"])
+def test_memory_is_that_of_rows_as_long_as_they_may_be(
+    options: TokenizeOptions, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(where, row if form != "text" else {"text": row["completion"]}) for where, row in long_rows()]
+    options = replace(options, format=form)
+    whole = list(options.tokens(rows, whole=True))
+    sizes: list[int] = []
+
+    def watched(made_of: Any, tokenizer: Any) -> list[Tokens]:
+        sizes.append(sum(len(part.text) for parts in made_of for part in parts))
+        return encode(made_of, tokenizer)
+
+    monkeypatch.setattr(tokenizing, "encode", watched)
+    cut = list(options.tokens(rows))
+    assert max(sizes) <= (2 * tokenizing.ROWS_PER_BATCH + MOST_CHARACTERS) * options.max_seq_length
+    for several, others in zip(cut, whole, strict=True):
+        (tokens,), (every,) = several or [], others or []
+        assert truncate(tokens, 16) == truncate(every, 16)
+        assert (len(tokens) > 16) == (len(every) > 16)
+    assert sum(len(row[0]) for row in cut if row) < sum(len(row[0]) for row in whole if row)
+
+
+@pytest.mark.parametrize("characters", [1, 2, 3])
+def test_rows_of_wide_tokens_are_cut_no_shorter(
+    options: TokenizeOptions, characters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = [truncate(row[0], 16) for row in options.tokens(long_rows(), whole=True) if row]
+    monkeypatch.setattr(tokenizing, "MOST_CHARACTERS", characters)
+    assert [truncate(row[0], 16) for row in options.tokens(long_rows()) if row] == whole
 
 
 @pytest.mark.usefixtures("inline")

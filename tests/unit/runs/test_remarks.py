@@ -343,7 +343,7 @@ def test_cut_rows_are_told(prepared: Make) -> None:
     count = {"truncated_rows": 0, "truncated_tokens": 0, "dropped_rows": 0}
     assert cut_rows(config, "train", count) is None
     assert cut_rows(config, "train", {"truncated_rows": 3, "truncated_tokens": 40, "dropped_rows": 1}) == (
-        "data.train: 3 rows cut to 64 tokens (40 tokens left out), 1 dropped with no completion or not all of an image"
+        "data.train: 3 rows cut to 64 tokens (at least 40 tokens left out), 1 dropped with no completion or not all of an image"
         " left."
     )
 
