@@ -147,8 +147,8 @@ def each(function: Callable[[Item], Result], items: Sequence[Item], stored: bool
 
 
 def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
-    """Counts a file's rows; ``keep_bad``: counts a CSV file's bad rows too. Raises DataError where it is unreadable or empty,
-    ArtifactError where its store does not answer."""
+    """Counts a file's rows; ``keep_bad``: counts a CSV file's bad rows too, and takes a file without rows. Raises DataError where
+    it is unreadable or empty, ArtifactError where its store does not answer."""
     if isinstance(path, Path):
         ensure(path)
     kind, place = kind_of(path), str(path)
@@ -167,7 +167,7 @@ def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
                 source = _counted(place, kind, stream, keep_bad, version)
     except _UNREADABLE as error:
         raise DataError(f"{shown(str(path))} cannot be read as {kind} ({one_line(error)}): fix the file.") from error
-    if source.num_rows == 0:
+    if source.num_rows == 0 and not keep_bad:
         raise DataError(f"{source.name} is empty: give a file with rows.")
     return dataclasses.replace(source, looked=looked)
 

@@ -109,7 +109,8 @@ def rows_of_parts(split: SplitConfig | None, sources: Sequence[SourceFile]) -> d
 
 
 def _in_parts(sources: tuple[SourceFile, ...], split: SplitConfig, key: str) -> tuple[SourceFile, ...]:
-    """Each file with the number of the place that names it, where places have shares. Raises ConfigError where two name it."""
+    """Each file with the number of the place that names it, where places have shares. Raises ConfigError where two name it, or
+    a place has no rows to share."""
     if split.weights is None:
         return sources
     parts: dict[str, int] = {}
@@ -118,6 +119,10 @@ def _in_parts(sources: tuple[SourceFile, ...], split: SplitConfig, key: str) -> 
             if parts.setdefault(file, number) != number:
                 both = f"{shown(split.places[parts[file]])} and {shown(place)}"
                 raise ConfigError(f"{key}: both {both} name {shown(file)}: give each file one share.")
+    with_rows = {parts[source.path] for source in sources}
+    for number, place in enumerate(split.places):
+        if place not in split.hub and number not in with_rows:
+            raise ConfigError(f"{key}: every file of {shown(place)} is empty: give files with rows, or take it out.")
     return tuple(dataclasses.replace(source, part=parts[source.path]) for source in sources)
 
 
@@ -138,7 +143,10 @@ _CHECKED = Shared[tuple[SourceFile, ...]](64)
 
 def _read_sources(places: Sequence[Path | str], data: DataConfig, reads_images: bool) -> tuple[SourceFile, ...]:
     stored = any(isinstance(place, str) for place in places)
-    sources = each(functools.partial(scan, keep_bad=data.on_error == "skip"), places, stored)
+    counted_files = each(functools.partial(scan, keep_bad=data.on_error == "skip"), places, stored)
+    sources = [source for source in counted_files if source.num_rows]
+    if not sources:
+        raise DataError(f"{counted_files[0].name} is empty: give a file with rows.")
     checked = max(1, min(CHECKED_ROWS, MAX_CHECKED_ROWS // len(sources)))
 
     def check(source: SourceFile) -> SourceFile:

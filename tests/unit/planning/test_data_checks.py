@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.errors import ConfigError
+from emloc_ray.errors import ConfigError, DataError
 from emloc_ray.planning import data_checks
 
 
@@ -56,3 +56,38 @@ def test_a_file_has_one_share_of_a_mixture(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         data_checks.check_split(config, "train", False)
     assert str(error.value) == f"data.train.path: both {every} and {one} name {one}: give each file one share."
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """A folder of files, all but one without rows, as Spark writes empty partitions."""
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    write_rows(folder / "a.jsonl", 0)
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "b.parquet")
+    (folder / "c.csv").write_text("text\n")
+    write_rows(folder / "d.jsonl", 5)
+    return folder
+
+
+def test_files_without_rows_are_skipped_as_bad_rows_are(parts: Path) -> None:
+    def checked(on_error: str) -> list[tuple[str, int]]:
+        data = {"train": str(parts), "on_error": on_error}
+        files = data_checks.check_split(
+            parse_config({"run_dir": "run", "model": "unused", "data": data}), "train", False
+        )
+        return [(Path(source.path).name, source.num_rows) for source in files]
+
+    assert checked("skip") == [("d.jsonl", 5)]
+    with pytest.raises(DataError, match=r"a\.jsonl is empty"):
+        checked("fail")
+    (parts / "d.jsonl").unlink()
+    with pytest.raises(DataError, match=r"a\.jsonl is empty: give a file with rows"):
+        checked("skip")
+
+
+def test_a_share_is_of_rows(parts: Path) -> None:
+    place = f"{parts}/[ab].*"
+    data = {"train": {"path": {place: 1, f"{parts}/d.jsonl": 3}}, "on_error": "skip"}
+    with pytest.raises(ConfigError, match=r"data\.train\.path: every file of .* is empty: give files with rows"):
+        data_checks.check_split(parse_config({"run_dir": "run", "model": "unused", "data": data}), "train", False)
