@@ -22,7 +22,7 @@ from emloc_ray.config.schema import WORKER_SECTIONS, RunConfig
 from emloc_ray.config.steps import Variant
 from emloc_ray.data.images import NO_PROCESSOR
 from emloc_ray.data.reading import SourceFile
-from emloc_ray.data.splits import SPLITS
+from emloc_ray.data.splits import SPLITS, held_out
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.object_store import MANIFEST
@@ -39,6 +39,7 @@ from emloc_ray.planning.data_checks import (
     look_at_files,
     places_here,
     rows_of_parts,
+    rows_taken,
 )
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths, files_read, row_lengths
@@ -146,16 +147,57 @@ class Prepared:
         key = (self.source, self.source.looks, trust, image, *read.items(), data.model_dump_json())
         return _LENGTHS.get(key, count)
 
+    @property
+    def rows_held_out(self) -> dict[str, int]:
+        """Rows that are taken out of train for each split that the config does not name; none where those of train are made or
+        downloaded later."""
+        config = self.config
+        if not self.files.get("train"):
+            return {}
+        return held_out(
+            self._rows_taken("train"),
+            [name for name in splits_of(config) if getattr(config.data, name) is not None],
+            num_selection_samples=config.correction.num_selection_samples,
+            num_eval_samples=config.evaluation.num_samples,
+            num_validation_samples=config.finetune.num_validation_samples if config.finetune.validates else None,
+        )
+
+    def num_rows(self, split: str = "train") -> int:
+        """Rows of a split that are read: as many as the config asks for, without those held out of train. Estimated where they
+        are made or downloaded later."""
+        config, others = self.config, self.rows_held_out
+        if split in others:
+            return others[split]
+        asked = {
+            "calibration": config.calibration.num_calibration_samples,
+            "selection": config.correction.num_selection_samples,
+            "eval": config.evaluation.num_samples,
+        }
+        if split == "train" or (split == "calibration" and config.data.calibration is None):
+            rows = self._rows_taken("train") - sum(others.values())
+        elif getattr(config.data, split) is None:
+            rows = UNKNOWN_ROWS // 10  # the most that is taken out of train
+        else:
+            rows = self._rows_taken(split)
+        return min(rows, asked.get(split) or rows)
+
+    def knows_rows(self, split: str) -> bool:
+        """Whether the rows of a split, those of train where the config does not name it, are in files that are here."""
+        return bool(self.files.get("train" if getattr(self.config.data, split) is None else split))
+
+    def _rows_taken(self, split: str) -> int:
+        return rows_taken(getattr(self.config.data, split), self.files.get(split, ())) or UNKNOWN_ROWS
+
     def calibration_tokens(self, tokens_per_row: float) -> float:
-        """The tokens that calibration reads, at a mean of so many a row: the smallest of the config's bounds. With
-        ``data.packing``, at the mean of the rows that are joined."""
+        """The tokens that calibration reads, at a mean of so many a row: the smallest of the config's bounds and of what its rows
+        have. With ``data.packing``, at the mean of the rows that are joined."""
         section = self.config.calibration
         if self.config.data.packing:
             split = "calibration" if self.files.get("calibration") else "train"
             tokens_per_row = self.lengths_of(split, packed=False).mean
-        files = self.files.get("calibration") or self.files.get("train")
-        rows = sum(source.num_rows for source in files) if files else UNKNOWN_ROWS
-        tokens = (section.num_calibration_samples or rows) * tokens_per_row
+        known = self.knows_rows("calibration")
+        rows = self.num_rows("calibration") if known else section.num_calibration_samples or UNKNOWN_ROWS
+        tokens = rows * tokens_per_row
         return min(tokens, section.num_calibration_tokens or tokens)
 
 

@@ -5,7 +5,6 @@ from fractions import Fraction
 from typing import Any
 
 from emloc_ray.core.correction import ADAPTED_ROWS
-from emloc_ray.data.splits import held_out
 from emloc_ray.data.tokenizing import ROWS_PER_SHARD
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.data_checks import rows_taken
@@ -13,7 +12,7 @@ from emloc_ray.planning.first_rows import sequences_a_row
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import PACKED_SHARE, Lengths
 from emloc_ray.planning.memory import CANDIDATES, HoldPlan, MemoryModel
-from emloc_ray.planning.prepared import UNKNOWN_ROWS, Prepared, splits_of
+from emloc_ray.planning.prepared import Prepared, splits_of
 from emloc_ray.planning.training import changed_after_factorizing
 
 WITH_BACKWARD = 2  # times that offloaded weights come where a pass is run back: a block is run again there
@@ -40,51 +39,11 @@ def difference_work(memory: MemoryModel) -> float:
     return sum(2.0 * s.num_parameters * s.in_features for s in memory.adapted if s.name in changed)
 
 
-def rows_held_out(prepared: Prepared) -> dict[str, int]:
-    """Rows that are taken out of train for each split that the config does not name; none where those of train are made or
-    downloaded later."""
-    config = prepared.config
-    if not prepared.files.get("train"):
-        return {}
-    return held_out(
-        _rows_taken(prepared, "train"),
-        [name for name in splits_of(config) if getattr(config.data, name) is not None],
-        num_selection_samples=config.correction.num_selection_samples,
-        num_eval_samples=config.evaluation.num_samples,
-        num_validation_samples=config.finetune.num_validation_samples if config.finetune.validates else None,
-    )
-
-
-def num_rows(prepared: Prepared, split: str = "train") -> int:
-    """Rows of a split that are read: as many as the config asks for, without those held out of train. Estimated where they are
-    made or downloaded later."""
-    config, others = prepared.config, rows_held_out(prepared)
-    if split in others:
-        return others[split]
-    asked = {
-        "calibration": config.calibration.num_calibration_samples,
-        "selection": config.correction.num_selection_samples,
-        "eval": config.evaluation.num_samples,
-    }
-    if split == "train" or (split == "calibration" and config.data.calibration is None):
-        rows = _rows_taken(prepared, "train") - sum(others.values())
-    elif getattr(config.data, split) is None:
-        rows = UNKNOWN_ROWS // 10  # the most that is taken out of train
-    else:
-        rows = _rows_taken(prepared, split)
-    return min(rows, asked.get(split) or rows)
-
-
-def _rows_taken(prepared: Prepared, split: str) -> int:
-    return rows_taken(getattr(prepared.config.data, split), prepared.files.get(split, ())) or UNKNOWN_ROWS
-
-
 def num_slots(prepared: Prepared) -> int:
     """The workers of a calibration pass that have a shard of rows: all, where it is not known yet how many rows there are. Rows
     that a number of tokens leaves out count, as how many these are is known once they are read."""
-    section, own = prepared.config.calibration, prepared.config.data.calibration is not None
-    is_here = prepared.files.get("calibration" if own else "train")
-    rows = num_rows(prepared, "calibration") if is_here else section.num_calibration_samples
+    section, known = prepared.config.calibration, prepared.knows_rows("calibration")
+    rows = prepared.num_rows("calibration") if known else section.num_calibration_samples
     shards = section.num_workers if rows is None else math.ceil(rows / section.rows_per_shard)
     return max(1, min(section.num_workers, shards))
 
@@ -93,7 +52,7 @@ def num_sequences(prepared: Prepared, split: str = "train", rows: int | None = N
     """What ``rows`` of a split become, by default all that are read: more where a chat template rewrites earlier turns, by as
     many as the first rows tell; fewer where ``data.packing`` joins those of a shard, in order: of each sequence half a row's
     length is left over."""
-    rows = num_rows(prepared, split) if rows is None else rows
+    rows = prepared.num_rows(split) if rows is None else rows
     if not prepared.config.data.packing:
         return round(rows * sequences_a_row(prepared, split))
     mean = _of_rows(prepared, split).mean
@@ -108,12 +67,12 @@ def _of_rows(prepared: Prepared, split: str) -> Lengths:
 
 def tokens_stored(prepared: Prepared) -> tuple[float, float]:
     """Tokens of all splits' shards, and the bytes of images beside them."""
-    tokens = images = 0.0
+    tokens, images, bound = 0.0, 0.0, prepared.config.calibration.num_calibration_tokens
     for split in splits_of(prepared.config):
         lengths = _of_rows(prepared, split)
-        rows = num_rows(prepared, split) * sequences_a_row(prepared, split)
+        rows = prepared.num_rows(split) * sequences_a_row(prepared, split)
         if split == "calibration":
-            rows = min(rows, prepared.calibration_tokens(lengths.mean) / lengths.mean)
+            rows = min(rows, (bound or math.inf) / lengths.mean)
         tokens, images = tokens + rows * lengths.mean, images + rows * lengths.image_bytes
     return tokens, images
 

@@ -26,7 +26,7 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.model_bytes import model_dtype
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import healing_training, warmup_in_steps
-from emloc_ray.planning.work import num_rows, num_sequences, num_slots, packed, rows_trained, steps_trained
+from emloc_ray.planning.work import num_sequences, num_slots, packed, rows_trained, steps_trained
 from emloc_ray.stages.order import STEPS
 from emloc_ray.text import counted, listed, size, size_up
 
@@ -310,7 +310,7 @@ def beyond_positions(prepared: Prepared) -> str | None:
 
 def repeated_rows(prepared: Prepared) -> str | None:
     """Says so where all steps together read every row many times."""
-    rows, times = num_rows(prepared), rows_trained(prepared) / packed(prepared, num_sequences(prepared))
+    rows, times = prepared.num_rows(), rows_trained(prepared) / packed(prepared, num_sequences(prepared))
     if "train" not in prepared.files or times < MANY_EPOCHS:
         return None
     return f"Training reads {counted(rows, 'row')} about {times:.0f} times each: give more rows, or fewer steps."

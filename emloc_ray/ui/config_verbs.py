@@ -143,11 +143,9 @@ _READERS = {"train": "training", "eval": "evaluation"}  # of the splits that are
 
 def _read_of(prepared: Prepared, first: FirstRows) -> str:
     """How many of a split's rows are read, and for what others are held out; nothing where that is all of them."""
-    from emloc_ray.planning.work import num_rows, rows_held_out
-
     if first.num_rows is None:
         return ""
-    rows, held_out = num_rows(prepared, first.split), rows_held_out(prepared) if first.split == "train" else {}
+    rows, held_out = prepared.num_rows(first.split), prepared.rows_held_out if first.split == "train" else {}
     tokens = prepared.config.calibration.num_calibration_tokens if first.split == "calibration" else None
     counts = [f"{rows:,}" if rows < first.num_rows else "", f"at most {tokens:,} tokens" if tokens else ""]
     said = ", ".join(filter(None, counts))

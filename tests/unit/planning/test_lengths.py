@@ -14,7 +14,7 @@ from emloc_ray.planning.first_rows import first_rows
 from emloc_ray.planning.lengths import Lengths, row_lengths
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.work import num_rows, num_sequences, num_steps, steps_trained
+from emloc_ray.planning.work import num_sequences, num_steps, steps_trained
 
 _TEXTS = ("and so on " * 4, "7" * 50, "a few words", "日本語の文章です。" * 3)
 
@@ -117,6 +117,6 @@ def test_rows_that_are_joined_count_as_the_sequences_that_they_become(
         return sum(sum(1 for _ in pack([Tokens([7] * row, [True] * row)] * count, limit)) for count in counts)
 
     for split, shard in (("train", 1024), ("eval", 1024), ("calibration", 32)):
-        assert num_sequences(run, split) == pytest.approx(joined(num_rows(run, split), shard), rel=0.2)
+        assert num_sequences(run, split) == pytest.approx(joined(run.num_rows(split), shard), rel=0.2)
     assert run.calibration_tokens(run.lengths.mean) == pytest.approx(64 * row, rel=0.03)
     assert steps_trained(run) == num_steps(run.config.finetune, num_sequences(run))

@@ -27,12 +27,12 @@ from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import (
     CANDIDATES,
     block_work,
-    num_rows,
     num_steps,
     rows_selected_on,
     rows_trained,
     steps_trained,
     tokens_calibrated,
+    tokens_stored,
 )
 from emloc_ray.stages.order import STEPS
 from emloc_ray.text import size
@@ -243,7 +243,7 @@ def test_packs_are_fewer_and_longer_than_rows(prepared: Callable[..., Prepared])
     assert packs.calibration_parts() == rows.calibration_parts()
     # A share of the tokens that are trained on, whatever they are read as.
     assert rows_selected_on(packs.prepared) == pytest.approx(rows_selected_on(rows.prepared), rel=0.2)
-    assert 0 < rows_selected_on(packs.prepared) < CANDIDATES * num_rows(packs.prepared, "selection")
+    assert 0 < rows_selected_on(packs.prepared) < CANDIDATES * packs.prepared.num_rows("selection")
 
 
 @pytest.mark.parametrize(
@@ -273,28 +273,31 @@ def test_chats_whose_template_rewrites_turns_are_planned_as_the_sequences_they_b
     model = shutil.copytree(tiny_model_dir("llama"), tmp_path / "rewriting")
     make_tokenizer(REWRITING).save_pretrained(model)
     data = {"train": {"path": str(chats)}, "max_seq_length": 64}
-    steps = [
-        steps_trained(prepared(data=data, finetune={"per_device_train_batch_size": 4}, model={"source": str(place)}))
+    runs = [
+        prepared(data=data, finetune={"per_device_train_batch_size": 4}, model={"source": str(place)})
         for place in (tiny_model_dir("llama"), model)
     ]
-    assert steps == [4, 6]  # of 14 rows, as two are held out; every second becomes two sequences
+    # Of 14 rows, as two are held out; every second becomes two sequences.
+    assert [steps_trained(run) for run in runs] == [4, 6]
+    others = prepared(data={**data, "calibration": {"path": str(chats)}}, model={"source": str(model)})
+    assert tokens_stored(others)[0] / others.lengths.mean == pytest.approx(1.5 * 14 + 2 + 1.5 * 16)
 
 
 def test_rows_that_are_held_out_are_not_trained_on(prepared: Callable[..., Prepared]) -> None:
     validating = {"eval_strategy": "steps", "eval_steps": 1}
     found = prepared(finetune={**validating, "num_train_epochs": 1, "per_device_train_batch_size": 1})
-    assert num_rows(found) == steps_trained(found) == 12 - 3
+    assert found.num_rows() == steps_trained(found) == 12 - 3
 
 
 @pytest.mark.parametrize(
     ("calibration", "tokens"),
     [
-        ({}, 128 * 20),
+        ({}, 10 * 20),  # two of twelve rows are held out
         ({"num_calibration_samples": 4}, 4 * 20),
         ({"num_calibration_tokens": 100}, 100),
         ({"num_calibration_tokens": 100, "num_calibration_samples": 3}, 3 * 20),
-        ({"num_calibration_tokens": 10_000}, 12 * 20),
-        ({"num_calibration_samples": None}, 12 * 20),
+        ({"num_calibration_tokens": 10_000}, 10 * 20),
+        ({"num_calibration_samples": None}, 10 * 20),
     ],
 )
 def test_calibration_sees_the_least_of_what_bounds_it(
@@ -311,6 +314,29 @@ def test_calibration_sees_the_least_of_what_bounds_it(
     plan(calibration=calibration)
     assert seen == [pytest.approx(tokens)] * len(seen)
     assert seen
+
+
+def test_calibration_sees_the_rows_of_train_s_shares(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
+    for name, count in (("few", 30), ("many", 400)):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"text": "x" * 20}) + "\n") * count)
+    shares = {"path": {str(tmp_path / "few.jsonl"): 1, str(tmp_path / "many.jsonl"): 1}}
+
+    def rows(**train: Any) -> float:
+        data = {"train": {**shares, **train}, "max_seq_length": 64}
+        return prepared(data=data, calibration={"num_calibration_samples": 1000}).calibration_tokens(1)
+
+    assert rows() == 60 - 2 * 6
+    assert rows(num_samples=20) == 20 - 2 * 2
+
+
+def test_rows_that_are_not_here_do_not_bound_calibration(prepared: Callable[..., Prepared]) -> None:
+    data = {"train": {"path": "hf:some/rows"}, "max_seq_length": 64}
+    asked = {"num_calibration_samples": 20_000}
+    assert prepared(data=data, calibration=asked).calibration_tokens(2) == 2 * 20_000
+    assert (
+        prepared(data={**data, "generate": "docstrings", "train": None}, calibration=asked).calibration_tokens(2)
+        == 40_000
+    )
 
 
 def test_in_4_bits_parameters_stay_and_bytes_go(plan: Callable[..., Plan]) -> None:
