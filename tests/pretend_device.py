@@ -180,6 +180,10 @@ def _refuse_mixed(func: Any, packet: Any, args: Any, given: list[Tensor]) -> Non
 class _Module(_DummyBackendModule):
     """``torch.pretend``: what checkpointing and seeding ask a device for."""
 
+    def is_available(self) -> bool:
+        """As :class:`_Hook` has it: accelerate 1.16 empties the cache of the device that torch names."""
+        return False
+
     def get_rng_state(self, device: Any = None) -> Tensor:
         return torch.get_rng_state()
 
