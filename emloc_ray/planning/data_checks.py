@@ -219,13 +219,15 @@ def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...]
 
     disjoint = {
         "eval": ("train", "selection", "healing", "validation"),
-        "selection": ("train",),
-        "validation": ("train",),
+        "selection": ("train", "healing"),
+        "validation": ("train", "healing"),
     }
-    if config.data.eval is None and (both := read_by_both("train", "healing")):
+    kept = [name for name in disjoint if name in files and name not in sections]
+    if kept and (both := read_by_both("train", "healing")):
         raise ConfigError(
-            f"data.healing and data.train both read {listed(both, 1)}, some of whose rows are kept to be reported: healing must"
-            " not train on these; leave data.healing out to heal on the rows that are left of train, or name data.eval."
+            f"data.healing and data.train both read {listed(both, 1)}, some of whose rows are kept for {listed(kept)}:"
+            " healing must not train on these; leave data.healing out to heal on the rows that are left of train, or name"
+            f" {listed([f'data.{name}' for name in kept])}."
         )
     for held_out, others in disjoint.items():
         for other in others:

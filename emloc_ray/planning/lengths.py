@@ -44,10 +44,11 @@ def row_lengths(
     sources: Mapping[SourceFile, float],
     image_tokens: int,
     count_tokens: Callable[[Sequence[str]], int] | None = None,
+    elsewhere: float = 0,
 ) -> Lengths:
     """Tokens a row, by the texts and images, of ``image_tokens`` each, of the first rows of each of ``sources``, each with the
     rows that it stands for (:func:`files_read`). Rows of a task that the run makes are as long as its rows were; those of the
-    hub, not here before the run, as long as rows may be.
+    hub, not here before the run, as long as rows may be: ``elsewhere`` of them beside those of ``sources``.
     ``count_tokens``: how many tokens texts have; 3.5 characters are one by default."""
     from emloc_ray.data.formats import MOST_CHARACTERS
     from emloc_ray.data.images import encoded_bytes, image_parts
@@ -60,17 +61,21 @@ def row_lengths(
     if data.generate == "vqa":
         question = _VQA_TOKENS + image_tokens
         return Lengths(min(question, limit), min(question + _VQA_TOKENS, limit), 1.0, _VQA_BYTES)
-    if data.packing or (not sources and data.generate is None):
-        chats = data.row_format in {*CHATS, "auto"} and not data.packing
-        images = limit // image_tokens if image_tokens and chats else 0
-        # As many images as fit count for memory, which may run out; one counts for the disk.
-        return Lengths(limit, limit, images, _IMAGE_BYTES if images else 0.0)
+    chats = data.row_format in {*CHATS, "auto"} and not data.packing
+    most_images = limit // image_tokens if image_tokens and chats else 0
+    # As many images as fit count for memory, which may run out; one counts for the disk.
+    unread = (float(limit), most_images, _IMAGE_BYTES if most_images else 0.0)
+    if data.packing or (not sources and (elsewhere or data.generate is None)):
+        mean, *of_images = unread
+        return Lengths(mean, mean, *of_images)
     if not sources:
         assert data.generate is not None
         mean, longest = ROW_TOKENS[data.generate]
         return Lengths(min(mean, limit), min(longest, limit))
-    weights: list[float] = []
-    counts: list[tuple[float, int, int]] = []  # of each row: its tokens, its images, and their bytes
+    weights = [elsewhere] if elsewhere else []
+    counts: list[tuple[float, int, float]] = (
+        [unread] if elsewhere else []
+    )  # a row's tokens, its images, and their bytes
     for weight, source, number, row in _first_rows(data, sources):
         place, kind, images, size = Place.of(source, number), "text", 0, 0
         form = source.format or data.row_format

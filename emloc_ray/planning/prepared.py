@@ -18,7 +18,7 @@ from emloc_ray.config.adapter import AdapterConfig
 from emloc_ray.config.base import StageConfig
 from emloc_ray.config.emulator import HealingConfig
 from emloc_ray.config.finetune import FinetuneConfig
-from emloc_ray.config.schema import WORKER_SECTIONS, RunConfig
+from emloc_ray.config.schema import WORKER_SECTIONS, RunConfig, SplitConfig
 from emloc_ray.config.steps import Variant
 from emloc_ray.data.images import NO_PROCESSOR
 from emloc_ray.data.reading import SourceFile
@@ -39,7 +39,6 @@ from emloc_ray.planning.data_checks import (
     look_at_files,
     places_here,
     rows_of_parts,
-    rows_taken,
 )
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths, files_read, row_lengths
@@ -48,7 +47,7 @@ from emloc_ray.planning.model_checks import check_formats, read_model
 from emloc_ray.planning.model_files import file_dtype_of
 from emloc_ray.planning.training_checks import check_training
 
-UNKNOWN_ROWS = 8000  # the guess for a split that is made or downloaded later
+UNKNOWN_ROWS = 8000  # the guess for a split that is made later, and for each data set of the hub
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 Settings = TypeVar("Settings", bound=StageConfig)
@@ -131,21 +130,25 @@ class Prepared:
     @functools.cached_property
     def lengths(self) -> Lengths:
         """How long the rows to train on are, and the longest of those in files of their own that are scored."""
-        scored = [self.lengths_of(split, packed=False).longest for split in _SCORED if self.files.get(split)]
+        scored = [self.lengths_of(split, packed=False).longest for split in _SCORED if self.rows_of(split) == split]
         return dataclasses.replace(self.lengths_of("train"), scored=max(scored, default=0.0))
 
     def lengths_of(self, split: str, packed: bool = True) -> Lengths:
         """How long the rows of a split are; as they are in its files where they are not ``packed``."""
         data = self.config.data if packed else self.config.data.model_copy(update={"packing": False})
         trust, image = self.config.model.trust_remote_code, self.layout.image.row_tokens
-        files = self.files.get(split, ())
+        files, elsewhere = self.files.get(split, ()), self._rows_elsewhere(split)
         read = files_read(files, rows_of_parts(getattr(data, split), files))
 
         def count() -> Lengths:
-            return row_lengths(data, read, image, token_counter(self.source, trust))
+            return row_lengths(data, read, image, token_counter(self.source, trust), elsewhere)
 
-        key = (self.source, self.source.looks, trust, image, *read.items(), data.model_dump_json())
+        key = (self.source, self.source.looks, trust, image, *read.items(), elsewhere, data.model_dump_json())
         return _LENGTHS.get(key, count)
+
+    def rows_of(self, split: str) -> str:
+        """The split whose rows a split reads: train, where the config does not name it."""
+        return "train" if getattr(self.config.data, split) is None else split
 
     @property
     def rows_held_out(self) -> dict[str, int]:
@@ -182,19 +185,27 @@ class Prepared:
         return min(rows, asked.get(split) or rows)
 
     def knows_rows(self, split: str) -> bool:
-        """Whether the rows of a split, those of train where the config does not name it, are in files that are here."""
-        return bool(self.files.get("train" if getattr(self.config.data, split) is None else split))
+        """Whether the rows of a split, those of train where the config does not name it, are all in files that are here."""
+        split = self.rows_of(split)
+        return bool(self.files.get(split)) and not self._rows_elsewhere(split)
 
     def _rows_taken(self, split: str) -> int:
-        return rows_taken(getattr(self.config.data, split), self.files.get(split, ())) or UNKNOWN_ROWS
+        section: SplitConfig | None = getattr(self.config.data, split)
+        here = sum(rows_of_parts(section, self.files.get(split, ())).values())
+        taken = here + self._rows_elsewhere(split) or UNKNOWN_ROWS
+        return min(taken, (section and section.num_samples) or taken)
+
+    def _rows_elsewhere(self, split: str) -> int:
+        """The guess for a split's rows that are on the hub."""
+        section: SplitConfig | None = getattr(self.config.data, split)
+        return 0 if section is None else UNKNOWN_ROWS * len(section.hub)
 
     def calibration_tokens(self, tokens_per_row: float) -> float:
         """The tokens that calibration reads, at a mean of so many a row: the smallest of the config's bounds and of what its rows
         have. With ``data.packing``, at the mean of the rows that are joined."""
         section = self.config.calibration
         if self.config.data.packing:
-            split = "calibration" if self.files.get("calibration") else "train"
-            tokens_per_row = self.lengths_of(split, packed=False).mean
+            tokens_per_row = self.lengths_of(self.rows_of("calibration"), packed=False).mean
         known = self.knows_rows("calibration")
         rows = self.num_rows("calibration") if known else section.num_calibration_samples or UNKNOWN_ROWS
         tokens = rows * tokens_per_row

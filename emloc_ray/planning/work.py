@@ -62,7 +62,7 @@ def num_sequences(prepared: Prepared, split: str = "train", rows: int | None = N
 
 
 def _of_rows(prepared: Prepared, split: str) -> Lengths:
-    return prepared.lengths_of(split if prepared.files.get(split) else "train", packed=False)
+    return prepared.lengths_of(prepared.rows_of(split), packed=False)
 
 
 def tokens_stored(prepared: Prepared) -> tuple[float, float]:

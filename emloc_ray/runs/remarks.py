@@ -311,7 +311,7 @@ def beyond_positions(prepared: Prepared) -> str | None:
 def repeated_rows(prepared: Prepared) -> str | None:
     """Says so where all steps together read every row many times."""
     rows, times = prepared.num_rows(), rows_trained(prepared) / packed(prepared, num_sequences(prepared))
-    if "train" not in prepared.files or times < MANY_EPOCHS:
+    if not prepared.knows_rows("train") or times < MANY_EPOCHS:
         return None
     return f"Training reads {counted(rows, 'row')} about {times:.0f} times each: give more rows, or fewer steps."
 

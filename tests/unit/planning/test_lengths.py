@@ -13,8 +13,8 @@ from emloc_ray.data.formats import Tokens, pack
 from emloc_ray.planning.first_rows import first_rows
 from emloc_ray.planning.lengths import Lengths, row_lengths
 from emloc_ray.planning.memory import MemoryModel, total
-from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.work import num_sequences, num_steps, steps_trained
+from emloc_ray.planning.prepared import UNKNOWN_ROWS, Prepared
+from emloc_ray.planning.work import num_sequences, num_steps, steps_trained, tokens_stored
 
 _TEXTS = ("and so on " * 4, "7" * 50, "a few words", "日本語の文章です。" * 3)
 
@@ -100,6 +100,28 @@ def test_the_mean_is_that_of_the_rows_however_they_lie_in_files(
     assert mean([short, long]) == pytest.approx((3000 * one + 200 * other) / 3200, rel=0.05)
     assert mean({short: 1, long: 3}) == pytest.approx((one + 3 * other) / 4, rel=0.01)
     assert mean({long: 1, short: 3}) == pytest.approx((3 * one + other) / 4, rel=0.01)
+
+
+def test_rows_of_the_hub_beside_files_are_as_long_as_rows_may_be(
+    prepared: Callable[..., Prepared], tmp_path: Path
+) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text((json.dumps({"text": "7" * 10}) + "\n") * 8000)
+
+    def run(**data: Any) -> Prepared:
+        return prepared(data={"train": {"path": str(path)}, "format": "text", "max_seq_length": 128, **data})
+
+    alone, both = run(), run(train={"path": [str(path), "hf:some/rows"]})
+    assert both.lengths.mean == pytest.approx((alone.lengths.mean + 128) / 2)
+    assert both.lengths.longest == 128
+    assert both.num_rows() == alone.num_rows() + UNKNOWN_ROWS
+    assert alone.knows_rows("calibration")
+    assert not both.knows_rows("calibration")
+    scored = run(eval={"path": "hf:some/rows"})
+    assert scored.lengths.longest == alone.lengths.longest < 128 == scored.lengths.longest_scored
+    assert tokens_stored(scored)[0] > tokens_stored(alone)[0] + 100 * scored.num_rows("eval")
+    few = run(train={"path": "hf:some/rows", "num_samples": 100}, eval=None)
+    assert few.num_rows() == 100
 
 
 @pytest.mark.parametrize(("length", "limit"), [(18, 512), (150, 512), (300, 512)])

@@ -313,17 +313,28 @@ def test_rows_that_are_held_out_are_not_trained_on(refused: Callable[..., str], 
     assert "data.selection and data.train both" in refused(data={**data, "eval": None, "selection": data["eval"]})
     hub = {"train": {"path": "hf:some/rows"}, "selection": {"path": "hf:some/rows"}, "max_seq_length": 64}
     assert "data.selection and data.train both read hf:some/rows:train" in refused(data=hub)
-    assert "both read" not in refused(data={**hub, "selection": None, "eval": hub["train"]}, seed=-1)
+    other = {"lr_scheduler_type": "foo"}  # which is refused beside it
+    assert "both read" not in refused(data={**hub, "selection": None, "eval": hub["train"]}, finetune=other)
     sliced = {**hub, "selection": {"path": "hf:some/rows:train[:10%]"}}
     assert "both read hf:some/rows:train[:10%] (rows of hf:some/rows:train): held-out" in refused(data=sliced)
     healed = {"train": {"path": str(rows)}, "healing": {"path": [str(rows), str(folder / "test.jsonl")]}}
     sizes: dict[str, Any] = {"max_seq_length": 64}
     healing: dict[str, Any] = {"emulator": {"healing": {"steps": 2}}}
-    assert f"data.healing and data.train both read {rows}, some of whose rows are kept" in refused(
-        data=healed | sizes, **healing
-    )
-    named = healed | sizes | {"eval": {"path": str(folder / "test.jsonl")}, "healing": healed["train"]}
-    assert "some of whose rows" not in refused(data=named, seed=-1, **healing)
+    both = f"data.healing and data.train both read {rows}, some of whose rows are kept for "
+    assert f"{both}eval, selection: healing must" in refused(data=healed | sizes, **healing)
+    for name in ("test", "choose", "watch"):
+        shutil.copy(rows, tmp_path / f"{name}.jsonl")
+    own = {key: {"path": str(tmp_path / f"{key}.jsonl")} for key in ("test", "choose", "watch")}
+    named = healed | sizes | {"eval": own["test"], "healing": healed["train"]}
+    assert f"{both}selection: healing must" in refused(data=named, **healing)
+    named["selection"] = own["choose"]
+    assert "some of whose rows" not in refused(data=named, finetune=other, **healing)
+    scored = {"eval_strategy": "steps", "eval_steps": 1}
+    assert f"{both}validation: healing must" in refused(data=named, finetune=scored, **healing)
+    named["validation"] = own["watch"]
+    assert "some of whose rows" not in refused(data=named, finetune=scored | other, **healing)
+    said = refused(data=named | {"healing": own["choose"]}, finetune=scored, **healing)
+    assert f"data.selection and data.healing both read {tmp_path / 'choose.jsonl'}: held-out rows" in said
 
 
 def test_liger_is_refused_where_it_computes_nothing_or_something_else(

@@ -107,6 +107,8 @@ def test_rows_that_are_packed_are_read_as_often(prepared: Make, tmp_path: Path) 
     told = [repeated_rows(prepared(data=data, finetune={**epochs, "packing": on})) for on in (False, True)]
     assert told[0] == told[1]
     assert "about 40 times each" in str(told[0])
+    data["train"] = {"path": [str(tmp_path / "short.jsonl"), "hf:some/rows"]}  # whose number is not known
+    assert repeated_rows(prepared(data=data, finetune=epochs)) is None
 
 
 def test_what_completions_move_is_told_where_blocks_come_over_a_link(prepared: Make) -> None:
