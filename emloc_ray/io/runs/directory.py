@@ -271,8 +271,8 @@ class RunDirectory:
             named, size_of = hashes(output, known), sizes(output)
             if not named and not output.is_dir():
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(output))
-            # What is linked from a cache file by file must not say what it was begun with.
-            for path, sha256 in ((path, sha256) for path, sha256 in named.items() if path.name != INPUTS):
+            # What is linked from a cache file by file must not say what it was begun with; a card is its reader's to edit.
+            for path, sha256 in ((path, sha256) for path, sha256 in named.items() if path.name not in (INPUTS, CARD)):
                 files[path.relative_to(self.root).as_posix()] = {"size": size_of[path], "sha256": sha256}
         manifest["stages"][name] = {
             "inputs": inputs,

@@ -299,6 +299,16 @@ def test_what_a_folder_was_begun_with_is_no_part_of_what_is_committed(run: RunDi
     assert begun_with(run.path("emulator"), "inputs")
 
 
+def test_a_card_is_no_part_of_what_is_committed(run: RunDirectory) -> None:
+    """It is written after the stage, and still there where the stage makes again what was lost."""
+    artifact(run, "merged/model.safetensors")
+    run.path("merged", "README.md").write_text("ours")
+    run.commit("merge", "abc", [run.path("merged")], {})
+    run.path("merged", "README.md").write_text("edited by its owner")
+    assert run.is_done("merge", "abc")
+    assert not run.damaged("merge")
+
+
 def test_a_dropped_stage_stays_done_without_its_files(run: RunDirectory) -> None:
     run.drop("calibrate")  # nothing yet
     file = artifact(run, "calibration/grams")
