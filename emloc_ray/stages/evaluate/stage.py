@@ -60,7 +60,7 @@ def _inputs(context: Context) -> Inputs:
         "correct": context.made["correct"],
         "adapter": context.contents("adapter"),
         "merge": context.made.get("merge", ""),
-        **({"finish": context.made["finish"]} if context.prepared.finishes else {}),
+        **({"finish": context.contents(context.final_adapter.name)} if context.prepared.finishes else {}),
         "data": context.split_key("eval"),
         "evaluation": without(context.prepared.for_fingerprints.config.evaluation, _NOT_SCORED),
     }

@@ -73,6 +73,16 @@ def test_other_rows_of_a_split_are_other_inputs_of_what_reads_them(
     assert first_other(before, keys(changed(values))) == first
 
 
+def test_a_prompt_that_exact_steps_finished_otherwise_is_scored_again(values: dict[str, Any]) -> None:
+    """A prompt is not merged, by which other adapters come in."""
+    prompt = changed({**values, "adapter": {"method": "prompt_tuning", "num_virtual_tokens": 4}})
+    before = keys(prompt)
+    finished = prompt.run.path("adapter_finished")
+    finished.mkdir()
+    (finished / "adapter_model.safetensors").write_bytes(b"another")
+    assert first_other(before, keys(prompt)) == "evaluate"
+
+
 def test_other_rows_are_trained_on_anew_without_a_healing(values: dict[str, Any]) -> None:
     before = keys(changed(values, emulator={"healing": None}))
     write_tokens(changed(values).run.path("data", "tokens", "train"), 24, 8)
