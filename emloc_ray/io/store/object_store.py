@@ -10,15 +10,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emloc_ray.errors import FULL, DamagedArtifactError, TakenOver
+from emloc_ray.errors import DamagedArtifactError, TakenOver
 from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.objects import REQUEST_S, ObjectFile, Objects, Stored, Version
+from emloc_ray.io.store.replacing import naming_full_disk
 from emloc_ray.io.store.threads import one_ahead
 
 MANIFEST = "manifest.json"
@@ -192,7 +192,7 @@ class ObjectStore(Objects):
 
     def download(self, stored: Stored, target: Path) -> None:
         """Copies an object to ``target``; raises what :meth:`contents` raises, and OSError where the disk is full."""
-        with _of_disk(target), target.open("wb", buffering=0) as file:
+        with naming_full_disk(target), target.open("wb", buffering=0) as file:
             for content in self.contents(stored):
                 file.write(content)
 
@@ -256,14 +256,3 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 def _parent(stored: Stored) -> str:
     return stored.path.rpartition("/")[0]
-
-
-@contextlib.contextmanager
-def _of_disk(target: Path) -> Iterator[None]:
-    """Names the file whose disk is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL:
-            raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
-        raise

@@ -1,11 +1,16 @@
 """A file or a folder put in the place of another at once."""
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+_ALMOST_NOTHING = 2**20  # bytes that a full disk may still have free
 
 
 @contextlib.contextmanager
@@ -15,9 +20,10 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _unfinished(path)
     try:
-        yield temporary
-        if durable:
-            _fsync(temporary)
+        with naming_full_disk(path):
+            yield temporary
+            if durable:
+                _fsync(temporary)
         if temporary.is_dir():
             remove(path)
         temporary.replace(path)
@@ -25,6 +31,22 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         remove(temporary)  # also after the replacement: of two names of one file it leaves both
     if durable:
         _fsync_one(path.parent)
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Raises OSError, which names ``path``, where its disk is full while the block writes there: the operating system does not
+    name it, torch raises RuntimeError and safetensors SafetensorError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    except (RuntimeError, SafetensorError) as error:
+        if shutil.disk_usage(path.parent).free > _ALMOST_NOTHING:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def _fsync(path: Path) -> None:

@@ -22,6 +22,7 @@ from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.formats.json_lines import end_last_line, keep_objects
 from emloc_ray.io.store.atomic import write_text
 from emloc_ray.io.store.node_cache import discard, ensure, exists
+from emloc_ray.io.store.replacing import naming_full_disk
 from emloc_ray.modeling.adapter import attach_adapter, load_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import load_config, towers
@@ -97,7 +98,8 @@ def train(job: FinetuneJob, session: TrainingSession) -> dict[str, Any]:
                 trainer.validation.load(folder)
                 trainer.args.eval_on_start = False  # the first try has scored its start
             try:
-                output = trainer.train(resume_from_checkpoint=folder)
+                with naming_full_disk(Path(output_dir)):  # checkpoints are written there first
+                    output = trainer.train(resume_from_checkpoint=folder)
             except pickle.UnpicklingError as error:  # torch's weights-only loader found more than tensors and numbers
                 raise DamagedArtifactError(
                     f"{folder} holds something else than a training's checkpoint: delete {job.storage_dir} and run the same"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from emloc_ray.io.store.atomic import atomic_directory, atomic_file, remove_leftovers, write_json
 from emloc_ray.io.store.lock_file import LockFile
-from emloc_ray.io.store.replacing import remove
+from emloc_ray.io.store.replacing import remove, replacing
 
 
 class Interrupted(BaseException):
@@ -41,6 +44,37 @@ def test_the_umask_says_who_may_read_and_write(tmp_path: Path, request: pytest.F
     LockFile(tmp_path).take()
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
     assert modes == {"folder": 0o777 & ~umask, "a.json": 0o666 & ~umask, ".lock": 0o666 & ~umask}
+
+
+def _saved_by_torch(path: Path) -> None:
+    torch.save(torch.zeros(9), "/dev/full")
+
+
+def _saved_by_safetensors(path: Path) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def _written(path: Path) -> None:
+    Path("/dev/full").write_bytes(b"x" * 9)
+
+
+@pytest.mark.parametrize("write", [_saved_by_torch, _saved_by_safetensors, _written])
+def test_a_full_disk_is_told_with_the_file_that_finds_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
+) -> None:
+    """Whatever raises: torch does not name the cause."""
+    disk = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(free=4096))
+    with (
+        pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'a.bin'}'"),
+        replacing(tmp_path / "a.bin"),
+    ):
+        write(tmp_path)
+
+
+def test_what_else_goes_wrong_is_no_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="shapes"), replacing(tmp_path / "a.bin"):
+        raise RuntimeError("shapes")
 
 
 @pytest.mark.parametrize("error", [ValueError, Interrupted])

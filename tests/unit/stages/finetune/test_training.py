@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -169,6 +170,23 @@ def test_a_training_that_goes_on_is_saved_as_often_as_is_asked_now(
 
     train(replace(job, training_arguments={**job.training_arguments, "save_steps": 1}), Counting(tmp_path / "broken"))
     assert saved == [3, 4, 5]
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_is_told(
+    job: FinetuneJob, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch does not name the cause."""
+    options = settings("lora", "llama", [spec.name for spec in artifacts.specs])
+    job = replace(job, adapter=options, storage_dir=tmp_path, out_dir=tmp_path / "adapter")
+
+    class Saving(LoneSession):
+        def save(self, folder: Path | None, step: int) -> None:
+            torch.save(torch.zeros(9), "/dev/full")
+
+    disk = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(free=4096))
+    with pytest.raises(OSError, match="No space left on device"):
+        train(job, Saving(tmp_path / "own"))
 
 
 @pytest.mark.slow
