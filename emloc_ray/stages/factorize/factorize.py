@@ -21,12 +21,14 @@ from emloc_ray.core.gram import unpack_triangle
 from emloc_ray.core.integer_forms import IntegerForms, factor_bits
 from emloc_ray.core.pivoting import pivot
 from emloc_ray.core.precision import exact_float32
+from emloc_ray.core.products import is_finite
 from emloc_ray.core.quantization import quantize as quantize_integers
 from emloc_ray.core.quantization import quantize_factors, quantize_with_factors
 from emloc_ray.core.ranks import Storage
 from emloc_ray.core.rounding import rounding_energy
 from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.whitening import Whitening
+from emloc_ray.errors import NumericsError
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard, write_index
 from emloc_ray.io.formats.grams import GramStore, StoredGram
 from emloc_ray.io.formats.shards import write_tensors
@@ -203,7 +205,14 @@ class _Linear:
             parts, order = {".up": up, ".down": down}, order.cpu()
         if self.name in self.job.in_4bit:
             return {part: quantize_nf4(tensor, self.dtype, self.name) for part, tensor in parts.items()}, order
-        return {part: {"weight": tensor.to(self.dtype)} for part, tensor in parts.items()}, order
+        stored = {part: tensor.to(self.dtype) for part, tensor in parts.items()}
+        if self.dtype == torch.float16 and not all(
+            map(is_finite, stored.values())
+        ):  # a column of W may be longer than 65504
+            raise NumericsError(
+                f"The factors of {self.name} overflow float16, in which the model is stored: give it in bfloat16 or float32."
+            )
+        return {part: {"weight": tensor} for part, tensor in stored.items()}, order
 
     def tensors(self) -> dict[str, Tensor]:
         """What the emulator's shard has of it, by name."""

@@ -38,6 +38,24 @@ def gram_of(artifacts: Artifacts, group: Sequence[LinearSpec]) -> StoredGram:
     return GramStore(artifacts.calibration_dir).stored(group[0].name)
 
 
+@pytest.mark.parametrize("large", [1000.0, 60000.0])
+def test_factors_that_float16_cannot_hold_are_told(tmp_path: Path, large: float) -> None:
+    """Of a weight that it can."""
+    weight = torch.full((64, 32), 1.0, dtype=torch.float16)
+    weight[:, 3] = large
+    save_file({"layer.weight": weight}, tmp_path / "model.safetensors", {"format": "pt"})
+    group = (LinearSpec("layer", 64, 32, False, False, "block"),)
+    job = FactorizationJob(tmp_path, tmp_path / "out", (group,), {"layer": 4})
+    write_gram_shard(tmp_path / "grams.safetensors", {"layer": Gram(torch.eye(32, dtype=torch.float64), 100)})
+    stored = StoredGram(tmp_path / "grams.safetensors", "layer")
+    if large < 2000:
+        factorize_group(job, group, stored, tmp_path / "factors.safetensors")
+        assert all(bool(tensor.isfinite().all()) for tensor in load_file(tmp_path / "factors.safetensors").values())
+        return
+    with pytest.raises(NumericsError, match="The factors of layer overflow float16, in which the model is stored"):
+        factorize_group(job, group, stored, tmp_path / "factors.safetensors")
+
+
 def test_a_group_is_written_with_the_errors_that_it_reports(artifacts: Artifacts, tmp_path: Path) -> None:
     group = next(group for group in artifacts.groups if len(group) == 3)
     factors = tmp_path / "factors.safetensors"
