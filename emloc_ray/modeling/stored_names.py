@@ -121,6 +121,23 @@ def stored_parameters(model: Any, names: Iterable[str] | Mapping[str, Sequence[i
     return whole | apart
 
 
+def unused_tensors(stored: Mapping[str, StoredParameter], names: Iterable[str]) -> frozenset[str]:
+    """The stored tensors that no parameter and no buffer is made of, such as masks that earlier versions saved. None where
+    transformers makes a parameter in a way not known here."""
+    if not all(parameter.parts for parameter in stored.values()):
+        return frozenset()
+    return frozenset(names) - {name for parameter in stored.values() for part in parameter.parts for name in part}
+
+
+def tied_tensors(model: Any, stored: Mapping[str, StoredParameter]) -> dict[str, str]:
+    """The stored tensors of parameters that the model ties to others, and the tensors of these."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    pairs = [
+        (stored[name].own_name, stored[other].own_name) for name, other in tied.items() if {name, other} <= {*stored}
+    ]
+    return {one: other for one, other in pairs if one is not None and other is not None and one != other}
+
+
 def missing_parameters(model: Any, stored: Mapping[str, StoredParameter]) -> list[str]:
     """The model's parameters that nothing stored makes up, nor one that they are tied to, and that :func:`may_be_missing` does
     not excuse."""

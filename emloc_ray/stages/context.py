@@ -18,7 +18,13 @@ from emloc_ray.modeling.architecture import LinearSpec, empty_model, load_config
 from emloc_ray.modeling.hub_weights import commit_of
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loading import model_files
-from emloc_ray.modeling.stored_names import StoredParameter, stored_parameters, stored_specs
+from emloc_ray.modeling.stored_names import (
+    StoredParameter,
+    stored_parameters,
+    stored_specs,
+    tied_tensors,
+    unused_tensors,
+)
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared, Training
@@ -167,8 +173,20 @@ class Context:
 
     def stored(self) -> dict[str, StoredParameter]:
         """The names under which the original's checkpoint holds the model's parameters."""
+        return self._names[0]
+
+    def tied(self) -> dict[str, str]:
+        """The tensors of the original's checkpoint whose parameters are tied to others, and the tensors of these."""
+        return self._names[1]
+
+    def unused(self) -> frozenset[str]:
+        """The tensors of the original's checkpoint that the model has no use for."""
+        return unused_tensors(self.stored(), (entry.name for entry in self._checkpoint))
+
+    @property
+    def _names(self) -> tuple[dict[str, StoredParameter], dict[str, str]]:
         shapes = tuple((entry.name, entry.shape) for entry in self._checkpoint)
-        return _stored_parameters(self.model_dir, self.prepared.config.model.trust_remote_code, shapes)
+        return _stored_names(self.model_dir, self.prepared.config.model.trust_remote_code, shapes)
 
     def specs(self) -> tuple[LinearSpec, ...]:
         """The model's linears, with where the checkpoint holds them."""
@@ -194,11 +212,12 @@ class Context:
 
 
 @functools.lru_cache(maxsize=8)
-def _stored_parameters(
+def _stored_names(
     model_dir: Path, trust_remote_code: bool, shapes: tuple[tuple[str, tuple[int, ...]], ...]
-) -> dict[str, StoredParameter]:
-    config = load_config(model_dir, trust_remote_code=trust_remote_code)
-    return stored_parameters(empty_model(config, trust_remote_code), dict(shapes))
+) -> tuple[dict[str, StoredParameter], dict[str, str]]:
+    model = empty_model(load_config(model_dir, trust_remote_code=trust_remote_code), trust_remote_code)
+    stored = stored_parameters(model, dict(shapes))
+    return stored, tied_tensors(model, stored)
 
 
 def without(section: StageConfig, keys: Collection[str]) -> Inputs:

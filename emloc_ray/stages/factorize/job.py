@@ -14,7 +14,8 @@ class FactorizationJob:
     """Artifact paths and flat settings of the stage.
 
     ``groups`` are the linears that share an input; those without a rank in ``ranks`` stay dense. ``renamed`` are the tensors
-    whose names in the checkpoint are not the model's own, which the emulator's are. ``in_4bit`` are the linears stored in 4
+    whose names in the checkpoint are not the model's own, which the emulator's are; ``unused`` those that the model has no use
+    for, ``tied`` those of parameters that it ties to others, with the tensors of these. ``in_4bit`` are the linears stored in 4
     bits, as factors or dense, ``without_gram`` those of them that have no Gram; ``kept_wide`` are linears elsewhere in the
     model that stay wide. ``gradients_dir`` holds the sums of gradients that weigh outputs, where factors are to keep the
     model's predictions instead of each layer's outputs. ``by_weights``: factors are the weights' own truncated SVD, whose
@@ -29,6 +30,8 @@ class FactorizationJob:
     dampening_frac: float = 1e-6
     seed: int = 0
     renamed: dict[str, str] = field(default_factory=dict)
+    unused: frozenset[str] = frozenset()
+    tied: dict[str, str] = field(default_factory=dict)
     in_4bit: tuple[str, ...] = ()
     without_gram: tuple[str, ...] = ()
     kept_wide: tuple[str, ...] = ()

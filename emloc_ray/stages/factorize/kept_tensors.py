@@ -38,7 +38,8 @@ def copy_rest(kept: Sequence[Kept], path: Path) -> None:
 
 
 def rest_of_shards(job: FactorizationJob) -> list[list[Kept]]:
-    """What the emulator keeps, by shard of the original."""
+    """What the emulator keeps, by shard of the original. Its budget counts each weight of the model once: what the model does
+    not use is left out, and a copy of what it is tied to."""
     checkpoint = Checkpoint(job.model_dir)
     specs = [spec for group in job.groups for spec in group]
     # Dense linears that the original's checkpoint holds in pieces, by the first of these.
@@ -48,6 +49,8 @@ def rest_of_shards(job: FactorizationJob) -> list[list[Kept]]:
     made = [spec for spec in specs if spec.name in job.ranks or spec in apart]
     taken = {rows.name for spec in made for rows in (*spec.weight_rows, spec.bias_rows)}
     taken |= {rows.name for spec in specs if spec.name in job.quantized_linears for rows in spec.weight_rows}
+    taken |= job.unused
+    taken |= {copy for copy, name in job.tied.items() if _are_alike(checkpoint.entry(copy), checkpoint.entry(name))}
     kept_at: dict[str, list[Kept]] = {}
     for spec in apart:
         kept = _kept_linear(spec, checkpoint)
@@ -60,6 +63,14 @@ def rest_of_shards(job: FactorizationJob) -> list[list[Kept]]:
         kept = [Kept(replace(e, name=job.renamed.get(e.name, e.name)), (e,)) for e in as_they_are]
         rest.append(kept + [part for entry in shard.entries for part in kept_at.get(entry.name, ())])
     return [kept for kept in rest if kept]
+
+
+def _are_alike(one: TensorEntry, other: TensorEntry) -> bool:
+    """Whether they hold the same; where they do not, transformers does not tie them."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    pairs = zip(copy_chunks(one, _CHUNK_BYTES), copy_chunks(other, _CHUNK_BYTES), strict=True)
+    return all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
 def _kept_linear(spec: LinearSpec, checkpoint: Checkpoint) -> list[Kept]:
