@@ -35,7 +35,7 @@ _MUCH = 0.1  # of the blocks' parameters
 MANY_EPOCHS = 20
 """As often as a row may be read without a remark."""
 
-_BY_SCORES = ("reduce_lr_on_plateau", "greedy")  # schedules that go by metric_for_best_model
+_BY_SCORES = ("reduce_lr_on_plateau", "greedy")  # schedules that go by the loss of the scores
 
 
 def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
@@ -185,10 +185,12 @@ def unread_correction(section: CorrectionConfig) -> str | None:
 
 
 def unread_choice(section: FinetuneConfig) -> str | None:
-    """Names the settings that say which adapter is better, where nothing is chosen, ended or slowed by them."""
+    """Names the settings that say which adapter is better, where nothing is chosen or ended by them."""
     stops, keeps = section.early_stopping_patience is not None, section.load_best_model_at_end
-    slows = (section.model_extra or {}).get("lr_scheduler_type") in _BY_SCORES
-    if not (stops or keeps or slows) and _is_changed(section, "metric_for_best_model"):
+    schedule = (section.model_extra or {}).get("lr_scheduler_type")
+    if schedule in _BY_SCORES and _is_changed(section, "metric_for_best_model"):
+        return f"finetune.metric_for_best_model is not read by lr_scheduler_type {schedule}: it goes by the emulator's loss."
+    if not (stops or keeps) and _is_changed(section, "metric_for_best_model"):
         advice = "set load_best_model_at_end or early_stopping_patience, or leave it out"
         return f"finetune.metric_for_best_model is not read: {advice}."
     if not stops and _is_changed(section, "early_stopping_threshold"):

@@ -197,12 +197,13 @@ class StepKeeper(TrainerCallback):
             control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Saves and ends the training where it is asked to. Logs where it is saved: who goes on from there begins a new mean."""
+        """Saves and ends the training where it is asked to. Logs where it is saved, as who goes on from there begins a new mean,
+        and where the training may end: of steps that no log gathers transformers takes this rank's loss for all."""
         if self._request == _STOP:
             self.stopped = control.should_save = control.should_training_stop = True
         elif self._request == _ASK and not self._saved_to_leave and self.session.is_leaving():
             self._saved_to_leave = control.should_save = True  # and trains on: Ray may give it longer than it says
-        control.should_log |= control.should_save
+        control.should_log |= control.should_save or control.should_evaluate or state.global_step >= self.job.max_steps
 
     def sync_norm_and_stop(self, norm: Tensor | float | None, device: torch.device, step: int) -> float | None:
         """The gradient norm as a number, the same on all ranks; rank 0 sends its stop request with it."""

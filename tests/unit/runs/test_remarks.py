@@ -272,8 +272,9 @@ def test_settings_of_ranks_are_told_where_nothing_is_factorized(section: dict[st
                 "eval_original_every": 2,
                 "metric_for_best_model": "eval_original_loss",
                 "lr_scheduler_type": "reduce_lr_on_plateau",
+                "load_best_model_at_end": True,
             },
-            None,
+            "finetune.metric_for_best_model is not read by lr_scheduler_type reduce_lr_on_plateau: it goes by the emulator's",
         ),
     ],
 )

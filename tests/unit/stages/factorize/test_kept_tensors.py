@@ -54,7 +54,7 @@ def test_what_the_model_does_not_use_or_has_already_is_left_out(
     """A budget in bytes counts each weight of the model once. Another head is another weight, which transformers does not tie."""
     model_dir = tmp_path / "model"
     model_dir.mkdir()
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in tiny_model_dir(family, tied=True).iterdir():
         if file.suffix == ".safetensors":
             tensors |= load_file(file)

@@ -19,6 +19,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import ReschedulingState
+from transformers import TrainerControl, TrainerState
 
 from emloc_ray.errors import StageError, Stopped, TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
@@ -176,13 +177,13 @@ def _steps_until_stopped(rank: int, root: Path, found: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{root / 'group'}", rank=rank, world_size=2)
     session: Any = SimpleNamespace(rank=rank, world_size=2, is_leaving=lambda: False)
     keeper = StepKeeper(dataclasses.replace(JOB, storage_dir=root), session, poll_s=0.05)
-    control = SimpleNamespace(should_save=False, should_log=False)
+    control = TrainerControl()
     for step in range(1, 2000):
         if step == 5 and rank == 1:
             keeper.job.stop_path.touch()
         time.sleep(0.001)
         norm = keeper.sync_norm_and_stop(torch.tensor(float(step)), torch.device("cpu"), step)
-        keeper.on_step_end(None, None, control)
+        keeper.on_step_end(None, TrainerState(global_step=step), control)
         if keeper.stopped:
             break
     found.put((rank, step, norm, control.should_save, control.should_training_stop))

@@ -155,6 +155,17 @@ def test_what_was_logged_after_the_checkpoint_is_done_and_logged_again(
     assert read_objects(job.validation_path.read_bytes()) == []
 
 
+def test_the_last_step_is_logged_where_it_is_not_saved(job: FinetuneJob, artifacts: Artifacts, tmp_path: Path) -> None:
+    """Of steps that are not logged ``train_loss`` has one rank's part alone."""
+    options = settings("lora", "llama", [spec.name for spec in artifacts.specs])
+    rarely = {**job.training_arguments, "save_strategy": "no", "logging_steps": 2}
+    job = replace(job, adapter=options, storage_dir=tmp_path, out_dir=tmp_path / "adapter", max_steps=5)
+    made = train(replace(job, training_arguments=rarely), LoneSession(tmp_path / "own"))
+    lines = [*read_objects(job.log_path.read_bytes())]
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert made["train_loss"] == pytest.approx(mean_loss(lines), abs=1e-4)
+
+
 def test_a_training_that_goes_on_is_saved_as_often_as_is_asked_now(
     job: FinetuneJob, artifacts: Artifacts, tmp_path: Path
 ) -> None:

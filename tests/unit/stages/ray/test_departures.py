@@ -12,6 +12,7 @@ import pytest
 import torch
 from ray.exceptions import NodeDiedError, RayActorError, WorkerCrashedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from transformers import TrainerControl, TrainerState
 
 from emloc_ray.errors import StageError
 from emloc_ray.stages.finetune.group_callbacks import FailureLog
@@ -229,9 +230,9 @@ def test_a_training_saves_once_where_its_node_is_about_to_go(tmp_path: Path, mon
     keeper = StepKeeper(job(tmp_path), session, poll_s=0, ask_s=0)
 
     def saves() -> bool:
-        control = SimpleNamespace(should_save=False, should_log=False, should_training_stop=False)
+        control = TrainerControl()
         keeper.sync_norm_and_stop(None, torch.device("cpu"), step=1)
-        keeper.on_step_end(None, None, control)
+        keeper.on_step_end(None, TrainerState(global_step=1), control)
         assert not control.should_training_stop
         return control.should_save
 
