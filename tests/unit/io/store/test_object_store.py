@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,17 @@ def test_a_uri_with_a_scheme_is_a_store() -> None:
     ]
 
 
-def test_ctrl_c_does_not_wait_for_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def heard_ctrl_c() -> Iterator[None]:
+    """Where tests run in the background, Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_does_not_wait_for_a_store_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, heard_ctrl_c: None
+) -> None:
     monkeypatch.setattr(objects, "ATTEMPTS", 1)
     over, in_time = threading.Event(), list[bool]()
     with socket.create_server(("127.0.0.1", 0)) as server:
