@@ -72,10 +72,11 @@ def row_lengths(
         assert data.generate is not None
         mean, longest = ROW_TOKENS[data.generate]
         return Lengths(min(mean, limit), min(longest, limit))
-    weights = [elsewhere] if elsewhere else []
-    counts: list[tuple[float, int, float]] = (
-        [unread] if elsewhere else []
-    )  # a row's tokens, its images, and their bytes
+    weights: list[float] = []
+    counts: list[tuple[float, int, float]] = []  # of each row: its tokens, its images, and their bytes
+    if elsewhere:
+        weights.append(elsewhere)
+        counts.append(unread)
     for weight, source, number, row in _first_rows(data, sources):
         place, kind, images, size = Place.of(source, number), "text", 0, 0
         form = source.format or data.row_format
