@@ -38,7 +38,6 @@ LEAN_MEMORY = {
     "MALLOC_ARENA_MAX": "2",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # pages of 2 MiB: large blocks are cleared twice as fast
 }
-_AUTO_CONNECT = auto_init_hook.enable_auto_connect  # what an interrupt takes away until the next connection
 _SHARED = "put it on a file system that all nodes share under this path"
 _FILES_ASKED_FOR = 100  # of data in thousands of folders, of which each node is asked
 _ANSWER_SECONDS = 120.0  # a node's first worker may have to start; what answers later is left to the stages
@@ -50,6 +49,12 @@ class _OwnRay:
 
     def __init__(self) -> None:
         self.turn, self.users = threading.Lock(), 0
+        self.auto_connect: bool | None = None  # what an interrupt has taken away until the next connection
+
+    def take_back(self) -> None:
+        """Ray starts by itself again, where it did before an interrupt."""
+        if self.auto_connect is not None:
+            auto_init_hook.enable_auto_connect, self.auto_connect = self.auto_connect, None
 
     def leave(self, broken_off: bool) -> None:
         with self.turn:
@@ -58,7 +63,7 @@ class _OwnRay:
                 return
             if broken_off:
                 # Threads may be left, and what they still ask of this Ray would start another, or join whatever runs here.
-                auto_init_hook.enable_auto_connect = False
+                self.auto_connect, auto_init_hook.enable_auto_connect = auto_init_hook.enable_auto_connect, False
             ray.shutdown()
 
 
@@ -81,13 +86,13 @@ def connection(
         started = not joins and _connect(address, lean_memory, options)
         is_own = not joins or _OWN.users > 0
         _OWN.users += is_own
+        _OWN.take_back()
     broken_off = False
     try:
         unread = [f"ray.{key}" for key in (*(["address"] if address else []), *options)] if joins else []
         if note is not None and unread:
             advice = "start this run once no other runs" if is_own else "call ray.shutdown() before the run"
             note(f"This process has connected to Ray already, which leaves {listed(unread)} unread: {advice}.")
-        auto_init_hook.enable_auto_connect = _AUTO_CONNECT
         tell_workers()
         # What Ray Train would log of an error it also raises.
         with silenced("ray.train") if is_own else contextlib.nullcontext():

@@ -87,11 +87,15 @@ def test_a_run_leaves_ray_as_it_came_upon_it(connected: bool, monkeypatch: pytes
     logger = logging.getLogger("ray.train")
     with monkeypatch.context() as patch:
         patch.setattr(logger, "level", logging.INFO)
-        patch.setattr(auto_init_hook, "enable_auto_connect", False)
-        patch.setattr(session.ray, "is_initialized", lambda: connected)
+        patch.setattr(auto_init_hook, "enable_auto_connect", True)
+        patch.setattr(session.ray, "is_initialized", lambda: False)
         patch.setattr(session.ray, "init", lambda address=None, **options: None)
         patch.setattr(session, "tell_workers", lambda: None)
         patch.setattr(session.ray, "shutdown", lambda: None)
+        with contextlib.suppress(KeyboardInterrupt), connection():
+            raise KeyboardInterrupt
+        assert not auto_init_hook.enable_auto_connect
+        patch.setattr(session.ray, "is_initialized", lambda: connected)
         with connection():
             assert logger.level == (logging.INFO if connected else logging.CRITICAL)
         assert logger.level == logging.INFO
