@@ -15,7 +15,8 @@
 # my.yaml: run_dir on a file system that all hosts share, as an absolute path (or s3://bucket/runs/mine), no ray.num_cpus. Ray
 # finds each host's CPUs and GPUs; stages take what their sections ask for. After a lost head, the same commands go on.
 #
-# Other settings: RAY_PORT (6379), DASHBOARD_PORT (8265), SCRATCH, a folder of yours on a local disk for Ray's session and spilled
+# Other settings: RAY_PORT (6379), DASHBOARD_PORT (8265) and CLIENT_PORT (10001), of Ray's client, by which two users' clusters
+# share a head; SCRATCH, a folder of yours on a local disk for Ray's session and spilled
 # objects, which others then cannot open (/tmp/emloc-ray-UID; Ray takes no more than 39 characters), RAY_OPTIONS, more options of
 # ray start. The token is made here where there is none, kept in ~/.ray/auth_token, and goes to the hosts through ssh's standard
 # input. Credentials of a bucket, and HF_TOKEN for a gated model, belong into the hosts' own environment or ~/.aws, not here.
@@ -29,7 +30,7 @@ usage() {
 # Runs this file's own text on a host, as: hosts.sh on-host ACTION ADDRESS HEAD.
 on_host() {
     local action=$1 host=$2 name command settings=()
-    for name in EMLOC_BIN SCRATCH RAY_PORT DASHBOARD_PORT RAY_OPTIONS; do
+    for name in EMLOC_BIN SCRATCH RAY_PORT DASHBOARD_PORT CLIENT_PORT RAY_OPTIONS; do
         [ -z "${!name:-}" ] || settings+=("$name=${!name}")
     done
     printf -v command '%q ' env "${settings[@]}" bash -s -- on-host "$action" "${host#*@}" "${head#*@}"
@@ -44,11 +45,11 @@ start_here() {
     local address=$1 head=$2 options=()
     if [ "$address" = "$head" ]; then
         options=(--head "--port=$port" --dashboard-host=127.0.0.1 "--dashboard-port=${DASHBOARD_PORT:-8265}")
+        options+=("--ray-client-server-port=${CLIENT_PORT:-10001}")
     else
         options=("--address=$head:$port")
     fi
-    umask 077
-    mkdir -p "$scratch"
+    (umask 077 && mkdir -p "$scratch") # what workers write elsewhere follows your own umask
     check_owner
     mkdir -p "$scratch/spill"
     if is_running; then

@@ -49,11 +49,10 @@ export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 
 # Ray on every node of a step, with what Slurm gave it there.
 # shellcheck disable=SC2016
-start_ray='umask 077
-    session=${RAY_TMPDIR:-/tmp}/emloc-ray-$SLURM_JOB_ID
+start_ray='session=${RAY_TMPDIR:-/tmp}/emloc-ray-$SLURM_JOB_ID
     spill=${SLURM_TMPDIR:-/tmp}/emloc-ray-$SLURM_JOB_ID
     for folder in "$session" "$spill"; do
-        mkdir -p "$folder"
+        (umask 077 && mkdir -p "$folder") # what workers write elsewhere follows your own umask
         if [ -L "$folder" ] || [ ! -O "$folder" ]; then
             echo "$folder is of another user, or a link: remove it, or set RAY_TMPDIR and SLURM_TMPDIR" >&2
             exit 1
@@ -61,8 +60,23 @@ start_ray='umask 077
         chmod 700 "$folder"
     done
     mkdir -p "$spill/spill"
+    # Ray itself sees the whole node, not what Slurm gave the job of it.
+    memory=$(python -c "from emloc_ray.io.available_memory import memory_bytes; print(int(memory_bytes()))")
+    shared=$(df --output=avail --block-size=1 /dev/shm | tail -n 1)
+    objects=$((memory * 3 / 10 < shared * 9 / 10 ? memory * 3 / 10 : shared * 9 / 10))
     exec ray start "$@" --block "--num-cpus=${SLURM_CPUS_PER_TASK:-1}" "--num-gpus=${SLURM_GPUS_ON_NODE:-0}" \
+        "--memory=$((memory * 6 / 10))" "--object-store-memory=$objects" \
         "--temp-dir=$session" "--object-spilling-directory=$spill/spill"'
+
+# Waits until so many nodes have joined, five minutes at most: a run looks at its cluster as it begins.
+# shellcheck disable=SC2016
+wait_for_nodes='import sys, time, ray
+ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+end = time.monotonic() + 300
+while (there := sum(node["Alive"] for node in ray.nodes())) < int(sys.argv[2]) and time.monotonic() < end:
+    time.sleep(1)
+if there < int(sys.argv[2]):
+    print(f"{there} of {sys.argv[2]} nodes have joined: the run begins with these", file=sys.stderr)'
 
 # srun takes a task's CPUs from its own option alone.
 cpus_per_task() {
@@ -74,17 +88,19 @@ steps=()
 trap 'kill "${steps[@]}" 2>/dev/null; wait' EXIT
 
 srun --overlap --nodes=1 --ntasks=1 "--cpus-per-task=$(cpus_per_task 0)" "--nodelist=$head" bash -c "$start_ray" ray \
-    --head "--node-ip-address=$address" "--port=$port" --dashboard-host=127.0.0.1 --include-dashboard=false &
+    --head "--node-ip-address=$address" "--port=$port" "--ray-client-server-port=$((port + 20000))" --dashboard-host=127.0.0.1 --include-dashboard=false &
 steps+=($!)
 until ray health-check --address "$address:$port" 2>/dev/null; do
     kill -0 "${steps[0]}" || exit 1
     sleep 1
 done
 
+expected=1
 for ((group = 0; group < ${SLURM_HET_SIZE:-1}; group++)); do
     nodes=SLURM_JOB_NODELIST_HET_GROUP_$group
     mapfile -t workers < <(scontrol show hostnames "${!nodes:-$SLURM_JOB_NODELIST}" | grep -vxF "$head")
     [ ${#workers[@]} -gt 0 ] || continue
+    expected=$((expected + ${#workers[@]}))
     options=(--overlap --no-kill --kill-on-bad-exit=0 --wait=0)
     options+=("--nodes=${#workers[@]}" --ntasks-per-node=1 "--cpus-per-task=$(cpus_per_task "$group")")
     [ "${SLURM_HET_SIZE:-1}" -eq 1 ] || options+=("--het-group=$group")
@@ -93,4 +109,5 @@ for ((group = 0; group < ${SLURM_HET_SIZE:-1}; group++)); do
     steps+=($!)
 done
 
+python -c "$wait_for_nodes" "$address:$port" "$expected"
 emloc-ray run "$@" "ray.address=$address:$port"

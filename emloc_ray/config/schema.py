@@ -321,6 +321,12 @@ class RunConfig(Section):
             values.pop("memory_budget", None)
         return values
 
+    @property
+    def undecided_gpus(self) -> list[str]:
+        """The keys whose GPUs are ``auto``."""
+        names = [name for name in WORKER_SECTIONS if getattr(self, name).gpus_per_worker == "auto"]
+        return [f"{name}.gpus_per_worker" for name in names]
+
     def with_gpus(self, available: float) -> RunConfig:
         """Each ``gpus_per_worker: auto`` decided by the GPUs that Ray has or can add; workers of a training start together,
         so that each of them has to get one."""

@@ -30,7 +30,7 @@ from emloc_ray.stages.importing import original_dir
 from emloc_ray.stages.order import STEPS, up_to
 from emloc_ray.stages.ray.final_actor import FinalActorHandle, FinalActors
 from emloc_ray.stages.ray.losses import explain
-from emloc_ray.stages.ray.nodes import check_workers
+from emloc_ray.stages.ray.nodes import check_workers, unseen_gpus
 from emloc_ray.stages.ray.session import (
     check_nodes,
     check_visible,
@@ -98,6 +98,8 @@ def run(
         with connected if in_batch is None else contextlib.nullcontext() as started:  # a task is within its batch's
             if in_batch is None and not started:
                 prepared, plan = _within_reach(prepared, plan, left)
+                if remark := unseen_gpus((prepared.written_config or prepared.config).undecided_gpus):
+                    reporter.note(remark)
             if not fresh and config.ray.joins:  # by the GPUs that its Ray has
                 _check_changes(prepared, forced, until, accept_changes)
             if in_batch is None:

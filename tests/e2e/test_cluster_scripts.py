@@ -22,6 +22,7 @@ import psutil
 import pytest
 from small_runs import make_values
 
+from emloc_ray.io.available_memory import memory_bytes
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.log import read_events
@@ -61,14 +62,17 @@ _SCONTROL = """#!/usr/bin/env bash
 tr ',' '\\n' <<<"$3"
 """
 
-# In place of emloc-ray: says which nodes the cluster has once all are there.
+# In place of emloc-ray: says which nodes the cluster has as it begins.
 _DRIVER = """#!{python}
-import sys, time, ray
+import os, sys, ray
 ray.init(sys.argv[-1].removeprefix("ray.address="), log_to_driver=False)
-while len(nodes := [node for node in ray.nodes() if node["Alive"]]) < 2:
-    time.sleep(0.2)
+nodes = [node for node in ray.nodes() if node["Alive"]]
 print("arguments", sys.argv[1:-1])
 print("resources", sorted((n["Resources"].get("CPU", 0), n["Resources"].get("GPU", 0)) for n in nodes))
+held = [n["Resources"]["memory"] + n["Resources"]["object_store_memory"] for n in nodes]
+print("memory", all(0.6 <= each / {memory} <= 0.9 for each in held))
+umask = ray.remote(num_cpus=1)(lambda: oct(os.umask(0o022)))
+print("umasks", {{*ray.get([umask.remote() for _ in range(8)])}})
 """
 
 
@@ -202,7 +206,8 @@ def test_a_job_on_bare_hosts(hosts: Path, tmp_path: Path, tiny_model_dir: Callab
 def test_a_slurm_job_of_two_parts(hosts: Path) -> None:
     stand_in(hosts, "srun", _SRUN)
     stand_in(hosts, "scontrol", _SCONTROL)
-    stand_in(hosts, "emloc-ray", _DRIVER.format(python=sys.executable))
+    stand_in(hosts, "emloc-ray", _DRIVER.format(python=sys.executable, memory=memory_bytes()))
+    mask = os.umask(0o022)
     told = call(
         str(ROOT / "cluster" / "slurm.sh"),
         "my.yaml",
@@ -217,5 +222,8 @@ def test_a_slurm_job_of_two_parts(hosts: Path) -> None:
         SLURM_CPUS_PER_TASK_HET_GROUP_1="2",
     )
     assert "arguments ['run', 'my.yaml', 'finetune.max_steps=5']" in told
+    os.umask(mask)
     assert "resources [(2.0, 0), (3.0, 0)]" in told
+    assert "memory True" in told
+    assert "umasks {'0o22'}" in told
     assert left_behind(hosts) == []

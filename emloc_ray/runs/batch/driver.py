@@ -23,7 +23,7 @@ from emloc_ray.runs.changes import Accept, check_accepted
 from emloc_ray.runs.gauges import BatchGauges
 from emloc_ray.runs.remarks import said_once
 from emloc_ray.runs.reporter import Reporter
-from emloc_ray.stages.ray.nodes import grown_cluster, worker_problems
+from emloc_ray.stages.ray.nodes import grown_cluster, unseen_gpus, worker_problems
 from emloc_ray.stages.ray.session import check_nodes, connection, gpus_within_reach, smallest_gpu_bytes, total
 from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.text import size, size_up
@@ -114,6 +114,8 @@ def run_batch(
             if not started:
                 prepared.work.with_gpus(gpus_within_reach(), smallest_gpu_bytes())
                 check_nodes([prepared.work.config(task) for task in batch.tasks])
+                if remark := unseen_gpus(sorted({key for task in batch.tasks for key in task.config.undecided_gpus})):
+                    tell(remark)
             check_fit(prepared)
             for remark in said_once((prepared.work.config(task) for task in batch.tasks), total("CPU")):
                 tell(remark)

@@ -44,6 +44,16 @@ def has_unknown_autoscaler() -> bool:
     return state.get_cluster_config() is None and any(labelled)
 
 
+def unseen_gpus(keys: Sequence[str]) -> str | None:
+    """Says so where ``auto`` of these keys takes CPUs under an autoscaler that may have GPUs, but has added none yet."""
+    if not keys or ray.cluster_resources().get("GPU") or not has_unknown_autoscaler():
+        return None
+    return (
+        "No node has a GPU yet, and the autoscaler does not tell Ray whether it can add one, so that auto takes CPUs: where it can,"
+        f" set {', '.join(keys)} to 1."
+    )
+
+
 def workers_that_fit(wanted: Node, nodes: Iterable[tuple[Node, float]]) -> float:
     """How many workers that each ask for ``wanted`` fit on the nodes at once, each a node and how many there are of it. Ray's
     object store counts as a node's memory."""
@@ -148,7 +158,12 @@ def memory_to_ask(
         if n.get("CPU", 0) >= asked.cpus_per_worker and n.get("GPU", 0) >= asked.gpus_per_worker
     ]
     if not able or any("memory" not in node for node in able):
-        return (ours if grows and not able else 0), None
+        if grows and not able:
+            return (
+                ours,
+                f"{stage} asks for {size(ours)} of memory a worker: where no node that joins has that, lower memory_budget.",
+            )
+        return 0, None
     largest = int(max(node["memory"] for node in able))
     if planned > max(map(_memory_with_object_store, able)):
         if not grows:

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.stages.ray import nodes
-from emloc_ray.stages.ray.nodes import check_workers, grown_cluster, memory_to_ask
+from emloc_ray.stages.ray.nodes import check_workers, grown_cluster, memory_to_ask, unseen_gpus
 from emloc_ray.stages.ray.tasks import Resources
 
 GIB = 2**30
+_VALUES: dict[str, Any] = {"run_dir": "r", "model": {"source": "m"}, "data": {"train": {"path": "a.jsonl"}}}
 HEAD = {"memory": 6.0 * GIB}  # no CPU
 SMALL = {"CPU": 4.0, "memory": 7.0 * GIB, "object_store_memory": 3.0 * GIB}
 LARGE = {"CPU": 8.0, "memory": 28.0 * GIB, "object_store_memory": 12.0 * GIB}
@@ -55,7 +57,11 @@ def test_above_what_ray_gives_out_a_worker_takes_a_whole_node() -> None:
 
 
 def test_a_cluster_that_grows_without_a_word_is_asked_for_what_is_planned() -> None:
-    assert memory_to_ask("calibrate", 20 * GIB, Resources(4, 2), False, [HEAD], grows=True) == (20 * GIB, None)
+    memory, remark = memory_to_ask("calibrate", 20 * GIB, Resources(4, 2), False, [HEAD], grows=True)
+    assert memory == 20 * GIB
+    assert remark == (
+        "calibrate asks for 20.0 GiB of memory a worker: where no node that joins has that, lower memory_budget."
+    )
     assert memory_to_ask("calibrate", 20 * GIB, Resources(4, 2), False, [LARGE], grows=True) == (20 * GIB, None)
     memory, remark = memory_to_ask("correct", 40 * GIB, Resources(1, 1), False, [HEAD, SMALL], grows=True)
     assert memory == 40 * GIB
@@ -174,3 +180,21 @@ def test_where_nobody_tells_ray_how_far_a_cluster_grows_a_stage_waits(cluster: C
     cluster([HEAD], labels=("ray.io/node-id",))
     with pytest.raises(ConfigError):
         check_workers(asked)
+
+
+def test_gpus_that_an_autoscaler_does_not_tell_of_are_asked_for_by_hand(
+    cluster: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KubeRay's worker groups begin with no node, and ``auto`` would take CPUs for days."""
+    gpus = {"GPU": 0.0}
+    monkeypatch.setattr(nodes.ray, "cluster_resources", lambda: gpus)
+    keys = RunConfig.model_validate(_VALUES | {"evaluation": {"gpus_per_worker": 0}}).undecided_gpus
+    assert keys == ["calibration.gpus_per_worker", "emulator.gpus_per_worker", "finetune.gpus_per_worker"]
+    cluster([HEAD], labels=("ray.io/node-group",))
+    assert f"set {', '.join(keys)} to 1" in str(unseen_gpus(keys))
+    assert unseen_gpus([]) is None
+    gpus["GPU"] = 4.0
+    assert unseen_gpus(keys) is None
+    gpus["GPU"] = 0.0
+    cluster([HEAD])
+    assert unseen_gpus(keys) is None
