@@ -49,8 +49,8 @@ def unseen_gpus(keys: Sequence[str]) -> str | None:
     if not keys or ray.cluster_resources().get("GPU") or not has_unknown_autoscaler():
         return None
     return (
-        "No node has a GPU yet, and the autoscaler does not tell Ray whether it can add one, so that auto takes CPUs: where it can,"
-        f" set {', '.join(keys)} to 1."
+        "No node has a GPU yet, and the autoscaler does not tell Ray whether it can add one, so that auto takes CPUs: where it"
+        f" can, set {', '.join(keys)} to 1."
     )
 
 
