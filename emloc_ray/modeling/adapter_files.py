@@ -170,6 +170,8 @@ def portable_form(config: dict[str, Any], modules: Sequence[LoraModule]) -> tupl
     r = max(module.lora_a.shape[0] for module in modules)
     alpha = config["lora_alpha"] * r / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     one = {"r": r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
+    # How it was begun: PEFT begins it so again before it loads it, which "orthogonal" cannot on a base in 4 or 8 bits.
+    one["init_lora_weights"] = True
     form = {**config, **one, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     return form, [_at_scale(module, r, alpha / r) for module in modules]
 

@@ -47,6 +47,13 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    "bpe.codes",
+    "dict.txt",
+    "emoji.json",  # GPT-NeoX-Japanese
+    "prophetnet.tokenizer",
+    "target_vocab.json",  # Marian
+    "vocab-*.json",  # FSMT
+    "word_*.json",  # RoCBert
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
@@ -177,7 +184,7 @@ def _check_directory(directory: Path, source: str, needs_weights: bool = True) -
     return ModelSource(directory)
 
 
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.py")
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.codes", "*.tokenizer", "*.py")
 
 
 def _download(source: str, revision: str | None, patterns: Sequence[str]) -> Path:

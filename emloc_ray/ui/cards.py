@@ -72,6 +72,13 @@ def card(name: str, folder: str, config: Mapping[str, Any], metrics: Mapping[str
     datasets = list(filter(None, map(_hub_rows, _places(config.get("data") or {}))))
     kind = str((config.get("adapter") or {}).get("method", "lora"))
     method = METHOD_NAMES.get(kind, "LoRA")
+    correction = metrics.get("correction") or {}
+    if (
+        "lora_form" in correction and correction.get("method") != "none"
+    ):  # what the correction makes of LoHa and the like
+        method, kind = f"LoRA adapter (trained as {method})", "lora"
+    else:
+        method = f"{method} adapter"
     data = ModelCardData(
         base_model=base if is_hub else None,
         base_model_relation=("finetune" if is_merged else "adapter") if is_hub else None,
@@ -79,7 +86,7 @@ def card(name: str, folder: str, config: Mapping[str, Any], metrics: Mapping[str
         datasets=datasets or None,
         tags=["emloc", "emloc-ray", *([] if is_merged else ["lora" if kind in LORA_METHODS else kind])],
     )
-    what = f"{base} with a {method} adapter merged into it" if is_merged else f"A {method} adapter for {base}"
+    what = f"{base} with a {method} merged into it" if is_merged else f"A {method} for {base}"
     task, revision = describe_task(config.get("data") or {}), model.get("revision")
     pinned = f', revision="{revision}"' if is_hub and revision else ""
     made = [f"Base: {base}{f', revision {revision}' if revision else ''}", *([f"Data: {task}"] if task else [])]
@@ -114,7 +121,8 @@ def describe_task(data: Mapping[str, Any]) -> str | None:
 def base_name(source: str, noted: str | None = None) -> tuple[str, bool]:
     """What a base is called, and whether that is its name on the hub; ``noted``: by what name or whole path its run had it, as
     a relative path looks like a name on the hub where it leads nowhere."""
-    if noted not in (None, source) or _is_path(source) or source.startswith("package:") or "/" not in source:
+    has_no_owner = "/" not in source and noted is None  # as gpt2 has none: of a path, the run noted the whole
+    if noted not in (None, source) or _is_path(source) or source.startswith("package:") or has_no_owner:
         return source.rstrip("/").rpartition("/")[2], False
     return source, True
 

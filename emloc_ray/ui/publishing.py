@@ -54,16 +54,20 @@ def part_folder(run: RunDirectory, part: str) -> str:
 
 
 @contextlib.contextmanager
-def local_copy(console: Console, run: RunDirectory, *names: str) -> Iterator[Path]:
+def local_copy(console: Console, run: RunDirectory, *names: str, original_weights: bool = True) -> Iterator[Path]:
     """The run's directory. For a run on an object store: a temporary directory with those of its folders ``names`` that
-    exist."""
+    exist, with or without the ``original_weights``."""
+
+    def leave_out(name: str) -> bool:
+        return not original_weights and name.startswith(f"{MODEL}/") and name.endswith(".safetensors")
+
     if run.store is None:
         yield run.root
         return
     folders = set(run.names())
     with tempfile.TemporaryDirectory() as folder:
         with progress_bar(console, f"Fetching {run.name}", in_bytes=True) as progress:
-            fetch(run, Path(folder), [name for name in names if name in folders], progress)
+            fetch(run, Path(folder), [name for name in names if name in folders], progress, leave_out=leave_out)
         yield Path(folder)
 
 
@@ -104,12 +108,19 @@ def push(console: Console, run: RunDirectory, name: str, part: Result, private: 
             )
         except HFValidationError as error:
             raise ConfigError(f"{name} is no name of the hub ({one_line(error)}): write OWNER/NAME.") from error
-        except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        except Exception as error:
+            unreached = _is_of_transport(error)
+            if not unreached and not isinstance(error, (HfHubHTTPError, LocalTokenNotFoundError, OSError)):
+                raise
             reason = one_line(str(error).strip().split("\n")[0])
-            raise StageError(
-                f"{name} cannot be pushed to ({reason}): log in with hf auth login, or check the name."
-            ) from error
+            advice = "see that the hub can be reached" if unreached else "log in with hf auth login, or check the name"
+            raise StageError(f"{name} cannot be pushed to ({reason}): {advice}.") from error
     console.print(f"{result}/ is at {done.commit_url}", soft_wrap=True, markup=False)
+
+
+def _is_of_transport(error: Exception) -> bool:
+    """Whether the hub's library could not reach it; it raises what its HTTP client does, httpx or httpx2 by its version."""
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2")
 
 
 def _pushed(file: Path) -> Path | bytes:
@@ -143,7 +154,8 @@ def export_gguf(
     if not target.parent.is_dir():
         raise ConfigError(f"{target.parent} is no folder: make it, or name another place with --output.")
     part_file = target.with_name(f".{target.stem}.part.gguf")
-    with local_copy(console, run, result, *([MODEL] if part == "adapter" else [])) as root:
+    # Of an adapter's base the converter reads config and tokenizer.
+    with local_copy(console, run, result, *([MODEL] if part == "adapter" else []), original_weights=False) as root:
         folder = root / result
         command = [sys.executable, str(converter), str(folder), "--outfile", str(part_file), "--outtype", outtype]
         _check_files(folder, part)

@@ -30,8 +30,10 @@ def fetch(
     progress: Callable[[int, int], None] = lambda done, total: None,
     folder: Callable[[RunDirectory, str], str] = lambda run, part: part,
     tell: Callable[[str], None] = lambda sentence: None,
+    leave_out: Callable[[str], bool] = lambda name: False,
 ) -> list[Path]:
-    """Writes the run's files (those of ``parts`` such as ``adapter`` or ``merged``, else all) to ``directory``; of a batch,
+    """Writes the run's files (those of ``parts`` such as ``adapter`` or ``merged``, else all) to ``directory``, but for those to
+    ``leave_out``, by ``PART/NAME``; of a batch,
     those of all its tasks, without its cache. Returns the files written; what is there with the same content is left as it is,
     so that a broken fetch resumes. Weights that an earlier fetch left and the run no longer holds are removed, and ``tell`` is
     called with a sentence that names them. ``progress`` counts bytes. ``folder`` names a run's folder of a part; a task for
@@ -55,7 +57,7 @@ def fetch(
     wanted = [name for name in names if not parts or name in parts]
     infos = {f"{top}/{name}": info for top in wanted for name, info in store.versions(top).items()}
     plain = [name for name in wanted if not any(key.startswith(f"{name}/") for key in infos)]
-    files = {_inside(directory, name): info for name, info in infos.items()}
+    files = {_inside(directory, name): info for name, info in infos.items() if not leave_out(name)}
     left = {
         file: info
         for file, info in files.items()

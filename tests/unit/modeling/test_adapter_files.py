@@ -18,6 +18,7 @@ from emloc_ray.modeling.adapter_files import (
     LoraModule,
     adapter_scale,
     lora_config,
+    portable_form,
     write_adapter,
 )
 
@@ -68,6 +69,13 @@ def test_variants_that_are_not_s_b_a(tmp_path: Path, adapter_dir: Path, changes:
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva"])
 def test_plain_initialisations_are_taken(tmp_path: Path, adapter_dir: Path, init: Any) -> None:
     assert Adapter(changed(adapter_dir, tmp_path / "x", init_lora_weights=init)).names
+
+
+def test_how_an_adapter_was_begun_is_not_written() -> None:
+    """PEFT begins it so again before it loads it, and an orthogonal one not at all on a base in 4 bits."""
+    module = LoraModule("q_proj", torch.ones(2, 4), torch.ones(3, 2), 2.0)
+    config, _ = portable_form({"r": 2, "lora_alpha": 4, "init_lora_weights": "orthogonal"}, [module])
+    assert config["init_lora_weights"] is True
 
 
 @pytest.mark.parametrize("missing", [CONFIG_NAME, WEIGHTS_NAME])

@@ -178,6 +178,7 @@ def test_tokenizer_files_are_copied_and_nothing_else(tmp_path: Path, tiny_model_
 
 def test_other_tokenizers_templates_and_code_are_copied_too(tmp_path: Path) -> None:
     names = ["tekken.json", "sentencepiece.bpe.model", "tokenization_x.py", "additional_chat_templates/tool.jinja"]
+    names += ["emoji.json", "vocab-src.json", "word_shape.json", "bpe.codes", "prophetnet.tokenizer"]
     for name in [*names, "config.json", "model.safetensors.index.json"]:
         (tmp_path / "from" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "from" / name).write_text("{}")

@@ -87,6 +87,26 @@ def test_a_relative_path_is_no_name_of_the_hub_where_it_leads_nowhere() -> None:
     assert "models/" not in text
 
 
+def test_a_name_of_the_hub_needs_no_owner() -> None:
+    config = {"model": {"source": "gpt2", "revision": "abc"}}
+    text = card("mine", "adapter", config, {"base_model": "gpt2"})
+    assert ModelCard(text).data.to_dict()["base_model"] == "gpt2"
+    assert 'from_pretrained("gpt2", revision="abc")' in text
+    local = card("mine", "adapter", config, {"base_model": "/proj/gpt2"})
+    assert "base_model" not in ModelCard(local).data.to_dict()
+
+
+@pytest.mark.parametrize(("method", "tag"), [("covariance", "lora"), ("none", "loha")])
+def test_what_a_correction_made_lora_is_called_so(method: str, tag: str) -> None:
+    """By those who serve LoRA alone."""
+    choice = {"method": method, "clamp": None, "strength": 1.0}
+    metrics = {"correction": {**choice, "lora_form": {"mean_rank": 4.0}}}
+    text = card("mine", "adapter", {"model": {"source": "org/name"}, "adapter": {"method": "loha"}}, metrics)
+    assert ModelCard(text).data.to_dict()["tags"] == ["emloc", "emloc-ray", tag]
+    assert ("A LoRA adapter (trained as LoHa) for org/name" in text) == (tag == "lora")
+    assert ("A LoHa adapter for org/name" in text) == (tag == "loha")
+
+
 def test_a_card_is_no_part_of_what_it_is_about(run: RunDirectory) -> None:
     context = Context(Prepared(None, run, None, None, None, {}), run.root)  # type: ignore[arg-type]
     before = context.contents("adapter")

@@ -6,6 +6,7 @@ import base64
 import copy
 import json
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -175,6 +176,16 @@ def test_what_cannot_be_pushed_is_told(run: RunDirectory, hub: type[Hub]) -> Non
     for verb in (["push", "run", "me/mine", "--part", "merged"], ["gguf", "run"]):
         assert "has no merged/: run it up to there, emloc-ray merge CONFIG." in invoke(*verb).stderr
     assert not hub.files
+
+
+def test_a_hub_that_is_not_reached_is_told(run: RunDirectory, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # where nothing listens in a moment
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+    done = invoke("push", "run", "me/mine")
+    assert done.exit_code == 1, done.exception
+    assert "me/mine cannot be pushed to (" in done.stderr
+    assert "): see that the hub can be reached." in done.stderr
 
 
 CONVERTER = """

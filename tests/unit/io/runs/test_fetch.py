@@ -51,6 +51,10 @@ def test_a_part_comes_alone_and_what_is_there_stays(
     assert fetch(run, tmp_path, ["adapter"]) == []
 
 
+def test_what_is_to_be_left_out_does_not_come(run: RunDirectory, tmp_path: Path) -> None:
+    assert fetch(run, tmp_path, ["adapter"], leave_out=lambda name: name == "adapter/adapter_config.json") == []
+
+
 def test_weights_that_the_run_no_longer_holds_are_removed(run: RunDirectory, tmp_path: Path) -> None:
     fetch(run, tmp_path)
     (tmp_path / "merged" / "notes.md").write_text("mine")
