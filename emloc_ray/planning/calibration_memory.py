@@ -24,6 +24,7 @@ Parts = dict[str, float]  # bytes by what holds them
 
 BASE_BYTES = 450 * 2**20  # a worker with torch, transformers and peft imported
 _GPU_SHARE = 0.92  # of a GPU's memory: the rest goes to CUDA's context and to what its allocator leaves between tensors
+_HIDING_TOKENS = 1024
 _WAVES = 6  # of gradients, a pass each, that a budget left out may ask for: inference of a model in bfloat16 takes five
 # Of refinement.
 _MADE = 6  # floats of an integer while a weight is made of it, or a gradient for it
@@ -129,12 +130,22 @@ class CalibrationMemory(ModelBytes):
         def within(worker_bytes: float) -> GradientPlan:
             hold, batch_size = self.config.model.hold, self.config.calibration.batch_size
             budget = worker_bytes - BASE_BYTES
-            return plan_gradients(hold, self.held, self._gradient_specs(), batch_size, self._backward_bytes, budget)
+            specs, rows = self._gradient_specs(), self._tokens_that_hide_moving() / self.lengths.mean
+            return plan_gradients(hold, self.held, specs, batch_size, self._backward_bytes, budget, rows)
 
         plan = within(self.worker_bytes("calibration"))
         if len(plan.waves) <= _WAVES or not self.config.budget_is_default:
             return plan
         return within(self.usable_bytes("calibration"))
+
+    def _tokens_that_hide_moving(self) -> float:
+        """Tokens of a batch whose pass forward and back takes as long as its weights take to come, at 6 operations and 4 bytes a
+        weight: at 4e13 a second and 25e9 from the host's memory, a twelfth of that from disk. CPUs compute where the weights
+        lie."""
+        if not self.config.calibration.gpus:
+            return 0.0
+        host = available_bytes() if self.prepared.host_bytes is None else self.prepared.host_bytes
+        return _HIDING_TOKENS * (12.0 if self.weights > host else 1.0)
 
     def least_for_gradients(self) -> float:
         """Bytes that a worker needs for gradients at least: a row at a time, with one linear's sum, in the leanest way."""

@@ -73,11 +73,13 @@ def plan_gradients(
     batch_size: int,
     beside: Callable[[int], float],
     budget: float,
+    hiding_rows: float = 0.0,
 ) -> GradientPlan:
-    """The fewest waves that fit ``budget`` bytes; among equals resident first, then the largest batch.
+    """The waves that fit ``budget`` bytes and take least time; among equals the fewest, resident first, in the largest batch.
 
-    ``beside(rows)``: bytes of a batch's pass forward and back. A wave costs a pass over all rows, a smaller batch nearly
-    nothing. Where nothing fits: one linear's sum at a time, in the leanest way.
+    ``beside(rows)``: bytes of a batch's pass forward and back. A wave costs a pass over all rows. A smaller batch costs nearly
+    nothing where the model is resident. Elsewhere each batch moves the whole model while it is computed: of fewer than
+    ``hiding_rows`` the moving takes longer. Where nothing fits: one linear's sum at a time, in the leanest way.
     """
     batches = [batch_size >> halvings for halvings in range(batch_size.bit_length())]
     largest = max(map(gradient_bytes, specs), default=0)
@@ -87,7 +89,12 @@ def plan_gradients(
             left = budget - held[hold] - beside(rows)
             if left >= largest or (hold, rows) == (allowed(asked)[-1], 1):
                 plans.append(GradientPlan(hold, rows, tuple(map(tuple, in_waves(specs, gradient_bytes, left)))))
-    return min(plans, key=lambda plan: len(plan.waves))
+
+    def cost(plan: GradientPlan) -> tuple[float, int]:
+        moving = 0.0 if plan.hold == "resident" else hiding_rows / plan.batch_size
+        return len(plan.waves) * max(1.0, moving), len(plan.waves)
+
+    return min(plans, key=cost)
 
 
 def blocks_share(model_config: Any, trust_remote_code: bool) -> bool:

@@ -58,7 +58,8 @@ def bare_prepared(values: dict[str, Any], model_config: Any) -> Prepared:
     if opened not in _SKELETONS:
         _SKELETONS[opened] = skeleton_of(model_config, empty_model(model_config, attn_implementation=opened[1]))
     layout = make_layout(config, _SKELETONS[opened])
-    return Prepared(config, RunDirectory(config.run_dir), ModelSource(Path()), model_config, layout, {})
+    place = RunDirectory(config.run_dir)
+    return Prepared(config, place, ModelSource(Path()), model_config, layout, {}, host_bytes=float("inf"))
 
 
 def whole_model(values: dict[str, Any], sizes: dict[str, int]) -> Prepared:

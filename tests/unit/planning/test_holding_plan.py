@@ -60,6 +60,16 @@ def test_a_batch_shrinks_before_a_wave_is_added() -> None:
     assert (plan.hold, plan.batch_size, len(plan.waves)) == ("all_offloaded", 1, 3)
 
 
+@pytest.mark.parametrize(("hiding_rows", "rows", "waves"), [(0, 2, 1), (4, 2, 1), (8, 8, 2), (100, 8, 2)])
+def test_a_batch_stays_large_where_moving_takes_longer_than_computing(
+    hiding_rows: float, rows: int, waves: int
+) -> None:
+    """Of 2 rows each moves the model four times as often as of 8."""
+    room = 10 + 3 * 64 + 20
+    plan = plan_gradients("offloaded", HELD, linears(4, 4, 4), 8, lambda rows: 10 * rows, room, hiding_rows)
+    assert (plan.hold, plan.batch_size, len(plan.waves)) == ("all_offloaded", rows, waves)
+
+
 OF_4: dict[str, Any] = {"intermediate_size": 96, "global_head_dim": 16}
 
 
