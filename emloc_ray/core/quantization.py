@@ -183,7 +183,7 @@ def _descent_codes(weight: Tensor, whitening: Whitening, grid: IntegerWeight, co
     """Codes ``(out, in)`` after some passes of coordinate descent, the columns of most energy first."""
     gram = whitening.matrix(torch.float32)
     order = gram.diagonal().argsort(descending=True, stable=True)
-    gram, columns = gram[order][:, order], _columns(weight, grid, order)
+    gram, columns = gram[order[:, None], order], _columns(weight, grid, order)
     differences = columns.weight - grid.with_codes(codes).dense().T[order]
     made = codes.T[order]
     for _ in range(_PASSES):

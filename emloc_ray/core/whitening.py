@@ -134,9 +134,23 @@ class Whitening:
         damped so, in float32. These are kept, but not the Gram in that order: it is as large again, twice."""
         if dampening_frac not in self._by_energy:
             order = self._gram.diagonal().argsort(stable=True)
-            ordered = Whitening(self._gram[order][:, order], dampening_frac)
-            self._by_energy[dampening_frac] = order, ordered.root(torch.float32)
+            root, failed = torch.linalg.cholesky_ex(self._damped_in_order(order, dampening_frac))
+            if int(failed) != 0:  # in float64, of the sums as they are
+                del root
+                root = Whitening(self._gram[order[:, None], order], dampening_frac).root(torch.float32)
+            self._by_energy[dampening_frac] = order, root
         return self._by_energy[dampening_frac]
+
+    def _damped_in_order(self, order: Tensor, dampening_frac: float) -> Tensor:
+        """The Gram of the inputs in that order, damped so, in float32: of float32 sums one copy, gathered at once and damped where
+        it lies."""
+        if self.is_identity:
+            return torch.eye(self.in_features, device=self._gram.device)
+        ordered = self._gram[order[:, None], order]
+        scale = float(ordered.diagonal().mean(dtype=torch.float64))  # to the last bit that of a Whitening of it
+        damped = ordered.div_(scale).to(torch.float32)
+        damped.diagonal().add_(dampening_frac)
+        return damped
 
     def times(self, columns: Tensor) -> Tensor:
         """``G' X (in, k)`` for a few float64 columns ``X (in, k)``, from the Gram as it was given."""

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from pretend_device import METER, pretend_device
 from torch import Tensor
 
 from emloc_ray.core.gram import Gram
-from emloc_ray.core.quantization import quantize
+from emloc_ray.core.quantization import DAMPENING_FRAC, quantize
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import NumericsError
 
@@ -109,6 +110,38 @@ def test_an_identity_takes_no_memory_until_its_matrix_is_asked_for() -> None:
     order, root = Whitening.identity(3).root_by_energy(1e-2)
     assert torch.equal(order, torch.arange(3))
     assert torch.equal(root, torch.eye(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_the_root_by_energy_is_that_of_the_gram_in_order_which_stays_as_it_was(
+    dtype: torch.dtype, is_lost: bool
+) -> None:
+    """Where float32 has no root too: that in float64 is of the sums as they were."""
+    tokens = tokens_of(3, 300)
+    tokens[:, 0] += 100.0
+    tokens = tokens @ torch.linalg.qr(tokens_of(300, 300, 1)).Q
+    gram, damping = (tokens.T @ tokens).to(dtype), 1e-6 if is_lost else 1e-2
+    given = gram.clone()
+    order, root = Whitening(gram).root_by_energy(damping)
+    assert torch.equal(gram, given)
+    assert torch.equal(order, given.diagonal().argsort())
+    whole = Whitening(given[order][:, order], damping)
+    assert bool(torch.linalg.cholesky_ex(whole.matrix(torch.float32)).info) is is_lost
+    assert torch.equal(root, whole.root(torch.float32))
+
+
+def test_rounding_to_integers_holds_the_gram_four_times() -> None:
+    """As summed, damped, the root by energy, and one in order."""
+    order, device = 768, pretend_device()
+    tokens, weight = tokens_of(2 * order, order).float(), tokens_of(16, order).float().to(device)
+    whitening = Whitening((tokens.T @ tokens).to(device))
+    square, before = 4 * order**2, METER.current
+    METER.restart()
+    whitening.root_by_energy(DAMPENING_FRAC)
+    assert METER.peak - before < 2.1 * square
+    quantize(weight, whitening, 2, 64)
+    assert 3 * square <= METER.peak - before < 3.5 * square
 
 
 def test_integers_under_an_identity_ask_for_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
