@@ -184,9 +184,10 @@ class CalibrationMemory(ModelBytes):
         }
 
     def refinement_parts(self) -> Parts:
-        """The weights of original and emulator outside the blocks and in the largest block. What is fitted of the block is in
-        float32 with gradients and Adam's moments, and as the products read it until the backward pass. With them a batch's
-        hidden states, as both read and give them, what the fit reads of the next batch, and what the block keeps."""
+        """The weights of original and emulator outside the blocks, and of the original in the largest block while rows pass it;
+        or, where that is more, of the emulator while its block is fitted. What is fitted of that is in float32 with gradients and
+        Adam's moments, and as the products read it until the backward pass. With either a batch's hidden states, as both read
+        and give them, what the fit reads of the next batch, and what the block keeps."""
         return self._refinement_parts_of(self.refinement_rows())
 
     def refinement_rows(self) -> int:
@@ -199,7 +200,8 @@ class CalibrationMemory(ModelBytes):
 
     def _refinement_parts_of(self, rows: int) -> Parts:
         blocks = [block for block in self.blocks if not block.is_between]
-        inside = max(self.itemsize * b.num_parameters + sum(map(self._stored_bytes, b.specs)) for b in blocks)
+        original = self.itemsize * max(block.num_parameters for block in blocks)
+        stored = max(sum(map(self._stored_bytes, block.specs)) for block in blocks)
         forms = [[(s, self.layout.form(s)) for s in block.specs if self._is_fitted(s)] for block in blocks]
         saved = max(
             block.multiple
@@ -211,13 +213,20 @@ class CalibrationMemory(ModelBytes):
             for block, fitted in zip(blocks, forms, strict=True)
         )
         tokens, specs = rows * self.lengths.longest, [[spec for spec, _ in fitted] for fitted in forms]
-        return {
-            "weights": 2 * self.outside * self.itemsize + inside,
+        outside, states = 2 * self.outside * self.itemsize, 6 * tokens * self.layout.hidden_size * self.itemsize
+        passing: Parts = {
+            "weights": outside + original,
+            "hidden states": states,
+            "activations": self._forward(tokens),
+        }
+        fitting: Parts = {
+            "weights": outside + stored,
             "optimizer": max(sum(map(self._fitted_bytes, block)) for block in specs),
             "integers": max((self._integer_bytes(spec) for block in specs for spec in block), default=0),
-            "hidden states": 6 * tokens * self.layout.hidden_size * self.itemsize,
+            "hidden states": states,
             "activations": tokens * saved,
         }
+        return max(fitting, passing, key=total)
 
     def _is_fitted(self, spec: LinearSpec) -> bool:
         return spec.name in self.layout.ranks or spec.name in self.layout.bits

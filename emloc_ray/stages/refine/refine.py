@@ -181,6 +181,7 @@ class Refiner:
                 k: v if k == position or self.flow.last_use(k) > position else v.shapes() for k, v in known.items()
             }
             write_outputs(self._file(model, position, number), [after])
+        replay.drop_blocks()  # the other model's pass or fit comes next
 
     def _read(self, position: int, number: int) -> _Batch:
         wanted = read_outputs(self._file("original", position, number))[0].get(position)

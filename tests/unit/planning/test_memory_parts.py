@@ -89,11 +89,18 @@ def test_refining_holds_no_head_unless_it_is_the_embedding_too() -> None:
     untied, tied = refined(), refined(LlamaConfig(num_hidden_layers=2, tie_word_embeddings=True))
     assert untied.refinement_parts() == tied.refinement_parts()
     kept = 4 * 1024 * 2 * 4096 + 3 * 1472 * (4096 + 11008)
-    block, outside = 4 * 4096**2 + 3 * 4096 * 11008, 32000 * 4096 + 5 * 4096
-    assert untied.refinement_parts()["weights"] == 2 * (2 * outside + block + kept)
+    outside = 32000 * 4096 + 5 * 4096
+    assert untied.refinement_parts()["weights"] == 2 * (2 * outside + kept)
     assert untied.refinement_parts()["optimizer"] == (4 * 4 + 2) * kept  # as the products cast them to bfloat16
     in_float32 = refined(model={"source": "unused", "dtype": "float32"})
     assert in_float32.refinement_parts()["optimizer"] == 4 * 4 * kept
+
+
+def test_refining_holds_the_original_s_block_only_while_rows_pass_it() -> None:
+    small = memory(emulator={"refinement": {"steps": 5}, "compression_ratio": 0.05}).refinement_parts()
+    block, outside = 4 * 4096**2 + 3 * 4096 * 11008, 32000 * 4096 + 5 * 4096
+    assert small["weights"] == 2 * (2 * outside + block)  # more than a twentieth of it and its optimizer
+    assert small.get("optimizer", 0) == 0
 
 
 def test_refining_integers_holds_floats_in_their_place_and_one_matrix_of_gradients_beside() -> None:

@@ -111,6 +111,40 @@ def test_a_killed_try_is_continued(refined: RefinementJob, tmp_path: Path, keeps
         torch.testing.assert_close(tensors_in(job.out_dir)[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_a_block_of_one_model_is_held_at_a_time(
+    refined: RefinementJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While rows pass the original's, while the emulator's is fitted, and while rows pass that."""
+    refiner = Refiner(replace(refined, work_dir=tmp_path))
+    order, seen = refiner.flow.order, list[tuple[str, set[tuple[str, int]]]]()
+
+    def note(when: str) -> None:
+        held = {
+            (model, position)
+            for model, replay in refiner.replays.items()
+            for position, block in enumerate(order)
+            if any(not weight.is_meta for weight in replay.model.get_submodule(block).parameters())
+        }
+        seen.append((when, held))
+
+    def noted(when: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            note(when)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(refining, "fit_block", noted("fit", refining.fit_block))
+    for name, replay in refiner.replays.items():
+        monkeypatch.setattr(replay, "forward", noted(name, replay.forward))
+    for position in (0, 1):
+        seen.clear()
+        refiner.take(position)
+        assert {when for when, _ in seen} == {"original", "fit", "emulator"}
+        for when, held in seen:
+            assert held == {("original" if when == "original" else "emulator", position)}
+
+
 def test_a_try_that_fitted_all_blocks_takes_none_again(refined: RefinementJob, tmp_path: Path) -> None:
     job = replace(refined, out_dir=tmp_path / "out")
     assert len(written_blocks(job)) == 2
