@@ -1,4 +1,5 @@
-"""What a worker may hold, and what calibration, sums of gradients, refinement and inference hold of it, part by part."""
+"""What a worker may hold, and what the import, the data, calibration, sums of gradients, refinement and inference hold of it,
+part by part."""
 
 import functools
 import math
@@ -6,6 +7,7 @@ import math
 from emloc_ray.core.integer_forms import BITS
 from emloc_ray.core.trained_integers import ELEMENTS
 from emloc_ray.io.available_memory import available_bytes
+from emloc_ray.io.store.atomic import COPY_BYTES
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.planning.holding import (
     GradientPlan,
@@ -26,6 +28,12 @@ BASE_BYTES = 450 * 2**20  # a worker with torch, transformers and peft imported
 _GPU_SHARE = 0.92  # of a GPU's memory: the rest goes to CUDA's context and to what its allocator leaves between tensors
 _HIDING_TOKENS = 1024
 _WAVES = 6  # of gradients, a pass each, that a budget left out may ask for: inference of a model in bfloat16 takes five
+_HEADER_BYTES = 4000  # of Python's objects for a token of the vocabulary and its merges: 3,560 for SmolLM2's
+# Of the data: rows that are tokenized at once, rows with images, and bytes of images that are written at once.
+TOKENIZED_ROWS, IMAGE_ROWS, WRITTEN_IMAGE_BYTES = 256, 32, 2**25
+# As measured: of a byte-level tokenizer a token of its vocabulary, and a token of a row as text, as it is encoded and in lists.
+_TOKENIZER_BYTES, _TOKEN_BYTES = 1200, 256
+_DECODED = 32  # pixels' bytes for a byte of a photograph
 # Of refinement.
 _MADE = 6  # floats of an integer while a weight is made of it, or a gradient for it
 _TRAINED = 4  # floats of what is trained: it, its gradient and Adam's two moments
@@ -47,6 +55,30 @@ class CalibrationMemory(ModelBytes):
     def moved(self, hold: str, rows: float, batch_size: int) -> float:
         """Bytes of the original's weights that come to the device while ``rows`` go through it forward."""
         return math.ceil(rows / batch_size) * moved_bytes(self.layout, self.itemsize, self._tied)[hold]
+
+    def import_parts(self) -> Parts:
+        """A chunk that is copied. Of a GGUF file one tensor in float32, a linear's twice, as it may be laid out otherwise; with
+        the whole model and the file's header where tensors are made of several."""
+        if self.prepared.source.gguf_file is None:
+            return {"chunks": COPY_BYTES}
+        largest = max([self.layout.head_parameters, *(2 * spec.num_parameters for spec in self.layout.specs)])
+        from emloc_ray.modeling.gguf_import import needs_whole  # which reads YAML: the rest plans from shapes alone
+
+        tensor: Parts = {"tensor": FLOAT * largest}
+        if not needs_whole(self.model_config):
+            return tensor
+        return {"header": _HEADER_BYTES * self._vocabulary(), "weights": self.weight_files, **tensor}
+
+    def tokenization_parts(self) -> Parts:
+        """The tokenizer; a batch of rows, from text to token lists. For rows with images: a batch as read and as rows, one
+        decoded image, and the rows being written, which are held three times (group, table, writer)."""
+        image = self.lengths.image_bytes
+        return {
+            "tokenizer": _TOKENIZER_BYTES * self._vocabulary(),
+            "rows": TOKENIZED_ROWS * self.lengths.longest * _TOKEN_BYTES,
+            "images": (2 * IMAGE_ROWS + _DECODED) * image
+            + 3 * min(WRITTEN_IMAGE_BYTES + image, TOKENIZED_ROWS * image),
+        }
 
     @property
     def outside(self) -> int:

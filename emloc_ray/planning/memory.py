@@ -13,7 +13,6 @@ from emloc_ray.config.steps import ON_EMULATOR
 from emloc_ray.core.products import ROWS
 from emloc_ray.io.formats.shards import chunk_limit
 from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
-from emloc_ray.io.store.atomic import COPY_BYTES
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.planning.calibration_memory import BASE_BYTES, CalibrationMemory, Parts, total
 from emloc_ray.planning.holding import choose
@@ -22,13 +21,7 @@ from emloc_ray.planning.model_bytes import DIVERGENCE_COPIES, LOSS_COPIES
 from emloc_ray.planning.optimizers import optimizer_bytes
 from emloc_ray.planning.sizes import DOUBLE, FLOAT, HALF, gradient_bytes, gram_bytes
 
-_HEADER_BYTES = 4000  # of Python's objects for a token of the vocabulary and its merges: 3,560 for SmolLM2's
 CANDIDATES = 4  # corrections that auto scores, in one pass where weights come and go
-# Of the data: rows that are tokenized at once, rows with images, and bytes of images that are written at once.
-TOKENIZED_ROWS, IMAGE_ROWS, WRITTEN_IMAGE_BYTES = 256, 32, 2**25
-# As measured: of a byte-level tokenizer a token of its vocabulary, and a token of a row as text, as it is encoded and in lists.
-_TOKENIZER_BYTES, _TOKEN_BYTES = 1200, 256
-_DECODED = 32  # pixels' bytes for a byte of a photograph
 
 
 class HoldPlan(NamedTuple):
@@ -40,30 +33,6 @@ class HoldPlan(NamedTuple):
 
 class MemoryModel(CalibrationMemory):
     """Predicts from a layout, a config and row lengths; every method gives bytes by part, ``total`` adds them up."""
-
-    def import_parts(self) -> Parts:
-        """A chunk that is copied. Of a GGUF file one tensor in float32, a linear's twice, as it may be laid out otherwise; with
-        the whole model and the file's header where tensors are made of several."""
-        if self.prepared.source.gguf_file is None:
-            return {"chunks": COPY_BYTES}
-        largest = max([self.layout.head_parameters, *(2 * spec.num_parameters for spec in self.layout.specs)])
-        from emloc_ray.modeling.gguf_import import needs_whole  # which reads YAML: the rest plans from shapes alone
-
-        tensor: Parts = {"tensor": FLOAT * largest}
-        if not needs_whole(self.model_config):
-            return tensor
-        return {"header": _HEADER_BYTES * self._vocabulary(), "weights": self.weight_files, **tensor}
-
-    def tokenization_parts(self) -> Parts:
-        """The tokenizer; a batch of rows, from text to token lists. For rows with images: a batch as read and as rows, one
-        decoded image, and the rows being written, which are held three times (group, table, writer)."""
-        image = self.lengths.image_bytes
-        return {
-            "tokenizer": _TOKENIZER_BYTES * self._vocabulary(),
-            "rows": TOKENIZED_ROWS * self.lengths.longest * _TOKEN_BYTES,
-            "images": (2 * IMAGE_ROWS + _DECODED) * image
-            + 3 * min(WRITTEN_IMAGE_BYTES + image, TOKENIZED_ROWS * image),
-        }
 
     def factorization_parts(self) -> Parts:
         """The group that needs most, with one of its linears computed once more in float64, as rounding may ask: on the host

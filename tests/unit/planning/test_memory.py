@@ -24,7 +24,7 @@ from transformers import (
 
 from emloc_ray.data import token_shards, tokenizing
 from emloc_ray.modeling.architecture import ImageShape
-from emloc_ray.planning import memory as planned
+from emloc_ray.planning import calibration_memory as planned
 from emloc_ray.planning.budget import with_settings
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.lengths import Lengths
