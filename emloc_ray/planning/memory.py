@@ -103,15 +103,30 @@ class MemoryModel(CalibrationMemory):
         from emloc_ray.planning.training import rounded_late  # as below
 
         rounding = self.factorization_parts() if rounded_late(self.layout, healing) else {}
-        return max(self.healing_steps_parts(), rounding, key=total)
+        taught = self.teacher_plan(self.teacher_rows()).parts
+        return max(self.healing_training_parts(), taught, rounding, key=total)
 
     def healing_steps_parts(self) -> Parts:
-        """What has a batch of it: the training, or the original's pass; nothing where nothing is healed."""
+        """What takes less with a smaller micro-batch: the training, or the original's pass; nothing where nothing is healed."""
         healing = self.config.emulator.heals
         if healing is None:
             return {}
         rows = healing.per_device_train_batch_size or self.config.finetune.per_device_train_batch_size
         return max(self.healing_training_parts(), self.teacher_plan(rows).parts, key=total)
+
+    def teacher_rows(self) -> int:
+        """The rows of a batch of the original's in healing: a micro-batch, and up to a shard of those that it reads where its
+        weights come anew for each batch."""
+        from emloc_ray.planning.training import healing_training  # needs the config: the rest plans from shapes alone
+
+        healing = self.config.emulator.heals
+        assert healing is not None
+        training = healing_training(self.config, healing, self.layout)
+        section, shard = training.section, rows_per_shard(self.lengths.mean, healing.num_teacher_logits)
+        rows = section.per_device_train_batch_size
+        read = healing.steps * rows * section.gradient_accumulation_steps * section.num_workers
+        most = min(shard, read, self.prepared.num_rows(training.split))
+        return self._rows_within("finetune", self.teacher_plan, rows, most)
 
     def teacher_plan(self, rows: int) -> HoldPlan:
         """The original's pass over a batch of so many rows for its top logits, and a shard of these, put together."""
@@ -352,6 +367,16 @@ class MemoryModel(CalibrationMemory):
     def _adapted_forward(self, tokens: float) -> float:
         """A forward pass with an adapter, which adds to the widest output its update and that sum, in float32."""
         return self._forward(tokens) + tokens * 2 * FLOAT * max((s.out_features for s in self.adapted), default=0)
+
+    def _rows_within(self, section: str, plan_of: Callable[[int], HoldPlan], rows: int, most: int) -> int:
+        """The rows of a batch of the original's. Where its weights come anew for each batch they are doubled, up to ``most``,
+        while they fit a worker of a section."""
+        if plan_of(rows).hold == "resident":
+            return rows
+        budget = self.worker_bytes(section) - BASE_BYTES
+        while rows < most and total(plan_of(min(2 * rows, most)).parts) <= budget:
+            rows = min(2 * rows, most)
+        return rows
 
     def _plan_beside(self, section: str, beside: Parts) -> HoldPlan:
         """The original as a worker of a section holds it, with what is beside it."""

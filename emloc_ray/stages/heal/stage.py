@@ -48,6 +48,8 @@ def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJ
         stage="heal",
     )
     num_workers = config.finetune.num_workers
+    memory = MemoryModel(context.prepared, context.prepared.lengths_of(own.split))
+    taught_at_once = memory.teacher_rows()
     order = SampleOrder(len(TokenShards(training.tokens_dir)), training.batch_size, 0, num_workers, training.seed)
     teacher = TeacherJob(
         context.model_dir,
@@ -57,10 +59,10 @@ def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJ
         training.max_steps * own.section.gradient_accumulation_steps,
         healing.num_teacher_logits,
         training.loss_on,
-        training.batch_size,
+        taught_at_once,
         training.pad_token_id,
         context.model_options,
-        MemoryModel(context.prepared, context.prepared.lengths_of(own.split)).teacher_plan(training.batch_size).hold,
+        memory.teacher_plan(taught_at_once).hold,
         context.images,
     )
     fold = FoldJob(
@@ -135,7 +137,7 @@ def _cost(memory: MemoryModel) -> StageCost:
     taught, head = min(rows, num_sequences(prepared, training.split)) * lengths.mean, head_work(layout)
     lora = MemoryModel(prepared, lengths, training).adapter_parameters
     learning = rows * lengths.mean * passes(section.gradient_checkpointing) * (emulator_work(layout) + 4 * head)
-    batch_size = section.per_device_train_batch_size
+    batch_size = own.teacher_rows()
     hold = own.teacher_plan(batch_size).hold
     return StageCost(
         own.healing_stage_parts(),

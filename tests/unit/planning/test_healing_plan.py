@@ -21,7 +21,7 @@ from emloc_ray.planning.budget import solve_for_budget, training_bytes, with_set
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
-from emloc_ray.planning.memory import MemoryModel, total
+from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
 from emloc_ray.planning.plan import StagePlan, make_plan
 from emloc_ray.planning.prepared import Prepared, Training
 from emloc_ray.planning.training import factor_ranks, healing_split, healing_training, quantized_late, rounded_late
@@ -382,6 +382,32 @@ def test_a_healing_may_have_its_own_accumulation(prepared: Callable[..., Prepare
     job = healing_job(context, section, "heal")
     assert sum(map(len, job.teacher.shards())) == 3 * 2 * 2
     assert job.training.training_arguments["gradient_accumulation_steps"] == 2
+
+
+BY_TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+
+
+def test_the_teacher_takes_as_many_rows_as_fit_where_weights_come_anew_for_a_batch(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emloc_ray.planning.machine.cpu_flops", lambda: 1e10)
+
+    def planned(budget: int, steps: int = 100, hold: str = "offloaded") -> MemoryModel:
+        section = {"model": {"hold": hold}, "finetune": BY_TWO, "memory_budget": budget}
+        return MemoryModel(prepared({"steps": steps}, **section))
+
+    free = planned(2**34)
+    numbers = [free, planned(2**34, steps=3), planned(2**34, hold="resident"), planned(2**34, steps=1000)]
+    assert [memory.teacher_rows() for memory in numbers] == [64, 24, 2, 64]  # a shard, all that are read, a micro-batch
+    needed = [BASE_BYTES + total(free.teacher_plan(rows).parts) for rows in (8, 4)]
+    tight = [planned(budget) for budget in (*needed, BASE_BYTES)]
+    assert [memory.teacher_rows() for memory in tight] == [8, 4, 2]
+    assert HEAL.cost is not None
+    for memory, passes in zip((free, *tight), (4, 30, 60, 120), strict=True):  # of 240 rows
+        plan, cost = memory.teacher_plan(memory.teacher_rows()), HEAL.cost(memory)
+        assert cost.moved_bytes == passes * memory.moved(plan.hold, 1, 1)
+        assert total(cost.memory) == max(total(plan.parts), total(memory.healing_training_parts()))
+    assert heal_inputs(lambda _, **more: free.prepared) == heal_inputs(lambda _, **more: tight[0].prepared)
 
 
 def emulators_overrides(found: Prepared) -> list[str]:

@@ -100,6 +100,26 @@ def test_of_the_trainings(context: Context) -> None:
     assert healed.fold.dampening_frac == 1e-3
 
 
+def offloaded(context: Context, **sections: Any) -> Context:
+    """The original's weights come and go, with place for any batch; keys of sections may be others."""
+    config = context.prepared.config
+    others = {name: getattr(config, name).model_copy(update=keys) for name, keys in sections.items()}
+    model = config.model.model_copy(update={"hold": "offloaded"})
+    config = config.model_copy(update={**others, "model": model, "memory_budget": 2**34})
+    return replace(context, prepared=replace(context.prepared, config=config))
+
+
+def test_an_offloaded_teacher_reads_more_rows_at_once_than_the_training(context: Context) -> None:
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    healing = context.prepared.config.emulator.healing
+    assert healing is not None
+    resident = healing_job(context, healing, "x")
+    assert resident.teacher.batch_size == resident.training.batch_size
+    job = healing_job(offloaded(context, finetune=batches), healing, "x")
+    assert (job.teacher.hold, job.teacher.batch_size) == ("offloaded", 2 * 2 * 4)  # all that two steps read
+    assert (job.training.batch_size, job.teacher.order.batch_size, job.teacher.micro_steps) == (2, 2, 2 * 4)
+
+
 def test_of_what_follows(context: Context) -> None:
     correct = correction_job(context)
     assert (correct.dampening_frac, correct.update_tolerance, correct.gram_dampening_frac) == (0.3, 0.25, 1e-3)
