@@ -164,11 +164,14 @@ def test_a_budget_that_is_proposed_is_refined_unless_it_heals(emulator: dict[str
 
 
 def test_fewer_bits_that_leave_memory_to_refine_are_taken_where_they_closed_more() -> None:
-    deep = LlamaConfig(**{**MODEL.to_dict(), "num_hidden_layers": 48})
-    found = [chosen(size, dataclasses.replace(FAST, link=1e6), deep).alternatives[-1] for size in (410, 450, 480)]
+    def proposed(depth: int, size: int) -> Any:
+        deep = LlamaConfig(**{**MODEL.to_dict(), "num_hidden_layers": depth})
+        return chosen(size, dataclasses.replace(FAST, link=1e6), deep).alternatives[-1]
+
+    found = [proposed(32, 300), proposed(32, 310), proposed(48, 480)]
     settings = [(one.config.emulator.budget, one.config.emulator.refinement is not None) for one in found]
     assert settings == [
-        ("1.6 bits", True),
+        ("1.2 bits", True),
         ("2.4 bits", False),
         ("2.8 bits", True),
     ]  # 2 bits would fit first, unrefined
