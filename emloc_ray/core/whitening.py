@@ -142,8 +142,7 @@ class Whitening:
         return self._by_energy[dampening_frac]
 
     def _damped_in_order(self, order: Tensor, dampening_frac: float) -> Tensor:
-        """The Gram of the inputs in that order, damped so, in float32: of float32 sums one copy, gathered at once and damped where
-        it lies."""
+        """The Gram of the inputs in that order, damped so, in float32: of float32 sums one copy, damped where it lies."""
         if self.is_identity:
             return torch.eye(self.in_features, device=self._gram.device)
         ordered = self._gram[order[:, None], order]
