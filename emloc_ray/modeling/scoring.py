@@ -121,20 +121,32 @@ def complete(
 ) -> list[str]:
     """Greedy completions of the rows' prompts, as text, stopped at the end-of-sequence token, or with the model's last
     position. ``images`` makes the model's inputs of those that the prompts show."""
-    longest = _longest_row(model)
-    pad = _padding_token(model, tokenizer)
     texts: list[str] = []
-    for batch in _batches(rows, batch_size, longest - max_new_tokens):
+    for batch in _batches(rows, batch_size, _longest_row(model) - max_new_tokens):
         prompts = [row.input_ids[: prompt_length(row)] for row in batch]
         shown = [[image.content for image in row.images if image.end <= prompt_length(row)] for row in batch]
         others = functools.partial(_other_inputs, images, shown, model.device)
-        most = min(max_new_tokens, *(longest - len(prompt) for prompt in prompts))
-        if _virtual_tokens(model) is not None:
-            completions = _whole_rows(model, prompts, others, most, pad)
-        else:
-            completions = _generated(model, prompts, others, most, pad)
+        completions = continuations(model, tokenizer, prompts, max_new_tokens, others)
         texts += [tokenizer.decode(line, skip_special_tokens=True).strip() for line in completions]
     return texts
+
+
+OtherInputs = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # beside the token ids that it is given
+
+
+@torch.no_grad()
+def continuations(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    others: OtherInputs = lambda ids: {},
+) -> list[Any]:
+    """Greedy continuations of a batch of prompts, as token ids, stopped as :func:`complete` says; through an adapter's virtual
+    tokens too, which PEFT's own ``generate`` puts in wrongly."""
+    most = min(max_new_tokens, _longest_row(model) - max(map(len, prompts)))
+    write = _generated if _virtual_tokens(model) is None else _whole_rows
+    return write(model, prompts, others, most, _padding_token(model, tokenizer))
 
 
 def _padding_token(model: Any, tokenizer: Any) -> int:
@@ -169,9 +181,6 @@ def _batches(rows: Sequence[Tokens], batch_size: int, longest: int) -> Iterator[
     for is_long, neighbours in itertools.groupby(rows, key=lambda row: prompt_length(row) > longest):
         run, size = list(neighbours), 1 if is_long else batch_size
         yield from (run[start : start + size] for start in range(0, len(run), size))
-
-
-OtherInputs = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # beside the token ids that it is given
 
 
 def _other_inputs(

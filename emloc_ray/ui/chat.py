@@ -22,7 +22,7 @@ from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import auto_class
 from emloc_ray.modeling.architecture import load_config as read_model
-from emloc_ray.modeling.scoring import GREEDY
+from emloc_ray.modeling.scoring import continuations
 from emloc_ray.text import one_line
 from emloc_ray.ui.publishing import original, result_name
 
@@ -87,31 +87,21 @@ class Pair:
         """What each of the two answers, greedily."""
         answers = {}
         for name in NAMES:
-            without = self.model.disable_adapter() if name == "original" else contextlib.nullcontext()
-            with without, torch.no_grad():
-                answers[name] = self._answer(name, prompt)
+            is_original = name == "original"
+            with self.model.disable_adapter() if is_original else contextlib.nullcontext():
+                answers[name] = self._answer(self.model.get_base_model() if is_original else self.model, name, prompt)
         return answers
 
-    def _answer(self, name: str, prompt: str) -> str:
+    def _answer(self, model: Any, name: str, prompt: str) -> str:
         turns = [*self.turns[name], {"role": "user", "content": prompt}]
         if self.plain:
-            inputs = self.tokenizer(alpaca_prompt(prompt) if self.is_alpaca else prompt, return_tensors="pt")
+            ids = self.tokenizer(alpaca_prompt(prompt) if self.is_alpaca else prompt)["input_ids"]
         else:
             wrapped = plain_messages(turns) if self.processor else turns
             template = self.processor or self.tokenizer
             text = template.apply_chat_template(wrapped, add_generation_prompt=True, tokenize=False)
-            inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
-        ids = inputs["input_ids"].to(self.model.device)
-        mask = inputs["attention_mask"].to(self.model.device)
-        pad = self.tokenizer.pad_token_id
-        made = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=self.max_new_tokens,
-            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
-            **GREEDY,
-        )[0]
-        new = made if self.model.config.is_encoder_decoder else made[ids.shape[1] :]
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        (new,) = continuations(model, self.tokenizer, [ids], self.max_new_tokens)
         text = str(self.tokenizer.decode(new, skip_special_tokens=True))
         if not self.plain:
             self.turns[name] = [*turns, {"role": "assistant", "content": text}]

@@ -341,8 +341,9 @@ def test_a_processor_s_template_is_asked_with_parts_as_in_training(run: RunDirec
     pair.processor.chat_template = template
     asked: list[str] = []
     decode = pair.tokenizer.decode
-    generate = pair.model.generate
-    pair.model.generate = lambda **given: asked.append(decode(given["input_ids"][0])) or generate(**given)
+    asks = pair.model.get_base_model()  # as the adapter's wrapper does in the end
+    generate = asks.generate
+    asks.generate = lambda **given: asked.append(decode(given["input_ids"][0])) or generate(**given)
     pair.answers("add 1 and 2")
     assert asked == ["USER: add 1 and 2"] * 2
 
@@ -385,7 +386,7 @@ def test_without_a_chat_template_a_model_of_alpaca_s_rows_is_asked_as_it_was_tra
         asked.append(pair.tokenizer.decode(input_ids[0]))
         return input_ids
 
-    monkeypatch.setattr(pair.model, "generate", generate)
+    monkeypatch.setattr(pair.model.get_base_model(), "generate", generate)
     pair.answers("add 1 and 1: ")
     row = {"instruction": "add 1 and 1: ", "output": "2"}
     trained = converted(row, "alpaca", {}, "row 1", chats=False)[0]["prompt"]

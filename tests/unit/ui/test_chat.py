@@ -1,0 +1,43 @@
+"""Asking the original and the fine-tuned model: each answers what it was trained to, of what a row's prompt is in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from tiny import EOS, make_model
+
+from emloc_ray.ui.chat import Pair
+
+PROMPT = "the sum of"
+
+
+def pair_of(tokenizer: Any, adapter: Any, family: str = "llama", max_new_tokens: int = 8) -> Pair:
+    """A tiny model with an adapter whose virtual tokens say something."""
+    torch.manual_seed(0)
+    model = get_peft_model(make_model(family), adapter).eval()
+    for parameter in model.prompt_encoder.parameters():
+        parameter.data.normal_()
+    return Pair(model, tokenizer, None, plain=True, max_new_tokens=max_new_tokens)
+
+
+@torch.no_grad()
+def greedy(model: Any, ids: list[int], steps: int) -> list[int]:
+    row = list(ids)
+    while len(row) < len(ids) + steps and row[len(ids) :][-1:] != [EOS]:
+        row.append(int(model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1].argmax()))
+    return row[len(ids) :]
+
+
+@pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig])
+def test_virtual_tokens_are_before_each_answer_of_the_fine_tuned(tokenizer: Any, kind: Any) -> None:
+    pair = pair_of(tokenizer, kind(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    ids = tokenizer(PROMPT)["input_ids"]
+    models = {"original": pair.model.get_base_model(), "fine-tuned": pair.model}
+    expected = {
+        name: tokenizer.decode(greedy(model, ids, 8), skip_special_tokens=True) for name, model in models.items()
+    }
+    assert pair.answers(PROMPT) == expected
+    assert expected["original"] != expected["fine-tuned"]
