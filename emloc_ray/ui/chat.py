@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from emloc_ray.data.chats import Segment
+from emloc_ray.data.formats import encode
 from emloc_ray.data.images import plain_messages
 from emloc_ray.data.processors import open_processor
 from emloc_ray.data.row_formats import alpaca_prompt
@@ -22,6 +24,7 @@ from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import auto_class
 from emloc_ray.modeling.architecture import load_config as read_model
+from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.scoring import continuations
 from emloc_ray.text import one_line
 from emloc_ray.ui.publishing import original, result_name
@@ -94,18 +97,22 @@ class Pair:
 
     def _answer(self, model: Any, name: str, prompt: str) -> str:
         turns = [*self.turns[name], {"role": "user", "content": prompt}]
-        if self.plain:
-            ids = self.tokenizer(alpaca_prompt(prompt) if self.is_alpaca else prompt)["input_ids"]
-        else:
-            wrapped = plain_messages(turns) if self.processor else turns
-            template = self.processor or self.tokenizer
-            text = template.apply_chat_template(wrapped, add_generation_prompt=True, tokenize=False)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        (new,) = continuations(model, self.tokenizer, [ids], self.max_new_tokens)
+        asked = encode([[self._segment(turns)]], self.tokenizer)[0].input_ids
+        (new,) = continuations(model, self.tokenizer, [asked], self.max_new_tokens)
         text = str(self.tokenizer.decode(new, skip_special_tokens=True))
         if not self.plain:
             self.turns[name] = [*turns, {"role": "assistant", "content": text}]
         return text
+
+    def _segment(self, turns: Sequence[dict[str, str]]) -> Segment:
+        """What is asked, as training tokenizes the prompt of a row."""
+        if self.plain:
+            prompt = turns[-1]["content"]
+            text = alpaca_prompt(prompt) if self.is_alpaca else prompt
+            return Segment(text, False, add_special_tokens=True, eos=has_encoder(self.model.config))
+        wrapped = plain_messages(turns) if self.processor else turns
+        template = self.processor or self.tokenizer
+        return Segment(template.apply_chat_template(wrapped, add_generation_prompt=True, tokenize=False), False)
 
 
 def talk(console: Console, pair: Pair, ask: Callable[[str], str] = input) -> None:

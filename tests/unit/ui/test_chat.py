@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from tiny import EOS, make_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from tiny import EOS, make_model, make_tokenizer
+from tokenizers.processors import TemplateProcessing
 
+from emloc_ray.data.formats import encode, sequences
+from emloc_ray.ui import chat
 from emloc_ray.ui.chat import Pair
 
 PROMPT = "the sum of"
@@ -41,3 +44,27 @@ def test_virtual_tokens_are_before_each_answer_of_the_fine_tuned(tokenizer: Any,
     }
     assert pair.answers(PROMPT) == expected
     assert expected["original"] != expected["fine-tuned"]
+
+
+@pytest.mark.parametrize("has_encoder", [False, True])
+def test_a_plain_prompt_ends_as_those_of_the_training_s_rows(
+    has_encoder: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the tokenizer appends: a decoder goes on after a prompt, an encoder reads one with its end."""
+    tokenizer, asked = make_tokenizer(), []
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A <eos>", special_tokens=[("<eos>", EOS)])
+    assert tokenizer(PROMPT)["input_ids"][-1] == EOS
+    model = make_model("llama")
+    model.config.is_encoder_decoder = has_encoder
+    pair = Pair(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), tokenizer, None, True, 8)
+
+    def continuations(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        asked.extend(prompts)
+        return [[]]
+
+    monkeypatch.setattr(chat, "continuations", continuations)
+    pair.answers(PROMPT)
+    row = {"prompt": PROMPT, "completion": " it"}
+    prompt = sequences(row, "prompt_completion", tokenizer, "row 1", has_encoder)[0][:1]
+    assert asked == [encode([prompt], tokenizer)[0].input_ids] * 2
+    assert (asked[0][-1] == EOS) is has_encoder
