@@ -266,7 +266,13 @@ class MemoryModel(CalibrationMemory):
 
     def selection_plan(self) -> HoldPlan:
         """The original with adapters on a batch of the selection rows, beside every module's thin matrices."""
-        rows = self.config.evaluation.batch_size
+        return self._selection_plan_of(self.selection_rows())
+
+    def selection_rows(self) -> int:
+        """The rows of that batch, by what :meth:`evaluation_rows` goes by."""
+        return self._rows_scored(self._selection_plan_of)
+
+    def _selection_plan_of(self, rows: int) -> HoldPlan:
         scoring, correction = self._scoring_parts(rows), {"correction": self.thin_matrices()}
         return self._together(lambda n: {**scoring, **self._adapter_parts(n, rows), **correction}, CANDIDATES)
 
@@ -307,28 +313,37 @@ class MemoryModel(CalibrationMemory):
 
     def evaluation_parts(self) -> Parts:
         """Every model that is scored, one after another; the larger, with the weight that an emulator unpacks."""
-        parts = self.evaluation_plan().parts
-        held: list[Parts] = [{"weights": parts["weights"]}]
-        if self.layout.differs and {*ON_EMULATOR} & {*self.config.evaluation.variants}:
-            held.append({"weights": self.emulator, "unpacked": self._unpacked()})
-        larger: Parts = max(held, key=total)
-        return {**parts, **larger}
+        original = self.evaluation_plan().parts
+        if not self.layout.differs or not {*ON_EMULATOR} & {*self.config.evaluation.variants}:
+            return original
+        beside = self._evaluation_plan_of(self.config.evaluation.batch_size).parts
+        return max(original, {**beside, "weights": self.emulator, "unpacked": self._unpacked()}, key=total)
 
     def evaluation_plan(self) -> HoldPlan:
         """The original with its adapters, scoring a batch or completing one with a cache. Where its weights come and go: all
         variants at once, and one linear's merged weight."""
+        return self._evaluation_plan_of(self.evaluation_rows())
+
+    def evaluation_rows(self) -> int:
+        """The rows of a batch of the original's: where its weights come anew for each batch as many of those asked for as fit,
+        however few fit the emulator."""
+        return self._rows_scored(self._evaluation_plan_of)
+
+    def _rows_scored(self, plan_of: Callable[[int], HoldPlan]) -> int:
+        written = (self.prepared.written_config or self.config).evaluation.batch_size
+        return self._rows_within("evaluation", plan_of, self.config.evaluation.batch_size, written)
+
+    def _evaluation_plan_of(self, rows: int) -> HoldPlan:
         section, scored = self.config.evaluation, self.prepared.variants_scored
-        rows, completes = section.batch_size, section.num_generations or section.num_exact_match
-        cached = (
-            rows * (self.lengths.longest_scored + section.max_new_tokens) * self.itemsize * self._cached_per_token()
-        )
+        completes = section.num_generations or section.num_exact_match
+        cached = (self.lengths.longest_scored + section.max_new_tokens) * self.itemsize * self._cached_per_token()
         merged = self.itemsize * max((s.num_parameters for s in self.adapted), default=0)
 
         def beside(number: int) -> Parts:
             adapters = self._adapter_parts(max(1, number - 1), rows)  # the original has none
             scoring = {**self._scoring_parts(rows), **adapters}
             forward = self._adapted_forward(rows * self.lengths.longest_scored)
-            completing = {"kv cache": min(2, number) * cached, "activations": forward, **adapters}
+            completing = {"kv cache": min(2, number) * rows * cached, "activations": forward, **adapters}
             most = max(scoring, completing if completes else {}, key=total)
             return {**most, "merged": merged} if number > 1 and "merged" in scored else most
 
@@ -336,14 +351,14 @@ class MemoryModel(CalibrationMemory):
 
     def prompts_at_once(self) -> int:
         """How many prompts are completed together: a batch; where weights come anew for every token, as many more as fit."""
-        section, held = self.config.evaluation, self.evaluation_plan()
+        section, held, rows = self.config.evaluation, self.evaluation_plan(), self.evaluation_rows()
         asked = max(section.num_generations, section.num_exact_match, 1)
-        if held.hold == "resident" or asked <= section.batch_size:
-            return section.batch_size
+        if held.hold == "resident" or asked <= rows:
+            return rows
         cached = (self.lengths.longest_scored + section.max_new_tokens) * self.itemsize * self._cached_per_token()
         left = self.worker_bytes("evaluation") - BASE_BYTES - total(held.parts)
         more = max(0.0, left / (2 * cached + self._adapted_forward(self.lengths.longest_scored)))
-        return int(min(asked, section.batch_size + more))
+        return int(min(asked, rows + more))
 
     def _adapter_parts(self, number: int, rows: int) -> Parts:
         """So many adapters, and the hidden states of those that wait for their turn at a block: its input and output."""

@@ -61,7 +61,8 @@ def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
 
 def smaller_batches(prepared: Prepared) -> str | None:
     """What was made smaller than the config says, to stay within the budget."""
-    written, config, bound = prepared.written_config, prepared.config, MemoryModel(prepared).budget
+    written, config, memory = prepared.written_config, prepared.config, MemoryModel(prepared)
+    bound = memory.budget
     if written is None or bound is None:
         return None
     section, changed = config.finetune, []
@@ -74,7 +75,8 @@ def smaller_batches(prepared: Prepared) -> str | None:
     for name in ("calibration", "evaluation"):
         rows = getattr(config, name).batch_size
         if rows != getattr(written, name).batch_size:
-            changed.append(f"{name} reads {counted(rows, 'row')} a pass")
+            alone = name == "evaluation" and memory.evaluation_rows() > rows
+            changed.append(f"{name} reads {counted(rows, 'row')} a pass{' of the emulator' if alone else ''}")
     if not changed:
         return None
     whose = ", which inference of the original takes" if config.memory_budget == "inference" else ""

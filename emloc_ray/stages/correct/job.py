@@ -44,6 +44,7 @@ class CorrectionJob:
     healed: Mapping[str, int] = field(default_factory=dict)
     update_tolerance: float = 1e-3
     batch_size: int = 8
+    rows_on_original: int = 8  # of a batch that candidates are scored on
     loss_on: str = "completion"
     calibration_tokens: str = "all"
     streams: tuple[tuple[str, Stream], ...] = ()

@@ -118,7 +118,7 @@ class _AdaptedModel:
         return losses_by_row(
             self.model,
             rows,
-            batch_size=job.batch_size,
+            batch_size=job.rows_on_original,
             loss_on=job.loss_on,
             pad_token_id=job.pad_token_id,
             images=job.images,

@@ -55,6 +55,7 @@ def correction_job(context: Context) -> CorrectionJob:
         **_residuals(context),
         update_tolerance=section.update_tolerance,
         batch_size=config.evaluation.batch_size,
+        rows_on_original=context.memory.selection_rows(),
         loss_on=context.loss_on(),
         calibration_tokens=config.calibration.tokens,
         streams=tuple((s.name, s.stream) for s in layout.specs if s.stream != "row"),
@@ -108,18 +109,14 @@ def _correct(context: Context, inputs: Inputs, granted: Resources, progress: Pro
 
 
 def _cost(memory: MemoryModel) -> StageCost:
-    rows, workers, batch_size = (
-        rows_selected_on(memory.prepared),
-        memory.config.evaluation.num_workers,
-        memory.config.evaluation.batch_size,
-    )
+    rows, workers = rows_selected_on(memory.prepared), memory.config.evaluation.num_workers
     scoring = rows * memory.lengths.mean * 2 * (block_work(memory.layout) + head_work(memory.layout))
     seeing = 2 * tokens_adapted(memory.prepared, memory.lengths) * emulator_work(memory.layout)
     return StageCost(
         memory.correction_parts(),
         flops=(scoring + seeing) * workers,  # one worker does both
         float32_flops=memory.correction_work() + difference_work(memory),
-        moved_bytes=memory.moved(memory.selection_plan().hold, rows / CANDIDATES, batch_size) * workers,
+        moved_bytes=memory.moved(memory.selection_plan().hold, rows / CANDIDATES, memory.selection_rows()) * workers,
         disk_bytes=int(4 * memory.corrected_parameters + memory.thin_matrices()),
         start_seconds=15,
     )

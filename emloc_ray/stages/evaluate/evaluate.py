@@ -39,6 +39,7 @@ class EvaluationJob:
     max_seq_length: int
     loss_on: str = "completion"
     batch_size: int = 8
+    rows_on_original: int = 8  # of a batch of all that is not the emulator
     pad_token_id: int = 0
     num_generations: int = 4
     num_exact_match: int = 32
@@ -103,7 +104,7 @@ def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int) -
     to_run = [variant for variant in variants if variant not in same_as]
 
     def measure(variant: str, model: Any) -> VariantResult:
-        score = _score(job, model, shards, positions, variant)
+        score = _score(job, family, model, shards, positions, variant)
         completes = any(name in job.generating for name in variants if same_as.get(name, name) == variant)
         return VariantResult(variant, score, tuple(_completions(job, model, prompts) if completes else ()))
 
@@ -151,14 +152,14 @@ def _measure_each(
     return held.in_step(passes)
 
 
-def _score(job: EvaluationJob, model: Any, shards: TokenShards, positions: range, name: str) -> Score:
+def _score(job: EvaluationJob, family: str, model: Any, shards: TokenShards, positions: range, name: str) -> Score:
     """The score of the rows at ``positions``, held :data:`_ROWS_AT_ONCE` at a time."""
     total = Score()
     for start in range(0, len(positions), _ROWS_AT_ONCE):
         total += score_rows(
             model,
             [shards.row(position) for position in positions[start : start + _ROWS_AT_ONCE]],
-            batch_size=job.batch_size,
+            batch_size=job.batch_size if family == "emulator" else job.rows_on_original,
             loss_on=job.loss_on,
             pad_token_id=job.pad_token_id,
             name=name,

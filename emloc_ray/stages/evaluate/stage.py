@@ -42,6 +42,7 @@ def evaluation_job(context: Context) -> EvaluationJob:
         tokens_dir=context.tokens("eval"),
         loss_on=context.loss_on(),
         batch_size=section.batch_size,
+        rows_on_original=context.memory.evaluation_rows(),
         pad_token_id=context.pad_token_id(),
         num_generations=section.num_generations,
         num_exact_match=section.num_exact_match,
@@ -82,7 +83,7 @@ def _cost(memory: MemoryModel) -> StageCost:
     # All variants go through offloaded blocks together; a token of a completion is a pass too, of all prompts that are
     # completed at once.
     turns = section.num_workers * math.ceil(prompts / section.num_workers / memory.prompts_at_once())
-    passes = memory.moved(hold, rows, section.batch_size) + memory.moved(hold, turns * section.max_new_tokens, 1)
+    passes = memory.moved(hold, rows, memory.evaluation_rows()) + memory.moved(hold, turns * section.max_new_tokens, 1)
     return StageCost(
         memory.evaluation_parts(),
         flops=2 * (memory.lengths.mean * rows * sum(works) + completed),

@@ -77,6 +77,10 @@ def test_what_a_budget_shrank_is_told_apart_by_what_was_asked() -> None:
         asked = dataclasses.replace(asked, written_config=asked.config)
         ready = shrink_batches(asked)
         assert ready.config.finetune.per_device_train_batch_size < 8
+        # The offloaded original's batches are larger than what fits the emulator, and within the same bytes.
+        assert MemoryModel(ready).evaluation_rows() > ready.config.evaluation.batch_size
+        assert re.search(r"evaluation reads \d+ rows? a pass of the emulator", smaller_batches(ready) or "")
+        assert max(make_plan(STEPS, ready).worker_bytes.values()) <= total(MemoryModel(asked).inference())
         known = ready.for_fingerprints.config
         assert known.finetune == asked.config.finetune
         assert known.evaluation == asked.config.evaluation

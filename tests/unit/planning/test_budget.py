@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from bare_runs import tiny_run
 from test_memory import LENGTHS, WEIGHED
 
 from emloc_ray.config.reading import parse_config
@@ -20,7 +23,11 @@ from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
 from emloc_ray.planning.plan import make_plan, within_budget
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.sizes import gram_bytes
+from emloc_ray.planning.work import num_sequences
+from emloc_ray.stages.correct.stage import CORRECT
+from emloc_ray.stages.evaluate.stage import EVALUATE
 from emloc_ray.stages.order import STEPS
+from emloc_ray.stages.stage import Stage
 
 pytestmark = pytest.mark.usefixtures("much_memory")
 
@@ -213,3 +220,31 @@ def test_completions_move_weights_once_a_token_for_all_prompts_of_a_turn(prepare
     assert memory.prompts_at_once() == 64
     # A pass over the rows that are held out, which are fewer than asked for, and one a token.
     assert evaluate.cost(memory).moved_bytes == (1 + 5) * memory.moved(memory.evaluation_plan().hold, 1, 1)
+
+
+def test_the_offloaded_original_keeps_the_batch_that_the_emulator_is_too_large_for(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    section = {"batch_size": 8, "num_generations": 0, "num_exact_match": 0}
+    sections = {"evaluation": section, "correction": {"max_share": None}, "model": {"hold": "offloaded"}}
+    whole = tiny_run(tmp_path, tiny_model_dir(), 300, **sections)
+    smaller = whole.config.evaluation.model_copy(update={"batch_size": 2})
+    scored, selected = num_sequences(whole, "eval"), num_sequences(whole, "selection")
+
+    def planned(budget: float | None) -> MemoryModel:
+        config = whole.config.model_copy(update={"evaluation": smaller, "memory_budget": budget})
+        return MemoryModel(dataclasses.replace(whole, config=config), LENGTHS)
+
+    def moved(stage: Stage, memory: MemoryModel) -> float:
+        assert stage.cost is not None
+        return stage.cost(memory).moved_bytes
+
+    free = planned(None)
+    most = BASE_BYTES + max(total(plan.parts) for plan in (free.evaluation_plan(), free.selection_plan()))
+    for memory, rows in ((free, 8), (planned(most), 8), (planned(BASE_BYTES), 2)):
+        assert (memory.evaluation_rows(), memory.selection_rows()) == (rows, rows)
+        evaluated, chosen = memory.evaluation_plan(), memory.selection_plan()
+        assert moved(EVALUATE, memory) == memory.moved(evaluated.hold, scored, rows) > 0
+        assert moved(CORRECT, memory) == memory.moved(chosen.hold, selected, rows) > 0
+        assert total(memory.evaluation_parts()) >= total(evaluated.parts)
+    assert total(with_base(planned(most).evaluation_parts())) <= most

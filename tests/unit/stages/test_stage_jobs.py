@@ -120,6 +120,18 @@ def test_an_offloaded_teacher_reads_more_rows_at_once_than_the_training(context:
     assert (job.training.batch_size, job.teacher.order.batch_size, job.teacher.micro_steps) == (2, 2, 2 * 4)
 
 
+def test_an_offloaded_original_is_scored_on_the_rows_that_are_asked_for(context: Context) -> None:
+    """However few the emulator is scored on."""
+    smaller = offloaded(context, evaluation={"batch_size": 1})
+    for job in (evaluation_job(smaller), correction_job(smaller)):
+        assert (job.hold, job.batch_size, job.rows_on_original) == ("offloaded", 1, 3)
+    model = smaller.prepared.config.model.model_copy(update={"hold": "resident"})
+    config = smaller.prepared.config.model_copy(update={"model": model})
+    resident = replace(smaller, prepared=replace(smaller.prepared, config=config))
+    for job in (evaluation_job(resident), correction_job(resident)):
+        assert (job.hold, job.batch_size, job.rows_on_original) == ("resident", 1, 1)
+
+
 def test_of_what_follows(context: Context) -> None:
     correct = correction_job(context)
     assert (correct.dampening_frac, correct.update_tolerance, correct.gram_dampening_frac) == (0.3, 0.25, 1e-3)

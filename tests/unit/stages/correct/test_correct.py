@@ -287,7 +287,7 @@ def test_weights_that_come_and_go_come_once_for_all_candidates(
     job = replace(method_job(case), candidates=tuple(candidates("auto", 3.0, 1.0)))
     expected = correct_adapter(job)["candidates"]
     found = correct_adapter(replace(job, hold="offloaded"))["candidates"]
-    batches = math.ceil(len(TokenShards(job.selection_dir)) / job.batch_size)
+    batches = math.ceil(len(TokenShards(job.selection_dir)) / job.rows_on_original)
     assert set(block_reads.values()) == {batches + 1}
     assert [[one[key] for key in KEYS] for one in found] == [[one[key] for key in KEYS] for one in expected]
     assert [one["loss"] for one in found] == pytest.approx([one["loss"] for one in expected], rel=1e-5)

@@ -147,6 +147,22 @@ def test_an_adapter_that_was_left_as_it_was_is_scored_once(job: EvaluationJob, m
     assert scores["corrected"] == scores["uncorrected"] != scores["original"]
 
 
+def test_the_emulator_alone_is_scored_on_fewer_rows_at_once(
+    job: EvaluationJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: dict[str, int] = {}
+
+    def noted(*arguments: Any, name: str, batch_size: int, **keys: Any) -> Score:
+        batches[name] = batch_size
+        return score_rows(*arguments, name=name, batch_size=batch_size, **keys)
+
+    monkeypatch.setattr(evaluate, "score_rows", noted)
+    for family in job.families:
+        evaluate_slice(replace(job, batch_size=1, rows_on_original=4), family, 0, 1)
+    assert {name for name, rows in batches.items() if rows == 1} == {"emulator", "emulator_adapter"}
+    assert {batches[name] for name in ("original", "uncorrected", "merged")} == {4}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("hold", ["offloaded", "all_offloaded"])
 def test_weights_that_come_and_go_come_once_for_all_variants(
@@ -156,7 +172,7 @@ def test_weights_that_come_and_go_come_once_for_all_variants(
     modules = [trained.module(name) for name in trained.names]
     halved = [replace(module, lora_b=module.lora_b / 2) for module in modules]
     write_adapter(tmp_path / "halved", trained.config, halved)
-    resident = replace(job, corrected_adapter_dir=tmp_path / "halved", batch_size=2)
+    resident = replace(job, corrected_adapter_dir=tmp_path / "halved", batch_size=2, rows_on_original=2)
     apart = {result.variant: result for name in resident.families for result in evaluate_slice(resident, name, 0, 1)}
     offloaded = replace(resident, hold=hold)
     assert offloaded.families == ("original", "emulator")
