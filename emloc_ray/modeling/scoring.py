@@ -15,7 +15,7 @@ import torch
 from emloc_ray.data.ahead import batches_by_length
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import ImagesToInputs
-from emloc_ray.errors import NumericsError
+from emloc_ray.errors import DataError, NumericsError
 from emloc_ray.modeling.architecture import learned_positions
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loss import logits_at, row_losses, token_loss
@@ -143,9 +143,15 @@ def continuations(
     others: OtherInputs = lambda ids: {},
 ) -> list[Any]:
     """Greedy continuations of a batch of prompts, as token ids, stopped as :func:`complete` says; through an adapter's virtual
-    tokens too, which PEFT's own ``generate`` puts in wrongly."""
-    most = min(max_new_tokens, _longest_row(model) - max(map(len, prompts)))
+    tokens too, which PEFT's own ``generate`` puts in wrongly. Raises DataError where a prompt leaves no position for one."""
+    longest, length = _longest_row(model), max(map(len, prompts))
+    if length >= longest:
+        raise DataError(
+            f"A prompt of {length} tokens, with what was said before it, leaves none of the model's {longest} positions for an"
+            " answer: shorten it, or begin anew."
+        )
     write = _generated if _virtual_tokens(model) is None else _whole_rows
+    most = min(max_new_tokens, longest - length)
     return write(model, prompts, others, most, _padding_token(model, tokenizer))
 
 

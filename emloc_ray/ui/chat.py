@@ -20,7 +20,7 @@ from emloc_ray.data.formats import encode
 from emloc_ray.data.images import plain_messages
 from emloc_ray.data.processors import open_processor
 from emloc_ray.data.row_formats import alpaca_prompt
-from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import auto_class
 from emloc_ray.modeling.architecture import load_config as read_model
@@ -87,22 +87,23 @@ class Pair:
         return cls(adapted.eval(), tokenizer, processor, plain, max_new_tokens, is_alpaca)
 
     def answers(self, prompt: str) -> dict[str, str]:
-        """What each of the two answers, greedily."""
+        """What each of the two answers, greedily. Raises DataError where a prompt, with the turns before it, leaves a model no
+        position to answer in; it is no turn then."""
         answers = {}
         for name in NAMES:
             is_original = name == "original"
             with self.model.disable_adapter() if is_original else contextlib.nullcontext():
-                answers[name] = self._answer(self.model.get_base_model() if is_original else self.model, name, prompt)
+                model = self.model.get_base_model() if is_original else self.model
+                answers[name] = self._answer(model, [*self.turns[name], {"role": "user", "content": prompt}])
+        if not self.plain:
+            for name, text in answers.items():
+                self.turns[name] += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
         return answers
 
-    def _answer(self, model: Any, name: str, prompt: str) -> str:
-        turns = [*self.turns[name], {"role": "user", "content": prompt}]
+    def _answer(self, model: Any, turns: Sequence[dict[str, str]]) -> str:
         asked = encode([[self._segment(turns)]], self.tokenizer)[0].input_ids
         (new,) = continuations(model, self.tokenizer, [asked], self.max_new_tokens)
-        text = str(self.tokenizer.decode(new, skip_special_tokens=True))
-        if not self.plain:
-            self.turns[name] = [*turns, {"role": "assistant", "content": text}]
-        return text
+        return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
     def _segment(self, turns: Sequence[dict[str, str]]) -> Segment:
         """What is asked, as training tokenizes the prompt of a row."""
@@ -130,8 +131,12 @@ def talk(console: Console, pair: Pair, ask: Callable[[str], str] = input) -> Non
         if prompt.strip() == "/new":
             pair.turns = {name: [] for name in NAMES}
             continue
-        with console.status("…"):
-            answers = pair.answers(prompt)
+        try:
+            with console.status("…"):
+                answers = pair.answers(prompt)
+        except DataError as error:  # of this prompt alone: a shorter one, or /new, goes on
+            console.print(Text(str(error), style="red"))
+            continue
         table = Table(expand=True, show_lines=False)
         for name in NAMES:
             table.add_column(name, ratio=1, overflow="fold")

@@ -7,22 +7,24 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from rich.console import Console
 from tiny import EOS, make_model, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from emloc_ray.data.formats import encode, sequences
 from emloc_ray.ui import chat
-from emloc_ray.ui.chat import Pair
+from emloc_ray.ui.chat import Pair, talk
 
 PROMPT = "the sum of"
 
 
 def pair_of(tokenizer: Any, adapter: Any, family: str = "llama", max_new_tokens: int = 8) -> Pair:
-    """A tiny model with an adapter whose virtual tokens say something."""
+    """A tiny model with an adapter, whose virtual tokens say something."""
     torch.manual_seed(0)
     model = get_peft_model(make_model(family), adapter).eval()
-    for parameter in model.prompt_encoder.parameters():
-        parameter.data.normal_()
+    for name, parameter in model.named_parameters():
+        if "prompt_encoder" in name:
+            parameter.data.normal_()
     return Pair(model, tokenizer, None, plain=True, max_new_tokens=max_new_tokens)
 
 
@@ -68,3 +70,21 @@ def test_a_plain_prompt_ends_as_those_of_the_training_s_rows(
     prompt = sequences(row, "prompt_completion", tokenizer, "row 1", has_encoder)[0][:1]
     assert asked == [encode([prompt], tokenizer)[0].input_ids] * 2
     assert (asked[0][-1] == EOS) is has_encoder
+
+
+@pytest.mark.parametrize("virtual", [0, 5])
+def test_answers_end_with_the_model_s_last_position(tokenizer: Any, virtual: int) -> None:
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual or 1)
+    adapter = prefix if virtual else LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    pair = pair_of(tokenizer, adapter, "gpt2", max_new_tokens=256)
+    pair.plain = False
+    most, wrapped = 128 - virtual, len(tokenizer("<|user|><eos><|assistant|>")["input_ids"])
+    said = iter(["a" * (most - wrapped - 1), "/new", "b" * (most - wrapped), "c", ""])
+    console = Console(record=True, width=300)
+    talk(console, pair, lambda prompt: next(said))
+    text = console.export_text()
+    assert text.count("fine-tuned") == 2
+    assert (
+        text.count(f"A prompt of {most} tokens, with what was said before it, leaves none of the model's {most}") == 1
+    )
+    assert [[turn["content"] for turn in turns][:-1] for turns in pair.turns.values()] == [["c"], ["c"]]
