@@ -26,6 +26,12 @@ METHOD_NAMES = {
     "prefix_tuning": "prefix tuning",
     "prompt_tuning": "prompt tuning",
 }
+_WHY = "`generate` of PEFT 0.21 with transformers 5 puts the virtual tokens in wrongly"
+GENERATING = {
+    "prefix_tuning": f"Take each token from `model(input_ids=row, use_cache=False)`: {_WHY}.",
+    "prompt_tuning": f"Generate for one prompt at a time, with `use_cache=False`: otherwise {_WHY}.",
+}
+"""How a method's adapter makes text, where PEFT's own ``generate`` with its defaults makes another."""
 WRITTEN_BY = {
     folder: stage.name
     for stage in STEPS
@@ -104,7 +110,7 @@ def card(name: str, folder: str, config: Mapping[str, Any], metrics: Mapping[str
 ```python
 {_loading(repository, f'"{base}"{pinned}', is_hub, str(metrics.get("auto_class", "AutoModelForCausalLM")), is_merged)}
 ```
-
+{f"{chr(10)}{GENERATING[kind]}{chr(10)}" if kind in GENERATING else ""}
 ## How it was made
 
 {"".join(f"- {line}{chr(10)}" for line in made)}{_figures(metrics)}"""

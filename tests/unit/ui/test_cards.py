@@ -6,12 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from peft import get_peft_model
+from tiny import make_model, make_tokenizer
 
 from emloc_ray.io.runs.directory import CARD, RunDirectory
+from emloc_ray.modeling.adapter_methods import adapter_config
+from emloc_ray.modeling.scoring import continuations
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.stages.context import Context
-from emloc_ray.ui.cards import card, write_cards
+from emloc_ray.ui.cards import GENERATING, card, write_cards
 
 RELEASED = Path(__file__).parents[2] / "compat" / "0.1.0" / "run"
 
@@ -94,6 +99,28 @@ def test_a_name_of_the_hub_needs_no_owner() -> None:
     assert 'from_pretrained("gpt2", revision="abc")' in text
     local = card("mine", "adapter", config, {"base_model": "/proj/gpt2"})
     assert "base_model" not in ModelCard(local).data.to_dict()
+
+
+@pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "lora"])
+def test_a_card_says_how_virtual_tokens_make_text(method: str) -> None:
+    text = card("mine", "adapter", {"model": {"source": "org/name"}, "adapter": {"method": method}}, {})
+    after = text.partition('from_pretrained(original, ".")  # in this folder\n```\n')[2]
+    said = after.partition("\n## How it was made")[0]
+    assert said.strip() == GENERATING.get(method, "")
+    assert ("use_cache=False" in said) == (method != "lora")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_soft_prompt_generates_by_its_card_as_it_was_trained(family: str) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(make_model(family), adapter_config("prompt_tuning", num_virtual_tokens=5)).eval()
+    model.prompt_encoder.default.embedding.weight.data.normal_()
+    ids = torch.tensor([[5, 9, 33, 70]])
+    made = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, use_cache=False
+    )
+    assert made[0, 4:].tolist() == continuations(model, make_tokenizer(), ids.tolist(), 6)[0]
 
 
 @pytest.mark.parametrize(("method", "tag"), [("covariance", "lora"), ("none", "loha")])
