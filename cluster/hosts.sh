@@ -15,11 +15,11 @@
 # my.yaml: run_dir on a file system that all hosts share, as an absolute path (or s3://bucket/runs/mine), no ray.num_cpus. Ray
 # finds each host's CPUs and GPUs; stages take what their sections ask for. After a lost head, the same commands go on.
 #
-# Other settings: RAY_PORT (6379), DASHBOARD_PORT (8265) and CLIENT_PORT (10001), of Ray's client, by which two users' clusters
-# share a head; SCRATCH, a folder of yours on a local disk for Ray's session and spilled
-# objects, which others then cannot open (/tmp/emloc-ray-UID; Ray takes no more than 39 characters), RAY_OPTIONS, more options of
-# ray start. The token is made here where there is none, kept in ~/.ray/auth_token, and goes to the hosts through ssh's standard
-# input. Credentials of a bucket, and HF_TOKEN for a gated model, belong into the hosts' own environment or ~/.aws, not here.
+# Other settings: RAY_PORT (6379), DASHBOARD_PORT (8265) and CLIENT_PORT (10001, of Ray's client), which two users of one head set
+# to ports of their own; SCRATCH, a folder of yours on a local disk for Ray's session and spilled objects, which others then
+# cannot open (/tmp/emloc-ray-UID; Ray takes no more than 39 characters); RAY_OPTIONS, more options of ray start. The token is made
+# here where there is none, kept in ~/.ray/auth_token, and goes to the hosts through ssh's standard input. Credentials of a
+# bucket, and HF_TOKEN for a gated model, belong into the hosts' own environment or ~/.aws, not here.
 set -euo pipefail
 
 usage() {

@@ -40,9 +40,8 @@ _COUNTS = (
 ROWS_PER_SHARD = 1024  # of text
 ROWS_PER_BATCH = 256
 IMAGE_ROWS_PER_BATCH = 32
-LEAST_CHARACTERS = (
-    2  # of a token, on average, as memory is planned; one beyond ASCII counts as three, its bytes in UTF-8
-)
+LEAST_CHARACTERS = 2
+"""Of a token, on average, as memory is planned; one beyond ASCII counts as three, its bytes in UTF-8."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ Parts = dict[str, float]  # bytes by what holds them
 
 BASE_BYTES = 450 * 2**20  # a worker with torch, transformers and peft imported
 _GPU_SHARE = 0.92  # of a GPU's memory: the rest goes to CUDA's context and to what its allocator leaves between tensors
-_HIDING_TOKENS = 1024
+_HIDING_TOKENS = 1024  # of a batch: its pass takes as long as weights take to come from the host's memory
 _WAVES = 6  # of gradients, a pass each, that a budget left out may ask for: inference of a model in bfloat16 takes five
 _HEADER_BYTES = 4000  # of Python's objects for a token of the vocabulary and its merges: 3,560 for SmolLM2's
 # Of the data: rows that are tokenized at once, rows with images, and bytes of images that are written at once.
@@ -171,9 +171,9 @@ class CalibrationMemory(ModelBytes):
         return within(self.usable_bytes("calibration"))
 
     def _tokens_that_hide_moving(self) -> float:
-        """Tokens of a batch whose pass forward and back takes as long as its weights take to come, at 6 operations and 4 bytes a
-        weight: at 4e13 a second and 25e9 from the host's memory, a twelfth of that from disk. CPUs compute where the weights
-        lie."""
+        """Tokens of a batch whose pass forward and back takes as long as its weights take to come. A weight has 6 operations a
+        token, of 4e13 a second, and comes twice, 4 bytes in all: 25e9 a second from the host's memory, a twelfth of that from
+        disk. CPUs compute where the weights lie."""
         if not self.config.calibration.gpus:
             return 0.0
         host = available_bytes() if self.prepared.host_bytes is None else self.prepared.host_bytes

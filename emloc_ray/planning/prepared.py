@@ -77,9 +77,7 @@ class Prepared:
     file_dtype: torch.dtype | None = None  # of the model's files, where they are here and safetensors
     written_config: RunConfig | None = None  # the config before GPUs, and batches within its budget, were decided
     gpu_bytes: float | None = None  # of the smallest GPU of a Ray that was joined; None where this machine's are meant
-    host_bytes: float | None = (
-        None  # of the memory from which weights come to a device; None where this machine's is meant
-    )
+    host_bytes: float | None = None  # of the memory that weights come from; None where this machine's is meant
 
     def with_gpus(self, available: float, gpu_bytes: float | None = None) -> Prepared:
         """The run as written, planned with the ``available`` GPUs of a Ray. ``gpu_bytes``: the memory of the smallest, None

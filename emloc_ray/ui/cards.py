@@ -79,9 +79,7 @@ def card(name: str, folder: str, config: Mapping[str, Any], metrics: Mapping[str
     kind = str((config.get("adapter") or {}).get("method", "lora"))
     method = METHOD_NAMES.get(kind, "LoRA")
     correction = metrics.get("correction") or {}
-    if (
-        "lora_form" in correction and correction.get("method") != "none"
-    ):  # what the correction makes of LoHa and the like
+    if "lora_form" in correction and correction.get("method") != "none":  # then LoHa and the like became LoRA
         method, kind = f"LoRA adapter (trained as {method})", "lora"
     else:
         method = f"{method} adapter"
