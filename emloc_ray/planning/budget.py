@@ -58,22 +58,18 @@ def solve_for_budget(
         return run_with(ratios[-1], 1)
     largest = largest_batch or section.per_device_train_batch_size
     sizes = [size for size in range(largest, 0, -1) if rows % size == 0]
-    return _largest_batch(functools.partial(run_with, ratio), sizes, fits, prepared.finishes)
+    return _largest_batch(functools.partial(run_with, ratio), sizes, fits)
 
 
 def _largest_batch(
     run_with: Callable[[int, bool], MemoryModel],
     sizes: Sequence[int],
     fits: Callable[[MemoryModel], bool],
-    finishes: bool,
 ) -> MemoryModel:
     """The run with the first of ``sizes`` that fits with checkpointing, or without it with one that is not much smaller."""
     with_checkpointing = next(memory for memory in (run_with(size, True) for size in sizes) if fits(memory))
     checkpointed = with_checkpointing.config.finetune.per_device_train_batch_size
-    moves = finishes and with_checkpointing.finishing_plan().hold != "resident"
-    # Without checkpointing only where at most 4 times fewer rows fit; where each micro-batch moves blocks, only at the same size.
-    least = checkpointed if moves else checkpointed / _FEWER
-    without = (run_with(size, False) for size in sizes if checkpointed >= size >= least)
+    without = (run_with(size, False) for size in sizes if checkpointed >= size >= checkpointed / _FEWER)
     return next((memory for memory in without if fits(memory)), with_checkpointing)
 
 

@@ -14,12 +14,12 @@ from emloc_ray.core.products import ROWS
 from emloc_ray.io.formats.shards import chunk_limit
 from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.planning.calibration_memory import BASE_BYTES, CalibrationMemory, Parts, total
+from emloc_ray.planning.calibration_memory import BASE_BYTES, Parts, total
+from emloc_ray.planning.factorization_memory import FactorizationMemory
 from emloc_ray.planning.holding import choose
-from emloc_ray.planning.machine import gpus_of_slow_float64
 from emloc_ray.planning.model_bytes import DIVERGENCE_COPIES, LOSS_COPIES
 from emloc_ray.planning.optimizers import optimizer_bytes
-from emloc_ray.planning.sizes import DOUBLE, FLOAT, HALF, gradient_bytes, gram_bytes
+from emloc_ray.planning.sizes import DOUBLE, FLOAT, HALF, gram_bytes
 
 CANDIDATES = 4  # corrections that auto scores, in one pass where weights come and go
 
@@ -31,68 +31,8 @@ class HoldPlan(NamedTuple):
     parts: Parts
 
 
-class MemoryModel(CalibrationMemory):
+class MemoryModel(FactorizationMemory):
     """Predicts from a layout, a config and row lengths; every method gives bytes by part, ``total`` adds them up."""
-
-    def factorization_parts(self) -> Parts:
-        """The group that needs most, with one of its linears computed once more in float64, as rounding may ask: on the host
-        where the GPU's float64 is slow, which computes in float32 before. A worker with a GPU takes one group after another, so
-        its node also holds the tensors of the one that is computed and of the next."""
-        section, groups = self.config.emulator, self._groups()
-        left = {*self.layout.quantized_linears}.difference(spec.name for group in groups for spec in group)
-        alone = [group for group in self.layout.groups if any(spec.name in left for spec in group)]
-
-        def most(wide: int, on_gpu: bool) -> Parts:
-            with_grams = [self._group_parts(group, wide, on_gpu) for group in groups]
-            return max([*with_grams, *map(self._quantized_group_parts, alone)], key=total, default={})
-
-        parts = most(DOUBLE, section.gpus > 0)
-        if section.gpus and not self.config.ray.joins and gpus_of_slow_float64():
-            parts = {**most(FLOAT, True), "in float64": total(most(DOUBLE, False))}
-        if not section.gpus or len(groups) + len(alone) <= section.num_workers:
-            return parts
-        read = [*map(self._group_bytes_as_read, groups), *map(self._weight_bytes_as_read, alone)]
-        return {**parts, "read ahead": sum(sorted(read)[-2:])}
-
-    def _group_bytes_as_read(self, group: tuple[LinearSpec, ...]) -> int:
-        """A group's weights, its Gram and its linears' sums of gradients, these packed."""
-        return self._weight_bytes_as_read(group) + self._sum_bytes_as_read(group)
-
-    def _weight_bytes_as_read(self, group: tuple[LinearSpec, ...]) -> int:
-        return sum(spec.num_parameters for spec in group) * self.file_itemsize
-
-    def _quantized_group_parts(self, group: tuple[LinearSpec, ...]) -> Parts:
-        """Linears that are put into few bits without a Gram: ``W`` as stored, in float32, and in as much again while it is
-        rounded; and what the whole group becomes."""
-        stored = 0 if self.file_itemsize == FLOAT else self.file_itemsize
-        weight = max(spec.num_parameters for spec in group) * (stored + FLOAT + DOUBLE)
-        return {"weights": weight, "factors": sum(self.layout.kept(spec) for spec in group) * self.file_itemsize}
-
-    def _group_parts(self, group: tuple[LinearSpec, ...], wide: int, on_gpu: bool) -> Parts:
-        """A Gram: as summed, damped in float32, damped in float64 (made over a copy), and on a GPU, or where an output is wider
-        than the input, a Cholesky factor of each. A layer: ``W`` as stored, in float32 and in float64, its product with the
-        Gram, ``M`` with eigenvectors and LAPACK's workspace of twice their size, and the factors of the whole group. With a
-        ``wide`` number of four bytes, what float32 alone takes of these."""
-        square, again = group[0].in_features ** 2, wide if wide > FLOAT else 0
-        has_root = on_gpu or any(spec.out_features > spec.in_features for spec in group)
-        damped = square * (2 * FLOAT + again)
-        layer = max(self._linear_bytes(spec, wide) for spec in group)
-        weights = self._quantized_group_parts(group)
-        with_gradients = set(self.layout.gradient_linears)
-        # A sum of gradients: as summed, damped, its root; and the weight that it weighs.
-        sums = max(
-            (3 * gradient_bytes(spec) + FLOAT * spec.num_parameters for spec in group if spec.name in with_gradients),
-            default=0,
-        )
-        damped += sums
-        grams = damped + square * (FLOAT + again if has_root else 0)
-        if grams + layer >= damped + square * again:
-            return {"grams": grams, **weights, "products": layer}
-        return {"grams": damped + square * again, **weights}
-
-    def _linear_bytes(self, spec: LinearSpec, wide: int) -> float:
-        order = min(spec.out_features, spec.in_features)
-        return spec.num_parameters * wide + 4 * order**2 * wide + self.layout.kept(spec) * (FLOAT + wide)
 
     def healing_stage_parts(self) -> Parts:
         """The training, the original's pass over its batches before it, or the rounding of grown factors under their Grams after
@@ -177,16 +117,22 @@ class MemoryModel(CalibrationMemory):
         hold = self.finetuning_hold()
         again = self.trained.section.gradient_checkpointing or hold != "resident"
         weights = self.emulator if hold == "resident" else self.held[hold]
-        step = self._step_parts(again, self.adapter_parameters, self._left_as_they_are(), logit_copies)
+        rows = self.trained.section.per_device_train_batch_size
+        step = self._step_parts(again, self.adapter_parameters, self._left_as_they_are(), logit_copies, rows)
         return {"weights": weights, "unpacked": self._unpacked(), **step}
 
     def _step_parts(
-        self, again: bool, parameters: int, dense: Collection[LinearSpec], logit_copies: int, on_original: bool = False
+        self,
+        again: bool,
+        parameters: int,
+        dense: Collection[LinearSpec],
+        logit_copies: int,
+        rows: int,
+        on_original: bool = False,
     ) -> Parts:
-        """One step. ``parameters`` are trained; ``dense`` are the adapted linears in neither factors nor few bits."""
-        section = self.trained.section
+        """A micro-batch. ``parameters`` are trained; ``dense`` are the adapted linears in neither factors nor few bits."""
         virtual = self.trained.adapter.settings.get("num_virtual_tokens", 0)
-        tokens = section.per_device_train_batch_size * (self.trained_lengths.longest + virtual)
+        tokens = rows * (self.trained_lengths.longest + virtual)
         saved = [block.multiple * self.saved_in_training(block) for block in self.blocks]
         inputs = sum(block.multiple * block.width for block in self.blocks) * self.itemsize
         kept, inner = (inputs, max(saved)) if again else (sum(saved), 0.0)
@@ -217,17 +163,31 @@ class MemoryModel(CalibrationMemory):
         the batch is then planned with blocks run again. DeepSpeed, DoRA and prefixes want the whole model."""
         section, method = self.trained.section, self.trained.adapter.method
         own = section.deepspeed is None and method not in ("dora", "prefix_tuning")
-        return self._plan_on_original(self.adapter_parameters).hold if own and not self.layout.differs else "resident"
+        if not own or self.layout.differs:
+            return "resident"
+        return self._plan_on_original(self.adapter_parameters, section.per_device_train_batch_size).hold
 
     def finishing_plan(self) -> HoldPlan:
         """Steps on the original of the adapter as corrected."""
-        return self._plan_on_original(self.corrected_parameters)
+        return self._finishing_plan_of(self.finishing_rows())
 
-    def _plan_on_original(self, parameters: int) -> HoldPlan:
-        """The original's weights, an adapter of so many ``parameters`` with its optimizer, and a step with blocks run again. A
-        prefix works through the cache that running a block again would fill twice: its original is held whole."""
+    def finishing_rows(self) -> int:
+        """The rows of a micro-batch of these: where the original's weights come anew for each as many of a step's as fit,
+        however few fit the emulator."""
+        section = self.trained.section
+        rows = section.per_device_train_batch_size
+        step = rows * section.gradient_accumulation_steps
+        fitting = self._rows_within("finetune", self._finishing_plan_of, rows, step)
+        return next(size for size in range(fitting, 0, -1) if step % size == 0)
+
+    def _finishing_plan_of(self, rows: int) -> HoldPlan:
+        return self._plan_on_original(self.corrected_parameters, rows)
+
+    def _plan_on_original(self, parameters: int, rows: int) -> HoldPlan:
+        """The original's weights, an adapter of so many ``parameters`` with its optimizer, and a micro-batch with blocks run
+        again. A prefix works through the cache that this would fill twice: its original is held whole."""
         again = self.config.adapter.method != "prefix_tuning"
-        step = self._step_parts(again, parameters, self.adapted, LOSS_COPIES, on_original=True)
+        step = self._step_parts(again, parameters, self.adapted, LOSS_COPIES, rows, on_original=True)
         return self._plan_beside("finetune", step) if again else HoldPlan("resident", {"weights": self.weights, **step})
 
     def correction_parts(self) -> Parts:

@@ -139,17 +139,16 @@ def passes(again: bool) -> int:
 
 
 def steps_cost(
-    memory: MemoryModel, steps: float, plan: HoldPlan, work: float, again: bool, parameters: float
+    memory: MemoryModel, steps: float, plan: HoldPlan, micro_batch: int, work: float, again: bool, parameters: float
 ) -> StageCost:
     """Optimizer steps with an adapter of so many ``parameters``, of a model whose blocks' linears take ``work`` multiply-adds
     a token; ``again``: blocks are run again in the backward pass."""
-    finetune = memory.config.finetune
-    rows = steps * rows_a_step(finetune)
+    rows = steps * rows_a_step(memory.config.finetune)
     return StageCost(
         plan.parts,
         flops=rows * memory.trained_lengths.mean * passes(again) * (work + head_work(memory.layout)),
         disk_bytes=int(4 * 4 * parameters),
-        moved_bytes=WITH_BACKWARD * memory.moved(plan.hold, rows, finetune.per_device_train_batch_size),
+        moved_bytes=WITH_BACKWARD * memory.moved(plan.hold, rows, micro_batch),
         efficiency=0.2,
         start_seconds=20,
         steps=steps,
@@ -191,6 +190,6 @@ def validation_cost(memory: MemoryModel) -> StageCost:
 
 def training_cost(memory: MemoryModel, steps: float) -> StageCost:
     """Steps of the fine-tuning."""
-    plan = HoldPlan(memory.finetuning_hold(), memory.finetuning_parts())
-    again = memory.config.finetune.gradient_checkpointing or plan.hold != "resident"
-    return steps_cost(memory, steps, plan, emulator_work(memory.layout), again, memory.adapter_parameters)
+    plan, section = HoldPlan(memory.finetuning_hold(), memory.finetuning_parts()), memory.config.finetune
+    again, rows = section.gradient_checkpointing or plan.hold != "resident", section.per_device_train_batch_size
+    return steps_cost(memory, steps, plan, rows, emulator_work(memory.layout), again, memory.adapter_parameters)

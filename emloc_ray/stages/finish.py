@@ -13,6 +13,7 @@ from emloc_ray.config.schema import RunConfig
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.prepared import worker_rows
 from emloc_ray.planning.work import block_work, steps_cost
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import finetune_job, learned, steps_of
@@ -39,7 +40,11 @@ def finishing_job(context: Context, name: str) -> FinetuneJob:
         "warmup_steps": 0,
         "logging_steps": 1,
     }
-    checkpoints = {"gradient_checkpointing": runs_again(config)}
+    rows = context.memory.finishing_rows()
+    passes = {
+        "gradient_accumulation_steps": worker_rows(config.finetune, config.finetune) // rows,
+        "gradient_checkpointing": runs_again(config),
+    }
     return replace(
         job,
         emulator_dir=context.model_dir,
@@ -47,8 +52,9 @@ def finishing_job(context: Context, name: str) -> FinetuneJob:
         out_dir=context.path("adapter_finished"),
         storage_dir=context.path("finishing"),
         max_steps=config.finetune.exact_steps,
+        batch_size=rows,
         steps_before=steps_of(context),
-        training_arguments={**job.training_arguments, **falls, **checkpoints},
+        training_arguments={**job.training_arguments, **falls, **passes},
         zero_config=None,
         stage="finish",
         validation=None,
@@ -74,13 +80,15 @@ def _inputs(context: Context) -> Inputs:
 def _finish(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
     from emloc_ray.stages.finetune.finetune import finetune
 
-    job = finishing_job(context, f"finish-{fingerprint(context.begun(inputs))}")
+    begun = {**context.begun(inputs), "rows": context.memory.finishing_rows()}
+    job = finishing_job(context, f"finish-{fingerprint(begun)}")
     return finetune(job, granted, progress, context.note, detail=context.detail)
 
 
 def _cost(memory: MemoryModel) -> StageCost:
     steps, work, again = memory.config.finetune.exact_steps, block_work(memory.layout), runs_again(memory.config)
-    return steps_cost(memory, steps, memory.finishing_plan(), work, again, memory.corrected_parameters)
+    plan, rows = memory.finishing_plan(), memory.finishing_rows()
+    return steps_cost(memory, steps, plan, rows, work, again, memory.corrected_parameters)
 
 
 def runs_again(config: RunConfig) -> bool:

@@ -248,3 +248,28 @@ def test_the_offloaded_original_keeps_the_batch_that_the_emulator_is_too_large_f
         assert moved(CORRECT, memory) == memory.moved(chosen.hold, selected, rows) > 0
         assert total(memory.evaluation_parts()) >= total(evaluated.parts)
     assert total(with_base(planned(most).evaluation_parts())) <= most
+
+
+def test_a_step_on_the_original_reads_as_many_rows_at_once_as_fit(prepared: Callable[..., Prepared]) -> None:
+    section = {"exact_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 6}
+
+    def planned(budget: float | None, hold: str = "offloaded") -> MemoryModel:
+        return MemoryModel(prepared(finetune=section, model={"hold": hold}, memory_budget=budget), LENGTHS)
+
+    free = planned(None)
+    held = total(free.finishing_plan().parts)
+    most = BASE_BYTES + held
+    assert free.finishing_rows() == planned(most).finishing_rows() == 12
+    assert planned(BASE_BYTES).finishing_rows() == planned(None, "resident").finishing_rows() == 2
+    between = [planned(BASE_BYTES + held * share // 20) for share in range(6, 20)]
+    assert {memory.finishing_rows() for memory in between} >= {
+        4,
+        6,
+    }  # 8 would be one and a half micro-batches of a step
+    for memory in between:
+        needed = total(with_base(memory.finishing_plan().parts))
+        assert memory.finishing_rows() == 2 or needed <= memory.worker_bytes("finetune")
+    finish = next(stage for stage in STEPS if stage.name == "finish")
+    assert finish.cost is not None
+    hold = free.finishing_plan().hold
+    assert finish.cost(free).moved_bytes == 2 * 2 * free.moved(hold, 12, 12)  # two steps, forward and back

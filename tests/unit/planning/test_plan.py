@@ -424,7 +424,7 @@ def test_what_a_finishing_step_moves_is_said_by_where_it_comes_from(prepared: Ca
         ray={"num_gpus": 1},
         memory_budget=None,
     )
-    moved = 2 * 2 * MemoryModel(ready).moved("offloaded", 4, 4)  # in two passes, forward and back
+    moved = 2 * MemoryModel(ready).moved("offloaded", 8, 8)  # all rows at once, forward and back
     host = Speeds(1e10, gpu_flops=1e30, link=4e6)
     for speeds, source, rate in (
         (host, "over the GPU's link", 4e6),

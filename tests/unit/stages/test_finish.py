@@ -32,7 +32,8 @@ def run_held(
     def run_held(hold: str) -> PlainRun:
         root = tmp_path_factory.mktemp(hold)
         schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}}
-        changes = {"max_steps": 4, "exact_steps": STEPS, "learning_rate": 2e-3, **schedule}
+        batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+        changes = {"max_steps": 4, "exact_steps": STEPS, "learning_rate": 2e-3, **batches, **schedule}
         values = make_values(
             root / "run",
             tiny_model_dir("llama"),
@@ -61,6 +62,8 @@ def test_offloaded_and_resident_end_in_the_same_losses(run_held: Callable[[str],
     assert offloaded.losses == pytest.approx(resident.losses, rel=1e-4)
     jobs = [finishing_job(run.context, "x") for run in runs]
     assert [job.hold for job in jobs] == ["resident", "offloaded"]
+    # A step's rows at once move the blocks once.
+    assert [(job.training_arguments["gradient_accumulation_steps"], job.batch_size) for job in jobs] == [(2, 4), (1, 8)]
 
 
 def test_the_finished_adapter_is_better_and_is_what_is_merged(run_held: Callable[[str], PlainRun]) -> None:
