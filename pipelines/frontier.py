@@ -3,8 +3,8 @@
     python pipelines/frontier.py          # pipelines/frontier.svg, of pipelines/results/frontier*.json
 
 A model each has a panel. Methods of one kind are joined by a line. The results are of docstrings, and come of
-``configs/ablations/frontier.yaml``, of ``equal_bytes.yaml``, whose methods have more seeds, and of ``refined_budgets.yaml`` and
-``refined_more_bits.yaml``.
+``configs/ablations/frontier.yaml``, of ``equal_bytes.yaml`` and ``rivals.yaml``, whose methods have more seeds, and of
+``refined_budgets.yaml`` and ``refined_more_bits.yaml``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 PICTURE = HERE / "frontier.svg"
 # And the names of their results.
 MODELS = {
-    "SmolLM2 135M": ("frontier", "equal_bytes", "refined_budgets", "refined_more_bits"),
+    "SmolLM2 135M": ("frontier", "equal_bytes", "rivals", "refined_budgets", "refined_more_bits"),
     "Gemma 3 270M": ("frontier_gemma", "refined_budgets_gemma"),
 }
 DATASET = "summaries"
@@ -33,7 +33,11 @@ KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
     "low rank, refined": (("factors_refined",), True),
     "2 bits and rank 8": (("int2_rank8",), True),
     "2, 3, 4 and 8 bits (GPTQ)": (("int2", "int3", "int4", "int8"), True),
-    "half of the model pruned, in NF4": (("pruned_half_nf4",), False),
+    "half and a quarter left by pruning, in NF4": (("pruned_quarter_nf4", "pruned_half_nf4"), False),
+    "half left by pruning, aligned, in NF4": (("pruned_half_nf4_aligned",), False),
+    "the paper's emulator in NF4": (("emloc_quarter_nf4", "emloc_nf4"), False),
+    "2 and 3 bits, CLoQ's start": (("int2_cloq", "int3_cloq"), False),
+    "NF4, LoftQ's start": (("nf4_loftq",), False),
     "NF4 (QLoRA)": (("nf4",), False),
     "LoRA on the original": (("lora",), False),
 }
@@ -69,7 +73,7 @@ def draw(models: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) -> Non
     matplotlib.rcParams["svg.hashsalt"] = "frontier"  # the same bytes from the same figures
     from matplotlib import pyplot
 
-    size = (6 * len(models), 5)
+    size = (6 * len(models), 6)
     figure, panels = pyplot.subplots(1, len(models), figsize=size, sharey=True, squeeze=False, layout="constrained")
     colours = {kind: matplotlib.colormaps["tab20"](number) for number, kind in enumerate(KINDS)}
     for axes, (model, lines) in zip(panels[0], models.items(), strict=True):
@@ -84,7 +88,7 @@ def draw(models: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) -> Non
         axes.set_xlabel("bits a weight of the model that is trained on")
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("gap closed, % (LoRA on the original = 100)")
-    panels[0, -1].legend(*panels[0, 0].get_legend_handles_labels(), fontsize="small", loc="lower right")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=3)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 

@@ -1,8 +1,8 @@
 """Linears whose weights are integers of 2, 3, 4 or 8 bits, in plain torch on any device.
 
-No library that was looked at stores integers given to it at b + 0.25 bits an element for CPUs and CUDA alike (bitsandbytes
-0.50, optimum-quanto 0.2.7, HQQ 0.2.8, torchao 0.18, GPTQModel 7.7). Training asks for little: the weight is unpacked, and a
-product of the device's own library follows, as QLoRA does it.
+No library that was looked at stores integers given to it at b + 0.25 bits an element for CPUs and CUDA alike: CHANGELOG.md,
+under "Tried and dropped", says what each has. Training asks for little: the weight is unpacked, and a product of the device's
+own library follows, as QLoRA does it.
 """
 
 from collections.abc import Callable
