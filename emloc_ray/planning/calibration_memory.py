@@ -20,9 +20,7 @@ from emloc_ray.planning.holding import (
 )
 from emloc_ray.planning.machine import gpu_bytes
 from emloc_ray.planning.model_bytes import ModelBytes
-from emloc_ray.planning.sizes import DOUBLE, FLOAT, gradient_bytes, gram_bytes, in_waves, packed_bytes
-
-Parts = dict[str, float]  # bytes by what holds them
+from emloc_ray.planning.sizes import DOUBLE, FLOAT, Parts, gradient_bytes, gram_bytes, in_waves, total
 
 BASE_BYTES = 450 * 2**20  # a worker with torch, transformers and peft imported
 _GPU_SHARE = 0.92  # of a GPU's memory: the rest goes to CUDA's context and to what its allocator leaves between tensors
@@ -37,11 +35,6 @@ _DECODED = 32  # pixels' bytes for a byte of a photograph
 # Of refinement.
 _MADE = 6  # floats of an integer while a weight is made of it, or a gradient for it
 _TRAINED = 4  # floats of what is trained: it, its gradient and Adam's two moments
-
-
-def total(parts: Parts) -> int:
-    """All parts together."""
-    return int(sum(parts.values()))
 
 
 class CalibrationMemory(ModelBytes):
@@ -184,20 +177,6 @@ class CalibrationMemory(ModelBytes):
         largest = max(map(gradient_bytes, self._gradient_specs()), default=0)
         leanest = min(self.held[hold] for hold in allowed(self.config.model.hold))
         return BASE_BYTES + leanest + self._backward_bytes(1) + largest
-
-    def _gradient_specs(self) -> list[LinearSpec]:
-        names = set(self.layout.gradient_linears)
-        return [spec for spec in self.layout.specs if spec.name in names]
-
-    def _sum_bytes_as_read(self, group: tuple[LinearSpec, ...]) -> int:
-        summed = {*group}.intersection(self._gradient_specs())
-        return packed_bytes(group[0].in_features) + sum(packed_bytes(spec.out_features) for spec in summed)
-
-    def sums_read(self, gradients: bool = True) -> int:
-        """Bytes of Grams, and of sums of ``gradients``, packed, that an allocation or a factorization reads."""
-        if gradients:
-            return sum(map(self._sum_bytes_as_read, self._groups()))
-        return sum(packed_bytes(group[0].in_features) for group in self._groups())
 
     def _backward_bytes(self, rows: int) -> int:
         return total(self._backward_parts(rows * self.lengths.longest))

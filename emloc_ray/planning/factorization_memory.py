@@ -1,12 +1,12 @@
 """What a worker holds while it factorizes and rounds a group of linears, part by part."""
 
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.planning.calibration_memory import CalibrationMemory, Parts, total
 from emloc_ray.planning.machine import gpus_of_slow_float64
-from emloc_ray.planning.sizes import DOUBLE, FLOAT, gradient_bytes
+from emloc_ray.planning.model_bytes import ModelBytes
+from emloc_ray.planning.sizes import DOUBLE, FLOAT, Parts, gradient_bytes, packed_bytes, total
 
 
-class FactorizationMemory(CalibrationMemory):
+class FactorizationMemory(ModelBytes):
     """The part of :class:`~emloc_ray.planning.memory.MemoryModel` for making the emulator; every method gives bytes by part."""
 
     def factorization_parts(self) -> Parts:
@@ -32,6 +32,16 @@ class FactorizationMemory(CalibrationMemory):
     def _group_bytes_as_read(self, group: tuple[LinearSpec, ...]) -> int:
         """A group's weights, its Gram and its linears' sums of gradients, these packed."""
         return self._weight_bytes_as_read(group) + self._sum_bytes_as_read(group)
+
+    def _sum_bytes_as_read(self, group: tuple[LinearSpec, ...]) -> int:
+        summed = {*group}.intersection(self._gradient_specs())
+        return packed_bytes(group[0].in_features) + sum(packed_bytes(spec.out_features) for spec in summed)
+
+    def sums_read(self, gradients: bool = True) -> int:
+        """Bytes of Grams, and of sums of ``gradients``, packed, that an allocation or a factorization reads."""
+        if gradients:
+            return sum(map(self._sum_bytes_as_read, self._groups()))
+        return sum(packed_bytes(group[0].in_features) for group in self._groups())
 
     def _weight_bytes_as_read(self, group: tuple[LinearSpec, ...]) -> int:
         return sum(spec.num_parameters for spec in group) * self.file_itemsize

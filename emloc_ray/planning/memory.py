@@ -14,12 +14,12 @@ from emloc_ray.core.products import ROWS
 from emloc_ray.io.formats.shards import chunk_limit
 from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.planning.calibration_memory import BASE_BYTES, Parts, total
+from emloc_ray.planning.calibration_memory import BASE_BYTES, CalibrationMemory
 from emloc_ray.planning.factorization_memory import FactorizationMemory
 from emloc_ray.planning.holding import choose
 from emloc_ray.planning.model_bytes import DIVERGENCE_COPIES, LOSS_COPIES
 from emloc_ray.planning.optimizers import optimizer_bytes
-from emloc_ray.planning.sizes import DOUBLE, FLOAT, HALF, gram_bytes
+from emloc_ray.planning.sizes import DOUBLE, FLOAT, HALF, Parts, gram_bytes, total
 
 CANDIDATES = 4  # corrections that auto scores, in one pass where weights come and go
 
@@ -31,7 +31,7 @@ class HoldPlan(NamedTuple):
     parts: Parts
 
 
-class MemoryModel(FactorizationMemory):
+class MemoryModel(CalibrationMemory, FactorizationMemory):
     """Predicts from a layout, a config and row lengths; every method gives bytes by part, ``total`` adds them up."""
 
     def healing_stage_parts(self) -> Parts:

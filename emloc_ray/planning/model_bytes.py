@@ -119,6 +119,10 @@ class ModelBytes:
         targeted = set(self.layout.compressed if self.layout.differs else ())
         return [group for group in self.layout.groups if any(spec.name in targeted for spec in group)]
 
+    def _gradient_specs(self) -> list[LinearSpec]:
+        names = set(self.layout.gradient_linears)
+        return [spec for spec in self.layout.specs if spec.name in names]
+
     def _adapter_parameters(self) -> int:
         """Those that are trained: of another method than LoRA's as counted by attaching it, see ``model_checks.py``."""
         if self.layout.adapter_parameters is not None:

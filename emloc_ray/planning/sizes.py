@@ -11,6 +11,12 @@ HALF = 2  # of what autocast computes in
 DOUBLE = 8  # of what is decided in float64
 
 Part = TypeVar("Part")
+Parts = dict[str, float]  # bytes by what holds them
+
+
+def total(parts: Parts) -> int:
+    """All parts together."""
+    return int(sum(parts.values()))
 
 
 @dataclass(frozen=True)
