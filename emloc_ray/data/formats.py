@@ -197,11 +197,14 @@ def _encode_pieces(tokenizer: Any, texts: list[tuple[str, str | None]]) -> list[
     if not _adds_a_space(tokenizer):
         return _encode(tokenizer, [text for text, _ in texts], False)
     special = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    added = sorted(map(str, special), key=len, reverse=True)
-    borders = [
-        "" if before is None else next((token for token in added if before.endswith(token)), _BORDER)
-        for _, before in texts
-    ]
+    added = sorted(special, key=lambda token: len(str(token)), reverse=True)
+
+    def border_behind(before: str) -> str:
+        # A token with rstrip takes the whitespace behind it.
+        ends = ((str(token), before.rstrip() if token.rstrip else before) for token in added)
+        return next((token for token, end in ends if end.endswith(token)), _BORDER)
+
+    borders = ["" if before is None else border_behind(before) for _, before in texts]
     ids = {border: tokenizer(border, add_special_tokens=False)["input_ids"] if border else [] for border in {*borders}}
     encoded = _encode(tokenizer, [border + text for border, (text, _) in zip(borders, texts, strict=True)], False)
 
@@ -215,10 +218,10 @@ def _encode_pieces(tokenizer: Any, texts: list[tuple[str, str | None]]) -> list[
 
 def _adds_a_space(tokenizer: Any) -> bool:
     """Whether it puts a space before a text, but not behind a border."""
-    alone, spaced, border, behind = (
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("b", " b", _BORDER, f"{_BORDER}b")
+    alone, border, behind = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("b", _BORDER, f"{_BORDER}b")
     )
-    return alone == spaced and behind[: len(border)] == border and behind[len(border) :] != alone
+    return behind[: len(border)] == border and behind[len(border) :] != alone
 
 
 def _encode(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:

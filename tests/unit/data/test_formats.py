@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CHAT_TEMPLATE, EOS, PAD, REWRITING, make_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -96,17 +96,23 @@ def test_what_follows_gets_no_space_that_the_row_has_not(has_encoder: bool) -> N
     assert tokens.input_ids == [2, 6, 3, 6, 4]
 
 
-@pytest.mark.parametrize("scheme", ["always", "first"])
-def test_a_chat_s_pieces_are_what_the_whole_chat_is(scheme: str) -> None:
-    """Mistral 7B's tokenizer puts a space behind special tokens too, others only before a text."""
+@pytest.mark.parametrize("takes_space", [False, True])
+@pytest.mark.parametrize("scheme", ["always", "first", "prepend"])
+def test_a_chat_s_pieces_are_what_the_whole_chat_is(scheme: str, takes_space: bool) -> None:
+    """Mistral 7B's tokenizer puts a space behind special tokens too, others only before a text; of files that are older the
+    normalizer does (``prepend``)."""
     vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", "▁", "▁a", "▁[", *"ab[]\n"])}
     core = Tokenizer(models.BPE(vocabulary, [("▁", "["), ("▁", "a")]))
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    mistral = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    if scheme == "prepend":
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    core.add_special_tokens([AddedToken("<pad>", rstrip=takes_space, normalized=False)])  # as Phi-3's <|assistant|>
+    mistral = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
     chat = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "a"}] * 2
     asks = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]BEHIND{% else %}"
     answers = "{{ m.content + eos_token }}{% endif %}{% endfor %}"
-    for behind in ("", "<pad>"):
+    for behind in ("", "<pad>", "\n", "<pad>\n"):
         mistral.chat_template = asks.replace("BEHIND", behind) + answers
         tokens = tokenize_row({"messages": chat}, "messages", mistral)
         assert tokens.input_ids == mistral.apply_chat_template(chat, tokenize=True, return_dict=False), behind
