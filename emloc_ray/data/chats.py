@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from emloc_ray.errors import DataError
 from emloc_ray.text import one_line
 
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""The keys in which a turn has its thoughts, of which a template knows one."""
 _OTHER = "\ue000"  # an answer that shares no first character with another
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THOUGHT = re.compile(r"(</?think>)")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from emloc_ray.data.chats import Segment, chat_sequences, is_trained
+from emloc_ray.data.chats import THOUGHTS, Segment, chat_sequences, is_trained
 from emloc_ray.data.images import (
     NO_PROCESSOR,
     check_parts,
@@ -97,11 +97,13 @@ def _check_messages(messages: Any, where: str) -> None:
 
 
 def _has_content(turn: dict[str, Any]) -> bool:
-    """Whether a turn has anything beside its role: a text, another part, a call, a thought."""
+    """Whether a turn says anything: a text, another part, a call, a thought."""
     parts = turn["content"] if isinstance(turn["content"], list) else [turn["content"]]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    others = turn.keys() - {"role", "content", "weight", "name"}
-    return any(turn[key] for key in others) or not all(isinstance(text, str) and not text.strip() for text in texts)
+    thoughts = [turn.get(key) or "" for key in THOUGHTS]
+    return bool(turn.get("tool_calls")) or not all(
+        isinstance(text, str) and not text.strip() for text in (*texts, *thoughts)
+    )
 
 
 def _check_unicode(text: str, where: str) -> None:

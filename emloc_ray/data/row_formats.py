@@ -180,6 +180,11 @@ def _turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
     """A turn without empty fields, which Parquet gives to turns that lack them, and to calls; the arguments of these as objects,
     which templates write themselves."""
     filled = {key: value for key, value in turn.items() if value is not None}
+    if filled.get("function_call"):
+        raise DataError(
+            f"{where}: function_call is OpenAI's older form of a call: write it as tool_calls:"
+            " [{function: {name, arguments}}], its result as role tool, and functions as tools."
+        )
     calls = filled.get("tool_calls")
     if not calls:
         filled.pop("tool_calls", None)

@@ -232,6 +232,8 @@ def test_no_chat_template() -> None:
         ({"messages": [{"role": "user"}]}, "messages", "lacks role or content"),
         ({"messages": [{"content": "x"}]}, "messages", "lacks role or content"),
         ({"messages": [{"role": "user", "content": "x"}]}, "messages", "no message has role assistant"),
+        ({"messages": [{"role": "assistant", "content": " ", "id": "m1", "timestamp": 3}]}, "messages", "is empty"),
+        ({"messages": [{"role": "assistant", "content": "", "reasoning": "\n"}]}, "messages", "is empty"),
     ],
 )
 def test_bad_fields(row: dict[str, Any], format: str, complaint: str) -> None:
@@ -247,6 +249,8 @@ def test_bad_fields(row: dict[str, Any], format: str, complaint: str) -> None:
         ({"text": "x", "other": 3}, "text"),
         ({"prompt": "a", "completion": "b"}, "prompt_completion"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "", "thinking": "x"}]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "x"}]}]}, "messages"),
     ],
 )
 def test_good_fields(row: dict[str, Any], format: str) -> None:

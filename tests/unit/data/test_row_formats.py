@@ -201,6 +201,7 @@ def test_tools_and_calls_that_the_template_does_not_write_are_refused() -> None:
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "lacks role or content"),
         ({"messages": [USER, ANSWER], "tools": "no"}, "'tools' is no list of tools"),
         ({"messages": [USER, {**ANSWER, "tool_calls": "no"}]}, "tool_calls is no list of calls"),
+        ({"messages": [USER, {**ANSWER, "function_call": CALL["function"]}]}, "function_call is OpenAI's older form"),
         ({"instruction": "a", "output": " "}, "'output' is empty"),
         ({"instruction": "a", "output": "b", "input": 3}, "'input' is int"),
         ({"instruction": "a", "output": "b", "history": ["x"]}, "'history' is no list of pairs"),
