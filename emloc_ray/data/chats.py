@@ -228,12 +228,16 @@ class _Chat:
                 raise self._unwritten("tool calls")
 
     def _check_words(self, turn: int, through: str, answer: str) -> None:
-        """Raises DataError where the template leaves out words of an answer that is learnt."""
+        """Raises DataError where the template leaves out words of an answer that is learnt, thought or said."""
         message = self.messages[turn]
         for words, other in _pieces(message["content"]):
             if words not in answer and self._is_same(through, turn, turn + 1, {"content": other}):
                 said = "words beside tool calls" if message.get("tool_calls") else "turns of role assistant"
                 raise self._unwritten("thoughts" if "</think>" in str(message["content"]) else said)
+        for key in THOUGHTS:
+            thought = message.get(key) or ""
+            if str(thought).strip() not in answer and self._is_same(through, turn, turn + 1, {key: _OTHER}):
+                raise self._unwritten(f"thoughts given as {key}")
 
     def _is_same(self, text: str, turn: int, end: int, change: dict[str, Any], **options: Any) -> bool:
         """Whether the text of the first ``end`` messages does not show a change of one: what it changes is not written."""

@@ -181,6 +181,25 @@ def test_words_of_an_answer_that_the_template_leaves_out_are_told(
         assert only == "<user>a;<assistant>\n\n2;<user>a;<assistant>[b;]"
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_thoughts_beside_an_answer_that_the_template_leaves_out_are_told(key: str) -> None:
+    chat = [turn("user", "a"), turn("assistant", "b", **{key: "t"}), turn("user", "c"), turn("assistant", "d")]
+    writing = CALLING.replace("{{ m.content }}", "{{ m.KEY or '' }}{{ m.content }}".replace("KEY", key))
+    assert learnt(chat, writing) == ["<user>a;<assistant>[tb;]<user>c;<assistant>[d;]"]
+    with pytest.raises(DataError, match=f"^row 1: the model's chat template writes no thoughts given as {key}: leave"):
+        learnt(chat, CALLING)
+    chat[1]["weight"] = 0
+    assert learnt(chat, CALLING) == ["<user>a;<assistant>b;<user>c;<assistant>[d;]"]
+
+
+def test_thoughts_beside_earlier_answers_may_be_left_out() -> None:
+    beside = [turn("user", "1 + 1?"), turn("assistant", "2", reasoning_content="easy")]
+    beside += [turn("user", "and 2?"), turn("assistant", "4", reasoning_content="add")]
+    assert learnt(beside, QWEN3) == learnt(CHAT, QWEN3)
+    beside[3]["thinking"] = "add"  # another name of the same
+    assert learnt(beside, QWEN3) == learnt(CHAT, QWEN3)
+
+
 def test_a_question_whose_words_the_template_leaves_out_is_told() -> None:
     with pytest.raises(DataError, match=r"^row 1: the model's chat template writes no turns of role user"):
         learnt([turn("user", "a?"), turn("assistant", "b")], CALLING.replace("m.content", "m.text"))
