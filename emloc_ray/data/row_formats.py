@@ -267,12 +267,22 @@ def _conversational(row: Row, where: str, chats: bool) -> tuple[Row, str]:
     if not isinstance(before, list) or not isinstance(after, list):
         raise DataError(f"{where}: prompt or completion is no list of turns: give [{{role, content}}, …].")
     before, after = _turns(before, where), _turns(after, where)
+    repeated = _repeated(before, after)
     asked = [
-        {**turn, "weight": 0} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn for turn in before
+        {**turn, "weight": 0} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn
+        for turn in max(after[:repeated], before, key=len)
     ]
-    # The chosen answer of preference data is the whole chat.
-    repeated = len(before) if after[: len(before)] == before else 0
     return _messages({**row, "messages": [*asked, *after[repeated:]]}, where, chats)
+
+
+def _repeated(before: list[Any], after: list[Any]) -> int:
+    """How many turns of a completion lead up to the answer, where it is the whole chat, as the chosen one of preference data
+    is; the prompt may then be the last of these turns alone."""
+    if after[: len(before)] == before:
+        return len(before)
+    if not after or not isinstance(after[0], dict) or after[0].get("role") in ("assistant", "tool"):
+        return 0  # what follows a prompt may repeat its last turn
+    return next((count for count in range(len(after) - 1, 0, -1) if after[count - 1] == before[-1]), 0)
 
 
 def _alpaca(row: Row, where: str, chats: bool) -> tuple[Row, str]:

@@ -131,6 +131,26 @@ def test_preference_data_is_trained_on_as_chosen() -> None:
     assert written(row, prompt="prompt", completion="chosen") == "<|user|>a<eos><|assistant|>[b<eos>]"
 
 
+SYSTEM, OTHER = {"role": "system", "content": "s"}, {"role": "user", "content": "c"}
+ASKED = "<|user|>a<eos><|assistant|>"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "text"),
+    [
+        ("a", [SYSTEM, USER, ANSWER], f"<|system|>s<eos>{ASKED}[b<eos>]"),
+        ([SYSTEM, USER], [USER, ANSWER], f"<|system|>s<eos>{ASKED}[b<eos>]"),
+        ([OTHER], [USER, ANSWER, OTHER, ANSWER], f"{ASKED}b<eos><|user|>c<eos><|assistant|>[b<eos>]"),
+        ([USER, ANSWER, USER], [SYSTEM, USER, ANSWER, USER, ANSWER], f"<|system|>s<eos>{ASKED}b<eos>{ASKED}[b<eos>]"),
+        # What follows the prompt, of which the same is asked again.
+        ("a", [ANSWER, USER, ANSWER], f"{ASKED}[b<eos>]{ASKED}[b<eos>]"),
+    ],
+)
+def test_a_chosen_chat_has_its_prompt_once(prompt: Any, chosen: list[dict[str, Any]], text: str) -> None:
+    row = {"prompt": prompt, "chosen": chosen, "rejected": []}
+    assert written(row, prompt="prompt", completion="chosen") == text
+
+
 def test_tools_reach_the_template_with_their_arguments_as_objects() -> None:
     template = (
         "{% if tools %}{{ tools | tojson }};{% endif %}{% for m in messages %}{{ m.role }}:"
