@@ -67,13 +67,15 @@ def columns_of(format: str, columns: Mapping[str, str]) -> tuple[list[str], list
 
 
 def recognized(row: Row, columns: Mapping[str, str]) -> str | None:
-    """The format of a row by its columns; None where it has none that is known. Where columns are mapped, only a format that
-    takes a mapped one counts."""
+    """The format of a row by its columns; None where it has none that is known, or a label judges its answer. Where columns are
+    mapped, only a format that takes a mapped one counts, and no label does."""
     given = renamed(row, columns)
     for name, form in FORMATS.items():
         is_meant = not columns or bool({*form.needed, *form.optional} & columns.keys())
         if not is_meant or not given.keys() >= {*form.needed}:
             continue
+        if not columns and name in ("conversational", "prompt_completion") and _is_judged(row):
+            return None
         if name == "conversational" and not any(_is_chat(given[key]) for key in form.needed):
             continue
         return name
@@ -102,6 +104,11 @@ def unknown_format(row: Row, columns: Mapping[str, str], where: str) -> DataErro
             f"{where}: preference data: {named} trained on with data.columns: {_written(columns)}; preference losses are not"
             " here yet."
         )
+    if _is_judged(row):
+        return DataError(
+            f"{where}: preference data: keep the rows whose label is true, which are trained on with data.columns:"
+            " {prompt: prompt, completion: completion}; preference losses are not here yet."
+        )
     if not any(isinstance(value, str) for value in row.values()):
         for name, value in row.items():
             if _is_chat(value) and not {"role", "from", "content", "value"} & value[0].keys():
@@ -129,6 +136,11 @@ def _likely(row: Row) -> dict[str, str]:
 
 def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def _is_judged(row: Row) -> bool:
+    """Whether a label says if its answer is good, as of TRL's unpaired preference data."""
+    return {"prompt", "completion"} <= row.keys() and isinstance(row.get("label"), bool)
 
 
 def _written(columns: Mapping[str, str]) -> str:

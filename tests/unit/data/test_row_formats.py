@@ -131,6 +131,17 @@ def test_preference_data_is_trained_on_as_chosen() -> None:
     assert written(row, prompt="prompt", completion="chosen") == "<|user|>a<eos><|assistant|>[b<eos>]"
 
 
+@pytest.mark.parametrize("label", [True, False])
+def test_answers_that_a_label_judges_are_trained_on_once_columns_are_named(label: bool) -> None:
+    row = {"prompt": "a", "completion": "b", "label": label}
+    for answer in ("b", [ANSWER]):
+        assert recognized({**row, "completion": answer}, {}) is None
+        with pytest.raises(DataError, match="preference data: keep the rows whose label is true, which are trained on"):
+            written({**row, "completion": answer})
+    assert written(row, prompt="prompt", completion="completion") == "a[b<eos>]"
+    assert written({**row, "label": 1}) == "a[b<eos>]"  # a class
+
+
 SYSTEM, OTHER = {"role": "system", "content": "s"}, {"role": "user", "content": "c"}
 ASKED = "<|user|>a<eos><|assistant|>"
 
