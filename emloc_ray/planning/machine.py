@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ _UNIT = "floating-point operations a second and thread"
 _CACHED = 4e8
 _PROBED = 64 * 2**20  # bytes that a disk is timed by
 _FIRST_WITH_BFLOAT16 = 8.0  # compute capability: Ampere
+_TIMING = threading.Lock()  # two timings at once would each put back the number of threads that the other set
 WITH_MODELS = ("calibration", "finetune", "evaluation")
 """The config's sections whose workers run a model."""
 
@@ -144,7 +146,8 @@ def disk_speed(path: Path) -> float:
 def cpu_flops() -> float:
     """Floating-point operations a second of one thread in a matrix product, as measured first today on this machine."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emloc_ray"
-    return kept_for_the_day(folder / "cpu_speed.json", time_products)
+    with _TIMING:
+        return kept_for_the_day(folder / "cpu_speed.json", time_products)
 
 
 def kept_for_the_day(path: Path, measure: Callable[[], float]) -> float:

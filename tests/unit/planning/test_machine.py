@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from emloc_ray.planning.machine import (
     check_kernel,
     check_packages,
     check_resources,
+    cpu_flops,
     gpu_bytes,
     kept_for_the_day,
     lacks,
@@ -59,6 +62,32 @@ def test_a_thread_s_speed_is_that_of_a_processor() -> None:
     state = torch.get_rng_state()
     assert 1e8 < time_products() < 1e13
     assert torch.equal(torch.get_rng_state(), state)  # the caller's numbers are its own
+
+
+def test_plans_of_two_threads_time_the_cpu_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two timings at once left the process with one thread: the second put back what the first had set."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    begun, again, timings = threading.Event(), threading.Event(), []
+
+    def timing() -> float:
+        timings.append(5.0)
+        (again if begun.is_set() else begun).set()
+        again.wait(0.3)  # for a second one
+        return 5.0
+
+    def second() -> float:
+        begun.wait(10)
+        return cpu_flops()
+
+    monkeypatch.setattr("emloc_ray.planning.machine.time_products", timing)
+    cpu_flops.cache_clear()
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            calls = [threads.submit(cpu_flops), threads.submit(second)]
+            assert [call.result() for call in calls] == [5.0, 5.0]
+    finally:
+        cpu_flops.cache_clear()
+    assert timings == [5.0]
 
 
 def test_a_disk_is_timed_where_weights_come_from_it(tmp_path: Path) -> None:
