@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from emloc_ray.core.precision import FAST_FLOAT64
+from emloc_ray.core.precision import FAST_FLOAT64, exact_float32, without_autocast
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.available_memory import available_bytes
 from emloc_ray.io.store.replacing import replacing
@@ -168,18 +168,20 @@ def kept_for_the_day(path: Path, measure: Callable[[], float]) -> float:
 
 
 def time_products() -> float:
-    """Floating-point operations a second of one thread in a matrix product, measured for a tenth of a second."""
-    threads = torch.get_num_threads()
+    """Floating-point operations a second of one thread in a matrix product of float32, measured for a tenth of a second,
+    whatever dtype, device and precision the caller has set."""
+    cpu, threads = torch.device("cpu"), torch.get_num_threads()
+    own = torch.Generator().manual_seed(0)  # the caller's numbers are its own
+    left, right = (torch.randn(n, 768, generator=own, dtype=torch.float32, device=cpu) for n in (512, 768))
     torch.set_num_threads(1)
     try:
-        own = torch.Generator().manual_seed(0)  # the caller's numbers are its own
-        left, right = torch.randn(512, 768, generator=own), torch.randn(768, 768, generator=own)
-        left @ right
-        count, begin = 0, time.perf_counter()
-        while time.perf_counter() - begin < 0.1:
+        with exact_float32(), without_autocast(cpu):
             left @ right
-            count += 1
-        return count * 2 * 512 * 768 * 768 / (time.perf_counter() - begin)
+            count, begin = 0, time.perf_counter()
+            while time.perf_counter() - begin < 0.1:
+                left @ right
+                count += 1
+            return count * 2 * 512 * 768 * 768 / (time.perf_counter() - begin)
     finally:
         torch.set_num_threads(threads)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.config.schema import RunConfig
@@ -62,6 +65,34 @@ def test_a_thread_s_speed_is_that_of_a_processor() -> None:
     state = torch.get_rng_state()
     assert 1e8 < time_products() < 1e13
     assert torch.equal(torch.get_rng_state(), state)  # the caller's numbers are its own
+
+
+@contextlib.contextmanager
+def rough_float64() -> Iterator[None]:
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize("setting", [rough_float64(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16)])
+def test_a_thread_s_speed_is_of_float32_on_the_cpu_whatever_the_caller_has_set(setting: Any) -> None:
+    products: set[tuple[torch.dtype, str, str]] = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.mm.default:
+                precision = torch.get_float32_matmul_precision()
+                products.update((tensor.dtype, tensor.device.type, precision) for tensor in args)
+            return func(*args, **(kwargs or {}))
+
+    with setting, Products():
+        time_products()
+    assert products == {(torch.float32, "cpu", "highest")}
 
 
 def test_plans_of_two_threads_time_the_cpu_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
