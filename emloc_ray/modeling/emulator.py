@@ -165,8 +165,17 @@ def emulator_class(base: type[PreTrainedModel], config: EmulatorModelConfig) -> 
             super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
             write_emulator_config(Path(save_directory), self.config, config.ranks, None, config.storage, config.forms())
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _without_state, (base, config), self.__dict__
+
     Emulator.__name__ = Emulator.__qualname__ = base.__name__
     return Emulator
+
+
+def _without_state(base: type[PreTrainedModel], config: EmulatorModelConfig) -> PreTrainedModel:
+    """What a pickled or copied emulator is put back into: pickle finds no class that is made in a function."""
+    emulator = emulator_class(base, config)
+    return emulator.__new__(emulator)
 
 
 def write_emulator_config(

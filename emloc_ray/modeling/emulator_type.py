@@ -37,6 +37,18 @@ class EmulatorModelConfig(PreTrainedConfig):
         self.integers = integers
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As for other models; keywords that the original's config has change that one."""
+        with_unused = kwargs.pop("return_unused_kwargs", False)
+        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        original = config.original()
+        changes = {key: kwargs[key] for key in kwargs if key != "name_or_path" and hasattr(original, key)}
+        if changes:
+            config.base_config = type(original).from_dict(original.to_dict(), **changes).to_dict()
+        unused = {key: value for key, value in unused.items() if key not in changes}
+        return (config, unused) if with_unused else config
+
     def forms(self) -> IntegerForms:
         """What is stored in integers."""
         return IntegerForms(**(self.integers or {}))
@@ -64,25 +76,36 @@ def register_models(auto: ModuleType) -> None:
 def _model_class(auto: Any) -> type[Any]:
     """What an Auto class opens an emulator with."""
 
+    def class_and_config(config: EmulatorModelConfig) -> tuple[Any, Any]:
+        """The original's own class with factorized linears, and the config that it reads."""
+        from emloc_ray.modeling.emulator import emulator_class
+
+        original = config.original()
+        base = auto._model_mapping[type(original)]
+        base = base[0] if isinstance(base, tuple) else base
+        if base.config_class is original.sub_configs.get("text_config"):  # a text model alone, as Auto classes do
+            original = original.get_text_config()
+        # The Auto class has put it into the config, which is not the one that the model reads.
+        if config._attn_implementation is not None:
+            original._attn_implementation = config._attn_implementation
+        return emulator_class(base, config), original
+
     class EmulatorModel:
         config_class = EmulatorModelConfig
 
         @classmethod
-        def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-            """Loads the emulator in ``path`` as the original's own class with factorized linears."""
-            from emloc_ray.modeling.emulator import emulator_class
+        def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+            """Makes an untrained emulator, for an Auto class's ``from_config``."""
+            emulator, original = class_and_config(config)
+            return emulator._from_config(original, **kwargs)  # noqa: SLF001  what Auto classes call
 
-            original = config.original()
-            base = auto._model_mapping[type(original)]
-            base = base[0] if isinstance(base, tuple) else base
-            if base.config_class is original.sub_configs.get("text_config"):  # a text model alone, as Auto classes do
-                original = original.get_text_config()
+        @classmethod
+        def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+            """Loads the emulator in ``path``; keywords as of the original's own class."""
+            emulator, original = class_and_config(config)
             asked = [kwargs.pop(key) for key in ("dtype", "torch_dtype") if kwargs.get(key) is not None]
             kwargs["dtype"] = next((dtype for dtype in asked if dtype != "auto"), original.dtype or "auto")
-            # The Auto class has put it into the config, which is not the one that the model reads.
-            if config._attn_implementation is not None:
-                kwargs.setdefault("attn_implementation", config._attn_implementation)
-            loaded = emulator_class(base, config).from_pretrained(path, *args, config=original, **kwargs)
+            loaded = emulator.from_pretrained(path, *args, config=original, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded  # with ``output_loading_info``
             if getattr(model, "is_loaded_in_4bit", False):
                 from emloc_ray.modeling.four_bit_linear import compute_exactly

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -116,6 +117,41 @@ def test_asked_dtype_wins(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "e", torch_dtype=torch.float32).dtype == torch.float32
     for options in ({}, {"dtype": "auto"}, {"torch_dtype": "auto"}, {"dtype": None}):
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "e", **options).dtype == torch.bfloat16
+
+
+def test_keywords_of_the_original_s_config_change_it(tmp_path: Path) -> None:
+    model, ranks = built("llama")
+    saved(tmp_path / "e", model, ranks)
+    changes = {"use_cache": False, "output_hidden_states": True, "attn_implementation": "eager"}
+    changed = AutoModelForCausalLM.from_pretrained(tmp_path / "e", **changes)
+    assert (changed.config.use_cache, changed.config._attn_implementation) == (False, "eager")
+    output = changed(input_ids=IDS)
+    assert output.past_key_values is None
+    assert len(output.hidden_states) == model.config.num_hidden_layers + 1
+    torch.testing.assert_close(output.logits, logits(model))
+    config, unused = AutoConfig.from_pretrained(tmp_path / "e", use_cache=False, x=1, return_unused_kwargs=True)
+    assert (config.original().use_cache, unused) == (False, {"x": 1})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'x'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "e", x=1)
+
+
+def test_an_untrained_emulator_is_made_from_its_config(tmp_path: Path) -> None:
+    model, ranks = built("llama", "pivoted", dtype="bfloat16")
+    config = AutoConfig.from_pretrained(saved(tmp_path / "e", model, ranks, "pivoted"), attn_implementation="eager")
+    made = AutoModelForCausalLM.from_config(config)
+    assert (made.dtype, made.config._attn_implementation) == (torch.bfloat16, "eager")
+    assert {n: p.shape for n, p in made.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert logits(made).isfinite().all()
+
+
+def test_an_emulator_is_pickled_and_copied_whole(tmp_path: Path) -> None:
+    model, ranks = built("llama", "pivoted")
+    loaded = AutoModelForCausalLM.from_pretrained(saved(tmp_path / "e", model, ranks, "pivoted"))
+    torch.save(loaded, tmp_path / "e.pt")
+    for again in (torch.load(tmp_path / "e.pt", weights_only=False), copy.deepcopy(loaded)):
+        assert torch.equal(logits(again), logits(model))
+        again.save_pretrained(tmp_path / "again")
+        assert AutoConfig.from_pretrained(tmp_path / "again").ranks == ranks
 
 
 @pytest.mark.parametrize("tied", [False, True])
