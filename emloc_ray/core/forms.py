@@ -1,5 +1,6 @@
 """The forms that a linear's weight may be stored in, one a linear, and the bytes that each takes."""
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -56,6 +57,16 @@ class FormSizes:
     def _factors(self, out_features: int, in_features: int, rank: int, bits: int) -> int:
         shapes = (out_features, rank), (rank, in_features)
         return sum(integer_bytes(*shape, bits, self.group_size) for shape in shapes)
+
+    def residual_rank(self, out_features: int, in_features: int, bits: int, asked: int) -> int:
+        """The highest rank up to ``asked`` of factors beside ``bits`` bits with which a weight ``(out, in)`` is smaller than it
+        is in floats; 0 where none is low enough."""
+        dense = out_features * in_features * self.itemsize
+
+        def num_bytes(rank: int) -> int:
+            return self.num_bytes(out_features, in_features, Form(bits=bits, residual_rank=rank))
+
+        return bisect.bisect_left(range(1, min(asked, out_features, in_features) + 1), dense, key=num_bytes)
 
     def forms(self, out_features: int, in_features: int, multiple: int = 1) -> list[Form]:
         """What a weight ``(out, in)`` may be stored as; ranks of factors alone are multiples of ``multiple``."""

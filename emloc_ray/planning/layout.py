@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from emloc_ray.planning.skeleton import Skeleton
 
 Result = TypeVar("Result")
+_FLOAT16 = 2  # bytes: a linear that takes as many a weight, or more, is not in few bits
 
 
 @dataclass(frozen=True)
@@ -348,13 +349,18 @@ def layout_under(layout: Layout, config: RunConfig) -> Layout:
 def _emulated(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, Any]:
     """What a layout has of its config's ratio, bits, objective and storage."""
     emulator, chosen = config.emulator, set(compressed)
+    of_bits = FormSizes(_FLOAT16, group_size=emulator.group_size)
     # Beside integers, of linears that have a Gram.
-    beside = {s.name: min(emulator.residual_rank, s.out_features, s.in_features) for s in specs if s.name in chosen}
+    beside = {
+        s.name: of_bits.residual_rank(s.out_features, s.in_features, emulator.bits, emulator.residual_rank)
+        for s in specs
+        if emulator.bits is not None and s.name in chosen
+    }
     return {
         "ranks": ranks_at(config, specs, compressed),
         "quantization": emulator.quantization,
         "bits": {} if emulator.bits is None else {spec.name: emulator.bits for spec in specs},
-        "residual_ranks": beside if emulator.residual_rank else {},
+        "residual_ranks": {name: rank for name, rank in beside.items() if rank},
         "allocation": emulator.allocation,
         "objective": emulator.objective,
         "storage": emulator.storage,

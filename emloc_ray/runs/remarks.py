@@ -15,12 +15,7 @@ from emloc_ray.io.available_memory import available_bytes
 from emloc_ray.modeling.matching import lookup
 from emloc_ray.planning.gpu_speeds import speed_of
 from emloc_ray.planning.layout import Layout
-from emloc_ray.planning.machine import (
-    WITH_MODELS,
-    cpu_capabilities,
-    gpu_without_bfloat16,
-    has_bfloat16,
-)
+from emloc_ray.planning.machine import WITH_MODELS, cpu_capabilities, gpu_without_bfloat16, has_bfloat16
 from emloc_ray.planning.measured import measured_for
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.model_bytes import model_dtype
@@ -253,13 +248,18 @@ def _not_read(keys: Sequence[str]) -> str:
 
 
 def unread_residuals(config: RunConfig, layout: Layout) -> str | None:
-    """Says so where factors are asked for beside integers, and no linear is stored as such."""
+    """Says so where factors are asked for beside integers, and no linear has any, or one has fewer."""
     asked = config.emulator.residual_rank
-    if not asked or any(layout.form(spec).residual_rank for spec in layout.specs):
+    ranks = {name: layout.residual_ranks.get(name, 0) for name in layout.compressed if name not in layout.ranks}
+    if not ranks and asked:
+        what = f"emulator.residual_rank: {asked} is not read: it is of targeted linears that stay dense, and all are"
+        return f"{what} factorized; give compression_ratio: 1.0, or leave it out."
+    lowered = [f"{rank} in {name}" for name, rank in ranks.items() if rank < asked]
+    if not lowered:
         return None
     return (
-        f"emulator.residual_rank: {asked} is not read: it is of targeted linears that stay dense, and all are factorized; give"
-        " compression_ratio: 1.0, or leave it out."
+        f"emulator.residual_rank: {asked} is lowered to {listed(lowered, 1)}, as ranks end at a linear's smaller side, and where"
+        " it would take 16 bits a weight."
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from emloc_ray.config.reading import parse_config
+from emloc_ray.core.forms import Form, FormSizes
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.matching import lookup
@@ -188,6 +189,23 @@ def test_integers_are_what_lies_inside_the_blocks() -> None:
     size = value.num_parameters * 2.25 / 8 + 4 * (value.in_features + value.out_features) * 4.25 / 8
     assert size < found.quantized_bytes(value) < 1.5 * size  # a scale for each of the few columns of ``up``
     assert layout(emulator={**options, "compression_ratio": 1.0}).differs
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_factors_beside_integers_leave_a_linear_smaller_than_in_16_bits(bits: int) -> None:
+    found = layout(emulator={"quantization": f"int{bits}", "compression_ratio": 1.0, "residual_rank": 1000})
+    sizes = found.form_sizes(2)
+    for spec in found.specs:
+        shape, rank = (spec.out_features, spec.in_features), found.residual_ranks[spec.name]
+        assert 1 <= rank <= min(shape)
+        assert found.quantized_bytes(spec) < 2 * spec.num_parameters
+        beyond = sizes.num_bytes(*shape, Form(bits=bits, residual_rank=rank + 1))
+        assert rank == min(shape) or beyond >= 2 * spec.num_parameters
+
+
+def test_a_linear_too_small_for_factors_beside_its_integers_has_none() -> None:
+    assert FormSizes(2).residual_rank(2, 2, bits=8, asked=4) == 0
+    assert FormSizes(2).residual_rank(2048, 640, bits=2, asked=8) == 8
 
 
 def test_ranks_that_follow_from_data_are_those_whose_ratio_no_pattern_names() -> None:

@@ -310,6 +310,14 @@ def test_factors_beside_integers_that_there_are_none_of_are_told(prepared: Make,
     assert (unread_residuals(found.config, found.layout) is not None) is told
 
 
+def test_factors_beside_integers_that_would_outgrow_the_linears_are_told(prepared: Make) -> None:
+    whole = {"compression_ratio": 1.0, "quantization": "int8", "residual_rank": 1000}
+    found = prepared(emulator={**whole, "target_modules": ["q_proj", "k_proj"]})
+    said = str(unread_residuals(found.config, found.layout))
+    assert "residual_rank: 1000 is lowered to" in said
+    assert " in model.layers.0.self_attn.q_proj and 3 more, as ranks end at" in said
+
+
 def test_stages_that_a_config_asks_for_and_leaves_out_are_told_before_the_run(prepared: Make) -> None:
     asked = {"healing": {"steps": 2}, "refinement": {"steps": 2}}
     one = prepared(emulator={"compression_ratio": 1.0, **asked}, finetune={"exact_steps": 6})
