@@ -103,8 +103,9 @@ class BatchRun:
             self._publish(at_once=True)
 
     def _begin(self, task: Task) -> TaskState:
-        """A task that is done stays so, with its results, until it is its turn to be checked again."""
-        plan, before = self.work.planned(task), self._done.get(task.name, TaskState(task.name))
+        """A task that is done stays so, with its results, until it is its turn to be checked again; not one that was edited."""
+        plan, fresh = self.work.planned(task), TaskState(task.name)
+        before = fresh if plan.edited else self._done.get(task.name, fresh)
         return replace(before, planned_seconds=plan.seconds, planned_bytes=plan.peak_bytes)
 
     def _start_tasks(self) -> None:

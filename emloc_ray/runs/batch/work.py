@@ -23,7 +23,7 @@ from emloc_ray.runs.batch.admission import Admission, Amount, Need, Ticket
 from emloc_ray.runs.batch.begun import Begun, Tries
 from emloc_ray.runs.batch.state import TaskReporter
 from emloc_ray.runs.batch.tasks import Task
-from emloc_ray.runs.changes import changed_keys, find_changes, unfinished
+from emloc_ray.runs.changes import changed_keys, find_changes, is_finished, unfinished
 from emloc_ray.runs.reporter import Reporter, Reporters
 from emloc_ray.runs.versions import check_versions
 from emloc_ray.stages.order import STEPS
@@ -38,11 +38,12 @@ _SHARED = frozenset(stage.name for stage in STEPS if stage.is_shared is not None
 @dataclass(frozen=True)
 class TaskPlan:
     """The plan of a task: seconds in all, and by stage the bytes of its node that one worker holds; the shared stages that it
-    has begun."""
+    has begun; whether it was ``edited``, so that a finished stage is redone or removed."""
 
     seconds: float = 0.0
     worker_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     begun: Tries = dataclasses.field(default_factory=dict)
+    edited: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -98,6 +99,7 @@ class PipelineWork:
         self.cache, self.reporter = cache, reporter or Reporter()
         self._ready: dict[str, tuple[Prepared, Plan, set[str]]] = {}  # with the stages that are left to make
         self._begun: dict[str, Tries] = {}
+        self._edited: set[str] = set()
         self._gpus: tuple[float, float | None] | None = None  # of a Ray that was there already
         self.actors = FinalActors("a batch" if batch is None else batch.place)
 
@@ -146,6 +148,8 @@ class PipelineWork:
             left = {*STEP_NAMES} - {*manifest["stages"]}
             if manifest["stages"] and changed_keys(prepared, manifest):  # else no files are looked at, of many tasks
                 left = unfinished(prepared)
+                if not is_finished(prepared, left):
+                    self._edited.add(task.name)
             if "gradients" in left:  # as a run does: what is finished may have run elsewhere
                 check_gpus(prepared)
             if is_written:  # else it depends on free memory, and running tasks hold some
@@ -167,6 +171,7 @@ class PipelineWork:
             for task, changes in zip(tasks, answers, strict=True):
                 if changes is not None:
                     sentences.setdefault(changes, []).append(task.name)
+                    self._edited.add(task.name)
         return [f"task {listed(names)}: {sentence}" for sentence, names in sentences.items()]
 
     def config(self, task: Task) -> RunConfig:
@@ -189,7 +194,7 @@ class PipelineWork:
     def planned(self, task: Task) -> TaskPlan:
         """The task's plan."""
         plan = self._prepare(task)[1]
-        return TaskPlan(plan.seconds, plan.host_bytes, self._begun[task.name])
+        return TaskPlan(plan.seconds, plan.host_bytes, self._begun[task.name], task.name in self._edited)
 
     def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
         """Runs the whole pipeline, and raises its errors."""
@@ -211,6 +216,7 @@ class PipelineWork:
         """Forgets a task that is over: a later try prepares it again."""
         self._ready.pop(task.name, None)
         self._begun.pop(task.name, None)
+        self._edited.discard(task.name)
 
 
 @contextlib.contextmanager

@@ -321,6 +321,23 @@ def test_tasks_that_would_redo_the_same_are_told_together(values: dict[str, Any]
     check_accepted([told], True)
 
 
+def test_a_task_s_plan_says_whether_a_finished_stage_is_redone(values: dict[str, Any], tmp_path: Path) -> None:
+    finish(values)
+    work = PipelineWork(None)
+
+    def edited(**sections: dict[str, Any]) -> bool:
+        return work.planned(Task("a", changed(values, **sections).config)).edited
+
+    assert edited(finetune={"learning_rate": 1e-3})
+    work.forget(Task("a", changed(values).config))
+    assert not edited()
+    work.forget(Task("a", changed(values).config))
+    assert not edited(evaluation={"num_workers": 1})  # which redoes nothing
+    write_jsonl(tmp_path / "rows.jsonl", task_rows(41))
+    work.changes([task := Task("a", changed(values).config)])
+    assert work.planned(task).edited
+
+
 @pytest.mark.parametrize("answer", ["y", "n", None])
 def test_a_terminal_is_asked(monkeypatch: pytest.MonkeyPatch, answer: str | None) -> None:
     keyboard, terminal = os.openpty()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -44,9 +44,10 @@ class Waits:
         acts: Mapping[str, Callable[[], object]] | None = None,
         seconds: float = 0.0,
         tries: Mapping[str, Tries] | None = None,
+        edited: Container[str] = (),
     ) -> None:
         self.acts, self.seconds = acts or {}, seconds
-        self.tries = tries or {}
+        self.tries, self.edited = tries or {}, edited
         self.begun: list[tuple[str, str]] = []
         self.forgotten: list[str] = []
         self.most_at_once = 0
@@ -54,7 +55,7 @@ class Waits:
         self._lock = threading.Lock()
 
     def planned(self, task: Task) -> TaskPlan:
-        return TaskPlan(2.0, dict.fromkeys(STAGES, 100), self.tries.get(task.name, {}))
+        return TaskPlan(2.0, dict.fromkeys(STAGES, 100), self.tries.get(task.name, {}), task.name in self.edited)
 
     def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
         for stage in STAGES:
@@ -261,6 +262,12 @@ def test_a_task_that_is_done_stays_so_until_it_was_checked_again(tmp_path: Path)
     assert statuses(run.board.state()) == {"new": "done", "done": "done"}
     assert ("done", "finetune") in work.begun
     assert run.board["done"].notes == 0  # counted anew
+
+
+def test_an_edited_task_waits_without_what_it_was(tmp_path: Path) -> None:
+    done = TaskState("a", "done", "evaluate", original_loss=4.0, served_loss=3.0)
+    run = batch_run(tmp_path, Waits(edited={"a"}), "a", before=(done,))
+    assert run.board["a"] == TaskState("a", planned_seconds=2.0, planned_bytes=100)
 
 
 def test_who_waits_for_resources_says_so_until_its_stage_begins(tmp_path: Path) -> None:
