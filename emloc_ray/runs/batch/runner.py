@@ -119,7 +119,7 @@ class BatchRun:
 
     def _do(self, task: Task) -> None:
         name = task.name
-        self.board.change(name, status="running", started_at=time.time(), notes=0)
+        self.board.begin(name)
         reporter = TaskReporter(self.board, name, self.tell)
         try:
             plan = self.work.planned(task)

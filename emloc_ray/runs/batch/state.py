@@ -189,6 +189,19 @@ class Board:
             self._tasks[name] = dataclasses.replace(before, **values)
             self.version += self._tasks[name] != before
 
+    def begin(self, name: str) -> None:
+        """Begins a task, with its plan alone: its results may be made again."""
+        with self._lock:
+            before = self._tasks[name]
+            self._tasks[name] = TaskState(
+                name,
+                "running",
+                started_at=time.time(),
+                planned_seconds=before.planned_seconds,
+                planned_bytes=before.planned_bytes,
+            )
+            self.version += 1
+
     def end(self, name: str, status: Status, reason: str | None = None) -> None:
         """Ends a task, for this run of the batch."""
         self.change(name, status=status, reason=reason, active=False, ended_at=time.time())

@@ -270,6 +270,18 @@ def test_an_edited_task_waits_without_what_it_was(tmp_path: Path) -> None:
     assert run.board["a"] == TaskState("a", planned_seconds=2.0, planned_bytes=100)
 
 
+def test_a_task_that_fails_before_its_first_stage_has_no_results(tmp_path: Path) -> None:
+    class Refuses(Waits):
+        def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
+            raise ConfigError("run_dir needs 90 GB: make room.")
+
+    losses = {"train_loss": 2.0, "original_loss": 4.0, "served_loss": 3.0, "seconds": 60.0}
+    done = TaskState("a", "done", "evaluate", (4, 4), taken=("data",), **losses)  # type: ignore[arg-type]
+    (task,) = batch_run(tmp_path, Refuses(), "a", before=(done,)).run().tasks
+    times = {"started_at": task.started_at, "ended_at": task.ended_at, "planned_seconds": 2.0, "planned_bytes": 100}
+    assert task == TaskState("a", "failed", reason="run_dir needs 90 GB: make room.", **times)  # type: ignore[arg-type]
+
+
 def test_who_waits_for_resources_says_so_until_its_stage_begins(tmp_path: Path) -> None:
     run, shown = batch_run(tmp_path, Waits(seconds=0.6), "a", "b", cpus=1.0), list[TaskState]()
     run.show = lambda state: shown.extend(state.tasks)
