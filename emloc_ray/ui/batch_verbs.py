@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from pathlib import Path
@@ -79,7 +80,11 @@ def batch(
         return
     check_accepted(changes, functools.partial(agrees, console))
     with BatchView(console) as view:
-        state = driver.run_batch(prepared, view.show, view.tell, accept_changes=True)
+        try:
+            state = driver.run_batch(prepared, view.show, view.tell, accept_changes=True)
+        except (KeyboardInterrupt, SystemExit):
+            _write_so_far(prepared.run)
+            raise
     console.print(batch_table(state, width=console.width))  # first: the disk may be full
     problems = [*reasons(state), *_write_results(prepared.run, state)]
     if failed := state.count("failed"):
@@ -101,6 +106,13 @@ def _write_results(run: RunDirectory, state: BatchState) -> list[str]:
         except (EmlocError, OSError) as error:
             problems.append(sentence(error))
     return problems
+
+
+def _write_so_far(run: RunDirectory) -> None:
+    """Writes the results of a batch that was stopped, where its state can be read."""
+    with contextlib.suppress(EmlocError, OSError):
+        if (state := state_now(run)) is not None:
+            _write_results(run, state)
 
 
 def asking(place: str) -> Status:

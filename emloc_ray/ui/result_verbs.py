@@ -72,13 +72,16 @@ RunPath = Annotated[
 
 @guarded
 def report(run_dir: RunPath) -> None:
-    """Write report.html of a run or a batch, finished or not."""
+    """Write report.html of a run or a batch, finished or not; of a batch summary.parquet too."""
+    from emloc_ray.runs.batch.summary import write_summary
     from emloc_ray.ui.batch_page import write_batch_report
     from emloc_ray.ui.page import write_report
 
     with asking(run_dir):
         run = run_of(run_dir)
         state = state_now(run)
+    if state is not None:
+        write_summary(run, state)
     written = write_report(run) if state is None else write_batch_report(run, state)
     console.print(escape(str(written)), soft_wrap=True)
 

@@ -228,9 +228,8 @@ class TaskReporter(Reporter):
         return lambda done, total: self.board.change(self.name, units=(done, total))
 
     def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
-        """A stage has finished: notes whether it was taken from the cache."""
-        others = (taken for taken in self.board[self.name].taken if taken != stage)
-        self.board.change(self.name, active=False, taken=(*others, *([stage] if result.get("taken_from") else [])))
+        """A stage has finished."""
+        self.board.change(self.name, active=False)
 
     def skip(self, stage: str) -> None:
         """A stage was done already."""
@@ -242,7 +241,7 @@ class TaskReporter(Reporter):
         self.tell(f"{self.name}: {text}")
 
     def changed(self, run: RunDirectory) -> None:
-        """Keeps the run's time and losses so far, with the stages of earlier tries."""
+        """Keeps the run's time and losses so far, and what it took from the cache, with the stages of earlier tries."""
         metrics = run.metrics()
         losses = {name: values["loss"] for name, values in metrics.get("evaluation", {}).items()}
         self.board.change(
@@ -251,4 +250,5 @@ class TaskReporter(Reporter):
             train_loss=metrics.get("finetune", {}).get("train_loss"),
             original_loss=losses.get("original"),
             served_loss=losses.get(served_variant(losses)),
+            taken=tuple(name for name, stage in metrics["stages"].items() if stage.get("taken_from")),
         )

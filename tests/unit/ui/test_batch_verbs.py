@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pyarrow.parquet as pq
 import pytest
 from cli_calls import Call, invoke
 from faulting.s3 import uri
@@ -313,6 +314,31 @@ def test_a_full_disk_at_the_end_hides_no_reason(write: Write, monkeypatch: pytes
     assert "bad: failed in finetune: row 7 is bad." in said
     assert said.count("the disk is full at") == 2
     assert "1 of 5 tasks failed: the same command tries again." in said
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (SystemExit(15), 143)])
+def test_a_stopped_batch_has_its_results_so_far(
+    write: Write, monkeypatch: pytest.MonkeyPatch, stop: BaseException, code: int
+) -> None:
+    def run_batch(prepared: driver.PreparedBatch, *_: Any, **__: Any) -> NoReturn:
+        prepared.run.create({}, kind="batch")
+        write_state(prepared.run, BatchState(BEGIN, TASKS))
+        raise stop
+
+    monkeypatch.setattr(driver, "run_batch", run_batch)
+    called = write()
+    assert invoke(*called[:2]).exit_code == code
+    root = Path(json.loads(Path(called[1]).read_text())["run_dir"])
+    rows = pq.read_table(root / summary.SUMMARY).to_pylist()
+    assert [row["status"] for row in rows] == ["done", "failed", "waiting", "waiting", "cancelled"]
+    assert (root / "report.html").exists()
+
+
+def test_a_report_renews_the_summary(run: RunDirectory) -> None:
+    assert invoke("report", str(run.root)).exit_code == 0
+    assert [row["name"] for row in pq.read_table(run.path(summary.SUMMARY)).to_pylist()] == [
+        task.name for task in TASKS
+    ]
 
 
 def test_a_tag_across_a_path_is_text(write: Write, tmp_path: Path) -> None:

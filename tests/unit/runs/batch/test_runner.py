@@ -323,10 +323,16 @@ def test_what_is_redone_has_its_old_losses_no_more(tmp_path: Path) -> None:
     reporter = TaskReporter(board, "a", lambda text: None)
     run.write_metrics({"stages": {"data": {"wall_s": 5.0}}})
     reporter.changed(run)
-    reporter.finish("data", {"taken_from": "other"}, {})
-    assert board["a"] == TaskState("a", "running", seconds=5.0, taken=("data",))
-    reporter.finish("data", {}, {})
-    assert board["a"].taken == ()
+    assert board["a"] == TaskState("a", "running", seconds=5.0)
+
+
+def test_what_a_task_took_from_the_cache_in_earlier_tries_counts(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "task")
+    run.create({})
+    board = Board(0.0, [TaskState("a", "running")])
+    run.write_metrics({"stages": {"data": {"wall_s": 5.0, "taken_from": "other"}, "calibrate": {"wall_s": 1.0}}})
+    TaskReporter(board, "a", lambda text: None).changed(run)
+    assert board["a"].taken == ("data",)
 
 
 def test_a_task_has_the_loss_of_what_is_served(tmp_path: Path) -> None:
