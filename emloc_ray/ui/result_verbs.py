@@ -110,7 +110,9 @@ def fetch(
         files = fetch(run, directory, part or (), progress, part_folder, notes.append)
     is_batch = run.manifest().get("kind") == "batch"
     for copy in sorted((directory / "tasks").glob("*")) if is_batch else [directory]:
-        write_cards(RunDirectory(below(run.place, "tasks", copy.name)) if is_batch else run, copy)
+        result = RunDirectory(below(run.place, "tasks", copy.name)) if is_batch else run
+        if is_begun(result):  # else it was removed there, or is no task's
+            write_cards(result, copy)
     for sentence in (*notes, f"{len(files)} files written to {directory}"):
         console.print(escape(sentence), soft_wrap=True)
 

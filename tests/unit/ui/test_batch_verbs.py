@@ -22,6 +22,7 @@ from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store.places import below
 from emloc_ray.runs.batch import driver, summary
 from emloc_ray.runs.batch.config import BatchConfig, TaskKeys
 from emloc_ray.runs.batch.state import STATE, BatchState, TaskState, read_cancelled, read_state, write_state
@@ -359,6 +360,21 @@ def test_a_task_s_key_on_the_command_line_is_told(write: Write) -> None:
 def test_the_help_names_every_key() -> None:
     words = invoke("batch", "--help").stdout.replace("(", " ").replace(")", " ").replace(",", " ").split()
     assert {*BatchConfig.model_fields, *TaskKeys.model_fields} <= set(words)
+
+
+def test_a_batch_is_fetched_beside_what_is_no_task_of_it(
+    s3_port: int, node_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = RunDirectory(uri(s3_port, "fetched/many"))
+    batch.create({}, kind="batch")
+    RunDirectory(below(batch.place, "tasks", "new")).create({"model": {}, "data": {}})
+    (tmp_path / "many" / "tasks" / "removed").mkdir(parents=True)
+    (tmp_path / "many" / "tasks" / "notes.txt").touch()
+    cards: list[str] = []
+    monkeypatch.setattr("emloc_ray.ui.cards.write_cards", lambda run, copy: cards.append(run.manifest() and copy.name))
+    fetched = invoke("fetch", batch.place, str(tmp_path / "many"))
+    assert fetched.exit_code == 0, (fetched.output, fetched.exception)
+    assert cards == ["new"]
 
 
 # A cache.
