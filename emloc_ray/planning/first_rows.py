@@ -138,7 +138,8 @@ def sequences_a_row(prepared: Prepared, split: str = "train") -> float:
     return _SEQUENCES.get((prepared.source, prepared.source.looks, files, data.model_dump_json()), count)
 
 
-_SEQUENCES = Shared[float](64)  # which are asked about several times while a run is planned
+# Both are asked for several times while a run is planned, in a batch of many.
+_SEQUENCES, _END = Shared[float](4096), Shared[Any](8)
 
 
 def tokenize_options(prepared: Prepared, tokenizer: Path, files: Sequence[SourceFile]) -> TokenizeOptions:
@@ -183,11 +184,16 @@ def _tokenized(
 def _ends(prepared: Prepared) -> frozenset[int]:
     """The tokens at which the model's generation stops: by its tokenizer, config or generation_config.json."""
     source, trusted = prepared.source, prepared.config.model.trust_remote_code
-    opened = open_tokenizer(ModelSource(tokenizer_dir(source)), "name another", trust_remote_code=trusted)
-    ends = [opened.eos_token_id, getattr(prepared.model_config.get_text_config(), "eos_token_id", None)]
+    end = _END.get((source, trusted, source.looks), lambda: _end(source, trusted))
+    ends = [end, getattr(prepared.model_config.get_text_config(), "eos_token_id", None)]
     with contextlib.suppress(OSError, ValueError):
         ends.append(json.loads((source.directory / "generation_config.json").read_text("utf-8")).get("eos_token_id"))
     return frozenset(end for one in ends for end in (one if isinstance(one, list) else [one]) if end is not None)
+
+
+def _end(source: ModelSource, trust_remote_code: bool) -> Any:
+    opened = ModelSource(tokenizer_dir(source))
+    return open_tokenizer(opened, "name another", trust_remote_code=trust_remote_code).eos_token_id
 
 
 def _named(text: str, names: Mapping[str, str]) -> str:

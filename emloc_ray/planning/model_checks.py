@@ -120,6 +120,7 @@ def _check_length(config: RunConfig, skeleton: Skeleton) -> None:
 
 # Most tasks of a batch have the same model.
 _SKELETONS, _MIXING, _PARAMETERS = Shared[Skeleton](8), Shared[str | None](8), Shared[int](8)
+_LACKING = Shared[str | None](8)
 
 
 def _adapter_parameters(source: ModelSource, trust_remote_code: bool, settings: Mapping[str, Any]) -> int:
@@ -157,18 +158,26 @@ def _check_refinement(config: RunConfig, skeleton: Skeleton) -> None:
 
 def _check_template(source: ModelSource, trust_remote_code: bool, format: str) -> None:
     """Messages need a chat template of the model: its processor's, or its tokenizer's."""
+    key = source, trust_remote_code, source.looks
+    lacking = _LACKING.get(key, lambda: _lacks_template(source, trust_remote_code))
+    if lacking is not None:
+        raise ConfigError(
+            f"data.format is {format}, and the model's {lacking} no chat template: save one beside the model as"
+            " chat_template.jinja, or use data.format prompt_completion or text."
+        )
+
+
+def _lacks_template(source: ModelSource, trust_remote_code: bool) -> str | None:
+    """Which of the model's parts have no chat template, with the verb; None where one has."""
     from transformers import AutoTokenizer
 
     processor = open_processor(str(source.directory), trust_remote_code)
     if processor is not None and processor.chat_template:
-        return
+        return None
     tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
-    if not tokenizer.chat_template:
-        owner = "tokenizer has" if processor is None else "processor and tokenizer have"
-        raise ConfigError(
-            f"data.format is {format}, and the model's {owner} no chat template: save one beside the model as"
-            " chat_template.jinja, or use data.format prompt_completion or text."
-        )
+    if tokenizer.chat_template:
+        return None
+    return "tokenizer has" if processor is None else "processor and tokenizer have"
 
 
 def _check_encoder_decoder(config: RunConfig) -> None:

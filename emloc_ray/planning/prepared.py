@@ -213,7 +213,7 @@ class Prepared:
         return min(tokens, section.num_calibration_tokens or tokens)
 
 
-_LENGTHS = Shared[Lengths](64)  # to tokenize a few hundred rows takes longer than all else of a plan
+_LENGTHS = Shared[Lengths](4096)  # to tokenize a few hundred rows takes longer than all else of a plan
 _SCORED = ("eval", "validation", "selection")
 _OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 from emloc_ray.data.formats import Tokens, pack
-from emloc_ray.planning.first_rows import first_rows
+from emloc_ray.planning.first_rows import first_rows, sequences_a_row
 from emloc_ray.planning.lengths import Lengths, row_lengths
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.prepared import UNKNOWN_ROWS, Prepared
@@ -142,3 +144,20 @@ def test_rows_that_are_joined_count_as_the_sequences_that_they_become(
         assert num_sequences(run, split) == pytest.approx(joined(run.num_rows(split), shard), rel=0.2)
     assert run.calibration_tokens(run.lengths.mean) == pytest.approx(64 * row, rel=0.03)
     assert steps_trained(run) == num_steps(run.config.finetune, num_sequences(run))
+
+
+def test_the_rows_of_500_tasks_are_read_once(
+    prepared: Callable[..., Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes."}]
+    path.write_text((json.dumps({"messages": turns}) + "\n") * 12)
+    run, read = prepared(data={"train": {"path": str(path)}}), Counter[str]()
+    monkeypatch.setattr("emloc_ray.planning.prepared.row_lengths", lambda *_: read.update(["lengths"]) or Lengths(8, 8))
+    monkeypatch.setattr("emloc_ray.planning.first_rows.first_rows", lambda *_: read.update(["sequences"]))
+    for length in [*range(1000, 1500)] * 2:
+        data = run.config.data.model_copy(update={"max_seq_length": length})
+        task = dataclasses.replace(run, config=run.config.model_copy(update={"data": data}))
+        task.lengths_of("train")
+        sequences_a_row(task)
+    assert read == {"lengths": 500, "sequences": 500}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from small_runs import make_values, task_rows, write_jsonl
+from transformers import AutoTokenizer
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
@@ -92,6 +93,27 @@ def test_what_tasks_wait_for_is_asked_for_at_once_and_what_they_share_once(
     work.prepare(tasks)
     assert sorted(calls) == [("look_at_files", False), ("resolve_source", False), ("row_lengths", True), ("scan", True)]
     assert [work.config(task).emulator.compression_ratio for task in tasks] == [0.3, 0.4, 0.5]
+
+
+def test_tasks_of_one_model_open_its_tokenizer_once(
+    task: Callable[..., Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, open_one = list[int](), AutoTokenizer.from_pretrained
+
+    def count(*args: Any, **options: Any) -> Any:
+        opened.append(1)
+        return open_one(*args, **options)
+
+    def chats(name: str) -> Task:
+        turns = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes."}]
+        rows = write_jsonl(tmp_path / f"{name}.jsonl", [{"messages": turns}] * 24)
+        return task(name, data={"train": {"path": str(rows)}, "format": "messages"})
+
+    work = PipelineWork(None)
+    work.prepare([chats("a")])
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", count)
+    work.prepare([chats("b"), chats("c")])
+    assert not opened
 
 
 def test_a_task_s_plan_names_the_shared_stages_that_it_has_begun(task: Callable[..., Task], tmp_path: Path) -> None:
