@@ -111,7 +111,9 @@ class BatchRun:
     def _start_tasks(self) -> None:
         capacity = self.capacity()
         self.admission.update(capacity)
-        free = concurrency(self.max_concurrent, capacity) - len(self._running)
+        running = [*self._running]
+        busy = sum(self.max_concurrent is not None or self.board[name].waits_for != "another" for name in running)
+        free = min(concurrency(self.max_concurrent, capacity) - busy, MAX_CONCURRENT - len(running))
         for name in list(self._waiting)[: max(0, free)]:
             task = self._waiting.pop(name)
             self._running[name] = threading.Thread(target=self._do, args=(task,), name=f"task {name}", daemon=True)
@@ -188,7 +190,8 @@ class BatchRun:
 
 
 def concurrency(max_concurrent: int | None, capacity: Amount) -> int:
-    """How many tasks run at once: ``max_concurrent``, or two a CPU or GPU; bounded, as each takes a thread."""
+    """How many tasks run at once: ``max_concurrent``, or two a CPU or GPU beside those that wait for what another makes;
+    bounded, as each takes a thread."""
     return min(max_concurrent or max(_MIN_CONCURRENT, 2 * int(max(capacity.cpus, capacity.gpus))), MAX_CONCURRENT)
 
 

@@ -154,6 +154,26 @@ def test_more_tasks_begin_once_the_cluster_has_grown(tmp_path: Path) -> None:
     assert work.most_at_once > 1
 
 
+@pytest.mark.parametrize(("max_concurrent", "begun"), [(None, True), (4, False)])
+def test_who_waits_for_another_task_keeps_none_from_beginning(
+    tmp_path: Path, max_concurrent: int | None, begun: bool
+) -> None:
+    made = threading.Event()
+
+    class Shares(Waits):
+        def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
+            if task.name != "other":
+                reporter.wait("calibrate", "another")
+                assert made.wait(20)
+            super().do(task, turns, reporter)
+
+    work = Shares()
+    run = batch_run(tmp_path, work, *"abcd", "other", cpus=1, max_concurrent=max_concurrent)
+    threading.Timer(3.0, made.set).start()
+    run.run()
+    assert (work.begun[0] == ("other", "calibrate")) == begun
+
+
 def test_priority_decides_who_begins_then_the_order_of_the_file(tmp_path: Path) -> None:
     work = Waits()
     batch_run(tmp_path, work, "low", "first", "second", "high", cpus=1, max_concurrent=1, low=-1, high=5).run()
