@@ -135,7 +135,9 @@ class BatchRun:
                 self._begun,
             )
             self.work.do(task, turns, reporter)
-            self.board.end(name, "done")
+            before = None if reporter.has_begun else self._done.get(name)
+            times = None if before is None else {"started_at": before.started_at, "ended_at": before.ended_at}
+            self.board.end(name, "done", times=times)
         except Stopped:
             if name in self._cancelled:
                 self.board.end(name, "cancelled")

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -202,9 +202,11 @@ class Board:
             )
             self.version += 1
 
-    def end(self, name: str, status: Status, reason: str | None = None) -> None:
-        """Ends a task, for this run of the batch."""
-        self.change(name, status=status, reason=reason, active=False, ended_at=time.time())
+    def end(
+        self, name: str, status: Status, reason: str | None = None, times: Mapping[str, float | None] | None = None
+    ) -> None:
+        """Ends a task, for this run of the batch, now; ``times``: when it was made, where that was before."""
+        self.change(name, status=status, reason=reason, active=False, **(times or {"ended_at": time.time()}))
 
     def state(self) -> BatchState:
         """All states as they are now."""
@@ -217,6 +219,7 @@ class TaskReporter(Reporter):
 
     def __init__(self, board: Board, name: str, tell: Callable[[str], None]) -> None:
         self.board, self.name, self.tell = board, name, tell
+        self.has_begun = False  # any stage
 
     def wait(self, stage: str, awaited: Awaited | None = None) -> None:
         """A stage is next."""
@@ -224,6 +227,7 @@ class TaskReporter(Reporter):
 
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins."""
+        self.has_begun = True
         self.board.change(self.name, stage=stage, units=None, active=True, waits_for=None, stage_began_at=time.time())
         return lambda done, total: self.board.change(self.name, units=(done, total))
 

@@ -302,6 +302,23 @@ def test_a_task_that_fails_before_its_first_stage_has_no_results(tmp_path: Path)
     assert task == TaskState("a", "failed", reason="run_dir needs 90 GB: make room.", **times)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("makes", [False, True])
+def test_a_task_that_is_checked_again_keeps_the_times_in_which_it_was_made(tmp_path: Path, makes: bool) -> None:
+    class Checks(Waits):
+        def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
+            reporter.skip("calibrate")
+            if makes:
+                reporter.start("finetune")
+
+    done = TaskState("a", "done", "evaluate", started_at=1.0, ended_at=99.0)
+    old, new = (
+        batch_run(tmp_path, Checks(), "a", "b", before=(done, TaskState("b", "failed", ended_at=99.0))).run().tasks
+    )
+    assert ((old.started_at, old.ended_at) == (1.0, 99.0)) != makes
+    assert new.ended_at is not None
+    assert new.ended_at > 99.0
+
+
 def test_who_waits_for_resources_says_so_until_its_stage_begins(tmp_path: Path) -> None:
     run, shown = batch_run(tmp_path, Waits(seconds=0.6), "a", "b", cpus=1.0), list[TaskState]()
     run.show = lambda state: shown.extend(state.tasks)
