@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from emloc_ray.core.precision import exact_products
 from emloc_ray.core.products import ROWS, product_by_rows
 from emloc_ray.core.stored_weight import StoredWeight
 
@@ -111,6 +112,7 @@ def difference(
     return Difference(seen[:, :k], seen[:, k:], q.T @ gram_q, energy, damping)
 
 
+@exact_products
 def residual_energy(weight: Tensor, stored: StoredWeight, gram: Tensor | None = None, damping: float = 0.0) -> float:
     """``tr(Δ (G + damping · I) Δᵀ)`` of ``Δ = W − W_E (out, in)``, directly, in float32 by row chunks; ``‖Δ‖²`` without
     ``gram (in, in)``.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emloc_ray.core.gram import Gram
 from emloc_ray.core.krylov import MAX_LOSS_SHARE, LeadingVectors, is_lost, leading_vectors
-from emloc_ray.core.precision import has_fast_float64
+from emloc_ray.core.precision import exact_products, has_fast_float64
 from emloc_ray.core.products import energy, is_finite, wide_product
 from emloc_ray.core.subspace_iteration import leading_by_products
 from emloc_ray.core.whitening import Whitening
@@ -74,6 +74,7 @@ class Factorization:
     dtype: torch.dtype
 
 
+@exact_products
 def factorize(
     weight: Tensor,
     whitening: Whitening | Gram | Tensor,
@@ -151,6 +152,7 @@ def _faster_solver(device: torch.device) -> tuple[float, Solver]:
     return (_SUBSPACE_MAX_SHARE, "subspace") if device.type == "cpu" else (_PRODUCTS_MAX_SHARE, "products")
 
 
+@exact_products
 def relative_error(
     weight: Tensor, approximation: Tensor, whitening: Whitening, *, name: str = "the layer"
 ) -> tuple[float, float]:

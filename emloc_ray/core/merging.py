@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from emloc_ray.core.precision import exact_products
 from emloc_ray.core.updates import Update
 
 # Products are taken of windows of rows that start on this grid and are no smaller: a product's last bits depend on its
@@ -46,6 +47,7 @@ def squared_row_norms(chunks: Iterable[tuple[int, Tensor]], update: Update, tran
     return total
 
 
+@exact_products
 def _summed(weight: Tensor, update: Update, begin: int, transposed: bool) -> Tensor:
     end, total = begin + weight.shape[0], update.shape[1 if transposed else 0]
     last = min(total, -(-end // _GRID) * _GRID)

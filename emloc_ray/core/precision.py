@@ -1,12 +1,17 @@
 """Products of float32 in float32, and where float64 is slow."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from emloc_ray.core.overlapping import Overlapping
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _MATMULS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 
@@ -51,6 +56,18 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def exact_products(function: Callable[P, R]) -> Callable[P, R]:
+    """The function as under :func:`exact_float32` and :func:`without_autocast`, on the device of the first tensor it is given."""
+
+    @functools.wraps(function)
+    def exact(*args: P.args, **kwargs: P.kwargs) -> R:
+        devices = (value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        with exact_float32(), without_autocast(next(devices, torch.device("cpu"))):
+            return function(*args, **kwargs)
+
+    return exact
 
 
 # Of NVIDIA's compute capabilities those with float64 at half float32's speed; others have a 32nd or a 64th of it.

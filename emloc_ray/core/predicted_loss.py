@@ -25,6 +25,7 @@ from torch import Tensor
 from emloc_ray.core.factorization import scaled_weight
 from emloc_ray.core.forms import Form
 from emloc_ray.core.integer_forms import GROUP_SIZE, factor_bits, group_size_of, num_groups
+from emloc_ray.core.precision import exact_products
 from emloc_ray.core.quantization import DAMPENING_FRAC
 from emloc_ray.core.spectra import energy_vectors
 from emloc_ray.core.two_sided import output_whitened
@@ -39,6 +40,7 @@ _MEASURED = {2: 1.0, 3: 0.87, 4: 0.77, 8: 1.0}
 _DRAWN_BITS = 3  # of the errors that are drawn, whose spectrum differs between widths by a factor alone
 
 
+@exact_products
 def form_losses(
     weight: Tensor,
     whitening: Whitening,

@@ -29,6 +29,7 @@ from emloc_ray.core.column_rounding import round_in_turn
 from emloc_ray.core.factorization import LowRankFactors, factorize, scaled_weight
 from emloc_ray.core.integer_forms import BITS, GROUP_SIZE, group_size_of, num_groups
 from emloc_ray.core.integers import IntegerWeight, exponent_for
+from emloc_ray.core.precision import exact_products
 from emloc_ray.core.products import product_by_rows
 from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.unpacking import SCALE_STEPS, scale_values, zero_steps, zero_values
@@ -46,6 +47,7 @@ _LEAST_DAMPENING = 1e-6  # of what factors see of the inputs
 _PASSES = 2  # of the descent: two more lower the error by another 1 %
 
 
+@exact_products
 def quantize(
     weight: Tensor, whitening: Whitening, bits: int, group_size: int = GROUP_SIZE, *, name: str = "the layer"
 ) -> IntegerWeight:
@@ -71,6 +73,7 @@ def quantize(
     return IntegerWeight(codes, grid.scales, grid.zeros, exponent, bits, grid.group_size)
 
 
+@exact_products
 def quantize_factors(
     factors: LowRankFactors,
     weight: Tensor,
@@ -97,6 +100,7 @@ def quantize_factors(
     return quantize(up, inner, bits, group_size, name=name), restored
 
 
+@exact_products
 def quantize_with_factors(
     weight: Tensor,
     whitening: Whitening,

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.factorization import scaled_weight
-from emloc_ray.core.precision import has_fast_float64
+from emloc_ray.core.precision import exact_products, has_fast_float64
 from emloc_ray.core.two_sided import output_whitened
 from emloc_ray.core.whitening import Whitening
 
 
+@exact_products
 def spectrum(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: str = "the layer") -> Tensor:
     """The eigenvalues of ``S_d^½ W G Wᵀ S_d^½``, with ``G`` and ``S`` damped as in :class:`Whitening`: ``(min(out, in),)``,
     descending, float64.
@@ -30,6 +31,7 @@ def spectrum(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: 
     return gains
 
 
+@exact_products
 def plain_gains(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: str = "the layer") -> Tensor:
     """What each rank of the plain factors saves of ``tr(S_d Δ G Δᵀ)``: ``μ_i u_iᵀ S_d u_i``, ``(min(out, in),)``, float64.
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.factorization import Factorization, LowRankFactors, factorize
+from emloc_ray.core.precision import exact_products
 from emloc_ray.core.whitening import Whitening
 
 
@@ -43,6 +44,7 @@ def output_whitened(weight: Tensor, outputs: Whitening) -> Tensor:
     return wide if outputs.is_identity else outputs.root(stored).T @ wide
 
 
+@exact_products
 def factorize_two_sided(
     weight: Tensor, whitening: Whitening, outputs: Whitening, rank: int, *, seed: int = 0, name: str = "the layer"
 ) -> Factorization:

@@ -9,9 +9,21 @@ from typing import Any
 import pytest
 import torch
 from float32_products import Float32Products
+from torch import Tensor
 
-from emloc_ray.core.gram import Gram
+from emloc_ray.core.correction import residual_energy
+from emloc_ray.core.factorization import factorize, relative_error
+from emloc_ray.core.forms import Form
+from emloc_ray.core.gram import Gram, GramColumns
+from emloc_ray.core.merging import merged_rows
 from emloc_ray.core.precision import exact_float32
+from emloc_ray.core.predicted_loss import form_losses
+from emloc_ray.core.quantization import quantize, quantize_factors, quantize_with_factors
+from emloc_ray.core.spectra import plain_gains, spectrum
+from emloc_ray.core.stored_weight import StoredWeight
+from emloc_ray.core.two_sided import factorize_two_sided
+from emloc_ray.core.updates import LowRankUpdate
+from emloc_ray.core.whitening import Whitening
 
 MATMUL: Any = torch.backends.cuda.matmul
 WAYS: dict[str, Callable[[], None]] = {
@@ -73,3 +85,61 @@ def test_a_gram_s_products_are_exact() -> None:
         Gram.zero(8).update(torch.ones(3, 8))
     assert set(products.precisions) == {"highest"}
     assert torch.get_float32_matmul_precision() == "high"
+
+
+def normal(rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def gram_of(features: int) -> Gram:
+    gram = Gram.zero(features)
+    gram.update(normal(3 * features, features, seed=features))
+    return gram
+
+
+def columns_of(tokens: Tensor) -> Tensor:
+    columns = GramColumns(normal(40, 3))
+    columns.update(tokens)
+    return columns.matrix
+
+
+INPUTS, OUTPUTS, WEIGHT = gram_of(40), gram_of(30), normal(30, 40)
+FACTORS = factorize(WEIGHT, INPUTS, 5).factors
+PRODUCT = FACTORS.up @ FACTORS.down
+FORMS = [Form(), Form(4), Form(bits=4), Form(4, bits=8)]
+# Each with a whitening of its own, whose root and copies are made where they are first asked for.
+COMPUTED: dict[str, Callable[[], Any]] = {
+    "Gram": lambda: gram_of(40).matrix,
+    "GramColumns": lambda: columns_of(normal(50, 40)),
+    "exact": lambda: factorize(WEIGHT, INPUTS, 5, solver="exact").factors,
+    "exact, tall": lambda: factorize(WEIGHT.T, OUTPUTS, 5, solver="exact").factors,
+    "subspace": lambda: factorize(WEIGHT, INPUTS, 5, solver="subspace").factors,
+    "products": lambda: factorize(WEIGHT, INPUTS, 5, solver="products").factors,
+    "keyword": lambda: factorize(weight=WEIGHT, whitening=INPUTS, rank=5).factors,
+    "two-sided": lambda: factorize_two_sided(WEIGHT, Whitening(INPUTS), Whitening(OUTPUTS), 5).factors,
+    "relative_error": lambda: relative_error(WEIGHT, PRODUCT, Whitening(INPUTS)),
+    "quantize": lambda: quantize(WEIGHT, Whitening(INPUTS), 4).codes,
+    "quantize_factors": lambda: [part.codes for part in quantize_factors(FACTORS, WEIGHT, Whitening(INPUTS), 4)],
+    "quantize_with_factors": lambda: [
+        part.codes for part in quantize_with_factors(WEIGHT, Whitening(INPUTS), 4, 3, 8, outputs=Whitening(OUTPUTS))
+    ],
+    "spectrum": lambda: spectrum(WEIGHT, Whitening(INPUTS), Whitening(OUTPUTS)),
+    "plain_gains": lambda: plain_gains(WEIGHT, Whitening(INPUTS), Whitening(OUTPUTS)),
+    "form_losses": lambda: form_losses(WEIGHT, Whitening(INPUTS), Whitening(OUTPUTS), FORMS),
+    "residual_energy": lambda: residual_energy(WEIGHT, StoredWeight(*FACTORS), INPUTS.symmetric()),
+    "merged_rows": lambda: merged_rows(WEIGHT, LowRankUpdate(normal(4, 40), normal(30, 4))),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_what_is_computed_is_exact_whatever_the_caller_set(name: str) -> None:
+    expected = COMPUTED[name]()
+    torch.set_float32_matmul_precision("high")
+    with Float32Products() as products:
+        COMPUTED[name]()
+    assert set(products.precisions) <= {"highest"}
+    assert torch.get_float32_matmul_precision() == "high"
+    with torch.autocast("cpu", torch.bfloat16):
+        computed = COMPUTED[name]()
+        assert torch.is_autocast_enabled("cpu")
+    torch.testing.assert_close(computed, expected, rtol=0, atol=0)
