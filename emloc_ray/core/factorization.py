@@ -94,9 +94,10 @@ def factorize(
     slow. The result depends on ``seed`` (the subspace's start) only within these bounds.
 
     The weight is of any floating dtype, on the device of the whitening, where it is computed; a :class:`Gram` in its place, or
-    its matrix, is whitened for this weight alone. Raises NumericsError where the weight or the Gram holds a NaN or an Inf, or
-    the factors would; ValueError where shapes do not fit, the weight is on the meta device, ``rank`` is no whole number within
-    ``1 .. min(out, in)`` or there is no such ``solver``. ``name`` is the layer's, for these.
+    its ``symmetric()``, is whitened for this weight alone. Raises NumericsError where the weight or the Gram holds a NaN or an
+    Inf, or the factors would; ValueError where shapes do not fit, the weight is on the meta device, ``rank`` is no whole number
+    within ``1 .. min(out, in)``, there is no such ``solver``, or a matrix in the Gram's place is not symmetric. ``name`` is the
+    layer's, for these.
     """
     rank = _checked_rank(weight, rank, solver, name)
     whitening = whitening if isinstance(whitening, Whitening) else Whitening(whitening, name=name)

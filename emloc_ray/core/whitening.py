@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from emloc_ray.core.gram import Gram
-from emloc_ray.core.precision import has_fast_float64
+from emloc_ray.core.precision import exact_products, has_fast_float64
 from emloc_ray.core.products import is_finite, wide_product
 from emloc_ray.errors import NumericsError
 
@@ -14,10 +16,30 @@ from emloc_ray.errors import NumericsError
 # product with a symmetric or triangular matrix.
 _BLOCK = 192
 _GPU_BLOCK = 4096
+_LEAST_ROUNDING = 1e-4  # that two halves of a symmetric matrix may differ by, as a share of the product of two norms
 
 
 def _width(tensor: Tensor) -> int:
     return _BLOCK if tensor.device.type == "cpu" else _GPU_BLOCK
+
+
+def _eps(matrix: Tensor) -> float:
+    return torch.finfo(matrix.dtype).eps if matrix.is_floating_point() else 0.0
+
+
+@exact_products
+def _halves_difference(matrix: Tensor, mean: Tensor) -> Tensor:
+    """About the largest ``(Σ_j (G_ij − G_ji)² / (G_ii G_jj) / in)^½`` of a row, float64; ``mean`` is that of ``G_ii``.
+    By two products with one vector, which need no copy of the matrix."""
+    info = torch.finfo(matrix.dtype)
+    # Far below the mean a diagonal may be rounding, and no bound for its row.
+    least = (mean * math.sqrt(info.eps)).to(matrix.dtype)
+    shrink = torch.maximum(matrix.diagonal(), least).clamp_min(info.tiny).rsqrt()
+    # As good as random, and made where the matrix lies.
+    places = torch.arange(len(matrix), dtype=torch.float64, device=matrix.device)
+    vector = (places.square() * math.sqrt(2.0)).cos().to(matrix.dtype) * shrink
+    rows = (torch.mv(matrix, vector) - torch.mv(matrix.T, vector)) * shrink
+    return rows.abs().amax().to(torch.float64) * math.sqrt(2.0 / len(matrix))
 
 
 class Whitening:
@@ -37,7 +59,8 @@ class Whitening:
 
     def __init__(self, gram: Tensor | Gram, dampening_frac: float = 1e-6, *, name: str = "the layer") -> None:
         """Takes a symmetric ``(in, in)`` matrix or a :class:`Gram`. Raises NumericsError, naming ``name``, where it holds a NaN
-        or an Inf, ValueError where it is not square, or ``dampening_frac`` is negative."""
+        or an Inf, ValueError where it is not square, its halves differ by more than rounding, as those of ``Gram.matrix`` do,
+        or ``dampening_frac`` is negative."""
         matrix = (gram.symmetric() if isinstance(gram, Gram) else gram).detach()
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"A Gram is square, not of shape {tuple(matrix.shape)}.")
@@ -45,9 +68,15 @@ class Whitening:
             raise ValueError(f"dampening_frac must not be negative, but is {dampening_frac}.")
         if not is_finite(matrix):
             raise NumericsError(f"The Gram of {name} holds a NaN or an Inf.")
+        rounding = max(_LEAST_ROUNDING, _eps(matrix))
         if matrix.dtype != torch.float64:
             matrix = matrix.to(torch.float32)
-        scale = float(matrix.diagonal().mean(dtype=torch.float64))
+        mean = matrix.diagonal().mean(dtype=torch.float64)
+        scale, difference = torch.stack([mean, _halves_difference(matrix, mean)]).tolist()  # the host waits once
+        if difference > rounding:
+            raise ValueError(
+                f"The upper half of the Gram of {name} is not that of its lower one: give the Gram itself, or its symmetric()."
+            )
         self.in_features = matrix.shape[0]
         self.dampening_frac = dampening_frac
         self.is_identity = scale <= 0.0

@@ -9,6 +9,7 @@ import torch
 from pretend_device import METER, pretend_device
 from torch import Tensor
 
+from emloc_ray.core.factorization import factorize
 from emloc_ray.core.gram import Gram
 from emloc_ray.core.quantization import DAMPENING_FRAC, quantize
 from emloc_ray.core.whitening import Whitening
@@ -52,6 +53,39 @@ def test_takes_a_gram_and_shares_its_root() -> None:
     plain = Whitening(tokens.T @ tokens)
     torch.testing.assert_close(whitening.matrix(torch.float64), plain.matrix(torch.float64))
     assert whitening.root(torch.float32) is whitening.root(torch.float32)
+
+
+@pytest.mark.parametrize("features", [193, 700])
+def test_a_matrix_whose_halves_differ_is_refused(features: int) -> None:
+    tokens = (tokens_of(5000, features) @ torch.diag(torch.logspace(0, -3, features, dtype=torch.float64))).float()
+    tokens[:, features // 2] *= 3000.0
+    gram = Gram.zero(features)
+    gram.update(tokens)
+    weight, sentence = (
+        torch.ones(2, features),
+        "upper half of the Gram of a is not that of its lower one: give the Gram",
+    )
+    for matrix in (gram.matrix, gram.matrix.T, gram.matrix.double(), gram.matrix * 1e26, gram.symmetric().triu()):
+        with pytest.raises(ValueError, match=sentence):
+            Whitening(matrix, name="a")
+        with pytest.raises(ValueError, match=sentence):
+            factorize(weight, matrix, 1, name="a")
+    factorize(weight, gram.symmetric(), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0.0, 30.0])
+@pytest.mark.parametrize("features", [2, 700])
+def test_rounding_alone_does_not_make_halves_differ(features: int, shift: float, dtype: torch.dtype) -> None:
+    tokens = tokens_of(900, features) + shift
+    tokens[:, ::5] *= 0.0
+    tokens[:, 1] *= 1e4
+    matrix = (tokens.T @ tokens).to(dtype)
+    noise = torch.rand(matrix.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rounded = matrix * (1 + torch.finfo(dtype).eps * noise.round())
+    with torch.autocast("cpu", torch.bfloat16):
+        Whitening(rounded)
+        Whitening(matrix.float() - 1e-4 * matrix.float().diagonal().mean() * torch.eye(features))
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e30])
