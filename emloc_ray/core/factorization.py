@@ -267,7 +267,8 @@ def _survives_probes(weight: Tensor, whitened: Tensor, whitening: Whitening, top
     outside ``U``, ``zᵀ M z``, on average the residual energy, must be what ``W L`` makes of the same ``z``.
     """
     generator = torch.Generator().manual_seed(seed + 2)
-    numbers = torch.randn(len(top.values) + len(weight), _PROBES, generator=generator, dtype=torch.float64)
+    count = len(top.values) + len(weight)
+    numbers = torch.randn(count, _PROBES, generator=generator, device="cpu", dtype=torch.float64)
     inside, outside = numbers.to(weight.device).split([len(top.values), len(weight)])
     vectors = top.vectors.to(torch.float64)
     inside = vectors @ (inside / top.gaps.sqrt()[:, None])

@@ -61,7 +61,7 @@ class IntegerWeight:
             f"int{self.bits}": _packed(self.codes, self.bits),
             "scales": self.scales,
             "zeros": self.zeros,
-            "exponent": torch.tensor(float(self.exponent), dtype=dtype),
+            "exponent": torch.tensor(float(self.exponent), dtype=dtype, device="cpu"),
         }
 
 

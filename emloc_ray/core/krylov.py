@@ -213,7 +213,8 @@ def careful_vectors(matrix: Tensor, basis: Tensor, images: Tensor, gram: Tensor,
 
 def normal_numbers(rows: int, columns: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """Normal numbers ``(rows, columns)``, drawn on the CPU: the same on every device."""
-    return torch.randn(rows, columns, generator=generator).to(like.device, like.dtype)
+    numbers = torch.randn(rows, columns, generator=generator, device="cpu", dtype=torch.float32)
+    return numbers.to(like.device, like.dtype)
 
 
 def _outside(basis: Tensor, block: Tensor, generator: torch.Generator) -> Tensor:

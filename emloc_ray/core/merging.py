@@ -36,7 +36,7 @@ def merged_rows(
 
 def squared_row_norms(chunks: Iterable[tuple[int, Tensor]], update: Update, transposed: bool = False) -> Tensor:
     """``‖W + ΔW‖²`` of every row of the layer ``(out,)``, in float64, from the stored weight's ``(begin, rows)``."""
-    total: Tensor = torch.zeros(update.shape[0], dtype=torch.float64)
+    total: Tensor = torch.zeros(update.shape[0], dtype=torch.float64, device="cpu")
     for begin, rows in chunks:
         square = _summed(rows, update, begin, transposed).double().square_()
         total = total.to(square.device)

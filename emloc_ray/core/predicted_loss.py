@@ -76,7 +76,7 @@ def form_losses(
         return whole[form.bits] * (1.0 - kept)
 
     unit = scale * scale * whitening.scale * outputs.scale
-    losses = torch.tensor([loss(form) * unit for form in forms], dtype=torch.float64).clamp_min(0.0)
+    losses = torch.tensor([loss(form) * unit for form in forms], dtype=torch.float64, device="cpu").clamp_min(0.0)
     if not losses.isfinite().all():
         raise NumericsError(
             f"The predicted loss of {name} is NaN or Inf: give emulator.compression_ratio in place of emulator.budget."
@@ -130,7 +130,8 @@ class _Layer:
         """What factors of each rank save of all that integers lose, as a share."""
         noise = rounding_noise(self.weight, self.inputs, _DRAWN_BITS, self.group_size)
         device = noise.device if noise.is_cuda else torch.device("cpu")  # on a CPU 8 B numbers take half a minute
-        drawn = torch.randn(noise.shape, generator=torch.Generator(device).manual_seed(0), device=device)
+        generator = torch.Generator(device).manual_seed(0)
+        drawn = torch.randn(noise.shape, generator=generator, device=device, dtype=torch.float32)
         errors = drawn.to(noise.device) * (noise * self.columns).sqrt()
         inside = errors if self.plain else output_whitened(errors, self.outputs)
         energies, _, weights = self._directions(inside, Whitening.identity(inside.shape[1], inside.device))

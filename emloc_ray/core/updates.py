@@ -107,7 +107,7 @@ class KroneckerUpdate:
     def rows(self, first: int, last: int, transposed: bool = False) -> Tensor:
         """Rows ``[first, last)`` of ``ΔW``, or of ``ΔWᵀ``, in float32."""
         w1, w2 = (self.w1.float().T, self.w2.float().T) if transposed else (self.w1.float(), self.w2.float())
-        row = torch.arange(first, last)
+        row = torch.arange(first, last, device=w1.device)
         left, right = w1[row // w2.shape[0]], w2[row % w2.shape[0]]
         return (left.unsqueeze(2) * right.unsqueeze(1)).reshape(last - first, -1).mul_(self.scale)
 

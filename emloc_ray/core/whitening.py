@@ -91,7 +91,7 @@ class Whitening:
     @classmethod
     def identity(cls, in_features: int, device: torch.device | str = "cpu") -> Whitening:
         """``G = I``, in no memory until its :meth:`matrix` is asked for: what is left is the plain SVD of the weight."""
-        made = cls(torch.zeros(1, 1, device=device), dampening_frac=0.0)
+        made = cls(torch.zeros(1, 1, dtype=torch.float32, device=device), dampening_frac=0.0)
         made.in_features, made._gram = in_features, made._gram.expand(in_features, in_features)
         return made
 
@@ -124,7 +124,7 @@ class Whitening:
     def diagonal(self) -> Tensor:
         """The diagonal of ``G'``, ``(in,)``, in float32; do not write to it."""
         if self.is_identity:
-            return torch.ones(self.in_features, device=self._gram.device)
+            return torch.ones(self.in_features, dtype=torch.float32, device=self._gram.device)
         return self.matrix(torch.float32).diagonal()
 
     def root(self, dtype: torch.dtype) -> Tensor:
@@ -173,7 +173,7 @@ class Whitening:
     def _damped_in_order(self, order: Tensor, dampening_frac: float) -> Tensor:
         """The Gram of the inputs in that order, damped so, in float32: of float32 sums one copy, damped where it lies."""
         if self.is_identity:
-            return torch.eye(self.in_features, device=self._gram.device)
+            return torch.eye(self.in_features, dtype=torch.float32, device=self._gram.device)
         ordered = self._gram[order[:, None], order]
         scale = float(ordered.diagonal().mean(dtype=torch.float64))  # to the last bit that of a Whitening of it
         damped = ordered.div_(scale).to(torch.float32)

@@ -15,14 +15,14 @@ from emloc_ray.core.correction import residual_energy
 from emloc_ray.core.factorization import factorize, relative_error
 from emloc_ray.core.forms import Form
 from emloc_ray.core.gram import Gram, GramColumns
-from emloc_ray.core.merging import merged_rows
+from emloc_ray.core.merging import merged_rows, squared_row_norms
 from emloc_ray.core.precision import exact_float32
 from emloc_ray.core.predicted_loss import form_losses
 from emloc_ray.core.quantization import quantize, quantize_factors, quantize_with_factors
 from emloc_ray.core.spectra import plain_gains, spectrum
 from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.core.two_sided import factorize_two_sided
-from emloc_ray.core.updates import LowRankUpdate
+from emloc_ray.core.updates import KroneckerUpdate, LowRankUpdate
 from emloc_ray.core.whitening import Whitening
 
 MATMUL: Any = torch.backends.cuda.matmul
@@ -88,7 +88,8 @@ def test_a_gram_s_products_are_exact() -> None:
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def gram_of(features: int) -> Gram:
@@ -104,13 +105,18 @@ def columns_of(tokens: Tensor) -> Tensor:
 
 
 INPUTS, OUTPUTS, WEIGHT = gram_of(40), gram_of(30), normal(30, 40)
+TALL = normal(320, 300) @ torch.diag(torch.logspace(0, -5, 300))
 FACTORS = factorize(WEIGHT, INPUTS, 5).factors
 PRODUCT = FACTORS.up @ FACTORS.down
-FORMS = [Form(), Form(4), Form(bits=4), Form(4, bits=8)]
+FORMS = [Form(), Form(4), Form(bits=4), Form(4, bits=8), Form(bits=3, residual_rank=4)]
+KRONECKER = KroneckerUpdate(normal(5, 8), normal(6, 5), 2.0)
 # Each with a whitening of its own, whose root and copies are made where they are first asked for.
 COMPUTED: dict[str, Callable[[], Any]] = {
     "Gram": lambda: gram_of(40).matrix,
     "GramColumns": lambda: columns_of(normal(50, 40)),
+    "diagonal": lambda: Whitening.identity(40).diagonal(),
+    "root_by_energy": lambda: Whitening.identity(40).root_by_energy(1e-2),
+    "identity": lambda: factorize(WEIGHT, Whitening.identity(40), 5).factors,
     "exact": lambda: factorize(WEIGHT, INPUTS, 5, solver="exact").factors,
     "exact, tall": lambda: factorize(WEIGHT.T, OUTPUTS, 5, solver="exact").factors,
     "subspace": lambda: factorize(WEIGHT, INPUTS, 5, solver="subspace").factors,
@@ -119,6 +125,7 @@ COMPUTED: dict[str, Callable[[], Any]] = {
     "two-sided": lambda: factorize_two_sided(WEIGHT, Whitening(INPUTS), Whitening(OUTPUTS), 5).factors,
     "relative_error": lambda: relative_error(WEIGHT, PRODUCT, Whitening(INPUTS)),
     "quantize": lambda: quantize(WEIGHT, Whitening(INPUTS), 4).codes,
+    "quantize by weights": lambda: quantize(WEIGHT, Whitening.identity(40), 4).tensors(torch.float16),
     "quantize_factors": lambda: [part.codes for part in quantize_factors(FACTORS, WEIGHT, Whitening(INPUTS), 4)],
     "quantize_with_factors": lambda: [
         part.codes for part in quantize_with_factors(WEIGHT, Whitening(INPUTS), 4, 3, 8, outputs=Whitening(OUTPUTS))
@@ -128,6 +135,10 @@ COMPUTED: dict[str, Callable[[], Any]] = {
     "form_losses": lambda: form_losses(WEIGHT, Whitening(INPUTS), Whitening(OUTPUTS), FORMS),
     "residual_energy": lambda: residual_energy(WEIGHT, StoredWeight(*FACTORS), INPUTS.symmetric()),
     "merged_rows": lambda: merged_rows(WEIGHT, LowRankUpdate(normal(4, 40), normal(30, 4))),
+    "merged_rows of LoKr": lambda: merged_rows(WEIGHT, KRONECKER),
+    "squared_row_norms": lambda: squared_row_norms([(0, WEIGHT)], KRONECKER),
+    "drawn numbers": lambda: factorize(TALL, Whitening.identity(300), 9, solver="products").factors,
+    "drawn for Krylov spaces": lambda: factorize(TALL, Whitening.identity(300), 9, solver="subspace").factors,
 }
 
 
@@ -142,4 +153,26 @@ def test_what_is_computed_is_exact_whatever_the_caller_set(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         computed = COMPUTED[name]()
         assert torch.is_autocast_enabled("cpu")
+    torch.testing.assert_close(computed, expected, rtol=0, atol=0)
+
+
+@pytest.fixture
+def defaults() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(before)
+    torch.set_default_device(None)
+
+
+@pytest.mark.usefixtures("defaults")
+@pytest.mark.parametrize("name", COMPUTED)
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")], ids=str)
+def test_what_is_computed_does_not_depend_on_defaults(default: torch.dtype | torch.device, name: str) -> None:
+    expected = COMPUTED[name]()
+    if isinstance(default, torch.dtype):
+        torch.set_default_dtype(default)
+    else:
+        torch.set_default_device(default)
+    computed = COMPUTED[name]()
+    torch.set_default_device(None)
     torch.testing.assert_close(computed, expected, rtol=0, atol=0)
