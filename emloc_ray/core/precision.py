@@ -14,10 +14,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _MATMULS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+# Whose precision theirs is where it is "none"; CUDA's stands at cuDNN.
+_PARENTS: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
 
 
 def _make_exact() -> tuple[str | None, list[str]]:
-    each = [matmul.fp32_precision for matmul in _MATMULS]
+    pairs = [(matmul.fp32_precision, parent.fp32_precision) for matmul, parent in zip(_MATMULS, _PARENTS, strict=True)]
+    each = ["none" if own == inherited else own for own, inherited in pairs]  # so that it goes on following its parent
     try:
         named = torch.get_float32_matmul_precision()
     except RuntimeError:

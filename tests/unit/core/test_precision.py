@@ -79,6 +79,20 @@ def test_it_is_exact_until_the_last_of_two_threads_leaves(way: str) -> None:
     assert settings() == before
 
 
+@pytest.mark.parametrize("before", ["none", "tf32", "ieee"])
+def test_an_inherited_precision_is_inherited_again(before: str) -> None:
+    backends: Any = torch.backends
+    for matmul in (MATMUL, backends.mkldnn.matmul):
+        matmul.fp32_precision = "none"
+    backends.fp32_precision = before
+    inherited = settings()
+    Gram.zero(2).update(torch.ones(1, 2))
+    assert settings() == inherited
+    for after in ("tf32", "ieee"):
+        backends.fp32_precision = after
+        assert [MATMUL.fp32_precision, backends.mkldnn.matmul.fp32_precision] == [after, after]
+
+
 def test_a_gram_s_products_are_exact() -> None:
     torch.set_float32_matmul_precision("high")
     with Float32Products() as products:
