@@ -70,3 +70,21 @@ def test_a_teacher_that_is_certain_leaves_finite_gradients() -> None:
     found.backward()
     assert student.grad is not None
     assert bool(torch.isfinite(student.grad).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("k", [2, 14, 20])
+def test_tokens_that_both_mask_count_for_nothing(k: int, dtype: torch.dtype) -> None:
+    """Of 20 the last 8: with k of 14 the top holds masked ones and all others are, with 20 it is the whole vocabulary."""
+    teacher, student = logits(7, 20, seed=0), logits(7, 20, seed=1)
+    teacher[:, 12:] = student[:, 12:] = -torch.inf
+    ids, log_probs = top_log_probs(teacher, k)
+    ours, plain = student.requires_grad_(), student.detach()[:, :12].requires_grad_()
+    found = divergence(ours, ids, log_probs.to(dtype))
+    kept = min(k, 12)
+    expected = divergence(plain, ids[:, :kept], log_probs[:, :kept].to(dtype))
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad[:, :12], plain.grad)
+    assert not ours.grad[:, 12:].any()
