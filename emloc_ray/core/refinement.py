@@ -45,7 +45,10 @@ def step_size(step: int, steps: int) -> float:
 
 def token_error(given: Tensor, wanted: Tensor, counted: Tensor | None = None) -> Tensor:
     """``Σ ‖given − wanted‖² / ‖wanted‖²`` of ``(…, features)`` in float32, over the tokens where ``counted (…)`` is true; else
-    all."""
+    all. What the others hold, NaN or Inf, is in neither the sum nor its gradients."""
     wanted = wanted.float()
-    errors = (given.float() - wanted).square().sum(dim=-1) / wanted.square().sum(dim=-1).clamp_min(_LEAST)
-    return (errors if counted is None else torch.where(counted, errors, 0.0)).sum()  # an index would wait for its size
+    difference, squares = given.float() - wanted, wanted.square().sum(dim=-1)
+    if counted is not None:  # an index would wait for its size
+        difference = difference.masked_fill_(~counted.unsqueeze(-1), 0.0)
+        squares = torch.where(counted, squares, 1.0)
+    return (difference.square().sum(dim=-1) / squares.clamp_min(_LEAST)).sum()

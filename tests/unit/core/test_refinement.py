@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -47,3 +49,21 @@ def test_the_error_is_of_the_tokens_that_count() -> None:
     assert float(token_error(given, wanted, counted)) == pytest.approx(expected, rel=1e-5)
     assert float(token_error(2 * wanted, wanted)) == pytest.approx(6)
     assert float(token_error(torch.zeros(2, 4), torch.zeros(2, 4))) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_that_does_not_count_is_in_no_gradient(dtype: torch.dtype) -> None:
+    values, wanted, counted = (
+        numbers(5, 4).to(dtype),
+        numbers(5, 4) + 1,
+        torch.tensor([True, False, False, False, True]),
+    )
+    plain = values.clone().requires_grad_()
+    expected = token_error(plain[counted], wanted[counted])
+    values[1], wanted[2], wanted[3] = math.nan, math.nan, math.inf
+    given = values.requires_grad_()
+    error = token_error(given, wanted, counted)
+    assert torch.equal(error, expected)
+    error.backward()
+    expected.backward()
+    torch.testing.assert_close(given.grad, plain.grad, rtol=0, atol=0)
