@@ -1,6 +1,7 @@
 """How many ranks a compression ratio leaves to a layer."""
 
 import math
+from fractions import Fraction
 from typing import Literal
 
 # How a layer's factors are stored: ``up`` and ``down``, or pivoted (:mod:`emloc_ray.core.pivoting`).
@@ -39,6 +40,9 @@ def rank_for_ratio(
     else:
         half = (out_features + in_features) / 2
         rank = int(half - math.sqrt(half * half - compression_ratio * dense))
+    # A ratio such as 0.69 is a little less in binary, and rounding may fall short of a whole rank besides.
+    if factor_parameters(out_features, in_features, rank + 1, storage) <= Fraction(str(compression_ratio)) * dense:
+        rank += 1
     rank -= rank % next((step for step in (multiple, 8) if multiple % step == 0 and step <= rank), 1)
     rank = max(1, rank)
     return None if factor_parameters(out_features, in_features, rank, storage) >= dense else rank

@@ -28,6 +28,8 @@ from emloc_ray.core.ranks import Storage, factor_parameters, possible_ranks, ran
         (1, 4096, 0.5, None),
         (2, 2, 0.9, None),
         (3, 2, 0.5, 1),
+        (88, 50, 0.69, 22),
+        (34, 85, 0.7, 17),
     ],
 )
 def test_known_ranks(out_features: int, in_features: int, ratio: float, rank: int | None) -> None:
@@ -50,6 +52,15 @@ def test_ranks_are_multiples_of_what_products_like(
     assert rank_multiple(out_features, in_features) == multiple
     assert rank_multiple(out_features, in_features, 7) == 7
     assert rank_for_ratio(out_features, in_features, ratio, multiple=multiple) == rank
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 99))
+def test_a_rank_is_the_floor_of_a_ratio_as_it_is_written(out_features: int, in_features: int, hundredths: int) -> None:
+    dense = out_features * in_features
+    rank = max(1, hundredths * dense // (100 * (out_features + in_features)))
+    expected = rank if rank * (out_features + in_features) < dense else None
+    assert rank_for_ratio(out_features, in_features, hundredths / 100) == expected
 
 
 @settings(deadline=None, max_examples=300)
