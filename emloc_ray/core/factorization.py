@@ -95,9 +95,9 @@ def factorize(
 
     The weight is of any floating dtype, on the device of the whitening, where it is computed; a :class:`Gram` in its place, or
     its ``symmetric()``, is whitened for this weight alone. Raises NumericsError where the weight or the Gram holds a NaN or an
-    Inf, or the factors would; ValueError where shapes do not fit, the weight is on the meta device, ``rank`` is no whole number
-    within ``1 .. min(out, in)``, there is no such ``solver``, or a matrix in the Gram's place is not symmetric. ``name`` is the
-    layer's, for these.
+    Inf, or the factors would; ValueError where shapes do not fit, the weight is not of floats or on the meta device, ``rank`` is
+    no whole number within ``1 .. min(out, in)``, there is no such ``solver``, or a matrix in the Gram's place is not symmetric.
+    ``name`` is the layer's, for these.
     """
     rank = _checked_rank(weight, rank, solver, name)
     whitening = whitening if isinstance(whitening, Whitening) else Whitening(whitening, name=name)
@@ -158,7 +158,12 @@ def relative_error(
     weight: Tensor, approximation: Tensor, whitening: Whitening, *, name: str = "the layer"
 ) -> tuple[float, float]:
     """``‖(W − W_E) G^½‖_F / ‖W G^½‖_F`` of any ``W_E (out, in)``, directly, and ``tr(W G Wᵀ)``; with the damped ``G``. The
-    error is 0 for a weight of zeros. Raises NumericsError where the weight holds a NaN or an Inf."""
+    error is 0 for a weight of zeros. Raises NumericsError where the weight holds a NaN or an Inf, ValueError where shapes do not
+    fit or the weight is not of floats."""
+    whitening.check_reads(weight, name)
+    if approximation.shape != weight.shape:
+        shapes = tuple(weight.shape), tuple(approximation.shape)
+        raise ValueError(f"{name} has a weight of shape {shapes[0]}, but its approximation is of {shapes[1]}.")
     scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
     total = whitening.energy(scaled)
     left = whitening.energy(scaled - approximation.to(torch.float32) / scale)
@@ -168,7 +173,9 @@ def relative_error(
 
 def scaled_weight(weight: Tensor, name: str) -> tuple[Tensor, float]:
     """``(W / s, s)``: ``s = 1`` unless products of ``W``'s elements could leave float32's range. Raises NumericsError where
-    ``W`` holds a NaN or an Inf."""
+    ``W`` holds a NaN or an Inf, ValueError where it holds nothing."""
+    if not weight.numel():
+        raise ValueError(f"The weight of {name} is of shape {tuple(weight.shape)}, which holds no number.")
     norm = float(torch.linalg.vector_norm(weight))
     typical = norm / math.sqrt(weight.numel())
     if 1e-6 < typical < 1e6:

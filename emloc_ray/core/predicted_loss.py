@@ -60,6 +60,7 @@ def form_losses(
     only factors of the first block's queries, whose ``S`` is most skewed, lost up to 4 times as much. Raises NumericsError
     where the weight or a loss holds a NaN or an Inf, ValueError where shapes do not fit.
     """
+    whitening.check_reads(weight, name)
     scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
     layer = _Layer(scaled, whitening, outputs, group_size, plain)
     by_rank = layer.by_rank({form.bits for form in forms if form.rank is not None})

@@ -55,8 +55,8 @@ def quantize(
 
     Scales and zero points, of groups of ``group_size`` columns or a little less, minimise ``Σ_j G_jj Δ_j²`` of their group over
     some ranges. What is lost is measured on ``Δ`` itself, in float32. Raises NumericsError where the weight holds a NaN or an
-    Inf, ValueError where shapes do not fit, bits are not 2, 3, 4 or 8, or the group is no multiple of 8; ``name`` is the
-    layer's.
+    Inf, ValueError where shapes do not fit, the weight is empty or not of floats, bits are not 2, 3, 4 or 8, or the group is no
+    multiple of 8; ``name`` is the layer's.
     """
     if bits not in BITS or group_size < 8 or group_size % 8:
         raise ValueError(f"{name} cannot be put into {bits} bits in groups of {group_size}.")
@@ -90,6 +90,7 @@ def quantize_factors(
     is not: rows of ``d`` may be zero. It is solved in float64: where few tokens were seen, float32's rounding would be divided by
     the damping alone.
     """
+    whitening.check_reads(weight, name)
     scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
     down = quantize(factors.down / scale, whitening, bits, group_size, name=name)
     kept = down.dense().to(torch.float64)
@@ -119,6 +120,7 @@ def quantize_with_factors(
     With ``outputs`` the factors keep predictions (:mod:`emloc_ray.core.two_sided`); ``seed`` is that of the factorization's
     start.
     """
+    whitening.check_reads(weight, name)
     wide = weight.detach().to(torch.float32)
     whole = quantize(wide, whitening, bits, group_size, name=name)
     residual = wide - whole.dense()

@@ -55,6 +55,7 @@ def factorize_two_sided(
     and the relative error are those of ``S_d^½ W G Wᵀ S_d^½``. ``up`` is not orthonormal; its columns are in descending order
     of what they give, so that the first ones are the best of a smaller rank. A sum ``S`` of zeros leaves the plain factors.
     """
+    whitening.check_reads(weight, name)
     inside = factorize(output_whitened(weight, outputs), whitening, rank, seed=seed, name=name)
     up, down = inside.factors
     if not outputs.is_identity:

@@ -96,7 +96,12 @@ class Whitening:
         return made
 
     def check_reads(self, weight: Tensor, name: str) -> None:
-        """Raises ValueError where a ``weight (out, in)`` reads another number of features, naming the layer."""
+        """Raises ValueError where a ``weight (out, in)`` is no matrix of floats or reads another number of features, naming the
+        layer."""
+        if weight.ndim != 2 or not weight.is_floating_point():
+            raise ValueError(
+                f"{name} has a weight of shape {tuple(weight.shape)} in {weight.dtype}: give a matrix (out, in) of floats."
+            )
         if weight.shape[1] != self.in_features:
             raise ValueError(f"{name} reads {weight.shape[1]} features, but its Gram is of {self.in_features}.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,12 @@ from torch import Tensor
 
 from emloc_ray.core import factorization
 from emloc_ray.core.factorization import Factorization, LowRankFactors, Solver, factorize, relative_error
+from emloc_ray.core.forms import Form
 from emloc_ray.core.gram import Gram
+from emloc_ray.core.predicted_loss import form_losses
+from emloc_ray.core.quantization import quantize, quantize_with_factors
+from emloc_ray.core.spectra import spectrum
+from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import NumericsError
 
@@ -326,3 +332,43 @@ def test_the_error_of_any_approximation(scale: float) -> None:
     assert found > 1
     assert total == pytest.approx(float(torch.trace(weight @ damped(gram) @ weight.T)), rel=1e-4)
     assert relative_error(torch.zeros(12, 20), torch.zeros(12, 20), Whitening(gram.float())) == (0.0, 0.0)
+
+
+NO_FLOATS = [
+    torch.ones(4, 6, dtype=torch.int32),
+    torch.ones(4, 6, dtype=torch.complex64),
+    torch.ones(4, 6, dtype=torch.bool),
+]
+
+
+@pytest.mark.parametrize("weight", NO_FLOATS, ids=lambda weight: str(weight.dtype))
+def test_a_weight_that_is_not_of_floats_is_refused(weight: Tensor) -> None:
+    inputs, outputs = Whitening.identity(6), Whitening.identity(4)
+    calls: list[Callable[[], object]] = [
+        lambda: factorize(weight, inputs, 2, name="q_proj"),
+        lambda: factorize_two_sided(weight, inputs, outputs, 2, name="q_proj"),
+        lambda: relative_error(weight, weight, inputs, name="q_proj"),
+        lambda: quantize(weight, inputs, 4, name="q_proj"),
+        lambda: quantize_with_factors(weight, inputs, 4, 2, 8, name="q_proj"),
+        lambda: spectrum(weight, inputs, outputs, name="q_proj"),
+        lambda: form_losses(weight, inputs, outputs, [Form(2)], name="q_proj"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"q_proj has a weight of shape \(4, 6\) in torch\..*: give a matrix"):
+            call()
+
+
+def test_a_weight_without_rows_is_refused() -> None:
+    weight, inputs = torch.ones(0, 6), Whitening.identity(6)
+    for call in (
+        lambda: relative_error(weight, weight, inputs, name="a"),
+        lambda: quantize(weight, inputs, 4, name="a"),
+    ):
+        with pytest.raises(ValueError, match=r"The weight of a is of shape \(0, 6\), which holds no number"):
+            call()
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (4, 1), (6,), (), (4, 5)])
+def test_an_error_is_of_an_approximation_of_the_weight_s_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"a has a weight of shape \(4, 6\), but its approximation is of"):
+        relative_error(torch.ones(4, 6), torch.ones(shape), Whitening.identity(6), name="a")
