@@ -26,8 +26,8 @@ class UnfusedExperts(nn.Module):
     experts compute it (``transformers.integrations.moe``); expert e's linears are ``e.gate_up`` (``e.up`` where there is
     no gate) and ``e.down``.
 
-    On a GPU experts that are alike run together (:mod:`emloc_ray.modeling.grouped_experts`), unless :attr:`together` is false
-    or :attr:`reread` is not empty; elsewhere, and where a hook reads one, one after another.
+    On a GPU with a kernel for it experts that are alike run together (:mod:`emloc_ray.modeling.grouped_experts`), unless
+    :attr:`together` is false or :attr:`reread` is not empty; elsewhere, and where a hook reads one, one after another.
 
     While an expert runs alone, :attr:`rows` says which tokens its linears read, on the CPU; None: all. The experts in
     :attr:`reread` also run on all tokens after that, :attr:`rereading` meanwhile, which leaves the output as it is.

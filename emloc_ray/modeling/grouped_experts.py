@@ -1,9 +1,9 @@
 """A layer's experts by grouped products: one kernel a linear for all of them, and a host that need not know how many tokens
 each was sent.
 
-For a GPU, whose host waits for that number, and starts a kernel for each expert, where experts run one after another. Taken
-where the experts of a layer are alike: dense, in factors of one rank, either with a LoRA, and read by no hook. As
-``transformers.integrations.moe`` does it for experts that are dense and nothing else.
+For a GPU that torch has this kernel for (:func:`has_kernel`), whose host waits for that number, and starts a kernel for each
+expert, where experts run one after another. Taken where the experts of a layer are alike: dense, in factors of one rank, either
+with a LoRA, and read by no hook. As ``transformers.integrations.moe`` does it for experts that are dense and nothing else.
 
 Where they are not alike the host waits once a layer, as the router chooses from what the layer before gave, and shapes follow
 from it; it then starts kernels for each expert, which takes it longer than the wait. What would not wait, and why it is not here:
@@ -26,9 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emloc_ray.core.precision import computes_bfloat16
-
 KERNELS_ON = {"cuda"}  # kinds of devices
+_MAJORS = {9, 10}  # of NVIDIA's compute capabilities: those that torch's CUDA kernel is for, in bfloat16
 _ALIGNED = 8  # features: rows of 16 bytes, which the kernels ask for
 
 
@@ -56,18 +55,25 @@ class GroupedRows:
         return weighed[back].unflatten(0, (-1, self.k)).sum(dim=1)
 
 
+def has_kernel(device: torch.device) -> bool:
+    """Whether a grouped product of bfloat16 is one kernel on a CUDA device: elsewhere torch waits for the ends, once a product,
+    and takes a product an expert."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in _MAJORS
+
+
 def groupable(parts: Sequence[Sequence[nn.Module]], hidden: Tensor) -> bool:
-    """Whether each of ``parts``, the same linear of all experts, can be one product on the device of ``hidden``."""
+    """Whether each of ``parts``, the same linear of all experts, can be one product, by one kernel, on the device of
+    ``hidden``: on CUDA where it :func:`has_kernel`, and all that is multiplied is bfloat16."""
     kind = hidden.device.type
-    if kind not in KERNELS_ON:
+    if kind not in KERNELS_ON or (kind == "cuda" and not has_kernel(hidden.device)):
         return False
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     for modules in parts:
         first = _kind(modules[0], dtype)
         if first is None or any(_kind(module, dtype) != first for module in modules[1:]):
             return False
-        if kind == "cuda" and not (computes_bfloat16(hidden.device) and _dtypes(first) == {torch.bfloat16}):
-            return False  # the kernel is bfloat16's: of other dtypes torch asks for the ends too
+        if kind == "cuda" and _dtypes(first) != {torch.bfloat16}:
+            return False
     return True
 
 

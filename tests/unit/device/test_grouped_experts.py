@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,3 +124,27 @@ def test_experts_that_differ_or_are_watched_run_one_by_one(kind: str) -> None:
     linears[1].scaling["default"] *= 2
     assert not grouped_experts.groupable([linears], hidden)
     assert not grouped_experts.groupable([[torch.nn.Linear(64, 12)]], hidden)  # no multiple of 16 bytes
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "dtype", "expected"),
+    [
+        ((9, 0), None, torch.bfloat16, True),
+        ((10, 3), None, torch.bfloat16, True),
+        ((8, 0), None, torch.bfloat16, False),
+        ((8, 9), None, torch.bfloat16, False),
+        ((12, 0), None, torch.bfloat16, False),
+        ((9, 4), "6.4", torch.bfloat16, False),  # as an MI300 says
+        ((9, 0), None, torch.float16, False),
+    ],
+)
+def test_on_cuda_only_what_torch_has_a_kernel_for_is_grouped(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, dtype: torch.dtype, expected: bool
+) -> None:
+    """Of anything else torch asks the device for the ends once a product: more waits than one after another has."""
+    monkeypatch.setattr(grouped_experts, "KERNELS_ON", {"cuda"})
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    hidden: Any = SimpleNamespace(device=torch.device("cuda", 0))
+    linears = [torch.nn.Linear(64, 64, dtype=dtype) for _ in range(2)]
+    assert grouped_experts.groupable([linears], hidden) == expected
