@@ -59,19 +59,26 @@ def _block(session: Session, values: dict[str, int]) -> dict[str, Any]:
     figures: dict[str, Any] = {"tokens": session.shapes.tokens, "forward_s": session.timed(forward)}
     grams = GramHooks(model, groups)
     figures["with_grams_s"] = session.timed(lambda: grams.forward(batch))
+    figures |= _peaks(session, "with_grams")
     figures["grams_bytes"] = sum(gram.matrix.nbytes for gram in grams.grams.values())
     grams.remove()
     grams.grams.clear()
     session.give_back()
-    for key, kind in (("backward_s", _WithoutSums), ("with_gradient_sums_s", GradientHooks)):
+    for name, kind in (("backward", _WithoutSums), ("with_gradient_sums", GradientHooks)):
         hooks = kind(model, [spec.name for spec in specs], loss_on="all")
-        figures[key] = session.timed(functools.partial(hooks.forward, batch, "all", positions))
+        figures[f"{name}_s"] = session.timed(functools.partial(hooks.forward, batch, "all", positions))
+        figures |= _peaks(session, name)
         hooks.remove()
         hooks.grams.clear()
         session.give_back()
     figures["grams_share"] = 1 - figures["forward_s"] / figures["with_grams_s"]
     figures["gradient_sums_share"] = 1 - figures["backward_s"] / figures["with_gradient_sums_s"]
-    return {**figures, **session.peaks()}
+    return figures
+
+
+def _peaks(session: Session, name: str) -> dict[str, int]:
+    """Of the pass that ``name`` says: read before memory is given back, which resets them."""
+    return {f"{name}_{key}": value for key, value in session.peaks().items()}
 
 
 def _one_product(session: Session, width: int) -> dict[str, Any]:
