@@ -29,7 +29,7 @@ class Session:
 
     ``found`` is what :data:`FILE` holds: ``machine``, ``parts`` (figures by part, as the README's tables are made of) and
     ``measured`` (by part and case: numbers and ``seconds``, or one sentence under ``left_out`` or ``failed``, and what it was
-    ``warned`` of).
+    ``warned`` of). Numbers beside ``failed`` are from before the device failed.
     """
 
     def __init__(self, device: str, shapes: Shapes, out: Path, minutes: float) -> None:
@@ -62,20 +62,28 @@ class Session:
         if left < needs_s * self.shapes.effort:
             result = {"left_out": f"It takes about {needs_s:.0f} s, and {max(left, 0.0):.0f} s were left."}
         else:
-            self.give_back()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("default")
-                try:
-                    result = action()
-                except ImportError as error:
-                    result = {"left_out": _sentence(error)}
-                except Exception as error:  # noqa: BLE001  the next case does not depend on it
-                    result = {"failed": _sentence(error)}
+                result = self._tried(action)
             told = dict.fromkeys(str(each.message) for each in caught if issubclass(each.category, UserWarning))
             result |= {"warned": list(told)} if told else {}
-            self.give_back()
             result["seconds"] = time.monotonic() - begin
         self._note(part, case, result)
+        return result
+
+    def _tried(self, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What ``action`` figures, memory given back before and after: that fails too where the device no longer works."""
+        try:
+            self.give_back()
+            result = action()
+        except ImportError as error:
+            result = {"left_out": _sentence(error)}
+        except Exception as error:  # noqa: BLE001  the next case does not depend on it
+            result = {"failed": _sentence(error)}
+        try:  # not before the error is gone, whose frames hold the action's tensors
+            self.give_back()
+        except Exception as error:  # noqa: BLE001
+            result.setdefault("failed", _sentence(error))
         return result
 
     def failed(self, part: str, error: Exception) -> None:

@@ -51,6 +51,43 @@ def test_a_case_that_was_warned_says_so(tmp_path: Path) -> None:
     assert "warned" not in measured["silent"]
 
 
+def test_a_device_that_fails_for_good_ends_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Giving memory back, which waits for it, raises from then on; what was measured before makes its lines."""
+    session = Session("cpu", SHAPES["tiny"], tmp_path, minutes=1)
+    broken = False
+
+    def give_back() -> None:
+        if broken:
+            raise RuntimeError("CUDA error: an illegal address. More")
+
+    def fail() -> dict[str, Any]:
+        nonlocal broken
+        broken = True
+        raise ValueError("No.")
+
+    def fail_later() -> dict[str, Any]:
+        nonlocal broken
+        broken = True
+        return {"s": 2.0}
+
+    monkeypatch.setattr(session, "give_back", give_back)
+    session.measure("part", "whole", 0, lambda: {"s": 1.0})
+    session.measure("part", "last", 0, fail_later)
+    session.measure("part", "none", 0, lambda: pytest.fail("on a device that no longer works"))
+    broken = False
+    session.measure("part", "failing", 0, fail)
+    measured = json.loads((tmp_path / "gpu.json").read_text())["measured"]["part"]
+    for case in measured.values():
+        del case["seconds"]
+    sentence = "RuntimeError: CUDA error: an illegal address."
+    assert measured == {
+        "whole": {"s": 1.0},
+        "last": {"s": 2.0, "failed": sentence},
+        "none": {"failed": sentence},
+        "failing": {"failed": "ValueError: No."},
+    }
+
+
 def test_a_machine_says_what_compiles_kernels_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     found = machine(torch.device("cpu"))
