@@ -48,9 +48,11 @@ class Session:
             "measured": measured,
         }
         self.parts, self.measured = parts, measured
+        self._expected_s = self._taken_s = 0.0  # of the cases that ended well: on an H100, and here
 
     def measure(self, part: str, case: str, needs_s: float, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Runs one case and writes what it figures; ``needs_s`` is about what it takes on an H100, at full shapes.
+        """Runs one case and writes what it figures; ``needs_s`` is about what it takes on an H100, at full shapes. On a slower
+        card as many times more is expected as the cases before took.
 
         A case that lacks a package or time is left out, one that raises has failed; either says why in a sentence. Warnings
         are told too: the figures may be of what takes the place of a kernel that was not compiled.
@@ -58,9 +60,11 @@ class Session:
         print(f"{part}: {case} …", flush=True)
         begin = time.monotonic()
         left = self.deadline - begin
+        expected = needs_s * self.shapes.effort
+        slower = max(1.0, self._taken_s / self._expected_s) if self._expected_s else 1.0
         result: dict[str, Any]
-        if left < needs_s * self.shapes.effort:
-            result = {"left_out": f"It takes about {needs_s:.0f} s, and {max(left, 0.0):.0f} s were left."}
+        if left < expected * slower:
+            result = {"left_out": f"It takes about {expected * slower:.0f} s, and {max(left, 0.0):.0f} s were left."}
         else:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("default")
@@ -68,6 +72,9 @@ class Session:
             told = dict.fromkeys(str(each.message) for each in caught if issubclass(each.category, UserWarning))
             result |= {"warned": list(told)} if told else {}
             result["seconds"] = time.monotonic() - begin
+            if expected and not {"failed", "left_out"} & result.keys():
+                self._expected_s += expected
+                self._taken_s += result["seconds"]
         self._note(part, case, result)
         return result
 

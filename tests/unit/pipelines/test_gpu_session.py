@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,38 @@ def test_a_device_that_fails_for_good_ends_no_part(tmp_path: Path, monkeypatch: 
         "none": {"failed": sentence},
         "failing": {"failed": "ValueError: No."},
     }
+
+
+def test_on_a_slower_card_more_time_has_to_be_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what cases that ended well took: those that failed or were left out say nothing of it."""
+    now = 0.0
+
+    def measured(needs_s: float, takes_s: float, error: Exception | None = None) -> dict[str, Any]:
+        def action() -> dict[str, Any]:
+            nonlocal now
+            now += takes_s
+            if error is not None:
+                raise error
+            return {}
+
+        return session.measure("part", "case", needs_s, action)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    session = Session("cpu", SHAPES["full"], tmp_path, minutes=5)
+    measured(10, 5)
+    assert measured(295, 0, ValueError("No."))["seconds"] == 0  # on a quicker card no less is asked for
+    assert "left_out" in measured(296, 0)
+    measured(10, 75)
+    measured(1, 50, ValueError("No."))
+    measured(1, 50, ImportError("No."))
+    left_out = "It takes about 124 s, and 120 s were left."  # four times 31
+    assert measured(31, 0) == {"left_out": left_out}
+    assert measured(30, 0)["seconds"] == 0
+
+
+def test_small_shapes_say_nothing_of_a_card(tmp_path: Path) -> None:
+    session = Session("cpu", SHAPES["tiny"], tmp_path, minutes=1)
+    assert all("left_out" not in session.measure("part", "case", 1000, dict) for _ in range(2))
 
 
 def test_a_machine_says_what_compiles_kernels_there(monkeypatch: pytest.MonkeyPatch) -> None:
