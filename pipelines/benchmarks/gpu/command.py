@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,8 +22,15 @@ from emloc_ray.stages.ray.spans import growing_segments
 PARTS = (training, ranks, blocks, smaller_card, speeds, on_device, on_cpu)
 
 
-def gpu(out: Path, minutes: float = 10.0, device: str = "cuda", shapes: str = "full") -> Figures:
-    """Measures, the most telling first; ``gpu.json`` holds all that was found, also where this is broken off.
+def gpu(
+    out: Path,
+    minutes: float = 10.0,
+    device: str = "cuda",
+    shapes: str = "full",
+    write: Callable[[Figures], object] = lambda figures: None,
+) -> Figures:
+    """Measures, the most telling first; ``gpu.json`` holds all that was found, also where this is broken off. ``write`` gets
+    the figures after each part.
 
     Raises:
         ConfigError: where there is no such device.
@@ -33,9 +41,12 @@ def gpu(out: Path, minutes: float = 10.0, device: str = "cuda", shapes: str = "f
             "--device cuda needs a GPU that torch sees, and there is none: give --device cpu --shapes tiny."
         )
     session = Session(device, SHAPES[shapes], out, minutes)
+    figures: Figures = {}
     for part in PARTS:
         try:
             part(session)
         except Exception as error:  # noqa: BLE001  as one case ends no other
             session.failed(part.__name__, error)
-    return {f"{part}: {what}": line for part, lines in session.parts.items() for what, line in lines.items()}
+        figures = {f"{name}: {what}": line for name, lines in session.parts.items() for what, line in lines.items()}
+        write(figures)
+    return figures

@@ -4,10 +4,12 @@ other."""
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import benchmark
 import pytest
 import torch
 from benchmarks.gpu import command, plan, session, training
@@ -75,6 +77,24 @@ def test_a_part_that_raises_says_so_and_the_next_goes_on(tmp_path: Path, monkeyp
     measured = json.loads((tmp_path / "gpu.json").read_text())["measured"]
     assert measured["broken"]["beside its cases"] == {"failed": "ValueError: No such device."}
     assert measured["whole"]["case"]["s"] == 1.0
+
+
+def test_a_run_that_is_broken_off_has_the_table_of_the_parts_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first(session: Session) -> None:
+        session.compare("first", "case", 1.0, 2.0, "s (baseline: another)")
+
+    def broken_off(session: Session) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "PARTS", (first, broken_off))
+    options = ["gpu", "--device", "cpu", "--shapes", "tiny", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main()
+    assert json.loads((tmp_path / "benchmark.json").read_text())["first: case"]["ratio"] == 2.0
+    assert "| first: case | 2.00 |" in (tmp_path / "benchmark.md").read_text()
 
 
 def test_peaks_are_of_the_allocator_that_workers_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
