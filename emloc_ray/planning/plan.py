@@ -146,26 +146,35 @@ def _planned(stage: Costed, memory: MemoryModel, speeds: Speeds) -> StagePlan:
 
 def check_stages(plan: Plan, left: Container[str] | None = None) -> None:
     """Raises ConfigError where a stage of those that are ``left``, by default any, is planned to hold more of a GPU than can be
-    filled. GPUs that are not known hold all, and DeepSpeed's ranks share what is planned for each. ``memory_budget: null``
-    lifts it: a plan may be too high."""
+    filled. GPUs that are not known hold all, and DeepSpeed's ranks share what is planned for each. ``memory_budget: null`` lifts
+    it but for the weights: a plan may be too high."""
     config, memory = plan.prepared.config, MemoryModel(plan.prepared)
-    for stage in plan.stages if config.memory_budget is not None else ():
+    lifted = config.memory_budget is None
+    for stage in plan.stages:
         scattered = stage.steps is not None and config.finetune.deepspeed is not None
         if not stage.gpus_per_worker or scattered or (left is not None and stage.name not in left):
             continue
-        if stage.gpu_bytes > (fillable := memory.fillable(stage.gpus_per_worker)):
-            ratio = "compression_ratio" if config.emulator.budget is None else "budget"
-            refined = ", remove emulator.refinement" if stage.name == "refine" else ""
-            advice = "set emulator.gpus_per_worker to 0"
-            if stage.name not in _BY_WEIGHTS:
-                advice = (
-                    f"lower its batch, data.max_seq_length or emulator.{ratio} (emloc-ray plan --memory-budget says what fits)"
-                    f"{refined}, or set its section's gpus_per_worker to 0"
-                )
+        held = int(stage.memory.get("weights", 0)) if lifted else stage.gpu_bytes
+        if held > (fillable := memory.fillable(stage.gpus_per_worker)):
             raise ConfigError(
-                f"{stage.name} is planned to hold {size_up(stage.gpu_bytes)} of a GPU of which {size(fillable)} can be"
-                f" filled: {advice}; memory_budget: null tries it all the same."
+                f"{stage.name} is planned to hold {size_up(held)}{' of weights' if lifted else ''} of a GPU of which"
+                f" {size(fillable)} can be filled: {_advice(stage, plan.prepared)}"
+                f"{'' if lifted else '; memory_budget: null tries it all the same'}."
             )
+
+
+def _advice(stage: StagePlan, prepared: Prepared) -> str:
+    """What to change where a stage takes more of its GPU than there is; without a budget only what makes its weights smaller."""
+    if stage.name in _BY_WEIGHTS:
+        return "set emulator.gpus_per_worker to 0"
+    config = prepared.config
+    ratio = "compression_ratio" if config.emulator.budget is None else "budget"
+    batch = "" if config.memory_budget is None else "its batch, data.max_seq_length or "
+    refined = ", remove emulator.refinement" if stage.name == "refine" else ""
+    return (
+        f"lower {batch}emulator.{ratio} (emloc-ray plan --memory-budget says what fits){refined}, or set its section's"
+        " gpus_per_worker to 0"
+    )
 
 
 def missing_disk(plan: Plan, run: RunDirectory, left: Container[str]) -> int:
