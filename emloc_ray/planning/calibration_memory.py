@@ -224,17 +224,18 @@ class CalibrationMemory(ModelBytes):
             for block, fitted in zip(blocks, forms, strict=True)
         )
         tokens, specs = rows * self.lengths.longest, [[spec for spec, _ in fitted] for fitted in forms]
-        outside, states = 2 * self.outside * self.itemsize, 6 * tokens * self.layout.hidden_size * self.itemsize
+        outside, state = 2 * self.outside * self.itemsize, tokens * self.layout.hidden_size * self.itemsize
+        states: Parts = {"batch states": 4 * state, "read ahead": 2 * state}
         passing: Parts = {
             "weights": outside + original,
-            "hidden states": states,
+            **states,
             "activations": self._forward(tokens),
         }
         fitting: Parts = {
             "weights": outside + stored,
             "optimizer": max(sum(map(self._fitted_bytes, block)) for block in specs),
             "integers": max((self._integer_bytes(spec) for block in specs for spec in block), default=0),
-            "hidden states": states,
+            **states,
             "activations": tokens * saved,
         }
         return max(fitting, passing, key=total)

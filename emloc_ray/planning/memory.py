@@ -196,7 +196,7 @@ class MemoryModel(CalibrationMemory, FactorizationMemory):
         if not self.config.adapter.is_additive:
             return {}
         needed: list[Parts] = [
-            {"correction": max((self._difference_bytes(spec) for spec in self.adapted), default=0.0)},
+            {"difference": max((self._difference_bytes(spec) for spec in self.adapted), default=0.0)},
             self.adapter_writing_parts(),
         ]
         if not self.layout.differs:
@@ -213,7 +213,8 @@ class MemoryModel(CalibrationMemory, FactorizationMemory):
         return {"adapter": FLOAT * self.corrected_parameters, "correction": 2 * module}
 
     def _adapted_inputs_parts(self) -> Parts:
-        """The emulator with the adapter on a batch, without its head, and every module's directions with their sums."""
+        """The emulator with the adapter on a batch, without its head, and every module's directions with their sums; as they were
+        made on the host."""
         rows = self.config.evaluation.batch_size
         directions = sum(self._rank(s) * s.in_features for s in self.adapted)
         return {
@@ -221,7 +222,8 @@ class MemoryModel(CalibrationMemory, FactorizationMemory):
             "unpacked": self._unpacked(),
             "activations": self._adapted_forward(rows * self.lengths.longest),
             **self._adapter_parts(1, rows),
-            "correction": (DOUBLE + 2 * FLOAT) * directions,
+            "directions": 2 * FLOAT * directions,
+            "correction": DOUBLE * directions,
         }
 
     def selection_plan(self) -> HoldPlan:
@@ -326,7 +328,7 @@ class MemoryModel(CalibrationMemory, FactorizationMemory):
         return {
             "adapter": number * FLOAT * self.corrected_parameters,
             "row norms": number * self._row_norms(self.adapted),
-            "hidden states": waiting,
+            "batch states": waiting,
         }
 
     def _together(self, beside: Callable[[int], Parts], number: int) -> HoldPlan:

@@ -178,10 +178,22 @@ def test_a_gpu_s_worker_takes_little_of_its_node_s_memory(plan: Callable[..., Pl
     assert in_half.memory["optimizer"] == on_gpu.memory["optimizer"] * 18 / 16  # copies of the adapter in bfloat16
     assert on_gpu.host_bytes == on_gpu.memory["base"] + on_gpu.memory["weights"] < on_gpu.worker_bytes
     projection = {"correction": {"method": "projection"}, "evaluation": {"gpus_per_worker": 1}, "ray": {"num_gpus": 1}}
-    correct = stage(plan(**projection), "correct")  # weights and Grams come through the CPU
-    assert correct.host_bytes == correct.worker_bytes
+    correct = stage(plan(**projection), "correct")  # weights and Grams are multiplied where the GPU is
+    assert 0 < correct.gpu_bytes == correct.memory["difference"]
     factorize = stage(plan(emulator={"gpus_per_worker": 1}, ray={"num_gpus": 1}), "factorize")
     assert factorize.host_bytes == sum(factorize.memory[part] for part in ("base", "weights", "read ahead"))
+
+
+def test_what_waits_for_its_turn_at_a_block_is_on_the_gpu(plan: Callable[..., Plan]) -> None:
+    """Of adapters that share an offloaded original, and of a batch that a block is refined on; the next batch is not there."""
+    model = {**plan().prepared.config.model.model_dump(exclude_none=True), "hold": "offloaded"}
+    gpus = {"model": model, "evaluation": {"gpus_per_worker": 1}, "ray": {"num_gpus": 1}}
+    emulator = {"gpus_per_worker": 1, "refinement": {"steps": 5}}
+    both = plan(emulator=emulator, **gpus)
+    for planned, own in ((stage(both, "evaluate"), ()), (stage(both, "refine"), ("read ahead",))):
+        assert planned.memory["batch states"] > 0
+        assert planned.host_bytes == sum(planned.memory[part] for part in ("base", "weights", *own))
+        assert planned.gpu_bytes >= planned.memory["weights"] + planned.memory["batch states"]
 
 
 def test_files_take_what_they_hold_whatever_the_model_is_used_in(
