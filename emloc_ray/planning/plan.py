@@ -99,6 +99,11 @@ class Plan:
         return {stage.name: stage.host_bytes for stage in self.stages}
 
     @property
+    def gpu_bytes(self) -> dict[str, int]:
+        """What one worker holds of its GPU, in every stage whose workers have one."""
+        return {stage.name: stage.gpu_bytes for stage in self.stages if stage.gpus_per_worker}
+
+    @property
     def seconds(self) -> float:
         """Predicted wall time of all stages, and of Ray's start before them."""
         return _SECONDS_BEFORE + sum(stage.seconds for stage in self.stages)

@@ -22,10 +22,11 @@ def assemble_metrics(
     prepared: Prepared,
     planned: Mapping[str, int] | None = None,
     hardware: Mapping[str, Any] | None = None,
+    planned_on_gpus: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """All that the finished stages measured, the memory that was ``planned`` for a worker of each, and where they ran; without
-    a stage that finished before an earlier one was redone, or has to be redone, or that the config leaves out: its numbers are
-    another run's."""
+    """All that the finished stages measured, the memory that was ``planned`` for a worker of each, ``planned_on_gpus`` of it, and
+    where they ran; without a stage that finished before an earlier one was redone, or has to be redone, or that the config leaves
+    out: its numbers are another run's."""
     manifest = directory.manifest()
     stages = {name: manifest["stages"][name]["result"] for name in current_stages(manifest)}
     metrics: dict[str, Any] = {
@@ -40,6 +41,8 @@ def assemble_metrics(
     if planned:
         metrics["planned_memory"] = dict(planned)
         metrics["planned_imports_bytes"] = BASE_BYTES
+    if planned_on_gpus:
+        metrics["planned_gpu_bytes"] = dict(planned_on_gpus)
     for stage in STEPS:
         if stage.name in stages:
             metrics |= stage.metrics(prepared, stages)

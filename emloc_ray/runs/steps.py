@@ -57,6 +57,7 @@ class Steps:
         self.turns, self.cache, self.forced = turns, cache, set(forced)
         self.planned = plan.worker_bytes if plan is not None else {}
         self._host_bytes = plan.host_bytes if plan is not None else {}
+        self._gpu_bytes = plan.gpu_bytes if plan is not None else {}
         self._seconds = {part.name: part.seconds for part in plan.stages} if plan is not None else {}
         self._trusts = prepared.config.model.trust_remote_code
         self._checked: dict[str, bool] = {}  # of finished stages, whether their files were
@@ -321,7 +322,8 @@ class Steps:
     def write_results(self) -> None:
         """Writes metrics.json from the manifest, and tells the reporter."""
         seen = hardware() or self.directory.metrics().get("hardware")  # without Ray what it was when a stage ran
-        self.directory.write_metrics(assemble_metrics(self.directory, self.prepared, self.planned, seen))
+        metrics = assemble_metrics(self.directory, self.prepared, self.planned, seen, self._gpu_bytes)
+        self.directory.write_metrics(metrics)
         self.reporter.changed(self.directory)
 
     def _outputs(self, stage: Stage, *more: str) -> list[Path]:

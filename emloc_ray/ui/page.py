@@ -188,12 +188,16 @@ def _ending(newest: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _memory_view(metrics: Mapping[str, Any], stages: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """What a worker of each stage was planned to take and took, of a GPU where it had one."""
+    """What a worker of each stage was planned to take and took, of a GPU where it had one; a run of an older version, which does
+    not tell what was planned of a GPU, has no plan beside that."""
     imports = metrics.get("planned_imports_bytes", 0)  # which runs of older versions do not tell apart
     planned = {stage: bytes_planned - imports for stage, bytes_planned in (metrics.get("planned_memory") or {}).items()}
     key = "peak_above_imports_bytes" if imports else "peak_rss_bytes"
     on_gpus = {stage: usage["peak_gpu_bytes"] for stage, usage in stages if "peak_gpu_bytes" in usage}
     held = {**{stage: usage[key] for stage, usage in stages if key in usage}, **on_gpus}
+    planned = {stage: held for stage, held in planned.items() if stage not in on_gpus} | {
+        stage: held for stage, held in (metrics.get("planned_gpu_bytes") or {}).items() if stage in on_gpus
+    }
     most = max([*held.values(), *planned.values()], default=0)
     return {"planned": planned, "held": held, "on_gpus": on_gpus, "above_imports": bool(imports), "most_memory": most}
 

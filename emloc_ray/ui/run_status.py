@@ -55,8 +55,8 @@ def show_status(console: Console, run: RunDirectory) -> None:
 
 
 def _planned(metrics: Mapping[str, Any], stage: str) -> str:
-    """What a worker of the stage was planned to take beside its imports, none of which is a GPU's."""
+    """What a worker of the stage was planned to take of a GPU."""
     from emloc_ray.text import size
 
-    planned = (metrics.get("planned_memory") or {}).get(stage)
-    return "" if planned is None else f" (planned {size(planned - metrics.get('planned_imports_bytes', 0))})"
+    planned = (metrics.get("planned_gpu_bytes") or {}).get(stage)  # which older versions do not tell apart
+    return "" if planned is None else f" (planned {size(planned)})"

@@ -194,6 +194,9 @@ def test_what_waits_for_its_turn_at_a_block_is_on_the_gpu(plan: Callable[..., Pl
         assert planned.memory["batch states"] > 0
         assert planned.host_bytes == sum(planned.memory[part] for part in ("base", "weights", *own))
         assert planned.gpu_bytes >= planned.memory["weights"] + planned.memory["batch states"]
+    on_gpus = {entry.name: entry.gpu_bytes for entry in both.stages if entry.gpus_per_worker}
+    assert {"correct", "evaluate", "refine"} < on_gpus.keys() < both.worker_bytes.keys()
+    assert both.gpu_bytes == on_gpus
 
 
 def test_files_take_what_they_hold_whatever_the_model_is_used_in(

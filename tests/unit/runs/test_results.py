@@ -54,7 +54,11 @@ def test_a_run_that_has_only_begun_has_what_its_stages_left(prepared: Prepared) 
 def test_what_was_planned_stands_beside_what_was_measured(prepared: Prepared) -> None:
     assert "planned_memory" not in assemble_metrics(prepared.run, prepared)
     planned = {"calibrate": 5, "inference": 7}
-    assert assemble_metrics(prepared.run, prepared, planned=planned)["planned_memory"] == planned
+    metrics = assemble_metrics(prepared.run, prepared, planned=planned)
+    assert metrics["planned_memory"] == planned
+    assert "planned_gpu_bytes" not in metrics
+    held = {"calibrate": 3}
+    assert assemble_metrics(prepared.run, prepared, planned_on_gpus=held)["planned_gpu_bytes"] == held
 
 
 def test_the_files_of_stages_are_counted_until_they_are_dropped_or_out_of_date(prepared: Prepared) -> None:

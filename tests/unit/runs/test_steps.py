@@ -217,6 +217,15 @@ def test_workers_ask_for_the_memory_that_is_planned_where_there_are_several_node
     assert BASE_BYTES < planned <= asked[1] < planned + 2**28
 
 
+def test_results_tell_what_was_planned_of_a_gpu(prepared: Prepared) -> None:
+    plan = make_plan(STEPS, prepared)
+    on_gpus = replace(plan, stages=tuple(replace(stage, gpus_per_worker=1.0) for stage in plan.stages))
+    Steps(prepared, RecordingReporter(), AtOnce(), plan=on_gpus).write_results()
+    metrics = prepared.run.metrics()
+    assert metrics["planned_gpu_bytes"] == {stage.name: stage.gpu_bytes for stage in on_gpus.stages}
+    assert metrics["planned_gpu_bytes"]["evaluate"] < metrics["planned_memory"]["evaluate"] - BASE_BYTES / 2
+
+
 def rewritten(path: Path) -> None:
     """Changes a byte, and leaves the size and the time as they were."""
     before = path.stat()

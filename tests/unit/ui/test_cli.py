@@ -112,6 +112,8 @@ def test_status_of_no_run_and_of_one_that_has_begun(call: Call, tmp_path: Path) 
     assert "not done" in result.stdout
     assert "Not running." in result.stdout
     run.write_metrics({"planned_memory": {"data": 3 * 2**30}, "planned_imports_bytes": 2**29})
+    assert "planned" not in invoke("status", str(call.run_dir)).stdout  # of which the GPU's part is not known
+    run.write_metrics({"planned_memory": {"data": 3 * 2**30}, "planned_gpu_bytes": {"data": 5 * 2**29}})
     assert "2.00 GiB of a GPU (planned 2.50 GiB)" in invoke("status", str(call.run_dir)).stdout
     run.lock()
     try:

@@ -57,10 +57,14 @@ def test_what_was_measured_and_planned_above_imports_is_of_one_kind() -> None:
 def test_a_gpu_s_peak_is_what_its_plan_is_held_to() -> None:
     metrics = finished_metrics()
     metrics["stages"]["calibrate"] |= {"peak_above_imports_bytes": 2**28, "peak_gpu_bytes": 2**29}
-    metrics |= {"planned_memory": {"calibrate": 3 * 2**28}, "planned_imports_bytes": 2**28}
-    page = Page(report.render("run", manifest(*STAGES), metrics))
-    assert "The bar of a worker with a GPU is what it reserved there." in page.text
-    assert "calibrate11.5 s2.00 GiB300 MiB and 512 MiB of its GPU512 MiB512 MiB2" in page.text
+    metrics |= {"planned_memory": {"calibrate": 2**31, "merge": 2**29}, "planned_imports_bytes": 2**28}
+    for planned, shown in (({}, "–"), ({"calibrate": 2**29, "finetune": 2**29}, "512 MiB")):
+        page = Page(report.render("run", manifest(*STAGES), {**metrics, "planned_gpu_bytes": planned}))
+        assert (
+            "The bar of a worker with a GPU is what it reserved there, and its plan what was planned of it."
+            in page.text
+        )
+        assert f"calibrate11.5 s2.00 GiB300 MiB and 512 MiB of its GPU512 MiB{shown}2" in page.text
 
 
 def test_a_finished_run_has_every_section_and_its_numbers(finished: str) -> None:
