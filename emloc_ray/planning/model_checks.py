@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 import transformers
 
 from emloc_ray.config.schema import RunConfig
@@ -17,7 +18,7 @@ from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.store.shared import Shared
 from emloc_ray.modeling.adapter_methods import count_parameters
 from emloc_ray.modeling.architecture import empty_model
-from emloc_ray.modeling.attention import check_takes_kernel, needs_kernel
+from emloc_ray.modeling.attention import check_takes_kernel, is_flash, needs_kernel
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.liger import check_liger
 from emloc_ray.modeling.loading import ModelSource, read_model_config
@@ -54,6 +55,7 @@ def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
                 f"finetune.packing needs a model that keeps packed rows apart, and this one {mixing}: set it to false."
             )
     _check_liger(config, skeleton)
+    _check_16_bits(config, source, skeleton)
     layout = make_layout(config, skeleton)
     if config.emulator.budget is not None:
         dtype = file_dtype_of(source) or named_dtype(config, source, skeleton.config)
@@ -98,6 +100,24 @@ def _check_liger(config: RunConfig, skeleton: Skeleton) -> None:
     if extra.get("use_liger_kernel"):
         experts = any(spec.routed_share is not None for spec in skeleton.specs)
         check_liger(skeleton.config.model_type, experts, extra.get("liger_kernel_config"))
+
+
+def _check_16_bits(config: RunConfig, source: ModelSource, skeleton: Skeleton) -> None:
+    """FlashAttention computes in 16 bits alone. Passes on a GPU load a float32 checkpoint in bfloat16; a training without
+    autocast does not."""
+    name, finetune = config.model.attn_implementation, config.finetune
+    if not is_flash(name):
+        return
+    alone = f"model.attn_implementation: {name} computes in 16 bits alone, and"
+    if config.model.dtype == "float32":
+        raise ConfigError(f"{alone} model.dtype is float32: leave one of them out.")
+    autocasts = finetune.bf16 is not False or (finetune.model_extra or {}).get("fp16")
+    dtype = file_dtype_of(source) or named_dtype(config, source, skeleton.config)
+    if config.model.dtype == "auto" and not autocasts and dtype == torch.float32:
+        raise ConfigError(
+            f"{alone} finetune.bf16: false trains this float32 checkpoint in float32: leave it at auto, or set model.dtype to"
+            " bfloat16."
+        )
 
 
 def _check_length(config: RunConfig, skeleton: Skeleton) -> None:

@@ -337,6 +337,28 @@ def test_rows_that_are_held_out_are_not_trained_on(refused: Callable[..., str], 
     assert f"data.selection and data.healing both read {tmp_path / 'choose.jsonl'}: held-out rows" in said
 
 
+def test_flash_attention_is_refused_where_something_computes_in_float32(
+    refused: Callable[..., str], tiny_model_dir: Callable[..., Path]
+) -> None:
+    def said(model: dict[str, Any], stored: str = "float32", **finetune: Any) -> str:
+        source = str(tiny_model_dir("llama", dtype=stored))
+        asked = {"attn_implementation": "flash_attention_2", "source": source, **model}
+        return refused(model=asked, finetune=finetune, data={"train": {"path": "missing.jsonl"}})
+
+    alone = "flash_attention_2 computes in 16 bits alone, and"
+    assert f"{alone} model.dtype is float32: leave one of them out." in said({"dtype": "float32"}, "bfloat16")
+    assert f"{alone} finetune.bf16: false trains this float32 checkpoint in float32: leave" in said({}, bf16=False)
+    for free in (
+        said({}),
+        said({}, bf16=False, fp16=True),
+        said({}, "bfloat16", bf16=False),
+        said({"dtype": "bfloat16"}, bf16=False),
+        said({"attn_implementation": "sdpa", "dtype": "float32"}, bf16=False),
+    ):
+        assert "missing.jsonl" in free
+        assert alone not in free
+
+
 def test_liger_is_refused_where_it_computes_nothing_or_something_else(
     refused: Callable[..., str],
     tiny_model_dir: Callable[..., Path],
