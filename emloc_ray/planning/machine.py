@@ -38,7 +38,7 @@ _UNIT = "floating-point operations a second and thread"
 # Bytes a second and thread, of files that are in memory into new memory: 0.34, 0.44, 1.27e9 of 34, 134, 411 MB.
 _CACHED = 4e8
 _PROBED = 64 * 2**20  # bytes that a disk is timed by
-_FIRST_WITH_BFLOAT16 = 8.0  # compute capability: Ampere
+_FIRST_WITH_BFLOAT16 = 8.0  # compute capability: Ampere, the first with TF32 too
 _TIMING = threading.Lock()  # two timings at once would each put back the number of threads that the other set
 WITH_MODELS = ("calibration", "finetune", "evaluation")
 """The config's sections whose workers run a model."""
@@ -292,7 +292,7 @@ def check_kernel(config: RunConfig) -> None:
 
 def lacks(configs: Sequence[RunConfig]) -> list[str]:
     """What this machine, as a node of a Ray, lacks of what the configs ask for, each thing once: packages; where it has GPUs
-    instructions for bfloat16, and attention's kernel."""
+    instructions for bfloat16 and TF32, and attention's kernel."""
     problems = [problem for config in configs for problem in _missing_packages(config)]
     if of_each_gpu("memory.total"):
         problems += [problem for config in configs for problem in _too_old(config)]
@@ -331,11 +331,18 @@ def _missing_packages(config: RunConfig) -> list[str]:
 
 def _too_old(config: RunConfig) -> list[str]:
     oldest, section = _oldest_gpu(), config.finetune
-    if section.bf16 is not True or not section.gpus or oldest >= _FIRST_WITH_BFLOAT16:
+    if not section.gpus or oldest >= _FIRST_WITH_BFLOAT16:
         return []
+    instead = {
+        "bf16": "leave it at auto, or set finetune.fp16: true with model.dtype: float16",
+        "tf32": "leave it out",
+    }
+    asked = {"bf16": section.bf16, **(section.model_extra or {})}
     return [
-        f"finetune.bf16 needs a GPU of compute capability {_FIRST_WITH_BFLOAT16:g} or higher, this machine has one of"
-        f" {oldest:g}: leave it at auto, or set finetune.fp16: true with model.dtype: float16."
+        f"finetune.{key} needs a GPU of compute capability {_FIRST_WITH_BFLOAT16:g} or higher, this machine has one of"
+        f" {oldest:g}: {advice}."
+        for key, advice in instead.items()
+        if asked.get(key) is True
     ]
 
 

@@ -175,6 +175,15 @@ def test_a_gpu_too_old_for_bfloat16_is_told_before_the_start(tmp_path: Path, mon
         check_packages(of(bf16=True))
 
 
+def test_a_gpu_too_old_for_tf32_is_told_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia_smi(tmp_path, "echo 9.0; echo 7.5")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check_packages(of(tf32=False))
+    check_packages(of(tf32=True, gpus_per_worker=0))
+    with pytest.raises(ConfigError, match=r"^finetune\.tf32 needs a GPU of compute .* one of 7\.5: leave it out\.$"):
+        check_packages(of(tf32=True))
+
+
 def test_gpus_that_torch_does_not_see_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvidia_smi(tmp_path, "echo 81559")
     monkeypatch.setenv("PATH", str(tmp_path))
