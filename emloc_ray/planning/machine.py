@@ -28,7 +28,7 @@ from emloc_ray.io.available_memory import available_bytes
 from emloc_ray.io.store.replacing import replacing
 from emloc_ray.modeling.attention import missing_package, needs_kernel
 from emloc_ray.planning.gpu_speeds import ask_gpus, slowest_gpu
-from emloc_ray.text import size, size_up
+from emloc_ray.text import counted, size, size_up
 
 if TYPE_CHECKING:
     from emloc_ray.config.schema import RunConfig
@@ -253,6 +253,17 @@ def check_resources(config: RunConfig, cpus: float | None = None, gpus: float | 
             )
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def check_num_gpus(config: RunConfig) -> None:
+    """Raises ConfigError where a Ray that is started here would count more GPUs than torch sees: tasks would fail on those that
+    are not there. A plan may be for another machine."""
+    asked, seen = config.ray.num_gpus or 0, torch.cuda.device_count()
+    if not config.ray.joins and asked > seen:
+        raise ConfigError(
+            f"ray.num_gpus is {asked}, and torch sees {counted(seen, 'GPU')} of this machine: lower it, or leave it out; a plan"
+            " alone may be for another machine."
+        )
 
 
 def check_disk(run: RunDirectory, needed: int) -> None:

@@ -103,6 +103,10 @@ class Plan:
         """What one worker holds of its GPU, in every stage whose workers have one."""
         return {stage.name: stage.gpu_bytes for stage in self.stages if stage.gpus_per_worker}
 
+    def takes_gpus(self, left: Container[str]) -> bool:
+        """Whether a stage of those that are ``left`` has workers with a GPU."""
+        return any(stage.gpus_per_worker > 0 for stage in self.stages if stage.name in left)
+
     @property
     def seconds(self) -> float:
         """Predicted wall time of all stages, and of Ray's start before them."""

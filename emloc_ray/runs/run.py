@@ -13,7 +13,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.batches import keeps_small, shrink_batches
 from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.first_rows import check_first_rows
-from emloc_ray.planning.machine import check_disk, check_kernel, check_resources
+from emloc_ray.planning.machine import check_disk, check_kernel, check_num_gpus, check_resources
 from emloc_ray.planning.plan import Plan, check_stages, make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import remarks
@@ -169,12 +169,14 @@ def _planned(prepared: Prepared) -> Plan:
 def _check_left(
     prepared: Prepared, plan: Plan, left: Set[str], in_batch: bool, cache: ArtifactCache | None = None
 ) -> None:
-    """Raises ConfigError where this machine, as far as it takes part, lacks memory or disk for the stages that are ``left``.
-    Those of which a batch's own cache holds an entry take no disk: most tasks link that."""
+    """Raises ConfigError where this machine, as far as it takes part, lacks GPUs, memory or disk for the stages that are
+    ``left``. Those of which a batch's own cache holds an entry take no disk: most tasks link that."""
     if not in_batch and _GATHERED in left:  # in a batch a stage waits until others have freed memory
         check_holding(prepared)
     if not in_batch:  # which has checked its tasks
         check_stages(plan, left)
+        if plan.takes_gpus(left):
+            check_num_gpus(prepared.config)
         if DATA.name in left:
             check_first_rows(prepared)
     if prepared.run.store is None:  # a store has room, and a node's cache makes its own

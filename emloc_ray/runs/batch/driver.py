@@ -105,6 +105,7 @@ def run_batch(
     batch, run = prepared.batch, prepared.run
     try:
         run.lock(tell)
+        prepared.work.check_num_gpus()
         check_accepted([] if accept_changes is True else prepared.work.changes(batch.tasks), accept_changes)
         run.create(batch.config.model_dump(mode="json"), kind="batch")
         limits = batch.config.limits

@@ -16,7 +16,7 @@ from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.batches import shrink_batches
 from emloc_ray.planning.budget import check_gpus, check_holding
-from emloc_ray.planning.machine import check_kernel
+from emloc_ray.planning.machine import check_kernel, check_num_gpus
 from emloc_ray.planning.plan import Plan, StagePlan, check_stages, make_plan, missing_disk
 from emloc_ray.planning.prepared import Lookups, Prepared, Submit, prepare, start_lookups
 from emloc_ray.runs.batch.admission import Admission, Amount, Need, Ticket
@@ -162,6 +162,15 @@ class PipelineWork:
                 name: (tried["inputs"], tried["seconds"]) for name, tried in tries if name in _SHARED
             }
         return ready
+
+    def check_num_gpus(self) -> None:
+        """Raises ConfigError where tasks have stages left for GPUs that this machine, as far as it takes part, lacks."""
+        problems: dict[str, list[str]] = {}
+        for name, (prepared, plan, left) in self._ready.items():
+            with _collected(problems, name):
+                if plan.takes_gpus(left):
+                    check_num_gpus(prepared.config)
+        raise_problems(problems)
 
     def changes(self, tasks: Sequence[Task]) -> list[str]:
         """What the tasks would redo or remove of their finished stages: one sentence for all tasks with the same answer."""

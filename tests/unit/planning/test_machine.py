@@ -24,6 +24,7 @@ from emloc_ray.planning.machine import (
     Speeds,
     check_disk,
     check_kernel,
+    check_num_gpus,
     check_packages,
     check_resources,
     cpu_flops,
@@ -190,6 +191,15 @@ def test_gpus_that_torch_does_not_see_are_told_of(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError, match=r"this machine has 0 \(torch sees no others: a build without CUDA"):
         check_resources(of(), 4, 0)
+
+
+def test_gpus_that_a_ray_started_here_would_only_count_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_num_gpus(of())
+    check_num_gpus(of_attention(None, num_gpus=None))
+    check_num_gpus(of_attention(None, num_gpus=2, address="auto"))
+    with pytest.raises(ConfigError, match=r"^ray\.num_gpus is 2, and torch sees 1 GPU of this machine: [^\n]*\.$"):
+        check_num_gpus(of_attention(None, num_gpus=2))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import torch
 from cli_calls import ROWS, VERBS, Call, lines_of
 from typer.testing import Result
 from vlms import save_vlm
@@ -185,6 +186,19 @@ def test_flash_attention_is_planned_where_it_is_missing_and_a_run_is_refused(
     for verb in ("validate", "plan"):
         assert call(verb, *asked).exit_code == 0
     assert len(assert_refused(call("run", *asked), call.run_dir, "flash_attention_2 needs the flash-attn package")) == 1
+
+
+def test_a_gpu_that_ray_would_only_count_is_planned_with_and_refused_in_a_run(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for verb in ("validate", "plan"):
+        assert call(verb, "ray.num_gpus=1").exit_code == 0
+    told = "ray.num_gpus is 1, and torch sees 0 GPUs of this machine"
+    assert len(assert_refused(call("run", "ray.num_gpus=1"), call.run_dir, told)) == 1
+    on_cpus = [f"{section}.gpus_per_worker=0" for section in ("calibration", "emulator", "finetune", "evaluation")]
+    assert "Ray was started" in call("run", "ray.num_gpus=1", *on_cpus).output
 
 
 def test_a_config_and_an_index_can_be_planned_and_not_run(call: Call) -> None:

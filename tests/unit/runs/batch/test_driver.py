@@ -10,7 +10,7 @@ import pytest
 from emloc_ray.errors import ConfigError
 from emloc_ray.planning.plan import StagePlan
 from emloc_ray.runs.batch.config import LimitsConfig
-from emloc_ray.runs.batch.driver import check_fit
+from emloc_ray.runs.batch.driver import check_fit, run_batch
 from emloc_ray.stages.ray import nodes
 
 NODE = {"CPU": 3.0, "memory": 2.0**34}
@@ -67,3 +67,13 @@ def test_what_no_nodes_can_take_is_refused(
         return
     with pytest.raises(ConfigError, match=f"^task a: {refused}"):
         check_fit(prepared)
+
+
+def test_a_batch_asks_for_its_machine_s_gpus_before_it_starts_ray() -> None:
+    def lacking() -> None:
+        raise ConfigError("task a: there are none.")
+
+    run = SimpleNamespace(lock=lambda tell: None, unlock=lambda: None)
+    prepared: Any = SimpleNamespace(batch=None, run=run, work=SimpleNamespace(check_num_gpus=lacking))
+    with pytest.raises(ConfigError, match="there are none"):
+        run_batch(prepared)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_runs import make_values, task_rows, write_jsonl
 from transformers import AutoTokenizer
 
@@ -53,6 +54,16 @@ def test_what_its_gpus_cannot_do_is_told_before_a_batch_begins(
     kernel, shared = str(caught.value).split("\n")
     assert kernel.startswith("task kernel: model.attn_implementation: flash_attention_2 computes on GPUs alone, and")
     assert shared.startswith("task share, other-share: evaluation.gpus_per_worker is 0.25, of which 23")
+
+
+def test_gpus_that_are_not_there_are_told_when_a_batch_starts(
+    task: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    work = PipelineWork(None)
+    work.prepare([task("on-gpu"), task("on-cpus", ray={"num_gpus": 0})])  # as a dry run does
+    with pytest.raises(ConfigError, match=r"^task on-gpu: ray\.num_gpus is 1, and torch sees 0 GPUs of this machine"):
+        work.check_num_gpus()
 
 
 def test_an_attention_that_a_joined_ray_cannot_compute_is_told_once_its_gpus_are_known(
