@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,10 +44,27 @@ def linear_weight(
     return StoredWeight(up, down, dense(".base", in_features) if ".base" in parts else None)
 
 
+class StoredParts(NamedTuple):
+    """All that an emulator stores of a linear, as read: see :func:`linear_weight`."""
+
+    parts: Mapping[str, Mapping[str, Tensor]]
+    order: Tensor | None
+
+    def weight(self, in_features: int, device: torch.device | str = "cpu") -> StoredWeight:
+        """The weight, on a ``device``."""
+        return linear_weight(self.parts, in_features, self.order, device)
+
+
 def emulator_weight(
     emulator: Checkpoint, name: str, in_features: int, device: torch.device | str = "cpu"
 ) -> StoredWeight | None:
     """A linear's weight as an emulator stores it, on a ``device``; None where it keeps the original's."""
+    stored = stored_parts(emulator, name)
+    return None if stored is None else stored.weight(in_features, device)
+
+
+def stored_parts(emulator: Checkpoint, name: str) -> StoredParts | None:
+    """What an emulator stores of a linear; None where it keeps the original's."""
     keys = ("weight", *STATE_KEYS, *(f"int{bits}" for bits in BITS), "scales", "zeros", "exponent")
     parts = {
         part: {key: emulator.read(f"{name}{part}.{key}") for key in keys if f"{name}{part}.{key}" in emulator}
@@ -55,8 +73,7 @@ def emulator_weight(
     stored = {part: tensors for part, tensors in parts.items() if tensors}
     if stored.keys() <= {""} and stored.get("", {}).keys() <= {"weight"}:  # a dense expert has a name of its own
         return None
-    order = emulator.read(f"{name}.order") if f"{name}.order" in emulator else None
-    return linear_weight(stored, in_features, order, device)
+    return StoredParts(stored, emulator.read(f"{name}.order") if f"{name}.order" in emulator else None)
 
 
 def num_elements(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -19,7 +19,7 @@ from emloc_ray.planning.factorization_memory import FactorizationMemory
 from emloc_ray.planning.holding import choose
 from emloc_ray.planning.model_bytes import DIVERGENCE_COPIES, LOSS_COPIES
 from emloc_ray.planning.optimizers import optimizer_bytes
-from emloc_ray.planning.sizes import DOUBLE, FLOAT, HALF, Parts, gram_bytes, total
+from emloc_ray.planning.sizes import DOUBLE, FLOAT, HALF, Parts, gram_bytes, packed_bytes, total
 
 CANDIDATES = 4  # corrections that auto scores, in one pass where weights come and go
 
@@ -196,7 +196,7 @@ class MemoryModel(CalibrationMemory, FactorizationMemory):
         if not self.config.adapter.is_additive:
             return {}
         needed: list[Parts] = [
-            {"difference": max((self._difference_bytes(spec) for spec in self.adapted), default=0.0)},
+            self._difference_parts(),
             self.adapter_writing_parts(),
         ]
         if not self.layout.differs:
@@ -255,6 +255,27 @@ class MemoryModel(CalibrationMemory, FactorizationMemory):
             2.0 * self._rank(s) * (s.in_features**2 + 2 * s.num_parameters + 2 * self.layout.kept(s))
             for s in self.adapted
         )
+
+    def _difference_parts(self) -> Parts:
+        """A linear's difference. The node of a worker with a GPU also holds the tensors of the group that it computes, and of
+        the next where it has several."""
+        parts: Parts = {"difference": max((self._difference_bytes(spec) for spec in self.adapted), default=0.0)}
+        section, adapted = self.config.evaluation, {*self.adapted}
+        if not section.gpus or not self.layout.differs:
+            return parts
+        groups = [adapted.intersection(group) for group in self.layout.groups]
+        read = sorted(
+            packed_bytes(max(spec.in_features for spec in group)) + sum(map(self._read_bytes, group))
+            for group in groups
+            if group
+        )
+        return {**parts, "read ahead": sum(read[-2:] if len(read) > section.num_workers else read[-1:])}
+
+    def _read_bytes(self, spec: LinearSpec) -> float:
+        """W and what the emulator stores of it, in their files."""
+        in_integers = spec.name in self.layout.bits
+        kept = self.layout.quantized_bytes(spec) if in_integers else self.layout.kept(spec) * self.file_itemsize
+        return spec.num_parameters * self.file_itemsize + kept
 
     def _difference_bytes(self, spec: LinearSpec) -> float:
         """W and what the emulator stores of it, the Gram, some rows of one in float64, and thin matrices."""

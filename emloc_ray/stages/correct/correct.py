@@ -1,6 +1,7 @@
 """Correct: takes the emulator's difference out of the adapter, a Ray task for the linears that share a Gram; another task
 scores the candidates, and the best is written."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, get_args
@@ -14,9 +15,10 @@ from emloc_ray.io.store.node_cache import discard, existing
 from emloc_ray.modeling.adapter_files import Adapter, copy_adapter, lora_config, write_adapter
 from emloc_ray.stages.correct.adapted import see_adapted_inputs
 from emloc_ray.stages.correct.job import CorrectionJob, ModuleGroup, module_groups
-from emloc_ray.stages.correct.modules import Opened, read_modules, see_differences, write_modules
+from emloc_ray.stages.correct.modules import Opened, read_differences, read_modules, see_differences, write_modules
 from emloc_ray.stages.correct.scoring import Scoring, scored, selection_rows
 from emloc_ray.stages.correct.search import AUTO, best_choice
+from emloc_ray.stages.factorize.group_tensors import read_ahead
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.slots import run_slots, start_slot
 from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, run_tasks, silent
@@ -119,11 +121,12 @@ def _names(bundle: Sequence[ModuleGroup]) -> str:
 
 
 def read_groups(opened: Opened, groups: Sequence[ModuleGroup], device: str) -> None:
-    """Writes the modules of a task's groups, one after another; those that are whole, from a try that was killed, are kept."""
-    written = existing([group.path for group in groups])
-    for group in groups:
-        if group.path not in written:
-            write_modules(group.path, see_differences(opened, group, torch.device(device)))
+    """Writes the modules of a task's groups, one after another; those that are whole, from a try that was killed, are kept. On a
+    GPU the next one's tensors are read meanwhile."""
+    written, on = existing([group.path for group in groups]), torch.device(device)
+    todo = [group for group in groups if group.path not in written]
+    for group, tensors in read_ahead(todo, functools.partial(read_differences, opened), on):
+        write_modules(group.path, see_differences(opened, group, on, tensors))
 
 
 @exact_float32()

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from emloc_ray.core.correction import (
     residual_energy,
     shortfall,
 )
+from emloc_ray.core.gram import unpack_triangle
 from emloc_ray.core.precision import exact_float32
 from emloc_ray.core.products import ROWS, product_by_rows, row_norms, seen_rows
 from emloc_ray.core.stored_weight import StoredWeight
@@ -31,7 +32,7 @@ from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.store.node_cache import exists
 from emloc_ray.modeling.adapter_files import Adapter, LoraModule
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.modeling.emulator_weights import emulator_weight
+from emloc_ray.modeling.emulator_weights import StoredParts, stored_parts
 from emloc_ray.stages.correct.job import CorrectionJob, ModuleGroup
 
 _TINY = torch.finfo(torch.float64).tiny
@@ -120,9 +121,29 @@ class Opened:
         self.adapted = {entry.name: entry for entry in entries}
 
 
+class DifferenceTensors(NamedTuple):
+    """What is wide of a group, as read: the Gram's packed triangle, or None where there is none; by linear, where the emulator
+    stores another weight, the original's ``(out, in)`` and what is stored."""
+
+    gram: Tensor | None
+    weights: dict[str, Tensor]
+    stored: dict[str, StoredParts]
+
+
+def read_differences(opened: Opened, group: ModuleGroup) -> DifferenceTensors:
+    """Reads them into this process's memory."""
+    parts = {spec.name: stored_parts(opened.emulator, spec.name) for spec in group.specs}
+    stored = {name: held for name, held in parts.items() if held is not None}
+    weights = {spec.name: spec.read_weight(opened.original) for spec in group.specs if spec.name in stored}
+    return DifferenceTensors(None if group.gram is None else group.gram.packed(), weights, stored)
+
+
 @exact_float32()
-def see_differences(opened: Opened, group: ModuleGroup, device: torch.device = _CPU) -> list[CorrectableModule]:
-    """The modules of linears that share a Gram, which is read once; what is wide is multiplied on ``device``."""
+def see_differences(
+    opened: Opened, group: ModuleGroup, device: torch.device = _CPU, tensors: DifferenceTensors | None = None
+) -> list[CorrectableModule]:
+    """The modules of linears that share a Gram, which is read once; what is wide is multiplied on ``device``. ``tensors``:
+    :func:`read_differences` of the group; without them one linear is read after another."""
     job, adapter, original, emulator = opened.job, opened.adapter, opened.original, opened.emulator
     dora = adapter.kind == "decomposed"
     bare = []
@@ -131,7 +152,7 @@ def see_differences(opened: Opened, group: ModuleGroup, device: torch.device = _
         magnitudes = Magnitudes(adapter.magnitude(spec.name)) if dora else None
         bare.append(CorrectableModule(lora, canonical_form(lora.lora_a, lora.lora_b), None, magnitudes, lack))
     columns = [_columns(job, module, emulator).to(device) for module in bare]
-    gram = None if group.gram is None else group.gram.read(device)
+    gram = _gram(group, tensors, device)
     scale = 0.0 if gram is None else float(gram.diagonal().mean(dtype=torch.float64))
     gram_columns: Sequence[Tensor | None] = [None] * len(bare)
     if gram is not None:
@@ -139,11 +160,11 @@ def see_differences(opened: Opened, group: ModuleGroup, device: torch.device = _
         gram_columns = product.split([part.shape[1] for part in columns], dim=1)
     corrected = []
     for spec, module, own, gram_own in zip(group.specs, bare, columns, gram_columns, strict=True):
-        stored = emulator_weight(emulator, spec.name, spec.in_features, device)
+        stored, k = _stored(emulator, spec, tensors, device), module.form.q.shape[1]
         if stored is None:
             corrected.append(module)
             continue
-        weight, k = spec.read_weight(original).to(device), module.form.q.shape[1]
+        weight = (spec.read_weight(original) if tensors is None else tensors.weights[spec.name]).to(device)
         wide = difference(weight, stored, own, gram_own, damping=job.gram_dampening_frac * scale)
         if gram is not None and not scale:
             energy = 0.0
@@ -157,6 +178,21 @@ def see_differences(opened: Opened, group: ModuleGroup, device: torch.device = _
             seen = replace(seen, delta_aq=delta_aq, adapted_inner=module.form.q.T @ adapted_q)
         corrected.append(replace(module, seen=seen, magnitudes=_for_original(module, weight, stored, own[:, :k], seen)))
     return corrected
+
+
+def _gram(group: ModuleGroup, tensors: DifferenceTensors | None, device: torch.device) -> Tensor | None:
+    """The group's Gram ``(in, in)``, on ``device``."""
+    if tensors is None or tensors.gram is None:
+        return None if group.gram is None else group.gram.read(device)
+    return unpack_triangle(tensors.gram.to(device))
+
+
+def _stored(
+    emulator: Checkpoint, spec: LinearSpec, tensors: DifferenceTensors | None, device: torch.device
+) -> StoredWeight | None:
+    """What the emulator stores of a linear's weight, on ``device``; None where it keeps the original's."""
+    held = stored_parts(emulator, spec.name) if tensors is None else tensors.stored.get(spec.name)
+    return None if held is None else held.weight(spec.in_features, device)
 
 
 def _columns(job: CorrectionJob, module: CorrectableModule, emulator: Checkpoint) -> Tensor:

@@ -12,6 +12,7 @@ from emloc_ray.io.formats.grams import StoredGram
 from emloc_ray.modeling.architecture import LinearSpec
 
 Work = TypeVar("Work")
+Read = TypeVar("Read")
 
 
 class GroupTensors(NamedTuple):
@@ -34,8 +35,8 @@ def read_group(
 
 
 def read_ahead(
-    pieces: Sequence[Work], read: Callable[[Work], GroupTensors], device: torch.device
-) -> Iterator[tuple[Work, GroupTensors | None]]:
+    pieces: Sequence[Work], read: Callable[[Work], Read], device: torch.device
+) -> Iterator[tuple[Work, Read | None]]:
     """Yields each piece of a task for a GPU with its tensors, and reads the next one's meanwhile. A task's only piece, and all
     that a CPU computes, come without tensors: their layers are read one by one, in less memory."""
     if len(pieces) == 1 or device.type == "cpu":

@@ -126,6 +126,24 @@ def test_a_gpu_s_worker_holds_the_group_that_it_computes_and_the_next_as_read() 
     assert read_ahead(7, **WEIGHED) == 2 * max(down + packed(4096), gate_and_up)
 
 
+def test_a_gpu_s_worker_holds_the_group_that_it_corrects_and_the_next_as_read() -> None:
+    def read_ahead(workers: int, gpus: int = 1, **emulator: Any) -> float | None:
+        sections: dict[str, Any] = {
+            "evaluation": {"gpus_per_worker": gpus, "num_workers": workers},
+            "correction": {"method": "projection"},
+            "ray": {"num_gpus": 200},
+            "emulator": emulator,
+        }
+        return MemoryModel(bare(LlamaConfig(num_hidden_layers=2), **sections), ROW).correction_parts().get("read ahead")
+
+    kept = 1472 * (4096 + 11008)
+    down = 2 * (4096 * 11008 + kept) + 4 * 11008 * (11008 + 1) // 2
+    assert read_ahead(7) == 2 * down
+    assert read_ahead(8) == down  # a group each
+    assert read_ahead(7, gpus=0) is None
+    assert read_ahead(7, compression_ratio=1.0) is None  # nothing differs
+
+
 def test_correcting_70_b_takes_less_than_ten_tflop() -> None:
     """By a tenth of its 80 layers, all alike."""
     sizes: dict[str, Any] = {

@@ -180,6 +180,7 @@ def test_a_gpu_s_worker_takes_little_of_its_node_s_memory(plan: Callable[..., Pl
     projection = {"correction": {"method": "projection"}, "evaluation": {"gpus_per_worker": 1}, "ray": {"num_gpus": 1}}
     correct = stage(plan(**projection), "correct")  # weights and Grams are multiplied where the GPU is
     assert 0 < correct.gpu_bytes == correct.memory["difference"]
+    assert correct.host_bytes == correct.memory["base"] + correct.memory["read ahead"]
     factorize = stage(plan(emulator={"gpus_per_worker": 1}, ray={"num_gpus": 1}), "factorize")
     assert factorize.host_bytes == sum(factorize.memory[part] for part in ("base", "weights", "read ahead"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,9 @@ from transformers import AutoConfig
 from emloc_ray.core.correction import Candidate
 from emloc_ray.core.gram import Gram
 from emloc_ray.io.formats.checkpoint import Checkpoint
-from emloc_ray.io.formats.grams import GramStore, write_gram_index, write_gram_shard
+from emloc_ray.io.formats.grams import GramStore, StoredGram, write_gram_index, write_gram_shard
 from emloc_ray.modeling.adapter_files import Adapter
-from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
+from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.stored_names import stored_parameters, stored_specs
 from emloc_ray.stages.correct import modules as stage
 from emloc_ray.stages.correct.correct import correct, finish, read_groups
@@ -234,6 +235,36 @@ def test_it_is_what_the_cpu_gives_and_the_host_seldom_waits(
         lora, expected = (module.corrected(COVARIANCE, 1e-4) for module in (other, one))
         torch.testing.assert_close(lora.lora_b @ lora.lora_a, expected.lora_b @ expected.lora_a)
         assert other.shortfalls(COVARIANCE, 1e-4) == pytest.approx(one.shortfalls(COVARIANCE, 1e-4), rel=1e-6)
+
+
+def test_a_gpu_s_groups_are_read_while_the_one_before_is_computed(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, read = emulated(tmp_path, tiny_model_dir("llama")), list[bool]()
+    groups = module_groups(job, Adapter(job.adapter_dir).names)
+    expected = all_modules(job)
+    for reader, name in ((LinearSpec, "read_weight"), (StoredGram, "packed")):
+        plain = getattr(reader, name)
+
+        def note(own: Any, *args: Any, plain: Any = plain) -> Any:
+            read.append(threading.current_thread() is threading.main_thread())
+            return plain(own, *args)
+
+        monkeypatch.setattr(reader, name, note)
+    read_groups(Opened(job), groups, "cpu")
+    assert read
+    assert all(read)  # one linear at a time
+    for group in groups:
+        group.path.unlink()
+    read.clear()
+    pretend_device()
+    read_groups(Opened(job), groups, "pretend")
+    assert read
+    assert not any(read)
+    made = {module.lora.name: module for group in groups for module in read_modules(group.path)}
+    for name, module in expected.items():
+        one, other = (each.corrected(COVARIANCE, 1e-4) for each in (module, made[name]))
+        torch.testing.assert_close(one.lora_b @ one.lora_a, other.lora_b @ other.lora_a)
 
 
 def test_what_all_groups_are_read_from_is_opened_once_and_can_be_sent(
