@@ -16,7 +16,7 @@ from emloc_ray.planning.holding import blocks_share
 from emloc_ray.planning.layout import layout_under
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
-from emloc_ray.planning.measured import REFINED_STEPS, Measured, measured_for
+from emloc_ray.planning.measured import REFINED_STEPS, Measured, closed_by, measured_for
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
 from emloc_ray.planning.model_bytes import file_dtype
 from emloc_ray.planning.model_checks import check_healing
@@ -32,8 +32,7 @@ _FEW_BITS = ("nf4", "int4", "int3", "int2")
 _BUDGETS = tuple(f"{tenths / 10:g} bits" for tenths in (32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 11, 10, 9, 8))
 _REFINED = RefinementConfig(steps=REFINED_STEPS)  # of what the plan proposes itself
 _ALIKE = 0.03  # of the gap closed: what three seeds hardly tell apart
-_SLOWER = 10.0  # times the fastest: what nobody waits for
-_AS_FAST = 1.1  # times the fastest: what a plan does not tell apart
+_AS_FAST = 1.1  # times a step: what a plan does not tell apart
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ class Alternative:
 class Choice:
     """All alternatives within a budget, and the one to take.
 
-    What takes :data:`_SLOWER` times as long as the fastest that was measured is left out. Of what closed within :data:`_ALIKE`
-    of the largest measured share of the gap, the fastest is taken; of those within :data:`_AS_FAST` times its step, what closed
+    What closes less than a faster one in that one's time, by fewer steps, is left out. Of what closed within :data:`_ALIKE` of
+    the largest measured share of the gap, the fastest is taken; of those within :data:`_AS_FAST` times its step, what closed
     most. Where none was measured it is the first that fits.
     """
 
@@ -135,13 +134,21 @@ def _by_merit(fit: Sequence[Alternative]) -> Iterator[Alternative]:
 
 
 def _best(measured: Sequence[tuple[Alternative, float]]) -> Alternative | None:
-    limit = _SLOWER * min((one.step_seconds for one, _ in measured), default=0.0)
-    in_time = [(one, closed) for one, closed in measured if one.step_seconds <= limit]
+    in_time = [
+        (one, closed) for one, closed in measured if not any(_overtakes(*other, one, closed) for other in measured)
+    ]
     most = max((closed for _, closed in in_time), default=0.0)
     alike = [(one, closed) for one, closed in in_time if closed >= most - _ALIKE]
     limit = _AS_FAST * min((one.step_seconds for one, _ in alike), default=0.0)
     as_fast = [(one, closed) for one, closed in alike if one.step_seconds <= limit]
     return max(as_fast, key=lambda pair: pair[1], default=(None, 0.0))[0]
+
+
+def _overtakes(other: Alternative, closed_other: float, one: Alternative, closed: float) -> bool:
+    """Whether ``one`` closes less than a faster ``other`` in the time of that one's training."""
+    if one.step_seconds <= _AS_FAST * other.step_seconds:
+        return False
+    return closed_other > closed * closed_by(other.step_seconds / one.step_seconds)
 
 
 class _Candidates:

@@ -178,6 +178,31 @@ def test_fewer_bits_that_leave_memory_to_refine_are_taken_where_they_closed_more
     assert [one.measured and one.measured.gap_closed for one in found] == [0.857, 0.947, 0.962]
 
 
+@pytest.mark.parametrize(
+    ("times", "recommended"), [(1.3, "the original, its blocks offloaded"), (1.5, "an emulator of 2.6 bits")]
+)
+def test_what_closes_less_in_a_faster_ones_time_is_left_out(times: float, recommended: str) -> None:
+    """The emulator closed 96.2 %, as many as 73 % of the exact steps."""
+    deep = LlamaConfig(**{**MODEL.to_dict(), "num_hidden_layers": 48})
+    offloaded, *_, emulator = (
+        one for one in chosen(460, dataclasses.replace(FAST, link=1e6), deep).alternatives if one.fits
+    )
+    link = 1e6 * offloaded.step_seconds / (times * emulator.step_seconds)
+    choice = chosen(460, dataclasses.replace(FAST, link=link), deep)
+    assert choice.alternatives[1].step_seconds == pytest.approx(times * emulator.step_seconds)
+    assert choice.recommended.name == recommended
+
+
+def test_a_faster_one_that_closed_too_little_leaves_nothing_out() -> None:
+    deep = LlamaConfig(**{**MODEL.to_dict(), "num_hidden_layers": 32})
+    choice = chosen(400, dataclasses.replace(FAST, link=1e6), deep)
+    fastest = by_name(choice)["an emulator"]
+    assert fastest.measured is not None
+    assert fastest.measured.gap_closed == 0.736
+    assert choice.recommended.name == "the original in 3 bits"
+    assert 4 < choice.recommended.step_seconds / fastest.step_seconds < 5  # a quarter of the steps close 83 %
+
+
 def test_where_3_bits_do_not_fit_a_budget_between_is_spent_before_2_bits() -> None:
     """From 2.4 bits on it closed more of the gap than 2 bits, by more than three points."""
     slow = dataclasses.replace(FAST, link=1e6)

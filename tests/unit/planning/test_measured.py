@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from emloc_ray.config.emulator import EmulatorConfig
-from emloc_ray.planning.measured import MEASURED, Measured, measured_for
+from emloc_ray.planning.measured import FEWER_STEPS, MEASURED, Measured, closed_by, measured_for
 
 RESULTS = Path(__file__).parents[3] / "pipelines" / "results"
 DEFAULTS = {"allocation": "uniform", "objective": "activations", "storage": "factors"}
@@ -36,6 +36,21 @@ def test_a_figure_is_the_published_one(row: Measured) -> None:
     assert (emulator.get("quantization", "none"), "healing" in emulator) == (row.quantization, row.healed)
     assert emulator.get("refinement") == ({"steps": 75} if row.refined else None)
     assert emulator.get("budget") == (None if row.bits is None else f"{row.bits:g} bits")
+
+
+def test_fewer_steps_close_what_was_published_and_between_in_proportion() -> None:
+    published: dict[str, Any] = json.loads((RESULTS / "equal_time.json").read_text())
+    all_steps = published["base"]["finetune"]["max_steps"]
+    closed = {row["label"]["method"]: row["all"]["gap_closed"]["mean"] for row in published["rows"]}
+    steps = {
+        method["name"]: method.get("finetune", {}).get("max_steps", all_steps)
+        for method in published["config"]["methods"]
+        if method["name"].startswith("lora")
+    }
+    figures = sorted((count / all_steps, closed[name]) for name, count in steps.items())
+    assert FEWER_STEPS[0] == (0, 0)
+    assert list(FEWER_STEPS[1:]) == [pytest.approx(figure, abs=5e-4) for figure in figures]
+    assert [closed_by(share) for share in (0.05, 0.1, 0.3, 1.0)] == pytest.approx([0.3075, 0.615, 0.8615, 1.0])
 
 
 def test_a_ratio_has_the_figure_of_the_next_smaller_one() -> None:
