@@ -3,7 +3,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from emloc_ray.stages.calibrate.job import BLOCKS, MAX_LEAD, CalibrationJob, by_
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot, smaller_batch
 from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file, last_node, part_file
 from emloc_ray.stages.calibrate.thin_experts import Gathered, clear_thin, describe, gather_for_thin_experts
+from emloc_ray.stages.calibrate.tokens_read import tokens_read
 from emloc_ray.stages.ray.losses import Losses, Tell, causes, is_out_of_memory, unheard
 from emloc_ray.stages.ray.slots import begun_on, run_slots, start_slot
 from emloc_ray.stages.ray.tasks import LOOK_S, Flight, FlightTask, Progress, Resources, run_tasks, set_threads, silent
@@ -66,12 +67,6 @@ def calibrate(
         "waves": len(job.waves or (job.groups,)),
         **describe(job, index["num_tokens"], index.get("routed_tokens", {})),
     }
-
-
-def tokens_read(job: CalibrationJob, counts: Mapping[str, int]) -> int:
-    """Tokens of the rows that were read, by the linears' ``counts``: patches of an image, which its tower reads, are none."""
-    others = {name for name, stream in job.streams if stream == "other"}
-    return max([count for name, count in counts.items() if name not in others] or counts.values())
 
 
 def _is_whole(out_dir: Path) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from emloc_ray.io.store.node_cache import discard, local_only
 from emloc_ray.stages.calibrate.job import CalibrationJob
+from emloc_ray.stages.calibrate.tokens_read import tokens_read
 
 FOLDER = "reread"
 
@@ -24,7 +25,7 @@ def gather_for_thin_experts(
     """Has ``gather`` run all tokens through the experts that saw too few, and takes those Grams instead.
 
     Where there are too few tokens even so, the Gram is the identity, over no token, in no file: what is left is the plain SVD.
-    Nothing is gathered where no block has enough. Returns the tokens and files of all Grams, and how many tokens the router had
+    Nothing is gathered where the rows have too few. Returns the tokens and files of all Grams, and how many tokens the router had
     sent to those that were replaced.
     """
     counts, weight_map = first
@@ -33,7 +34,7 @@ def gather_for_thin_experts(
         return first, {}
     recounted: dict[str, int] = dict.fromkeys(names, 0)
     files: dict[str, str] = {}
-    if max(counts.values()) >= job.min_expert_tokens:  # of all tokens of a block
+    if tokens_read(job, counts) >= job.min_expert_tokens:
         recounted, files = gather(_only(job, names), out_dir / FOLDER)
     still = {*thin_names(job, recounted)}
     replaced = {**recounted, **dict.fromkeys(still, 0)}

@@ -17,7 +17,7 @@ from emloc_ray.errors import ArtifactError, Stopped
 from emloc_ray.io.formats.grams import GramStore, write_gram_shard
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.stages.calibrate import calibrate as calibrating
-from emloc_ray.stages.calibrate.calibrate import calibrate, gather_or_go_by_block, tokens_read
+from emloc_ray.stages.calibrate.calibrate import calibrate, gather_or_go_by_block
 from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, resume_job
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
 from emloc_ray.stages.calibrate.thin_experts import FOLDER, Gathered
@@ -217,10 +217,3 @@ def test_an_index_without_all_of_its_sums_does_not_stand_for_them(
     calibrate(in_waves, grams, resources)
     assert one_process.passes == ["wave-0001-of-0002"] * num_slots
     assert {path.name: path.read_bytes() for path in grams.iterdir()} == before
-
-
-def test_patches_of_images_are_no_tokens_that_were_read(artifacts: Artifacts) -> None:
-    job = replace(artifacts.calibration_job, streams=(("tower", "other"), ("decoder", "decoder")))
-    counts = {"tower": 400, "decoder": 20, "layer": 120}
-    assert tokens_read(job, counts) == 120
-    assert tokens_read(job, {"tower": 400}) == 400  # of a tower alone nothing else is known

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from emloc_ray.core.correction import canonical_form, correction, difference, shortfall
 from emloc_ray.core.stored_weight import StoredWeight
+from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
 from emloc_ray.io.formats.grams import GramStore, gram_counts, reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model, trace_inputs
@@ -110,6 +111,15 @@ def test_an_expert_that_no_token_is_sent_to_has_the_gram_of_all_tokens(
     assert told["number"] == 8
     assert told["never_routed"] == 2
     assert (told["plain_svd"], told["reread_tokens"]) == (0, total)
+
+
+def test_experts_alone_are_read_again_where_no_linear_reads_all_tokens(scene: Scene, tmp_path: Path) -> None:
+    experts = {name for name, _ in scene.job.experts}
+    only = replace(scene, job=replace(scene.job, groups=tuple(g for g in scene.job.groups if g[0] in experts)))
+    tokens = sum(len(row) for number in range(SHARDS) for row in TokenShards(only.job.tokens_dir).shard(number))
+    store, told = calibrated(only, tmp_path, tokens)
+    assert {store.num_tokens(name) for name in experts} == {tokens}
+    assert (told["too_few"], told["plain_svd"], told["reread_tokens"]) == (8, 0, tokens)
 
 
 def test_with_too_few_tokens_in_all_the_plain_svd_is_left(scene: Scene, tmp_path: Path) -> None:
