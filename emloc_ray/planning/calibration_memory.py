@@ -12,6 +12,7 @@ from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.planning.holding import (
     GradientPlan,
     allowed,
+    block_parameters,
     blocks_share,
     choose,
     held_bytes,
@@ -76,7 +77,7 @@ class CalibrationMemory(ModelBytes):
     @property
     def outside(self) -> int:
         """Parameters outside the blocks that a pass block by block holds: never the head, unless it is the embedding too."""
-        inside = sum(spec.num_parameters for spec in self.layout.specs if not spec.between)
+        inside = sum(block_parameters(self.layout).values())
         return self.layout.num_parameters - inside - (0 if self._tied else self.layout.head_parameters)
 
     @property
@@ -98,7 +99,7 @@ class CalibrationMemory(ModelBytes):
     def calibration_parts_by_block(self) -> Parts:
         """The weights outside the blocks and of the largest block, its Grams, and one token shard's hidden states: what the
         block reads and what it gives, for all the shard's rows."""
-        inside = max(block.num_parameters for block in self.blocks if not block.is_between)
+        inside = max(block_parameters(self.layout).values())
         names = [block.name for block in self.blocks]
         grams = max(sum(gram_bytes(group) for group in self._groups() if group[0].block == name) for name in names)
         section = self.config.calibration
@@ -211,8 +212,10 @@ class CalibrationMemory(ModelBytes):
 
     def _refinement_parts_of(self, rows: int) -> Parts:
         blocks = [block for block in self.blocks if not block.is_between]
-        original = self.itemsize * max(block.num_parameters for block in blocks)
-        stored = max(sum(map(self._stored_bytes, block.specs)) for block in blocks)
+        original, left = self.itemsize * max(block_parameters(self.layout).values()), self.layout.left_by_block
+        stored = max(
+            sum(map(self._stored_bytes, block.specs)) + self.itemsize * left.get(block.name, 0) for block in blocks
+        )
         forms = [[(s, self.layout.form(s)) for s in block.specs if self._is_fitted(s)] for block in blocks]
         saved = max(
             block.multiple

@@ -19,12 +19,18 @@ HOLDS = ("resident", "offloaded", "all_offloaded")
 _ALIVE = 2  # blocks of an offloaded model: one that computes, and one on its way
 
 
-def held_bytes(layout: Layout, itemsize: int, tied: bool) -> dict[str, int]:
-    """Bytes of weights on the device, by how the model is held."""
-    inside: dict[str, int] = {}
+def block_parameters(layout: Layout) -> dict[str, int]:
+    """Parameters of each block: of its linears, and of other modules that have matrices."""
+    inside = dict(layout.left_by_block)
     for spec in layout.specs:
         if not spec.between:
             inside[spec.block] = inside.get(spec.block, 0) + spec.num_parameters
+    return inside
+
+
+def held_bytes(layout: Layout, itemsize: int, tied: bool) -> dict[str, int]:
+    """Bytes of weights on the device, by how the model is held."""
+    inside = block_parameters(layout)
     largest = max(inside.values(), default=0)
     outside = layout.num_parameters - sum(inside.values())
     ends = layout.head_parameters * (1 if tied else 2)
@@ -39,7 +45,7 @@ def held_bytes(layout: Layout, itemsize: int, tied: bool) -> dict[str, int]:
 def moved_bytes(layout: Layout, itemsize: int, tied: bool) -> dict[str, int]:
     """Bytes of weights that come to the device in a pass through the whole model, by how it is held; block by block that is
     one pass for all rows."""
-    inside = sum(spec.num_parameters for spec in layout.specs if not spec.between) * itemsize
+    inside = sum(block_parameters(layout).values()) * itemsize
     ends = layout.head_parameters * (1 if tied else 2) * itemsize
     return {"resident": 0, "offloaded": inside, "all_offloaded": inside + ends, "block_by_block": inside}
 

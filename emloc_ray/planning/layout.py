@@ -51,6 +51,7 @@ class Layout:
     replaceable: tuple[str, ...] = ()
     left_dense: dict[str, str] = field(default_factory=dict)
     left_in_blocks: dict[str, int] = field(default_factory=dict)  # parameters of what is no linear, by its kind
+    left_by_block: dict[str, int] = field(default_factory=dict)  # the same, by blocks
     image: ImageShape = field(default_factory=ImageShape)
     whole_logits: bool = False
     eager: bool = False  # see Skeleton
@@ -222,6 +223,7 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         feedforward=tuple(feedforward_names(forward, model_type, adapted)) if config.adapter.method == "ia3" else (),
         left_dense=left_dense,
         left_in_blocks=skeleton.left_in_blocks,
+        left_by_block=skeleton.left_by_block,
         image=skeleton.image,
         whole_logits=skeleton.whole_logits,
         eager=skeleton.eager,

@@ -38,6 +38,7 @@ class Skeleton:
     modules: tuple[str, ...] = ()
     left_as_is: dict[str, str] = field(default_factory=dict)  # other modules with weights, and their kinds
     left_in_blocks: dict[str, int] = field(default_factory=dict)  # parameters in blocks of what is no linear, by kinds
+    left_by_block: dict[str, int] = field(default_factory=dict)  # the same, by blocks
     image: ImageShape = field(default_factory=ImageShape)
     whole_logits: bool = False  # see Trace
     renamed: tuple[str, ...] = ()  # linears outside experts whose adapters PEFT does not load under their own names
@@ -79,7 +80,7 @@ def skeleton_of(
         replaceable_linears(model),
         tuple(name for name, _ in model.named_modules() if name),
         no_linears | other_linears(model, by_name),
-        _in_blocks(model, no_linears),
+        *_in_blocks(model, no_linears),
         image,
         trace.whole_logits,
         tuple(renamed_by_peft(model, [spec.name for spec in specs if spec.routed_share is None])),
@@ -87,10 +88,12 @@ def skeleton_of(
     )
 
 
-def _in_blocks(model: Any, others: Mapping[str, str]) -> dict[str, int]:
-    """The parameters of the modules named, those inside blocks, by their kinds."""
-    inside, counts = tuple(f"{block}." for block in block_names(model)), Counter[str]()
-    for name, kind in others.items():
-        own = model.get_submodule(name).parameters(recurse=False)
-        counts[kind] += sum(parameter.numel() for parameter in own) if name.startswith(inside) else 0
-    return dict(+counts)
+def _in_blocks(model: Any, others: Mapping[str, str]) -> tuple[dict[str, int], dict[str, int]]:
+    """The parameters of the modules named, those inside blocks: by their kinds, and by blocks."""
+    by_kind, by_block = Counter[str](), Counter[str]()
+    for block in block_names(model):
+        for name in (name for name in others if name.startswith(f"{block}.")):
+            count = sum(parameter.numel() for parameter in model.get_submodule(name).parameters(recurse=False))
+            by_kind[others[name]] += count
+            by_block[block] += count
+    return dict(+by_kind), dict(+by_block)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from bare_runs import tiny_run
 from shared_keys import HAS_MISTRAL, MISTRAL, TRANSFORMERS
-from tiny import make_config
+from tiny import make_config, make_tokenizer, random_model
 
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.planning.holding import blocks_share, choose, plan_gradients
+from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.sizes import FLOAT
 
 HELD = {"resident": 100.0, "offloaded": 30.0, "all_offloaded": 10.0}
 GEMMA: dict[str, Any] = {
@@ -91,3 +95,22 @@ OF_4: dict[str, Any] = {"intermediate_size": 96, "global_head_dim": 16}
 def test_blocks_that_share_keys_and_values(config: Any) -> None:
     assert blocks_share(config, False)
     assert not blocks_share(make_config("llama"), False)
+
+
+@pytest.mark.usefixtures("much_memory")
+def test_experts_that_are_no_linears_are_held_and_moved_with_their_block(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "intermediate_size_mlp": 64, "head_dim": 16}
+    heads: dict[str, Any] = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Llama4TextConfig(vocab_size=300, num_local_experts=8, pad_token_id=0, **sizes, **heads)
+    model = random_model(config)
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    memory = MemoryModel(tiny_run(tmp_path, tmp_path / "model", emulator={"refinement": {"steps": 5}}))
+    blocks = [sum(FLOAT * weight.numel() for weight in block.parameters()) for block in model.model.layers]
+    outside = memory.weights - sum(blocks)
+    head = FLOAT * model.lm_head.weight.numel()
+    assert memory.held["offloaded"] == pytest.approx(outside + 2 * max(blocks), rel=0.02)
+    assert memory.moved("offloaded", 1, 1) == pytest.approx(sum(blocks), rel=0.02)
+    assert FLOAT * memory.outside == pytest.approx(outside - head, rel=0.1)
+    assert memory.calibration_parts_by_block()["weights"] == pytest.approx(outside - head + max(blocks), rel=0.02)
+    assert memory.refinement_parts()["weights"] == pytest.approx(2 * (outside - head) + max(blocks), rel=0.1)
