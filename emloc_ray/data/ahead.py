@@ -1,4 +1,4 @@
-"""Batches whose images are processed by a thread of their own while a model computes on the batch before."""
+"""What a thread of its own makes or reads while a model or a GPU computes on the piece before: batches with images, weights."""
 
 import itertools
 from collections import deque
@@ -37,6 +37,17 @@ def made_ahead(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def read_ahead(
+    pieces: Sequence[Item], read: Callable[[Item], Made], device: torch.device
+) -> Iterator[tuple[Item, Made | None]]:
+    """Yields each piece of a task for a GPU with its tensors, and reads the next one's meanwhile. A task's only piece, and all
+    that a CPU computes, come without tensors: their layers are read one by one, in less memory."""
+    if len(pieces) == 1 or device.type == "cpu":
+        yield from ((piece, None) for piece in pieces)
+        return
+    yield from zip(pieces, made_ahead(pieces, read, most=1), strict=True)
 
 
 def batches_by_length(

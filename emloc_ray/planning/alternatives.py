@@ -62,9 +62,9 @@ class Alternative:
 class Choice:
     """All alternatives within a budget, and the one to take.
 
-    What closes less than a faster one in that one's time, by fewer steps, is left out. Of what closed within :data:`_ALIKE` of
-    the largest measured share of the gap, the fastest is taken; of those within :data:`_AS_FAST` times its step, what closed
-    most. Where none was measured it is the first that fits.
+    One is left out where a faster one closes more in equal time. Of what closed within :data:`_ALIKE` of the largest measured
+    share of the gap, the fastest is taken; of those within :data:`_AS_FAST` times its step, what closed most. Where none was
+    measured it is the first that fits.
     """
 
     asked: RunConfig
@@ -145,7 +145,7 @@ def _best(measured: Sequence[tuple[Alternative, float]]) -> Alternative | None:
 
 
 def _overtakes(other: Alternative, closed_other: float, one: Alternative, closed: float) -> bool:
-    """Whether ``one`` closes less than a faster ``other`` in the time of that one's training."""
+    """Whether ``other`` is faster, and closes more than ``one`` in the steps that ``one`` has time for meanwhile."""
     if one.step_seconds <= _AS_FAST * other.step_seconds:
         return False
     return closed_other > closed * closed_by(other.step_seconds / one.step_seconds)

@@ -172,8 +172,8 @@ class MemoryModel(CalibrationMemory, FactorizationMemory):
         return self._finishing_plan_of(self.finishing_rows())
 
     def finishing_rows(self) -> int:
-        """The rows of a micro-batch of these: where the original's weights come anew for each as many of a step's as fit,
-        however few fit the emulator."""
+        """The rows of a micro-batch of these. Where the original's weights come anew for each micro-batch: as many of a step's
+        rows as fit, however few fit the emulator."""
         section = self.trained.section
         rows = section.per_device_train_batch_size
         step = rows * section.gradient_accumulation_steps

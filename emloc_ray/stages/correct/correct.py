@@ -11,6 +11,7 @@ import torch
 
 from emloc_ray.core.correction import Candidate, Method
 from emloc_ray.core.precision import exact_float32
+from emloc_ray.data.ahead import read_ahead
 from emloc_ray.io.store.node_cache import discard, existing
 from emloc_ray.modeling.adapter_files import Adapter, copy_adapter, lora_config, write_adapter
 from emloc_ray.stages.correct.adapted import see_adapted_inputs
@@ -18,7 +19,6 @@ from emloc_ray.stages.correct.job import CorrectionJob, ModuleGroup, module_grou
 from emloc_ray.stages.correct.modules import Opened, read_differences, read_modules, see_differences, write_modules
 from emloc_ray.stages.correct.scoring import Scoring, scored, selection_rows
 from emloc_ray.stages.correct.search import AUTO, best_choice
-from emloc_ray.stages.factorize.group_tensors import read_ahead
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.slots import run_slots, start_slot
 from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, run_tasks, silent

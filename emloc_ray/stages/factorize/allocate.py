@@ -19,12 +19,13 @@ from emloc_ray.core.predicted_loss import form_losses
 from emloc_ray.core.ranks import Storage, factor_parameters, possible_ranks, rank_multiple
 from emloc_ray.core.spectra import plain_gains, spectrum
 from emloc_ray.core.whitening import Whitening
+from emloc_ray.data.ahead import read_ahead
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
 from emloc_ray.io.formats.grams import GramStore, StoredGram
 from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.store.node_cache import existing, sizes
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.stages.factorize.group_tensors import GroupTensors, read_ahead, read_group
+from emloc_ray.stages.factorize.group_tensors import GroupTensors, read_group
 from emloc_ray.stages.factorize.job import group_cost
 from emloc_ray.stages.factorize.spend import FORMS, RANKS, Offer, spend
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard

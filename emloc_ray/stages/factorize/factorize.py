@@ -28,6 +28,7 @@ from emloc_ray.core.ranks import Storage
 from emloc_ray.core.rounding import rounding_energy
 from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.whitening import Whitening
+from emloc_ray.data.ahead import read_ahead
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard, write_index
 from emloc_ray.io.formats.grams import GramStore, StoredGram
@@ -38,7 +39,7 @@ from emloc_ray.modeling.emulator import write_emulator_config
 from emloc_ray.modeling.emulator_weights import linear_weight, num_elements
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.modeling.nf4 import quantization_config, quantize_nf4
-from emloc_ray.stages.factorize.group_tensors import GroupTensors, read_ahead, read_group
+from emloc_ray.stages.factorize.group_tensors import GroupTensors, read_group
 from emloc_ray.stages.factorize.job import FactorizationJob, group_cost
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
 from emloc_ray.stages.factorize.layer_reports import (

@@ -249,6 +249,8 @@ def test_the_readmes_advice_has_the_figures_of_its_tables() -> None:
     assert f"it kept {closed('budget_2.4', *everywhere)} % in those runs" in text
     refined = closed("budget_2.4_refined", "refined_more_bits"), closed("budget_1.1_refined", "refined_budgets")
     assert f"at 1.1 bits {closed('budget_1.1', *everywhere)} %, and [{' and '.join(refined)} %]" in text
+    source = closed("budget_2.4", "equal_bytes_gemma_code"), closed("budget_1.1_refined", "refined_budgets_gemma_code")
+    assert f"kept {source[0]} % at 2.4 bits, and {source[1]} % at 1.1 with refinement" in text
 
 
 def test_what_refinement_gained_on_gemma_has_the_figures_of_its_tables() -> None:

@@ -84,8 +84,10 @@ def test_rounding_alone_does_not_make_halves_differ(features: int, shift: float,
     noise = torch.rand(matrix.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     rounded = matrix * (1 + torch.finfo(dtype).eps * noise.round())
     with torch.autocast("cpu", torch.bfloat16):
-        Whitening(rounded)
-        Whitening(matrix.float() - 1e-4 * matrix.float().diagonal().mean() * torch.eye(features))
+        made = Whitening(rounded)
+        shifted = Whitening(matrix.float() - 1e-4 * matrix.float().diagonal().mean() * torch.eye(features))
+    assert made.scale == pytest.approx(float(rounded.diagonal().double().mean()))
+    assert shifted.scale == pytest.approx(float(matrix.diagonal().double().mean()), rel=1e-3)
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e30])

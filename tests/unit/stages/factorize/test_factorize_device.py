@@ -19,13 +19,14 @@ from test_allocate import allocation_job, gradients_dir, stored
 from test_factorize import gram_of, job_of
 from transformers import AutoConfig
 
+from emloc_ray.data.ahead import read_ahead
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.node_cache import mirror
 from emloc_ray.io.store.objects import Objects
 from emloc_ray.stages.factorize.allocate import allocate_ranks, group_losses, losses_of_groups
 from emloc_ray.stages.factorize.factorize import build_emulator, factorize_group, factorize_groups
-from emloc_ray.stages.factorize.group_tensors import GroupTensors, read_ahead
+from emloc_ray.stages.factorize.group_tensors import GroupTensors
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.kept_tensors import copy_rest
 from emloc_ray.stages.factorize.layer_reports import read_reports, spectra_file
