@@ -20,7 +20,7 @@ PICTURE = HERE / "frontier.svg"
 # And the names of their results.
 MODELS = {
     "SmolLM2 135M": ("frontier", "equal_bytes", "rivals", "refined_budgets", "refined_more_bits"),
-    "Gemma 3 270M": ("frontier_gemma", "refined_budgets_gemma"),
+    "Gemma 3 270M": ("frontier_gemma", "rivals_gemma", "refined_budgets_gemma"),
 }
 DATASET = "summaries"
 # What joins a kind's methods, and whether the kind is ours.

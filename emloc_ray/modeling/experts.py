@@ -62,21 +62,32 @@ class UnfusedExperts(nn.Module):
         """``hidden_states (N, H)``; each token's experts and their weights, both ``(N, k)``."""
         linears = [[self._linear(index, part) for index in range(self.num_experts)] for part in self.parts]
         if self.together and not self.reread and groupable(linears, hidden_states):
-            rows = GroupedRows(top_k_index, self.num_experts)
-            first, last = (functools.partial(grouped_linear, modules, rows=rows) for modules in linears)
-            done = self._compute(first, last, hidden_states[rows.tokens])
-            return rows.sum_by_token(done, top_k_weights).to(hidden_states.dtype)
+            parts = [functools.partial(grouped_linear, modules) for modules in linears]
+            return self.run_together(parts, hidden_states, top_k_index, top_k_weights)
         output = torch.zeros_like(hidden_states)
         self.rereading = False  # a pass that ran out of memory left it true
         for index, tokens, places, here in self._chosen(top_k_index):
             self.rows = here
             weighed = self._run(index, hidden_states[tokens]) * top_k_weights[tokens, places, None]
-            output.index_add_(0, tokens, weighed.to(output.dtype))
+            output = _AddRows.apply(output, tokens, weighed.to(output.dtype))
         self.rows, self.rereading = None, True
         for index in sorted(self.reread):
             self._run(index, hidden_states)
         self.rereading = False
         return output
+
+    def run_together(
+        self,
+        parts: Sequence[Callable[..., Tensor]],
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        """As :meth:`forward`, by ``parts``: each is the same linear of all experts, of sorted rows and :class:`GroupedRows`."""
+        rows = GroupedRows(top_k_index, self.num_experts)
+        first, last = (functools.partial(part, rows=rows) for part in parts)
+        done = self._compute(first, last, hidden_states[rows.tokens])
+        return rows.sum_by_token(done, top_k_weights).to(hidden_states.dtype)
 
     def _chosen(self, top_k_index: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """Each expert that is chosen, the tokens that chose it, at which of their k places, and the tokens on the CPU: a GPU is
@@ -111,6 +122,22 @@ class UnfusedExperts(nn.Module):
         fused: Any = self._fused
         output = last(fused._apply_gate(first(x)) if fused.has_gate else self.act_fn(first(x)))
         return output if self.post_expert_norm is None else self.post_expert_norm(output)
+
+
+class _AddRows(torch.autograd.Function):
+    """``output.index_add_(0, places, rows)``, which itself would keep the rows for the backward pass: that needs their places
+    alone."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+        ctx.mark_dirty(output)
+        ctx.save_for_backward(places)
+        return output.index_add_(0, places, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
+        [gradient], [places] = gradients, ctx.saved_tensors
+        return gradient, None, gradient.index_select(0, places)
 
 
 _TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts")

@@ -13,6 +13,7 @@ from emloc_ray.core.ranks import Storage, rank_for_ratio, rank_multiple
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter_methods import default_targets, feedforward_names, narrow_helpers
 from emloc_ray.modeling.architecture import ImageShape, LinearSpec
+from emloc_ray.modeling.block_activations import BlockActivations
 from emloc_ray.modeling.expert_adapters import order_free_tables, taken_for_experts
 from emloc_ray.modeling.experts import owner_of
 from emloc_ray.modeling.inputs import has_encoder
@@ -30,8 +31,7 @@ _FLOAT16 = 2  # bytes: a linear that takes as many a weight, or more, is not in 
 
 @dataclass(frozen=True)
 class Layout:
-    """The model's linears under a config; ``left_dense`` maps modules that its patterns name, but that are no linears of the
-    blocks, to their kinds."""
+    """The model's linears under a config."""
 
     specs: tuple[LinearSpec, ...]
     groups: tuple[tuple[LinearSpec, ...], ...]
@@ -49,12 +49,13 @@ class Layout:
     residual_ranks: dict[str, int] = field(default_factory=dict)  # of the factors beside integers that are no factors
     group_size: int = GROUP_SIZE
     replaceable: tuple[str, ...] = ()
-    left_dense: dict[str, str] = field(default_factory=dict)
+    left_dense: dict[str, str] = field(default_factory=dict)  # named by patterns, but no linear of a block; its kind
     left_in_blocks: dict[str, int] = field(default_factory=dict)  # parameters of what is no linear, by its kind
     left_by_block: dict[str, int] = field(default_factory=dict)  # the same, by blocks
     image: ImageShape = field(default_factory=ImageShape)
-    whole_logits: bool = False
-    eager: bool = False  # see Skeleton
+    whole_logits: bool = False  # this and the next: see Skeleton
+    eager: bool = False
+    activations: dict[str, BlockActivations] = field(default_factory=dict)  # by blocks
     allocation: str = "uniform"
     objective: str = "activations"
     free: tuple[str, ...] = ()  # compressed linears without a ratio of their own
@@ -227,6 +228,7 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         image=skeleton.image,
         whole_logits=skeleton.whole_logits,
         eager=skeleton.eager,
+        activations=skeleton.activations,
         free=tuple(name for name in compressed if lookup(name, config.emulator.ratios, None) is None),
         **_emulated(config, specs, compressed),
     )

@@ -136,7 +136,7 @@ class MemoryModel(CalibrationMemory, FactorizationMemory):
         saved = [block.multiple * self.saved_in_training(block) for block in self.blocks]
         inputs = sum(block.multiple * block.width for block in self.blocks) * self.itemsize
         kept, inner = (inputs, max(saved)) if again else (sum(saved), 0.0)
-        inside = tokens * (inner + self._update_per_token())
+        inside = tokens * (inner + self._passing_per_token())
         logits = self._logits(tokens, logit_copies)
         cast = [self.cast_weights(block, on_original) for block in self.blocks]
         head = HALF * self.layout.head_parameters if any(cast) else 0

@@ -15,9 +15,10 @@ from emloc_ray.core.integer_forms import BITS
 from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.attention import is_flash
+from emloc_ray.modeling.block_activations import BlockActivations, ExpertActivations
 from emloc_ray.modeling.loss import chunk_tokens
 from emloc_ray.planning.lengths import PACKED_SHARE, Lengths
-from emloc_ray.planning.machine import WITH_MODELS, gpus_compute_bfloat16
+from emloc_ray.planning.machine import WITH_MODELS, gpus_compute_bfloat16, gpus_group_products
 from emloc_ray.planning.model_files import named_dtype
 from emloc_ray.planning.sizes import FLOAT, HALF, Block, blocks_of, widest_step
 
@@ -208,15 +209,20 @@ class ModelBytes:
     def _saved(self, block: Block, itemsize: int, length: float) -> float:
         """Bytes that a block keeps of a token for its backward pass, whatever is trained.
 
-        - The residual stream in float32, at each of two norms.
+        - What norms read, in float32: the residual stream at two, where they were not watched.
         - What goes into attention and activations, and what comes out, in numbers of ``itemsize`` bytes.
         - Of eager attention in rows of that ``length`` the scores' softmax in float32, and as it is multiplied; and keys and
           values again for each head of the queries.
+        - Of experts as measured; by the share of tokens that is sent to each where they were not.
 
-        Frozen linears keep nothing; experts' linears count by the share of tokens that is sent to each.
+        Frozen linears keep nothing.
         """
-        inner = 0.0
+        watched = self._watched(block)
+        experts = watched.experts if watched else None
+        inner = experts.kept if experts else 0.0
         for group in block.groups:
+            if experts and group[0].routed_share is not None:
+                continue
             writes = len(group) == 1 and group[0].out_features == block.width
             width = group[0].in_features if writes else sum(spec.out_features for spec in group)
             inner += group[0].token_share * width
@@ -224,7 +230,8 @@ class ModelBytes:
         if self.layout.eager and not block.is_between:
             scored = self._scores_per_token(length) * (FLOAT + (itemsize if itemsize < FLOAT else 0))
             scored += self._repeated_per_token() * itemsize
-        return 2 * block.width * FLOAT + inner * itemsize + scored
+        normed = watched.normed if watched else 2 * block.width
+        return normed * FLOAT + inner * itemsize + scored
 
     def _read_by_trained(self, block: Block, trained: Collection[LinearSpec]) -> float:
         """Bytes of a token that linears in a block read whose own weights are trained: once for all that share it."""
@@ -257,11 +264,36 @@ class ModelBytes:
 
     def _forward(self, tokens: float) -> float:
         """Bytes of what lives at once inside a block that keeps nothing: the residual stream before and after attention,
-        normed too, and of its widest step the input, the outputs and one more that is made of them; or of eager attention the
-        scores, with their softmax in float32."""
-        widest = self.itemsize * max(block.multiple * widest_step(block) for block in self.blocks)
-        scores = self._scores_per_token(self.lengths.longest) * max(2 * FLOAT, FLOAT + 2 * self.itemsize)
+        normed too, and of its widest step the input, the outputs and one more that is made of them, or of experts as measured,
+        and eager attention's scores; or these with their softmax in float32."""
+        widest = self.itemsize * max(block.multiple * self._widest_step(block) for block in self.blocks)
+        numbers = self._scores_per_token(self.lengths.longest)
+        widest += self.itemsize * numbers  # which a block's own code holds to its end
+        scores = numbers * max(2 * FLOAT, FLOAT + 2 * self.itemsize)
         return tokens * max(widest, scores + 2 * self.itemsize * self.layout.hidden_size if scores else 0)
+
+    def _widest_step(self, block: Block) -> float:
+        together = self._experts_together(block)
+        return max(widest_step(block), 0.0 if together is None else 3 * block.width + together.forward)
+
+    def _experts_together(self, block: Block) -> ExpertActivations | None:
+        """What a block's experts take where a GPU may run them together; elsewhere one after another are few tokens' each."""
+        watched = self._watched(block) if self._on_gpus else None
+        return watched.experts if watched else None
+
+    def _watched(self, block: Block) -> BlockActivations | None:
+        return None if block.is_between else self.layout.activations.get(block.name)
+
+    @functools.cached_property
+    def _on_gpus(self) -> bool:
+        return any(getattr(self.config, name).gpus for name in WITH_MODELS) and gpus_group_products()
+
+    def _passing_per_token(self) -> float:
+        """Bytes of a token at once in training, beside what blocks keep."""
+        experts = (
+            block.multiple * e.backward for block in self.blocks if (e := self._experts_together(block)) is not None
+        )
+        return max(self._update_per_token(), (HALF if self.autocast else self.itemsize) * max(experts, default=0.0))
 
     def _counting(self, tokens: float) -> float:
         """A pass that adds to Grams: beside it the widest input without its padding, in float32."""

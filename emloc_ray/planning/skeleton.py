@@ -18,6 +18,7 @@ from emloc_ray.modeling.architecture import (
     trace_inputs,
     unfactorable,
 )
+from emloc_ray.modeling.block_activations import BlockActivations, watched_blocks
 from emloc_ray.modeling.block_flow import block_flow
 from emloc_ray.modeling.expert_adapters import renamed_by_peft
 from emloc_ray.modeling.nf4 import replaceable_linears
@@ -43,6 +44,7 @@ class Skeleton:
     whole_logits: bool = False  # see Trace
     renamed: tuple[str, ...] = ()  # linears outside experts whose adapters PEFT does not load under their own names
     eager: bool = False  # whether attention makes its scores whole, by no kernel
+    activations: dict[str, BlockActivations] = field(default_factory=dict)  # by blocks
 
 
 def skeleton_of(
@@ -54,7 +56,8 @@ def skeleton_of(
         next_blocks = block_flow(model_config, trust_remote_code, example).between
         by_name = {spec.name: spec for spec in (*linears, *linears_between(model, next_blocks))}
         linears = [by_name[name] for name, _ in model.named_modules() if name in by_name]  # in the model's order
-    trace = trace_inputs(model, linears, example)
+    with watched_blocks(model, block_names(model)) as activations:
+        trace = trace_inputs(model, linears, example)
     # A linear that is never called, in a block that ran, has its weight read by its owner: it stays as it is.
     if not example:
         ran = {spec.block for spec in linears if spec.name in trace.streams and spec.routed_share is None}
@@ -85,6 +88,7 @@ def skeleton_of(
         trace.whole_logits,
         tuple(renamed_by_peft(model, [spec.name for spec in specs if spec.routed_share is None])),
         model.config.get_text_config()._attn_implementation == "eager",
+        activations,
     )
 
 

@@ -1,0 +1,163 @@
+"""What a block's norms and experts take of a token, measured on the meta device: each family has its own."""
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from emloc_ray.modeling.experts import UnfusedExperts
+from emloc_ray.modeling.grouped_experts import GroupedRows
+
+_TOKENS = 512  # so many that what does not grow with them tells nothing
+
+
+@dataclass(frozen=True)
+class ExpertActivations:
+    """Numbers of the model's dtype for a token that a layer's experts read, all together, their own weights frozen.
+
+    Attributes:
+        forward: at once where nothing is kept for a backward pass.
+        kept: for a backward pass.
+        backward: at once beside what is kept, until the backward pass ends.
+    """
+
+    forward: float
+    kept: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class BlockActivations:
+    """What a block's norms and experts take of a token.
+
+    Attributes:
+        normed: numbers that its norms read, those of queries and keys too.
+        experts: what its experts take, where it has any.
+    """
+
+    normed: float
+    experts: ExpertActivations | None = None
+
+
+@contextlib.contextmanager
+def watched_blocks(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, BlockActivations]]:
+    """A dict that has what blocks take, by their names, once the model has run inside the context: on the meta device alone
+    that of experts."""
+    by_block: dict[str, BlockActivations] = {}
+    normed: dict[str, dict[nn.Module, Tensor]] = {block: {} for block in blocks}
+    experts: dict[str, ExpertActivations] = {}
+    known: dict[Any, ExpertActivations] = {}
+
+    def before_norm(block: str, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        normed[block][norm] = args[0]  # of the last pass, where there are several
+
+    def before_experts(block: str, module: Any, args: tuple[Tensor, ...]) -> None:
+        if all(tensor.is_meta for tensor in args):
+            kind = (*_sizes(module), *((tensor.shape[-1], tensor.dtype) for tensor in args))
+            if kind not in known:
+                known[kind] = _measured(module, *args)
+            experts[block] = known[kind]
+
+    handles = []
+    for block in blocks:
+        for module in model.get_submodule(block).modules():
+            if type(module).__name__.endswith("Norm"):
+                handles.append(module.register_forward_pre_hook(functools.partial(before_norm, block)))
+            elif isinstance(module, UnfusedExperts):
+                handles.append(module.register_forward_pre_hook(functools.partial(before_experts, block)))
+    try:
+        yield by_block
+    finally:
+        for handle in handles:
+            handle.remove()
+    for block, inputs in normed.items():
+        if inputs:
+            tokens = next(iter(inputs.values())).shape[:-1].numel()  # the first reads the residual stream
+            numbers = sum(tensor.numel() for tensor in inputs.values()) / tokens
+            by_block[block] = BlockActivations(numbers, experts.get(block))
+
+
+def _sizes(experts: UnfusedExperts) -> tuple[int, ...]:
+    linears: list[Any] = [experts.get_submodule(f"0.{part}") for part in experts.parts]
+    return tuple(size for linear in linears for size in (linear.in_features, linear.out_features))
+
+
+def _measured(experts: UnfusedExperts, *given: Tensor) -> ExpertActivations:
+    """Of inputs of these widths and dtypes, on frozen weights."""
+    inputs = [tensor.new_empty(_TOKENS, tensor.shape[-1]) for tensor in given]
+    hidden, chosen, weights = inputs
+    parts = [_stand_in(experts, part, hidden) for part in experts.parts]
+    before = [*inputs, *(tensor for _, tensors in parts for tensor in tensors)]
+
+    def run(*read: Tensor) -> Tensor:
+        return experts.run_together([part for part, _ in parts], *read)
+
+    with torch.no_grad(), _Held(before) as forward:
+        run(hidden, chosen, weights)
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.enable_grad(), _Held(before) as trained:
+        read, by = hidden.detach().requires_grad_(), weights.detach().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            given_back = run(read, chosen, by)
+        of_tokens = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in trained.before)
+        kept.clear()
+        torch.autograd.grad(given_back, (read, by), torch.empty_like(given_back))
+    size = _TOKENS * hidden.itemsize
+    return ExpertActivations(forward.most / size, of_tokens / size, (trained.most - of_tokens) / size)
+
+
+def _stand_in(experts: UnfusedExperts, part: str, x: Tensor) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """All experts' linear as one product of the same shapes, and its weights."""
+    linear: Any = experts.get_submodule(f"0.{part}")
+    weight, biases = (
+        x.new_empty(linear.in_features, linear.out_features),
+        x.new_empty(experts.num_experts, linear.out_features),
+    )
+
+    def run(x: Tensor, rows: GroupedRows) -> Tensor:
+        return x @ weight + biases[rows.experts] if experts.has_bias else x @ weight
+
+    return run, [weight, biases]
+
+
+class _Held(TorchDispatchMode):
+    """The most bytes at once of what is made while it is on."""
+
+    def __init__(self, before: Sequence[Tensor]) -> None:
+        """``before``: what is no part of it."""
+        super().__init__()
+        self.before = {tensor.untyped_storage()._cdata for tensor in before}
+        self.most = self._now = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        at, size = storage._cdata, storage.nbytes()
+        if at in self.before or at in self._alive or size == 0:
+            return
+        self._alive.add(at)
+        self._now += size
+        self.most = max(self.most, self._now)
+        weakref.finalize(storage, self._free, at, size)
+
+    def _free(self, at: int, size: int) -> None:
+        self._alive.discard(at)
+        self._now -= size
