@@ -278,8 +278,8 @@ class ModelBytes:
 
     def _experts_together(self, block: Block) -> ExpertActivations | None:
         """What a block's experts take where a GPU may run them together; elsewhere one after another are few tokens' each."""
-        watched = self._watched(block) if self._on_gpus else None
-        return watched.experts if watched else None
+        watched = self._watched(block)
+        return watched.experts if watched and watched.experts and self._on_gpus else None
 
     def _watched(self, block: Block) -> BlockActivations | None:
         return None if block.is_between else self.layout.activations.get(block.name)

@@ -25,6 +25,7 @@ from transformers import (
 from emloc_ray.data import token_shards, tokenizing
 from emloc_ray.modeling.architecture import ImageShape
 from emloc_ray.planning import calibration_memory as planned
+from emloc_ray.planning import machine
 from emloc_ray.planning.budget import with_settings
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.lengths import Lengths
@@ -434,3 +435,16 @@ def test_a_group_holds_its_buckets_and_scores_an_adapter_s_update(llama_7b: Prep
     rows = llama_7b.config.evaluation.batch_size
     without = MemoryModel(llama_7b, ROW).teacher_plan(rows).parts["activations"]
     assert alone.evaluation_parts()["activations"] - without == rows * 2048 * 2 * 4 * 11008
+
+
+def test_experts_that_a_gpu_runs_together_are_planned_with_all_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def activations(gpus: int, capabilities: tuple[float, ...] = ()) -> float:
+        monkeypatch.setattr(machine, "of_each_gpu", lambda what: capabilities)
+        config = MixtralConfig(vocab_size=64, hidden_size=1024, intermediate_size=3584, num_hidden_layers=2)
+        sections = {name: {"gpus_per_worker": gpus} for name in ("calibration", "finetune", "evaluation")}
+        return MemoryModel(bare(config, **sections), ROW).inference()["activations"]
+
+    # Two experts' inputs and four times their width, and what stands around them: what one expert alone takes is no part of it.
+    assert activations(1) == pytest.approx(activations(0) * (3 + 2 * (1 + 4 * 3.5)) / (3 + 1 + 4 * 3.5), rel=0.01)
+    assert activations(1, (9.0,)) == activations(1)
+    assert activations(1, (8.0,)) == activations(0)
