@@ -48,8 +48,8 @@ class BlockActivations:
 
 @contextlib.contextmanager
 def watched_blocks(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, BlockActivations]]:
-    """A dict that has what blocks take, by their names, once the model has run inside the context: on the meta device alone
-    that of experts."""
+    """Watches a model that runs inside this context. Fills the dict at its end, by the blocks' names. Experts are measured on the
+    meta device alone."""
     by_block: dict[str, BlockActivations] = {}
     normed: dict[str, dict[nn.Module, Tensor]] = {block: {} for block in blocks}
     experts: dict[str, ExpertActivations] = {}
@@ -79,7 +79,9 @@ def watched_blocks(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str
             handle.remove()
     for block, inputs in normed.items():
         if inputs:
-            tokens = next(iter(inputs.values())).shape[:-1].numel()  # the first reads the residual stream
+            tokens = min(
+                tensor.shape[:-1].numel() for tensor in inputs.values()
+            )  # a norm of each head reads as many more
             numbers = sum(tensor.numel() for tensor in inputs.values()) / tokens
             by_block[block] = BlockActivations(numbers, experts.get(block))
 
@@ -99,7 +101,7 @@ def _measured(experts: UnfusedExperts, *given: Tensor) -> ExpertActivations:
     def run(*read: Tensor) -> Tensor:
         return experts.run_together([part for part, _ in parts], *read)
 
-    with torch.no_grad(), _Held(before) as forward:
+    with torch.no_grad(), LiveBytes(before) as forward:
         run(hidden, chosen, weights)
     kept: dict[int, Tensor] = {}
 
@@ -107,7 +109,7 @@ def _measured(experts: UnfusedExperts, *given: Tensor) -> ExpertActivations:
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    with torch.enable_grad(), _Held(before) as trained:
+    with torch.enable_grad(), LiveBytes(before) as trained:
         read, by = hidden.detach().requires_grad_(), weights.detach().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             given_back = run(read, chosen, by)
@@ -132,11 +134,11 @@ def _stand_in(experts: UnfusedExperts, part: str, x: Tensor) -> tuple[Callable[.
     return run, [weight, biases]
 
 
-class _Held(TorchDispatchMode):
-    """The most bytes at once of what is made while it is on."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made while it is on: ``most`` is the most of them at once."""
 
     def __init__(self, before: Sequence[Tensor]) -> None:
-        """``before``: what is no part of it."""
+        """``before``: tensors that are not counted."""
         super().__init__()
         self.before = {tensor.untyped_storage()._cdata for tensor in before}
         self.most = self._now = 0

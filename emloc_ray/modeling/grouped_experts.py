@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 KERNELS_ON = {"cuda"}  # kinds of devices
-MAJORS = {9, 10}  # of NVIDIA's compute capabilities: those that torch's CUDA kernel is for, in bfloat16
+KERNEL_MAJORS = {9, 10}  # of NVIDIA's compute capabilities: those that torch's CUDA kernel is for, in bfloat16
 _ALIGNED = 8  # features: rows of 16 bytes, which the kernels ask for
 
 
@@ -58,7 +58,7 @@ class GroupedRows:
 def has_kernel(device: torch.device) -> bool:
     """Whether a grouped product of bfloat16 is one kernel on a CUDA device: elsewhere torch waits for the ends, once a product,
     and takes a product an expert."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in MAJORS
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in KERNEL_MAJORS
 
 
 def groupable(parts: Sequence[Sequence[nn.Module]], hidden: Tensor) -> bool:

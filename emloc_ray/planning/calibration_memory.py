@@ -232,7 +232,7 @@ class CalibrationMemory(ModelBytes):
         passing: Parts = {
             "weights": outside + original,
             **states,
-            "activations": self._forward(tokens),
+            "activations": self.forward_bytes(tokens),
         }
         fitting: Parts = {
             "weights": outside + stored,
@@ -324,6 +324,6 @@ class CalibrationMemory(ModelBytes):
             "base": BASE_BYTES,
             "weights": self.weights,
             "kv cache": tokens * self.itemsize * self._cached_per_token(),
-            "activations": self._forward(tokens),
+            "activations": self.forward_bytes(tokens),
             "logits": rows * self._vocabulary() * self.itemsize,
         }

@@ -27,7 +27,7 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.available_memory import available_bytes
 from emloc_ray.io.store.replacing import replacing
 from emloc_ray.modeling.attention import missing_package, needs_kernel
-from emloc_ray.modeling.grouped_experts import MAJORS
+from emloc_ray.modeling.grouped_experts import KERNEL_MAJORS
 from emloc_ray.planning.gpu_speeds import ask_gpus, slowest_gpu
 from emloc_ray.text import counted, size, size_up
 
@@ -215,7 +215,7 @@ def gpus_group_products() -> bool:
     """Whether a GPU of this machine runs a mixture's experts together (:func:`emloc_ray.modeling.grouped_experts.has_kernel`),
     or may, where it does not say what it is."""
     capabilities = of_each_gpu("compute_cap")
-    return not capabilities or any(int(capability) in MAJORS for capability in capabilities)
+    return not capabilities or any(int(capability) in KERNEL_MAJORS for capability in capabilities)
 
 
 def gpus_of_slow_float64() -> bool:

@@ -359,12 +359,15 @@ class MemoryModel(CalibrationMemory, FactorizationMemory):
 
     def _scoring_parts(self, rows: int, with_adapter: bool = True) -> Parts:
         tokens = rows * self.lengths.longest_scored
-        inside, logits = self._adapted_forward(tokens) if with_adapter else self._forward(tokens), self._logits(tokens)
+        inside, logits = (
+            self._adapted_forward(tokens) if with_adapter else self.forward_bytes(tokens),
+            self._logits(tokens),
+        )
         return {"activations": inside} if inside >= logits else {"logits": logits}
 
     def _adapted_forward(self, tokens: float) -> float:
         """A forward pass with an adapter, which adds to the widest output its update and that sum, in float32."""
-        return self._forward(tokens) + tokens * 2 * FLOAT * max((s.out_features for s in self.adapted), default=0)
+        return self.forward_bytes(tokens) + tokens * 2 * FLOAT * max((s.out_features for s in self.adapted), default=0)
 
     def _rows_within(self, section: str, plan_of: Callable[[int], HoldPlan], rows: int, most: int) -> int:
         """The rows of a batch of the original's. Where its weights come anew for each batch they are doubled, up to ``most``,

@@ -262,30 +262,38 @@ class ModelBytes:
         outputs = (widths[spec.block] * spec.out_features for spec in self.adapted)
         return max(outputs, default=0.0) * (4 * HALF if self.autocast is not None else self.itemsize + 3 * FLOAT)
 
-    def _forward(self, tokens: float) -> float:
-        """Bytes of what lives at once inside a block that keeps nothing: the residual stream before and after attention,
-        normed too, and of its widest step the input, the outputs and one more that is made of them, or of experts as measured,
-        and eager attention's scores; or these with their softmax in float32."""
+    def forward_bytes(self, tokens: float) -> float:
+        """Bytes of what lives at once inside a block that keeps nothing.
+
+        In its widest step these are the residual stream before and after attention, normed too, the step's input, its outputs
+        and one more that is made of them, or what experts take as measured. Eager attention takes its scores in the model's
+        dtype, in float32 and their softmax, beside the mask and what attention reads, where that is more.
+        """
         widest = self.itemsize * max(block.multiple * self._widest_step(block) for block in self.blocks)
-        numbers = self._scores_per_token(self.lengths.longest)
-        widest += self.itemsize * numbers  # which a block's own code holds to its end
-        scores = numbers * max(2 * FLOAT, FLOAT + 2 * self.itemsize)
-        return tokens * max(widest, scores + 2 * self.itemsize * self.layout.hidden_size if scores else 0)
+        if not self.layout.eager:
+            return tokens * widest
+        length = self.lengths.longest
+        scores = self._scores_per_token(length)
+        narrow = self.itemsize if self.itemsize < FLOAT else 0
+        beside = self.itemsize * (5 * self.layout.hidden_size + self._repeated_per_token() + length)
+        # Blocks' own code holds the scores until the block ends.
+        return tokens * max(widest + self.itemsize * scores, (narrow + 2 * FLOAT) * scores + beside)
 
     def _widest_step(self, block: Block) -> float:
         together = self._experts_together(block)
         return max(widest_step(block), 0.0 if together is None else 3 * block.width + together.forward)
 
     def _experts_together(self, block: Block) -> ExpertActivations | None:
-        """What a block's experts take where a GPU may run them together; elsewhere one after another are few tokens' each."""
+        """What a block's experts take together, where a GPU may run them so. None elsewhere: there they run one after another,
+        each on its own tokens alone."""
         watched = self._watched(block)
-        return watched.experts if watched and watched.experts and self._on_gpus else None
+        return watched.experts if watched and watched.experts and self._gpus_may_group else None
 
     def _watched(self, block: Block) -> BlockActivations | None:
         return None if block.is_between else self.layout.activations.get(block.name)
 
     @functools.cached_property
-    def _on_gpus(self) -> bool:
+    def _gpus_may_group(self) -> bool:
         return any(getattr(self.config, name).gpus for name in WITH_MODELS) and gpus_group_products()
 
     def _passing_per_token(self) -> float:
@@ -298,7 +306,7 @@ class ModelBytes:
     def _counting(self, tokens: float) -> float:
         """A pass that adds to Grams: beside it the widest input without its padding, in float32."""
         widest = max((group[0].in_features for group in self._groups()), default=0)
-        return self._forward(tokens) + tokens * widest * (FLOAT + (0 if self.itemsize == FLOAT else self.itemsize))
+        return self.forward_bytes(tokens) + tokens * widest * (FLOAT + (0 if self.itemsize == FLOAT else self.itemsize))
 
     def _cached_per_token(self) -> float:
         """Numbers that all layers keep of a token: its keys and values."""

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV3Config, GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import DeepseekV3Config, Exaone4Config, GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
 from emloc_ray.modeling import grouped_experts
 from emloc_ray.modeling.architecture import auto_class, block_names, empty_model, traced_inputs
-from emloc_ray.modeling.block_activations import BlockActivations, _Held, watched_blocks
+from emloc_ray.modeling.block_activations import BlockActivations, LiveBytes, watched_blocks
 from emloc_ray.modeling.experts import UnfusedExperts, experts_of, unfuse
 from emloc_ray.modeling.meta_pass import MetaPass
 
@@ -84,11 +84,16 @@ def test_experts_take_what_is_watched_on_the_meta_device(family: str, monkeypatc
     expected = next(b.experts for b in watched(CONFIGS[family]).values() if b.experts is not None)
     monkeypatch.setattr(grouped_experts, "KERNELS_ON", {"cpu"})
     experts, given = real_experts(CONFIGS[family])
-    with torch.no_grad(), _Held([*experts.parameters(), *given]) as held:
+    with torch.no_grad(), LiveBytes([*experts.parameters(), *given]) as held:
         experts(*given)
     size = TOKENS * given[0].itemsize
     assert held.most == pytest.approx(expected.forward * size, rel=0.03)
-    assert kept_by(experts, *given) == pytest.approx(expected.kept * size, rel=0.03)
+    kept = kept_by(experts, *given)
+    assert kept == pytest.approx(expected.kept * size, rel=0.03)
+    with LiveBytes([*experts.parameters(), *given]) as held:
+        done = experts(*given)
+        torch.autograd.grad(done, (given[0], given[2]), torch.ones_like(done))
+    assert held.most - kept == pytest.approx(expected.backward * size, rel=0.05)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -102,4 +107,7 @@ def test_norms_of_queries_and_keys_are_watched_too() -> None:
     llama = watched(LlamaConfig(**SIZES, intermediate_size=192))
     assert {block.normed for block in llama.values()} == {2 * 128}
     assert {block.normed for block in watched(CONFIGS["qwen3_moe"]).values()} == {2 * 128 + (4 + 2) * 32}
+    # Its first norm is that of the queries' heads.
+    exaone = watched(Exaone4Config(**SIZES, intermediate_size=192, sliding_window=64))
+    assert {block.normed for block in exaone.values()} == {2 * 128 + (4 + 2) * 32}
     assert all(block.experts is None for block in llama.values())
