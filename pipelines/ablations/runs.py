@@ -218,7 +218,7 @@ def _run_batch(
     tell: Tell,
 ) -> dict[str, str]:
     runnable = {cell.name: cell for cell in pending if cell.name not in failed}
-    tasks = tuple(_runnable(cell, pruned.get(cell.name)) for cell in runnable.values())
+    tasks = tuple(task_of(cell, pruned.get(cell.name)) for cell in runnable.values())
     if not tasks:
         return {}
 
@@ -251,7 +251,8 @@ def _changed(task: Task, **sections: dict[str, Any]) -> Task:
     return replace(task, config=RunConfig.model_validate(values))
 
 
-def _runnable(cell: Cell, pruned: Pruned | None) -> Task:
+def task_of(cell: Cell, pruned: Pruned | None) -> Task:
+    """A cell's task, on its pruned model where it has one."""
     if pruned is None:
         return cell.task
     return _changed(cell.task, model={"source": str(pruned.model_dir)}, emulator={"compression_ratio": 1.0})
@@ -344,7 +345,7 @@ def _recovered(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | 
     adapter = place.path("adapter_recovered")
     recover_adapter(place.path("adapter"), pruned.kept, adapter)
     prepared = _prepared_original(ablation, cell)
-    own = prepare(_runnable(cell, pruned).config.model_copy(update={"run_dir": run.run_dir}))
+    own = prepare(task_of(cell, pruned).config.model_copy(update={"run_dir": run.run_dir}))
     job = replace(
         evaluation_job(Context(own, pruned.model_dir)),
         model_dir=original_dir(prepared),

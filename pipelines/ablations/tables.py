@@ -158,6 +158,24 @@ def _within_inference(result: Mapping[str, Any]) -> str:
     return markdown(["", "planned, MiB", "held, MiB", "without budget, MiB", "s", "without budget, s"], lines)
 
 
+def _methods(result: Mapping[str, Any]) -> str:
+    """What each method takes, beside the share of the gap that it closes."""
+    lines = [
+        [
+            row["method"].replace("_", " "),
+            f"{row['bits_per_weight']:.2f}",
+            f"{100 * row['gap_closed']:.1f}",
+            _seconds(row["made_s"], None),
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['held_mib']:,.0f}",
+            f"{row['planned_mib']:,.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["method", "bits a weight", "gap closed, %", "made, s", "tokens/s", "training, MiB", "planned, MiB"]
+    return markdown(header, lines)
+
+
 def _shapes(result: Mapping[str, Any]) -> str:
     """The plan for the paper's models in GB, the paper's own figures in parentheses."""
 
@@ -211,6 +229,7 @@ _KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "whole_run": _whole_run,
     "peaks": _peaks,
     "within_inference": _within_inference,
+    "methods": _methods,
     "shapes": _shapes,
     "figures": _figures,
     "census": _census,

@@ -36,6 +36,9 @@ if TYPE_CHECKING:  # a node that is only asked need not import it
 LEAN_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**20),
     "MALLOC_ARENA_MAX": "2",
+    # oneDNN keeps up to 1,024 compiled products of bfloat16, one for each shape: 0.5 GiB in a training on factors of many ranks,
+    # on rows of many lengths.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # pages of 2 MiB: large blocks are cleared twice as fast
 }
 _SHARED = "put it on a file system that all nodes share under this path"
