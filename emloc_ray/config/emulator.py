@@ -79,7 +79,10 @@ class EmulatorConfig(StageConfig):
     )
     ratios: dict[str, float] = Field(default_factory=dict, description="pattern: ratio, the first match wins")
     target_modules: Patterns | None = Field(None, description="left out: every linear inside the blocks")
-    exclude_modules: Patterns | None = Field(None, description="linears that stay dense")
+    exclude_modules: Patterns | None = Field(
+        None,
+        description="linears that get no factors: stored as quantization says, by intN without a Gram; under a budget dense",
+    )
     dampening_frac: float = Field(1e-6, gt=0, lt=1, description="share of a Gram's mean diagonal that is added to it")
     quantization: Literal["none", "nf4", "int8", "int4", "int3", "int2"] = Field(
         "none", description="bits of the linears inside the blocks: nf4 as QLoRA's, intN rounded under the Grams"

@@ -35,10 +35,11 @@ def select(
         _check_each(names, targets, key, others)
         chosen = [name for name in names if matches(name, targets)]
     if exclude is not None:
-        _check_each(names, exclude, key.replace("target_modules", "exclude_modules"), others)
+        excludes = key.replace("target_modules", "exclude_modules")
+        _check_each(names, exclude, excludes, others)
         chosen = [name for name in chosen if not matches(name, exclude)]
         if not chosen:
-            raise ConfigError(f"{key}: everything it names is excluded again by {exclude!r}: exclude less.")
+            raise ConfigError(f"{excludes}: {exclude!r} leaves none of the linears that {key} names: exclude less.")
     return chosen
 
 

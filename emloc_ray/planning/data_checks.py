@@ -83,12 +83,13 @@ def check_split(
     except ArtifactError as error:  # a store that does not answer
         raise ConfigError(f"data.{name}.path: {error}") from error
     held_out = ("selection", "eval", *(["validation"] if config.finetune.validates else []))
-    others = sum(getattr(config.data, other) is None for other in held_out)  # taken out of train
+    others = [f"data.{other}" for other in held_out if getattr(config.data, other) is None]  # taken out of train
     rows = rows_taken(split, sources)
-    if name == "train" and rows <= others and not split.hub:
+    if name == "train" and rows <= len(others) and not split.hub:
         raise ConfigError(
-            f"data.train has {counted(rows, 'row')}, and {others} are held out: give more, or paths of their own to"
-            " data.selection and data.eval."
+            f"data.train has {counted(rows, 'row')}, of which {listed(others)} {'take' if len(others) > 1 else 'takes'}"
+            f" {len(others)}: give more, or {'paths of their own' if len(others) > 1 else 'a path of its own'} to"
+            f" {listed(others)}."
         )
     return sources
 

@@ -111,11 +111,17 @@ def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> Fir
 
 
 def check_first_rows(prepared: Prepared) -> None:
-    """Tokenizes the first rows of every split that is all here. Raises ConfigError where a row is bad, or none keeps a
-    completion; opens no image file."""
+    """Tokenizes the first rows of every split that is all here, once for all runs that read the same. Raises ConfigError where
+    a row is bad, or none keeps a completion; opens no image file."""
+
+    def look(split: str) -> bool:
+        first_rows(prepared, split)
+        return True
+
     for split, files in prepared.files.items():
         if not getattr(prepared.config.data, split).hub and not any(source.images for source in files):
-            first_rows(prepared, split)
+            key = prepared.source, prepared.source.looks, split, files, prepared.config.data.model_dump_json()
+            _GOOD.get(key, functools.partial(look, split))
 
 
 def sequences_a_row(prepared: Prepared, split: str = "train") -> float:
@@ -139,7 +145,7 @@ def sequences_a_row(prepared: Prepared, split: str = "train") -> float:
 
 
 # Both are asked for several times while a run is planned, in a batch of many.
-_SEQUENCES, _END = Shared[float](4096), Shared[Any](8)
+_SEQUENCES, _END, _GOOD = Shared[float](4096), Shared[Any](8), Shared[bool](4096)
 
 
 def tokenize_options(prepared: Prepared, tokenizer: Path, files: Sequence[SourceFile]) -> TokenizeOptions:

@@ -204,6 +204,14 @@ def _check_encoder_decoder(config: RunConfig) -> None:
     """A model with an encoder reads a row's prompt there."""
     if config.data.packing:
         raise ConfigError("data.packing joins rows, which a model with an encoder cannot tell apart: set it to false.")
+    if config.finetune.loss_on == "all":
+        raise ConfigError(
+            "finetune.loss_on is all, and a model with an encoder predicts the completion alone: set it to completion."
+        )
+    if config.calibration.tokens == "completion":
+        raise ConfigError(
+            "calibration.tokens is completion, and a model's encoder reads the prompt alone: set it to all."
+        )
     if config.adapter.is_prompt:
         raise ConfigError(
             f"adapter.method is {config.adapter.method}, whose virtual tokens go with decoder-only models: choose a method"

@@ -16,7 +16,7 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import worker_rows
 from emloc_ray.planning.work import block_work, steps_cost
 from emloc_ray.stages.context import Context, Inputs, Result
-from emloc_ray.stages.finetune.stage import finetune_job, learned, steps_of
+from emloc_ray.stages.finetune.stage import finetune_job, learned, steps_done, steps_of
 from emloc_ray.stages.stage import Stage, metrics_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def finishing_job(context: Context, name: str) -> FinetuneJob:
         storage_dir=context.path("finishing"),
         max_steps=config.finetune.exact_steps,
         batch_size=rows,
-        steps_before=steps_of(context),
+        steps_before=steps_done(context),
         training_arguments={**job.training_arguments, **falls, **passes},
         zero_config=None,
         stage="finish",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,6 +47,7 @@ def batch(
     from emloc_ray.runs.batch import driver
     from emloc_ray.runs.batch.tasks import read_batch
     from emloc_ray.runs.changes import check_accepted
+    from emloc_ray.runs.remarks import said_once
     from emloc_ray.ui.batch_table import BatchView, batch_table, reasons
     from emloc_ray.ui.page import PageReporter
     from emloc_ray.ui.terminal import progress_bar, quiet_libraries
@@ -69,6 +71,10 @@ def batch(
     if dry_run:
         for change in changes:
             console.print(f"[yellow]![/] {escape(change)}.", soft_wrap=True)
+        cpus = 0 if read.ray.joins else os.cpu_count() or 1  # of a Ray that is joined none are known yet
+        remarks = said_once((prepared.work.config(task) for task in read.tasks), cpus)
+        for remark in [*prepared.work.remarks(read.tasks), *remarks]:
+            console.print(escape(remark), soft_wrap=True)
         if prepared.run.store is not None:
             copied = sum(map(prepared.work.shared_bytes, read.tasks))
             console.print(

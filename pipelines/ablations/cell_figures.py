@@ -59,6 +59,10 @@ class Cells:
         inputs = [self._model(cell), config.model.dtype, cell.prune, ratio, cell.seed, by_grams]
         return fingerprint([*inputs, CODE])
 
+    def aligned_digest(self, cell: Cell) -> str:
+        """Of all that the aligning of a pruned model follows from."""
+        return fingerprint([self._aligned_on(cell), cell.config.data.max_seq_length, CODE])
+
     def _model(self, cell: Cell) -> Any:
         """The commit of a model on the hub; of another a hash of its files, each read once."""
         asked = cell.config.model

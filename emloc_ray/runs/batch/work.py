@@ -16,6 +16,7 @@ from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.batches import shrink_batches
 from emloc_ray.planning.budget import check_gpus, check_holding
+from emloc_ray.planning.first_rows import check_first_rows
 from emloc_ray.planning.machine import check_kernel, check_num_gpus
 from emloc_ray.planning.plan import Plan, StagePlan, check_stages, make_plan, missing_disk
 from emloc_ray.planning.prepared import Lookups, Prepared, Submit, prepare, start_lookups
@@ -24,11 +25,13 @@ from emloc_ray.runs.batch.begun import Begun, Tries
 from emloc_ray.runs.batch.state import TaskReporter
 from emloc_ray.runs.batch.tasks import Task
 from emloc_ray.runs.changes import changed_keys, find_changes, is_finished, unfinished
+from emloc_ray.runs.remarks import of_settings
 from emloc_ray.runs.reporter import Reporter, Reporters
 from emloc_ray.runs.versions import check_versions
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.ray.final_actor import FinalActors
 from emloc_ray.stages.ray.tasks import Resources
+from emloc_ray.stages.tokens.stage import DATA
 from emloc_ray.text import listed
 
 _WAITING = 8  # threads that wait for stores and the hub
@@ -156,6 +159,8 @@ class PipelineWork:
                 check_holding(prepared)
             plan = make_plan(STEPS, prepared)
             check_stages(plan, left)
+            if DATA.name in left:
+                check_first_rows(prepared)
             ready = self._ready[task.name] = prepared, plan, left
             tries = manifest.get("tries", {}).items()
             self._begun[task.name] = {
@@ -182,6 +187,15 @@ class PipelineWork:
                     sentences.setdefault(changes, []).append(task.name)
                     self._edited.add(task.name)
         return [f"task {listed(names)}: {sentence}" for sentence, names in sentences.items()]
+
+    def remarks(self, tasks: Sequence[Task]) -> list[str]:
+        """What the runs would remark on their settings: each sentence once, with its tasks."""
+        sentences: dict[str, list[str]] = {}
+        for task in tasks:
+            prepared, plan, _ = self._prepare(task)
+            for remark in of_settings(prepared, plan.worker_bytes):
+                sentences.setdefault(remark, []).append(task.name)
+        return [f"task {listed(names)}: {remark}" for remark, names in sentences.items()]
 
     def config(self, task: Task) -> RunConfig:
         """The task's config, with the GPUs of its workers decided."""

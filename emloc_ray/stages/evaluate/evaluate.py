@@ -248,12 +248,12 @@ def compare_texts(job: EvaluationJob, texts: dict[str, list[str]]) -> dict[str, 
         answers = {variant: texts[variant][position] for variant in job.generating}
         is_ended = row.input_ids[end - 1] == tokenizer.eos_token_id
         is_whole = is_ended or end < len(row) or len(row) < job.max_seq_length
-        if position < job.num_exact_match and is_whole and end - cut - is_ended <= job.max_new_tokens:
+        asks = position < job.num_exact_match and not row.completion_mask[0]  # a plain text has no prompt
+        if asks and is_whole and end - cut - is_ended <= job.max_new_tokens:
             asked += 1
             for variant, text in answers.items():
                 matches[variant] += text == reference
         if position < job.num_generations:
             samples.append({"prompt": prompt, "reference": reference, **answers})
-    has_prompts = count > 0 and shards.row(0).completion_mask[0] is False
-    exact = {variant: hits / asked for variant, hits in matches.items()} if asked and has_prompts else {}
+    exact = {variant: hits / asked for variant, hits in matches.items()} if asked else {}
     return {"exact_match": {**exact, "num_prompts": asked} if exact else {}, "generations": samples}

@@ -90,11 +90,15 @@ def steps_of(context: Context) -> int:
     return num_steps(training.section, _sequences(context, training))
 
 
+def steps_done(context: Context) -> int:
+    """The steps that the fine-tuning took, which may have stopped early; once it has: before, those that it is to take."""
+    return int(context.results.get("finetune", {}).get("steps", steps_of(context)))
+
+
 def trained_tokens(context: Context) -> float:
-    """Tokens that all steps of the fine-tuning read, of rows or packs of mean length: of those that it did, once it has."""
+    """Tokens that all steps of the fine-tuning read, of rows or packs of mean length."""
     training = context.prepared.finetuning
-    steps = context.results.get("finetune", {}).get("steps", steps_of(context))
-    return float(steps) * rows_a_step(training.section) * _sequence_tokens(context, training)
+    return float(steps_done(context)) * rows_a_step(training.section) * _sequence_tokens(context, training)
 
 
 def _pack_length(context: Context, training: Training) -> int | None:

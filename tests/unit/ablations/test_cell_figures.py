@@ -220,12 +220,15 @@ def test_published_cells_are_taken_where_the_inputs_are_the_same(write: Write, t
 
 def test_an_aligned_model_is_another_than_the_pruned_one_that_it_is_made_from(write: Write) -> None:
     both = [{"name": "cut", "prune": "structured"}, {"name": "aligned", "prune": "structured", "align": "prose"}]
-    ablation = read_ablation(write(methods=[{"name": "lora", RATIO: 1.0}, *both], seeds=[0], datasets=["code"]))
+    asked: dict[str, Any] = {"methods": [{"name": "lora", RATIO: 1.0}, *both], "seeds": [0], "datasets": ["code"]}
+    ablation = read_ablation(write(**asked))
     one, other = (Cells(ablation, {("code", 0): {"healing-prose": content}}) for content in "ab")
     cut, aligned = (cells_of(ablation, name)[0] for name in ("cut", "aligned"))
     assert len({one.digest(cut), one.digest(aligned), other.digest(aligned)}) == 3
     assert one.digest(cut) == other.digest(cut)
     assert one.pruned_digest(cut) == one.pruned_digest(aligned)
+    shorter = cells_of(read_ablation(write(**asked), ["data.max_seq_length=16"]), "aligned")[0]
+    assert len({one.aligned_digest(aligned), other.aligned_digest(aligned), one.aligned_digest(shorter)}) == 3
 
 
 def test_figures_of_other_code_count_as_missing(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

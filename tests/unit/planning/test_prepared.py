@@ -385,6 +385,11 @@ def test_what_an_encoder_cannot_read_is_told(refused: Callable[..., str], tmp_pa
     data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "format": "prompt_completion", "packing": True}
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 9)
     assert "data.packing joins rows" in refused(model_dir, data=data)
+    assert "finetune.loss_on is all" in refused(model_dir, data={**data, "packing": False}, finetune={"loss_on": "all"})
+    counted = {"tokens": "completion"}
+    assert "calibration.tokens is completion" in refused(
+        model_dir, data={**data, "packing": False}, calibration=counted
+    )
     data = {**data, "packing": False}
     said = refused(model_dir, data=data, finetune={"packing": True})
     assert "finetune.packing needs a model that keeps packed rows apart, and this one reads a row's prompt" in said
@@ -401,10 +406,14 @@ def test_what_transformers_takes_is_passed_whatever_we_set_ourselves(
 
 def test_a_file_that_leaves_nothing_to_train_on_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
     rows = {"path": str(write_rows(tmp_path / "two.jsonl", 2))}
-    assert "data.train has 2 rows, and 2 are held out" in refused(data={"train": rows})
+    told = "data.train has 2 rows, of which data.selection, data.eval take 2: give more"
+    assert told in refused(data={"train": rows})
     sample = {"path": str(write_rows(tmp_path / "many.jsonl", 30)), "num_samples": 2}
-    assert "data.train has 2 rows, and 2 are held out" in refused(data={"train": sample})
-    assert "held out" not in refused(
+    assert told in refused(data={"train": sample})
+    one = {"path": str(write_rows(tmp_path / "one.jsonl", 1))}
+    said = refused(data=dict.fromkeys(("train", "selection", "eval"), one), finetune={"eval_strategy": "steps"})
+    assert "of which data.validation takes 1: give more, or a path of its own to data.validation." in said
+    assert "of which" not in refused(
         data={"train": {"path": str(write_rows(tmp_path / "three.jsonl", 3))}}, adapter={"r": 9999}
     )
 

@@ -78,6 +78,8 @@ def test_the_finished_adapter_is_better_and_is_what_is_merged(run_held: Callable
 def test_it_reads_the_rows_that_come_next_at_a_lower_learning_rate(run_held: Callable[[str], PlainRun]) -> None:
     job = finishing_job(run_held("resident").context, "x")
     assert (job.steps_before, job.max_steps) == (4, STEPS)
+    stopped = dataclasses.replace(run_held("resident").context, results={"finetune": {"steps": 3}})
+    assert finishing_job(stopped, "x").steps_before == 3
     assert job.training_arguments["lr_scheduler_type"] == "linear"
     assert job.training_arguments["learning_rate"] == pytest.approx(0.3 * 2e-3)
 

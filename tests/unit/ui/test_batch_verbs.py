@@ -276,6 +276,17 @@ def test_a_dry_run_says_that_all_is_good(write: Write, tmp_path: Path, name: str
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_looks_at_first_rows_and_remarks_once_with_the_tasks(write: Write) -> None:
+    short = {"name": "short", "data.max_seq_length": 2}
+    assert "task short: data.max_seq_length 2 leaves none of the first" in refused(
+        invoke(*write(tasks=[{"name": "a"}, short]))
+    )
+    grouped = [{"name": name, "emulator.group_size": 32} for name in ("b", "c")]
+    said = invoke(*write(tasks=[{"name": "a"}, *grouped])).stdout
+    assert said.count("emulator.group_size") == 1
+    assert "task b, c: emulator.group_size" in said
+
+
 def test_a_dry_run_says_what_each_task_copies_in_a_bucket(write: Write, s3_port: int, node_cache: Path) -> None:
     def copied(count: int) -> float:
         tasks = [{"name": f"t{number}"} for number in range(count)]

@@ -242,13 +242,15 @@ def test_a_reference_that_no_completion_is_as_long_as_is_not_matched(job: Evalua
 
 
 def test_a_reference_that_was_cut_is_not_matched(job: EvaluationJob, tmp_path: Path) -> None:
-    """Of three rows of at most four tokens the first goes on, as the row did; the others end in time."""
+    """Of three rows of at most four tokens the first goes on, as the row did; the others end in time. A plain text before them
+    asks nothing."""
     tokenizer = AutoTokenizer.from_pretrained(job.model_dir)
     answers = [[20, 21, 22], [20, 21, tokenizer.eos_token_id], [20, 21]]
-    write_shard(tmp_path / shard_name(0), [Tokens([5, *ids], [False] + [True] * len(ids)) for ids in answers])
-    write_index(tmp_path, [3], {})
+    rows = [Tokens([5, *ids], [False] + [True] * len(ids)) for ids in answers]
+    write_shard(tmp_path / shard_name(0), [Tokens([20, 21, 22], [True] * 3), *rows])
+    write_index(tmp_path, [4], {})
     short = replace(job, tokens_dir=tmp_path, max_seq_length=4, max_new_tokens=32)
-    perfect = [tokenizer.decode([20, 21, 22, 23]).strip(), *[tokenizer.decode([20, 21]).strip()] * 2]
+    perfect = ["", tokenizer.decode([20, 21, 22, 23]).strip(), *[tokenizer.decode([20, 21]).strip()] * 2]
     texts = dict.fromkeys(short.generating, perfect)
     exact = dict.fromkeys(short.generating, 1.0)
     assert evaluate.compare_texts(short, texts)["exact_match"] == {**exact, "num_prompts": 2}
