@@ -97,8 +97,11 @@ def losses_by_row(
 ) -> RowLosses:
     """The summands of :func:`score_rows`, row by row in the order given; NaN and Inf are kept."""
     losses = RowLosses(torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64))
-    for numbers, batch in batches_by_length(rows, batch_size, pad_token_id, images):
-        sums, counts = row_losses(model, batch, loss_on)
+    made = [
+        (numbers, *row_losses(model, batch, loss_on))
+        for numbers, batch in batches_by_length(rows, batch_size, pad_token_id, images)
+    ]
+    for numbers, sums, counts in made:  # read last: a GPU would be waited for once a batch
         losses.sums[numbers], losses.counts[numbers] = sums.cpu().double(), counts
     return losses
 

@@ -25,11 +25,35 @@ def spend_evenly(layout: Layout, emulator: EmulatorConfig, itemsize: int) -> Lay
     Bits are those of the linears that are compressed, bytes those of the whole emulator; floats take ``itemsize`` bytes. Raises
     ConfigError where no forms meet the budget, or the linears as they are do.
     """
-    form_sizes, specs = layout.form_sizes(itemsize), [layout.by_name[name] for name in layout.compressed]
+    specs, weights = [layout.by_name[name] for name in layout.compressed], layout.parameters_targeted
+    rest = (layout.num_parameters - weights) * itemsize
+    budget, costs = _budget_and_costs(layout, emulator, itemsize, rest)
+    if budget >= weights * itemsize:
+        whole = f"{8 * itemsize} bits" if emulator.budget_bytes is None else size_up(rest + weights * itemsize)
+        raise ConfigError(
+            f"emulator.budget: {emulator.budget} holds every linear as it is, in {whole}: give less, or set compression_ratio: 1"
+            " in its place."
+        )
+    share = budget / weights
+    even = {shape: _even(costs[shape], share * math.prod(shape)) for shape in costs}
+    forms = {spec.name: even[spec.out_features, spec.in_features] for spec in specs}
+    return dataclasses.replace(layout, budget=budget, allocation="sensitivity").with_forms(forms)
+
+
+def budget_of_linears(layout: Layout, emulator: EmulatorConfig, itemsize: int, rest: int) -> int:
+    """The bytes of all compressed linears within the config's budget, where floats take ``itemsize`` bytes and all else ``rest``
+    bytes. Raises ConfigError where no forms meet it."""
+    return _budget_and_costs(layout, emulator, itemsize, rest)[0]
+
+
+_Costs = dict[tuple[int, int], dict[Form, int]]
+
+
+def _budget_and_costs(layout: Layout, emulator: EmulatorConfig, itemsize: int, rest: int) -> tuple[int, _Costs]:
+    form_sizes, weights = layout.form_sizes(itemsize), layout.parameters_targeted
+    specs = [layout.by_name[name] for name in layout.compressed]
     shapes = Counter((spec.out_features, spec.in_features) for spec in specs)
     costs = {shape: _costs(shape, form_sizes, emulator) for shape in shapes}
-    weights = layout.parameters_targeted
-    rest = (layout.num_parameters - weights) * itemsize
     budget = int((emulator.budget_bits or 0.0) * weights / 8)
     if emulator.budget_bytes is not None:
         budget = emulator.budget_bytes - rest
@@ -39,16 +63,7 @@ def spend_evenly(layout: Layout, emulator: EmulatorConfig, itemsize: int) -> Lay
         if emulator.budget_bytes is not None:
             nearest = f"{size_up(rest + least)}, of which {size_up(rest)} are no linears that are compressed"
         raise ConfigError(f"emulator.budget: {emulator.budget} is met by no ranks and bits: give at least {nearest}.")
-    if budget >= weights * itemsize:
-        whole = f"{8 * itemsize} bits" if emulator.budget_bytes is None else size_up(rest + weights * itemsize)
-        raise ConfigError(
-            f"emulator.budget: {emulator.budget} holds every linear as it is, in {whole}: give less, or set compression_ratio: 1"
-            " in its place."
-        )
-    share = budget / weights
-    even = {shape: _even(costs[shape], share * math.prod(shape)) for shape in shapes}
-    forms = {spec.name: even[spec.out_features, spec.in_features] for spec in specs}
-    return dataclasses.replace(layout, budget=budget, allocation="sensitivity").with_forms(forms)
+    return budget, costs
 
 
 def _costs(shape: tuple[int, int], form_sizes: FormSizes, emulator: EmulatorConfig) -> dict[Form, int]:

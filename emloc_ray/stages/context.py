@@ -167,7 +167,7 @@ class Context:
         return load_config(self.model_dir, trust_remote_code=self.prepared.config.model.trust_remote_code)
 
     @functools.cached_property
-    def _checkpoint(self) -> Checkpoint:
+    def checkpoint(self) -> Checkpoint:
         """The original, opened once a pass: it lies there before a stage asks for it."""
         return Checkpoint(self.model_dir)
 
@@ -181,16 +181,16 @@ class Context:
 
     def unused(self) -> frozenset[str]:
         """The tensors of the original's checkpoint that the model has no use for."""
-        return unused_tensors(self.stored(), (entry.name for entry in self._checkpoint))
+        return unused_tensors(self.stored(), (entry.name for entry in self.checkpoint))
 
     @property
     def _names(self) -> tuple[dict[str, StoredParameter], dict[str, str]]:
-        shapes = tuple((entry.name, entry.shape) for entry in self._checkpoint)
+        shapes = tuple((entry.name, entry.shape) for entry in self.checkpoint)
         return _stored_names(self.model_dir, self.prepared.config.model.trust_remote_code, shapes)
 
     def specs(self) -> tuple[LinearSpec, ...]:
         """The model's linears, with where the checkpoint holds them."""
-        return stored_specs(self.layout.specs, self.stored(), self._checkpoint)
+        return stored_specs(self.layout.specs, self.stored(), self.checkpoint)
 
     def gram_groups(self, groups: Sequence[Sequence[Any]] | None = None) -> tuple[tuple[str, ...], ...]:
         """The names of the linears that compression targets, those that read the same tensor together."""

@@ -119,6 +119,7 @@ def group_losses(
         packed = tensors_read.gradients[spec.name] if tensors_read else gradients[spec.name].packed()
         outputs = Whitening(unpack_triangle(packed.to(device)), job.gradient_dampening_frac, name=name)
         if outputs.is_identity:
+            del outputs
             continue
         weight = (tensors_read.weights[spec.name] if tensors_read else spec.read_weight(checkpoint)).to(device)
         if job.spending is not None:
@@ -128,6 +129,7 @@ def group_losses(
             gains = plain_gains if job.plain_factors else spectrum
             values = _losses_by_rank(gains(weight, whitening, outputs, name=spec.name).cpu(), forms)
         losses[spec.name] = values.cpu() / (2 * num_tokens)
+        del outputs, packed  # before those of the next linear are read
     return losses
 
 

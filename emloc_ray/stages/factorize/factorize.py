@@ -68,14 +68,15 @@ def factorize_group(
     device: torch.device | str = "cpu",
     tensors_read: GroupTensors | None = None,
     checkpoint: Checkpoint | None = None,
+    gradients: GramStore | None = None,
 ) -> None:
     """Factorizes the linears of one group under their shared Gram; writes their spectra, then their factors as one shard.
 
     Those without a rank are only put into few bits; without a Gram all are, and no error is reported. It computes on
-    ``device``; what was read ahead is taken from ``tensors_read``; ``checkpoint`` is the job's model, where it is open. Raises
-    NumericsError where a weight or the Gram holds NaN or Inf, naming the layer.
+    ``device``; what was read ahead is taken from ``tensors_read``; ``checkpoint`` and ``gradients`` are the job's, where they
+    are open. Raises NumericsError where a weight or the Gram holds NaN or Inf, naming the layer.
     """
-    group = _Group(job, specs, gram, device, tensors_read, checkpoint or Checkpoint(job.model_dir))
+    group = _Group(job, specs, gram, device, tensors_read, checkpoint or Checkpoint(job.model_dir), gradients)
     tensors: dict[str, Tensor] = {}
     spectra: dict[str, Tensor] = {}
     reports = []
@@ -116,7 +117,9 @@ class _Group:
         device: torch.device | str,
         tensors_read: GroupTensors | None,
         checkpoint: Checkpoint,
+        gradients: GramStore | None,
     ) -> None:
+        self._gradients = gradients
         self.job, self.gram, self.device, self.tensors_read = job, gram, device, tensors_read
         self.in_features, self.checkpoint = specs[0].in_features, checkpoint
 
@@ -124,7 +127,7 @@ class _Group:
     def gradients(self) -> GramStore:
         """The sums of gradients, where the job has some and they were not read ahead."""
         assert self.job.gradients_dir is not None
-        return GramStore(self.job.gradients_dir)
+        return self._gradients or GramStore(self.job.gradients_dir)
 
     @functools.cached_property
     def whitening(self) -> Whitening:
@@ -351,7 +354,7 @@ def factorize_groups(job: FactorizationJob, groups: Sequence[GroupWork], device:
         return read_group(checkpoint, specs, gram, sums)
 
     for piece, tensors_read in read_ahead(todo, read, torch.device(device)):
-        factorize_group(job, *piece, device, tensors_read, checkpoint)
+        factorize_group(job, *piece, device, tensors_read, checkpoint, gradients)
 
 
 def finish_emulator(

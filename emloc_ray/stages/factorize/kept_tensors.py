@@ -1,6 +1,6 @@
 """The tensors that an emulator keeps unchanged, streamed from the original's checkpoint to its own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +37,18 @@ def copy_rest(kept: Sequence[Kept], path: Path) -> None:
     stream_shard(path, make_header([part.entry for part in kept]), ((part.entry, part.chunks()) for part in kept))
 
 
+def left_out(checkpoint: Checkpoint, unused: Set[str], tied: Mapping[str, str]) -> set[str]:
+    """The tensors of the original that no emulator has: what the model does not use, and copies of what they are tied to."""
+    copies = (copy for copy, name in tied.items() if _are_alike(checkpoint.entry(copy), checkpoint.entry(name)))
+    return {*unused, *copies}
+
+
+def kept_bytes(checkpoint: Checkpoint, unused: Set[str], tied: Mapping[str, str]) -> int:
+    """Bytes of an emulator in which nothing is compressed."""
+    without = left_out(checkpoint, unused, tied)
+    return sum(entry.num_bytes for entry in checkpoint if entry.name not in without)
+
+
 def rest_of_shards(job: FactorizationJob) -> list[list[Kept]]:
     """What the emulator keeps, by shard of the original. Its budget counts each weight of the model once: what the model does
     not use is left out, and a copy of what it is tied to."""
@@ -49,8 +61,7 @@ def rest_of_shards(job: FactorizationJob) -> list[list[Kept]]:
     made = [spec for spec in specs if spec.name in job.ranks or spec in apart]
     taken = {rows.name for spec in made for rows in (*spec.weight_rows, spec.bias_rows)}
     taken |= {rows.name for spec in specs if spec.name in job.quantized_linears for rows in spec.weight_rows}
-    taken |= job.unused
-    taken |= {copy for copy, name in job.tied.items() if _are_alike(checkpoint.entry(copy), checkpoint.entry(name))}
+    taken |= left_out(checkpoint, job.unused, job.tied)
     kept_at: dict[str, list[Kept]] = {}
     for spec in apart:
         kept = _kept_linear(spec, checkpoint)

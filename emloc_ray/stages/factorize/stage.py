@@ -14,6 +14,7 @@ from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.modeling.stored_names import renamed_tensors
 from emloc_ray.planning.costs import StageCost
+from emloc_ray.planning.emulator_budget import budget_of_linears
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.model_bytes import file_dtype
@@ -23,6 +24,7 @@ from emloc_ray.planning.training import factor_ranks, factorize_work, healing_tr
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS, gradient_inputs
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.factorize.job import FactorizationJob
+from emloc_ray.stages.factorize.kept_tensors import kept_bytes
 from emloc_ray.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -49,16 +51,28 @@ def allocation_job(context: Context) -> AllocationJob:
         never_dense=frozenset(name for name in layout.allocated if not layout.may_be_dense(name)),
         storage=layout.storage,
         rank_multiple=emulator.rank_multiple,
-        spending=None if layout.budget is None else _spending(context, layout.budget),
+        spending=None if layout.budget is None else _spending(context),
     )
 
 
-def _spending(context: Context, budget: int) -> Spending:
+def _spending(context: Context) -> Spending:
+    """By the dtypes of the files, which a plan of a model on the hub does not know. Raises ConfigError where no forms meet the
+    budget so."""
     from emloc_ray.stages.factorize.allocate import Spending
 
-    layout = context.layout
+    layout, emulator, checkpoint = context.layout, context.prepared.config.emulator, context.checkpoint
+    compressed = set(layout.compressed)
+    sizes = {
+        spec.name: checkpoint.entry(spec.weight_rows[0].name).dtype.itemsize
+        for spec in context.specs()
+        if spec.name in compressed
+    }
+    weights = sum(layout.by_name[name].num_parameters * itemsize for name, itemsize in sizes.items())
+    rest = kept_bytes(checkpoint, context.unused(), context.tied()) - weights
+    itemsize = max(sizes.values())
+    budget = budget_of_linears(layout, emulator, itemsize, rest)
     even = {name: layout.form(layout.by_name[name]) for name in layout.allocated}
-    return Spending(budget, layout.form_sizes(file_dtype(context.prepared).itemsize), even)
+    return Spending(budget, layout.form_sizes(itemsize), even)
 
 
 def factorization_job(context: Context, layout: Layout | None = None) -> FactorizationJob:

@@ -63,7 +63,10 @@ def _rows_at_once(context: Context) -> int:
 def _inputs(context: Context) -> Inputs:
     config, rows = context.prepared.config, _rows_a_step(context.prepared)
     assert config.emulator.refines is not None
+    made = context.layout_made
+    allocated = {"ranks": made.ranks, "bits": made.bits, "residual_ranks": made.residual_ranks}
     return {
+        **(allocated if context.layout.allocated else {}),  # sums that rounded otherwise may have given others
         **({"rows": rows} if rows != CalibrationConfig().batch_size else {}),  # of a step
         "factorize": context.made["factorize"],
         "data": context.split_key("calibration"),

@@ -10,17 +10,22 @@ from typing import Any
 import pytest
 from small_runs import make_values, task_rows, write_jsonl
 from stage_artifacts import write_tokens
+from tiny import save_model
 
 from emloc_ray.config.reading import parse_config
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.calibrate.stage import calibration_job, gradient_job
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.correct.stage import correction_job
 from emloc_ray.stages.evaluate.stage import evaluation_job
+from emloc_ray.stages.factorize.allocate import Spending
 from emloc_ray.stages.factorize.stage import allocation_job, factorization_job
 from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.heal.stage import healing_job
 from emloc_ray.stages.merge.stage import merge_job
+from emloc_ray.stages.refine.stage import REFINE
 
 OPTIONS = {"dtype": "bfloat16", "attn_implementation": None, "trust_remote_code": False}
 
@@ -73,6 +78,46 @@ def test_of_the_sums_and_the_factors(context: Context) -> None:
         assert (job.dampening_frac, job.gradient_dampening_frac) == (1e-3, 0.2)
     assert allocation_job(context).rank_multiple == 4
     assert factorization_job(context).seed == 5
+
+
+def test_a_budget_is_spent_by_the_dtypes_of_the_files_that_were_imported(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A model on the hub is planned in its config's dtype; its files may be wider."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", task_rows(40))
+    wide, narrow = save_model(tmp_path / "wide"), save_model(tmp_path / "narrow", dtype="bfloat16")
+    emulator = {"compression_ratio": None, "objective": "predictions"}
+
+    def spending(budget: str) -> Spending:
+        values = make_values(tmp_path / "run", narrow, rows, emulator={**emulator, "budget": budget})
+        made = allocation_job(Context(prepare(parse_config(values)), wide)).spending
+        assert made is not None
+        return made
+
+    entries = {entry.name: entry for entry in Checkpoint(wide)}
+    inside = sum(e.num_bytes for name, e in entries.items() if "_proj" in name and name.endswith("weight"))
+    rest = sum(entry.num_bytes for entry in entries.values()) - inside
+    assert spending("3 bits").budget == 3 * inside // 32
+    assert spending(f"{rest + inside // 8}B").budget == inside // 8
+    assert spending("3 bits").form_sizes.itemsize == 4
+    with pytest.raises(ConfigError, match=r"emulator.budget: .* is met by no ranks and bits: give at least"):
+        spending(f"{rest}B")
+
+
+def test_a_refinement_is_of_the_ranks_that_data_gave(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """Another machine's sums may have given others, under the same inputs."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", task_rows(40))
+    emulator = {"allocation": "sensitivity", "refinement": {"steps": 3}}
+    prepared = prepare(parse_config(make_values(tmp_path / "run", tiny_model_dir(), rows, emulator=emulator)))
+
+    def inputs(rank: int) -> Any:
+        layers = {name: {"rank": rank, "solver": "eigh"} for name in prepared.layout.ranks}
+        context = Context(prepared, prepared.source.directory, made={"factorize": "x"})
+        context.results["factorize"] = {"layers": layers}
+        write_tokens(context.tokens("calibration"), 16, 8)
+        return REFINE.inputs(context)
+
+    assert inputs(4) == inputs(4) != inputs(5)
 
 
 def test_a_pass_opens_the_original_once(context: Context, opened: list[Path]) -> None:

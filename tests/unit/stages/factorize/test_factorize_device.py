@@ -24,6 +24,7 @@ from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.io.store.atomic import write_bytes
 from emloc_ray.io.store.node_cache import mirror
 from emloc_ray.io.store.objects import Objects
+from emloc_ray.stages.factorize import factorize
 from emloc_ray.stages.factorize.allocate import allocate_ranks, group_losses, losses_of_groups
 from emloc_ray.stages.factorize.factorize import build_emulator, factorize_group, factorize_groups
 from emloc_ray.stages.factorize.group_tensors import GroupTensors
@@ -120,15 +121,23 @@ def test_spectra_one_after_another_are_each_as_alone(
 
 
 def test_a_task_opens_the_model_once(
-    artifacts: Artifacts, gradients_dir: Path, tmp_path: Path, opened: list[Path]
+    artifacts: Artifacts, gradients_dir: Path, tmp_path: Path, opened: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = replace(job_of(artifacts), gradients_dir=gradients_dir)
+    job, stores = replace(job_of(artifacts), gradients_dir=gradients_dir), list[Path]()
+
+    def store(directory: Path) -> GramStore:
+        stores.append(directory)
+        return GramStore(directory)
+
+    monkeypatch.setattr(factorize, "GramStore", store)
     groups = [(group, gram_of(artifacts, group)) for group in artifacts.groups[:3]]
     sums = [stored(gradients_dir, [spec.name for spec in group]) for group, _ in groups]
     for count in (1, 3):
         opened.clear()
         factorize_groups(job, [(*part, tmp_path / f"{count}-{k}.safetensors") for k, part in enumerate(groups[:count])])
         assert opened == [artifacts.model_dir]
+        assert stores == [gradients_dir]
+        stores.clear()
         opened.clear()
         work = [(*part, sums[k], tmp_path / f"{count}-{k}-spectra") for k, part in enumerate(groups[:count])]
         losses_of_groups(allocation_job(artifacts, gradients_dir), work)
