@@ -69,6 +69,7 @@ def batch(
         console.print(f"[yellow]![/] {escape(remark)}", soft_wrap=True)
     changes = [] if yes else prepared.work.changes(read.tasks)
     if dry_run:
+        prepared.work.check_rows()
         for change in changes:
             console.print(f"[yellow]![/] {escape(change)}.", soft_wrap=True)
         cpus = 0 if read.ray.joins else os.cpu_count() or 1  # of a Ray that is joined none are known yet

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_device import DEVICE, ON_GPU
+from gpu_device import ASKS_CUDA, DEVICE, ON_GPU
 
 _MISSING = [name for name in ("obstore", "pyarrow", "pydantic", "ruamel") if importlib.util.find_spec(name) is None]
 pytestmark = [
@@ -74,9 +74,13 @@ print(json.dumps(plain_run(config.model_dump(mode="json", exclude_unset=True), r
 """
 
 
-def run_on(devices: str, root: Path, script: str = RUN, *arguments: str) -> dict[str, Any]:
-    """What a script prints last, which may use these GPUs: of ``RUN`` the losses of all variants, the peak of the GPU's memory,
-    and the bytes that each stage has left there."""
+def run_on(devices: str, root: Path) -> dict[str, Any]:
+    """The losses of all variants, the peak of the GPU's memory, and the bytes that each stage has left there."""
+    return printed_by(RUN, devices, root)
+
+
+def printed_by(script: str, devices: str, root: Path, *arguments: str) -> dict[str, Any]:
+    """What a script prints last, which may use these GPUs."""
     root.mkdir()
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -84,7 +88,7 @@ def run_on(devices: str, root: Path, script: str = RUN, *arguments: str) -> dict
         env=environment,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -101,10 +105,12 @@ def test_a_run_is_that_of_the_cpu(tmp_path: Path) -> None:
         assert there["losses"][variant] == pytest.approx(loss, rel=2e-2), variant
 
 
-@pytest.mark.timeout(2000)
+@ASKS_CUDA  # a CPU would take minutes to compare itself with itself
 @pytest.mark.skipif(bool(_WITHOUT_WEIGHTS), reason=f"the quickstart needs {', '.join(_WITHOUT_WEIGHTS)}")
 def test_the_quickstart_learns_what_it_learns_on_the_cpu(tmp_path: Path) -> None:
-    here, there = (run_on(gpus, tmp_path / place, REAL, str(QUICKSTART)) for gpus, place in (("", "cpu"), ("0", "gpu")))
+    here, there = (
+        printed_by(REAL, gpus, tmp_path / place, str(QUICKSTART)) for gpus, place in (("", "cpu"), ("0", "gpu"))
+    )
     assert there.keys() == here.keys()
     assert there["original"] == pytest.approx(here["original"], rel=1e-2)
     for variant in here.keys() - {"original", "emulator"}:

@@ -106,6 +106,7 @@ def run_batch(
     try:
         run.lock(tell)
         prepared.work.check_num_gpus()
+        prepared.work.check_rows()
         check_accepted([] if accept_changes is True else prepared.work.changes(batch.tasks), accept_changes)
         run.create(batch.config.model_dump(mode="json"), kind="batch")
         limits = batch.config.limits

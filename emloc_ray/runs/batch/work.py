@@ -159,8 +159,6 @@ class PipelineWork:
                 check_holding(prepared)
             plan = make_plan(STEPS, prepared)
             check_stages(plan, left)
-            if DATA.name in left:
-                check_first_rows(prepared)
             ready = self._ready[task.name] = prepared, plan, left
             tries = manifest.get("tries", {}).items()
             self._begun[task.name] = {
@@ -175,6 +173,15 @@ class PipelineWork:
             with _collected(problems, name):
                 if plan.takes_gpus(left):
                     check_num_gpus(prepared.config)
+        raise_problems(problems)
+
+    def check_rows(self) -> None:
+        """Raises ConfigError where the first rows of a task whose data are left are bad, or none keeps a completion."""
+        problems: dict[str, list[str]] = {}
+        for name, (prepared, _, left) in self._ready.items():
+            with _collected(problems, name):
+                if DATA.name in left:
+                    check_first_rows(prepared)
         raise_problems(problems)
 
     def changes(self, tasks: Sequence[Task]) -> list[str]:

@@ -249,7 +249,7 @@ def test_a_reference_that_was_cut_is_not_matched(job: EvaluationJob, tmp_path: P
     rows = [Tokens([5, *ids], [False] + [True] * len(ids)) for ids in answers]
     write_shard(tmp_path / shard_name(0), [Tokens([20, 21, 22], [True] * 3), *rows])
     write_index(tmp_path, [4], {})
-    short = replace(job, tokens_dir=tmp_path, max_seq_length=4, max_new_tokens=32)
+    short = replace(job, tokens_dir=tmp_path, max_seq_length=4, max_new_tokens=32, num_exact_match=4)
     perfect = ["", tokenizer.decode([20, 21, 22, 23]).strip(), *[tokenizer.decode([20, 21]).strip()] * 2]
     texts = dict.fromkeys(short.generating, perfect)
     exact = dict.fromkeys(short.generating, 1.0)
