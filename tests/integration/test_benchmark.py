@@ -238,7 +238,7 @@ def test_methods(publish: Callable[[str], Any], tmp_path: Path, monkeypatch: pyt
     assert [row["method"] for row in published["rows"]] == ["lora", "int2", "pruned_half_nf4"]
     assert lora["made_s"] is None
     assert two["made_s"] > 0
-    assert pruned["bits_per_weight"] < two["bits_per_weight"] < lora["bits_per_weight"]
+    assert max(two["bits_per_weight"], pruned["bits_per_weight"]) < lora["bits_per_weight"]
     assert all(row["tokens_per_s"] > 0 and row["held_mib"] > 0 for row in published["rows"])
     assert [line["baseline"] for line in found.values()] == [lora["held_mib"]] * 2
     assert sum(len(names) - 1 for names in methods.METHODS.values()) == len(found)
