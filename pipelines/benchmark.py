@@ -22,7 +22,7 @@
 ``training``       a fine-tuning stage of one step, against one in a Ray Train group of its own
 ``stored``         ``--tasks`` short tasks with all their stages on an S3 server (moto's); not among ``all``
 ``quickstart``     the quickstart and the same run at ratio 1.0: wall time, peak memory, gain, gap closed
-``methods``        each method of the frontier and its rivals alone: making the emulator, a step and the peak of training on it
+``methods``        each method of the frontier and its rivals alone: making its emulator, tokens a second and peak of training
 ``within``         configs/low_rank.yaml's stages by the default budget, and without: peaks against inference of the original
 ``gpu``            8B and 70B shapes of random weights on one GPU, in ``--minutes``; not among ``all``, needs no Ray
 """

@@ -81,7 +81,7 @@ class EmulatorConfig(StageConfig):
     target_modules: Patterns | None = Field(None, description="left out: every linear inside the blocks")
     exclude_modules: Patterns | None = Field(
         None,
-        description="linears that get no factors: stored as quantization says, by intN without a Gram; under a budget dense",
+        description="linears that get no factors: stored as quantization says, by intN to the nearest; under a budget dense",
     )
     dampening_frac: float = Field(1e-6, gt=0, lt=1, description="share of a Gram's mean diagonal that is added to it")
     quantization: Literal["none", "nf4", "int8", "int4", "int3", "int2"] = Field(

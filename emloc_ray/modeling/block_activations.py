@@ -79,9 +79,8 @@ def watched_blocks(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str
             handle.remove()
     for block, inputs in normed.items():
         if inputs:
-            tokens = min(
-                tensor.shape[:-1].numel() for tensor in inputs.values()
-            )  # a norm of each head reads as many more
+            # A norm of each head reads as many times more rows as there are heads.
+            tokens = min(tensor.shape[:-1].numel() for tensor in inputs.values())
             numbers = sum(tensor.numel() for tensor in inputs.values()) / tokens
             by_block[block] = BlockActivations(numbers, experts.get(block))
 

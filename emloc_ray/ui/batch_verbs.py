@@ -20,8 +20,11 @@ from emloc_ray.text import counted, duration, size
 from emloc_ray.ui.shell import AcceptVersions, Overrides, Yes, agrees, console, flag, guarded, sentence
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from emloc_ray.io.runs.cache import ArtifactCache
     from emloc_ray.io.runs.directory import RunDirectory
+    from emloc_ray.runs.batch.driver import PreparedBatch
     from emloc_ray.runs.batch.state import BatchState
 
 BatchPath = Annotated[Path, typer.Argument(metavar="BATCH", help="A YAML file that names a base config and tasks.")]
@@ -47,7 +50,6 @@ def batch(
     from emloc_ray.runs.batch import driver
     from emloc_ray.runs.batch.tasks import read_batch
     from emloc_ray.runs.changes import check_accepted
-    from emloc_ray.runs.remarks import said_once
     from emloc_ray.ui.batch_table import BatchView, batch_table, reasons
     from emloc_ray.ui.page import PageReporter
     from emloc_ray.ui.terminal import progress_bar, quiet_libraries
@@ -69,21 +71,7 @@ def batch(
         console.print(f"[yellow]![/] {escape(remark)}", soft_wrap=True)
     changes = [] if yes else prepared.work.changes(read.tasks)
     if dry_run:
-        prepared.work.check_rows()
-        for change in changes:
-            console.print(f"[yellow]![/] {escape(change)}.", soft_wrap=True)
-        cpus = 0 if read.ray.joins else os.cpu_count() or 1  # of a Ray that is joined none are known yet
-        remarks = said_once((prepared.work.config(task) for task in read.tasks), cpus)
-        for remark in [*prepared.work.remarks(read.tasks), *remarks]:
-            console.print(escape(remark), soft_wrap=True)
-        if prepared.run.store is not None:
-            copied = sum(map(prepared.work.shared_bytes, read.tasks))
-            console.print(
-                f"A store has no links: each task gets its own copy of what tasks share, {size(copied)} in all;"
-                " calibration.keep: none deletes a task's Grams once its adapter is corrected.",
-                soft_wrap=True,
-            )
-        console.print("The batch is valid; nothing was started.")
+        _say_all(prepared, changes)
         return
     check_accepted(changes, functools.partial(agrees, console))
     with BatchView(console) as view:
@@ -99,6 +87,28 @@ def batch(
     if problems:
         raise StageError("\n".join(problems))
     console.print(f"Results in {place}: summary.parquet, report.html, tasks/", soft_wrap=True, markup=False)
+
+
+def _say_all(prepared: PreparedBatch, changes: Sequence[str]) -> None:
+    """What a dry run says of a batch whose tasks are checked: what would change, and every remark. Raises ConfigError where the
+    first rows of a task are bad."""
+    from emloc_ray.runs.remarks import said_once
+
+    work, tasks = prepared.work, prepared.batch.tasks
+    work.check_rows()
+    for change in changes:
+        console.print(f"[yellow]![/] {escape(change)}.", soft_wrap=True)
+    cpus = 0 if prepared.batch.ray.joins else os.cpu_count() or 1  # of a Ray that is joined none are known yet
+    for remark in (*work.remarks(tasks), *said_once(map(work.config, tasks), cpus)):
+        console.print(escape(remark), soft_wrap=True)
+    if prepared.run.store is not None:
+        copied = sum(map(work.shared_bytes, tasks))
+        console.print(
+            f"A store has no links: each task gets its own copy of what tasks share, {size(copied)} in all;"
+            " calibration.keep: none deletes a task's Grams once its adapter is corrected.",
+            soft_wrap=True,
+        )
+    console.print("The batch is valid; nothing was started.")
 
 
 def _write_results(run: RunDirectory, state: BatchState) -> list[str]:

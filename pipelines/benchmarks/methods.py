@@ -10,11 +10,13 @@ from typing import Any
 
 import frontier
 from ablations import runs
+from ablations.cell_figures import Cells
 from ablations.cells import Ablation, Cell, read_ablation
 
 import emloc_ray
 from benchmarks.figures import THREADS, Figures, figure, write_result
 from emloc_ray.config.schema import RunConfig
+from emloc_ray.errors import StageError
 
 MIB = 2**20
 GRIDS = Path(__file__).parents[2] / "configs" / "ablations"
@@ -72,16 +74,15 @@ def _of_grid(out: Path, grid: str, names: tuple[str, ...]) -> Iterator[tuple[str
     for cell in ablation.cells:
         is_new = cell.method != "lora" or grid == next(iter(METHODS))
         if is_new:
-            print(f"{cell.method}", flush=True)
+            print(cell.method, flush=True)
             yield cell.method, _measured(ablation, cells, cell)
 
 
-def _measured(ablation: Ablation, cells: Any, cell: Cell) -> dict[str, Any]:
-    pruned = (
-        next((pruned for _, pruned in runs.pruned_models(ablation, cells, [cell], {}, print)), None)
-        if cell.prune
-        else None
-    )
+def _measured(ablation: Ablation, cells: Cells, cell: Cell) -> dict[str, Any]:
+    failed: dict[str, str] = {}
+    pruned = dict(runs.pruned_models(ablation, cells, [cell] if cell.prune else [], failed, print)).get(cell.name)
+    if failed:
+        raise StageError(failed[cell.name])
     config: RunConfig = runs.task_of(cell, pruned).config
     metrics = emloc_ray.run(config, until="finetune", fresh=True, accept_changes=True)
     stages, made = metrics["stages"], cell.compresses or pruned is not None

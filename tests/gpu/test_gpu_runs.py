@@ -113,10 +113,8 @@ def test_the_quickstart_learns_what_it_learns_on_the_cpu(tmp_path: Path) -> None
     )
     assert there.keys() == here.keys()
     assert there["original"] == pytest.approx(here["original"], rel=1e-2)
-    for variant in here.keys() - {"original", "emulator"}:
-        assert there[variant] == pytest.approx(here[variant], abs=0.15), (
-            variant
-        )  # nats, of 10 to learn; in bfloat16 there
+    for variant in here.keys() - {"original", "emulator"}:  # in nats: ten are to learn, in bfloat16 there
+        assert there[variant] == pytest.approx(here[variant], abs=0.15), variant
         assert there[variant] < 1
 
 

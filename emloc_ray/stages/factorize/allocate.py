@@ -110,17 +110,15 @@ def group_losses(
     if num_tokens > 0:  # else an expert's identity that was sent too few, as it is to be cut by a plain SVD
         packed = gram.packed() if tensors_read is None or tensors_read.gram is None else tensors_read.gram
         whitening = Whitening(unpack_triangle(packed.to(device)), job.dampening_frac, name=specs[0].name)
-    for spec in specs:
+
+    def of_linear(spec: LinearSpec, whitening: Whitening) -> Tensor | None:
+        """None where no gradient reached it. Its sum of gradients is let go of before that of the next is read."""
         forms = job.forms(spec)
-        losses[spec.name] = torch.zeros(len(forms), dtype=torch.float64)
-        if whitening is None:
-            continue
         name = f"the gradients of what {spec.name} gives"
         packed = tensors_read.gradients[spec.name] if tensors_read else gradients[spec.name].packed()
         outputs = Whitening(unpack_triangle(packed.to(device)), job.gradient_dampening_frac, name=name)
         if outputs.is_identity:
-            del outputs
-            continue
+            return None
         weight = (tensors_read.weights[spec.name] if tensors_read else spec.read_weight(checkpoint)).to(device)
         if job.spending is not None:
             size, plain = job.spending.form_sizes.group_size, job.plain_factors
@@ -128,8 +126,11 @@ def group_losses(
         else:
             gains = plain_gains if job.plain_factors else spectrum
             values = _losses_by_rank(gains(weight, whitening, outputs, name=spec.name).cpu(), forms)
-        losses[spec.name] = values.cpu() / (2 * num_tokens)
-        del outputs, packed  # before those of the next linear are read
+        return values.cpu() / (2 * num_tokens)
+
+    for spec in specs:
+        made = None if whitening is None else of_linear(spec, whitening)
+        losses[spec.name] = torch.zeros(len(job.forms(spec)), dtype=torch.float64) if made is None else made
     return losses
 
 

@@ -56,8 +56,8 @@ def allocation_job(context: Context) -> AllocationJob:
 
 
 def _spending(context: Context) -> Spending:
-    """By the dtypes of the files, which a plan of a model on the hub does not know. Raises ConfigError where no forms meet the
-    budget so."""
+    """What there is to spend by the dtypes of the files, which a plan of a model on the hub does not know. Raises ConfigError
+    where no forms meet the budget."""
     from emloc_ray.stages.factorize.allocate import Spending
 
     layout, emulator, checkpoint = context.layout, context.prepared.config.emulator, context.checkpoint
