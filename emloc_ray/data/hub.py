@@ -1,13 +1,14 @@
 """Writes a data set of the hub as one Parquet file, in a process that never imports Ray: ``datasets`` makes Python values of
 some files before we can check them (an image folder's ``metadata.parquet``), which Ray Data's registered type would unpickle."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ _WRONG_NAME = "fix its name, its subset (hf:NAME@SUBSET) or its split"
 _NO_NETWORK = "check the network, and HF_HUB_OFFLINE and HF_ENDPOINT in the environment, or name files that are here"
 LOOK_S, SILENT_S = 1.0, 1800.0  # between two looks; for which nothing may come
 _ROWS_PER_GROUP = 64  # of rows with images
+# Of this process: each imports datasets, and writes all rows beside their copy.
+_LOADING = threading.BoundedSemaphore(2)
 _REFUSED = 3  # the exit code for a whole sentence of ours on stdout
 # Python puts the working directory first, whose datasets.py or random.py would run in the library's place.
 _RUN = "import sys; sys.path = [place for place in sys.path if place]; from emloc_ray.data.hub import main; main()"
@@ -34,11 +37,12 @@ def download(
     place: str, split: str, path: Path, first: int | None = None, look: Callable[[], None] = lambda: None
 ) -> None:
     """Writes the rows of ``hf:NAME[@SUBSET][:SPLIT]`` (also of a local folder that ``datasets`` reads) to ``path``; with
-    ``first`` only so many, of the whole split, which are then all that is fetched. ``look`` is called every second, and may
-    raise. Raises DataError where it cannot be loaded, where nothing comes for half an hour, or where a column has an extension
-    type."""
+    ``first`` only so many, of the whole split, which are then all that is fetched. Two are loaded at a time. ``look`` is called
+    every second, and may raise. Raises DataError where it cannot be loaded, where nothing comes for half an hour, or where a
+    column has an extension type."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
+        _turn(look),
         tempfile.TemporaryDirectory(dir=path.parent, prefix=".hub.", suffix=".tmp") as folder,
         tempfile.TemporaryFile("w+") as said,
     ):
@@ -63,6 +67,17 @@ def download(
             raise DataError(detail)
         with rows.open("rb") as written, atomic_file(path) as file:
             shutil.copyfileobj(written, file)
+
+
+@contextlib.contextmanager
+def _turn(look: Callable[[], None]) -> Iterator[None]:
+    """Waits until one of the processes that load at once has ended."""
+    while not _LOADING.acquire(timeout=LOOK_S):
+        look()
+    try:
+        yield
+    finally:
+        _LOADING.release()
 
 
 def _watched(loading: subprocess.Popen[bytes], look: Callable[[], None]) -> int | None:

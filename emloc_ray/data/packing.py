@@ -1,8 +1,8 @@
 """Rows joined into sequences of a fixed length that do not see each other: each is padded less than a row is."""
 
-import functools
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards
-from emloc_ray.io.runs.fingerprint import Looks, looks_in
+from emloc_ray.io.runs.fingerprint import looks_in
+from emloc_ray.io.store.shared import Shared
+
+_CHUNK = 65536  # rows that are Python numbers at once
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,7 @@ def pack_rows(lengths: Sequence[int] | NDArray[np.int64], limit: int) -> Packs:
     pack_of = np.empty(len(counts), dtype=np.int64)
     with_space: dict[int, list[int]] = {}  # packs by the space that they have left
     spaces, num_packs = 0, 0  # bit s of spaces: there is a pack with space s
-    for row in order.tolist():
-        length = int(counts[row])
+    for row, length in _pairs(order, counts):
         if fitting := spaces >> length:
             space = length + (fitting & -fitting).bit_length() - 1
             pack = with_space[space].pop()
@@ -54,19 +56,34 @@ def pack_rows(lengths: Sequence[int] | NDArray[np.int64], limit: int) -> Packs:
     return Packs(grouped, np.concatenate([[0], np.cumsum(np.bincount(pack_of, minlength=num_packs))]).astype(np.int64))
 
 
+def _pairs(order: NDArray[np.int64], counts: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Rows in their order with their tokens."""
+    for start in range(0, len(order), _CHUNK):
+        rows = order[start : start + _CHUNK]
+        yield from zip(rows.tolist(), counts[rows].tolist(), strict=True)
+
+
 def packs_of(tokens_dir: Path, limit: int) -> Packs:
-    """The packs of a split's rows, which follow from their lengths; made once a process."""
-    return _packs_of(str(tokens_dir), limit, json.dumps(TokenShards(tokens_dir).index), looks_in(tokens_dir))
-
-
-@functools.lru_cache(maxsize=4)
-def _packs_of(tokens_dir: str, limit: int, index: str, looks: Looks) -> Packs:
-    return pack_rows(TokenShards(tokens_dir).lengths(), limit)
+    """The packs of a split's rows; made once for all tasks of a process whose rows are as long."""
+    shards = TokenShards(tokens_dir)
+    return _PACKS.get((_lengths_key(shards), limit), lambda: pack_rows(shards.lengths(), limit))
 
 
 def num_sequences(tokens_dir: Path, limit: int | None) -> int:
     """The rows of a split, or the packs of at most ``limit`` tokens that they make."""
-    return len(TokenShards(tokens_dir)) if limit is None else len(packs_of(tokens_dir, limit))
+    shards = TokenShards(tokens_dir)
+    if limit is None:
+        return len(shards)
+    return _COUNTS.get((_lengths_key(shards), limit), lambda: len(packs_of(tokens_dir, limit)))
+
+
+def _lengths_key(shards: TokenShards) -> str:
+    """A hash of the rows' lengths, read once for the same files: a task's place and the times of its files are its own."""
+    looks = str(shards.directory), json.dumps(shards.index), looks_in(shards.directory)
+    return _KEYS.get(looks, lambda: hashlib.sha256(shards.lengths().tobytes()).hexdigest())
+
+
+_PACKS, _COUNTS, _KEYS = Shared[Packs](4), Shared[int](4096), Shared[str](4096)
 
 
 def join(rows: Sequence[Tokens]) -> Tokens:

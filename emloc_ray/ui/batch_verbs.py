@@ -67,7 +67,7 @@ def batch(
         f" if nothing is shared or done yet; in {escape(place)}",
         soft_wrap=True,
     )
-    if remark := driver.lacking_disk(prepared):
+    for remark in filter(None, (driver.lacking_disk(prepared), driver.lacking_cache(prepared))):
         console.print(f"[yellow]![/] {escape(remark)}", soft_wrap=True)
     changes = [] if yes else prepared.work.changes(read.tasks)
     if dry_run:

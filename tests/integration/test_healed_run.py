@@ -239,7 +239,7 @@ def test_on_an_object_store_it_is_the_same(
     assert not store.versions("healing")
     shutil.rmtree(node_cache)  # what is not in the store is gone
     fetch(RunDirectory(place).existing(), tmp_path / "run", ["emulator_healed"])
-    # Calibrated anew: its workers may have shared the rows otherwise, so that sums round otherwise, and Adam's first steps with them.
+    # It was calibrated anew: its workers may have shared the rows otherwise, so that sums round otherwise, and steps with them.
     same_tensors(tmp_path / "run" / "emulator_healed", healed_run.root / "emulator_healed", 1e-4)
 
 

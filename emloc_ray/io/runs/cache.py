@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from emloc_ray.errors import ArtifactError, DamagedArtifactError, EmlocError, NumericsError, Stopped
+from emloc_ray.errors import ArtifactError, DamagedArtifactError, DataError, EmlocError, NumericsError, Stopped
 from emloc_ray.io.runs.cache_place import FORMAT, CachePlace, turn_of
 from emloc_ray.io.store.digests import digest_of
 from emloc_ray.io.store.node_cache import ListedFiles, discard, open_newest, origin, sizes
@@ -74,7 +74,7 @@ class ArtifactCache:
         self.place = self._at.name
         self._swept_at = self._weighed_at = -math.inf  # by the monotonic clock
         self._links = threading.Semaphore(_MAX_LINKS)
-        self._failures: dict[str, str] = {}  # by key
+        self._failures: dict[str, tuple[type[EmlocError], str]] = {}  # by key
         self._held = math.inf  # bytes at most, but for what other processes have added since it was weighed
 
     @property
@@ -140,14 +140,15 @@ class ArtifactCache:
 
     @contextlib.contextmanager
     def making(self, key: str, run: str) -> Iterator[None]:
-        """For the work of a ``run`` on the artifact of a key, in its turn. A NumericsError follows from the key alone: once one
-        was raised in such a block, all others of this process raise it at once, with that run's name."""
+        """For the work of a ``run`` on the artifact of a key, in its turn. A NumericsError or DataError follows from the key
+        alone: once one was raised in such a block, all others of this process raise it at once, with that run's name."""
         if key in self._failures:
-            raise NumericsError(self._failures[key])
+            kind, reason = self._failures[key]
+            raise kind(reason)
         try:
             yield
-        except NumericsError as error:
-            self._failures[key] = f"As in run {run}: {error}"
+        except (NumericsError, DataError) as error:
+            self._failures[key] = type(error), f"As in run {run}: {error}"
             raise
 
     @contextlib.contextmanager

@@ -114,13 +114,20 @@ def _is_of(copy: IO[bytes], status: os.stat_result, version: str) -> bool:
 
 
 def check_owner(cache: Path) -> None:
-    """Makes the folder of this node's copies, for this user alone; raises ConfigError where another could write there."""
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Makes the folder of this node's copies, for this user alone; raises ConfigError where it cannot be made, or another could
+    write there."""
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{cache}, for this node's copies of an object store, cannot be made ({error.strerror}): where the command is"
+            " given, let EMLOC_RAY_CACHE name a place that every node has."
+        ) from error
     status = cache.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise ConfigError(
             f"{cache}, for this node's copies of an object store, is not this user's alone: remove it, or let"
-            " EMLOC_RAY_CACHE name another place."
+            " EMLOC_RAY_CACHE name another place where the command is given."
         )
     if status.st_mode & 0o077:
         cache.chmod(0o700)

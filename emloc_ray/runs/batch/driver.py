@@ -23,7 +23,7 @@ from emloc_ray.runs.changes import Accept, check_accepted
 from emloc_ray.runs.gauges import BatchGauges
 from emloc_ray.runs.remarks import said_once
 from emloc_ray.runs.reporter import Reporter
-from emloc_ray.stages.ray.nodes import grown_cluster, unseen_gpus, worker_problems
+from emloc_ray.stages.ray.nodes import grown_cluster, has_unknown_autoscaler, unseen_gpus, worker_problems
 from emloc_ray.stages.ray.session import check_nodes, connection, gpus_within_reach, smallest_gpu_bytes, total
 from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.text import size, size_up
@@ -88,6 +88,17 @@ def lacking_disk(prepared: PreparedBatch) -> str | None:
     )
 
 
+def lacking_cache(prepared: PreparedBatch) -> str | None:
+    """A remark where a task alone makes more to share than the cache may hold: each artifact would drive out the one before."""
+    cache, shared = prepared.work.cache, map(prepared.work.shared_bytes, prepared.batch.tasks)
+    if cache is None or cache.max_bytes is None or (needed := max(shared, default=0)) <= cache.max_bytes:
+        return None
+    return (
+        f"cache.max_size {size(cache.max_bytes)} is less than the {size_up(needed)} that one task shares with others: what it"
+        " puts there first would be removed before others take it, and made again. Raise it, or leave it out."
+    )
+
+
 def run_batch(
     prepared: PreparedBatch,
     show: Show = lambda state: None,
@@ -146,8 +157,8 @@ def check_fit(prepared: PreparedBatch) -> None:
 
 def cluster_capacity(limits: LimitsConfig) -> Amount:
     """The batch's ``limits`` of CPUs, GPUs and memory; without a limit the cluster's, with all that an autoscaler may
-    add."""
-    whole = _amount(grown_cluster())
+    add: twice what is up where it does not say, so that stages wait in Ray, for which it adds nodes."""
+    whole = _amount(grown_cluster()) * (2 if has_unknown_autoscaler() else 1)
     return Amount(
         whole.cpus if limits.cpus is None else limits.cpus,
         whole.gpus if limits.gpus is None else limits.gpus,

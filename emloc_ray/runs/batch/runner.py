@@ -111,6 +111,8 @@ class BatchRun:
     def _start_tasks(self) -> None:
         capacity = self.capacity()
         self.admission.update(capacity)
+        if self._failing:  # a disk or a store that fails the batch would fail every task that begins now
+            return
         running = [*self._running]
         busy = sum(self.max_concurrent is not None or self.board[name].waits_for != "another" for name in running)
         free = min(concurrency(self.max_concurrent, capacity) - busy, MAX_CONCURRENT - len(running))

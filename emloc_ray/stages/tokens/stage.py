@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.hub_splits import content_of_folders
 from emloc_ray.data.source_versions import check_stored, fingerprint_sources
+from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.token_shards import TOKEN_BYTES
+from emloc_ray.data.units import is_small
 from emloc_ray.errors import DataError
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.planning.costs import StageCost
@@ -86,12 +88,20 @@ def _tokenize(context: Context, inputs: Inputs, granted: Resources, progress: Pr
     return {**made, "formats": _formats(prepared)}
 
 
+def _num_workers(prepared: Prepared) -> int:
+    """One where a single process reads all rows; else the calibration's."""
+    splits = [getattr(prepared.config.data, name) for name in splits_of(prepared.config)]
+    comes = any(split.hub for split in splits if split is not None)  # from the hub, nobody knows how much
+    small = not comes and is_small(RowSelection.all_rows(files) for files in prepared.files.values())
+    return 1 if small else prepared.config.calibration.num_workers
+
+
 def _cost(memory: MemoryModel) -> StageCost:
     tokens, images = tokens_stored(memory.prepared)
     return StageCost(
         memory.tokenization_parts(),
         disk_bytes=int(TOKEN_BYTES * tokens + images),
-        start_seconds=5 + tokens / _TOKENS_A_SECOND / memory.config.calibration.num_workers,
+        start_seconds=5 + tokens / _TOKENS_A_SECOND / _num_workers(memory.prepared),
     )
 
 
@@ -141,9 +151,9 @@ DATA = Stage(
     name="data",
     title="Making token shards",
     verb="calibrate",
-    workers=lambda config: config.calibration.model_copy(
-        update={"num_workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0.0}
-    ),
+    workers=lambda config: config.calibration.model_copy(update={"cpus_per_worker": 1, "gpus_per_worker": 0.0}),
+    working=_num_workers,
+    divisible=True,
     inputs=lambda context: {"model": context.model_key, **split_inputs(context.prepared)},
     outputs=("data/tokens",),
     run=_tokenize,

@@ -43,8 +43,8 @@ def tokenize_data(
 ) -> dict[str, Any]:
     """Makes or finds the rows, splits them and writes ``out_dir/tokens/SPLIT``; returns the counts of each split. Shards that a
     killed run of the same ``inputs`` and rows finished are kept; with ``inputs`` left out, none are. Raises DataError, naming
-    file, row and field of the first bad row. ``resources``: the memory of each of the calibration's workers, and the seconds
-    that are planned."""
+    file, row and field of the first bad row. ``resources``: the workers, the memory of each, and the seconds that are
+    planned."""
     config = prepared.config
     sources = split_sources(prepared, out_dir, progress)
     local = [Path(source.path) for files in sources.values() for source in files if not source.is_stored]
@@ -66,14 +66,14 @@ def tokenize_data(
             options,
             out_dir / "tokens",
             rows_per_shard=sizes,
-            num_workers=config.calibration.num_workers,
+            num_workers=resources.num_workers,
             progress=watched(progress, resources.planned_s),
             memory=resources.memory_per_worker,
         ),
         losses,
         lambda: first_unwritten(splits, out_dir / "tokens", sizes),
     )
-    return {"splits": counts, "num_workers": config.calibration.num_workers}
+    return {"splits": counts, "num_workers": resources.num_workers}
 
 
 def watched(progress: Progress, planned_s: float) -> Progress:
@@ -128,12 +128,13 @@ def rows_of_splits(
     num_tokens = config.calibration.num_calibration_tokens
     if num_tokens is not None:
         seed = config.seed + CALIBRATION_SEED
-        workers = config.calibration.num_workers
 
         def lengths(part: RowSelection) -> NDArray[np.int64]:
             # Counting tokens makes nothing of what the stage's bar counts.
             look = watched(lambda done, total: progress(0, 1), resources.planned_s)
-            return row_lengths(part, options, workers, lambda done: look(done, 1), resources.memory_per_worker)
+            return row_lengths(
+                part, options, resources.num_workers, lambda done: look(done, 1), resources.memory_per_worker
+            )
 
         rows = rows_within(splits["calibration"], num_tokens, seed, lengths)
         splits["calibration"] = splits["calibration"].sample(rows, seed)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -67,6 +68,24 @@ def test_who_waits_can_stop(loader: Path) -> None:
     with pytest.raises(Stop):
         hub.download("hf:some/rows", "train", loader / "out" / "train.parquet", look=look)
     assert is_gone(loader)
+
+
+def test_no_more_than_two_load_at_once(loader: Path) -> None:
+    """Each holds what ``datasets`` imports, beside hundreds of tasks' others."""
+    (loader / "work").write_text(
+        f"mkdir -p {loader}/at && touch {loader}/at/$$ && ls {loader}/at | wc -l >> {loader}/counts && sleep 0.3\n"
+        f"rm {loader}/at/$$; echo ended; exit 3\n"
+    )
+
+    def load(number: int) -> None:
+        with pytest.raises(DataError, match=r"^ended$"):
+            hub.download("hf:some/rows", "train", loader / str(number) / "train.parquet")
+
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(load, range(5)))
+    counts = [int(count) for count in (loader / "counts").read_text().split()]
+    assert len(counts) == 5
+    assert max(counts) == 2
 
 
 def test_no_module_of_the_working_directory_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emloc_ray.data import packing
 from emloc_ray.data.formats import Tokens
-from emloc_ray.data.packing import join, pack_rows, packs_of
+from emloc_ray.data.packing import join, num_sequences, pack_rows, packs_of
 from emloc_ray.data.token_shards import collate, shard_name, write_index, write_shard
 
 LIMIT = 24
@@ -51,3 +53,26 @@ def test_other_rows_at_one_place_are_packed_by_their_own_lengths(tmp_path: Path)
         write_index(tmp_path, [len(lengths)], {})
         packed.append(packs_of(tmp_path, 8).rows.tolist())
     assert packed == [[2, 0, 1], [1, 0, 2]]
+
+
+def test_tasks_with_copies_of_the_same_rows_pack_them_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[int] = []
+    monkeypatch.setattr(packing, "pack_rows", lambda lengths, limit: packed.append(limit) or pack_rows(lengths, limit))
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / shard_name(0), [Tokens([5] * length, [True] * length) for length in (2, 3, 11)])
+        write_index(tmp_path / name, [3], {})
+        assert num_sequences(tmp_path / name, 13) == len(packs_of(tmp_path / name, 13)) == 2
+    (tmp_path / "one" / shard_name(0)).chmod(0o400)  # as a link to it does, this changes its times
+    assert num_sequences(tmp_path / "one", 13) == 2
+    assert packed == [13]
+    assert num_sequences(tmp_path / "one", 12) == 2
+    assert packed == [13, 12]
+
+
+def test_more_rows_than_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [row % LIMIT + 1 for row in range(50)]
+    whole = pack_rows(lengths, LIMIT)
+    monkeypatch.setattr(packing, "_CHUNK", 7)
+    parts = pack_rows(lengths, LIMIT)
+    assert (parts.rows.tolist(), parts.starts.tolist()) == (whole.rows.tolist(), whole.starts.tolist())

@@ -19,7 +19,15 @@ from faulting.s3 import uri
 from small_runs import make_values
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.errors import ConfigError, DamagedArtifactError, EmlocError, NumericsError, StageError, Stopped
+from emloc_ray.errors import (
+    ConfigError,
+    DamagedArtifactError,
+    DataError,
+    EmlocError,
+    NumericsError,
+    StageError,
+    Stopped,
+)
 from emloc_ray.io.runs.cache import ArtifactCache, Entry, EntryGone
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.fingerprint import fingerprint
@@ -129,7 +137,9 @@ def test_an_entry_that_is_not_given_is_looked_for_once_more_then_made(
     assert (made, tries) == (makers, ["first", "first"])
 
 
-@pytest.mark.parametrize(("kind", "makers"), [(NumericsError, ["first"]), (StageError, ["first", "second"])])
+@pytest.mark.parametrize(
+    ("kind", "makers"), [(NumericsError, ["first"]), (DataError, ["first"]), (StageError, ["first", "second"])]
+)
 def test_what_fails_by_its_inputs_fails_for_all_that_share_it_until_the_next_command(
     kind: type[EmlocError], makers: list[str], run_stage: Callable[..., RunDirectory], tmp_path: Path
 ) -> None:
@@ -142,7 +152,7 @@ def test_what_fails_by_its_inputs_fails_for_all_that_share_it_until_the_next_com
     failing = replace(stage_of(made), run=fail)
     with pytest.raises(kind, match=r"^The loss"):
         run_stage("first", failing, cache)
-    with pytest.raises(kind, match=r"^As in run first: The loss is NaN\.$" if kind is NumericsError else r"^The loss"):
+    with pytest.raises(kind, match=r"^The loss" if kind is StageError else r"^As in run first: The loss is NaN\.$"):
         run_stage("second", failing, cache)
     assert made == makers
     run_stage("second", replace(stage_of(made), inputs=lambda context: {"seed": 1}), cache)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.planning.plan import StagePlan
+from emloc_ray.runs.batch.admission import Amount
 from emloc_ray.runs.batch.config import LimitsConfig
-from emloc_ray.runs.batch.driver import check_fit, run_batch
+from emloc_ray.runs.batch.driver import check_fit, cluster_capacity, lacking_cache, run_batch
 from emloc_ray.stages.ray import nodes
 
 NODE = {"CPU": 3.0, "memory": 2.0**34}
@@ -67,6 +71,33 @@ def test_what_no_nodes_can_take_is_refused(
         return
     with pytest.raises(ConfigError, match=f"^task a: {refused}"):
         check_fit(prepared)
+
+
+@pytest.mark.parametrize(("label", "expected"), [(None, Amount(8, 1, 3e9)), ("worker", Amount(16, 2, 6e9))])
+def test_a_cluster_that_may_grow_unseen_is_asked_for_more_than_it_has(
+    label: str | None, expected: Amount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its autoscaler adds nodes for what waits in Ray alone."""
+    monkeypatch.setattr(nodes.state, "get_cluster_config", lambda: None)
+    monkeypatch.setattr(nodes.state, "get_max_resources_from_cluster_config", lambda: None)
+    labels = {} if label is None else {"ray.io/node-group": label}
+    monkeypatch.setattr(nodes.ray, "nodes", lambda: [{"Alive": True, "Labels": labels}])
+    now = {"CPU": 8.0, "GPU": 1.0, "memory": 2e9, "object_store_memory": 1e9}
+    monkeypatch.setattr(nodes.ray, "cluster_resources", lambda: now)
+    assert cluster_capacity(LimitsConfig()) == expected
+    assert cluster_capacity(LimitsConfig(cpus=64)) == replace(expected, cpus=64)
+
+
+@pytest.mark.parametrize(("most", "is_said"), [(None, False), (2**30, True), (2**40, False)])
+def test_a_cache_that_is_smaller_than_what_a_task_shares_is_told(
+    tmp_path: Path, most: int | None, is_said: bool
+) -> None:
+    work = SimpleNamespace(cache=ArtifactCache(str(tmp_path), most), shared_bytes=lambda task: 2**33)
+    prepared: Any = SimpleNamespace(batch=SimpleNamespace(tasks=["a", "b"]), work=work)
+    said = lacking_cache(prepared)
+    assert (said is not None) is is_said
+    if said is not None:
+        assert said.startswith("cache.max_size 1.00 GiB is less than the 8.")
 
 
 def test_a_batch_asks_for_its_machine_s_gpus_before_it_starts_ray() -> None:

@@ -421,6 +421,29 @@ def test_a_store_that_does_not_answer_for_a_moment_ends_nothing_and_another_proc
         batch_run(tmp_path, Waits(seconds=0.5), "c").run()
 
 
+def test_no_task_begins_while_the_store_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that wait would fail one after another, within a minute."""
+    asked: list[bool] = []
+    answers = threading.Event()
+
+    def check_held(run: RunDirectory) -> None:
+        asked.append(answers.is_set())
+        if not answers.is_set():
+            raise ArtifactError("s3://b does not write lock.")
+
+    def act() -> None:
+        begun.append(answers.is_set())
+
+    begun: list[bool] = []
+    run = batch_run(tmp_path, Waits({"a": act, "b": act}), "a", "b")
+    monkeypatch.setattr(RunDirectory, "check_held", check_held)
+    threading.Timer(1.2, answers.set).start()
+    assert statuses(run.run()) == {"a": "done", "b": "done"}
+    assert asked.count(False) >= 2
+    assert begun
+    assert all(begun)
+
+
 def test_a_batch_that_runs_is_told_from_a_free_one(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "batch")
     check_free(run)
