@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 from emloc_ray.core.gram import Gram
 from emloc_ray.data import tokenizing
 from emloc_ray.data.processors import example
@@ -136,7 +138,7 @@ def gather(job: CalibrationJob, out_dir: Path) -> GramStore:
 
 def gather_whole(job: CalibrationJob, file: Path) -> None:
     """The sums of a wave, each row passing through the whole model."""
-    slot = ResidentSlot(job, file, 1)
+    slot = ResidentSlot(job, file, torch.get_num_threads())  # which it sets: later stages compute here too
     for number in range(*job.shards):
         slot.accumulate(number)
     slot.commit()
@@ -149,7 +151,7 @@ def streamed(job: CalibrationJob, out_dir: Path) -> Iterator[dict[str, Gram]]:
     order = block_flow(load_config(job.model_dir), False, example(job.model_dir, False)).order
     names = [[group[0] for group in job.groups_of(block)] for block in order]
     num_blocks = 1 + max(position for position, inside in enumerate(names) if inside)
-    slot = StreamedSlot(job, out_dir, 0, 1, num_blocks, 1)
+    slot = StreamedSlot(job, out_dir, 0, 1, num_blocks, torch.get_num_threads())
     for position in range(num_blocks):
         slot.accumulate(position)
         stored = [StoredGram(grams_file(out_dir, position, num_blocks), name) for name in names[position]]

@@ -14,7 +14,7 @@ from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.runs.fingerprint import looks_in
 from emloc_ray.io.store.shared import Shared
 
-_CHUNK = 65536  # rows that are Python numbers at once
+CHUNK = 65536  # rows that are Python numbers at once
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def pack_rows(lengths: Sequence[int] | NDArray[np.int64], limit: int) -> Packs:
 
 def _pairs(order: NDArray[np.int64], counts: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """Rows in their order with their tokens."""
-    for start in range(0, len(order), _CHUNK):
-        rows = order[start : start + _CHUNK]
+    for start in range(0, len(order), CHUNK):
+        rows = order[start : start + CHUNK]
         yield from zip(rows.tolist(), counts[rows].tolist(), strict=True)
 
 

@@ -7,8 +7,11 @@ backward pass.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.architecture import block_names
@@ -41,8 +44,15 @@ def compile_blocks(model: Any, arguments: Mapping[str, Any]) -> None:
     from emloc_ray.modeling.integer_linear import FrozenLinear
 
     names = block_names(model)
-    config.recompile_limit = _GRAPHS * len(names)  # else blocks of many ranks run as they are, in silence
+    limit = _GRAPHS * len(names)  # else blocks of many ranks run as they are, in silence
+    config.recompile_limit = limit
     options = {"backend": arguments.get(KEYS[1]) or "inductor", "mode": arguments.get(KEYS[2])}
+    if (
+        "recompile_limit" in inspect.signature(torch.compile).parameters
+    ):  # torch 2.13, whose config is each thread's own
+        options["recompile_limit"] = limit  # autograd's thread computes checkpointed blocks again
+    if arguments.get("tf32"):  # which the Trainer sets by a name that inductor cannot ask for
+        torch.set_float32_matmul_precision("high")
     for name in names:
         block = model.get_submodule(name)
         for module in block.modules():

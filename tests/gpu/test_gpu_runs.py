@@ -79,8 +79,8 @@ def run_on(devices: str, root: Path) -> dict[str, Any]:
     return printed_by(RUN, devices, root)
 
 
-def printed_by(script: str, devices: str, root: Path, *arguments: str) -> dict[str, Any]:
-    """What a script prints last, which may use these GPUs."""
+def printed_by(script: str, devices: str, root: Path, *arguments: str, limit: float = 600) -> dict[str, Any]:
+    """What a script prints last, which may use these GPUs, within ``limit`` seconds."""
     root.mkdir()
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -88,7 +88,7 @@ def printed_by(script: str, devices: str, root: Path, *arguments: str) -> dict[s
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=limit,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -105,11 +105,13 @@ def test_a_run_is_that_of_the_cpu(tmp_path: Path) -> None:
         assert there["losses"][variant] == pytest.approx(loss, rel=2e-2), variant
 
 
+@pytest.mark.timeout(3600)
 @ASKS_CUDA  # a CPU would take minutes to compare itself with itself
 @pytest.mark.skipif(bool(_WITHOUT_WEIGHTS), reason=f"the quickstart needs {', '.join(_WITHOUT_WEIGHTS)}")
 def test_the_quickstart_learns_what_it_learns_on_the_cpu(tmp_path: Path) -> None:
     here, there = (
-        printed_by(REAL, gpus, tmp_path / place, str(QUICKSTART)) for gpus, place in (("", "cpu"), ("0", "gpu"))
+        printed_by(REAL, gpus, tmp_path / place, str(QUICKSTART), limit=1800)
+        for gpus, place in (("", "cpu"), ("0", "gpu"))
     )
     assert there.keys() == here.keys()
     assert there["original"] == pytest.approx(here["original"], rel=1e-2)

@@ -163,6 +163,9 @@ def machine(device: torch.device) -> dict[str, Any]:
         card = torch.cuda.get_device_properties(device)
         machine |= {"name": card.name, "bytes": card.total_memory, "capability": f"{card.major}.{card.minor}"}
         machine |= {"cuda": torch.version.cuda, "tf32": torch.backends.cuda.matmul.allow_tf32}
+        torch.empty(1, device=device)
+        allocator = torch.cuda.memory._snapshot()  # noqa: SLF001  what torch made of the environment's has no other name
+        machine["expandable_segments"] = allocator.get("allocator_settings", {}).get("expandable_segments")
     return machine
 
 

@@ -73,6 +73,6 @@ def test_tasks_with_copies_of_the_same_rows_pack_them_once(tmp_path: Path, monke
 def test_more_rows_than_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [row % LIMIT + 1 for row in range(50)]
     whole = pack_rows(lengths, LIMIT)
-    monkeypatch.setattr(packing, "_CHUNK", 7)
+    monkeypatch.setattr(packing, "CHUNK", 7)
     parts = pack_rows(lengths, LIMIT)
     assert (parts.rows.tolist(), parts.starts.tolist()) == (whole.rows.tolist(), whole.starts.tolist())

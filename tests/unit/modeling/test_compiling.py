@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -44,3 +45,22 @@ def test_weights_in_few_bits_are_not_kept_for_the_backward_pass() -> None:
     weights = {(spec.out_features, spec.in_features) for spec in specs}
     assert not weights & set(shapes)
     assert not {shape[::-1] for shape in weights} & set(shapes)
+
+
+@pytest.fixture
+def precision_as_it_is() -> Iterator[None]:
+    matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = torch.get_float32_matmul_precision(), [matmul.fp32_precision for matmul in matmuls]
+    yield
+    setattr(torch.backends, "fp32_precision", "none")  # noqa: B010
+    torch.set_float32_matmul_precision(before[0])
+    for matmul, precision in zip(matmuls, before[1], strict=True):
+        matmul.fp32_precision = precision
+
+
+def test_what_compiles_can_ask_for_the_precision_that_the_trainer_sets(precision_as_it_is: None) -> None:
+    """Inductor asks by the older name where it chooses among products."""
+    setattr(torch.backends, "fp32_precision", "tf32")  # noqa: B010  as transformers does for tf32: true
+    compile_blocks(make_model("llama", num_hidden_layers=1), {**BACKEND, "tf32": True})
+    assert torch.get_float32_matmul_precision() == "high"
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
