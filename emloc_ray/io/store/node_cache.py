@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.store.digests import digest, noted_digest
+from emloc_ray.io.store.digests import known_digest, noted_digest
 from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_copies import (
     LOCAL,
@@ -298,7 +298,7 @@ def hashes(path: Path, known: Mapping[Path, str] | None = None) -> dict[Path, st
         return {file: info.sha256 for file, info in _stored(here, path).items()}
     known = known or {}
     files = (file for file in sizes(path) if not _is_unfinished(file.relative_to(path).as_posix()))
-    return {file: known.get(file) or noted_digest(file) or digest(file) for file in files}
+    return {file: known.get(file) or known_digest(file) for file in files}
 
 
 def sizes(path: Path) -> dict[Path, int]:

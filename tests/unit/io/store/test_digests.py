@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from emloc_ray.io.store import atomic
+from emloc_ray.io.store import atomic, digests
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.digests import digest, note_digest, noted_digest
 from emloc_ray.io.store.node_cache import hashes
@@ -66,3 +66,27 @@ def test_without_attributes_files_are_read(tmp_path: Path, monkeypatch: pytest.M
     atomic.write_json(tmp_path / "f", [])
     assert noted_digest(tmp_path / "f") is None
     assert hashes(tmp_path) == {tmp_path / "f": hashlib.sha256(b"[]\n").hexdigest()}
+
+
+def test_without_attributes_what_many_runs_link_is_read_once_and_again_when_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError("not supported")
+
+    read: list[Path] = []
+    monkeypatch.setattr(os, "setxattr", refuse, raising=False)
+    monkeypatch.setattr(digests, "digest", lambda path: (read.append(path), digest(path))[1])
+    path, link = tmp_path / "f", tmp_path / "link"
+    path.write_bytes(b"abc")
+    hashes(path)
+    hashes(path)
+    assert read == [path, path]  # it was written just now, and may be altered within the same tick of its clock
+    now = path.stat().st_mtime_ns
+    os.utime(path, ns=(now, now - 10**10))
+    link.hardlink_to(path)
+    assert hashes(path)[path] == hashes(link)[link] == hashlib.sha256(b"abc").hexdigest()
+    assert read == [path, path, path]
+    link.write_bytes(b"xyz")
+    os.utime(path, ns=(now, now - 9 * 10**9))
+    assert hashes(path) == {path: hashlib.sha256(b"xyz").hexdigest()}
