@@ -13,6 +13,7 @@ from small_runs import make_values, task_rows, write_jsonl
 from transformers import AutoTokenizer
 
 from emloc_ray.config.reading import parse_config
+from emloc_ray.data import units
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning import calibration_memory, data_checks, prepared
@@ -145,3 +146,15 @@ def test_a_task_that_is_refused_ends_alone_and_in_order(task: Callable[..., Task
         PipelineWork(None).prepare([task(name) for name in "cba"])
     assert [line.partition(": run_dir ")[0] for line in str(caught.value).split("\n")] == ["task c", "task a"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c", "rows.jsonl"]
+
+
+@pytest.mark.parametrize(("most", "expected"), [(2**23, 1), (0, 3)], ids=["small rows", "large rows"])
+def test_reading_rows_is_admitted_with_the_workers_that_it_takes(
+    task: Callable[..., Task], monkeypatch: pytest.MonkeyPatch, most: int, expected: int
+) -> None:
+    """Else a batch would hold more than its limits."""
+    monkeypatch.setattr(units, "SMALL_BYTES", most)
+    one = task("a", calibration={"num_workers": 3, "gpus_per_worker": 0}, ray={"num_gpus": 0})
+    stages = {stage.name: stage for stage in PipelineWork(None).stages(one)}
+    data = stages["data"]
+    assert (data.num_workers, data.cpus_per_worker, data.gpus_per_worker, data.divisible) == (expected, 1, 0, True)
