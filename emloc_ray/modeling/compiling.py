@@ -47,10 +47,9 @@ def compile_blocks(model: Any, arguments: Mapping[str, Any]) -> None:
     limit = _GRAPHS * len(names)  # else blocks of many ranks run as they are, in silence
     config.recompile_limit = limit
     options = {"backend": arguments.get(KEYS[1]) or "inductor", "mode": arguments.get(KEYS[2])}
-    if (
-        "recompile_limit" in inspect.signature(torch.compile).parameters
-    ):  # torch 2.13, whose config is each thread's own
-        options["recompile_limit"] = limit  # autograd's thread computes checkpointed blocks again
+    # From torch 2.13 on the config is each thread's own, and autograd's computes checkpointed blocks again.
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options["recompile_limit"] = limit
     if arguments.get("tf32"):  # which the Trainer sets by a name that inductor cannot ask for
         torch.set_float32_matmul_precision("high")
     for name in names:

@@ -37,7 +37,7 @@ def known_digest(path: Path) -> str:
         return noted
     status = path.stat()
     key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns  # a link changes the ctime
-    settled = time.time() - status.st_mtime > _SETTLED_S
+    settled = time.time() - status.st_mtime > _SETTLED_S and status.st_uid == os.geteuid()
     return _DIGESTS.get(key, lambda: digest(path), keeps=lambda sha256: settled)
 
 
