@@ -4,16 +4,11 @@ import contextlib
 import hashlib
 import io
 import os
-import time
 from pathlib import Path
 from typing import IO, Any
 
-from emloc_ray.io.store.shared import Shared
-
 _CHUNK = 2**22
 _ATTRIBUTE = "user.sha256"
-_SETTLED_S = 2.0  # a file that is altered sooner may keep its time
-_DIGESTS = Shared[str](65536)
 
 
 def digest(path: Path) -> str:
@@ -28,17 +23,6 @@ def digest_of(stream: IO[bytes]) -> str:
     while chunk := stream.read(_CHUNK):
         total.update(chunk)
     return total.hexdigest()
-
-
-def known_digest(path: Path) -> str:
-    """As :func:`digest`, of a file that is read once a process: what was noted with it, or what another thread or run that has a
-    link to it was told. NFS before 4.2 keeps no notes."""
-    if (noted := noted_digest(path)) is not None:
-        return noted
-    status = path.stat()
-    key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns  # a link changes the ctime
-    settled = time.time() - status.st_mtime > _SETTLED_S and status.st_uid == os.geteuid()
-    return _DIGESTS.get(key, lambda: digest(path), keeps=lambda sha256: settled)
 
 
 class HashingWriter(io.BufferedWriter):

@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.store.digests import known_digest, noted_digest
+from emloc_ray.io.store.digests import digest, noted_digest
 from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_copies import (
     LOCAL,
@@ -39,6 +39,7 @@ from emloc_ray.io.store.node_copies import (
     write_small,
 )
 from emloc_ray.io.store.replacing import remove, replacing
+from emloc_ray.io.store.shared import Shared
 
 if TYPE_CHECKING:
     from emloc_ray.io.store.object_store import ObjectStore
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 _CONNECTIONS = 8
 _MAX_NAME = 255
 _LEASE_LETTERS = 13  # a # quoted and a number of ten digits
+_SETTLED_S = 2.0  # a file that is altered sooner may keep its time
+_DIGESTS = Shared[str](65536)
 
 
 @dataclass(frozen=True)
@@ -298,7 +301,18 @@ def hashes(path: Path, known: Mapping[Path, str] | None = None) -> dict[Path, st
         return {file: info.sha256 for file, info in _stored(here, path).items()}
     known = known or {}
     files = (file for file in sizes(path) if not _is_unfinished(file.relative_to(path).as_posix()))
-    return {file: known.get(file) or known_digest(file) for file in files}
+    return {file: known.get(file) or _known_digest(file) for file in files}
+
+
+def _known_digest(path: Path) -> str:
+    """As :func:`digest`, of a file that is read once a process: what was noted with it, or what another thread or run that has a
+    link to it was told. NFS before 4.2 keeps no notes."""
+    if (noted := noted_digest(path)) is not None:
+        return noted
+    status = path.stat()
+    key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns  # a link changes the ctime
+    settled = time.time() - status.st_mtime > _SETTLED_S and status.st_uid == os.geteuid()
+    return _DIGESTS.get(key, lambda: digest(path), keeps=lambda sha256: settled)
 
 
 def sizes(path: Path) -> dict[Path, int]:

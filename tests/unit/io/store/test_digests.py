@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from emloc_ray.io.store import atomic, digests
+from emloc_ray.io.store import atomic, node_cache
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.digests import digest, note_digest, noted_digest
 from emloc_ray.io.store.node_cache import hashes
@@ -76,7 +76,7 @@ def test_without_attributes_what_many_runs_link_is_read_once_and_again_when_it_h
 
     read: list[Path] = []
     monkeypatch.setattr(os, "setxattr", refuse, raising=False)
-    monkeypatch.setattr(digests, "digest", lambda path: (read.append(path), digest(path))[1])
+    monkeypatch.setattr(node_cache, "digest", lambda path: (read.append(path), digest(path))[1])
     path, link = tmp_path / "f", tmp_path / "link"
     path.write_bytes(b"abc")
     hashes(path)
