@@ -78,7 +78,7 @@ def num_sequences(tokens_dir: Path, limit: int | None) -> int:
 
 
 def _lengths_key(shards: TokenShards) -> str:
-    """A hash of the rows' lengths, read once for the same files: a task's place and the times of its files are its own."""
+    """A hash of the rows' lengths, under which tasks share their packs. Lengths are read again where the files have changed."""
     looks = str(shards.directory), json.dumps(shards.index), looks_in(shards.directory)
     return _KEYS.get(looks, lambda: hashlib.sha256(shards.lengths().tobytes()).hexdigest())
 

@@ -305,8 +305,8 @@ def hashes(path: Path, known: Mapping[Path, str] | None = None) -> dict[Path, st
 
 
 def _known_digest(path: Path) -> str:
-    """As :func:`digest`, of a file that is read once a process: what was noted with it, or what another thread or run that has a
-    link to it was told. NFS before 4.2 keeps no notes."""
+    """The SHA-256 of a file's content, as noted with it. Where nothing is, as on NFS before 4.2, the file is read, once a process
+    for all runs that link it."""
     if (noted := noted_digest(path)) is not None:
         return noted
     status = path.stat()

@@ -111,7 +111,7 @@ class BatchRun:
     def _start_tasks(self) -> None:
         capacity = self.capacity()
         self.admission.update(capacity)
-        if self._failing:  # a disk or a store that fails the batch would fail every task that begins now
+        if self._failing:  # what fails the batch, a full disk or a store, would fail every task that begins now
             return
         running = [*self._running]
         busy = sum(self.max_concurrent is not None or self.board[name].waits_for != "another" for name in running)

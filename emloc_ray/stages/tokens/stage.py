@@ -89,10 +89,10 @@ def _tokenize(context: Context, inputs: Inputs, granted: Resources, progress: Pr
 
 
 def _num_workers(prepared: Prepared) -> int:
-    """One where a single process reads all rows; else the calibration's."""
+    """One where all rows are small enough for a single process; else the calibration's."""
     splits = [getattr(prepared.config.data, name) for name in splits_of(prepared.config)]
-    comes = any(split.hub for split in splits if split is not None)  # from the hub, nobody knows how much
-    small = not comes and is_small(RowSelection.all_rows(files) for files in prepared.files.values())
+    from_hub = any(split.hub for split in splits if split is not None)  # whose size is not known yet
+    small = not from_hub and is_small(RowSelection.all_rows(files) for files in prepared.files.values())
     return 1 if small else prepared.config.calibration.num_workers
 
 

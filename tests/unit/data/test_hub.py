@@ -73,7 +73,7 @@ def test_who_waits_can_stop(loader: Path) -> None:
 def test_no_more_than_two_load_at_once(loader: Path) -> None:
     """Each holds what ``datasets`` imports, beside hundreds of tasks' others."""
     (loader / "work").write_text(
-        f"mkdir -p {loader}/at && touch {loader}/at/$$ && ls {loader}/at | wc -l >> {loader}/counts && sleep 0.3\n"
+        f"mkdir -p {loader}/at && touch {loader}/at/$$ && ls {loader}/at | wc -l >> {loader}/counts && sleep 0.5\n"
         f"rm {loader}/at/$$; echo ended; exit 3\n"
     )
 
@@ -85,7 +85,7 @@ def test_no_more_than_two_load_at_once(loader: Path) -> None:
         list(pool.map(load, range(5)))
     counts = [int(count) for count in (loader / "counts").read_text().split()]
     assert len(counts) == 5
-    assert max(counts) == 2
+    assert max(counts) <= 2
 
 
 def test_no_module_of_the_working_directory_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
