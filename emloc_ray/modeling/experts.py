@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emloc_ray.modeling.grouped_experts import GroupedRows, groupable, grouped_linear
+from emloc_ray.modeling.grouped_experts import GroupedRows, grouped
 
 # A linear's name and its fused parameter's, in the order in which modules register them.
 PARTS = {"gate_up": "gate_up_proj", "up": "up_proj", "down": "down_proj"}
@@ -61,9 +61,9 @@ class UnfusedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden_states (N, H)``; each token's experts and their weights, both ``(N, k)``."""
         linears = [[self._linear(index, part) for index in range(self.num_experts)] for part in self.parts]
-        if self.together and not self.reread and groupable(linears, hidden_states):
-            parts = [functools.partial(grouped_linear, modules) for modules in linears]
-            return self.run_together(parts, hidden_states, top_k_index, top_k_weights)
+        products = grouped(linears, hidden_states) if self.together and not self.reread else None
+        if products is not None:
+            return self.run_together(products, hidden_states, top_k_index, top_k_weights)
         output = torch.zeros_like(hidden_states)
         self.rereading = False  # a pass that ran out of memory left it true
         for index, tokens, places, here in self._chosen(top_k_index):

@@ -19,8 +19,9 @@ from it; it then starts kernels for each expert, which takes it longer than the 
 """
 
 import sys
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -61,53 +62,151 @@ def has_kernel(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in KERNEL_MAJORS
 
 
-def groupable(parts: Sequence[Sequence[nn.Module]], hidden: Tensor) -> bool:
-    """Whether each of ``parts``, the same linear of all experts, can be one product, by one kernel, on the device of
-    ``hidden``: on CUDA where it :func:`has_kernel`, and all that is multiplied is bfloat16."""
+class Product(Protocol):
+    """The same linear of all experts, of sorted rows: ``(N·k, in)`` to ``(N·k, out)``, each by its expert's."""
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """What it multiplies in."""
+
+    def __call__(self, x: Tensor, rows: GroupedRows) -> Tensor:
+        """All experts' outputs."""
+
+
+def grouped(parts: Sequence[Sequence[nn.Module]], hidden: Tensor) -> list[Product] | None:
+    """Each of ``parts``, the same linear of all experts, as one product, by one kernel, on the device of ``hidden``; None where
+    one of them cannot be: on CUDA only where it :func:`has_kernel`, and all that is multiplied is bfloat16.
+
+    Looked at again at each pass, for hooks and adapters come and go. A model of 48 layers of 128 experts has so many modules
+    that a GPU would wait for the look: it takes an attribute of all experts at a time, past ``nn.Module.__getattr__``.
+    """
     kind = hidden.device.type
     if kind not in KERNELS_ON or (kind == "cuda" and not has_kernel(hidden.device)):
-        return False
+        return None
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    products: list[Product] = []
     for modules in parts:
-        first = _kind(modules[0], dtype)
-        if first is None or any(_kind(module, dtype) != first for module in modules[1:]):
-            return False
-        if kind == "cuda" and _dtypes(first) != {torch.bfloat16}:
-            return False
-    return True
+        product = _alike(modules, dtype)
+        if product is None or (kind == "cuda" and product.dtypes != {torch.bfloat16}):
+            return None
+        products.append(product)
+    return products
 
 
-def grouped_linear(modules: Sequence[Any], x: Tensor, rows: GroupedRows) -> Tensor:
-    """``(N·k, in)`` to ``(N·k, out)``: each row by its expert's of the ``modules``, which are :func:`groupable`."""
-    first = modules[0]
-    if _is_lora(first):
-        return _lora(modules, x, rows)
-    if in_sequence := _in_sequence(first):
-        for part in in_sequence:
-            x = grouped_linear([m.get_submodule(part) for m in modules], x, rows)
+@dataclass(frozen=True)
+class _Dense:
+    linears: Sequence[nn.Linear]
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor] | None
+    dtype: torch.dtype
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        return {self.dtype}
+
+    def __call__(self, x: Tensor, rows: GroupedRows) -> Tensor:
+        y = _product(x, _side_by_side(self.linears, self.weights), rows)
+        return y if self.biases is None else y + torch.stack([*self.biases])[rows.experts].to(y.dtype)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    parts: Sequence[Product]
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        return set().union(*(part.dtypes for part in self.parts))
+
+    def __call__(self, x: Tensor, rows: GroupedRows) -> Tensor:
+        for part in self.parts:
+            x = part(x, rows)
         return x
-    y = _product(x, _stack(modules), rows)
-    return y if first.bias is None else y + torch.stack([m.bias for m in modules])[rows.experts].to(y.dtype)
 
 
-def _is_lora(module: nn.Module) -> bool:
+@dataclass(frozen=True)
+class _Lora:
+    """PEFT's own formula (``peft.tuners.lora.layer.Linear``)."""
+
+    base: Product
+    a: _Dense
+    b: _Dense
+    dropout: nn.Module
+    scaling: float
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        return self.base.dtypes | self.a.dtypes | self.b.dtypes
+
+    def __call__(self, x: Tensor, rows: GroupedRows) -> Tensor:
+        result = self.base(x, rows)
+        read = self.dropout(x.to(self.a.weights[0].dtype))
+        added = self.b(self.a(read, rows), rows) * self.scaling
+        return (result + added).to(result.dtype)
+
+
+def _alike(modules: Sequence[Any], dtype: torch.dtype | None) -> Product | None:
+    """All experts' linear as one; None where they differ, are hooked, or have no grouped product. ``dtype``: what autocast
+    computes in, where it is on."""
+    own = [module.__dict__ for module in modules]
+    kinds = {*map(type, modules)}
+    if len(kinds) != 1 or any(of["_forward_hooks"] or of["_forward_pre_hooks"] for of in own):
+        return None
+    [kind] = kinds
+    if kind is nn.Linear:
+        return _dense(modules, own, dtype)
+    if _is_lora(kind):
+        return _lora(modules, dtype)
+    parts = [_alike(_children(modules, name), dtype) for name in getattr(kind, "in_sequence", ())]
+    known = [part for part in parts if part is not None]
+    return _Sequence(known) if known and len(known) == len(parts) else None
+
+
+def _children(modules: Sequence[nn.Module], *names: str) -> list[Any]:
+    """The submodule of each that these names lead to."""
+    for name in names:
+        modules = [module.__dict__["_modules"][name] for module in modules]
+    return [*modules]
+
+
+def _dense(linears: Sequence[nn.Linear], own: Sequence[dict[str, Any]], dtype: torch.dtype | None) -> _Dense | None:
+    weights = [of["_parameters"]["weight"] for of in own]
+    biases = [of["_parameters"]["bias"] for of in own]
+    kinds = {
+        (of["in_features"], of["out_features"], dtype or weight.dtype, weight.requires_grad, bias is None)
+        for of, weight, bias in zip(own, weights, biases, strict=True)
+    }
+    if len(kinds) != 1:
+        return None
+    [(in_features, out_features, computed_in, _, has_none)] = kinds
+    if in_features % _ALIGNED or out_features % _ALIGNED:
+        return None
+    return _Dense(linears, weights, None if has_none else biases, computed_in)
+
+
+def _is_lora(kind: type) -> bool:
     """Whether it is PEFT's, which takes seconds to import: what reads a model's shapes alone does without it."""
     layers = sys.modules.get("peft.tuners.lora.layer")
-    return layers is not None and isinstance(module, layers.Linear)
+    return layers is not None and issubclass(kind, layers.Linear)
 
 
-def _lora(modules: Sequence[Any], x: Tensor, rows: GroupedRows) -> Tensor:
-    """PEFT's own formula (``peft.tuners.lora.layer.Linear``)."""
-    first = modules[0]
-    result = grouped_linear([m.base_layer for m in modules], x, rows)
-    if first.disable_adapters or first.merged:
-        return result
-    [name] = first.active_adapters
-    a = torch.stack([m.lora_A[name].weight for m in modules])
-    b = torch.stack([m.lora_B[name].weight for m in modules])
-    read = first.lora_dropout[name](x.to(a.dtype))
-    added = _product(_product(read, a, rows), b, rows) * first.scaling[name]
-    return (result + added).to(result.dtype)
+def _lora(modules: Sequence[Any], dtype: torch.dtype | None) -> Product | None:
+    states = {(m.disable_adapters or m.merged, *m.active_adapters) for m in modules}
+    base = _alike(_children(modules, "base_layer"), dtype)
+    if len(states) != 1 or base is None:
+        return None
+    [(is_bare, *names)] = states
+    if is_bare:
+        return base
+    name = str(names[0]) if len(names) == 1 else ""
+    if any(name not in m.scaling or name in m.lora_variant for m in modules):
+        return None
+    dropouts = _children(modules, "lora_dropout", name)
+    if len({(m.scaling[name], type(d), d.__dict__.get("p")) for m, d in zip(modules, dropouts, strict=True)}) != 1:
+        return None
+    a, b = (_alike(_children(modules, part, name), dtype) for part in ("lora_A", "lora_B"))
+    if not isinstance(a, _Dense) or not isinstance(b, _Dense):
+        return None
+    return _Lora(base, a, b, dropouts[0], modules[0].scaling[name])
 
 
 def _product(x: Tensor, weights: Tensor, rows: GroupedRows) -> Tensor:
@@ -117,11 +216,10 @@ def _product(x: Tensor, weights: Tensor, rows: GroupedRows) -> Tensor:
     return F.grouped_mm(x.to(dtype), weights.to(dtype).transpose(-2, -1), offs=rows.ends)
 
 
-def _stack(linears: Sequence[nn.Linear]) -> Tensor:
+def _side_by_side(linears: Sequence[nn.Linear], weights: Sequence[Tensor]) -> Tensor:
     """The weights ``(E, out, in)``: of frozen ones no copy, but for the first time, when they are laid side by side."""
-    weights = [linear.weight for linear in linears]
-    if any(weight.requires_grad for weight in weights):
-        return torch.stack(weights)
+    if weights[0].requires_grad:
+        return torch.stack([*weights])
     first, step = weights[0], weights[0].numel()
     places = [weight.storage_offset() - first.storage_offset() for weight in weights]
     together = len({weight.untyped_storage()._cdata for weight in weights}) == 1
@@ -131,47 +229,3 @@ def _stack(linears: Sequence[nn.Linear]) -> Tensor:
     for linear, weight in zip(linears, stacked, strict=True):
         linear.weight = nn.Parameter(weight, requires_grad=False)
     return stacked
-
-
-def _kind(module: Any, dtype: torch.dtype | None) -> Hashable:
-    """What has to be equal of all experts' linears; None where there is no grouped product of such a one. ``dtype``: what
-    autocast computes in, where it is on."""
-    if vars(module)["_forward_hooks"] or vars(module)["_forward_pre_hooks"]:
-        return None
-    if type(module) is nn.Linear:
-        fits = module.in_features % _ALIGNED == 0 == module.out_features % _ALIGNED
-        shape = module.in_features, module.out_features
-        trained = module.weight.requires_grad
-        return ("dense", shape, dtype or module.weight.dtype, module.bias is None, trained) if fits else None
-    if _is_lora(module):
-        return _lora_kind(module, dtype)
-    parts = tuple(module.get_submodule(part) for part in _in_sequence(module))
-    return _of_parts("sequence", parts, dtype) if parts else None
-
-
-def _in_sequence(module: nn.Module) -> tuple[str, ...]:
-    """The linears that a compressed one is, one after another."""
-    return getattr(module, "in_sequence", ())
-
-
-def _lora_kind(module: Any, dtype: torch.dtype | None) -> Hashable:
-    names = module.active_adapters
-    if module.disable_adapters or module.merged:
-        return _of_parts("bare", (module.base_layer,), dtype)
-    if len(names) != 1 or names[0] not in module.lora_A or names[0] in module.lora_variant:
-        return None
-    [name] = names
-    settings = name, module.scaling[name], str(module.lora_dropout[name])
-    return _of_parts(settings, (module.base_layer, module.lora_A[name], module.lora_B[name]), dtype)
-
-
-def _of_parts(what: Hashable, parts: Sequence[nn.Module], dtype: torch.dtype | None) -> Hashable:
-    kinds = tuple(_kind(part, dtype) for part in parts)
-    return None if None in kinds else (what, kinds)
-
-
-def _dtypes(kind: Any) -> set[torch.dtype]:
-    """The dtypes that a kind's products are in."""
-    if isinstance(kind, torch.dtype):
-        return {kind}
-    return {dtype for part in kind for dtype in _dtypes(part)} if isinstance(kind, tuple) else set()

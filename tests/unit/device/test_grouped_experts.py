@@ -117,13 +117,52 @@ def test_experts_that_differ_or_are_watched_run_one_by_one(kind: str) -> None:
     [first, *_] = experts_of(model).values()
     hidden = on(kind, torch.nn.Linear(64, 3)).weight
     linears = [first.get_submodule(f"{index}.down") for index in range(4)]
-    assert grouped_experts.groupable([linears], hidden)
+    assert grouped_experts.grouped([linears], hidden)
     handle = linears[2].register_forward_hook(lambda *_: None)
-    assert not grouped_experts.groupable([linears], hidden)
+    assert not grouped_experts.grouped([linears], hidden)
     handle.remove()
     linears[1].scaling["default"] *= 2
-    assert not grouped_experts.groupable([linears], hidden)
-    assert not grouped_experts.groupable([[torch.nn.Linear(64, 12)]], hidden)  # no multiple of 16 bytes
+    assert not grouped_experts.grouped([linears], hidden)
+    assert not grouped_experts.grouped([[torch.nn.Linear(64, 12)]], hidden)  # no multiple of 16 bytes
+
+
+def test_all_experts_are_looked_at_without_a_call_of_getattr(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made at each layer of each pass, and those calls take a host longer than a GPU computes."""
+    model = emulator("Mixtral")
+    linears = [[e.get_submodule(f"{i}.down") for i in range(4)] for e in experts_of(model).values()]
+    calls, getattr_of_module = [], torch.nn.Module.__getattr__
+
+    def counted(module: torch.nn.Module, name: str) -> Any:
+        calls.append(name)
+        return getattr_of_module(module, name)
+
+    monkeypatch.setattr(torch.nn.Module, "__getattr__", counted)
+    assert grouped_experts.grouped(linears, torch.zeros(1))
+    assert not calls
+
+
+def test_adapters_that_are_off_or_two_are_seen() -> None:
+    model = emulator("Mixtral")
+    linears: list[Any] = [next(iter(experts_of(model).values())).get_submodule(f"{index}.down") for index in range(4)]
+    x = torch.randn(8, linears[0].in_features, generator=GENERATOR)
+    rows = grouped_experts.GroupedRows(torch.arange(8).reshape(8, 1) % 4, 4)
+
+    def difference() -> float:
+        products = grouped_experts.grouped([linears], x)
+        assert products is not None
+        wanted = torch.stack(
+            [linears[expert](row) for expert, row in zip(rows.experts.tolist(), x[rows.tokens], strict=True)]
+        )
+        return float((products[0](x[rows.tokens], rows) - wanted).detach().abs().max())
+
+    assert difference() < 1e-5
+    with model.disable_adapter():
+        assert difference() < 1e-5
+    model.add_adapter("other", adapter_config(target_modules=["0.down"], r=8, init_lora_weights=False))
+    model.set_adapter("other")
+    assert grouped_experts.grouped([linears], x) is None  # one expert alone has it
+    model.set_adapter("default")
+    assert difference() < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -147,4 +186,4 @@ def test_on_cuda_only_what_torch_has_a_kernel_for_is_grouped(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     hidden: Any = SimpleNamespace(device=torch.device("cuda", 0))
     linears = [torch.nn.Linear(64, 64, dtype=dtype) for _ in range(2)]
-    assert grouped_experts.groupable([linears], hidden) == expected
+    assert (grouped_experts.grouped([linears], hidden) is not None) == expected
