@@ -31,7 +31,7 @@ from emloc_ray.io.store.turns import wait_for_turn
 
 _FILES = "files"
 PATIENCE_S = 6 * 3600.0  # with another one that makes the same and gets nowhere: it may have been stopped
-_LOOK_S = 0.1  # between two looks of a waiting thread at whether it is to stop
+_LOOK_S = 0.5  # between two looks of a waiting thread, of hundreds, at whether it is to stop
 _CONNECTIONS = 8
 _MAX_LINKS = 8  # at once: each has so many connections to a store
 _FREED = 0.1  # of max_bytes, where an entry exceeds it: the next ones need no weighing

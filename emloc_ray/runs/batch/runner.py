@@ -27,6 +27,7 @@ from emloc_ray.runs.batch.work import TaskPlan, TaskTurns
 from emloc_ray.text import one_line, visible
 
 _MIN_CONCURRENT = 4
+_MAX_RUNNING = 512  # those that wait for another task too: each has a thread, and its run's lock open
 _TICK_S = 0.5
 WRITE_S = 2.0  # between two writes of the state
 _GRACE_S = 60.0  # for stages to end once they were asked to
@@ -115,7 +116,7 @@ class BatchRun:
             return
         running = [*self._running]
         busy = sum(self.max_concurrent is not None or self.board[name].waits_for != "another" for name in running)
-        free = min(concurrency(self.max_concurrent, capacity) - busy, MAX_CONCURRENT - len(running))
+        free = min(concurrency(self.max_concurrent, capacity) - busy, _MAX_RUNNING - len(running))
         for name in list(self._waiting)[: max(0, free)]:
             task = self._waiting.pop(name)
             self._running[name] = threading.Thread(target=self._do, args=(task,), name=f"task {name}", daemon=True)
@@ -194,8 +195,8 @@ class BatchRun:
 
 
 def concurrency(max_concurrent: int | None, capacity: Amount) -> int:
-    """How many tasks run at once: ``max_concurrent``, or two a CPU or GPU beside those that wait for what another makes;
-    bounded, as each takes a thread."""
+    """How many tasks run at once: ``max_concurrent``, or two a CPU or GPU, up to 128, beside those that wait for what
+    another makes."""
     return min(max_concurrent or max(_MIN_CONCURRENT, 2 * int(max(capacity.cpus, capacity.gpus))), MAX_CONCURRENT)
 
 

@@ -174,6 +174,24 @@ def test_who_waits_for_another_task_keeps_none_from_beginning(
     assert (work.begun[0] == ("other", "calibrate")) == begun
 
 
+def test_hundreds_that_wait_for_another_task_keep_none_from_beginning(tmp_path: Path) -> None:
+    """As of one model's tasks, while its Grams are gathered: another model's begin beside them."""
+    other = threading.Event()
+
+    class Shares(Waits):
+        def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
+            if task.name == "other":
+                other.set()
+            else:
+                reporter.wait("calibrate", "another")
+                assert other.wait(60)
+            super().do(task, turns, reporter)
+
+    names = [f"t{number}" for number in range(150)]
+    run = batch_run(tmp_path, Shares(), *names, "other", cpus=100, max_concurrent=None)
+    assert set(statuses(run.run()).values()) == {"done"}
+
+
 def test_priority_decides_who_begins_then_the_order_of_the_file(tmp_path: Path) -> None:
     work = Waits()
     batch_run(tmp_path, work, "low", "first", "second", "high", cpus=1, max_concurrent=1, low=-1, high=5).run()
