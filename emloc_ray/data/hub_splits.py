@@ -43,6 +43,15 @@ class HubSplit(NamedTuple):
         """The first split that ``part`` takes rows of, all of it: what can be streamed."""
         return re.split(r"[\[(+]", self.part)[0]
 
+    def num_rows(self, sizes: Mapping[str, int]) -> int | None:
+        """Its rows, by the number that each whole split has; None where that does not tell."""
+        pieces = [_piece(text) for text in self.part.split("+")]
+        counts = [
+            _count(piece, sum(sizes.values()) if piece.name == "all" else sizes.get(piece.name)) for piece in pieces
+        ]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
+
     def overlaps(self, other: "HubSplit") -> bool:
         """Whether both have rows in common for certain: not where one is counted in rows, the other in per cent or from the
         end."""
@@ -92,6 +101,15 @@ def _piece(text: str) -> _Piece:
         numbers = {name: number + 100 if number < 0 else number for name, number in numbers.items()}
     known = len(units) == 1 and min(numbers.values()) >= 0
     return _Piece(match["name"], units.pop() if known else None, **numbers)
+
+
+def _count(piece: _Piece, size: int | None) -> int | None:
+    """The rows of a piece of a split of ``size`` rows."""
+    if size is None or piece.unit is None:
+        return None
+    a_unit = size / 100 if piece.unit == "%" else 1
+    begin, end = (round(min(bound * a_unit, size)) for bound in (piece.begin, piece.end))
+    return max(0, end - begin)
 
 
 def _overlap(one: _Piece, other: _Piece) -> bool:

@@ -20,6 +20,8 @@ from emloc_ray.config.emulator import HealingConfig
 from emloc_ray.config.finetune import FinetuneConfig
 from emloc_ray.config.schema import WORKER_SECTIONS, RunConfig, SplitConfig
 from emloc_ray.config.steps import Variant
+from emloc_ray.data.hub_rows import num_rows
+from emloc_ray.data.hub_splits import HubSplit
 from emloc_ray.data.images import NO_PROCESSOR
 from emloc_ray.data.reading import SourceFile
 from emloc_ray.data.splits import SPLITS, held_out
@@ -47,7 +49,9 @@ from emloc_ray.planning.model_checks import check_formats, read_model
 from emloc_ray.planning.model_files import file_dtype_of
 from emloc_ray.planning.training_checks import check_training
 
-UNKNOWN_ROWS = 8000  # the guess for a split that is made later, and for each data set of the hub
+UNKNOWN_ROWS = (
+    8000  # the guess for a split that is made later, and for a data set of the hub whose card does not count them
+)
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 Settings = TypeVar("Settings", bound=StageConfig)
@@ -78,6 +82,7 @@ class Prepared:
     written_config: RunConfig | None = None  # the config before GPUs, and batches within its budget, were decided
     gpu_bytes: float | None = None  # of the smallest GPU of a Ray that was joined; None where this machine's are meant
     host_bytes: float | None = None  # of the memory that weights come from; None where this machine's is meant
+    hub_rows: Mapping[HubSplit, int] = dataclasses.field(default_factory=dict)  # those whose card counts them
 
     def with_gpus(self, available: float, gpu_bytes: float | None = None) -> Prepared:
         """The run as written, planned with the ``available`` GPUs of a Ray. ``gpu_bytes``: the memory of the smallest, None
@@ -197,9 +202,10 @@ class Prepared:
         return min(taken, (section and section.num_samples) or taken)
 
     def _rows_elsewhere(self, split: str) -> int:
-        """The guess for a split's rows that are on the hub."""
+        """A split's rows that are on the hub: by their cards, or the guess."""
         section: SplitConfig | None = getattr(self.config.data, split)
-        return 0 if section is None else UNKNOWN_ROWS * len(section.hub)
+        named = [HubSplit.of(place, split) for place in (section.hub if section is not None else ())]
+        return sum(self.hub_rows.get(part, UNKNOWN_ROWS) for part in named)
 
     def calibration_tokens(self, tokens_per_row: float) -> float:
         """The tokens that calibration reads, at a mean of so many a row: the smallest of the config's bounds and of what its rows
@@ -252,17 +258,21 @@ class Lookups:
     source: Callable[[], ModelSource]
     files: Mapping[str, Callable[[], Looks]]
     upper_bound: Callable[[], None]
+    hub_rows: Mapping[HubSplit, Callable[[], int | None]] = dataclasses.field(default_factory=dict)
 
 
 def start_lookups(config: RunConfig, needs_weights: bool = True, submit: Submit = functools.partial) -> Lookups:
     """Starts all that :func:`prepare` waits for; ``submit`` may run it in other threads."""
     model = config.model
     places = {name: places_here(config, name) for name in splits_of(config)}
+    named = [(name, section) for name in places if (section := getattr(config.data, name)) is not None]
+    hub = {HubSplit.of(place, name) for name, section in named for place in section.hub}
     return Lookups(
         submit(_check_run, config.run_dir),
         submit(resolve_source, model.source, model.revision, model.trust_remote_code, needs_weights),
         {name: submit(look_at_files, here, f"data.{name}.path") for name, here in places.items() if here},
         submit(_check_upper_bound, config.evaluation.upper_bound),
+        {split: submit(num_rows, split) for split in hub},
     )
 
 
@@ -307,7 +317,8 @@ def prepare(config: RunConfig, needs_weights: bool = True, lookups: Lookups | No
     if errors or source is None or model is None:
         raise ConfigError("\n".join(dict.fromkeys(errors)))  # splits may share a bad file
     known = {name: sources for name, sources in files.items() if sources}
-    return Prepared(config, run, source, *model, known, zero_config, file_dtype, written_config)
+    counted = {split: rows for split, look in lookups.hub_rows.items() if (rows := look()) is not None}
+    return Prepared(config, run, source, *model, known, zero_config, file_dtype, written_config, hub_rows=counted)
 
 
 def _check_run(place: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from emloc_ray.data.formats import Tokens, pack
+from emloc_ray.data.hub_splits import HubSplit
 from emloc_ray.planning.first_rows import first_rows, sequences_a_row
 from emloc_ray.planning.lengths import Lengths, row_lengths
 from emloc_ray.planning.memory import MemoryModel, total
@@ -124,6 +125,15 @@ def test_rows_of_the_hub_beside_files_are_as_long_as_rows_may_be(
     assert tokens_stored(scored)[0] > tokens_stored(alone)[0] + 100 * scored.num_rows("eval")
     few = run(train={"path": "hf:some/rows", "num_samples": 100}, eval=None)
     assert few.num_rows() == 100
+
+
+def test_rows_of_the_hub_are_as_many_as_its_card_says(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emloc_ray.planning.prepared.num_rows", {HubSplit("some/rows", "", "train"): 52000}.get)
+    places = ["hf:some/rows", "hf:other/rows"]
+    assert prepared(data={"train": {"path": places[0]}}).num_rows() == 52000
+    assert prepared(data={"train": {"path": places}}).num_rows() == 52000 + UNKNOWN_ROWS
 
 
 @pytest.mark.parametrize(("length", "limit"), [(18, 512), (150, 512), (300, 512)])
