@@ -41,6 +41,10 @@ class Amount:
         """The smaller of the two in each dimension."""
         return Amount(*(min(pair) for pair in self.pairs(other)))
 
+    def larger(self, other: Amount) -> Amount:
+        """The larger of the two in each dimension."""
+        return Amount(*(max(pair) for pair in self.pairs(other)))
+
     def fits_in(self, other: Amount) -> bool:
         """Whether no dimension exceeds the other's by more than rounding."""
         return all(mine <= theirs + _ROUNDING * max(1.0, abs(theirs)) for mine, theirs in self.pairs(other))

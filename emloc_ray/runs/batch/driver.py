@@ -120,8 +120,6 @@ def run_batch(
         prepared.work.check_rows()
         check_accepted([] if accept_changes is True else prepared.work.changes(batch.tasks), accept_changes)
         run.create(batch.config.model_dump(mode="json"), kind="batch")
-        limits = batch.config.limits
-        capacity = functools.partial(cluster_capacity, limits)
         lean = any(keeps_small(prepared.work.config(task)) for task in batch.tasks)
         with connection(batch.ray.address, lean, tell, **batch.ray.init_options) as started, prepared.work.actors:
             if not started:
@@ -130,6 +128,7 @@ def run_batch(
                 if remark := unseen_gpus(sorted({key for task in batch.tasks for key in task.config.undecided_gpus})):
                     tell(remark)
             check_fit(prepared)
+            capacity = functools.partial(cluster_capacity, batch.config.limits, largest_stage(prepared))
             for remark in said_once((prepared.work.config(task) for task in batch.tasks), total("CPU")):
                 tell(remark)
             gauges = BatchGauges(run.name, prepared.work.cache)
@@ -155,10 +154,19 @@ def check_fit(prepared: PreparedBatch) -> None:
     raise_problems(problems)
 
 
-def cluster_capacity(limits: LimitsConfig) -> Amount:
+def largest_stage(prepared: PreparedBatch) -> Amount:
+    """The most of each resource that a stage of a task needs at once."""
+    needs = (_needed(stage) for task in prepared.batch.tasks for stage in prepared.work.stages(task))
+    return functools.reduce(Amount.larger, needs, Amount())
+
+
+def cluster_capacity(limits: LimitsConfig, least: Amount) -> Amount:
     """The batch's ``limits`` of CPUs, GPUs and memory; without a limit the cluster's, with all that an autoscaler may
-    add: twice what is up where it does not say, so that stages wait in Ray, for which it adds nodes."""
-    whole = _amount(grown_cluster()) * (2 if has_unknown_autoscaler() else 1)
+    add. Where that does not say, twice what is up, and the ``least``: so that stages wait in Ray, for which it adds nodes, of a
+    kind too of which none is up."""
+    whole = _amount(grown_cluster())
+    if has_unknown_autoscaler():
+        whole = (whole * 2).larger(least)
     return Amount(
         whole.cpus if limits.cpus is None else limits.cpus,
         whole.gpus if limits.gpus is None else limits.gpus,
@@ -180,11 +188,16 @@ def _unfit(stages: Sequence[StagePlan], limits: LimitsConfig) -> list[str]:
     ]
     most = _amount({**dict.fromkeys(("CPU", "GPU", "memory"), math.inf), **grown})
     for stage in stages:
-        worker = Amount(stage.cpus_per_worker, stage.gpus_per_worker, stage.host_bytes)
-        together = worker if stage.divisible else worker * stage.num_workers
+        together = _needed(stage)
         if not together.fits_in(most):
             problems.append(f"{stage.name} needs {_text(together)} at once: ask for less, or raise the batch's limits.")
     return problems
+
+
+def _needed(stage: StagePlan) -> Amount:
+    """What it needs at once: of a bag of tasks one worker."""
+    worker = Amount(stage.cpus_per_worker, stage.gpus_per_worker, stage.host_bytes)
+    return worker if stage.divisible else worker * stage.num_workers
 
 
 def _amount(resources: Mapping[str, float]) -> Amount:

@@ -14,7 +14,7 @@ from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.planning.plan import StagePlan
 from emloc_ray.runs.batch.admission import Amount
 from emloc_ray.runs.batch.config import LimitsConfig
-from emloc_ray.runs.batch.driver import check_fit, cluster_capacity, lacking_cache, run_batch
+from emloc_ray.runs.batch.driver import check_fit, cluster_capacity, lacking_cache, largest_stage, run_batch
 from emloc_ray.stages.ray import nodes
 
 NODE = {"CPU": 3.0, "memory": 2.0**34}
@@ -73,19 +73,25 @@ def test_what_no_nodes_can_take_is_refused(
         check_fit(prepared)
 
 
-@pytest.mark.parametrize(("label", "expected"), [(None, Amount(8, 1, 3e9)), ("worker", Amount(16, 2, 6e9))])
+@pytest.mark.parametrize(("label", "expected"), [(None, Amount(8, 0, 3e9)), ("worker", Amount(16, 1, 6e9))])
 def test_a_cluster_that_may_grow_unseen_is_asked_for_more_than_it_has(
     label: str | None, expected: Amount, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its autoscaler adds nodes for what waits in Ray alone."""
+    """Its autoscaler adds nodes for what waits in Ray alone, the first GPU too."""
     monkeypatch.setattr(nodes.state, "get_cluster_config", lambda: None)
     monkeypatch.setattr(nodes.state, "get_max_resources_from_cluster_config", lambda: None)
     labels = {} if label is None else {"ray.io/node-group": label}
     monkeypatch.setattr(nodes.ray, "nodes", lambda: [{"Alive": True, "Labels": labels}])
-    now = {"CPU": 8.0, "GPU": 1.0, "memory": 2e9, "object_store_memory": 1e9}
+    now = {"CPU": 8.0, "memory": 2e9, "object_store_memory": 1e9}
     monkeypatch.setattr(nodes.ray, "cluster_resources", lambda: now)
-    assert cluster_capacity(LimitsConfig()) == expected
-    assert cluster_capacity(LimitsConfig(cpus=64)) == replace(expected, cpus=64)
+    training = StagePlan("finetune", {"weights": 1e9}, 0, 1.0, 2, 3.0, 0.5, together=True)
+    bag = StagePlan("factorize", {"weights": 1e8}, 0, 1.0, 100, 1.0, 0.0, divisible=True)
+    work = SimpleNamespace(stages=lambda task: (training, bag))
+    prepared: Any = SimpleNamespace(batch=SimpleNamespace(tasks=["a", "b"]), work=work)
+    least = largest_stage(prepared)
+    assert least == Amount(6, 1, 2 * training.host_bytes)
+    assert cluster_capacity(LimitsConfig(), least) == expected
+    assert cluster_capacity(LimitsConfig(cpus=64), least) == replace(expected, cpus=64)
 
 
 @pytest.mark.parametrize(("most", "is_said"), [(None, False), (2**30, True), (2**40, False)])
