@@ -7,7 +7,7 @@ from emloc_ray.data.hub_splits import HubSplit
 from emloc_ray.io.store.shared import Shared
 
 _TIMEOUT_S = 10.0
-_KNOWN = Shared[int | None](4096)  # a plan asks, and each task of a batch
+_KNOWN = Shared[int | None](4096)  # hundreds of a batch's tasks ask; where no hub answers, the first alone waits for it
 
 
 def num_rows(split: HubSplit) -> int | None:

@@ -85,7 +85,8 @@ def test_no_card_no_sizes_and_no_hub(hub: type[Hub], monkeypatch: pytest.MonkeyP
 def test_the_hub_is_asked_once(hub: type[Hub]) -> None:
     hub.cards["org/one"] = {"dataset_info": {"splits": splits(train=3)}}
     assert {rows("hf:org/one") for _ in range(3)} == {3}
-    assert hub.asked == ["org/one"]
+    assert {rows("hf:org/gone") for _ in range(3)} == {None}
+    assert hub.asked == ["org/one", "org/gone"]
 
 
 @given(st.lists(_PIECES, min_size=1, max_size=3))
