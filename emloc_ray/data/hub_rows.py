@@ -14,9 +14,7 @@ def num_rows(split: HubSplit) -> int | None:
     """The rows of a split as its data set's card counts them
     (https://huggingface.co/docs/hub/datasets-cards, ``dataset_info``); None where no card does, where it is a folder of this
     machine, or the hub does not answer."""
-    return (
-        None if split.folder is not None else _KNOWN.get(split, lambda: _on_hub(split), lambda rows: rows is not None)
-    )
+    return None if split.folder is not None else _KNOWN.get(split, lambda: _on_hub(split))
 
 
 def _on_hub(split: HubSplit) -> int | None:
