@@ -9,6 +9,7 @@ A model each has a panel. Methods of one kind are joined by a line. The results 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,8 +90,22 @@ def draw(models: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) -> Non
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("gap closed, % (LoRA on the original = 100)")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=3)
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None, "Description": figures(models)})
     pyplot.close(figure)
+
+
+def figures(models: Mapping[str, Mapping[str, Sequence[Point]]]) -> str:
+    """A hash of what is drawn, which the picture carries: a test holds it against the results."""
+    rounded = {
+        model: {kind: [(round(bits, 3), round(closed, 3)) for bits, closed in line] for kind, line in lines.items()}
+        for model, lines in models.items()
+    }
+    return hashlib.sha256(json.dumps(rounded).encode()).hexdigest()
+
+
+def published() -> dict[str, dict[str, list[Point]]]:
+    """What the published results say, by model."""
+    return {model: points(records(names)) for model, names in MODELS.items()}
 
 
 def records(names: Sequence[str]) -> list[Any]:
@@ -100,4 +115,4 @@ def records(names: Sequence[str]) -> list[Any]:
 
 
 if __name__ == "__main__":
-    draw({model: points(records(names)) for model, names in MODELS.items()}, PICTURE)
+    draw(published(), PICTURE)

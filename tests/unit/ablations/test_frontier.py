@@ -36,6 +36,11 @@ def test_every_method_of_the_grids_has_a_kind() -> None:
     assert methods == {name for names, _ in KINDS.values() for name in names}
 
 
+def test_the_picture_is_of_the_published_results() -> None:
+    """Where it is not: python pipelines/frontier.py."""
+    assert frontier.figures(frontier.published()) in frontier.PICTURE.read_text()
+
+
 def test_a_cell_that_two_results_have_counts_once() -> None:
     of_seeds = Counter(cell["method"] for cell in frontier.records(MODELS["SmolLM2 135M"]))
     assert (of_seeds["int2"], of_seeds["quarter"]) == (5, 1)
