@@ -93,7 +93,8 @@ class EmulatorConfig(StageConfig):
         "uniform", description="ranks: all alike, or by their effect on predictions"
     )
     objective: Literal["activations", "predictions", "weights"] = Field(
-        "activations", description="what factors keep: their layer's outputs, the model's predictions, or its weights"
+        "activations",
+        description="what factors keep: their layer's outputs, the model's predictions (under a budget by default), its weights",
     )
     storage: Literal["factors", "pivoted"] = Field(
         "factors", description="pivoted: the same product in fewer numbers, so that ranks are higher at a ratio"
@@ -126,7 +127,9 @@ class EmulatorConfig(StageConfig):
                 f"budget: {values['budget']} decides every linear's ranks and bits, and {given[0]} is given too: remove one of"
                 f" them, or set the other to null: budget: null, or {given[0]}: null"
             )
-        return {key: value for key, value in values.items() if key not in DECIDED}
+        values = {key: value for key, value in values.items() if key not in DECIDED}
+        # It is spent by what predictions lose, for which their gradients are summed anyway.
+        return values if values.get("objective") is not None else {**values, "objective": "predictions"}
 
     @model_serializer(mode="wrap")
     def _without_what_a_budget_decides(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -79,5 +79,6 @@ def test_a_ratio_has_the_figure_of_the_next_smaller_one() -> None:
     refined = {"refinement": {"steps": 75}}
     fewer = ("2.4 bits", "2 bits", "1 bits")
     assert [of_budget(each, **by_predictions, **refined) for each in fewer] == [0.962, 0.857, None]
-    assert of_budget("2 bits") is None
+    assert of_budget("2 bits") == 0.703
+    assert of_budget("2 bits", objective="activations") is None
     assert figure(1.0, **best, healing={"steps": 20}) == 1.0  # where nothing is healed or compressed
