@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from emloc_ray.data import hub_rows
 from emloc_ray.data.hub_splits import HubSplit
-from emloc_ray.io.store.shared import Shared
 
 SIZES = {"train": 1003, "test": 17}
 _BOUNDS = st.none() | st.integers(0, 100)
@@ -49,7 +48,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     thread.start()
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("emloc_ray.data.hub_rows._KNOWN", Shared(16))
     yield Hub
     server.shutdown()
     server.server_close()
@@ -83,11 +81,11 @@ def test_no_card_no_sizes_and_no_hub(hub: type[Hub], monkeypatch: pytest.MonkeyP
 
 
 def test_the_hub_is_asked_once(hub: type[Hub]) -> None:
-    hub.cards["org/one"] = {"dataset_info": {"splits": splits(train=3)}}
-    assert [rows("hf:org/one"), rows("hf:org/gone")] == [3, None]
+    hub.cards["org/asked"] = {"dataset_info": {"splits": splits(train=3)}}
+    assert [rows("hf:org/asked"), rows("hf:org/not-there")] == [3, None]
     once = [*hub.asked]
-    assert {*once} == {"org/one", "org/gone"}
-    assert [rows("hf:org/one"), rows("hf:org/gone")] == [3, None]
+    assert {*once} == {"org/asked", "org/not-there"}
+    assert [rows("hf:org/asked"), rows("hf:org/not-there")] == [3, None]
     assert hub.asked == once
 
 
