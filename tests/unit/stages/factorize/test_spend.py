@@ -13,10 +13,11 @@ from stage_artifacts import Artifacts
 from test_allocate import DAMPING, allocation_job, damped, gradients_dir, stored
 
 from emloc_ray.core.forms import Form, FormSizes
+from emloc_ray.core.gram import Gram
 from emloc_ray.core.integer_forms import IntegerForms
 from emloc_ray.core.ranks import factor_parameters, possible_ranks
 from emloc_ray.io.formats.checkpoint import Checkpoint
-from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.io.formats.grams import GramStore, StoredGram, write_gram_shard
 from emloc_ray.modeling.emulator_weights import emulator_weight
 from emloc_ray.stages.factorize.allocate import AllocationJob, Spending, group_losses
 from emloc_ray.stages.factorize.factorize import factorize_group
@@ -42,6 +43,21 @@ def losses(artifacts: Artifacts, gradients_dir: Path) -> dict[str, torch.Tensor]
         names = [spec.name for spec in group]
         found |= group_losses(job, group, grams.stored(names[0]), stored(gradients_dir, names))
     return found
+
+
+def test_an_expert_of_twice_the_tokens_loses_twice_as_much_in_every_form(
+    artifacts: Artifacts, gradients_dir: Path, losses: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Its sums are over its own tokens: a linear stands for one that is sent so many, and one that is sent twice as many."""
+    job, group = budget_job(artifacts, gradients_dir, 3), artifacts.groups[0]
+    names, grams, sums = [spec.name for spec in group], GramStore(artifacts.calibration_dir), GramStore(gradients_dir)
+    doubled = {f"of {name}": Gram(2 * sums.read(name), 2 * sums.num_tokens(name)) for name in names}
+    doubled["inputs"] = Gram(2 * grams.read(names[0]), 2 * grams.num_tokens(names[0]))
+    write_gram_shard(tmp_path / "doubled", doubled)
+    gradients = {name: StoredGram(tmp_path / "doubled", f"of {name}") for name in names}
+    found = group_losses(job, group, StoredGram(tmp_path / "doubled", "inputs"), gradients)
+    for name in names:
+        torch.testing.assert_close(found[name], 2 * losses[name], rtol=1e-4, atol=1e-6 * float(losses[name].max()))
 
 
 def spent(job: AllocationJob, artifacts: Artifacts, losses: dict[str, torch.Tensor], directory: Path) -> dict[str, Any]:
