@@ -49,7 +49,7 @@ from emloc_ray.planning.model_checks import check_formats, read_model
 from emloc_ray.planning.model_files import file_dtype_of
 from emloc_ray.planning.training_checks import check_training
 
-UNKNOWN_ROWS = 8000  # the guess for a split that is made later, and for a data set of the hub without a count on its card
+UNKNOWN_ROWS = 8000  # the guess for a split that is made later, and for a data set of the hub whose card has no count
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 Settings = TypeVar("Settings", bound=StageConfig)
