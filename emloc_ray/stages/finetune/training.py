@@ -212,7 +212,9 @@ def _has_experts(model: Any) -> bool:
 
 
 def _fit_arguments(job: FinetuneJob, arguments: TrainingArguments, model: Any) -> None:
-    """Sets what follows from model and adapter: whether blocks may be run again, and what DDP looks for and sends."""
+    """Sets what follows from model and adapter: whether blocks may be run again, and what DDP looks for and sends; and one GPU a
+    process, where it sees several: the Trainer would split every batch over them (``nn.DataParallel``)."""
+    setattr(arguments, "_n_gpu", min(1, arguments.n_gpu))  # noqa: B010
     if not model.supports_gradient_checkpointing:
         arguments.activation_checkpointing = arguments.gradient_checkpointing = False
     if arguments.ddp_find_unused_parameters is None:

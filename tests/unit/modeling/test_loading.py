@@ -15,10 +15,12 @@ from tiny import HIDDEN, VOCABULARY, make_tokenizer, save_emulator
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaConfig,
 )
 
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint
+from emloc_ray.modeling import loading
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.checkpoint_config import check_config
 from emloc_ray.modeling.emulator import FactorizedLinear
@@ -163,6 +165,22 @@ def test_dtype_and_attention_as_asked(tmp_path: Path, tiny_model_dir: Callable[.
     model = load_model(directory, dtype="bfloat16", attn_implementation="eager", device="cpu")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "stored", "has_bfloat16", "expected"),
+    [
+        ("auto", torch.float32, True, "bfloat16"),
+        ("auto", torch.float32, False, "auto"),
+        ("auto", torch.float16, True, "auto"),
+        ("float32", torch.float32, True, "float32"),
+    ],
+)
+def test_a_float32_checkpoint_is_read_in_bfloat16_where_the_gpu_computes_it(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, stored: torch.dtype, has_bfloat16: bool, expected: str
+) -> None:
+    monkeypatch.setattr(loading, "computes_bfloat16", lambda device: has_bfloat16)
+    assert loading.dtype_on("cuda", wanted, LlamaConfig(dtype=stored)) == expected
 
 
 def test_tokenizer_files_are_copied_and_nothing_else(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:

@@ -176,7 +176,8 @@ def test_a_share_that_loses_its_worker_after_each_file_is_made(
             losses.record_lost_worker(name, WorkerCrashedError())
 
     def run_tasks(function: Any, shared: Any, work: Any, resources: Any, losses: Losses, look: Any) -> None:
-        for name, (bundle, _) in work:
+        for name, (bundle, device) in work:
+            assert device == "cuda"
             lose(function, shared, name, bundle, losses)
 
     def bounded(submits: Any, limit: int, losses: Losses, *others: Any, **more: Any) -> None:
@@ -184,7 +185,9 @@ def test_a_share_that_loses_its_worker_after_each_file_is_made(
             if name.startswith("shard "):
                 copy_rest(*submit.args)
             else:
-                lose(factorize_groups, submit.args[0], name, submit.args[1], losses)
+                shared, bundle, device = submit.args
+                assert device == "cuda"
+                lose(factorize_groups, shared, name, bundle, losses)
 
     monkeypatch.setattr("emloc_ray.stages.factorize.allocate.run_tasks", run_tasks)
     monkeypatch.setattr("emloc_ray.stages.factorize.factorize.bounded", bounded)

@@ -250,6 +250,31 @@ def test_lora_plus_trains_b_at_its_own_rate(job: FinetuneJob, artifacts: Artifac
     assert largest[16.0] == pytest.approx(16 * largest[None], rel=1e-3)
 
 
+def test_a_process_that_sees_two_gpus_splits_no_batch(
+    job: FinetuneJob, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where Ray hides none, or without Ray."""
+    trained = []
+
+    class Seeing(training.TrainingArguments):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            assert self.n_gpu <= 1
+            self._n_gpu = 2
+
+    class Watched(EmulatorTrainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            trained.append(self.args.n_gpu)
+            raise Killed
+
+    monkeypatch.setattr(training, "TrainingArguments", Seeing)
+    monkeypatch.setattr(training, "EmulatorTrainer", Watched)
+    options = settings("lora", "llama", [spec.name for spec in artifacts.specs])
+    with pytest.raises(Killed):
+        train(replace(job, adapter=options, storage_dir=tmp_path), LoneSession(tmp_path / "two"))
+    assert trained == [1]
+
+
 def test_ranks_look_for_unused_parameters_where_asked_or_where_there_may_be_some(
     job: FinetuneJob, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from emloc_ray.stages.ray.spans import timed
 
 SCRIPT = """
 from emloc_ray.stages.ray.spans import timed
@@ -79,3 +82,17 @@ def test_the_collector_passes_over_what_was_imported_and_not_over_what_work_left
     (first, gone), (second, gone_too) = (line.split() for line in told.stdout.splitlines())
     assert 10_000 < int(first) < int(second)
     assert (gone, gone_too) == ("True", "True")
+
+
+def test_a_span_has_the_peak_of_its_own_gpu_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the process held on its GPU before is forgotten first; a stand-in for torch.cuda keeps the count."""
+    held = [2**30]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: held.append(0))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: held[-1])
+    assert timed(lambda: held.append(held[-1] + 2**20))().span.gpu_peak_bytes == 2**20
+
+
+def test_without_a_gpu_a_span_has_no_peak_there() -> None:
+    assert not torch.cuda.is_initialized()
+    assert timed(int)().span.gpu_peak_bytes == 0
