@@ -52,7 +52,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     hands on what the first one returns."""
     if settings["device"] == "cpu":  # a Ray that our caller started lets every worker see its node's GPUs
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    set_threads(settings["threads"])
+    set_threads(settings["threads"], in_group=True)
     job: FinetuneJob = settings["job"]
     if exists(job.out_of_memory_path):  # the group was restarted, and would run out once more
         return {"out_of_memory": True, "spans": []}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import heapq
+import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ Value = TypeVar("Value")
 Next = Literal["more", "over", "again"]  # after what a task gave
 _TASKS_A_WORKER = 16
 LOOK_S = 1.0  # between two looks at tasks in flight
+_HIDES_NONE = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 
 
 def silent(done: int, total: int) -> None:
@@ -138,11 +140,17 @@ class Resources:
         return "cuda" if self.gpus_per_worker else "cpu"
 
 
-def set_threads(count: int) -> None:
+def set_threads(count: int, in_group: bool = False) -> None:
     """Fixes torch's threads in this worker, which also fixes the order of its sums. Raises StageError where Ray granted it a
-    GPU that torch cannot open; it would compute on the CPU without a word."""
+    GPU that torch cannot open; it would compute on the CPU without a word.
+
+    Where a node asks Ray to hide no GPU (https://docs.ray.io/en/latest/ray-core/scheduling/accelerators.html), this worker sees
+    none but those that it was granted; one ``in_group`` is told its own by Ray Train.
+    """
     torch.set_num_threads(count)
     granted = ray.get_gpu_ids() if ray.is_initialized() else []
+    if os.environ.get(_HIDES_NONE, "").lower() in ("1", "true") and ray.is_initialized() and not in_group:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, granted))
     if granted and not torch.cuda.is_available():
         raise StageError(
             f"Ray granted a worker on {socket.gethostname()} GPU {', '.join(map(str, granted))}, which torch {torch.__version__}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +170,22 @@ def test_the_progress_of_tasks_that_write_files_is_theirs(tmp_path: Path, monkey
     losses = Losses("factorize", files={"layer k, …": files})
     assert bounded([("layer k, …", write)], 1, losses, lambda done, of: shown.append((done, of))) == [1]
     assert (shown[0], shown[-1]) == ((1, 3), (3, 3))
+
+
+@pytest.mark.parametrize(
+    ("asked", "granted", "in_group", "seen"),
+    [("1", [3], False, "3"), ("1", [], False, ""), ("1", [3], True, "0,1,2,3"), ("0", [3], False, "0,1,2,3")],
+)
+def test_a_worker_sees_its_own_gpus_where_ray_hides_none(
+    asked: str, granted: list[int], in_group: bool, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", asked)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setattr(tasks.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(tasks.ray, "get_gpu_ids", lambda: granted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    tasks.set_threads(torch.get_num_threads(), in_group)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
 @pytest.mark.parametrize(("granted", "opens"), [([0], False), ([0], True), ([], False)])
