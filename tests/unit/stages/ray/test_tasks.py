@@ -181,10 +181,11 @@ def test_a_worker_sees_its_own_gpus_where_ray_hides_none(
 ) -> None:
     monkeypatch.setenv("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", asked)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    monkeypatch.setattr(tasks.ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(tasks.ray, "get_gpu_ids", lambda: granted)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    tasks.set_threads(torch.get_num_threads(), in_group)
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks.ray, "is_initialized", lambda: True)
+        patch.setattr(tasks.ray, "get_gpu_ids", lambda: granted)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        tasks.set_threads(torch.get_num_threads(), in_group)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
