@@ -264,7 +264,7 @@ def test_what_refinement_gained_on_gemma_has_the_figures_of_its_tables() -> None
         return f"{100 * more['mean']:.1f} ± {100 * more['sem']:.1f}".replace("-", "−"), f"{more['p']:.1g}"
 
     half, p = gained("frontier_gemma", "factors_refined", "factors")
-    assert f"On Gemma 3 270M it gained nothing at 0.5 ({half} points over five seeds, p = {p})" in text
+    assert f"On Gemma 3 270M 25 steps gained nothing at 0.5 ({half} points over five seeds, p = {p})" in text
     methods = "budget_1.1_refined", "budget_1.1"
     (docstrings, p), (source, p_of_source) = (
         gained(name, *methods) for name in ("refined_budgets_gemma", "refined_budgets_gemma_code")
