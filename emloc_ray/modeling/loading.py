@@ -360,7 +360,9 @@ def load_model(
     config = load_config(Path(directory), trust_remote_code=trust_remote_code)
     original = config.original() if hasattr(config, "original") else config
     dtype = dtype_on(device, dtype, config)
-    options: dict[str, Any] = {"use_safetensors": True}  # no pickles, whatever lies beside
+    # No pickles, whatever lies beside; and no kernels of the hub, which transformers puts in on GPUs: each node would fetch
+    # code, and where one can't, its tasks would round otherwise than the others'.
+    options: dict[str, Any] = {"use_safetensors": True, "use_kernels": False}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if torch.device(device).type != "cpu" and not is_deepspeed_zero3_enabled():  # which places weights itself

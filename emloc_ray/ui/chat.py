@@ -73,7 +73,8 @@ class Pair:
         directory = original(run, root, trusted, needs_weights=True)
         try:
             opens = auto_class(read_model(directory, trust_remote_code=trusted))
-            model = opens.from_pretrained(directory, dtype="auto", use_safetensors=True, trust_remote_code=trusted)
+            options: dict[str, Any] = {"use_safetensors": True, "use_kernels": False}  # as a run opens it
+            model = opens.from_pretrained(directory, dtype="auto", trust_remote_code=trusted, **options)
             adapted = PeftModel.from_pretrained(model.to("cuda" if torch.cuda.is_available() else "cpu"), str(adapter))
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
             processor = open_processor(str(directory), trusted)

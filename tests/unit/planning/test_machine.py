@@ -19,6 +19,7 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.modeling import attention
 from emloc_ray.planning.gpu_speeds import ask_gpus
 from emloc_ray.planning.machine import (
     Speeds,
@@ -235,6 +236,7 @@ FLASH = "flash_attention_2"
 def test_attention_that_this_machine_cannot_compute_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: RunConfig, capability: float, words: str
 ) -> None:
+    monkeypatch.setattr(attention, "is_kernels_available", lambda: False)
     nvidia_smi(tmp_path, f"echo {capability}")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError) as caught:
