@@ -95,7 +95,9 @@ def not_finite(grams: Mapping[str, TokenSum]) -> str | None:
     """The first of the sums that holds a NaN or an Inf, by one transfer from the device for all of them."""
     if not grams:
         return None
-    finite = torch.stack([torch.isfinite(gram.matrix.diagonal()).all() for gram in grams.values()]).tolist()
+    # Of a Gram the diagonal: no product of two elements is past the dtype's range where both squares are within it.
+    parts = (gram.matrix.diagonal() if isinstance(gram, Gram) else gram.matrix for gram in grams.values())
+    finite = torch.stack([torch.isfinite(part).all() for part in parts]).tolist()
     return next((name for name, is_finite in zip(grams, finite, strict=True) if not is_finite), None)
 
 

@@ -187,5 +187,7 @@ def rounding_noise(matrix: Tensor, energies: Tensor, bits: int, group_size: int)
     span = rows.amax(-1).clamp_min(0) - rows.amin(-1).clamp_max(0)
     mean = (rows * shares).sum(-1)
     variance = ((rows - mean[..., None]).square() * shares).sum(-1)
-    noise = torch.minimum(span.square() / (12 * (2**bits - 1) ** 2), _NORMAL[bits] * variance)
-    return (_MEASURED[bits] * noise).repeat_interleave(size, dim=1)[:, :in_features]
+    noise = _MEASURED[bits] * torch.minimum(span.square() / (12 * (2**bits - 1) ** 2), _NORMAL[bits] * variance)
+    # Where one column has nearly all energy, its weight alone is kept to 8 bits' share of the span: scales are codes too.
+    noise = torch.maximum(noise, span.square() / (12 * 255**2))
+    return noise.repeat_interleave(size, dim=1)[:, :in_features]

@@ -18,10 +18,11 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def energy(matrix: Tensor) -> float:
-    """``‖A‖²``: of rows in the dtype of ``A (n, k)``, and of their sum in float64."""
-    # Along the memory's rows, where sums are made in parts; across them float32 drifts by some 1e-6.
+    """``‖A‖²`` of ``A (n, k)``, summed in float64, of some rows at a time."""
+    # Along the memory's rows. In float32 a row with one massive element would lose up to 1e-6 of what the others hold.
     rows = matrix.T if matrix.stride(0) < matrix.stride(1) else matrix
-    return float(torch.linalg.vector_norm(rows, dim=1).square().sum(dtype=torch.float64))
+    norms = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in rows.split(ROWS))
+    return float(torch.stack([norm.square().sum() for norm in norms]).sum())
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:

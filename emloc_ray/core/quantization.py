@@ -44,6 +44,7 @@ _ELEMENTS = 2**22  # of a weight, on a GPU
 _COLUMNS = 64  # that are rounded one by one before the rest hears of it
 DAMPENING_FRAC = 1e-2
 _LEAST_DAMPENING = 1e-6  # of what factors see of the inputs
+_SEEN = 5e-7  # of the mean energy, above the damping: less is its rounding in float32
 _PASSES = 2  # of the descent: two more lower the error by another 1 %
 
 
@@ -86,8 +87,8 @@ def quantize_factors(
     """``up`` and ``down`` of ``weight ≈ up down`` in integers, rounded in turn.
 
     ``down`` first, under ``G``: with orthonormal columns of ``up`` what it loses is what the layer loses. Then ``up`` is fitted
-    anew to what became of it, ``W G dᵀ (d G dᵀ)⁻¹``, and rounded under ``d G dᵀ (r, r)``. This is damped even where ``G``
-    is not: rows of ``d`` may be zero. It is solved in float64: where few tokens were seen, float32's rounding would be divided by
+    anew to what became of it, ``W G dᵀ (d G dᵀ)⁻¹``, and rounded under ``d G dᵀ (r, r)``. This is damped
+    as little as can be, whatever ``G`` is damped by, which it holds: rows of ``d`` may be zero. It is solved in float64: where few tokens were seen, float32's rounding would be divided by
     the damping alone.
     """
     whitening.check_reads(weight, name)
@@ -95,7 +96,7 @@ def quantize_factors(
     down = quantize(factors.down / scale, whitening, bits, group_size, name=name)
     kept = down.dense().to(torch.float64)
     seen = whitening.times(kept.T)
-    inner = Whitening(kept @ seen, max(whitening.dampening_frac, _LEAST_DAMPENING), name=name)
+    inner = Whitening(kept @ seen, _LEAST_DAMPENING, name=name)
     up = torch.cholesky_solve(product_by_rows(scaled, seen).T / inner.scale, inner.root(torch.float64)).T
     restored = replace(down, exponent=down.exponent + round(math.log2(scale)))
     return quantize(up, inner, bits, group_size, name=name), restored
@@ -194,7 +195,8 @@ def _descent_codes(weight: Tensor, whitening: Whitening, grid: IntegerWeight, co
     made = codes.T[order]
     for _ in range(_PASSES):
         for part in _parts(len(made)):
-            energies, reference = gram.diagonal()[part, None], columns.weight[part] - differences[part]
+            energies = gram.diagonal()[part, None].clamp_min(torch.finfo(torch.float32).tiny)  # zero where undamped
+            reference = columns.weight[part] - differences[part]
             best = reference + (gram[part] @ differences) / energies  # the slope, half the derivative by Δ, leads there
             changes = torch.empty_like(reference)
             columns.round(part, best, gram[part, part] / energies, reference, made[part], changes)
@@ -210,7 +212,7 @@ def _grid(weight: Tensor, whitening: Whitening, bits: int, group_size: int) -> I
     lacking = groups * size - in_features
     energies = whitening.diagonal()
     # Inputs that were never there say nothing, unless a group has no others; nor do those that fill up a row.
-    energies = torch.where(energies > 1.5 * whitening.dampening_frac, energies, 0.0)
+    energies = torch.where(energies - whitening.dampening_frac > _SEEN, energies, 0.0)
     energies = torch.nn.functional.pad(energies, (0, lacking)).view(groups, size)
     energies = torch.where(energies.sum(dim=1, keepdim=True) > 0, energies, 1.0)
     rows = torch.nn.functional.pad(weight, (0, lacking)).view(out_features, groups, size)

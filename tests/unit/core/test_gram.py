@@ -126,3 +126,11 @@ def test_columns_are_those_of_the_gram_in_other_directions(seed: int, counts: li
     if k:
         columns.update(torch.full((1, features), float("nan")))
         assert not_finite({"layer": columns}) == "layer"
+
+
+def test_what_overflows_beside_the_diagonal_of_columns_is_found() -> None:
+    columns = GramColumns(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+    columns.update(torch.tensor([[1.0, 0.0, 1e30]]))
+    assert not_finite({"layer": columns}) is None
+    columns.update(torch.tensor([[1e10, 0.0, 1e30]]))  # 1e40 in the last row, where there is no diagonal
+    assert not_finite({"layer": columns}) == "layer"

@@ -254,3 +254,38 @@ def test_factors_of_weights_of_any_size(scale: float) -> None:
     scaled_up, scaled_down = quantize_factors(large, weight * scale, whitening, 8)
     made, wanted = scaled_up.dense() @ (scaled_down.dense() / scale), up.dense() @ down.dense()
     torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dampening_frac", [1e-3, 1e-2])
+def test_inputs_of_little_energy_count_in_scales_whatever_the_damping(dampening_frac: float) -> None:
+    """31 of a group's 32 inputs have a twentieth of a percent of the mean, and most of what their group can lose."""
+    torch.manual_seed(6)
+    weight, x = torch.randn(32, 64), torch.randn(500, 64)
+    x[:, 1:32] *= 0.015
+    x[:, 0] *= 0.2
+    weight[:, 1:32] *= 5.0
+    gram = x.T @ x
+    made = quantize(weight, Whitening(gram, dampening_frac), 4, 32)
+    damped = _lost(weight, made, gram).sum()
+    assert damped < 1.5 * _lost(weight, quantize(weight, Whitening(gram, 1e-6), 4, 32), gram).sum()
+
+
+def test_factors_are_damped_by_what_the_gram_is_and_no_more() -> None:
+    torch.manual_seed(7)
+    weight, gram = torch.randn(96, 128), _gram(128, spread=30.0)
+    damped = Whitening(gram, 1e-2)
+    wide = factorize(weight, damped, 64)
+    up, down = quantize_factors(wide.factors, weight, damped, 8)
+    best = wide.factors.up @ wide.factors.down
+    lost = damped.energy(weight - up.dense() @ down.dense())
+    assert float(lost / damped.energy(weight - best)) < 1.01
+
+
+def test_inputs_that_were_never_there_are_rounded_without_damping_too() -> None:
+    torch.manual_seed(8)
+    weight, x = torch.randn(16, 32), torch.randn(200, 32)
+    x[:, 5] = 0
+    gram = x.T @ x
+    made = quantize(weight, Whitening(gram, 0.0), 3, 16)
+    assert torch.isfinite(made.dense()).all()
+    assert (_lost(weight, made, gram) <= _lost(weight, _nearest(weight, made), gram) * (1 + 1e-4)).all()

@@ -159,6 +159,17 @@ def test_of_the_square_the_same_vectors_while_rounding_lets_it(dtype: torch.dtyp
     assert leading_vectors(steep.float(), 20) is not None
 
 
+@pytest.mark.parametrize("times", [1000.0, 3000.0])
+def test_the_energy_left_beside_a_massive_column_is_what_is_left(times: float) -> None:
+    matrix = normal(400, 400)
+    matrix[:, 3] *= times
+    top = leading_vectors(matrix.float(), 20)
+    assert top is not None
+    vectors = torch.linalg.qr(top.vectors.double()).Q
+    left = float((matrix - vectors @ (vectors.T @ matrix)).square().sum())
+    assert top.energy_left == pytest.approx(left, rel=1e-4)
+
+
 def test_what_float32_cannot_hold_ends_the_search_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = with_singular_values(torch.arange(1, 301, dtype=torch.float64) ** -4.0, 300, 300)
     checks: list[int] = []

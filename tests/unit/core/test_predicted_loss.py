@@ -88,6 +88,19 @@ def test_a_massive_channel_does_not_make_the_others_count(layer: tuple[torch.Ten
         assert measured / 2.5 < loss < measured * 2.5, (form, loss / measured)
 
 
+@pytest.mark.parametrize("times", [1.0, 30.0, 300.0, 3000.0])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_group_that_reads_one_massive_channel_loses_what_is_expected(times: float, bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(128, 512, generator=generator), torch.randn(2000, 512, generator=generator)
+    x[:, 3] *= times
+    inputs = Whitening(x.T @ x, 1e-6)
+    outputs = Whitening.identity(128)
+    (loss,) = form_losses(weight, inputs, outputs, [Form(bits=bits)], 64, plain=True).tolist()
+    measured = lost(weight, quantize(weight, inputs, bits, 64).dense(), inputs, outputs)
+    assert measured / 2 < loss < measured * 2, loss / measured
+
+
 def test_losses_grow_with_fewer_bits_and_ranks_and_dense_loses_nothing(
     layer: tuple[torch.Tensor, Whitening, Whitening],
 ) -> None:

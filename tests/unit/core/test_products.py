@@ -22,6 +22,15 @@ def test_a_wide_product_and_an_energy_are_those_of_float64() -> None:
     assert energy(left) == pytest.approx(float(left.double().square().sum()), rel=1e-7)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_energy_counts_what_is_beside_a_massive_column(transposed: bool) -> None:
+    matrix = tokens_of(2500, 60).float()
+    matrix[:, 7] *= 3000
+    exact = float(matrix.double().square().sum())
+    made = energy(matrix.T if transposed else matrix)
+    assert made == pytest.approx(exact, rel=1e-13)
+
+
 def test_large_finite_elements_are_finite() -> None:
     assert is_finite(torch.full((3, 3), 1e38))
     assert not is_finite(torch.tensor([1e38, float("nan")]))
