@@ -13,6 +13,10 @@ from emloc_ray.planning.prepared import Prepared
 
 # Bytes a second of packed triangles, row by row in one thread: 0.53, 0.59, 0.63e9 of orders 4096, 8192, 14336.
 _UNPACKED = 6e8
+# Operations that a thread's products do while it unpacks one weight of few bits: 20 to 70 in matrices that caches hold, 210 to
+# 660 in those of order 4096, where most of the time goes to memory; by ``dense_weight``, and by ``dequantize_nf4``.
+_UNPACKING_ON_CPU = 250
+_UNPACKING_ON_GPU = 3  # bytes of a GPU's memory: half a byte or a whole one is read, and two are written
 
 
 @dataclass(frozen=True)
@@ -20,16 +24,18 @@ class StageCost:
     """``memory``: bytes of one worker at its peak by part, without what every process holds.
 
     ``flops``: floating-point operations of all workers in the model's dtype, ``float32_flops`` those of float32 without TF32.
-    ``disk_bytes``: what the stage leaves, or needs while it runs; ``written_bytes``: what it writes, where that is not as much.
-    ``moved_bytes``: what comes to the devices of all workers of weights that do not stay there. ``efficiency``: the share of a
-    matrix product's speed that it reaches. ``start_seconds``: starting workers and loading. ``steps``: its optimizer steps.
-    ``scores``: what is computed and moved between these, not counted in the others. ``sums_read``: bytes of packed triangles
-    that all workers read, which one with a GPU does beside its computing.
+    ``unpacked``: weights of few bits that all workers unpack. ``disk_bytes``: what the stage leaves, or needs while it runs;
+    ``written_bytes``: what it writes, where that is not as much. ``moved_bytes``: what comes to the devices of all workers of
+    weights that do not stay there. ``efficiency``: the share of a matrix product's speed that it reaches. ``start_seconds``:
+    starting workers and loading. ``steps``: its optimizer steps. ``scores``: what is computed and moved between these, not
+    counted in the others. ``sums_read``: bytes of packed triangles that all workers read, which one with a GPU does beside its
+    computing.
     """
 
     memory: Parts
     flops: float = 0.0
     float32_flops: float = 0.0
+    unpacked: float = 0.0
     disk_bytes: int = 0
     written_bytes: int = 0
     moved_bytes: float = 0.0
@@ -79,6 +85,8 @@ def busy_seconds(cost: StageCost, asked: StageConfig, speeds: Speeds, weights: f
     computing = cost.flops / (asked.gpus * speeds.gpu_flops or on_cpus)
     computing += cost.float32_flops / (asked.gpus * speeds.gpu_float32_flops or on_cpus)
     computing /= asked.num_workers * cost.efficiency
+    unpacking = _UNPACKING_ON_GPU / (asked.gpus * speeds.gpu_memory) if asked.gpus else _UNPACKING_ON_CPU / on_cpus
+    computing += cost.unpacked * unpacking / asked.num_workers
     if not asked.gpus:
         computing += cost.sums_read / (_UNPACKED * asked.num_workers)
     moving = cost.moved_bytes / (speeds.moving(asked.gpus > 0, weights) * asked.num_workers)

@@ -12,44 +12,46 @@ _REACHED = 0.7  # of a data sheet's figure, as assumed of large matrix products:
 class GpuSpeed:
     """The speed of one GPU, as a large piece of work reaches it: operations a second of dense products in bfloat16 (float16 where
     it has no bfloat16), accumulated in float32, and of products of float32 without TF32, which take no tensor core; bytes a
-    second from the host over PCI Express."""
+    second from the host over PCI Express, and of its own memory."""
 
     flops: float
     float32_flops: float
     link: float
+    memory: float
 
 
-def _sheet(tera: float, float32: float, generation: int) -> GpuSpeed:
-    """A data sheet's dense TFLOPS, its ``FP32`` ones, and its generation of PCI Express with 16 lanes: 12.5 GB/s are reached of
-    the third."""
-    return GpuSpeed(_REACHED * tera * 1e12, _REACHED * float32 * 1e12, 12.5e9 * 2.0 ** (generation - 3))
+def _sheet(tera: float, float32: float, generation: int, memory: float) -> GpuSpeed:
+    """A data sheet's dense TFLOPS, its ``FP32`` ones, its generation of PCI Express with 16 lanes, 12.5 GB/s of which are reached
+    of the third, and its memory's GB/s."""
+    link = 12.5e9 * 2.0 ** (generation - 3)
+    return GpuSpeed(_REACHED * tera * 1e12, _REACHED * float32 * 1e12, link, _REACHED * memory * 1e9)
 
 
 # By what a name holds, all of it; the first that fits. Figures are of NVIDIA's data sheets (https://resources.nvidia.com,
 # "... Tensor Core GPU Datasheet", and of GeForce the architectures' whitepapers): rows BFLOAT16 or FP16 Tensor Core, halved
-# where they are given with sparsity alone, and FP32. Of cards in several forms the fastest is meant. The A10G's:
-# https://d1.awsstatic.com/product-marketing/ec2/NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf
+# where they are given with sparsity alone, FP32, and memory bandwidth. Of cards in several forms the fastest is meant. Of the
+# A10G: https://d1.awsstatic.com/product-marketing/ec2/NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf
 _SHEETS: tuple[tuple[tuple[str, ...], GpuSpeed], ...] = (
-    (("B200",), _sheet(2250, 75, 5)),
-    (("H200", "NVL"), _sheet(835.5, 60, 5)),
-    (("H200",), _sheet(989, 67, 5)),
-    (("H100", "PCIe"), _sheet(756, 51, 5)),
-    (("H100", "NVL"), _sheet(835.5, 60, 5)),
-    (("H100",), _sheet(989, 67, 5)),
-    (("A100",), _sheet(312, 19.5, 4)),
-    (("A30",), _sheet(165, 10.3, 4)),
-    (("A40",), _sheet(149.7, 37.4, 4)),
-    (("A10G",), _sheet(70, 35, 4)),
-    (("A10",), _sheet(125, 31.2, 4)),
-    (("L40S",), _sheet(362, 91.6, 4)),
-    (("L40",), _sheet(181, 90.5, 4)),
-    (("L4",), _sheet(121, 30.3, 4)),
-    (("RTX A6000",), _sheet(154.8, 38.7, 4)),
-    (("RTX 5090",), _sheet(209.5, 104.8, 5)),
-    (("RTX 4090",), _sheet(165.2, 82.6, 4)),
-    (("RTX 3090",), _sheet(71, 35.6, 4)),
-    (("V100",), _sheet(125, 15.7, 3)),
-    (("T4",), _sheet(65, 8.1, 3)),
+    (("B200",), _sheet(2250, 75, 5, 8000)),
+    (("H200", "NVL"), _sheet(835.5, 60, 5, 4800)),
+    (("H200",), _sheet(989, 67, 5, 4800)),
+    (("H100", "PCIe"), _sheet(756, 51, 5, 2000)),
+    (("H100", "NVL"), _sheet(835.5, 60, 5, 3900)),
+    (("H100",), _sheet(989, 67, 5, 3350)),
+    (("A100",), _sheet(312, 19.5, 4, 2039)),
+    (("A30",), _sheet(165, 10.3, 4, 933)),
+    (("A40",), _sheet(149.7, 37.4, 4, 696)),
+    (("A10G",), _sheet(70, 35, 4, 600)),
+    (("A10",), _sheet(125, 31.2, 4, 600)),
+    (("L40S",), _sheet(362, 91.6, 4, 864)),
+    (("L40",), _sheet(181, 90.5, 4, 864)),
+    (("L4",), _sheet(121, 30.3, 4, 300)),
+    (("RTX A6000",), _sheet(154.8, 38.7, 4, 768)),
+    (("RTX 5090",), _sheet(209.5, 104.8, 5, 1792)),
+    (("RTX 4090",), _sheet(165.2, 82.6, 4, 1008)),
+    (("RTX 3090",), _sheet(71, 35.6, 4, 936)),
+    (("V100",), _sheet(125, 15.7, 3, 900)),
+    (("T4",), _sheet(65, 8.1, 3, 320)),
 )
 
 

@@ -28,7 +28,7 @@ from emloc_ray.io.available_memory import available_bytes
 from emloc_ray.io.store.replacing import replacing
 from emloc_ray.modeling.attention import missing_package, needs_kernel
 from emloc_ray.modeling.grouped_experts import KERNEL_MAJORS
-from emloc_ray.planning.gpu_speeds import ask_gpus, slowest_gpu
+from emloc_ray.planning.gpu_speeds import GpuSpeed, ask_gpus, slowest_gpu
 from emloc_ray.text import counted, size, size_up
 
 if TYPE_CHECKING:
@@ -61,13 +61,14 @@ def gpu_bytes() -> float:
 @dataclass(frozen=True)
 class Speeds:
     """What stages are timed by: operations a second of a core's and of a GPU's products, of those of float32 without TF32
-    apart, bytes a second from the host to a GPU and from disk, and the host's memory, from which weights come that do not
-    stay on a device."""
+    apart, bytes a second from the host to a GPU, of a GPU's own memory and from disk, and the host's memory, from which weights
+    come that do not stay on a device."""
 
     cpu_flops: float
     gpu_flops: float = 2e13  # a guess, as the link's: planning needs no GPU
     gpu_float32_flops: float = 5e12
     link: float = 25e9
+    gpu_memory: float = 5e11
     disk: float = 250e6
     host_bytes: float = float("inf")
     measured: bool = False  # the GPU's and its link's
@@ -90,7 +91,13 @@ def assumed_speeds() -> Speeds:
     speeds, sheet = Speeds(cpu_flops(), host_bytes=available_bytes()), slowest_gpu()
     if sheet is None:
         return speeds
-    return replace(speeds, gpu_flops=sheet.flops, gpu_float32_flops=sheet.float32_flops, link=sheet.link)
+    return _with_gpu(speeds, sheet)
+
+
+def _with_gpu(speeds: Speeds, gpu: GpuSpeed) -> Speeds:
+    return replace(
+        speeds, gpu_flops=gpu.flops, gpu_float32_flops=gpu.float32_flops, link=gpu.link, gpu_memory=gpu.memory
+    )
 
 
 _TIMED_GPU = """
@@ -106,6 +113,8 @@ b, c = torch.empty(2**28, dtype=torch.uint8, pin_memory=True), torch.empty(2**28
 wide = a.float()
 print(rate(2 * 4096**3, lambda: a @ a), rate(2 * 4096**3, lambda: wide @ wide))
 print(rate(2**28, lambda: c.copy_(b, non_blocking=True)))
+d = torch.empty_like(c)
+print(rate(2**29, lambda: d.copy_(c)))  # read, and written
 """
 
 
@@ -118,10 +127,10 @@ def measured_speeds() -> Speeds:
     command = (sys.executable, "-c", _TIMED_GPU)
     try:
         printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-        flops, float32_flops, link = map(float, printed.split())
+        timed = GpuSpeed(*map(float, printed.split()))
     except (OSError, subprocess.SubprocessError, ValueError):  # a GPU that torch cannot use, or that is full
         return speeds
-    return replace(speeds, gpu_flops=flops, gpu_float32_flops=float32_flops, link=link, measured=True)
+    return replace(_with_gpu(speeds, timed), measured=True)
 
 
 def with_disk_of(speeds: Speeds, files: Sequence[Path], weights: float) -> Speeds:

@@ -1,6 +1,7 @@
 """How much a run reads and computes: its rows, their tokens, and the multiply-adds of a token."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -127,6 +128,18 @@ def emulator_work(layout: Layout) -> float:
     return sum(spec.token_share * layout.kept(spec) for spec in layout.specs)
 
 
+def unpacked_weights(layout: Layout) -> int:
+    """Weights of few bits of the emulator, all of which a pass unpacks, whatever it reads."""
+    in_few_bits = {*layout.quantized_linears}
+    return sum(layout.kept(spec) for spec in layout.specs if spec.name in in_few_bits)
+
+
+def unpacked_in_training(layout: Layout, rows: float, micro_batch: int, again: bool) -> float:
+    """Weights of few bits that training on so many ``rows`` unpacks: on the way forward and back, and where blocks are run
+    again once more."""
+    return math.ceil(rows / micro_batch) * (2 + again) * unpacked_weights(layout)
+
+
 def head_work(layout: Layout) -> float:
     """Multiply-adds of a token in the head, where a quarter of the tokens are labels."""
     return layout.head_parameters * 0.25
@@ -183,6 +196,7 @@ def validation_cost(memory: MemoryModel) -> StageCost:
         * rows
         * memory.lengths.mean
         * (scores * (emulator_work(layout) + head) + beside * (block_work(layout) + head)),
+        unpacked=scores * math.ceil(rows / memory.validation_rows()) * unpacked_weights(layout),
         moved_bytes=opened + transfers * memory.moved(plan.hold, rows, memory.validation_rows()),
         efficiency=0.45,
     )
@@ -192,4 +206,5 @@ def training_cost(memory: MemoryModel, steps: float) -> StageCost:
     """Steps of the fine-tuning."""
     plan, section = HoldPlan(memory.finetuning_hold(), memory.finetuning_parts()), memory.config.finetune
     again, rows = section.gradient_checkpointing or plan.hold != "resident", section.per_device_train_batch_size
-    return steps_cost(memory, steps, plan, rows, emulator_work(memory.layout), again, memory.adapter_parameters)
+    cost = steps_cost(memory, steps, plan, rows, emulator_work(memory.layout), again, memory.adapter_parameters)
+    return replace(cost, unpacked=unpacked_in_training(memory.layout, steps * rows_a_step(section), rows, again))

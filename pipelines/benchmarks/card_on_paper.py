@@ -28,8 +28,9 @@ from emloc_ray.stages.calibrate.stage import GRADIENTS
 from emloc_ray.stages.order import STEPS
 from emloc_ray.text import counted, duration
 
-# A card of 165 TFLOPS in bfloat16, of which training is planned to reach a fifth, behind PCIe 4; a host that holds the weights.
-CARD = Speeds(cpu_flops=1e11, gpu_flops=165e12, gpu_float32_flops=82e12, link=25e9)
+# A card of 165 TFLOPS in bfloat16, of which training is planned to reach a fifth, and of 1 TB/s, behind PCIe 4; a host that
+# holds the weights.
+CARD = Speeds(cpu_flops=1e11, gpu_flops=165e12, gpu_float32_flops=82e12, link=25e9, gpu_memory=1e12)
 BUDGET, CARD_BYTES = "24GiB", 24 * 2**30
 _OF_32_B = {**SHAPES["full"].model, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
 SIZES = {
@@ -144,7 +145,7 @@ def inference_table() -> str:
     costs = []
     for prepared in (bounded, free):
         vars(prepared)["lengths"] = whole.lengths
-        speeds = Speeds(cpu_flops=1e11, gpu_flops=400e12, gpu_float32_flops=40e12, link=50e9)
+        speeds = Speeds(cpu_flops=1e11, gpu_flops=400e12, gpu_float32_flops=40e12, link=50e9, gpu_memory=2e12)
         plan = make_plan(STEPS, prepared, speeds)
         seconds = {f"{stage.name}_s": f"{stage.seconds:.0f}" for stage in plan.stages}
         costs.append({**seconds, **{name: f"{size / 2**30:.1f}" for name, size in plan.worker_bytes.items()}})

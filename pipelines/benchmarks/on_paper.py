@@ -40,9 +40,10 @@ SIZES = {"8 B": SHAPES["full"].model, "70 B": SHAPES["full"].large}
 # A core: two AVX-512 units at 3 GHz are 192 GFLOPS in float32, of which products reach half. The H100 by its data sheet.
 _H100 = speed_of("NVIDIA H100 80GB HBM3")
 assert _H100 is not None
+_ON_H100 = Speeds(96e9, _H100.flops, _H100.float32_flops, _H100.link, _H100.memory, disk=2e9)
 MACHINES: dict[str, tuple[dict[str, Any], str, Speeds]] = {
     "16 cores": ({"cpus_per_worker": 16}, "512GiB", Speeds(96e9, disk=2e9)),
-    "one H100": ({"gpus_per_worker": 1}, "72GiB", Speeds(96e9, _H100.flops, _H100.float32_flops, _H100.link, disk=2e9)),
+    "one H100": ({"gpus_per_worker": 1}, "72GiB", _ON_H100),
 }
 
 

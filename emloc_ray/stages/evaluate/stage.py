@@ -12,7 +12,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.work import block_work, emulator_work, head_work, num_sequences
+from emloc_ray.planning.work import block_work, emulator_work, head_work, num_sequences, unpacked_weights
 from emloc_ray.stages.context import Context, Inputs, Result, without
 from emloc_ray.stages.stage import Stage
 from emloc_ray.text import counted
@@ -79,6 +79,7 @@ def _cost(memory: MemoryModel) -> StageCost:
     rows, prompts = num_sequences(memory.prepared, "eval"), max(section.num_generations, section.num_exact_match)
     apart = [name for name in memory.prepared.variants_scored if layout.differs or name not in ON_EMULATOR]
     works = ((kept if name in ON_EMULATOR else blocks) + head for name in apart)
+    read_by_emulator = sum(name in ON_EMULATOR for name in apart) * math.ceil(rows / memory.evaluation_rows())
     completed = 2 * prompts * section.max_new_tokens * (blocks + 4 * head)
     # All variants go through offloaded blocks together; a token of a completion is a pass too, of all prompts that are
     # completed at once.
@@ -87,6 +88,7 @@ def _cost(memory: MemoryModel) -> StageCost:
     return StageCost(
         memory.evaluation_parts(),
         flops=2 * (memory.lengths.mean * rows * sum(works) + completed),
+        unpacked=read_by_emulator * unpacked_weights(layout),
         moved_bytes=passes,
         efficiency=0.45,
         start_seconds=20,

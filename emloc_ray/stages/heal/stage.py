@@ -16,7 +16,15 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.model_checks import check_healing
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import healing_training, rounded_late, rounding_work
-from emloc_ray.planning.work import block_work, emulator_work, head_work, num_sequences, passes, rows_a_step
+from emloc_ray.planning.work import (
+    block_work,
+    emulator_work,
+    head_work,
+    num_sequences,
+    passes,
+    rows_a_step,
+    unpacked_in_training,
+)
 from emloc_ray.stages.calibrate.stage import CALIBRATE
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import finetune_job, learned
@@ -142,6 +150,9 @@ def _cost(memory: MemoryModel) -> StageCost:
     return StageCost(
         own.healing_stage_parts(),
         flops=learning + taught * 2 * (block_work(layout) + 4 * head),
+        unpacked=unpacked_in_training(
+            layout, rows, section.per_device_train_batch_size, section.gradient_checkpointing
+        ),
         float32_flops=2.5 * rounding_work(layout, layout.ranks, set(rounded_late(layout, healing))),
         moved_bytes=memory.moved(hold, taught / lengths.mean, batch_size),
         disk_bytes=int(memory.emulator_files + taught * healing.num_teacher_logits * BYTES_PER_LOGIT + 4 * 4 * lora),

@@ -12,6 +12,7 @@ _LINES = {
     "products in bfloat16": ("gpu_flops", 1e12, "TFLOP/s"),
     "products in float32": ("gpu_float32_flops", 1e12, "TFLOP/s"),
     "from pinned memory": ("link", 1e9, "GB/s"),
+    "in its memory": ("gpu_memory", 1e9, "GB/s"),
 }
 
 

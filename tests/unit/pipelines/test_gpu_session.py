@@ -134,11 +134,11 @@ def test_a_plan_s_speeds_stand_beside_the_data_sheet_s(tmp_path: Path, monkeypat
     assert not session.measured
     monkeypatch.setattr(session, "is_cuda", True)
     monkeypatch.setattr(session, "give_back", lambda: None)
-    monkeypatch.setattr(speeds, "assumed_speeds", lambda: Speeds(1.0, 7e14, 5e13, 5e10))
-    monkeypatch.setattr(speeds, "measured_speeds", lambda: Speeds(1.0, 8e14, 4e13, 55e9, measured=True))
+    monkeypatch.setattr(speeds, "assumed_speeds", lambda: Speeds(1.0, 7e14, 5e13, 5e10, 2e12))
+    monkeypatch.setattr(speeds, "measured_speeds", lambda: Speeds(1.0, 8e14, 4e13, 55e9, 3e12, measured=True))
     speeds.speeds(session)
     sides = [(line["ours"], line["baseline"]) for line in session.parts["speeds"].values()]
-    assert sides == [(800.0, 700.0), (40.0, 50.0), (55.0, 50.0)]
+    assert sides == [(800.0, 700.0), (40.0, 50.0), (55.0, 50.0), (3000.0, 2000.0)]
     monkeypatch.setattr(speeds, "measured_speeds", lambda: Speeds(1.0))
     speeds.speeds(session)
     assert "nvidia-smi" in session.measured["speeds"]["a plan's"]["failed"]

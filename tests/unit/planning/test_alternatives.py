@@ -33,7 +33,8 @@ MODEL = LlamaConfig(
     tie_word_embeddings=False,
 )
 ROW = Lengths(64.0, 64.0)
-FAST = Speeds(1e11, gpu_flops=1e14, link=25e9)
+# Of a memory so fast that unpacking few bits hardly counts: the rules of choice are tested by what products take.
+FAST = Speeds(1e11, gpu_flops=1e14, link=25e9, gpu_memory=1e13)
 BEST = {"allocation": "sensitivity", "objective": "predictions"}
 MIB = 2**20
 
@@ -267,6 +268,24 @@ def test_an_offloaded_step_moves_the_blocks_twice_a_micro_batch() -> None:
     whole = training_cost(MemoryModel(prepared(emulator={"compression_ratio": 1.0}), ROW), 10)
     assert whole.moved_bytes == 0
     assert whole.flops == cost.flops
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int2"])
+def test_a_step_on_few_bits_unpacks_them_again_and_again(quantization: str) -> None:
+    ready = prepared(emulator={"compression_ratio": 1.0, "quantization": quantization})
+    memory, section = MemoryModel(ready, ROW), ready.config.finetune
+    micro_batches = 10 * section.gradient_accumulation_steps
+    weights = sum(spec.num_parameters for spec in ready.layout.specs)
+    assert training_cost(memory, 10).unpacked == micro_batches * (2 + section.gradient_checkpointing) * weights
+    assert training_cost(MemoryModel(prepared(emulator={"compression_ratio": 1.0}), ROW), 10).unpacked == 0
+
+
+def test_unpacking_takes_a_core_s_products_or_a_gpu_s_memory() -> None:
+    section = parse_config(values_of(None)).finetune.model_copy(update={"num_workers": 2})
+    cost = StageCost({}, unpacked=1e12)
+    assert busy_seconds(cost, section, dataclasses.replace(FAST, gpu_memory=1e12), 1e9) == pytest.approx(1.5)
+    on_cpu = section.model_copy(update={"gpus_per_worker": 0.0})
+    assert busy_seconds(cost, on_cpu, FAST, 1e9) == pytest.approx(250 / 0.2)
 
 
 def test_the_slower_of_computing_and_moving_counts() -> None:

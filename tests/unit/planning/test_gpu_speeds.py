@@ -12,32 +12,33 @@ pytestmark = pytest.mark.usefixtures("asked_anew")
 
 
 @pytest.mark.parametrize(
-    ("name", "tera", "float32"),
+    ("name", "tera", "float32", "memory"),
     [
-        ("NVIDIA H100 80GB HBM3", 989, 67),
-        ("NVIDIA H100 PCIe", 756, 51),
-        ("NVIDIA H100 NVL", 835.5, 60),
-        ("NVIDIA H200", 989, 67),
-        ("NVIDIA A100-SXM4-80GB", 312, 19.5),
-        ("NVIDIA A100-PCIE-40GB", 312, 19.5),
-        ("NVIDIA A10", 125, 31.2),
-        ("NVIDIA A10G", 70, 35),
-        ("NVIDIA L4", 121, 30.3),
-        ("NVIDIA L40", 181, 90.5),
-        ("NVIDIA L40S", 362, 91.6),
-        ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
-        ("NVIDIA GeForce RTX 3090", 71, 35.6),
-        ("NVIDIA RTX A6000", 154.8, 38.7),
-        ("Tesla T4", 65, 8.1),
-        ("Tesla V100-SXM2-16GB", 125, 15.7),
+        ("NVIDIA H100 80GB HBM3", 989, 67, 3350),
+        ("NVIDIA H100 PCIe", 756, 51, 2000),
+        ("NVIDIA H100 NVL", 835.5, 60, 3900),
+        ("NVIDIA H200", 989, 67, 4800),
+        ("NVIDIA A100-SXM4-80GB", 312, 19.5, 2039),
+        ("NVIDIA A100-PCIE-40GB", 312, 19.5, 2039),
+        ("NVIDIA A10", 125, 31.2, 600),
+        ("NVIDIA A10G", 70, 35, 600),
+        ("NVIDIA L4", 121, 30.3, 300),
+        ("NVIDIA L40", 181, 90.5, 864),
+        ("NVIDIA L40S", 362, 91.6, 864),
+        ("NVIDIA GeForce RTX 4090", 165.2, 82.6, 1008),
+        ("NVIDIA GeForce RTX 3090", 71, 35.6, 936),
+        ("NVIDIA RTX A6000", 154.8, 38.7, 768),
+        ("Tesla T4", 65, 8.1, 320),
+        ("Tesla V100-SXM2-16GB", 125, 15.7, 900),
     ],
 )
-def test_a_data_sheet_s_figures(name: str, tera: float, float32: float) -> None:
+def test_a_data_sheet_s_figures(name: str, tera: float, float32: float, memory: float) -> None:
     speed = speed_of(name)
     assert speed is not None
     assert speed.flops == pytest.approx(0.7 * tera * 1e12)
     assert speed.float32_flops == pytest.approx(0.7 * float32 * 1e12)
     assert 12e9 < speed.link < 51e9
+    assert speed.memory == pytest.approx(0.7 * memory * 1e9)
 
 
 @pytest.mark.parametrize("name", ["NVIDIA GeForce GTX 1080", "NVIDIA A1000 Laptop GPU", ""])
