@@ -87,9 +87,9 @@ def quantize_factors(
     """``up`` and ``down`` of ``weight ≈ up down`` in integers, rounded in turn.
 
     ``down`` first, under ``G``: with orthonormal columns of ``up`` what it loses is what the layer loses. Then ``up`` is fitted
-    anew to what became of it, ``W G dᵀ (d G dᵀ)⁻¹``, and rounded under ``d G dᵀ (r, r)``. This is damped
-    as little as can be, whatever ``G`` is damped by, which it holds: rows of ``d`` may be zero. It is solved in float64: where few tokens were seen, float32's rounding would be divided by
-    the damping alone.
+    anew to what became of it, ``W G dᵀ (d G dᵀ)⁻¹``, and rounded under ``d G dᵀ (r, r)``. This holds what ``G`` is damped by, and
+    is damped once more as little as can be: rows of ``d`` may be zero. It is solved in float64: where few tokens were seen,
+    float32's rounding would be divided by the damping alone.
     """
     whitening.check_reads(weight, name)
     scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
