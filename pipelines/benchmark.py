@@ -22,6 +22,7 @@
 ``training``       a fine-tuning stage of one step, against one in a Ray Train group of its own
 ``stored``         ``--tasks`` short tasks with all their stages on an S3 server (moto's); not among ``all``
 ``quickstart``     the quickstart and the same run at ratio 1.0: wall time, peak memory, gain, gap closed
+``selection``      how many rows ``auto`` needs to choose a correction, by labels and by what the tuned emulator predicts
 ``methods``        each method of the frontier and its rivals alone: making its emulator, tokens a second and peak of training
 ``within``         configs/low_rank.yaml's stages by the default budget, and without: peaks against inference of the original
 ``gpu``            8B and 70B shapes of random weights on one GPU, in ``--minutes``; not among ``all``, needs no Ray
@@ -67,6 +68,7 @@ BENCHMARKS = {
     "scheduling": "many_tasks:scheduling",
     "training": "many_tasks:short_training",
     "quickstart": "whole_runs:quickstart",
+    "selection": "selection:selection",
     "methods": "methods:methods",
     "within": "within_inference:within",
 }
@@ -78,6 +80,7 @@ PUBLISHED = {
     "memory": "memory.json",
     "shapes": "paper_shapes.json",
     "quickstart": "quickstart.json",
+    "selection": "selection.json",
     "methods": "methods.json",
     "within": "within.json",
     "gpu": "gpu.json",

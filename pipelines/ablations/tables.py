@@ -176,6 +176,33 @@ def _methods(result: Mapping[str, Any]) -> str:
     return markdown(header, lines)
 
 
+def _selection(result: Mapping[str, Any]) -> str:
+    """Two tables: what rows tell of each correction, by labels and by predictions; and what choices on some rows gain."""
+    lines, choices = [], []
+    for row in result["rows"]:
+        method = _value(row["method"])
+        for correction in row["corrections"]:
+            strength = "" if correction["strength"] == 1 else f" × {correction['strength']:g}"
+            cells = [method, f"`{correction['method']}`{strength}"]
+            for kind in ("labels", "predicted"):
+                gain = correction[kind]
+                cells += [f"{gain['gain']:+.2f}", f"{gain['error_at_64']:.2f}", f"{gain['rows_needed']:,.0f}"]
+            lines.append([*cells, f"{correction['correlation']:.2f}"])
+        for count in row["draws"]["labels"]:
+            drawn = {kind: made[count] for kind, made in row["draws"].items()}
+            cells = [method, count, f"{row['best']:.2f}", *(f"{made['gained']:+.2f}" for made in drawn.values())]
+            choices.append([*cells, *(f"{100 * made['worse']:.0f} %" for made in drawn.values())])
+    by = ("by labels", "by predictions")
+    told = [f"{what}{kind}" for kind in by for what in ("gained ", "± at 64 rows, ", "rows to ± 0.15, ")]
+    chosen = [f"{what}, {kind}" for what in ("gained", "worse than `none`") for kind in (*by, "by both")]
+    return "\n\n".join(
+        [
+            markdown(["emulator", "correction", *told, "correlation"], lines),
+            markdown(["emulator", "rows", "best", *chosen], choices),
+        ]
+    )
+
+
 def _shapes(result: Mapping[str, Any]) -> str:
     """The plan for the paper's models in GB, the paper's own figures in parentheses."""
 
@@ -230,6 +257,7 @@ _KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "peaks": _peaks,
     "within_inference": _within_inference,
     "methods": _methods,
+    "selection": _selection,
     "shapes": _shapes,
     "figures": _figures,
     "census": _census,
