@@ -133,7 +133,7 @@ class Whitening:
         return self.matrix(torch.float32).diagonal()
 
     def root(self, dtype: torch.dtype) -> Tensor:
-        """``L (in, in)``, lower triangular, ``L Lᵀ = G'``, in ``dtype``: Cholesky's factor, where there is one.
+        """``L (in, in)``, lower triangular, ``L Lᵀ = G'``, in ``dtype``: Cholesky's factor, where :meth:`cholesky` has one.
 
         Rounding can leave a sum of float32 products with an eigenvalue below ``-ε``. Then ``G' = V Λ Vᵀ``, computed in
         float64, becomes ``V max(Λ, ε) Vᵀ``, and ``L`` comes from the QR of its root. As in :meth:`cholesky`, float64 is on the
@@ -150,11 +150,21 @@ class Whitening:
         return self._roots[dtype]
 
     def cholesky(self, dtype: torch.dtype) -> Tensor | None:
-        """:meth:`root` where Cholesky finds one, in float64 where float32 fails; else ``None``, and :meth:`root` is slow."""
+        """:meth:`root` where Cholesky finds one; else ``None``, and :meth:`root` is slow.
+
+        In float64 where float32 fails; and where that fails too, of ``G'`` damped 10 and 100 times as much: of few tokens a sum
+        in float32 has eigenvalues down to ``-n^½`` roundoffs of its mean, of an order n.
+        """
         if dtype not in self._choleskys:
             lower, failed = torch.linalg.cholesky_ex(self._decomposed(dtype))
             if int(failed) != 0 and dtype != torch.float64:
                 lower, failed = torch.linalg.cholesky_ex(self._decomposed(torch.float64))
+            for times in (10, 100) if int(failed) != 0 and self.dampening_frac else ():
+                more = self._decomposed(torch.float64).clone()
+                more.diagonal().add_((times - 1) * self.dampening_frac)
+                lower, failed = torch.linalg.cholesky_ex(more)
+                if int(failed) == 0:
+                    break
             self._choleskys[dtype] = None if int(failed) != 0 else lower.to(dtype).to(self._gram.device)
         return self._choleskys[dtype]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from benchmarks import (
     memory,
     methods,
     offloading,
+    selection,
     whole_runs,
     within_inference,
 )
@@ -30,6 +32,7 @@ from tiny import make_model, make_tokenizer
 
 from emloc_ray.io.formats.yaml_text import read_yaml, write_yaml
 from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
+from emloc_ray.stages.correct.search import AUTO
 
 pytestmark = pytest.mark.deep
 
@@ -242,6 +245,36 @@ def test_methods(publish: Callable[[str], Any], tmp_path: Path, monkeypatch: pyt
     assert all(row["tokens_per_s"] > 0 and row["held_mib"] > 0 for row in published["rows"])
     assert [line["baseline"] for line in found.values()] == [lora["held_mib"]] * 2
     assert sum(len(names) - 1 for names in methods.METHODS.values()) == len(found)
+
+
+def test_selection(publish: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "random"
+    make_model("llama", num_hidden_layers=2, max_position_embeddings=512).save_pretrained(place)
+    make_tokenizer().save_pretrained(place)
+    small = (
+        f"model.source={place}",
+        "unrounded=false",
+        "rows={train: 32, selection: 12, eval: 6, calibration: 8}",
+        "correction.num_selection_samples=12",
+        "calibration.num_calibration_samples=8",
+        "data.max_seq_length=400",
+        "finetune={max_steps: 6, learning_rate: 1e-2}",
+    )
+    monkeypatch.setattr(selection, "SETTINGS", (*selection.SETTINGS, *small))
+    monkeypatch.setattr(selection, "METHODS", ("int2",))
+    published, found = publish("selection")
+    assert header(published) == header(committed("selection.json"))
+    (row,) = published["rows"]
+    assert row["rows"] == 12
+    assert row["gap"] > 0
+    assert [correction["method"] for correction in row["corrections"]] == [c.method for c in AUTO[1:]]
+    for correction in row["corrections"]:
+        # A model that is corrected is another one, which moves what each row loses.
+        assert all(0 < correction[kind]["error_at_64"] < math.inf for kind in ("labels", "predicted"))
+        assert correction["labels"]["gain"] <= row["best"]
+    assert list(row["draws"]["labels"]) == ["3", "6"]
+    assert all(0 <= drawn["worse"] <= 1 for drawn in row["draws"]["both"].values())
+    assert [line["baseline"] for line in found.values()] == [row["best"]]
 
 
 def test_methods_are_each_listed_once_and_have_a_published_gap() -> None:

@@ -110,6 +110,18 @@ def test_a_sum_that_rounding_made_indefinite_still_has_a_root() -> None:
         )
 
 
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_a_sum_of_few_tokens_has_a_cheap_root(num_tokens: int) -> None:
+    tokens = tokens_of(num_tokens, 512).float()
+    whitening = Whitening(tokens.T @ tokens)
+    assert torch.linalg.eigvalsh(whitening.matrix(torch.float64))[0] < 0  # float32's rounding is above the damping
+    root = whitening.cholesky(torch.float32)
+    assert root is not None
+    assert root is whitening.root(torch.float32)
+    difference = (root.double() @ root.double().T) - whitening.matrix(torch.float64)
+    assert difference.abs().max() < 1.5e-4  # of a diagonal whose mean is 1: damped up to a hundred times as much
+
+
 def test_cholesky_takes_float64_where_float32_does_not_do() -> None:
     tokens = tokens_of(3, 300)
     tokens[:, 0] += 100.0
