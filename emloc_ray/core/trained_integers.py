@@ -55,8 +55,8 @@ def rounded_weight(floats: Unrounded, grid: IntegerWeight, dtype: torch.dtype = 
 
 
 class _Rounded(torch.autograd.Function):
-    """``dL/dq = s dL/dW``, ``dL/d ln s = Σ_group W dL/dW`` and ``dL/dz = −s Σ_group dL/dW``; none that would lead a code beyond
-    its range. Some rows at a time, so that little is held beside what comes and goes."""
+    """``dL/dq = s dL/dW``, ``dL/d ln s = Σ_group W dL/dW`` and ``dL/dz = −s Σ_group dL/dW``; none that would lead what is stored
+    beyond its range. Some rows at a time, so that little is held beside what comes and goes."""
 
     @staticmethod
     def forward(
@@ -92,8 +92,18 @@ def _gradients(floats: Unrounded, gradient: Tensor, grid: IntegerWeight) -> Unro
     log_scales = (by_group * grouped(weight.dense())).sum(dim=-1)
     zeros = -scales * by_group.sum(dim=-1)
     codes = (by_group * scales[..., None]).flatten(1)[:, : gradient.shape[1]]
-    beyond = ((floats.codes <= 0) & (codes > 0)) | ((floats.codes >= 2**grid.bits - 1) & (codes < 0))
-    return Unrounded(codes.masked_fill(beyond, 0.0), log_scales, zeros)
+    top = 2**grid.bits - 1
+    return Unrounded(
+        _within(floats.codes, codes, top),
+        _within(floats.log_scales, log_scales, 255 * _STEP),
+        _within(floats.zeros, zeros, top),
+    )
+
+
+def _within(values: Tensor, gradients: Tensor, top: float) -> Tensor:
+    """The gradients, zero where a step against them leads a value out of ``[0, top]``."""
+    beyond = ((values <= 0) & (gradients > 0)) | ((values >= top) & (gradients < 0))
+    return gradients.masked_fill(beyond, 0.0)
 
 
 def _parts(codes: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +15,7 @@ from emloc_ray.core.integer_forms import BITS
 from emloc_ray.core.integers import IntegerWeight
 from emloc_ray.core.quantization import quantize
 from emloc_ray.core.trained_integers import Unrounded, rounded, rounded_weight, unrounded
+from emloc_ray.core.unpacking import SCALE_STEPS, zero_steps
 from emloc_ray.core.whitening import Whitening
 
 
@@ -64,12 +67,29 @@ def test_its_gradients_are_those_of_the_formula_without_rounding(
 
     scale = wide(plain.log_scales.exp()) * 2.0**grid.exponent
     (scale * (plain.codes - wide(plain.zeros)) * upstream).sum().backward()
-    for found, expected in zip(floats[1:], plain[1:], strict=True):
-        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-5)
-    assert floats.codes.grad is not None
-    assert plain.codes.grad is not None
-    # A step goes against the gradient: one that would leave the range is none.
-    leaves = ((grid.codes == 0) & (plain.codes.grad > 0)) | ((grid.codes == 2**bits - 1) & (plain.codes.grad < 0))
-    assert bool(leaves.any())
-    assert not floats.codes.grad[leaves].any()
-    torch.testing.assert_close(floats.codes.grad[~leaves], plain.codes.grad[~leaves])
+    top = 2**bits - 1
+    stored = ((grid.codes, top), (grid.scales, 255), (grid.zeros, top * zero_steps(bits)))
+    for found, expected, (integers, last) in zip(floats, plain, stored, strict=True):
+        assert found.grad is not None
+        assert expected.grad is not None
+        # A step goes against the gradient: one that would leave the range is none.
+        leaves = ((integers == 0) & (expected.grad > 0)) | ((integers == last) & (expected.grad < 0))
+        assert not found.grad[leaves].any()
+        torch.testing.assert_close(found.grad[~leaves], expected.grad[~leaves], rtol=1e-4, atol=1e-5)
+    assert bool(((grid.codes == 0) & (plain.codes.grad > 0)).any())
+
+
+@pytest.mark.parametrize("part", ["codes", "log_scales", "zeros"])
+@pytest.mark.parametrize("upwards", [False, True])
+def test_what_is_at_an_end_of_its_range_is_not_led_beyond(part: str, upwards: bool) -> None:
+    grid = made(3)
+    top = {"codes": 7.0, "log_scales": 255 / SCALE_STEPS * math.log(2), "zeros": 7.0}[part]
+    floats = unrounded(grid)
+    end = torch.full_like(getattr(floats, part), top if upwards else 0.0)
+    floats = Unrounded(*(value.requires_grad_() for value in floats._replace(**{part: end})))
+    upstream = torch.randn(6, 44, generator=torch.Generator().manual_seed(3))
+    (rounded_weight(floats, grid) * upstream).sum().backward()
+    gradient = getattr(floats, part).grad
+    step = -gradient
+    assert bool((step <= 0).all() if upwards else (step >= 0).all())
+    assert bool(step.any())  # back into it
