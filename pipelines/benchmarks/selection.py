@@ -83,12 +83,13 @@ def selection(out: Path) -> Figures:
         emloc_ray.run(cell.config, until="finetune", accept_changes=True)
         rows.append({"method": cell.method, **told(losses(cell.config, bound.config))})
     write_result(out / "selection.json", "selection", "selection", rows=rows)
-    return {
-        f"points gained by a choice on 64 rows, {row['method']}": figure(
-            row["draws"]["labels"]["64"]["gained"], row["best"], "points (baseline: the best candidate)"
+    figures = {}
+    for row in rows:
+        drawn_rows, choices = list(row["draws"]["labels"].items())[-1]
+        figures[f"points gained by a choice on {drawn_rows} rows, {row['method']}"] = figure(
+            choices["gained"], row["best"], "points (baseline: the best candidate)"
         )
-        for row in rows
-    }
+    return figures
 
 
 def losses(config: RunConfig, bound: RunConfig) -> Losses:

@@ -61,34 +61,41 @@ def logits(model: Any, run: FinishedRun) -> torch.Tensor:
     return model(**call.inputs).logits[call.predicting]
 
 
+@pytest.fixture(scope="module")
 @torch.no_grad()
-def test_calibrate(run: FinishedRun) -> None:
-    """The Grams are the sums over every token, each row run alone, in float64."""
+def exact(run: FinishedRun) -> dict[str, tuple[torch.Tensor, int]]:
+    """Of each linear the sum of ``x xᵀ`` over every token, each row run alone, in float64, and how many they are."""
     model = load_model(run.model_dir).double()
-    store = GramStore(run.root / "calibration")
-    sums: dict[str, torch.Tensor] = {}
-    counts: dict[str, int] = {}
+    groups = GramStore(run.root / "calibration").index["groups"]
+    names = [name for names in groups.values() for name in names]
+    found = {}
+    for name in names:
+        features = dense_weight(model.get_submodule(name)).shape[1]
+        found[name] = torch.zeros(features, features, dtype=torch.float64), 0
 
     def reading(name: str) -> Any:
         def hook(module: Any, args: Any) -> None:
             x = args[0].reshape(-1, args[0].shape[-1])
-            sums[name] = sums.get(name, torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype)) + x.T @ x
-            counts[name] = counts.get(name, 0) + len(x)
+            gram, count = found[name]
+            found[name] = gram + x.T @ x, count + len(x)
 
         return hook
 
-    groups = store.index["groups"]
-    for name in (name for names in groups.values() for name in names):
+    for name in names:
         model.get_submodule(name).register_forward_pre_hook(reading(name))
     shards = TokenShards(run.root / "data" / "tokens" / "calibration")
     for position in range(len(shards)):
         model(**model_call(model.config, collate([shards.row(position)], 0, images_of(run), multiple=1)).inputs)
-    for names in groups.values():
-        for name in names:  # one sum stands for all that read the same tensor
-            assert counts.get(name, 0) == store.num_tokens(name)  # none, of an expert that the router never chooses
-            expected = sums.get(name, torch.zeros_like(store.read(name), dtype=torch.float64))
-            scale = float(expected.diagonal().max())
-            torch.testing.assert_close(store.read(name).double(), expected, rtol=1e-3, atol=1e-5 * scale)
+    return found
+
+
+def test_calibrate(run: FinishedRun, exact: dict[str, tuple[torch.Tensor, int]]) -> None:
+    """One sum stands for all that read the same tensor; an expert that the router never chooses has none."""
+    store = GramStore(run.root / "calibration")
+    for name, (expected, count) in exact.items():
+        assert count == store.num_tokens(name)
+        scale = float(expected.diagonal().max())
+        torch.testing.assert_close(store.read(name).double(), expected, rtol=1e-3, atol=1e-5 * scale)
 
 
 def test_by_blocks(run: FinishedRun, tmp_path: Path) -> None:
@@ -103,25 +110,27 @@ def test_by_blocks(run: FinishedRun, tmp_path: Path) -> None:
         torch.testing.assert_close(ours.read(name), whole.read(name), rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_factorize(run: FinishedRun) -> None:
-    """The emulator opens by the original's Auto class, and each layer's error is that of the best rank there is."""
+def test_factorize(run: FinishedRun, exact: dict[str, tuple[torch.Tensor, int]]) -> None:
+    """The emulator opens by the original's Auto class, and each layer's error is that of the best rank there is.
+
+    Of the exact sum, to 1 %: that in float32 has eigenvalues of rounding, some larger than the damping.
+    """
     emulator, said = opened(run.root / "emulator")
     original = load_model(run.model_dir)
     assert not said["missing_keys"]
     assert not said["unexpected_keys"]
     assert not said["mismatched_keys"]
-    store = GramStore(run.root / "calibration")
     config = AutoConfig.from_pretrained(run.root / "emulator")
     assert config.ranks
     for name, rank in config.ranks.items():
         weight, made = dense_weight(original.get_submodule(name)), dense_weight(emulator.get_submodule(name))
-        gram = store.read(name).double()
+        gram = exact[name][0].clone()
         gram.diagonal().add_(1e-6 * gram.diagonal().mean())
         values, vectors = torch.linalg.eigh(gram)
         root = vectors * values.clamp_min(0).sqrt() @ vectors.T
         best = torch.linalg.svdvals(weight.double() @ root)[rank:].square().sum().sqrt()
         error = torch.linalg.norm((weight - made).double() @ root)
-        torch.testing.assert_close(error, best, rtol=2e-3, atol=1e-6 * float(torch.linalg.norm(weight)))
+        torch.testing.assert_close(error, best, rtol=1e-2, atol=1e-6 * float(torch.linalg.norm(weight)))
 
 
 def test_finetune(run: FinishedRun) -> None:
