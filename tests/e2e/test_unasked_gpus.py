@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 SCRIPT = """
 import os
@@ -27,9 +30,17 @@ with connection(num_cpus=1, num_gpus=2):
 """
 
 
-def test_a_worker_that_asked_for_no_gpu_sees_none(tmp_path: Path) -> None:
-    """Ray is told that the machine has two: it hides or gives them by their numbers; a worker that cannot open the one it
-    was given says so."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+@pytest.mark.parametrize("hides_none", ["0", "1"])
+def test_a_worker_that_asked_for_no_gpu_sees_none(hides_none: str, tmp_path: Path) -> None:
+    """Ray is told that the machine has two: it hides or gives them by their numbers, and where it is asked to hide none, the
+    workers do; one that cannot open the GPU that it was given says so."""
+    environment = {
+        **os.environ,
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": hides_none,
+        "CUDA_VISIBLE_DEVICES": "0,1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2.0", "''", "'0'", "''"]
