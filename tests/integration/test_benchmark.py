@@ -263,6 +263,7 @@ def test_selection(publish: Callable[[str], Any], tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(selection, "SETTINGS", (*selection.SETTINGS, *small))
     monkeypatch.setattr(selection, "METHODS", ("int2",))
     published, found = publish("selection")
+    assert header(published) == header(committed("selection.json"))
     (row,) = published["rows"]
     assert row["rows"] == 12
     assert row["gap"] > 0
