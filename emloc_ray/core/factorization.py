@@ -214,7 +214,7 @@ def _by_subspace(
         if top is not None:
             top = top._replace(vectors=polish(top.vectors))
             return _of_vectors(weight, top, float(matrix.diagonal().sum(dtype=torch.float64)), solver), True
-    if whitening.cholesky(weight.dtype) is None:
+    if not whitening.is_identity and whitening.cholesky(weight.dtype) is None:
         return None
     whitened = whitening.whiten(weight)
     tall = weight.shape[0] > weight.shape[1]

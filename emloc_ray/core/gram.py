@@ -126,8 +126,8 @@ def unpack_triangle(packed: Tensor) -> Tensor:
     return matrix
 
 
-def gather_triangle(packed: Tensor, elements: int = 2**24) -> Tensor:
-    """The same, each element looked up: by a few launches for so many ``elements``, whose places take 8 bytes each."""
+def gather_triangle(packed: Tensor, elements: int = 2**22) -> Tensor:
+    """The same, each element looked up: by a few launches for so many ``elements``, which take 32 bytes each meanwhile."""
     n = _order(packed)
     matrix, columns = packed.new_empty(n, n), torch.arange(n, device=packed.device)
     for rows in torch.split(columns, max(1, elements // max(1, n))):

@@ -175,32 +175,34 @@ def _parts(count: int) -> Iterator[slice]:
 def _nearest_plane_codes(weight: Tensor, whitening: Whitening, grid: IntegerWeight) -> Tensor:
     """Codes by Babai's nearest plane, ``(out, in)``."""
     order, root = whitening.root_by_energy(DAMPENING_FRAC)
-    # The last column first: turned and transposed, the factor is lower triangular again.
-    order, gains = order.flip(0), root.flip(0, 1)
-    mixing, columns = gains.div_(gains.diagonal().clone()).T, _columns(weight, grid, order)
+    order = order.flip(0)  # the last column first: turned and transposed, the factor is lower triangular again
+    columns = _columns(weight, grid, order)
     differences, codes = torch.empty_like(columns.weight), torch.empty_like(columns.weight, dtype=torch.uint8)
     for part in _parts(len(codes)):
-        here = columns.weight[part]
-        targets = torch.addmm(here, mixing[part, : part.start], differences[: part.start])
-        columns.round(part, targets, mixing[part, part].contiguous(), here, codes[part], differences[part])
+        here, begin, end = columns.weight[part], len(root) - part.stop, len(root) - part.start
+        gains = root[begin:, begin:end].flip(0, 1)  # turned here, and not at once: the whole would be as large again
+        mixing = (gains / gains[part].diagonal()).T
+        targets = torch.addmm(here, mixing[:, : part.start], differences[: part.start])
+        columns.round(part, targets, mixing[:, part].contiguous(), here, codes[part], differences[part])
     return codes[order.argsort()].T.contiguous()
 
 
 def _descent_codes(weight: Tensor, whitening: Whitening, grid: IntegerWeight, codes: Tensor) -> Tensor:
     """Codes ``(out, in)`` after some passes of coordinate descent, the columns of most energy first."""
-    gram = whitening.matrix(torch.float32)
+    gram = whitening.matrix(torch.float32)  # in its own order: one by energy would be as large again
     order = gram.diagonal().argsort(descending=True, stable=True)
-    gram, columns = gram[order[:, None], order], _columns(weight, grid, order)
-    differences = columns.weight - grid.with_codes(codes).dense().T[order]
-    made = codes.T[order]
+    columns, made = _columns(weight, grid, order), codes.T[order]
+    differences = (weight - grid.with_codes(codes).dense()).T.contiguous()
     for _ in range(_PASSES):
         for part in _parts(len(made)):
-            energies = gram.diagonal()[part, None].clamp_min(torch.finfo(torch.float32).tiny)  # zero where undamped
-            reference = columns.weight[part] - differences[part]
-            best = reference + (gram[part] @ differences) / energies  # the slope, half the derivative by Δ, leads there
+            here = order[part]
+            rows = gram[here]
+            energies = gram.diagonal()[here, None].clamp_min(torch.finfo(torch.float32).tiny)  # zero where undamped
+            reference = columns.weight[part] - differences[here]
+            best = reference + (rows @ differences) / energies  # the slope, half the derivative by Δ, leads there
             changes = torch.empty_like(reference)
-            columns.round(part, best, gram[part, part] / energies, reference, made[part], changes)
-            differences[part] += changes
+            columns.round(part, best, rows[:, here] / energies, reference, made[part], changes)
+            differences[here] += changes
     return made[order.argsort()].T.contiguous()
 
 

@@ -55,9 +55,10 @@ class FactorizationMemory(ModelBytes):
 
     def _group_parts(self, group: tuple[LinearSpec, ...], wide: int, on_gpu: bool) -> Parts:
         """A Gram: as summed, damped in float32, damped in float64 (made over a copy), and on a GPU, or where an output is wider
-        than the input, a Cholesky factor of each. A layer: ``W`` as stored, in float32 and in float64, its product with the
-        Gram, ``M`` with eigenvectors and LAPACK's workspace of twice their size, and the factors of the whole group. With a
-        ``wide`` number of four bytes, what float32 alone takes of these."""
+        than the input, a Cholesky factor of each; where factors and integers are made in one group, one more in float32, of
+        the inputs by energy, in which integers are rounded. A layer: ``W`` as stored, in float32 and in float64, its product
+        with the Gram, ``M`` with eigenvectors and LAPACK's workspace of twice their size, and the factors of the whole group.
+        With a ``wide`` number of four bytes, what float32 alone takes of these."""
         square, again = group[0].in_features ** 2, wide if wide > FLOAT else 0
         has_root = on_gpu or any(spec.out_features > spec.in_features for spec in group)
         damped = square * (2 * FLOAT + again)
@@ -69,7 +70,7 @@ class FactorizationMemory(ModelBytes):
             (3 * gradient_bytes(spec) + FLOAT * spec.num_parameters for spec in group if spec.name in with_gradients),
             default=0,
         )
-        damped += sums
+        damped += sums + (square * FLOAT if self._rounds_beside_factors(group) else 0)
         grams = damped + square * (FLOAT + again if has_root else 0)
         if grams + layer >= damped + square * again:
             return {"grams": grams, **weights, "products": layer}
@@ -78,3 +79,11 @@ class FactorizationMemory(ModelBytes):
     def _linear_bytes(self, spec: LinearSpec, wide: int) -> float:
         order = min(spec.out_features, spec.in_features)
         return spec.num_parameters * wide + 4 * order**2 * wide + self.layout.kept(spec) * (FLOAT + wide)
+
+    def _rounds_beside_factors(self, group: tuple[LinearSpec, ...]) -> bool:
+        """Whether linears of a group are put into integers and factors are made too; with a budget any may be."""
+        layout, names = self.layout, {spec.name for spec in group}
+        if layout.budget is not None:
+            return bool(names.intersection(layout.compressed))
+        factors = names.intersection((*layout.ranks, *layout.residual_ranks))
+        return bool(factors) and bool(names.intersection(layout.bits))

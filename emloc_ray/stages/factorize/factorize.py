@@ -22,8 +22,8 @@ from emloc_ray.core.integer_forms import IntegerForms, factor_bits
 from emloc_ray.core.pivoting import pivot
 from emloc_ray.core.precision import exact_float32
 from emloc_ray.core.products import is_finite
+from emloc_ray.core.quantization import DAMPENING_FRAC, quantize_factors, quantize_with_factors
 from emloc_ray.core.quantization import quantize as quantize_integers
-from emloc_ray.core.quantization import quantize_factors, quantize_with_factors
 from emloc_ray.core.ranks import Storage
 from emloc_ray.core.rounding import rounding_energy
 from emloc_ray.core.two_sided import factorize_two_sided
@@ -121,7 +121,7 @@ class _Group:
     ) -> None:
         self._gradients = gradients
         self.job, self.gram, self.device, self.tensors_read = job, gram, device, tensors_read
-        self.in_features, self.checkpoint = specs[0].in_features, checkpoint
+        self.specs, self.in_features, self.checkpoint = specs, specs[0].in_features, checkpoint
 
     @functools.cached_property
     def gradients(self) -> GramStore:
@@ -131,7 +131,10 @@ class _Group:
 
     @functools.cached_property
     def whitening(self) -> Whitening:
-        return whitening_of(self.gram, self.job.dampening_frac, self.device, self.tensors_read)
+        made = whitening_of(self.gram, self.job.dampening_frac, self.device, self.tensors_read)
+        if not self.job.by_weights and any(spec.name in self.job.integers.bits for spec in self.specs):
+            made.root_by_energy(DAMPENING_FRAC)  # before any other root: it is made beside a copy of the Gram
+        return made
 
     @functools.cached_property
     def inputs(self) -> Whitening:
