@@ -1,4 +1,4 @@
-"""What factorizing a group takes of a device at its peak, beside what is planned."""
+"""What factorizing a group, or finding what its forms lose, takes of a device at its peak, beside what is planned."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.plan import StagePlan
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.stages.context import Context
+from emloc_ray.stages.factorize.allocate import group_losses
 from emloc_ray.stages.factorize.factorize import factorize_group
-from emloc_ray.stages.factorize.stage import factorization_job
+from emloc_ray.stages.factorize.stage import allocation_job, factorization_job
 
 HIDDEN, INNER = 256, 896
 
@@ -111,3 +112,30 @@ def test_the_widest_group_takes_at_its_peak_what_is_planned(
     before = meter.current
     factorize_group(job, group, grams.stored(group[0].name), tmp_path / "made.safetensors", device)
     assert 0.6 * planned.gpu_bytes < meter.peak - before <= planned.gpu_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "emulator",
+    [
+        {"allocation": "sensitivity"},
+        {"allocation": "sensitivity", "objective": "predictions"},
+        {"budget": "2.4 bits"},
+        {"budget": "2.4 bits", "objective": "activations"},
+    ],
+)
+def test_finding_what_forms_lose_takes_no_more_than_is_planned(
+    emulator: dict[str, Any], prepared: Callable[..., Prepared], tmp_path: Path, device: torch.device, meter: Meter
+) -> None:
+    run = prepared("bfloat16", emulator)
+    planned = StagePlan("allocate", MemoryModel(run, Lengths(20.0, 20.0)).factorization_parts(), 0, 0.0, 1, 1, 1)
+    job = allocation_job(Context(run, run.source.directory))
+    group = max(job.groups, key=lambda group: group[0].in_features)
+    grams = write_grams(tmp_path / "grams", {group[0].name: spread(group[0].in_features)})
+    sums = write_grams(tmp_path / "gradients", {spec.name: spread(spec.out_features) for spec in group})
+    gc.collect()
+    meter.restart()
+    before = meter.current
+    of_each = {spec.name: sums.stored(spec.name) for spec in group}
+    group_losses(job, group, grams.stored(group[0].name), of_each, device)
+    assert 0.5 * planned.gpu_bytes < meter.peak - before <= planned.gpu_bytes
