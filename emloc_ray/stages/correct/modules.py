@@ -177,6 +177,7 @@ def see_differences(
             delta_aq = difference(weight, stored, adapted_q.to(device)).delta_q.cpu()
             seen = replace(seen, delta_aq=delta_aq, adapted_inner=module.form.q.T @ adapted_q)
         corrected.append(replace(module, seen=seen, magnitudes=_for_original(module, weight, stored, own[:, :k], seen)))
+        del weight, stored  # or they would lie beside the next linear's
     return corrected
 
 

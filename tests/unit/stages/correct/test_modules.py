@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bare_runs import tiny_run
 from layer_differences import layer_difference
 from plain_stages import build
 from pretend_device import METER, pretend_device
@@ -18,6 +21,8 @@ from stage_artifacts import write_lora
 from torch import Tensor
 from transformers import AutoConfig
 
+from emloc_ray.core import correction as core_correction
+from emloc_ray.core import gram, products
 from emloc_ray.core.correction import Candidate
 from emloc_ray.core.gram import Gram
 from emloc_ray.io.formats.checkpoint import Checkpoint
@@ -25,10 +30,20 @@ from emloc_ray.io.formats.grams import GramStore, StoredGram, write_gram_index, 
 from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.stored_names import stored_parameters, stored_specs
+from emloc_ray.planning import memory as planned_memory
+from emloc_ray.planning.lengths import Lengths
+from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.stages.correct import modules as stage
 from emloc_ray.stages.correct.correct import correct, finish, read_groups
 from emloc_ray.stages.correct.job import CorrectionJob, module_groups
-from emloc_ray.stages.correct.modules import CorrectableModule, Opened, read_modules, see_differences, write_modules
+from emloc_ray.stages.correct.modules import (
+    CorrectableModule,
+    Opened,
+    read_differences,
+    read_modules,
+    see_differences,
+    write_modules,
+)
 from emloc_ray.stages.factorize.factorize import finish_emulator
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.layer_reports import read_reports
@@ -37,6 +52,7 @@ from emloc_ray.stages.ray.tasks import Resources
 
 RANK, R, FRAC = 12, 4, 1e-6
 COVARIANCE = Candidate("covariance", 3.0, 0.7)
+SMALL = {"compression_ratio": 0.1, "rank_multiple": 1}
 
 
 def inputs_of(kind: str, width: int) -> Tensor:
@@ -128,6 +144,33 @@ def assert_direct(job: CorrectionJob, modules: dict[str, CorrectableModule]) -> 
         for key, missed in (("before", delta), ("after", delta - module.lora.scale * applied @ q.T)):
             direct = float((missed @ damped @ missed.T).trace()) ** 0.5
             assert told[key] == pytest.approx(direct, rel=5e-3), (spec.name, key)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_device_holds_no_more_than_is_planned(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Of each group one linear's weights beside the Gram; what goes in parts is in small ones for these small matrices."""
+    for module in (products, core_correction, stage, planned_memory):
+        monkeypatch.setattr(module, "ROWS", 64)
+    monkeypatch.setattr(gram, "gather_triangle", partial(gram.gather_triangle, elements=2**13))
+    sizes = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 1}
+    model_dir = tiny_model_dir("llama", dtype=dtype, **sizes)
+    job, device = emulated(tmp_path, model_dir), pretend_device()
+    opened = Opened(job)
+    for group in module_groups(job, Adapter(job.adapter_dir).names):
+        targets = [spec.name for spec in group.specs]
+        sections: dict[str, Any] = {
+            "adapter": {"r": R, "target_modules": targets},
+            "correction": {"method": "covariance"},
+        }
+        run = tiny_run(tmp_path, model_dir, memory_budget=None, emulator=SMALL, **sections)
+        gc.collect()
+        METER.restart()
+        before = METER.current
+        see_differences(opened, group, device, read_differences(opened, group))
+        planned = MemoryModel(run, Lengths(20.0, 20.0)).correction_parts()["difference"]
+        assert 0.7 * planned < METER.peak - before <= planned
 
 
 def test_a_worker_with_a_gpu_reads_its_groups_in_one_task(
