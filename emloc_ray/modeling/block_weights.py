@@ -18,7 +18,7 @@ from emloc_ray.modeling.architecture import auto_class, block_names, load_config
 from emloc_ray.modeling.emulator import factorize_modules
 from emloc_ray.modeling.experts import experts_of, unfuse
 from emloc_ray.modeling.integer_linear import IntegerLinear
-from emloc_ray.modeling.loading import dtype_on
+from emloc_ray.modeling.loading import dtype_on, own_device
 from emloc_ray.modeling.stored_names import StoredParameter, may_be_missing, require, stored_parameters
 
 
@@ -45,7 +45,7 @@ class BlockWeights:
         from accelerate import init_empty_weights
 
         ensure(Path(directory))
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device or own_device())
         self.checkpoint = Checkpoint(directory)
         config = load_config(directory, trust_remote_code=trust_remote_code)
         self.config = config.original() if hasattr(config, "original") else config

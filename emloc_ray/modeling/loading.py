@@ -338,6 +338,11 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         copy_file(file, target / name)
 
 
+def own_device() -> str:
+    """Where this process's models are: the GPU that Ray granted its worker, as it hides all others, or else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def dtype_on(device: torch.device | str, wanted: str, config: Any) -> str:
     """``auto`` is the checkpoint's dtype, but bfloat16 for a float32 one on a GPU that computes it, in a fraction of the time."""
     narrow = wanted == "auto" and getattr(config, "dtype", None) == torch.float32 and computes_bfloat16(device)
@@ -356,7 +361,7 @@ def load_model(
     ensure(Path(directory))
     read_index(Path(directory))  # its names are checked: transformers opens whatever file one leads to
     transformers.utils.logging.disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or own_device()
     config = load_config(Path(directory), trust_remote_code=trust_remote_code)
     original = config.original() if hasattr(config, "original") else config
     dtype = dtype_on(device, dtype, config)

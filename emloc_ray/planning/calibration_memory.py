@@ -27,6 +27,7 @@ BASE_BYTES = 450 * 2**20  # a worker with torch, transformers and peft imported
 _GPU_SHARE = 0.92  # of a GPU's memory: the rest goes to CUDA's context and to what its allocator leaves between tensors
 _HIDING_TOKENS = 1024  # of a batch: its pass takes as long as weights take to come from the host's memory
 _WAVES = 6  # of gradients, a pass each, that a budget left out may ask for: inference of a model in bfloat16 takes five
+_STREAMS = 3  # gradients of the residual stream at once, around what branches off it
 _HEADER_BYTES = 4000  # of Python's objects for a token of the vocabulary and its merges: 3,560 for SmolLM2's
 # Of the data: rows that are tokenized at once, rows with images, and bytes of images that are written at once.
 TOKENIZED_ROWS, IMAGE_ROWS, WRITTEN_IMAGE_BYTES = 256, 32, 2**25
@@ -143,7 +144,8 @@ class CalibrationMemory(ModelBytes):
 
     def gradient_parts(self) -> Parts:
         """The model, the largest wave's sums of gradients, and a pass forward and back: the blocks' inputs, and inside one
-        block what its backward pass reads, with one output's gradient in float32; or a chunk of logits."""
+        block what its backward pass reads, with gradients: of the residual stream, and of the outputs of one group and their
+        product, or of one output in float32 too; or a chunk of logits."""
         plan = self.gradient_plan()
         largest = max((sum(map(gradient_bytes, wave)) for wave in plan.waves), default=0)
         passed = self._backward_parts(plan.batch_size * self.lengths.longest)
@@ -187,7 +189,10 @@ class CalibrationMemory(ModelBytes):
         length = self.lengths.longest
         saved = max(block.multiple * self._saved(block, self.itemsize, length) for block in self.blocks)
         widest = max((spec.out_features for spec in self.layout.specs), default=0)
-        inside = tokens * (saved + widest * (self.itemsize + FLOAT))
+        gated = max((sum(spec.out_features for spec in group) for group in self.layout.groups), default=0) + widest
+        passing = max(self.itemsize * gated, (self.itemsize + FLOAT) * widest)
+        passing += _STREAMS * self.itemsize * max(block.width for block in self.blocks)
+        inside = tokens * (saved + passing)
         # Beside the logits and their softmax a running sum in float64, from which labels are drawn.
         logits = self._logits(tokens) * (2 * FLOAT + DOUBLE) / (2 * FLOAT)
         return {

@@ -192,15 +192,13 @@ class MemoryModel(CalibrationMemory, FactorizationMemory):
 
     def correction_parts(self) -> Parts:
         """The largest of: the emulator with the adapter on some rows; the linears that share a Gram, a task each; the original,
-        unless there is nothing to choose between, with the adapter and every module's thin matrices; what writes the adapter."""
+        unless there is nothing to choose between, with the adapter and every module's thin matrices; what writes the adapter,
+        which is all where nothing differs."""
         if not self.config.adapter.is_additive:
             return {}
-        needed: list[Parts] = [
-            self._difference_parts(),
-            self.adapter_writing_parts(),
-        ]
         if not self.layout.differs:
-            return max(needed, key=total)
+            return self.adapter_writing_parts()
+        needed: list[Parts] = [self._difference_parts(), self.adapter_writing_parts()]
         if self.config.correction.reads_adapted:
             needed.append(self._adapted_inputs_parts())
         if self.config.correction.method == "auto":
@@ -261,7 +259,7 @@ class MemoryModel(CalibrationMemory, FactorizationMemory):
         the next where it has several."""
         parts: Parts = {"difference": max((self._difference_bytes(spec) for spec in self.adapted), default=0.0)}
         section, adapted = self.config.evaluation, {*self.adapted}
-        if not section.gpus or not self.layout.differs:
+        if not section.gpus:
             return parts
         groups = [adapted.intersection(group) for group in self.layout.groups]
         read = sorted(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from bare_runs import tiny_run
 from pretend_device import Meter
 
-from emloc_ray.core import gram, products, quantization, whitening
 from emloc_ray.core.gram import Gram
 from emloc_ray.io.formats.grams import GramStore, write_gram_index, write_gram_shard
 from emloc_ray.planning import machine
@@ -26,21 +24,9 @@ from emloc_ray.stages.factorize.allocate import group_losses
 from emloc_ray.stages.factorize.factorize import factorize_group
 from emloc_ray.stages.factorize.stage import allocation_job, factorization_job
 
+pytestmark = pytest.mark.usefixtures("small_parts")
+
 HIDDEN, INNER = 256, 896
-
-
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is done in parts of a fixed size is done in parts that are small beside these matrices too."""
-    for module, name, size in (
-        (products, "ROWS", 64),
-        (products, "_GPU_ROWS", 64),
-        (whitening, "_GPU_BLOCK", 128),
-        (quantization, "_ELEMENTS", 2**14),
-        (quantization, "_COLUMNS", 16),
-    ):
-        monkeypatch.setattr(module, name, size)
-    monkeypatch.setattr(gram, "gather_triangle", functools.partial(gram.gather_triangle, elements=2**13))
 
 
 @pytest.fixture
