@@ -1,6 +1,7 @@
-"""What a block's norms and experts take of a token, measured on the meta device: each family has its own."""
+"""What a block's norms, functions and experts take of a token, measured on the meta device: each family has its own."""
 
 import contextlib
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import activations
 
 from emloc_ray.modeling.experts import UnfusedExperts
 from emloc_ray.modeling.grouped_experts import GroupedRows
@@ -19,8 +21,9 @@ _TOKENS = 512  # so many that what does not grow with them tells nothing
 
 
 @dataclass(frozen=True)
-class ExpertActivations:
-    """Numbers of the model's dtype for a token that a layer's experts read, all together, their own weights frozen.
+class PassNumbers:
+    """Numbers of the model's dtype for a token: of a layer's experts, all together, their own weights frozen; of functions beyond
+    those of one that a kernel computes.
 
     Attributes:
         forward: at once where nothing is kept for a backward pass.
@@ -35,15 +38,18 @@ class ExpertActivations:
 
 @dataclass(frozen=True)
 class BlockActivations:
-    """What a block's norms and experts take of a token.
+    """What a block's norms, activation functions and experts take of a token.
 
     Attributes:
         normed: numbers that its norms read, those of queries and keys too.
         experts: what its experts take, where it has any.
+        functions: what functions outside these take that are computed step by step, such as GPT-2's GELU: ``kept`` of all,
+            the others of that which takes most.
     """
 
     normed: float
-    experts: ExpertActivations | None = None
+    experts: PassNumbers | None = None
+    functions: PassNumbers = PassNumbers(0.0, 0.0, 0.0)
 
 
 @contextlib.contextmanager
@@ -52,11 +58,15 @@ def watched_blocks(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str
     meta device alone."""
     by_block: dict[str, BlockActivations] = {}
     normed: dict[str, dict[nn.Module, Tensor]] = {block: {} for block in blocks}
-    experts: dict[str, ExpertActivations] = {}
-    known: dict[Any, ExpertActivations] = {}
+    experts: dict[str, PassNumbers] = {}
+    functions: dict[str, dict[nn.Module, Tensor]] = {block: {} for block in blocks}
+    known: dict[Any, PassNumbers] = {}
 
     def before_norm(block: str, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         normed[block][norm] = args[0]  # of the last pass, where there are several
+
+    def before_function(block: str, function: nn.Module, args: tuple[Tensor, ...]) -> None:
+        functions[block][function] = args[0]
 
     def before_experts(block: str, module: Any, args: tuple[Tensor, ...]) -> None:
         if all(tensor.is_meta for tensor in args):
@@ -67,11 +77,18 @@ def watched_blocks(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str
 
     handles = []
     for block in blocks:
-        for module in model.get_submodule(block).modules():
+        modules = [*model.get_submodule(block).modules()]
+        of_experts = {inner for module in modules if isinstance(module, UnfusedExperts) for inner in module.modules()}
+        for module in modules:
+            watch: Any = None
             if type(module).__name__.endswith("Norm"):
-                handles.append(module.register_forward_pre_hook(functools.partial(before_norm, block)))
+                watch = before_norm
             elif isinstance(module, UnfusedExperts):
-                handles.append(module.register_forward_pre_hook(functools.partial(before_experts, block)))
+                watch = before_experts
+            elif type(module).__module__ == activations.__name__ and module not in of_experts:
+                watch = before_function
+            if watch is not None:
+                handles.append(module.register_forward_pre_hook(functools.partial(watch, block)))
     try:
         yield by_block
     finally:
@@ -82,7 +99,24 @@ def watched_blocks(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str
             # A norm of each head reads as many times more rows as there are heads.
             tokens = min(tensor.shape[:-1].numel() for tensor in inputs.values())
             numbers = sum(tensor.numel() for tensor in inputs.values()) / tokens
-            by_block[block] = BlockActivations(numbers, experts.get(block))
+            made = [_of_function(function, x, known) for function, x in functions[block].items() if x.is_meta]
+            by_block[block] = BlockActivations(numbers, experts.get(block), _together(made))
+
+
+def _together(made: Sequence[PassNumbers]) -> PassNumbers:
+    most = functools.partial(max, default=0.0)
+    return PassNumbers(most(m.forward for m in made), sum(m.kept for m in made), most(m.backward for m in made))
+
+
+def _of_function(function: nn.Module, x: Tensor, known: dict[Any, PassNumbers]) -> PassNumbers:
+    """Beyond what SiLU takes, which a kernel computes; without its parameters, where it has some."""
+    kind = type(function), x.shape[-1], x.dtype
+    if kind not in known:
+        inputs, own = (x.new_empty(_TOKENS, x.shape[-1]),), [*function.parameters(), *function.buffers()]
+        found, at_once = (_numbers(made, inputs, (0,), own) for made in (function, nn.functional.silu))
+        pairs = zip(dataclasses.astuple(found), dataclasses.astuple(at_once), strict=True)
+        known[kind] = PassNumbers(*(max(0.0, number - least) for number, least in pairs))
+    return known[kind]
 
 
 def _sizes(experts: UnfusedExperts) -> tuple[int, ...]:
@@ -90,18 +124,25 @@ def _sizes(experts: UnfusedExperts) -> tuple[int, ...]:
     return tuple(size for linear in linears for size in (linear.in_features, linear.out_features))
 
 
-def _measured(experts: UnfusedExperts, *given: Tensor) -> ExpertActivations:
+def _measured(experts: UnfusedExperts, *given: Tensor) -> PassNumbers:
     """Of inputs of these widths and dtypes, on frozen weights."""
     inputs = [tensor.new_empty(_TOKENS, tensor.shape[-1]) for tensor in given]
-    hidden, chosen, weights = inputs
-    parts = [_stand_in(experts, part, hidden) for part in experts.parts]
+    parts = [_stand_in(experts, part, inputs[0]) for part in experts.parts]
     before = [*inputs, *(tensor for _, tensors in parts for tensor in tensors)]
 
     def run(*read: Tensor) -> Tensor:
         return experts.run_together([part for part, _ in parts], *read)
 
+    return _numbers(run, inputs, (0, 2), before)
+
+
+def _numbers(
+    run: Callable[..., Tensor], inputs: Sequence[Tensor], learned: Sequence[int], before: Sequence[Tensor]
+) -> PassNumbers:
+    """Of a pass over ``inputs`` of :data:`_TOKENS` tokens, the ``learned`` ones of which have gradients, beside what was there
+    ``before``."""
     with torch.no_grad(), LiveBytes(before) as forward:
-        run(hidden, chosen, weights)
+        run(*inputs)
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -109,14 +150,14 @@ def _measured(experts: UnfusedExperts, *given: Tensor) -> ExpertActivations:
         return tensor
 
     with torch.enable_grad(), LiveBytes(before) as trained:
-        read, by = hidden.detach().requires_grad_(), weights.detach().requires_grad_()
+        read = [x.detach().requires_grad_() if place in learned else x for place, x in enumerate(inputs)]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            given_back = run(read, chosen, by)
+            given_back = run(*read)
         of_tokens = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in trained.before)
         kept.clear()
-        torch.autograd.grad(given_back, (read, by), torch.empty_like(given_back))
-    size = _TOKENS * hidden.itemsize
-    return ExpertActivations(forward.most / size, of_tokens / size, (trained.most - of_tokens) / size)
+        torch.autograd.grad(given_back, [read[place] for place in learned], torch.empty_like(given_back))
+    size = _TOKENS * inputs[0].itemsize
+    return PassNumbers(forward.most / size, of_tokens / size, (trained.most - of_tokens) / size)
 
 
 def _stand_in(experts: UnfusedExperts, part: str, x: Tensor) -> tuple[Callable[..., Tensor], list[Tensor]]:

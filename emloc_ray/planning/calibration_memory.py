@@ -190,8 +190,8 @@ class CalibrationMemory(ModelBytes):
         saved = max(block.multiple * self._saved(block, self.itemsize, length) for block in self.blocks)
         widest = max((spec.out_features for spec in self.layout.specs), default=0)
         gated = max((sum(spec.out_features for spec in group) for group in self.layout.groups), default=0) + widest
-        passing = max(self.itemsize * gated, (self.itemsize + FLOAT) * widest)
-        passing += _STREAMS * self.itemsize * max(block.width for block in self.blocks)
+        passing: float = max(self.itemsize * gated, (self.itemsize + FLOAT) * widest)
+        passing += self.itemsize * (self._steps_backward() + _STREAMS * max(block.width for block in self.blocks))
         inside = tokens * (saved + passing)
         # Beside the logits and their softmax a running sum in float64, from which labels are drawn.
         logits = self._logits(tokens) * (2 * FLOAT + DOUBLE) / (2 * FLOAT)
@@ -244,7 +244,7 @@ class CalibrationMemory(ModelBytes):
             "optimizer": max(sum(map(self._fitted_bytes, block)) for block in specs),
             "integers": max((self._integer_bytes(spec) for block in specs for spec in block), default=0),
             **states,
-            "activations": tokens * saved,
+            "activations": tokens * (saved + self.itemsize * self._steps_backward()),
         }
         return max(fitting, passing, key=total)
 

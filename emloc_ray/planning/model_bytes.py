@@ -15,7 +15,7 @@ from emloc_ray.core.integer_forms import BITS
 from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.attention import is_flash
-from emloc_ray.modeling.block_activations import BlockActivations, ExpertActivations
+from emloc_ray.modeling.block_activations import BlockActivations, PassNumbers
 from emloc_ray.modeling.loss import chunk_tokens
 from emloc_ray.planning.lengths import PACKED_SHARE, Lengths
 from emloc_ray.planning.machine import WITH_MODELS, gpus_compute_bfloat16, gpus_group_products
@@ -204,9 +204,9 @@ class ModelBytes:
         itemsize, length = (HALF if narrow else self.itemsize), self.trained_lengths.longest
         if section.packing and not is_flash(self.config.model.attn_implementation):
             kept += 0 if block.is_between or self.layout.eager else itemsize * (length + self._repeated_per_token())
-        return kept + outputs * scaled + self._saved(block, itemsize, length)
+        return kept + outputs * scaled + self._saved(block, itemsize, length, self._in_steps)
 
-    def _saved(self, block: Block, itemsize: int, length: float) -> float:
+    def _saved(self, block: Block, itemsize: int, length: float, in_steps: int | None = None) -> float:
         """Bytes that a block keeps of a token for its backward pass, whatever is trained.
 
         - What norms read, in float32: the residual stream at two, where they were not watched.
@@ -214,16 +214,21 @@ class ModelBytes:
         - Of eager attention in rows of that ``length`` the scores' softmax in float32, and as it is multiplied; and keys and
           values again for each head of the queries.
         - Of experts as measured; by the share of tokens that is sent to each where they were not.
+        - Of functions that are computed step by step what the steps keep, in numbers of ``in_steps`` bytes, by default
+          ``itemsize``.
 
         Frozen linears keep nothing.
         """
         watched = self._watched(block)
         experts = watched.experts if watched else None
         inner = experts.kept if experts else 0.0
-        for group in block.groups:
+        in_steps_kept = self._functions(block).kept
+        for before, group in zip(((), *block.groups), block.groups, strict=False):
             if experts and group[0].routed_share is not None:
                 continue
             writes = len(group) == 1 and group[0].out_features == block.width
+            if writes and in_steps_kept and len(before) == 1 and before[0].out_features == group[0].in_features:
+                continue  # a function of the one linear before it, which keeps its input and not what comes out
             width = group[0].in_features if writes else sum(spec.out_features for spec in group)
             inner += group[0].token_share * width
         scored = 0.0
@@ -231,7 +236,7 @@ class ModelBytes:
             scored = self._scores_per_token(length) * (FLOAT + (itemsize if itemsize < FLOAT else 0))
             scored += self._repeated_per_token() * itemsize
         normed = watched.normed if watched else 2 * block.width
-        return normed * FLOAT + inner * itemsize + scored
+        return normed * FLOAT + inner * itemsize + scored + in_steps_kept * (in_steps or itemsize)
 
     def _read_by_trained(self, block: Block, trained: Collection[LinearSpec]) -> float:
         """Bytes of a token that linears in a block read whose own weights are trained: once for all that share it."""
@@ -281,9 +286,15 @@ class ModelBytes:
 
     def _widest_step(self, block: Block) -> float:
         together = self._experts_together(block)
-        return max(widest_step(block), 0.0 if together is None else 3 * block.width + together.forward)
+        alone = widest_step(block) + self._functions(block).forward
+        return max(alone, 0.0 if together is None else 3 * block.width + together.forward)
 
-    def _experts_together(self, block: Block) -> ExpertActivations | None:
+    def _functions(self, block: Block) -> PassNumbers:
+        """What a block's activation functions take beyond those that kernels compute."""
+        watched = self._watched(block)
+        return PassNumbers(0.0, 0.0, 0.0) if watched is None else watched.functions
+
+    def _experts_together(self, block: Block) -> PassNumbers | None:
         """What a block's experts take together, where a GPU may run them so. None elsewhere: there they run one after another,
         each on its own tokens alone."""
         watched = self._watched(block)
@@ -301,7 +312,23 @@ class ModelBytes:
         experts = (
             block.multiple * e.backward for block in self.blocks if (e := self._experts_together(block)) is not None
         )
-        return max(self._update_per_token(), (HALF if self.autocast else self.itemsize) * max(experts, default=0.0))
+        itemsize = self.itemsize if self.autocast is None else HALF
+        steps = self._steps_backward()
+        if steps:  # beside its output, and the gradients of this and of its input
+            steps += 3 * max(block.multiple * max(spec.out_features for spec in block.specs) for block in self.blocks)
+        return max(self._update_per_token(), itemsize * max(experts, default=0.0), self._in_steps * steps)
+
+    @property
+    def _in_steps(self) -> int:
+        """Bytes of a number of functions computed step by step in training: on GPUs autocast takes powers in float32
+        (https://docs.pytorch.org/docs/stable/amp.html)."""
+        if self.autocast is None:
+            return self.itemsize
+        return FLOAT if self.trained.section.gpus > 0 else HALF
+
+    def _steps_backward(self) -> float:
+        """Numbers of a token that functions take at once on the way back, beyond those that kernels compute."""
+        return max(block.multiple * self._functions(block).backward for block in self.blocks)
 
     def _counting(self, tokens: float) -> float:
         """A pass that adds to Grams: beside it the widest input without its padding, in float32."""

@@ -25,8 +25,11 @@ from emloc_ray.stages.order import STEPS
 
 pytestmark = [pytest.mark.usefixtures("small_parts"), pytest.mark.slow]
 
-SIZES = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 384}
-LAYERS = {"llama": 4, "mixtral": 2}
+SIZES: dict[str, dict[str, Any]] = {
+    "llama": {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4},
+    "mixtral": {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 384},
+    "gpt2": {"n_inner": 512},
+}
 BY_PREDICTIONS = {"compression_ratio": 0.3, "allocation": "sensitivity", "objective": "predictions"}
 HEALED = {"emulator": {**BY_PREDICTIONS, "healing": {"steps": 2}}}
 IN_BITS = {"emulator": {"budget": "2.4 bits"}}
@@ -79,6 +82,7 @@ def values(root: Path, model_dir: Path, changes: dict[str, Any]) -> dict[str, An
     [
         ("llama", "float32", HEALED),
         ("llama", "bfloat16", {**REFINED, "finetune": {"gradient_checkpointing": True}}),
+        ("gpt2", "float32", HEALED),
         ("mixtral", "float32", HEALED),
         pytest.param("mixtral", "bfloat16", IN_BITS, marks=pytest.mark.deep),
         pytest.param("llama", "float32", {**IN_BITS, "model": {"hold": "block_by_block"}}, marks=pytest.mark.deep),
@@ -104,7 +108,7 @@ def test_a_stage_takes_at_its_peak_what_is_planned(
         yield
         peaks[stage] = meter.peak - before
 
-    model_dir = tiny_model_dir(family, dtype=dtype, num_hidden_layers=LAYERS[family], **SIZES)
+    model_dir = tiny_model_dir(family, dtype=dtype, **SIZES[family])
     with own_environment():
         run = plain_run(values(tmp_path, model_dir, changes), model_dir, during, device=str(device))
     planned = make_plan(STEPS, run.context.prepared).gpu_bytes

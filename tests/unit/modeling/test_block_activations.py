@@ -1,15 +1,25 @@
-"""What blocks take of a token, as watched on the meta device, against what real experts take."""
+"""What blocks take of a token, as watched on the meta device, against what real experts and functions take."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV3Config, Exaone4Config, GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import (
+    DeepseekV3Config,
+    Exaone4Config,
+    GPT2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
+from transformers.activations import NewGELUActivation
 
 from emloc_ray.modeling import grouped_experts
 from emloc_ray.modeling.architecture import auto_class, block_names, empty_model, traced_inputs
-from emloc_ray.modeling.block_activations import BlockActivations, LiveBytes, watched_blocks
+from emloc_ray.modeling.block_activations import BlockActivations, LiveBytes, PassNumbers, watched_blocks
 from emloc_ray.modeling.experts import UnfusedExperts, experts_of, unfuse
 from emloc_ray.modeling.meta_pass import MetaPass
 
@@ -67,16 +77,21 @@ def real_experts(config: Any) -> tuple[UnfusedExperts, tuple[Tensor, ...]]:
 
 def kept_by(experts: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> int:
     """Bytes that experts keep for their backward pass beside weights and what they are given."""
-    before = {t.untyped_storage().data_ptr() for t in (*experts.parameters(), hidden, chosen, weights)}
-    saved: dict[int, Tensor] = {}
+    before = [*experts.parameters(), hidden, chosen, weights]
+    return kept_beside(before, lambda: experts(hidden.requires_grad_(), chosen, weights.requires_grad_()))
+
+
+def kept_beside(before: Sequence[Tensor], run: Callable[[], Any]) -> int:
+    """Bytes that are kept for the backward pass of what is run, beside some tensors."""
+    known, saved = {t.untyped_storage().data_ptr() for t in before}, dict[int, Tensor]()
 
     def pack(tensor: Tensor) -> Tensor:
         saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        experts(hidden.requires_grad_(), chosen, weights.requires_grad_())
-    return sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in before)
+        run()
+    return sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in known)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -111,3 +126,20 @@ def test_norms_of_queries_and_keys_are_watched_too() -> None:
     exaone = watched(Exaone4Config(**SIZES, intermediate_size=192, sliding_window=64))
     assert {block.normed for block in exaone.values()} == {2 * 128 + (4 + 2) * 32}
     assert all(block.experts is None for block in llama.values())
+
+
+def test_a_function_that_is_computed_step_by_step_keeps_what_is_watched() -> None:
+    """Beside its input, which one that a kernel computes keeps too."""
+    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_inner=160, dtype="bfloat16")
+    functions = {block.functions for block in watched(config).values()}
+    assert len(functions) == 1
+    expected, x = functions.pop(), torch.randn(TOKENS, 160, dtype=torch.bfloat16).requires_grad_()
+    assert kept_beside([], lambda: NewGELUActivation()(x)) == TOKENS * 2 * (expected.kept + 160)
+    with torch.no_grad(), LiveBytes([x]) as held:
+        NewGELUActivation()(x)
+    assert held.most == TOKENS * 2 * (expected.forward + 160)
+
+
+def test_one_that_a_kernel_computes_takes_nothing_more() -> None:
+    model = LlamaConfig(**SIZES, intermediate_size=192)
+    assert {block.functions for block in watched(model).values()} == {PassNumbers(0.0, 0.0, 0.0)}
