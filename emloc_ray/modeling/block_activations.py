@@ -113,8 +113,8 @@ def _of_function(function: nn.Module, x: Tensor, known: dict[Any, PassNumbers]) 
     kind = type(function), x.shape[-1], x.dtype
     if kind not in known:
         inputs, own = (x.new_empty(_TOKENS, x.shape[-1]),), [*function.parameters(), *function.buffers()]
-        found, at_once = (_numbers(made, inputs, (0,), own) for made in (function, nn.functional.silu))
-        pairs = zip(dataclasses.astuple(found), dataclasses.astuple(at_once), strict=True)
+        of_function, of_silu = (_numbers(made, inputs, (0,), own) for made in (function, nn.functional.silu))
+        pairs = zip(dataclasses.astuple(of_function), dataclasses.astuple(of_silu), strict=True)
         known[kind] = PassNumbers(*(max(0.0, number - least) for number, least in pairs))
     return known[kind]
 

@@ -20,7 +20,6 @@ from emloc_ray.modeling import block_weights, loading
 from emloc_ray.planning import machine
 from emloc_ray.planning.plan import make_plan
 from emloc_ray.stages.finetune.session import own_environment
-from emloc_ray.stages.finetune.trainer import EmulatorTrainer
 from emloc_ray.stages.order import STEPS
 
 pytestmark = [pytest.mark.usefixtures("small_parts"), pytest.mark.slow]
@@ -39,7 +38,7 @@ REFINED = {"emulator": {"compression_ratio": 0.3, "refinement": {"steps": 2}}}
 @pytest.fixture(autouse=True)
 def models_are_there(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models are on the pretend device, in this process where planning has made accelerate choose another; its tensors are
-    written by way of the CPU, and the optimizer's not at all."""
+    written by way of the CPU."""
     inner = PeftModel.save_pretrained
 
     def save(self: Any, *args: Any, state_dict: dict[str, torch.Tensor] | None = None, **kwargs: Any) -> None:
@@ -52,7 +51,6 @@ def models_are_there(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(module, "own_device", lambda: str(device))
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", str(device))
     monkeypatch.setattr(PeftModel, "save_pretrained", save)
-    monkeypatch.setattr(EmulatorTrainer, "_save_checkpoint", lambda self, *args, **kwargs: None)
 
 
 def values(root: Path, model_dir: Path, changes: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +64,7 @@ def values(root: Path, model_dir: Path, changes: dict[str, Any]) -> dict[str, An
         "correction": {"max_share": None, "num_selection_samples": 16},
         "evaluation": {"batch_size": 8, "num_exact_match": 4, "num_generations": 4, "max_new_tokens": 4, **gpu},
     }
-    sections["finetune"] |= {"gradient_checkpointing": False, "use_cpu": False}
+    sections["finetune"] |= {"gradient_checkpointing": False, "use_cpu": False, "save_strategy": "no"}
     data = {"train": {"path": str(write_jsonl(root / "rows.jsonl", task_rows(60)))}, "max_seq_length": 64}
     return {
         "run_dir": str(root / "run"),
